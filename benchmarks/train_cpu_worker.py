@@ -1,0 +1,150 @@
+"""One row of benchmarks/train_cpu.py: builds a model, then runs a repetition for each line that it reads.
+
+Started by the driver, in the interpreter that has what the row needs; standard input and output are JSON lines.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+LEARNING_RATE, CLIP_NORM, WARMUP_STEPS = 1e-3, 1.0, 3
+PACKAGES = {"gpt": ["torch"], "rwkv_ops": ["rwkv_ops", "keras", "jax"], "ours": ["jax", "flax", "optax"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one worker trains: a row of the table at one shape."""
+
+    row: str
+    """A key of PACKAGES."""
+    batch_size: int
+    sequence_length: int
+    steps: int
+    """Timed steps of a repetition."""
+    num_layers: int
+    width: int
+    vocab_size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one repetition."""
+        return self.batch_size * self.sequence_length * self.steps
+
+
+Step = Callable[[], float]
+
+
+def batch(job: Job) -> tuple[Any, Any]:
+    """The one batch that every row is trained on: inputs and targets [B, T], NumPy int32."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, job.vocab_size, (job.batch_size, job.sequence_length + 1), dtype=np.int32)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def build_gpt(job: Job) -> tuple[Step, int]:
+    """The step of the PyTorch GPT, which returns the loss, and the number of parameters."""
+    import torch
+    from torch_gpt import GPT, make_step
+
+    torch.manual_seed(0)
+    model = GPT(job.vocab_size, job.num_layers, job.width, job.width // 64, job.sequence_length)
+    step = make_step(model, LEARNING_RATE, CLIP_NORM)
+    inputs, targets = (torch.from_numpy(array).long() for array in batch(job))
+    return lambda: step(inputs, targets), sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_rwkv(job: Job) -> tuple[Step, int]:
+    """The training step of this library, which returns the loss, and the number of parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
+    from rwkv_jax.training.step import make_trainer
+
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width),
+        optimizer=OptimizerConfig(
+            learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=CLIP_NORM
+        ),
+        training=TrainingConfig(batch_size=job.batch_size, sequence_length=job.sequence_length),
+    )
+    trainer = make_trainer(config)
+    # Copied, because a state fresh from init may hold one array in two places, which cannot be donated.
+    state = jax.tree.map(jnp.copy, trainer.init(jax.random.key(0)))
+    train_step = jax.jit(trainer.train_step, donate_argnums=0)
+    inputs, targets = batch(job)
+    tokens = jnp.concatenate([jnp.asarray(inputs), jnp.asarray(targets)[:, -1:]], axis=1)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = train_step(state, tokens)
+        return float(jax.block_until_ready((state, metrics))[1].loss)
+
+    return step, config.model.num_parameters()
+
+
+def use_rwkv_ops() -> None:
+    """Put rwkv_ops' operator in the place of ours.
+
+    By assignment, in this process which does nothing else: so the two rows differ in the recurrence alone, and the
+    library needs no door for a peer.
+    """
+    import jax.numpy as jnp
+    from rwkv_ops import generalized_delta_rule
+
+    import rwkv_jax.models.rwkv7
+
+    def wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any = None, **_: Any) -> tuple[Any, Any]:
+        # Its decay is exp(-exp(w)), ours exp(log_w).
+        return generalized_delta_rule(r, jnp.log(-log_w), k, v, a, b, initial_state=state, output_final_state=True)
+
+    rwkv_jax.models.rwkv7.wkv7 = wkv7
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """Versions of Python and of `packages`, as installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main() -> None:
+    """Serve repetitions until standard input closes."""
+    job = Job(**json.loads(sys.argv[1]))
+    # Libraries print what they like; only answers may reach the driver.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    if job.row == "rwkv_ops":
+        use_rwkv_ops()
+    step, parameters = build_gpt(job) if job.row == "gpt" else build_rwkv(job)
+    # The first step compiles, the next ones meet memory that the system has not handed out yet.
+    losses = [step() for _ in range(WARMUP_STEPS)]
+    ready = {"losses": losses, "parameters": parameters, "versions": versions(PACKAGES[job.row])}
+    print(json.dumps(ready), file=answers)
+    for _ in sys.stdin:
+        step()  # not timed: another process has had the caches since our last turn
+        began = time.perf_counter()
+        for _ in range(job.steps):
+            losses.append(step())
+        seconds = time.perf_counter() - began
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""WKV-7 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
+
+Every other implementation is held against this one run in float64.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def step(state: Array, r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """One token of WKV-7 for every row and head.
+
+    RWKV-7 (arXiv 2503.14456), the generalised delta rule: S <- S (diag(w) + a b^T) + v k^T, y = S r.
+
+    Args:
+      state: [B, H, M, N], S with the value axis first.
+      r, log_w, k, a, b: [B, H, N]; v: [B, H, M]; all of the state's dtype.
+
+    Returns:
+      The next state [B, H, M, N] and y [B, H, M], which is read after the update.
+    """
+    removed = jnp.einsum("bhmn,bhn->bhm", state, a, precision=_HIGHEST)
+    state = state * jnp.exp(log_w)[:, :, None, :]
+    state = state + removed[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+    return state, jnp.einsum("bhmn,bhn->bhm", state, r, precision=_HIGHEST)
+
+
+def wkv7_scan(
+    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array
+) -> tuple[Array, Array]:
+    """WKV-7 over a sequence, token by token.
+
+    Args:
+      r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype.
+      state: [B, H, M, N] in the dtype that the recurrence runs in.
+
+    Returns:
+      y [B, T, H, M] in the state's dtype, and the final state.
+    """
+
+    def body(carry: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        return step(carry, *(x.astype(carry.dtype) for x in token))
+
+    time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (r, log_w, k, v, a, b))
+    state, y = lax.scan(body, state, time_first)
+    return y.swapaxes(0, 1), state

@@ -1,0 +1,1 @@
+"""RWKV in JAX: models, training and inference."""

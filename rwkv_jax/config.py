@@ -1,0 +1,350 @@
+"""Every knob of a run, as frozen dataclasses that refuse contradictory values when they are built.
+
+Standard library only, so that a config file, a test or a planner can be read without loading JAX.
+Shape letters, here and in the whole project: B batch, T time, C width, H heads, N head size, F feed-forward
+width, D low rank, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A config value that cannot work; the message names the field, the value and the remedy."""
+
+
+def _require(condition: bool, field: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def _require_positive(config: object, prefix: str, *fields: str) -> None:
+    for name in fields:
+        value = getattr(config, name)
+        _require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an RWKV-7 language model."""
+
+    vocab_size: int = 8192
+    """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
+    num_layers: int = 6
+    """L: number of blocks; at least 2, since the official initialisation divides by L - 1."""
+    width: int = 512
+    """C: size of the residual stream; a multiple of head_dim."""
+    head_dim: int = 64
+    """N: size of one head of the time mixing; 64 in every released model."""
+    ffn_width: int | None = None
+    """F: hidden size of the channel mixing; None is the official 4 * width."""
+    decay_rank: int | None = None
+    """D of the decay's low-rank map (w1, w2); None is the official function of width."""
+    iclr_rank: int | None = None
+    """D of the in-context learning rate's low-rank map (a1, a2); None is the official function of width."""
+    value_rank: int | None = None
+    """D of the value residual's low-rank map (v1, v2); None is the official function of width."""
+    gate_rank: int | None = None
+    """D of the output gate's low-rank map (g1, g2); None is the official function of width."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Compute dtype of matrix products and activations; parameters stay float32 (float64 if that is asked for), and
+    the recurrence always runs in at least float32."""
+    wkv_implementation: str | None = None
+    """Implementation of the wkv7 operator; None takes the fastest that is valid on the platform."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "model", "vocab_size", "width", "head_dim")
+        _require(self.num_layers >= 2, "model.num_layers", self.num_layers, "RWKV-7 needs at least 2 layers")
+        _require(
+            self.width % self.head_dim == 0,
+            "model.width",
+            self.width,
+            f"must be a multiple of model.head_dim = {self.head_dim}; "
+            f"the nearest are {self._nearest_widths()[0]} and {self._nearest_widths()[1]}",
+        )
+        _require(self.head_dim >= 2, "model.head_dim", self.head_dim, "must be at least 2")
+        for name in ("ffn_width", "decay_rank", "iclr_rank", "value_rank", "gate_rank"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.{name}", value, "must be positive, or None for the default")
+        _require(
+            self.dtype in ("float32", "bfloat16", "float64"),
+            "model.dtype",
+            self.dtype,
+            "must be float32, bfloat16 or float64",
+        )
+
+    def _nearest_widths(self) -> tuple[int, int]:
+        below = max(self.width // self.head_dim, 1) * self.head_dim
+        return below, below + self.head_dim
+
+    @property
+    def num_heads(self) -> int:
+        """H = C / N."""
+        return self.width // self.head_dim
+
+    @property
+    def parameter_dtype(self) -> str:
+        """Dtype in which parameters are created and trained."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def resolved(self) -> ModelConfig:
+        """The same model with every None replaced by the official value for its width."""
+
+        def rank(factor: float) -> int:
+            # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
+            return max(32, round(factor * math.sqrt(self.width) / 32) * 32)
+
+        return dataclasses.replace(
+            self,
+            ffn_width=self.ffn_width or 4 * self.width,
+            decay_rank=self.decay_rank or rank(2.5),
+            iclr_rank=self.iclr_rank or rank(2.5),
+            value_rank=self.value_rank or rank(1.7),
+            gate_rank=self.gate_rank or rank(5.0),
+        )
+
+    def num_parameters(self) -> int:
+        """Number of parameters, in closed form; the first layer has no value residual (v0, v1, v2)."""
+        model = self.resolved()
+        width, ffn = model.width, model.ffn_width
+        low_rank = 2 * width * (model.decay_rank + model.iclr_rank + model.value_rank + model.gate_rank)
+        time_mix = 6 * width + 3 * width + 3 * width + 4 * width * width + low_rank + 2 * width
+        channel_mix = width + 2 * width * ffn
+        block = time_mix + channel_mix + 4 * width
+        first_layer = 2 * width - (width + 2 * width * model.value_rank)
+        return 2 * model.vocab_size * width + model.num_layers * block + first_layer + 2 * width
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one token's forward pass; training costs three times as many.
+
+        Two for each weight of a matrix product, and for the recurrence 9 N^2 for each head (decay, rank-one
+        removal, rank-one write, read).
+        """
+        model = self.resolved()
+        width = model.width
+        low_rank = 2 * width * (model.decay_rank + model.iclr_rank + model.gate_rank)
+        matrices = model.num_layers * (4 * width * width + low_rank + 2 * width * model.ffn_width)
+        matrices += (model.num_layers - 1) * 2 * width * model.value_rank + model.vocab_size * width
+        return 2 * matrices + model.num_layers * 9 * width * model.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "python-stdlib"
+    """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
+    folder, or of a JSON-lines file (.jsonl)."""
+    glob: str = "**/*"
+    """Which files of a folder are read."""
+    text_field: str = "text"
+    """Field of a JSON-lines record that holds its text."""
+    held_out: float = 0.05
+    """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated."""
+    tokenizer: str | None = None
+    """Path of a sentencepiece model; None trains one of model.vocab_size entries on the training documents."""
+    cache_dir: str = "runs/corpora"
+    """Folder in which token files and trained tokenizers are kept, one sub-folder a corpus."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source", self.source, "name a file, a folder or python-stdlib")
+        _require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with RWKV's parameter groups: weight decay on the large matrices only, `w0` at twice the rate."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    final_learning_rate: float = 1e-4
+    """Learning rate at the last step."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), constant."""
+    warmup_steps: int = 10
+    """Steps over which the rate rises linearly from 1% of its highest value."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which a wsd schedule decays."""
+    beta1: float = 0.9
+    """Adam's decay of the gradient mean."""
+    beta2: float = 0.99
+    """Adam's decay of the squared gradient mean."""
+    epsilon: float = 1e-18
+    """Adam's epsilon; the official 1e-18 needs float32 moments, which is what we keep."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices (embedding, head, projections)."""
+    clip_norm: float = 1.0
+    """Global norm above which gradients are scaled down; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer", "learning_rate", "epsilon")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        _require(self.final_learning_rate >= 0, "optimizer.final_learning_rate", self.final_learning_rate, "must be >= 0")
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            f"must not exceed optimizer.learning_rate = {self.learning_rate}",
+        )
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        _require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
+        _require(
+            self.schedule in ("cosine", "linear", "wsd", "constant"),
+            "optimizer.schedule",
+            self.schedule,
+            "must be cosine, linear, wsd or constant",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The shape of a step."""
+
+    num_steps: int = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: int = 8
+    """B: sequences in one optimizer step, over all micro-batches."""
+    sequence_length: int = 512
+    """T: tokens in one sequence."""
+    accumulation_steps: int = 1
+    """Micro-batches into which a step's batch is split; divides batch_size."""
+    remat: bool = False
+    """Recompute each block in the backward pass rather than keep its activations."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at one time; None holds all [B * T, V] of them."""
+    l2wrap: float = 1e-4
+    """Strength of L2Wrap, the official pull of each token's largest logit towards zero; 0 switches it off."""
+    max_bad_steps: int = 10
+    """Consecutive steps with a loss or gradient that is not finite (each skipped) after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "training", "num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps"
+        )
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            "training.batch_size",
+            self.batch_size,
+            f"must be a multiple of training.accumulation_steps = {self.accumulation_steps}",
+        )
+        _require(
+            self.loss_chunk is None or self.loss_chunk > 0, "training.loss_chunk", self.loss_chunk, "must be positive"
+        )
+        _require(self.l2wrap >= 0, "training.l2wrap", self.l2wrap, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss and samples."""
+
+    every: int = 200
+    """Steps between evaluations; the last step is always evaluated."""
+    batches: int = 16
+    """Batches of held-out text in an evaluation during the run; the last evaluation reads all of it."""
+    sample_prompts: tuple[str, ...] = ("def", "class", "import")
+    """Texts to continue; one is sampled at each evaluation, all of them at the end."""
+    sample_tokens: int = 128
+    """Tokens in a sample."""
+    sample_temperature: float = 0.8
+    """Sampling temperature."""
+    sample_top_p: float = 0.9
+    """Nucleus of the sampling distribution."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "evaluation", "every", "batches", "sample_tokens")
+        _require(self.sample_temperature >= 0, "evaluation.sample_temperature", self.sample_temperature, "must be >= 0")
+        _require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p", self.sample_top_p, "must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best one stays beside them."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "checkpoint", "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where figures go besides the console and metrics.jsonl."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl; their losses are means over these steps."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl (needs the `tensorboard` extra)."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs the `wandb` extra)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "logging", "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed."""
+    seed: int = 0
+    """Seed of the initial parameters, of the order of the data and of the samples."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    profile: tuple[int, int] | None = None
+    """First and last step to trace; the trace is written to RUN_DIR/profile."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
+        _require(
+            self.optimizer.warmup_steps < self.training.num_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"must be less than training.num_steps = {self.training.num_steps}",
+        )
+        if self.profile is not None:
+            first, last = self.profile
+            _require(0 <= first <= last, "profile", self.profile, "must be FIRST LAST with 0 <= FIRST <= LAST")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The config that `to_dict`, after a trip through JSON, came from; fields that are missing take their default.
+
+    Raises:
+      ConfigError: a field that this version does not have, or a value that cannot work.
+    """
+    return _from_dict(TrainConfig, values, "")
+
+
+def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    _require(not unknown, prefix + ", ".join(unknown), [values[name] for name in unknown], "no such field")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _from_dict(types[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        arguments[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    return kind(**arguments)

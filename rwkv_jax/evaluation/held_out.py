@@ -1,0 +1,50 @@
+"""Held-out loss and bits per byte, beside what general compressors reach on the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import Array
+
+from rwkv_jax.data.corpus import TokenFile
+from rwkv_jax.training.loss import TokenLosses
+
+
+class HeldOut(NamedTuple):
+    """How well a model predicts held-out text."""
+
+    loss: float
+    """Mean -log p(token), nats."""
+    bits_per_byte: float
+    """Bits for each byte of the text: comparable between tokenizers."""
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """From nats for each token to bits for each byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def evaluate(
+    eval_step: Callable[[Any, Array, Array], TokenLosses],
+    params: Any,
+    windows: Iterable[tuple[np.ndarray, np.ndarray]],
+    held_out: TokenFile,
+) -> HeldOut:
+    """Mean loss over windows of (tokens [B, T + 1], mask [B, T]), each window read from the empty state."""
+    # Sums stay on the device until the end, so that batches follow each other without waiting.
+    sums = [eval_step(params, tokens, mask) for tokens, mask in windows]
+    nll = sum(float(batch.nll) for batch in sums)
+    count = sum(float(batch.count) for batch in sums)
+    loss = nll / count
+    return HeldOut(loss, bits_per_byte(loss, held_out.bytes_per_token))
+
+
+def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
+    """Bits for each byte that gzip -9 and xz -9 need for the same data."""
+    sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9": len(lzma.compress(data, preset=9))}
+    return {name: 8 * size / len(data) for name, size in sizes.items()}

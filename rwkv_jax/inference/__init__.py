@@ -1,0 +1,1 @@
+"""What runs a trained model: sampling and generation with a state of constant size."""

@@ -1,0 +1,102 @@
+"""Text from a model, some tokens at a time, with one compiled program and a state that does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer
+from rwkv_jax.inference.sampling import Sampling, sample
+
+TOKENS_PER_CALL = 16
+"""Tokens for which the device runs on its own; text appears in pieces of as many."""
+
+
+class _Cursor(NamedTuple):
+    """Where a text stands."""
+
+    token: Array
+    """int32 [1], the last token, which the model has not read yet."""
+    state: Any
+    """What the model carries after the tokens before it."""
+    key: Array
+    """Key of the draws still to come."""
+
+
+class Generator:
+    """Continues texts with a model; holds one compiled program for prompts and samples of any length."""
+
+    def __init__(self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        vocab_size = config.vocab_size
+        if tokenizer.vocab_size != vocab_size:
+            raise ConfigError(
+                f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {vocab_size}; use its own"
+            )
+        self._graphdef = graphdef
+        self._tokenizer = tokenizer
+        self._advance = jax.jit(self._advance_some, donate_argnums=1)
+
+    def _advance_some(
+        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, settings: tuple[Array, Array, Array]
+    ) -> tuple[_Cursor, Array]:
+        """Reads TOKENS_PER_CALL tokens: the first `num_given` successors are given, the others drawn."""
+        model = nnx.merge(self._graphdef, params)
+
+        def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:
+            logits, state = model(cursor.token[:, None], cursor.state)
+            draw, key = jax.random.split(cursor.key)
+            drawn = sample(logits[:, -1], draw, *settings)
+            token = jnp.where(position < num_given, given[position], drawn)
+            return _Cursor(token, state, key), token[0]
+
+        return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
+
+    def stream_tokens(
+        self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int
+    ) -> Iterator[int]:
+        """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
+
+        The text begins as the training documents do, after an end-of-text token.
+        """
+        given = np.asarray(self._tokenizer.encode(prompt), np.int32)
+        settings = (
+            jnp.float32(sampling.temperature),
+            jnp.float32(sampling.top_p),
+            jnp.int32(sampling.top_k),
+        )
+        initial_state = nnx.merge(self._graphdef, params).initial_state(1)
+        start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
+        cursor = _Cursor(start, initial_state, jax.random.key(seed))
+        emitted = 0
+        while emitted < num_tokens:
+            piece = np.zeros((TOKENS_PER_CALL,), np.int32)
+            num_given = min(len(given), TOKENS_PER_CALL)
+            piece[:num_given], given = given[:num_given], given[num_given:]
+            cursor, tokens = self._advance(params, cursor, jnp.asarray(piece), jnp.int32(num_given), settings)
+            for token in np.asarray(tokens)[num_given:]:
+                if token == self._tokenizer.end_of_text or emitted == num_tokens:
+                    return
+                emitted += 1
+                yield int(token)
+
+    def stream(
+        self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int
+    ) -> Iterator[str]:
+        """The continuation's text in pieces that never end inside a character; the prompt is not repeated."""
+        decoder = StreamingDecoder(self._tokenizer)
+        for token in self.stream_tokens(params, prompt, num_tokens, sampling, seed):
+            if text := decoder.push(token):
+                yield text
+        if text := decoder.flush():
+            yield text
+
+    def generate(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> str:
+        """The continuation's whole text."""
+        return "".join(self.stream(params, prompt, num_tokens, sampling, seed))

@@ -1,0 +1,153 @@
+"""The layers that every generation shares: linear maps, norms, token shift and the official initial values.
+
+Parameters carry the official checkpoint's names, shapes and orientation ([out, in] for linear maps), so that a
+checkpoint key maps to a parameter one to one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def linear(x: Array, weight: Array, *, out_dtype: jnp.dtype | None = None) -> Array:
+    """x @ weight^T in x's dtype.
+
+    Tokens are flattened to [B * T, C] first: on [B, T, C] XLA's CPU backend writes transposed copies of whole
+    activations in the backward pass, which nearly doubles the cost of a training step.
+
+    Args:
+      x: [..., in]; weight: [out, in], the official orientation.
+      out_dtype: dtype of the result; None is x's.
+
+    Returns:
+      [..., out].
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(
+        flat, weight.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x.dtype
+    )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def low_rank(x: Array, down: Array, up: Array, activation: Callable[[Array], Array] | None = None) -> Array:
+    """activation(x @ down) @ up in x's dtype, with down [C, D] and up [D, C] (stored [in, out], unlike `linear`)."""
+    hidden = linear(x, down.T)
+    return linear(hidden if activation is None else activation(hidden), up.T)
+
+
+def token_shift(x: Array, shift: Array) -> tuple[Array, Array]:
+    """The previous token's input at every position.
+
+    Args:
+      x: [B, T, C]; shift: [B, C], the input just before x (zeros at the start of a text).
+
+    Returns:
+      x_prev [B, T, C], and the next shift [B, C], which is x's last position.
+    """
+    shift = shift.astype(x.dtype)
+    return jnp.concatenate([shift[:, None], x[:, :-1]], axis=1), x[:, -1]
+
+
+def _normalise(x: Array, epsilon: float) -> Array:
+    """Zero mean and unit variance over the last axis, in at least float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+
+
+class Linear(nnx.Module):
+    """A bias-free linear map with weight [out, in]."""
+
+    def __init__(self, weight: Array) -> None:
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: Array) -> Array:
+        """[..., in] -> [..., out]; see `linear`."""
+        return linear(x, self.weight[...])
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, weight [V, C]."""
+
+    def __init__(self, weight: Array) -> None:
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, tokens: Array) -> Array:
+        """[B, T] integers in [0, V) -> [B, T, C]."""
+        return self.weight[...][tokens]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the width with weight and bias [C] and the official epsilon, computed in float32."""
+
+    epsilon = 1e-5
+
+    def __init__(self, width: int, dtype: str) -> None:
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> [..., C] in x's dtype."""
+        return (_normalise(x, self.epsilon) * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """Group norm with one group a head, weight and bias [C], computed in float32."""
+
+    def __init__(self, weight: Array, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.weight = nnx.Param(weight)
+        self.bias = nnx.Param(jnp.zeros_like(weight))
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, H, N] -> [B, T, C] in x's dtype."""
+        y = _normalise(x, self.epsilon).reshape(*x.shape[:-2], -1)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> Array:
+    """A random matrix times gain whose rows (columns, if there are more rows) are orthonormal.
+
+    The distribution is the official one's, uniform over such matrices, which a QR factorisation with signs fixed by
+    R's diagonal also samples. Here it is the polar factor of a normal matrix, found by Newton-Schulz iterations:
+    products only, so that it shards and batches over layers on every platform. (Batched LAPACK factorisations inside
+    one jitted function deadlock on jaxlib 0.10's CPU backend: each waits for a thread that another one holds.)
+    """
+    rows, columns = shape
+    matrix = jax.random.normal(key, shape, jnp.dtype(dtype))
+    if rows > columns:
+        matrix = matrix.T
+    short, long = sorted(shape)
+    # Singular values of a normal matrix lie below sqrt(short) + sqrt(long) but for a tail that 10% covers.
+    matrix = matrix / (1.1 * (math.sqrt(short) + math.sqrt(long)))
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def stretch(_: int, x: Array) -> Array:
+        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they lie in (0.68, 1.13).
+        gram = product(x, x.T)
+        return 3.4445 * x + product(-4.7750 * gram + 2.0315 * product(gram, gram), x)
+
+    def polish(_: int, x: Array) -> Array:
+        return 1.5 * x - 0.5 * product(product(x, x.T), x)
+
+    # A square matrix may have a singular value as small as 1e-7 of the largest; one twice as long as it is wide, 0.17.
+    matrix = jax.lax.fori_loop(0, 16 if long < 2 * short else 5, stretch, matrix)
+    matrix = gain * jax.lax.fori_loop(0, 6, polish, matrix)
+    return matrix.T if rows > columns else matrix
+
+
+def uniform(key: Array, shape: tuple[int, ...], bound: float, dtype: str) -> Array:
+    """Uniform in [-bound, bound)."""
+    return jax.random.uniform(key, shape, jnp.dtype(dtype), -bound, bound)
+
+
+def head_gain(vocab_size: int, width: int) -> float:
+    """Gain of the output head's orthogonal initial value: 0.5 sqrt(V / C), or 0.5 where V <= C."""
+    return 0.5 * math.sqrt(vocab_size / width) if vocab_size > width else 0.5

@@ -1,0 +1,252 @@
+"""RWKV-7 "Goose": time mixing, channel mixing, initial values, parameter groups and state.
+
+Source: RWKV-7 Goose with Expressive Dynamic State Evolution (arXiv 2503.14456), section 4, and the official trainer
+where the two differ (initial values, decay in float32). Equations stand in the paper's order. Shape letters:
+B batch, T time, C width, H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.layers import HeadNorm, LayerNorm, Linear, low_rank, orthogonal, token_shift
+from rwkv_kernels import wkv7
+
+LOG_DECAY_SCALE = -math.exp(-0.5)
+"""log w = -e^{-1/2} sigmoid(.), so that every decay lies in (0.545, 1)."""
+
+HEAD_NORM_EPSILON = 64e-5
+"""Epsilon of the norm over each head, on the recurrence's raw output."""
+
+
+class TimeMixState(NamedTuple):
+    """What time mixing carries from one token to the next."""
+
+    shift: Array
+    """[B, C], the last input."""
+    wkv: Array
+    """[B, H, N, N], float32, the value axis before the key axis."""
+
+
+class State(NamedTuple):
+    """What a block carries from one token to the next; a model's state has a leading axis L on each field."""
+
+    att_shift: Array
+    """[B, C], the last input of time mixing."""
+    ffn_shift: Array
+    """[B, C], the last input of channel mixing."""
+    wkv: Array
+    """[B, H, N, N], float32, the value axis before the key axis."""
+
+
+def initial_state(config: ModelConfig, batch_size: int) -> State:
+    """The empty state of one block: nothing seen yet."""
+    shift = jnp.zeros((batch_size, config.width), config.dtype)
+    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+
+
+class TimeMix(nnx.Module):
+    """Time mixing of layer l (section 4.1): token shift, six projections, the WKV-7 recurrence, norm, bonus and gate."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        config = config.resolved()
+        self.config = config
+        # A traced layer index is one of the stacked layers, which are never the first.
+        self.is_first = isinstance(layer, int) and layer == 0
+        width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
+        ratio_0_to_1 = layer / (config.num_layers - 1)
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        channel = jnp.arange(width, dtype=dtype)
+        fraction = channel / width
+        line = channel / (width - 1) - 0.5
+        zigzag = (channel % head_dim - (head_dim - 1) / 2) / ((head_dim - 1) / 2)
+        zigzag = zigzag * jnp.abs(zigzag)
+
+        def vector(values: Array) -> nnx.Param:
+            return nnx.Param(jnp.asarray(values, dtype).reshape(1, 1, width))
+
+        def down(rank: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros((width, rank), dtype))
+
+        def up(rank: int) -> nnx.Param:
+            gain = 0.1 * (math.sqrt(rank / width) if rank > width else 1.0)
+            return nnx.Param(orthogonal(rngs.params(), (rank, width), gain, dtype))
+
+        self.x_r = vector(1 - fraction ** (0.2 * ratio_1_to_0))
+        self.x_w = vector(1 - fraction ** (0.9 * ratio_1_to_0))
+        self.x_k = vector(1 - fraction ** (0.7 * ratio_1_to_0))
+        self.x_v = vector(1 - fraction ** (0.7 * ratio_1_to_0))
+        self.x_a = vector(1 - fraction ** (0.9 * ratio_1_to_0))
+        self.x_g = vector(1 - fraction ** (0.2 * ratio_1_to_0))
+
+        decay_speed = -6 + 6 * (channel / (width - 1)) ** (1 + ratio_0_to_1**0.3)
+        self.w0 = vector(decay_speed + 0.5 + 2.5 * zigzag)
+        self.w1, self.w2 = down(config.decay_rank), up(config.decay_rank)
+        self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
+        self.a1, self.a2 = down(config.iclr_rank), up(config.iclr_rank)
+        if not self.is_first:
+            self.v0 = vector(0.73 - 0.4 * line)
+            self.v1, self.v2 = down(config.value_rank), up(config.value_rank)
+        self.g1, self.g2 = down(config.gate_rank), up(config.gate_rank)
+
+        self.k_k = vector(0.71 - 0.1 * line)
+        self.k_a = vector(jnp.full((width,), 1.02))
+        self.r_k = nnx.Param(jnp.full((heads, head_dim), -0.04, dtype))
+
+        def square(gain: float) -> Linear:
+            return Linear(orthogonal(rngs.params(), (width, width), gain, dtype))
+
+        self.receptance, self.key, self.value = square(1.0), square(0.1), square(1.0)
+        self.output = Linear(jnp.zeros((width, width), dtype))
+        ln_x_weight = jnp.full((width,), ((1 + layer) / config.num_layers) ** 0.7, dtype)
+        self.ln_x = HeadNorm(ln_x_weight, HEAD_NORM_EPSILON)
+
+    def __call__(self, x: Array, state: TimeMixState | None = None) -> tuple[Array, TimeMixState]:
+        """Time mixing alone, for use in a model of one's own.
+
+        Args:
+          x: [B, T, C], already normalised.
+          state: what an earlier call returned; None is the start of a text.
+
+        Returns:
+          y [B, T, C] and the next state. Without an earlier layer there is no value residual: v is this layer's own.
+        """
+        y, _, state = self.mix(x, state, None)
+        return y, state
+
+    def mix(
+        self, x: Array, state: TimeMixState | None, v_first: Array | None
+    ) -> tuple[Array, Array, TimeMixState]:
+        """Time mixing within a model.
+
+        Args:
+          x: [B, T, C]; state: None is the start of a text.
+          v_first: [B, T, C], the first layer's values; None in the first layer.
+
+        Returns:
+          y [B, T, C], the first layer's values to hand on, and the next state.
+        """
+        config = self.config
+        batch, time, width = x.shape
+        heads = (batch, time, config.num_heads, config.head_dim)
+        if state is None:
+            empty = initial_state(config, batch)
+            state = TimeMixState(empty.att_shift, empty.wkv)
+
+        def cast(parameter: nnx.Param) -> Array:
+            return parameter[...].astype(x.dtype)
+
+        # Token shift (eq. 3): each projection sees its own blend of this token and the one before.
+        x_prev, shift = token_shift(x, state.shift)
+        xx = x_prev - x
+        xr, xw, xk, xv, xa, xg = (
+            x + xx * cast(blend) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        )
+
+        # Weight preparation (eqs. 4-11). The decay's last steps run in float32: near 1 it has no digits to spare.
+        r = self.receptance(xr)
+        k = self.key(xk)
+        v = self.value(xv)
+        decay = self.w0[...] + low_rank(xw, self.w1[...], self.w2[...], jnp.tanh).astype(self.w0[...].dtype)
+        log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
+        if v_first is None:
+            v_first = v
+        elif not self.is_first:
+            v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0) + low_rank(xv, self.v1[...], self.v2[...]))
+        a = jax.nn.sigmoid(cast(self.a0) + low_rank(xa, self.a1[...], self.a2[...]))
+        g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
+
+        kk = _normalise_heads((k * cast(self.k_k)).reshape(heads))
+        k = k * (1 + (a - 1) * cast(self.k_a))
+
+        # The recurrence (eqs. 16-18): S_t = S_{t-1} (diag(w) - kk^T (kk * a)) + v^T k, y = S r.
+        r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
+        y, wkv = wkv7(r, log_w, k, v_heads, -kk, kk * a, state.wkv, implementation=config.wkv_implementation)
+
+        # Norm over each head, the bonus for the present token, and the gate (eqs. 19-22).
+        y = self.ln_x(y)
+        bonus = jnp.sum(r * k * cast(self.r_k), axis=-1, keepdims=True) * v_heads
+        y = self.output((y + bonus.reshape(batch, time, width)) * g)
+        return y, v_first, TimeMixState(shift, wkv)
+
+
+def _normalise_heads(kk: Array) -> Array:
+    """kk / max(|kk|, 1e-12) over the last axis, in at least float32 and back; its gradient is finite at zero."""
+    wide = kk.astype(jnp.promote_types(kk.dtype, jnp.float32))
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(kk.dtype)
+
+
+class ChannelMix(nnx.Module):
+    """Channel mixing of layer l (eq. 23): a feed-forward network with squared ReLU on the shifted input."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        config = config.resolved()
+        width, ffn_width, dtype = config.width, config.ffn_width, config.parameter_dtype
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        fraction = jnp.arange(width, dtype=dtype) / width
+        self.x_k = nnx.Param((1 - fraction ** (ratio_1_to_0**4)).reshape(1, 1, width))
+        self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
+        self.value = Linear(jnp.zeros((width, ffn_width), dtype))
+
+    def __call__(self, x: Array, shift: Array | None = None) -> tuple[Array, Array]:
+        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
+        if shift is None:
+            shift = jnp.zeros_like(x[:, 0])
+        x_prev, shift = token_shift(x, shift)
+        k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * self.x_k[...].astype(x.dtype))))
+        return self.value(k), shift
+
+
+class Block(nnx.Module):
+    """A residual block of layer l: time mixing, then channel mixing, each behind a layer norm."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        dtype = config.parameter_dtype
+        if isinstance(layer, int) and layer == 0:
+            self.ln0 = LayerNorm(config.width, dtype)
+        self.ln1 = LayerNorm(config.width, dtype)
+        self.ln2 = LayerNorm(config.width, dtype)
+        self.att = TimeMix(config, layer, rngs=rngs)
+        self.ffn = ChannelMix(config, layer, rngs=rngs)
+
+    def __call__(self, x: Array, state: State, v_first: Array | None) -> tuple[Array, Array, State]:
+        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
+        if self.att.is_first:
+            x = self.ln0(x)
+        with jax.named_scope("time_mix"):
+            y, v_first, att = self.att.mix(self.ln1(x), TimeMixState(state.att_shift, state.wkv), v_first)
+            x = x + y
+        with jax.named_scope("channel_mix"):
+            y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift)
+            x = x + y
+        return x, v_first, State(att.shift, ffn_shift, att.wkv)
+
+
+def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """How the official trainer treats a parameter: the factor on its learning rate, and whether its weight decays.
+
+    Args:
+      path: official names from the root, such as ("blocks", "att", "w0").
+      ndim: axes of the parameter in one layer.
+    """
+    if path[-2:] == ("att", "w0"):
+        return 2.0, False
+    return 1.0, path[-1] == "weight" and ndim >= 2
+
+
+class RWKV7(LanguageModel[State]):
+    """An RWKV-7 language model: `model(tokens, state) -> (logits, state)`."""
+
+    block_type = Block
+    initial_block_state = staticmethod(initial_state)
+    parameter_group = staticmethod(parameter_group)

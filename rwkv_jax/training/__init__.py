@@ -1,0 +1,1 @@
+"""What trains a model: losses, optimizer, steps, checkpoints, metrics."""

@@ -1,0 +1,259 @@
+"""Checkpoints by Orbax: written in the background, whole or not at all, restored into the present shardings.
+
+A run folder holds
+
+    run.json        what the run is: its config, and the fingerprints of its corpus and tokenizer
+    tokenizer.model the tokenizer, so that the run can be sampled from when the corpus is gone
+    checkpoints/    the newest steps, named by the number of steps taken
+    best/           the step with the lowest held-out loss
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rwkv_jax.data.corpus import Corpus
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.training.step import Trainer, TrainState, make_trainer
+
+RUN_FILE = "run.json"
+TOKENIZER_FILE = "tokenizer.model"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+
+
+def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What must not change between a run and its resumption, by field: the model and all that orders the data.
+
+    Compute dtype and operator implementation are left out: they change rounding, not what the parameters mean. So is
+    the number of steps, so that a run can be made longer.
+    """
+    model = dataclasses.asdict(config.model.resolved())
+    fields = {f"model.{name}": value for name, value in model.items() if name not in ("dtype", "wkv_implementation")}
+    return fields | {
+        "seed": config.seed,
+        "training.batch_size": config.training.batch_size,
+        "training.sequence_length": config.training.sequence_length,
+        "corpus": corpus_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
+    }
+
+
+def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
+    """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
+    names = sorted(saved.keys() | present.keys())
+    rows = [(name, str(saved.get(name, "-")), str(present.get(name, "-"))) for name in names]
+    rows = [row for row in rows if row[1] != row[2]]
+    if not rows:
+        return
+    rows.insert(0, ("field", "saved", "now"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    raise ConfigError(
+        f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table.rstrip()}"
+    )
+
+
+def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
+    """Makes sure that a run can live in a folder, before any work is done.
+
+    Returns:
+      The content of its run.json, or None for a new run.
+
+    Raises:
+      ConfigError: the folder cannot be written, or holds things that are no run's.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be written ({error}); name another folder") from error
+    run_file = run_dir / RUN_FILE
+    if run_file.exists():
+        return read_run_file(run_dir)
+    foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith("."))
+    if foreign:
+        raise ConfigError(
+            f"run_dir = {str(run_dir)!r}: holds {foreign[0]!r} but no {RUN_FILE}, so it is no run of ours; "
+            "name a new or empty folder"
+        )
+    return None
+
+
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+      ConfigError: it is missing or damaged.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["config"], content["identity"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: cannot be read as a run's description ({error})") from error
+    return content
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or, after a crash, as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], corpus: Corpus) -> None:
+    """Writes the tokenizer, then run.json; each whole or not at all."""
+    write_file(run_dir / TOKENIZER_FILE, (corpus.folder / TOKENIZER_FILE).read_bytes())
+    content = {"config": to_dict(config), "identity": dict(run_identity)}
+    write_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for saves in flight."""
+
+    def __init__(self, run_dir: Path, keep: int, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._latest = _open(run_dir / CHECKPOINTS, keep)
+        self._best = _open(run_dir / BEST, 1)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._latest.close()
+        self._best.close()
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest whole checkpoint, or None if there is none.
+
+        A damaged one is moved aside (its folder gets the prefix `damaged-`), said so, and the one before is tried.
+
+        Args:
+          like: shapes, dtypes and the shardings to restore into.
+        """
+        for checkpoint in reversed(list(self._latest.checkpoints)):
+            try:
+                return _load(self._latest, checkpoint.step, like)
+            except Exception as error:  # Whatever a damaged file makes of Orbax, an older one may be whole.
+                folder = Path(str(self._latest.directory)) / str(checkpoint.step)
+                aside = folder.with_name(f"damaged-{checkpoint.step}-{os.getpid()}")
+                folder.rename(aside)
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                self._report(f"checkpoint of step {checkpoint.step} is damaged ({reason}); moved to {aside}")
+        self._latest.reload()
+        return None
+
+    def best_loss(self) -> float:
+        """Held-out loss of the best checkpoint; infinity if there is none."""
+        latest = self._best.latest
+        metadata = self._best.metadata(latest.step).custom_metadata if latest is not None else None
+        return float(metadata["held_out_loss"]) if metadata else float("inf")
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts to write a checkpoint; a step that is there already stays as it is."""
+        _save(self._latest, state, step, {})
+
+    def save_best(self, state: TrainState, step: int, held_out_loss: float) -> None:
+        """Starts to write the best checkpoint, which replaces the one before."""
+        _save(self._best, state, step, {"held_out_loss": held_out_loss})
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk."""
+        self._latest.wait()
+        self._best.wait()
+
+
+def shardings(like: TrainState) -> TrainState:
+    """The shardings of a state's shapes."""
+    return jax.tree.map(lambda x: x.sharding, like)
+
+
+class LoadedModel(NamedTuple):
+    """A trained model, ready to run."""
+
+    config: TrainConfig
+    graphdef: Any
+    """`nnx.merge(graphdef, params)` is the model."""
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+    """Steps that it was trained for."""
+
+
+def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
+    """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
+
+    Raises:
+      ConfigError: this is no run, it has no such checkpoint, or that is damaged.
+    """
+    config = from_dict(read_run_file(run_dir)["config"])
+    tokenizer = load_tokenizer(run_dir / TOKENIZER_FILE, config.model.vocab_size)
+    trainer = make_trainer(config)
+    like = _as_tree(abstract_state(trainer, config.seed))
+    folder = run_dir / (BEST if which == "best" else CHECKPOINTS)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
+    with _open(folder, None) as checkpointer:
+        if checkpointer.latest is None:
+            raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
+        step = checkpointer.latest.step
+        template = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, part) for name, part in like.items()}
+        try:
+            params = checkpointer.load(step, template | {"params": like["params"]})["params"]
+        except Exception as error:  # Whatever a damaged file makes of Orbax, the user needs the place and the remedy.
+            raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); resume the run to mend it") from error
+    return LoadedModel(config, trainer.graphdef, params, tokenizer, step)
+
+
+def abstract_state(trainer: Trainer, seed: int) -> TrainState:
+    """Shapes, dtypes and present shardings of a run's state; nothing is allocated."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(trainer.init, jax.random.key(seed)),
+    )
+
+
+def _open(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
+    policies = ocp.training.preservation_policies
+    return ocp.training.Checkpointer(
+        folder.absolute(),
+        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        cleanup_tmp_directories=keep is not None,
+    )
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    """A plain dict, so that the files do not depend on our class."""
+    return state._asdict()
+
+
+def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
+    if any(checkpoint.step == step for checkpoint in checkpointer.checkpoints):
+        return
+    # The caller's next step reuses these buffers, and on a CPU Orbax writes from the very buffers it is given.
+    state = jax.tree.map(jnp.copy, state)
+    checkpointer.save_async(step, _as_tree(state), force=True, custom_metadata=metadata)
+
+
+def _load(checkpointer: ocp.training.Checkpointer, step: int, like: TrainState) -> TrainState:
+    return TrainState(**checkpointer.load(step, _as_tree(like)))

@@ -1,0 +1,107 @@
+"""What is written down about each step: the live line, metrics.jsonl, and the alarm when steps stop being finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from rwkv_jax.evaluation.held_out import HeldOut, bits_per_byte
+from rwkv_jax.training.console import Console
+from rwkv_jax.training.metrics import MetricsWriter
+from rwkv_jax.training.step import StepMetrics
+from rwkv_jax.training.throughput import Throughput
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+
+class Journal:
+    """Records steps one step late, so that the device never waits for the host to read a figure."""
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        every: int,
+        max_bad_steps: int,
+        bytes_per_token: float,
+        learning_rate: Callable[[int], object],
+        batch_starts: Callable[[int], Sequence[int]],
+        console: Console,
+        writer: MetricsWriter,
+        throughput: Throughput,
+    ) -> None:
+        self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
+        self._bytes_per_token = bytes_per_token
+        self._learning_rate, self._batch_starts = learning_rate, batch_starts
+        self._console, self._writer, self.throughput = console, writer, throughput
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._losses: list[float] = []
+        self._bad: list[int] = []
+        self._skipped = 0
+
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        """Takes a step's metrics, which may still be computing, and writes down the step before.
+
+        Raises:
+          NonFiniteError: that step was the last of `max_bad_steps` in a row that were skipped.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes down the last step, waiting for it; to be called before a checkpoint, evaluation or the end."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        loss = float(metrics.loss)
+        self.throughput.step()
+        done = step + 1
+        if bool(metrics.finite):
+            self._losses.append(loss)
+            self._bad = []
+        else:
+            self._bad.append(step)
+            self._skipped += 1
+            self._console.print(
+                f"step {step}: loss {loss}, gradient norm {float(metrics.gradient_norm)}: not finite, step skipped"
+            )
+        if done % self._every == 0 or done == self._num_steps:
+            mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
+            figures: dict[str, float | None] = {
+                "loss": mean,
+                "bits_per_byte": bits_per_byte(mean, self._bytes_per_token),
+                "gradient_norm": float(metrics.gradient_norm),
+                "learning_rate": float(self._learning_rate(step)),  # pyright: ignore[reportArgumentType]
+                "skipped_steps": self._skipped,
+            }
+            self._losses, self._skipped = [], 0
+            self._writer.write("train", done, figures | {"tokens_per_second": self.throughput.tokens_per_second})
+        self._console.update(
+            done,
+            {
+                "loss": loss,
+                "bits_per_byte": bits_per_byte(loss, self._bytes_per_token),
+                "tokens_per_second": self.throughput.tokens_per_second,
+            },
+            time_left=self.throughput.time_left(self._num_steps - done),
+        )
+        if len(self._bad) >= self._max_bad_steps:
+            starts = {bad: [int(start) for start in self._batch_starts(bad)] for bad in self._bad}
+            listed = "\n".join(f"  step {bad}: {places}" for bad, places in starts.items())
+            raise NonFiniteError(
+                f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
+                "optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin at these tokens "
+                f"of the training file:\n{listed}"
+            )
+
+    def held_out(self, step: int, result: HeldOut) -> None:
+        """Writes down an evaluation after `step` steps."""
+        self._writer.write("evaluation", step, result._asdict())
+        self._console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Writes down and shows a sample."""
+        self._writer.write("sample", step, {"prompt": prompt, "text": text})
+        self._console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")

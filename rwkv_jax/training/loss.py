@@ -1,0 +1,96 @@
+"""Cross-entropy and L2Wrap, over all logits at once or over a few tokens' at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class TokenLosses(NamedTuple):
+    """Sums over the tokens of a batch, so that batches of unequal masks add up."""
+
+    nll: Array
+    """Sum of -log p(target), in nats."""
+    peak: Array
+    """Sum of half the square of each token's largest logit: what L2Wrap holds down."""
+    count: Array
+    """Number of tokens counted."""
+
+
+@jax.custom_vjp
+def token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Each token's -log p(target) in nats, and half its largest logit's square.
+
+    The gradient of the second reaches the first of the largest logits only, as in the official L2Wrap.
+
+    Args:
+      logits: [n, V], float32 or float64; targets: [n] integers in [0, V).
+
+    Returns:
+      Two arrays [n].
+    """
+    return _token_losses_forward(logits, targets)[0]
+
+
+def _token_losses_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    largest = jnp.max(logits, axis=-1)
+    log_normaliser = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return (log_normaliser - target_logit, 0.5 * jnp.square(largest)), (logits, targets, log_normaliser, largest)
+
+
+def _token_losses_backward(saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, None]:
+    logits, targets, log_normaliser, largest = saved
+    dnll, dpeak = cotangents
+    vocabulary = jnp.arange(logits.shape[-1])
+    # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
+    is_target = vocabulary == targets[:, None]
+    is_peak = vocabulary == jnp.argmax(logits, axis=-1)[:, None]
+    probability = jnp.exp(logits - log_normaliser[:, None])
+    dlogits = dnll[:, None] * (probability - is_target) + jnp.where(is_peak, (dpeak * largest)[:, None], 0)
+    return dlogits.astype(logits.dtype), None
+
+
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def sum_losses(
+    logits_of: Callable[[Array], Array],
+    hidden: Array,
+    targets: Array,
+    mask: Array | None = None,
+    chunk: int | None = None,
+) -> TokenLosses:
+    """The losses of a batch, summed.
+
+    Args:
+      logits_of: from hidden vectors [n, C] to logits [n, V].
+      hidden: [B, T, C]; targets: [B, T] integers; mask: [B, T], 1 where a token counts (None: everywhere).
+      chunk: tokens whose logits exist at one time, in the backward pass too; None holds all B * T.
+    """
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    weight = jnp.ones(wanted.shape, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
+
+    def losses(hidden: Array, targets: Array, weight: Array) -> TokenLosses:
+        nll, peak = token_losses(logits_of(hidden), targets)
+        return TokenLosses(jnp.sum(nll * weight), jnp.sum(peak * weight), jnp.sum(weight))
+
+    tokens = wanted.shape[0]
+    if chunk is None or chunk >= tokens:
+        return losses(flat, wanted, weight)
+    padding = -tokens % chunk
+    pieces = math.ceil(tokens / chunk)
+    flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(pieces, chunk, -1)
+    wanted, weight = (jnp.pad(x, (0, padding)).reshape(pieces, chunk) for x in (wanted, weight))
+
+    def body(total: TokenLosses, piece: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*piece)), None
+
+    shapes = jax.eval_shape(losses, flat[0], wanted[0], weight[0])
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zero, (flat, wanted, weight))[0]

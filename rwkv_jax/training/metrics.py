@@ -1,0 +1,197 @@
+"""The record of a run: metrics.jsonl always, TensorBoard and Weights & Biases when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal
+
+from rwkv_jax.config import ConfigError, LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_run_id"
+
+Kind = Literal["train", "evaluation", "sample"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl, in order; a last line that a killed run left half written is passed over.
+
+    Raises FileNotFoundError when there is no such file, ValueError when a line before the last one is damaged.
+    """
+    records: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "kind" not in record or "step" not in record:
+                raise ValueError("no kind and step in it")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path.name}, line {number} is damaged: {error}") from error
+        records.append(record)
+    return records
+
+
+def require_loggers(logging: LoggingConfig) -> None:
+    """Check that every logger which the config asks for can be imported; cheap enough to be a run's first act.
+
+    Raises ConfigError that names the field and the pip command.
+    """
+    if logging.tensorboard:
+        _import_logger("tensorboardX", "SummaryWriter", field="logging.tensorboard", value=True, extra="tensorboard")
+    if logging.wandb is not None:
+        _import_logger("wandb", "init", field="logging.wandb", value=logging.wandb, extra="wandb")
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to RUN_DIR/metrics.jsonl; a context manager.
+
+    A run that continues from a checkpoint gives its step as `resume_step`: what an interrupted run wrote after that
+    step is dropped, so that the file ends up with the lines of a run that was never broken. For that to hold,
+    everything about step k must be written before the checkpoint of step k is. `resume_step` 0 starts the file anew.
+
+    `config` is shown beside the figures in Weights & Biases. Raises ConfigError when a logger is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        logging: LoggingConfig,
+        resume_step: int = 0,
+        *,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        require_loggers(logging)
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / METRICS_FILE
+        _drop_after(self.path, resume_step)
+        self._file = self.path.open("ab")
+        self._sinks: list[tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]] = []
+        if logging.tensorboard:
+            self._sinks.append(_tensorboard(run_dir, resume_step))
+        if logging.wandb is not None:
+            self._sinks.append(_wandb(run_dir, logging.wandb, resume_step, config))
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
+        """Record `values` as of `step`: numbers, strings, or lists and dicts of them; arrays of one element count.
+
+        A number that is not finite becomes null. Raises TypeError for anything that JSON has no place for.
+        """
+        plain = {name: _plain(name, value) for name, value in values.items() if name not in ("kind", "step")}
+        line = json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False, allow_nan=False)
+        # A lone surrogate, which a sample may hold, has no UTF-8; its backslash escape happens to be valid JSON.
+        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+        self._file.flush()
+        for log, _ in self._sinks:
+            log(kind, step, plain)
+
+    def close(self) -> None:
+        """Close the file and every logger; a second call does nothing."""
+        self._file.close()
+        while self._sinks:
+            _, finish = self._sinks.pop()
+            finish()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _plain(name: str, value: object) -> Any:
+    """`value` as what `json` can write; arrays of one element become their number."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "size", 1) == 1:
+        return _plain(name, item())
+    raise TypeError(f"metric {name!r} is a {type(value).__name__}; give a number, a string or a list or dict of them")
+
+
+def _drop_after(path: Path, resume_step: int) -> None:
+    """Rewrite `path` without the lines after `resume_step`; the old file stays whole until the new one is."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step > 0 else []
+    lines = [json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for record in kept]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _import_logger(module_name: str, entry: str, *, field: str, value: object, extra: str) -> ModuleType:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        reason = str(error)
+    else:
+        # A folder of the same name in the working directory, as wandb leaves one behind, imports as an empty package.
+        if hasattr(module, entry):
+            return module
+        reason = f"something else named {module_name} is found first"
+    raise ConfigError(
+        f'{field} = {value!r}: {module_name} cannot be imported ({reason}); run  pip install "rwkv-jax[{extra}]"  '
+        "or leave this setting out"
+    )
+
+
+def _tensorboard(
+    run_dir: Path, resume_step: int
+) -> tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]:
+    module = importlib.import_module("tensorboardX")
+    # TensorBoard itself forgets the events of an interrupted run from `purge_step` on.
+    writer = module.SummaryWriter(logdir=str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(kind: Kind, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, str):
+                # Rendered as Markdown: four blanks keep a sample's line breaks and characters as they are.
+                writer.add_text(f"{kind}/{name}", "    " + value.replace("\n", "\n    "), step)
+            elif isinstance(value, int | float):
+                writer.add_scalar(f"{kind}/{name}", value, step)
+
+    return log, writer.close
+
+
+def _wandb(
+    run_dir: Path, project: str, resume_step: int, config: Mapping[str, Any] | None
+) -> tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]:
+    module = importlib.import_module("wandb")
+    id_file = run_dir / WANDB_ID_FILE
+    run_id = id_file.read_text(encoding="utf-8").strip() if resume_step > 0 and id_file.exists() else None
+    run = module.init(
+        project=project,
+        dir=str(run_dir),
+        id=run_id,
+        resume="allow" if run_id else None,
+        config=dict(config) if config is not None else None,
+    )
+    id_file.write_text(run.id, encoding="utf-8")
+
+    def log(kind: Kind, step: int, values: dict[str, Any]) -> None:
+        # Steps that an interrupted run has sent already are refused by the server, and hold the same figures.
+        run.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
+
+    return log, run.finish

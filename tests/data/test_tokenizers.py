@@ -1,0 +1,178 @@
+"""Nothing is lost, end_of_text is never spelled, streaming never shows half a character, training is repeatable."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers import (
+    END_OF_TEXT,
+    SentencePieceTokenizer,
+    StreamingDecoder,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+_SPACES = ["\r\n", "\r", "\n", "\t", "\x00", " ", "  ", "\u2581", "\u2585", "\u2047", "\ufeff", "\u2028", "\x85"]
+_CHARACTERS = ["ﬁ", "e\u0301", "👩\u200d👧", "日本", "\U0010ffff", "\x7f"]
+_WORDS = [END_OF_TEXT, "<unk>", "<0x0A>", "</s>", "def ", "return", "_1"]
+_TRICKY = st.sampled_from([*_SPACES, *_CHARACTERS, *_WORDS])
+_TEXTS = st.lists(_TRICKY | st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=30).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=_TEXTS)
+@example(text="")
+@example(text=f"a{END_OF_TEXT}b \u2581 <0xE2> \u2581\u2581")
+def test_round_trip_is_exact(tokenizer: SentencePieceTokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.end_of_text not in tokens
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == text.encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=_TEXTS)
+def test_streaming_gives_whole_characters_and_the_same_text(tokenizer: SentencePieceTokenizer, text: str) -> None:
+    decoder = StreamingDecoder(tokenizer)
+    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + decoder.flush() == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.integers(0, 379), max_size=30))
+def test_streaming_equals_decoding_for_any_ids(tokenizer: SentencePieceTokenizer, tokens: list[int]) -> None:
+    decoder = StreamingDecoder(tokenizer)
+    assert "".join(map(decoder.push, tokens)) + decoder.flush() == tokenizer.decode(tokens)
+    assert decoder.flush() == ""
+
+
+def test_half_a_character_is_held_back(tokenizer: SentencePieceTokenizer) -> None:
+    tokens = tokenizer.encode("日")
+    assert len(tokens) == 3
+    decoder = StreamingDecoder(tokenizer)
+    assert [decoder.push(token) for token in tokens] == ["", "", "日"]
+    assert decoder.push(tokens[0]) == ""
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(tokenizer.encode("a")[0]) == "a"
+
+
+def test_end_of_text_is_id_zero_and_has_no_text(tokenizer: SentencePieceTokenizer) -> None:
+    assert tokenizer.end_of_text == 0
+    assert tokenizer.decode([0, *tokenizer.encode("a"), 0]) == "a"
+    assert tokenizer.vocab_size == 380
+
+
+def test_lone_surrogates_are_refused(tokenizer: SentencePieceTokenizer) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("\ud800")
+
+
+def test_indentation_is_few_tokens(tokenizer: SentencePieceTokenizer) -> None:
+    assert len(tokenizer.encode("        return")) <= 3
+
+
+def test_training_is_repeatable_and_silent(
+    tmp_path: Path, model_path: Path, lines: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_sentencepiece([lines], 380, tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == model_path.read_bytes()
+    train_sentencepiece([lines + "more"], 380, tmp_path / "other.model")
+    fingerprints = {SentencePieceTokenizer.load(path).fingerprint for path in (model_path, tmp_path / "other.model")}
+    assert len(fingerprints) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.model", "other.model"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_learns_from_texts_with_tabs_nulls_and_long_lines(tmp_path: Path) -> None:
+    texts = ["\talpha\tbeta\x00gamma\u2581delta " * 3000]
+    train_sentencepiece(texts, 275, tmp_path / "x.model")
+    tokenizer = SentencePieceTokenizer.load(tmp_path / "x.model")
+    assert len(tokenizer.encode("alpha")) < 5
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+
+
+def test_stride_learns_from_a_part(tmp_path: Path) -> None:
+    texts = ["abc abd " * 512, "xyz xyw " * 512] * 4
+    train_sentencepiece(texts, 264, tmp_path / "x.model", stride=2)
+    tokenizer = SentencePieceTokenizer.load(tmp_path / "x.model")
+    assert len(tokenizer.encode("xyz")) == 3
+    assert len(tokenizer.encode("abc")) < 3
+
+
+def test_too_large_a_vocabulary_names_the_largest_possible(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 9000: .* set model.vocab_size to at most \d+") as caught:
+        train_sentencepiece(["hello world\n" * 20], 9000, tmp_path / "x.model")
+    found = re.search(r"at most (\d+)", str(caught.value))
+    assert found
+    train_sentencepiece(["hello world\n" * 20], int(found[1]), tmp_path / "x.model")
+
+
+def test_too_small_a_vocabulary_names_the_smallest_possible(tmp_path: Path, lines: str) -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 100: .* set model.vocab_size to at least \d+") as caught:
+        train_sentencepiece([lines], 100, tmp_path / "x.model")
+    found = re.search(r"at least (\d+)", str(caught.value))
+    assert found
+    train_sentencepiece([lines], int(found[1]), tmp_path / "x.model")
+
+
+def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to learn a tokenizer from"):
+        train_sentencepiece(["\n"], 300, tmp_path / "x.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_overwrites_nothing(tmp_path: Path, lines: str) -> None:
+    (tmp_path / "x.model").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="exists already"):
+        train_sentencepiece([lines], 380, tmp_path / "x.model")
+    assert (tmp_path / "x.model").read_bytes() == b"precious"
+
+
+def test_a_tokenizer_of_another_size_is_refused(model_path: Path) -> None:
+    assert load_tokenizer(model_path, 380).vocab_size == 380
+    with pytest.raises(ConfigError, match=r"does not match, it has 380 entries and model.vocab_size = 512"):
+        load_tokenizer(model_path, 512)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ConfigError, match="not a sentencepiece model"):
+        SentencePieceTokenizer.load(tmp_path / "x.model")
+    with pytest.raises(ConfigError, match=r"data.tokenizer = .*nowhere.* cannot read it"):
+        SentencePieceTokenizer.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"byte_fallback": False},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(lines: str, options: dict[str, Any]) -> None:
+    lossless: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False}
+    lossless |= {"remove_extra_whitespaces": False, "hard_vocab_limit": False}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines.splitlines()),
+        model_writer=model,
+        vocab_size=380,
+        minloglevel=2,
+        **lossless | options,
+    )
+    with pytest.raises(ConfigError, match="does not give back the text it is given"):
+        SentencePieceTokenizer(model.getvalue(), "x.model")
