@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.layers import Embedding, LayerNorm, Linear, head_gain, linear, orthogonal, uniform
+from rwkv_jax.models.layers import KEPT, Embedding, LayerNorm, Linear, head_gain, linear, orthogonal, uniform
 
 StateT = TypeVar("StateT")
 
@@ -60,7 +60,9 @@ class LanguageModel(nnx.Module, Generic[StateT]):
             raise ValueError(f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T]")
         if state is None:
             state = self.initial_state(tokens.shape[0])
-        run = jax.checkpoint(_run_block) if remat else _run_block
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT, "wkv")
+        run = jax.checkpoint(_run_block, policy=policy, prevent_cse=False)
         x = self.emb(tokens).astype(self.config.dtype)
         x, v_first, first_state = run(self.first_block, x, jax.tree.map(lambda s: s[0], state), None)
 

@@ -14,6 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "matrix product"
+"""Name of what a block keeps for its backward pass; the cheap steps between matrix products are done again."""
 
 
 def linear(x: Array, weight: Array, *, out_dtype: jnp.dtype | None = None) -> Array:
@@ -33,7 +37,7 @@ def linear(x: Array, weight: Array, *, out_dtype: jnp.dtype | None = None) -> Ar
     y = jax.lax.dot_general(
         flat, weight.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x.dtype
     )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[0]), KEPT)
 
 
 def low_rank(x: Array, down: Array, up: Array, activation: Callable[[Array], Array] | None = None) -> Array:

@@ -50,7 +50,9 @@ def _token_losses_backward(saved: tuple[Array, ...], cotangents: tuple[Array, Ar
     vocabulary = jnp.arange(logits.shape[-1])
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
-    is_peak = vocabulary == jnp.argmax(logits, axis=-1)[:, None]
+    # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does one by one.
+    peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, logits.shape[-1]), axis=-1)
+    is_peak = vocabulary == peak[:, None]
     probability = jnp.exp(logits - log_normaliser[:, None])
     dlogits = dnll[:, None] * (probability - is_target) + jnp.where(is_peak, (dpeak * largest)[:, None], 0)
     return dlogits.astype(logits.dtype), None

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv7_cpu.py."""
@@ -171,7 +172,8 @@ def _vjp_forward(
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     y, final, trace = _forward(r, log_w, k, v, a, b, state, size, with_trace=True)
     assert trace is not None
-    return (y, final), (r, log_w, k, v, a, b, final, trace.states, trace.removed)
+    y, final, states, removed = checkpoint_name((y, final, trace.states, trace.removed), "wkv")
+    return (y, final), (r, log_w, k, v, a, b, final, states, removed)
 
 
 def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:

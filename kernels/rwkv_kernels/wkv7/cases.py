@@ -1,0 +1,82 @@
+"""Named inputs of WKV-7, easy and adversarial, for tests and benchmarks; numpy only."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+MODEL_FLOOR = -math.exp(-0.5)
+"""Smallest log w that an RWKV-7 model produces."""
+
+NEAR_ONE = -1e-4
+"""A log w at which a state lives for ten thousand tokens."""
+
+
+class Shape(NamedTuple):
+    """Sizes of a problem."""
+
+    batch: int
+    time: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Case(NamedTuple):
+    """What is special about the inputs."""
+
+    log_w: float | None = None
+    """One decay for every token and channel; None draws them as a trained model does, from the floor up to 1."""
+    aligned: bool = False
+    """Keys of a head point almost one way, so that every token rewrites what the one before wrote."""
+    state_scale: float = 1.0
+    """Standard deviation of the initial state."""
+
+
+CASES: dict[str, Case] = {
+    "realistic": Case(),
+    "fast_decay": Case(log_w=MODEL_FLOOR),
+    "slow_decay": Case(log_w=NEAR_ONE),
+    "aligned_keys": Case(aligned=True),
+    "aligned_keys_fast_decay": Case(log_w=MODEL_FLOOR, aligned=True),
+    "aligned_keys_slow_decay": Case(log_w=NEAR_ONE, aligned=True),
+    "large_state": Case(state_scale=1e3),
+}
+"""Every case, by name."""
+
+
+def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
+    """Arguments of `wkv7`, by name, as float64 arrays whose values float32 holds exactly.
+
+    r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; state: [B, H, M, N]. As in a model, a = -kappa and
+    b = kappa * eta with kappa of length 1 along the raw key, and k is the raw key scaled by eta.
+    """
+    log_w, aligned, state_scale = CASES[case]
+    batch, time, heads, key_dim, value_dim = shape
+    rng = np.random.default_rng([seed, *shape])
+    keys = (batch, time, heads, key_dim)
+    raw_key = rng.standard_normal(keys)
+    if aligned:
+        raw_key = rng.standard_normal((batch, 1, heads, key_dim)) + 1e-3 * raw_key
+    kappa = raw_key / np.linalg.norm(raw_key, axis=-1, keepdims=True)
+    eta = _sigmoid(rng.standard_normal(keys))
+    drawn = MODEL_FLOOR * _sigmoid(3 * rng.standard_normal(keys) - 2)
+    inputs = {
+        "r": rng.standard_normal(keys),
+        "log_w": drawn if log_w is None else np.full(keys, log_w),
+        "k": raw_key * eta,
+        "v": rng.standard_normal((batch, time, heads, value_dim)),
+        "a": -kappa,
+        "b": kappa * eta,
+        "state": state_scale * rng.standard_normal((batch, heads, value_dim, key_dim)),
+    }
+    return {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 1 / (1 + np.exp(-x))
