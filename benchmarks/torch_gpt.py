@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Attention(nn.Module):
@@ -23,9 +23,10 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attention of each position to those before it, x [B, T, C]."""
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        y = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         return self.output(y.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -42,6 +43,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block on x [B, T, C]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -61,6 +63,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T]."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
 
@@ -74,7 +77,7 @@ def make_step(model: GPT, learning_rate: float, clip_norm: float) -> Callable[[T
 
     def step(inputs: Tensor, targets: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()

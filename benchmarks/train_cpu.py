@@ -136,7 +136,6 @@ def measure(pythons: dict[str, str], jobs: Sequence[Job], repetitions: int) -> l
             except WorkerError as error:
                 result.error = str(error)
         for repetition in range(1, repetitions + 1):
-            progress(f"T = {jobs[0].sequence_length}: repetition {repetition} of {repetitions}")
             for job, result, worker in zip(jobs, results, workers, strict=True):
                 if result.error is not None:
                     continue
@@ -147,6 +146,8 @@ def measure(pythons: dict[str, str], jobs: Sequence[Job], repetitions: int) -> l
                     continue
                 result.tokens_per_second.append(job.tokens / answer["seconds"])
                 result.losses, result.peak_bytes = answer["losses"], answer["peak_bytes"]
+            rates = ", ".join(f"{r.row} {r.tokens_per_second[-1]:,.0f}" for r in results if r.error is None)
+            progress(f"T = {jobs[0].sequence_length}: repetition {repetition} of {repetitions}: {rates} tokens/s")
     check(results)
     return results
 

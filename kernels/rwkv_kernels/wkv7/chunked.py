@@ -17,9 +17,8 @@ inputs. The middle row cancels from every product, so it needs no gradient.
 Sources: RWKV-7 (arXiv 2503.14456) for the recurrence; the compact form of products of (I + a b^T) is the WY
 representation of Bischof and Van Loan (1987).
 
-Inside the loops the state is held as [B, H, N, M], key axis first, and transposes are taken of small blocks, so that
-every product contracts the last axis of its left side with the second to last of its right side: XLA's CPU backend
-needs twice the time for the other forms (benchmarks/README.md).
+Inside the loops the state is held as [B, H, N, M], key axis first, so that no product contracts the second to last
+axis of its left side: XLA's CPU backend needs nearly twice the time for that form (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -40,6 +39,11 @@ LOG_DECAY_FLOOR = -5.0
 """Smallest log w at which the default chunk stays inside float32: half a chunk of it is e^{-80}."""
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _matmul_transposed(x: Array, y: Array) -> Array:
+    """x y^T over the last two axes."""
+    return jnp.einsum("bhim,bhjm->bhij", x, y, precision=lax.Precision.HIGHEST)
 
 
 def _transpose(x: Array) -> Array:
@@ -118,7 +122,7 @@ class _Trace(NamedTuple):
     """What the backward pass cannot recompute from one chunk's inputs."""
 
     states: Array  # [T / C, B, H, N, M]: the state at the start of each chunk
-    removed: Array  # [T / C, B, H, C, M]: SA of each chunk
+    writes: Array  # [T / C, B, H, 2C, M]: Z of each chunk
 
 
 def _forward(
@@ -144,7 +148,7 @@ def _forward(
         if trace is not None:
             trace = _Trace(
                 lax.dynamic_update_index_in_dim(trace.states, state, index, 0),
-                lax.dynamic_update_index_in_dim(trace.removed, removed, index, 0),
+                lax.dynamic_update_index_in_dim(trace.writes, writes, index, 0),
             )
         return (gauged + _matmul(keys_transposed, writes)) * gauge.leave, y, trace
 
@@ -152,7 +156,7 @@ def _forward(
     if with_trace:
         trace = _Trace(
             jnp.zeros((chunks, batch, heads, key_dim, value_dim), dtype),
-            jnp.zeros((chunks, batch, heads, size, value_dim), dtype),
+            jnp.zeros((chunks, batch, heads, 2 * size, value_dim), dtype),
         )
     y = jnp.zeros((batch, time, heads, value_dim), dtype)
     state, y, trace = lax.fori_loop(0, chunks, body, (_transpose(state), y, trace))
@@ -172,8 +176,8 @@ def _vjp_forward(
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     y, final, trace = _forward(r, log_w, k, v, a, b, state, size, with_trace=True)
     assert trace is not None
-    y, final, states, removed = checkpoint_name((y, final, trace.states, trace.removed), "wkv")
-    return (y, final), (r, log_w, k, v, a, b, final, states, removed)
+    y, final, states, writes = checkpoint_name((y, final, trace.states, trace.writes), "wkv")
+    return (y, final), (r, log_w, k, v, a, b, final, states, writes)
 
 
 def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -183,7 +187,7 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
     dScores = mask * (dP Z^T). The decay's gradient comes from how often each row's scale is used: a~ up to the step
     before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state it leaves.
     """
-    r, log_w, k, v, a, b, final, states, all_removed = saved
+    r, log_w, k, v, a, b, final, states, all_writes = saved
     dy, dstate = cotangents
     dtype, chunks = final.dtype, r.shape[1] // size
     mask = _causal_mask(size, dtype)
@@ -191,13 +195,12 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
     def body(backwards: Array, carry: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Array, Array, tuple[Array, ...]]:
         dstate, next_state, gradients = carry
         index = chunks - 1 - backwards
-        r_, log_w_, k_, v_, a_, b_, dy_ = (_chunk(x, index, size, dtype) for x in (r, log_w, k, v, a, b, dy))
-        state, removed = states[index], all_removed[index]
+        r_, log_w_, k_, a_, b_, dy_ = (_chunk(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
+        state, writes = states[index], all_writes[index]
         gauge = _to_gauge(r_, log_w_, k_, a_, b_)
         queries_transposed = _transpose(gauge.queries)
         scores_transposed = _matmul(gauge.keys, queries_transposed) * mask.T
         gauged = state * gauge.enter
-        writes = jnp.concatenate([removed, v_], axis=2)
 
         dgauged_end = dstate * gauge.leave
         dwrites = _matmul(gauge.keys, dgauged_end)
@@ -205,9 +208,9 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
         dwanted = _matmul(_inverse_of_identity_minus(scores_transposed[:, :, :size, :size]), dremoved)
         dread = jnp.concatenate([dwanted, dy_], axis=2)
         dv = dwrites[:, :, size:] + _matmul(scores_transposed[:, :, size:], dread)
-        dscores = _matmul(dread, _transpose(writes)) * mask
-        dqueries = _matmul(dscores, gauge.keys) + _matmul(dread, _transpose(gauged))
-        dkeys = _matmul(_transpose(dscores), gauge.queries) + _matmul(writes, _transpose(dgauged_end))
+        dscores = _matmul_transposed(dread, writes) * mask
+        dqueries = _matmul(dscores, gauge.keys) + _matmul_transposed(dread, gauged)
+        dkeys = _matmul(_transpose(dscores), gauge.queries) + _matmul_transposed(writes, dgauged_end)
         dstate_before = (dgauged_end + _matmul(queries_transposed, dread)) * gauge.enter
 
         from_queries, from_keys = gauge.queries * dqueries, gauge.keys * dkeys
