@@ -1,8 +1,9 @@
 """RWKV-7 "Goose": time mixing, channel mixing, initial values, parameter groups and state.
 
-Source: RWKV-7 Goose with Expressive Dynamic State Evolution (arXiv 2503.14456), section 4, and the official trainer
-where the two differ (initial values, decay in float32). Equations stand in the paper's order. Shape letters:
-B batch, T time, C width, H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
+Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456), whose order and names the equations
+here follow (token shift, weight preparation, state evolution, bonus and output, MLP), and the official trainer for
+initial values and parameter groups. Shape letters: B batch, T time, C width, H heads, N head size, F feed-forward
+width, D low rank, L layers, l the layer's index.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def initial_state(config: ModelConfig, batch_size: int) -> State:
 
 
 class TimeMix(nnx.Module):
-    """Time mixing of layer l (section 4.1): token shift, six projections, the WKV-7 recurrence, norm, bonus and gate."""
+    """Time mixing of layer l: token shift, six projections, the WKV-7 recurrence, norm, bonus and gate."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         config = config.resolved()
@@ -145,14 +146,15 @@ class TimeMix(nnx.Module):
         def cast(parameter: nnx.Param) -> Array:
             return parameter[...].astype(x.dtype)
 
-        # Token shift (eq. 3): each projection sees its own blend of this token and the one before.
+        # Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
         x_prev, shift = token_shift(x, state.shift)
         xx = x_prev - x
         xr, xw, xk, xv, xa, xg = (
             x + xx * cast(blend) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
-        # Weight preparation (eqs. 4-11). The decay's last steps run in float32: near 1 it has no digits to spare.
+        # Weight preparation: receptance, key, value; decay w = exp(-e^{-1/2} sigmoid(d)), whose last steps run in
+        # float32 (near 1 it has no digits to spare); value residual nu; in-context learning rate a; gate g.
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
@@ -165,14 +167,15 @@ class TimeMix(nnx.Module):
         a = jax.nn.sigmoid(cast(self.a0) + low_rank(xa, self.a1[...], self.a2[...]))
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
+        # The removal key kappa, of unit length in each head, and the replacement key k~ = k lerp(1, a, alpha).
         kk = _normalise_heads((k * cast(self.k_k)).reshape(heads))
         k = k * (1 + (a - 1) * cast(self.k_a))
 
-        # The recurrence (eqs. 16-18): S_t = S_{t-1} (diag(w) - kk^T (kk * a)) + v^T k, y = S r.
+        # State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
         y, wkv = wkv7(r, log_w, k, v_heads, -kk, kk * a, state.wkv, implementation=config.wkv_implementation)
 
-        # Norm over each head, the bonus for the present token, and the gate (eqs. 19-22).
+        # Bonus and output: norm over each head, plus (r . rho k~) v for the present token, gated.
         y = self.ln_x(y)
         bonus = jnp.sum(r * k * cast(self.r_k), axis=-1, keepdims=True) * v_heads
         y = self.output((y + bonus.reshape(batch, time, width)) * g)
@@ -187,7 +190,7 @@ def _normalise_heads(kk: Array) -> Array:
 
 
 class ChannelMix(nnx.Module):
-    """Channel mixing of layer l (eq. 23): a feed-forward network with squared ReLU on the shifted input."""
+    """Channel mixing of layer l (the MLP): a feed-forward network with squared ReLU on the shifted input."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         config = config.resolved()
