@@ -58,29 +58,31 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
     num_steps = training.num_steps
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
+    console = Console(num_steps, every=config.logging.every)
+
+    # Data: every batch is a function of the step.
+    shape = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
+    corpus = prepare_corpus(config.data, config.model.vocab_size, console.print)
+    check_corpus_fits(corpus.train.num_tokens, **shape)
+    batch = functools.partial(batch_at, corpus.train.tokens, seed=config.seed, **shape)
+    rows = functools.partial(indices_at, corpus.train.num_tokens, seed=config.seed, **shape)
+    windows = functools.partial(evaluation_windows, corpus.held_out.tokens, **shape)
+    identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+    if saved_run is not None:
+        ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
+    ckpt.write_run(run_dir, config, identity, corpus)
+
     with (
-        Console(num_steps, every=config.logging.every) as console,
+        console,
         StopRequest() as stop,
         ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print) as checkpoints,
         StepProfiler(config.profile, run_dir / "profile", console.print) as profiler,
     ):
-        # Data: every batch is a function of the step.
-        shape = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
-        corpus = prepare_corpus(config.data, config.model.vocab_size, console.print)
-        check_corpus_fits(corpus.train.num_tokens, **shape)
-        batch = functools.partial(batch_at, corpus.train.tokens, seed=config.seed, **shape)
-        rows = functools.partial(indices_at, corpus.train.num_tokens, seed=config.seed, **shape)
-        windows = functools.partial(evaluation_windows, corpus.held_out.tokens, **shape)
-        identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
-        if saved_run is not None:
-            ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
-        ckpt.write_run(run_dir, config, identity, corpus)
-
         # Functions, each compiled once.
         trainer = make_trainer(config)
         train_step = jax.jit(trainer.train_step, donate_argnums=0)
         eval_step = jax.jit(trainer.eval_step)
-        generator = Generator(trainer.graphdef, config.model, corpus.tokenizer)
+        generate = Generator(trainer.graphdef, config.model, corpus.tokenizer).generate
         sampling = Sampling(evaluation.sample_temperature, evaluation.sample_top_p)
 
         # State: what an earlier run left, or new.
@@ -90,6 +92,8 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
         if state is None:
             state = jax.jit(trainer.init, out_shardings=ckpt.shardings(like))(jax.random.key(config.seed))
         first_step, best_loss = int(state.step), checkpoints.best_loss()
+        if first_step > num_steps:
+            raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 
         with MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)) as writer:
             journal = Journal(
@@ -98,66 +102,71 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
                 max_bad_steps=training.max_bad_steps,
                 bytes_per_token=corpus.train.bytes_per_token,
                 learning_rate=learning_rate_schedule(config.optimizer, num_steps),
-                batch_starts=lambda step: rows(step=step).starts,
+                batch_starts=lambda step: rows(step=step).starts.tolist(),
                 console=console,
                 writer=writer,
                 throughput=Throughput(training.batch_size * training.sequence_length),
             )
             for step in range(first_step, num_steps):
+                done, stopping = step + 1, stop.name
+                evaluates = done % evaluation.every == 0 or done == num_steps
+                saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
+
                 # Step.
                 tokens = batch(step=step)
                 profiler.before(step)
                 state, metrics = train_step(state, tokens)
                 profiler.after(step, metrics)
                 try:
-                    journal.step(step, metrics)
+                    journal.step(step, metrics, wait=evaluates or saves)
                 except NonFiniteError:
-                    checkpoints.save(state, step + 1)
+                    checkpoints.save(state, done)
                     raise
-                done = step + 1
 
-                # Evaluate and sample; the last step is evaluated on everything below.
-                if done % evaluation.every == 0 and done < num_steps:
-                    journal.flush()
+                # Evaluate and sample.
+                if evaluates:
                     with journal.throughput.pause():
-                        result = evaluate(
-                            eval_step, state.params, windows(num_batches=evaluation.batches), corpus.held_out
-                        )
-                        journal.held_out(done, result)
-                        prompt = evaluation.sample_prompts[done // evaluation.every % len(evaluation.sample_prompts)]
-                        text = generator.generate(state.params, prompt, evaluation.sample_tokens, sampling, seed=done)
-                        journal.sample(done, prompt, text)
-                        if result.loss < best_loss:
-                            best_loss = result.loss
+                        some = windows(num_batches=evaluation.batches)
+                        held_out = evaluate(eval_step, state.params, some, corpus.held_out)
+                        journal.held_out(done, held_out)
+                        if held_out.loss < best_loss:
+                            best_loss = held_out.loss
                             checkpoints.save_best(state, done, best_loss)
+                        for seed, prompt in enumerate(prompts_after(done, config), start=done):
+                            text = generate(state.params, prompt, evaluation.sample_tokens, sampling, seed)
+                            journal.sample(done, prompt, text)
 
                 # Save.
-                if done % config.checkpoint.every == 0 or done == num_steps or stop.name:
-                    journal.flush()
+                if saves:
                     with journal.throughput.pause():
                         checkpoints.save(state, done)
-                if stop.name:
+                if stopping:
                     checkpoints.wait()
-                    console.print(f"{stop.name}: saved after step {done}; resume with:  {command}")
+                    console.print(f"{stopping}: saved after step {done}; resume with:  {command}")
                     return TrainResult(state, None)
 
-            journal.flush()
-            held_out = evaluate(eval_step, state.params, windows(), corpus.held_out)
-            journal.held_out(num_steps, held_out)
-            for number, prompt in enumerate(evaluation.sample_prompts):
-                text = generator.generate(state.params, prompt, evaluation.sample_tokens, sampling, seed=number)
-                journal.sample(num_steps, prompt, text)
-            if held_out.loss < best_loss:
-                checkpoints.save_best(state, num_steps, held_out.loss)
-
+        # The last word: all held-out text, beside what compressors make of the same bytes.
+        held_out = evaluate(eval_step, state.params, windows(), corpus.held_out)
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
-        console.print("held-out bits/byte: " + ", ".join(f"{name} {value:.3f}" for name, value in marks.items()))
-        console.print(f"losses drawn in {plot_losses(run_dir)}")
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
+        console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
+        console.print(
+            f"losses: {plot_losses(run_dir)}; go on with --training.num-steps above {num_steps}, or sample with"
+        )
+        console.print(f"  rwkv generate {run_dir} --prompt {shlex.quote(evaluation.sample_prompts[0])}")
         return TrainResult(state, held_out)
 
 
+def prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
+    """The prompts to sample after a step: in turn at each evaluation, all of them at the end."""
+    prompts = config.evaluation.sample_prompts
+    if step == config.training.num_steps:
+        return prompts
+    return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
+
+
 def describe(config: TrainConfig, num_tokens: int, resumed_step: int | None) -> str:
-    """What is about to run, in two lines."""
+    """What is about to run, in three lines."""
     model, training = config.model, config.training
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
@@ -166,7 +175,8 @@ def describe(config: TrainConfig, num_tokens: int, resumed_step: int | None) -> 
         f"RWKV-7 {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, "
         f"on {device.device_kind} ({device.platform})\n"
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
-        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens; run_dir {config.run_dir}"
+        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens\n"
+        f"run folder: {config.run_dir}"
     )
 
 

@@ -57,6 +57,7 @@ def batch(job: Job) -> tuple[Any, Any]:
 def build_gpt(job: Job) -> tuple[Step, int]:
     """The step of the PyTorch GPT, which returns the loss, and the number of parameters."""
     import torch
+
     from torch_gpt import GPT, make_step
 
     torch.manual_seed(0)

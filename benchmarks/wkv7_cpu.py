@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from machine import describe_machine
 
+from machine import describe_machine
 from rwkv_kernels.wkv7 import wkv7_chunked, wkv7_scan
 
 Function = Callable[..., Any]

@@ -1,6 +1,6 @@
 """A small RWKV-7 on the source text of Python's standard library: the corpus that every machine has.
 
-    python train.py configs/python_stdlib.py
+python train.py configs/python_stdlib.py
 """
 
 from rwkv_jax.config import (

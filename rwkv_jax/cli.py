@@ -80,7 +80,7 @@ class Generate:
             raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
         sampling = Sampling(self.temperature, self.top_p, self.top_k)
         loaded = load_model(self.run_dir, self.checkpoint)
-        generator = Generator(loaded.graphdef, loaded.tokenizer)
+        generator = Generator(loaded.graphdef, loaded.config.model, loaded.tokenizer)
         print(self.prompt, end="", flush=True)
         for text in generator.stream(loaded.params, self.prompt, self.tokens, sampling, self.seed):
             print(text, end="", flush=True)

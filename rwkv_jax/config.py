@@ -30,6 +30,17 @@ def _require_positive(config: object, prefix: str, *fields: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The feed-forward width and the ranks of a model, none left open."""
+
+    ffn_width: int
+    decay_rank: int
+    iclr_rank: int
+    value_rank: int
+    gate_rank: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of an RWKV-7 language model."""
 
@@ -92,15 +103,14 @@ class ModelConfig:
         """Dtype in which parameters are created and trained."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    def resolved(self) -> ModelConfig:
-        """The same model with every None replaced by the official value for its width."""
+    def sizes(self) -> Sizes:
+        """The sizes that may be left to the official functions of the width."""
 
         def rank(factor: float) -> int:
             # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
             return max(32, round(factor * math.sqrt(self.width) / 32) * 32)
 
-        return dataclasses.replace(
-            self,
+        return Sizes(
             ffn_width=self.ffn_width or 4 * self.width,
             decay_rank=self.decay_rank or rank(2.5),
             iclr_rank=self.iclr_rank or rank(2.5),
@@ -108,16 +118,20 @@ class ModelConfig:
             gate_rank=self.gate_rank or rank(5.0),
         )
 
+    def resolved(self) -> ModelConfig:
+        """The same model with every None replaced by the official value for its width."""
+        return dataclasses.replace(self, **dataclasses.asdict(self.sizes()))
+
     def num_parameters(self) -> int:
         """Number of parameters, in closed form; the first layer has no value residual (v0, v1, v2)."""
-        model = self.resolved()
-        width, ffn = model.width, model.ffn_width
-        low_rank = 2 * width * (model.decay_rank + model.iclr_rank + model.value_rank + model.gate_rank)
-        time_mix = 6 * width + 3 * width + 3 * width + 4 * width * width + low_rank + 2 * width
-        channel_mix = width + 2 * width * ffn
+        sizes, width = self.sizes(), self.width
+        low_rank = 2 * width * (sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank)
+        # Six blends; w0, a0, v0; k_k, k_a, r_k; ln_x; R, K, V, O.
+        time_mix = (6 + 3 + 3 + 2) * width + low_rank + 4 * width * width
+        channel_mix = width + 2 * width * sizes.ffn_width
         block = time_mix + channel_mix + 4 * width
-        first_layer = 2 * width - (width + 2 * width * model.value_rank)
-        return 2 * model.vocab_size * width + model.num_layers * block + first_layer + 2 * width
+        first_layer = 2 * width - (width + 2 * width * sizes.value_rank)
+        return 2 * self.vocab_size * width + self.num_layers * block + first_layer + 2 * width
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.
@@ -125,12 +139,11 @@ class ModelConfig:
         Two for each weight of a matrix product, and for the recurrence 9 N^2 for each head (decay, rank-one
         removal, rank-one write, read).
         """
-        model = self.resolved()
-        width = model.width
-        low_rank = 2 * width * (model.decay_rank + model.iclr_rank + model.gate_rank)
-        matrices = model.num_layers * (4 * width * width + low_rank + 2 * width * model.ffn_width)
-        matrices += (model.num_layers - 1) * 2 * width * model.value_rank + model.vocab_size * width
-        return 2 * matrices + model.num_layers * 9 * width * model.head_dim
+        sizes, width = self.sizes(), self.width
+        low_rank = 2 * width * (sizes.decay_rank + sizes.iclr_rank + sizes.gate_rank)
+        matrices = self.num_layers * (4 * width * width + low_rank + 2 * width * sizes.ffn_width)
+        matrices += (self.num_layers - 1) * 2 * width * sizes.value_rank + self.vocab_size * width
+        return 2 * matrices + self.num_layers * 9 * width * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +197,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "learning_rate", "epsilon")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
-        _require(self.final_learning_rate >= 0, "optimizer.final_learning_rate", self.final_learning_rate, "must be >= 0")
+        _require(
+            self.final_learning_rate >= 0, "optimizer.final_learning_rate", self.final_learning_rate, "must be >= 0"
+        )
         _require(
             self.final_learning_rate <= self.learning_rate,
             "optimizer.final_learning_rate",

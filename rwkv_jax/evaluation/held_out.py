@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax import Array
 
 from rwkv_jax.data.corpus import TokenFile
 from rwkv_jax.training.loss import TokenLosses
@@ -30,7 +29,7 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def evaluate(
-    eval_step: Callable[[Any, Array, Array], TokenLosses],
+    eval_step: Callable[[Any, np.ndarray, np.ndarray], TokenLosses],
     params: Any,
     windows: Iterable[tuple[np.ndarray, np.ndarray]],
     held_out: TokenFile,

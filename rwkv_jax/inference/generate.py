@@ -58,9 +58,7 @@ class Generator:
 
         return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
 
-    def stream_tokens(
-        self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int
-    ) -> Iterator[int]:
+    def stream_tokens(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
         """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
 
         The text begins as the training documents do, after an end-of-text token.
@@ -86,9 +84,7 @@ class Generator:
                 emitted += 1
                 yield int(token)
 
-    def stream(
-        self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int
-    ) -> Iterator[str]:
+    def stream(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
         """The continuation's text in pieces that never end inside a character; the prompt is not repeated."""
         decoder = StreamingDecoder(self._tokenizer)
         for token in self.stream_tokens(params, prompt, num_tokens, sampling, seed):

@@ -7,7 +7,6 @@ time therefore does not grow with depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -24,12 +23,20 @@ StateT = TypeVar("StateT")
 class LanguageModel(nnx.Module, Generic[StateT]):
     """A causal language model with an explicit state; a generation names its block, state and parameter groups."""
 
-    block_type: ClassVar[Callable[..., Any]]
-    initial_block_state: ClassVar[Callable[[ModelConfig, int], Any]]
-    parameter_group: ClassVar[Callable[[tuple[str, ...], int], tuple[float, bool]]]
+    block_type: ClassVar[type[Any]]
+    """Called with (config, layer, rngs=); its instances map (x, state, v_first) to the same three."""
+
+    @staticmethod
+    def initial_block_state(config: ModelConfig, batch_size: int) -> Any:
+        """The empty state of one block."""
+        raise NotImplementedError
+
+    @staticmethod
+    def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        """The factor on a parameter's learning rate and whether its weight decays, from its path and axes."""
+        raise NotImplementedError
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        config = config.resolved()
         self.config = config
         vocab_size, width, dtype = config.vocab_size, config.width, config.parameter_dtype
         self.emb = Embedding(uniform(rngs.params(), (vocab_size, width), 1e-4, dtype))
@@ -58,21 +65,22 @@ class LanguageModel(nnx.Module, Generic[StateT]):
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T]")
-        if state is None:
-            state = self.initial_state(tokens.shape[0])
+        states: StateT = self.initial_state(tokens.shape[0]) if state is None else state
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT, "wkv")
         run = jax.checkpoint(_run_block, policy=policy, prevent_cse=False)
         x = self.emb(tokens).astype(self.config.dtype)
-        x, v_first, first_state = run(self.first_block, x, jax.tree.map(lambda s: s[0], state), None)
+        first_state = jax.tree.map(lambda s: s[0], states)
+        other_states = jax.tree.map(lambda s: s[1:], states)
+        x, v_first, first_state = run(self.first_block, x, first_state, None)
 
         def body(carry: tuple[Array, Array], layer: tuple[Any, StateT]) -> tuple[tuple[Array, Array], StateT]:
             x, v_first, next_state = run(layer[0], carry[0], layer[1], carry[1])
             return (x, v_first), next_state
 
-        (x, _), states = jax.lax.scan(body, (x, v_first), (self.blocks, jax.tree.map(lambda s: s[1:], state)))
-        state = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, states)
-        return self.ln_out(x), state
+        (x, _), other_states = jax.lax.scan(body, (x, v_first), (self.blocks, other_states))
+        states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, other_states)
+        return self.ln_out(x), states
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in at least float32 of hidden vectors [..., C]."""

@@ -134,7 +134,8 @@ def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> A
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def stretch(_: int, x: Array) -> Array:
-        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they lie in (0.68, 1.13).
+        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they lie in
+        # (0.68, 1.13).
         gram = product(x, x.T)
         return 3.4445 * x + product(-4.7750 * gram + 2.0315 * product(gram, gram), x)
 

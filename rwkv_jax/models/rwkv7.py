@@ -59,8 +59,8 @@ class TimeMix(nnx.Module):
     """Time mixing of layer l: token shift, six projections, the WKV-7 recurrence, norm, bonus and gate."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        config = config.resolved()
         self.config = config
+        sizes = config.sizes()
         # A traced layer index is one of the stacked layers, which are never the first.
         self.is_first = isinstance(layer, int) and layer == 0
         width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
@@ -91,13 +91,13 @@ class TimeMix(nnx.Module):
 
         decay_speed = -6 + 6 * (channel / (width - 1)) ** (1 + ratio_0_to_1**0.3)
         self.w0 = vector(decay_speed + 0.5 + 2.5 * zigzag)
-        self.w1, self.w2 = down(config.decay_rank), up(config.decay_rank)
+        self.w1, self.w2 = down(sizes.decay_rank), up(sizes.decay_rank)
         self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
-        self.a1, self.a2 = down(config.iclr_rank), up(config.iclr_rank)
+        self.a1, self.a2 = down(sizes.iclr_rank), up(sizes.iclr_rank)
         if not self.is_first:
             self.v0 = vector(0.73 - 0.4 * line)
-            self.v1, self.v2 = down(config.value_rank), up(config.value_rank)
-        self.g1, self.g2 = down(config.gate_rank), up(config.gate_rank)
+            self.v1, self.v2 = down(sizes.value_rank), up(sizes.value_rank)
+        self.g1, self.g2 = down(sizes.gate_rank), up(sizes.gate_rank)
 
         self.k_k = vector(0.71 - 0.1 * line)
         self.k_a = vector(jnp.full((width,), 1.02))
@@ -124,9 +124,7 @@ class TimeMix(nnx.Module):
         y, _, state = self.mix(x, state, None)
         return y, state
 
-    def mix(
-        self, x: Array, state: TimeMixState | None, v_first: Array | None
-    ) -> tuple[Array, Array, TimeMixState]:
+    def mix(self, x: Array, state: TimeMixState | None, v_first: Array | None) -> tuple[Array, Array, TimeMixState]:
         """Time mixing within a model.
 
         Args:
@@ -193,8 +191,7 @@ class ChannelMix(nnx.Module):
     """Channel mixing of layer l (the MLP): a feed-forward network with squared ReLU on the shifted input."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        config = config.resolved()
-        width, ffn_width, dtype = config.width, config.ffn_width, config.parameter_dtype
+        width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         fraction = jnp.arange(width, dtype=dtype) / width
         self.x_k = nnx.Param((1 - fraction ** (ratio_1_to_0**4)).reshape(1, 1, width))

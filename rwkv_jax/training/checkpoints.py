@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,7 +59,9 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
         return
     rows.insert(0, ("field", "saved", "now"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    table = "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
     raise ConfigError(
         f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table.rstrip()}"
     )
@@ -101,10 +104,11 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RUN_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["config"], content["identity"]
+        if not content.keys() >= {"config", "identity"}:
+            raise KeyError("config or identity is missing")
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot be read as a run's description ({error})") from error
     return content
 
@@ -120,10 +124,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], corpus: Corpus) -> None:
-    """Writes the tokenizer, then run.json; each whole or not at all."""
-    write_file(run_dir / TOKENIZER_FILE, (corpus.folder / TOKENIZER_FILE).read_bytes())
+    """Writes run.json, without which the folder would be taken for no run's, then the tokenizer."""
     content = {"config": to_dict(config), "identity": dict(run_identity)}
     write_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
+    write_file(run_dir / TOKENIZER_FILE, (corpus.folder / TOKENIZER_FILE).read_bytes())
 
 
 class Checkpoints:
@@ -158,17 +162,24 @@ class Checkpoints:
                 folder.rename(aside)
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 self._report(f"checkpoint of step {checkpoint.step} is damaged ({reason}); moved to {aside}")
-        self._latest.reload()
+                self._latest.reload()  # or Orbax believes that the step is still there, and it is never saved again
         return None
 
     def best_loss(self) -> float:
-        """Held-out loss of the best checkpoint; infinity if there is none."""
+        """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one."""
         latest = self._best.latest
-        metadata = self._best.metadata(latest.step).custom_metadata if latest is not None else None
-        return float(metadata["held_out_loss"]) if metadata else float("inf")
+        if latest is None:
+            return math.inf
+        try:
+            metadata: Any = self._best.metadata(latest.step).custom_metadata
+        except Exception:  # Whatever a damaged file makes of Orbax, a better checkpoint will take its place.
+            metadata = None
+        return float(metadata["held_out_loss"]) if metadata else math.inf
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint; a step that is there already stays as it is."""
+        # A run that is killed now must not go on after an evaluation whose best checkpoint was never finished.
+        self._best.wait()
         _save(self._latest, state, step, {})
 
     def save_best(self, state: TrainState, step: int, held_out_loss: float) -> None:
@@ -233,11 +244,12 @@ def abstract_state(trainer: Trainer, seed: int) -> TrainState:
 
 
 def _open(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
-    policies = ocp.training.preservation_policies
+    policies: Any = ocp.training.preservation_policies  # Orbax's own annotations do not agree with each other
+    every_time: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     return ocp.training.Checkpointer(
-        folder.absolute(),
+        str(folder.absolute()),
         preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        save_decision_policy=every_time,
         cleanup_tmp_directories=keep is not None,
     )
 

@@ -95,7 +95,7 @@ class Console:
         """
         if self._live is not None and self._rich is not None:
             self._redraw(self._live, self._rich, step, figures, time_left)
-        elif self._last_line is None or step - self._last_line >= self._every or step >= self._num_steps:
+        elif self._last_line is None or step % self._every == 0 or step >= self._num_steps:
             self._last_line = step
             self._write_line("  ".join([f"step {step}/{self._num_steps}", *_describe(figures, time_left)]))
 

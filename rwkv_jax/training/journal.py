@@ -41,17 +41,21 @@ class Journal:
         self._bad: list[int] = []
         self._skipped = 0
 
-    def step(self, step: int, metrics: StepMetrics) -> None:
+    def step(self, step: int, metrics: StepMetrics, *, wait: bool) -> None:
         """Takes a step's metrics, which may still be computing, and writes down the step before.
 
-        Raises:
-          NonFiniteError: that step was the last of `max_bad_steps` in a row that were skipped.
-        """
-        self.flush()
-        self._pending = (step, metrics)
+        Args:
+          wait: write down this step too, once it is computed; for a step that is evaluated or saved.
 
-    def flush(self) -> None:
-        """Writes down the last step, waiting for it; to be called before a checkpoint, evaluation or the end."""
+        Raises:
+          NonFiniteError: a step written down was the last of `max_bad_steps` in a row that were skipped.
+        """
+        self._write_pending()
+        self._pending = (step, metrics)
+        if wait:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -88,8 +92,7 @@ class Journal:
             time_left=self.throughput.time_left(self._num_steps - done),
         )
         if len(self._bad) >= self._max_bad_steps:
-            starts = {bad: [int(start) for start in self._batch_starts(bad)] for bad in self._bad}
-            listed = "\n".join(f"  step {bad}: {places}" for bad, places in starts.items())
+            listed = "\n".join(f"  step {bad}: {list(self._batch_starts(bad))}" for bad in self._bad)
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
                 "optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin at these tokens "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, core
 
 from rwkv_kernels import dispatch
 from rwkv_kernels.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
@@ -26,7 +26,7 @@ def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
 
 def _check_log_decay(log_w: Array) -> None:
     """Refuses decays that cannot be right, where the values are at hand (outside jit)."""
-    if isinstance(log_w, jax.core.Tracer) or not log_w.is_fully_addressable:
+    if isinstance(log_w, core.Tracer) or not log_w.is_fully_addressable:
         return
     values = np.asarray(log_w, np.float32)
     if values.size and not values.max() <= 0:
@@ -38,9 +38,7 @@ def _problem(r: Array, v: Array, dtype: jnp.dtype) -> dispatch.Problem:
     return dispatch.Problem(jax.default_backend(), (batch, time, heads, key_dim, v.shape[-1]), dtype.name)
 
 
-def _check(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array | None, axes: str
-) -> jnp.dtype:
+def _check(r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array | None, axes: str) -> jnp.dtype:
     """Checks shapes and dtypes against `axes` (B T H N, or B H N for one token) and returns the recurrence's dtype."""
     inputs = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
     for name, x in inputs.items():
@@ -59,7 +57,9 @@ def _check(
         if state.shape != expected:
             raise ValueError(f"state: shape {state.shape} must be {expected}, [B, H, M, N] with the value axis first")
         if state.dtype not in (jnp.float32, jnp.float64):
-            raise ValueError(f"state: dtype {state.dtype} must be float32 or float64; the recurrence is not kept in less")
+            raise ValueError(
+                f"state: dtype {state.dtype} must be float32 or float64; the recurrence is not kept in less"
+            )
         dtype = jnp.promote_types(dtype, state.dtype)
     return dtype
 
@@ -85,7 +85,8 @@ def wkv7(
 
     Args:
       r, log_w, k, a, b: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1; log_w is the log of the
-        decay, at most 0.
+        decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -5) only
+        `scan` is exact, and `chunked` gives NaN rather than a wrong number.
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
       implementation: `scan` or `chunked`; None takes the fastest for the problem.
@@ -98,6 +99,7 @@ def wkv7(
       ValueError: shapes or dtypes that do not go together, a log_w above 0 (where its values are at hand), an unknown
         implementation.
     """
+    r, log_w, k, v, a, b = (jnp.asarray(x) for x in (r, log_w, k, v, a, b))
     dtype = _check(r, log_w, k, v, a, b, state, "B T H N")
     _check_log_decay(log_w)
     problem = _problem(r, v, dtype)
@@ -121,6 +123,7 @@ def wkv7_step(
     Raises:
       ValueError: as `wkv7`.
     """
+    r, log_w, k, v, a, b = (jnp.asarray(x) for x in (r, log_w, k, v, a, b))
     dtype = _check(r, log_w, k, v, a, b, state, "B H N")
     _check_log_decay(log_w)
     state = _initial_state(r, v, dtype) if state is None else state.astype(dtype)

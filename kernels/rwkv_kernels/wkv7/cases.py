@@ -33,7 +33,7 @@ class Case(NamedTuple):
     log_w: float | None = None
     """One decay for every token and channel; None draws them as a trained model does, from the floor up to 1."""
     aligned: bool = False
-    """Keys of a head point almost one way, so that every token rewrites what the one before wrote."""
+    """Keys of a head point almost one way and eta is almost 1: every token rewrites what the one before wrote."""
     state_scale: float = 1.0
     """Standard deviation of the initial state."""
 
@@ -64,7 +64,7 @@ def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
     if aligned:
         raw_key = rng.standard_normal((batch, 1, heads, key_dim)) + 1e-3 * raw_key
     kappa = raw_key / np.linalg.norm(raw_key, axis=-1, keepdims=True)
-    eta = _sigmoid(rng.standard_normal(keys))
+    eta = _sigmoid(rng.standard_normal(keys) + (4 if aligned else 0))
     drawn = MODEL_FLOOR * _sigmoid(3 * rng.standard_normal(keys) - 2)
     inputs = {
         "r": rng.standard_normal(keys),

@@ -185,7 +185,8 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
 
     With dP = [dRHS; dY], the cotangents of what rows a~ and r~ read, every score's cotangent is one product:
     dScores = mask * (dP Z^T). The decay's gradient comes from how often each row's scale is used: a~ up to the step
-    before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state it leaves.
+    before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state it
+    leaves.
     """
     r, log_w, k, v, a, b, final, states, all_writes = saved
     dy, dstate = cotangents
@@ -223,8 +224,7 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
         dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
         db, dk = dkeys[:, :, :size] * gauge.scale_keys, dkeys[:, :, size:] * gauge.scale_keys
         gradients = tuple(
-            _put_chunk(whole, part, index)
-            for whole, part in zip(gradients, (dr, dlog_w, dk, dv, da, db), strict=True)
+            _put_chunk(whole, part, index) for whole, part in zip(gradients, (dr, dlog_w, dk, dv, da, db), strict=True)
         )
         return dstate_before, state, gradients
 
@@ -270,8 +270,6 @@ def wkv7_chunked(
     padding = -time % size
     if padding:
         # Steps of zeros change nothing: no decay (log w = 0), nothing removed, nothing written.
-        r, log_w, k, v, a, b = (
-            jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (r, log_w, k, v, a, b)
-        )
-    y, state = _wkv7_whole_chunks(r, log_w, k, v, a, b, state, size)
-    return y[:, :time], state
+        r, log_w, k, v, a, b = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (r, log_w, k, v, a, b))
+    outputs: tuple[Array, Array] = _wkv7_whole_chunks(r, log_w, k, v, a, b, state, size)
+    return outputs[0][:, :time], outputs[1]

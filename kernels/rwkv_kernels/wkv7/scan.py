@@ -30,9 +30,7 @@ def step(state: Array, r: Array, log_w: Array, k: Array, v: Array, a: Array, b: 
     return state, jnp.einsum("bhmn,bhn->bhm", state, r, precision=_HIGHEST)
 
 
-def wkv7_scan(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array
-) -> tuple[Array, Array]:
+def wkv7_scan(r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array) -> tuple[Array, Array]:
     """WKV-7 over a sequence, token by token.
 
     Args:
