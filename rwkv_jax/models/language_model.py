@@ -7,6 +7,7 @@ time therefore does not grow with depth.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -68,14 +69,15 @@ class LanguageModel(nnx.Module, Generic[StateT]):
         states: StateT = self.initial_state(tokens.shape[0]) if state is None else state
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT, "wkv")
-        run = jax.checkpoint(_run_block, policy=policy, prevent_cse=False)
+        run = functools.partial(jax.checkpoint, _run_block, policy=policy)
         x = self.emb(tokens).astype(self.config.dtype)
         first_state = jax.tree.map(lambda s: s[0], states)
         other_states = jax.tree.map(lambda s: s[1:], states)
-        x, v_first, first_state = run(self.first_block, x, first_state, None)
+        x, v_first, first_state = run()(self.first_block, x, first_state, None)
 
         def body(carry: tuple[Array, Array], layer: tuple[Any, StateT]) -> tuple[tuple[Array, Array], StateT]:
-            x, v_first, next_state = run(layer[0], carry[0], layer[1], carry[1])
+            # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers.
+            x, v_first, next_state = run(prevent_cse=False)(layer[0], carry[0], layer[1], carry[1])
             return (x, v_first), next_state
 
         (x, _), other_states = jax.lax.scan(body, (x, v_first), (self.blocks, other_states))

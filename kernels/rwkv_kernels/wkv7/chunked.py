@@ -93,10 +93,13 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
     )
 
 
-def _causal_mask(size: int, dtype: jnp.dtype) -> Array:
-    """[2C, 2C]: rows a~ see earlier steps only, rows r~ see their own step too."""
-    earlier, own = np.tri(size, k=-1), np.tri(size)
-    return jnp.asarray(np.block([[earlier, earlier], [own, own]]), dtype)
+def _causal_mask(size: int) -> np.ndarray:
+    """[2C, 2C]: rows a~ see earlier steps only, rows r~ see their own step too.
+
+    For `where`, not for a product: scores above the diagonal overflow long before those below it.
+    """
+    earlier, own = np.tri(size, k=-1, dtype=bool), np.tri(size, dtype=bool)
+    return np.block([[earlier, earlier], [own, own]])
 
 
 def _inverse_of_identity_minus(triangle: Array) -> Array:
@@ -131,14 +134,14 @@ def _forward(
     batch, time, heads, key_dim = r.shape
     value_dim, dtype = v.shape[-1], state.dtype
     chunks = time // size
-    mask = _causal_mask(size, dtype)
+    mask = _causal_mask(size)
 
     def body(index: Array, carry: tuple[Array, Array, _Trace | None]) -> tuple[Array, Array, _Trace | None]:
         state, y, trace = carry
         r_, log_w_, k_, v_, a_, b_ = (_chunk(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
         gauge = _to_gauge(r_, log_w_, k_, a_, b_)
         keys_transposed = _transpose(gauge.keys)
-        scores = _matmul(gauge.queries, keys_transposed) * mask
+        scores = jnp.where(mask, _matmul(gauge.queries, keys_transposed), 0)
         gauged = state * gauge.enter
         read = _matmul(gauge.queries, gauged)
         wanted = read[:, :, :size] + _matmul(scores[:, :, :size, size:], v_)
@@ -191,7 +194,7 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
     r, log_w, k, v, a, b, final, states, all_writes = saved
     dy, dstate = cotangents
     dtype, chunks = final.dtype, r.shape[1] // size
-    mask = _causal_mask(size, dtype)
+    mask = _causal_mask(size)
 
     def body(backwards: Array, carry: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Array, Array, tuple[Array, ...]]:
         dstate, next_state, gradients = carry
@@ -200,7 +203,7 @@ def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, 
         state, writes = states[index], all_writes[index]
         gauge = _to_gauge(r_, log_w_, k_, a_, b_)
         queries_transposed = _transpose(gauge.queries)
-        scores_transposed = _matmul(gauge.keys, queries_transposed) * mask.T
+        scores_transposed = jnp.where(mask.T, _matmul(gauge.keys, queries_transposed), 0)
         gauged = state * gauge.enter
 
         dgauged_end = dstate * gauge.leave

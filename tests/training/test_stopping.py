@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT are remembered once, then act as they always do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from rwkv_jax.training.stopping import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_remembered_by_name(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert stop.name is None
+        os.kill(os.getpid(), number)
+        assert stop.name == number.name
+
+
+def test_second_signal_acts_as_always() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signalled", [False, True])
+def test_handlers_of_before_are_put_back(number: signal.Signals, signalled: bool) -> None:
+    before = signal.getsignal(number)
+    with StopRequest():
+        assert signal.getsignal(number) != before
+        if signalled:
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_handlers_are_put_back_after_a_failure() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_another_thread_signals_are_left_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.append((stop.name, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
