@@ -10,7 +10,6 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
@@ -46,8 +45,3 @@ def assert_close(values: Mapping[str, ArrayLike], reference: Mapping[str, ArrayL
     errors = {name: relative_error(values[name], reference[name]) for name in values}
     too_large = {name: f"{error:.1e}" for name, error in errors.items() if not error <= bound}
     assert not too_large, f"relative errors above {bound:.0e}: {too_large}"
-
-
-def cast(tree: object, dtype: object) -> object:
-    """A tree of NumPy arrays in another dtype."""
-    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), tree)

@@ -72,8 +72,9 @@ def make_trainer(config: TrainConfig) -> Trainer:
     def init(key: Array) -> TrainState:
         model = RWKV7(config.model, rngs=nnx.Rngs(key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), zero, jax.random.key_data(key), zero, zero)
+        # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
+        step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return TrainState(params, optimizer.init(params), step, jax.random.key_data(key), bad_steps, skipped_steps)
 
     def losses(params: Any, tokens: Array, mask: Array | None = None) -> TokenLosses:
         model = nnx.merge(graphdef, params)

@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_kernels.wkv7.cases import Shape
 from tests.golden import assert_close
-from tests.kernels.operators import PAIRS, SHAPES, Operator, as_jax, problem, reference, with_gradients
+from tests.kernels.operators import PAIRS, SHAPES, Operator, as_jax, each_pair, problem, reference, with_gradients
 
 ROWS = [
     pytest.param(
@@ -19,7 +19,7 @@ ROWS = [
     for operator, implementation in PAIRS
     for case in operator.cases
 ]
-HALF_SHAPE = Shape(2, 40, 2, 16, 24)
+HALF_SHAPE = Shape(1, 17, 2, 24, 8)
 HALVES = [jnp.bfloat16, jnp.float16]
 
 
@@ -45,7 +45,7 @@ def test_float64_equals_the_definition(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("operator", "implementation"), PAIRS)
+@each_pair
 def test_half_precision_inputs_cost_one_rounding_of_each_result(
     operator: Operator, implementation: str, dtype: jnp.dtype
 ) -> None:
@@ -67,7 +67,7 @@ def test_half_precision_inputs_cost_one_rounding_of_each_result(
     assert_close(results, exact, float(jnp.finfo(dtype).eps) / 2)
 
 
-@pytest.mark.parametrize(("operator", "implementation"), PAIRS)
+@each_pair
 def test_decay_in_float32_beside_half_precision_inputs(operator: Operator, implementation: str) -> None:
     # What a model in bfloat16 passes.
     inputs, cotangents = problem(operator, "slow_decay", HALF_SHAPE)

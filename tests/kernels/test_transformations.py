@@ -11,10 +11,10 @@ from rwkv_kernels.wkv7.cases import Shape
 from tests.golden import assert_close, relative_error
 from tests.kernels.operators import (
     OPERATORS,
-    PAIRS,
     Operator,
     at,
     cut,
+    each_pair,
     forward,
     make_cotangents,
     named,
@@ -25,7 +25,6 @@ from tests.kernels.operators import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 SHAPE = Shape(2, 64, 2, 8, 6)
-each_pair = pytest.mark.parametrize(("operator", "implementation"), PAIRS)
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=str)
 
 

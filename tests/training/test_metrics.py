@@ -196,8 +196,8 @@ def test_plain_lines_every_so_many_steps_without_escape_codes() -> None:
         console.print("saved", "[1/2]")
     assert stream.getvalue().splitlines() == [
         "step 1/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  -:-- left",
-        "step 11/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  3:12 left",
-        "step 21/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  3:12 left",
+        "step 10/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  3:12 left",
+        "step 20/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  3:12 left",
         "step 25/25  loss 3.0000  1.250 bits/byte  5,300 tokens/s  3:12 left",
         "saved [1/2]",
     ]

@@ -1,0 +1,159 @@
+"""RWKV-7 against numbers from other people's implementations; shared/golden/README.md explains the keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.rwkv7 import State
+from rwkv_jax.training.loss import sum_losses
+from tests.golden import assert_close, load_golden, relative_error
+from tests.models.parameters import abstract, from_official, in_dtype, merge, to_official
+
+CONFIG = ModelConfig(
+    vocab_size=97,
+    num_layers=3,
+    width=128,
+    head_dim=64,
+    ffn_width=160,
+    decay_rank=32,
+    iclr_rank=24,
+    value_rank=16,
+    gate_rank=40,
+    dtype="float64",
+)
+FLOAT32 = dataclasses.replace(CONFIG, dtype="float32")
+FIELDS = {"att_x": "att_shift", "ffn_x": "ffn_shift", "S": "wkv"}
+"""Golden names of a layer's state and ours."""
+
+
+def golden() -> dict[str, NDArray]:
+    return load_golden("random/v7_s0.npz")
+
+
+def params_of(config: ModelConfig) -> Any:
+    weights = {key.removeprefix("w."): x for key, x in golden().items() if key.startswith("w.")}
+    return in_dtype(from_official(weights, np.float64), config)
+
+
+def golden_state(prefix: str, config: ModelConfig) -> State:
+    """A state of one batch row, from keys such as PREFIX.L0.att_x."""
+    layers = range(config.num_layers)
+    dtype = config.parameter_dtype
+    return State(
+        **{
+            ours: jnp.asarray(np.stack([golden()[f"{prefix}.L{layer}.{theirs}"] for layer in layers])[:, None], dtype)
+            for theirs, ours in FIELDS.items()
+        }
+    )
+
+
+@functools.cache
+def run(config: ModelConfig) -> Callable[[Any, Array, State | None], tuple[Array, State]]:
+    return jax.jit(lambda params, tokens, state: merge(config, params)(tokens, state))
+
+
+@functools.cache
+def loss_and_gradients(config: ModelConfig) -> Callable[..., Any]:
+    """(params, tokens, targets, state) -> loss, (gradients of the parameters, of the state)."""
+
+    def loss(params: Any, state: State | None, tokens: Array, targets: Array) -> Array:
+        model = merge(config, params)
+        hidden, _ = model.hidden(tokens, state)
+        total = sum_losses(model.logits, hidden, targets)
+        return total.nll / total.count
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    return jax.jit(lambda params, tokens, targets, state=None: gradient(params, state, tokens, targets))
+
+
+def check_gradients(gradients: Any, length: int, bound: float) -> None:
+    """Small gradients in full, large ones by two random products from either side and their norm."""
+    expected = golden()
+    ours = to_official(gradients)
+    seen = set()
+    for key, value in expected.items():
+        kind, _, name = key.partition(f"_T{length}.")
+        if kind == "grad":
+            assert relative_error(ours[name], value) <= bound, key
+        elif kind in ("gradR", "gradL", "gradN"):
+            matrix = ours[name].reshape(-1, ours[name].shape[-1]).astype(np.float64)
+            rows, columns = matrix.shape
+            probes = {
+                "gradR": lambda: matrix @ np.stack([expected[f"probe.{columns}.{j}"] for j in (0, 1)], axis=1),
+                "gradL": lambda: np.stack([expected[f"probe.{rows}.{j}"] for j in (2, 3)]) @ matrix,
+                "gradN": lambda: np.linalg.norm(matrix),
+            }
+            assert relative_error(probes[kind](), value) <= bound, key
+        else:
+            continue
+        seen.add(name)
+    assert seen == ours.keys()
+    norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in ours.values()))
+    assert relative_error(norm, expected[f"gradnorm_T{length}"]) <= bound
+
+
+def test_names_and_shapes_are_the_official_ones() -> None:
+    expected, ours = params_of(CONFIG), abstract(CONFIG)[1]
+    assert jax.tree.map(np.shape, expected) == jax.tree.map(lambda x: x.shape, ours)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 100])
+def test_logits(float64: None, length: int) -> None:
+    logits, _ = run(CONFIG)(params_of(CONFIG), golden()[f"tokens_T{length}"], None)
+    assert logits.dtype == jnp.float64
+    np.testing.assert_allclose(logits, golden()[f"logits_T{length}"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "chunked"])
+def test_a_long_sequence(float64: None, implementation: str) -> None:
+    config = dataclasses.replace(CONFIG, wkv_implementation=implementation)
+    tokens = golden()["tokens_T257"]
+    logits, state = run(config)(params_of(config), tokens, None)
+    np.testing.assert_allclose(logits[:, golden()["pos_T257"]], golden()["logits_T257"], rtol=0, atol=1e-10)
+    nll = -jax.nn.log_softmax(logits[0, :-1])[np.arange(256), tokens[0, 1:]]
+    np.testing.assert_allclose(nll, golden()["nll_T257"], rtol=0, atol=1e-10)
+    assert_close(state._asdict(), golden_state("state_T257", config)._asdict(), 1e-11)
+
+
+@pytest.mark.parametrize("length", [17, 100])
+def test_loss_and_gradients(float64: None, length: int) -> None:
+    tokens, targets = golden()[f"tokens_T{length}"], golden()[f"targets_T{length}"]
+    loss, (gradients, _) = loss_and_gradients(CONFIG)(params_of(CONFIG), tokens, targets)
+    assert relative_error(loss, golden()[f"loss_T{length}"]) < 1e-12
+    check_gradients(gradients, length, 1e-9)
+
+
+def test_from_a_state_that_is_not_empty(float64: None) -> None:
+    tokens, targets, state = golden()["st_tokens"], golden()["st_targets"], golden_state("st_init", CONFIG)
+    params = params_of(CONFIG)
+    logits, final = run(CONFIG)(params, tokens, state)
+    np.testing.assert_allclose(logits[0], golden()["st_logits"], rtol=0, atol=1e-10)
+    assert_close(final._asdict(), golden_state("st_final", CONFIG)._asdict(), 1e-11)
+    loss, (_, gradients) = loss_and_gradients(CONFIG)(params, tokens, targets, state)
+    assert relative_error(loss, golden()["st_loss"]) < 1e-12
+    # The reference's own gradients are finite differences here.
+    assert_close(gradients._asdict(), golden_state("st_grad", CONFIG)._asdict(), 1e-7)
+
+
+def test_float32_logits() -> None:
+    logits, state = run(FLOAT32)(params_of(FLOAT32), golden()["tokens_T257"], None)
+    np.testing.assert_allclose(logits[:, golden()["pos_T257"]], golden()["logits_T257"], rtol=0, atol=1e-4)
+    assert_close(state._asdict(), golden_state("state_T257", FLOAT32)._asdict(), 2e-5)
+
+
+def test_float32_loss_and_gradients() -> None:
+    tokens, targets = golden()["tokens_T100"], golden()["targets_T100"]
+    loss, (gradients, _) = loss_and_gradients(FLOAT32)(params_of(FLOAT32), tokens, targets)
+    assert relative_error(loss, golden()["loss_T100"]) < 1e-6
+    check_gradients(gradients, 100, 1e-4)
