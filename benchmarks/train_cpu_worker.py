@@ -19,7 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 LEARNING_RATE, CLIP_NORM, WARMUP_STEPS = 1e-3, 1.0, 3
-PACKAGES = {"gpt": ["torch"], "rwkv_ops": ["rwkv_ops", "keras", "jax"], "ours": ["jax", "flax", "optax"]}
+PACKAGES = {
+    "ours": ["jax", "flax", "optax"],
+    "rwkv_ops": ["rwkv_ops", "keras", "jax"],
+    "usual": ["rwkv_ops", "keras", "jax"],
+    "gpt": ["torch"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,22 @@ def use_rwkv_ops() -> None:
     rwkv_jax.models.rwkv7.wkv7 = wkv7
 
 
+def write_it_the_usual_way() -> None:
+    """Undo what this library does for a CPU outside the recurrence: products over [B, T, C], every activation kept."""
+    import jax
+    import jax.numpy as jnp
+
+    from rwkv_jax.models import language_model, layers
+
+    def linear(x: Any, weight: Any, *, out_dtype: Any = None) -> Any:
+        return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=out_dtype or x.dtype)
+
+    layers.linear = linear
+    language_model.linear = linear
+    policies: Any = jax.checkpoint_policies
+    policies.save_only_these_names = lambda *_: policies.everything_saveable
+
+
 def versions(packages: list[str]) -> dict[str, str]:
     """Versions of Python and of `packages`, as installed."""
     found = {"python": platform.python_version()}
@@ -130,8 +151,10 @@ def main() -> None:
     # Libraries print what they like; only answers may reach the driver.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    if job.row == "rwkv_ops":
+    if job.row in ("rwkv_ops", "usual"):
         use_rwkv_ops()
+    if job.row == "usual":
+        write_it_the_usual_way()
     step, parameters = build_gpt(job) if job.row == "gpt" else build_rwkv(job)
     # The first step compiles, the next ones meet memory that the system has not handed out yet.
     losses = [step() for _ in range(WARMUP_STEPS)]

@@ -129,8 +129,8 @@ def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> A
     if rows > columns:
         matrix = matrix.T
     short, long = sorted(shape)
-    # Singular values of a normal matrix lie below sqrt(short) + sqrt(long) but for a tail that 10% covers.
-    matrix = matrix / (1.1 * (math.sqrt(short) + math.sqrt(long)))
+    # Singular values of a normal matrix lie below sqrt(short) + sqrt(long) + t but for a chance of e^{-t^2 / 2}.
+    matrix = matrix / (math.sqrt(short) + math.sqrt(long) + 6)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def stretch(_: int, x: Array) -> Array:

@@ -376,17 +376,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return prepare_corpus(DataConfig(source=str(source), cache_dir=str(folder / "cache")), 300, lambda line: None)
 
 
-@pytest.fixture
-def run_dir(corpus: Corpus, tmp_path: Path) -> Path:
-    """A run whose newest checkpoint is of step 8, made from key 8; its best is of step 4, made from key 4."""
-    ckpt.prepare_run_dir(tmp_path / "run")
-    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"))
-    ckpt.write_run(tmp_path / "run", config, {}, corpus)
-    with ckpt.Checkpoints(tmp_path / "run", 2, print) as checkpoints:
+@pytest.fixture(scope="module")
+def saved_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 6 and 8, and a best one of step 4."""
+    run_dir = tmp_path_factory.mktemp("saved") / "run"
+    ckpt.prepare_run_dir(run_dir)
+    ckpt.write_run(run_dir, CONFIG, {}, corpus)
+    with ckpt.Checkpoints(run_dir, 2, print) as checkpoints:
         checkpoints.save_best(model_state(4), 4, 2.0)
         checkpoints.save(model_state(6), 6)
         checkpoints.save(model_state(8), 8)
-    return tmp_path / "run"
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(saved_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 def model_state(step: int) -> TrainState:
