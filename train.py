@@ -108,15 +108,14 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
                 throughput=Throughput(training.batch_size * training.sequence_length),
             )
             for step in range(first_step, num_steps):
-                done, stopping = step + 1, stop.name
-                evaluates = done % evaluation.every == 0 or done == num_steps
-                saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
-
                 # Step.
                 tokens = batch(step=step)
                 profiler.before(step)
                 state, metrics = train_step(state, tokens)
                 profiler.after(step, metrics)
+                done, stopping = step + 1, stop.name
+                evaluates = done % evaluation.every == 0 or done == num_steps
+                saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
                 try:
                     journal.step(step, metrics, wait=evaluates or saves)
                 except NonFiniteError:
@@ -153,7 +152,8 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
         console.print(
             f"losses: {plot_losses(run_dir)}; go on with --training.num-steps above {num_steps}, or sample with"
         )
-        console.print(f"  rwkv generate {run_dir} --prompt {shlex.quote(evaluation.sample_prompts[0])}")
+        prompt = next(iter(evaluation.sample_prompts), "")
+        console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")
         return TrainResult(state, held_out)
 
 

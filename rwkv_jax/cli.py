@@ -78,6 +78,12 @@ class Generate:
 
         if self.tokens < 1:
             raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # a command line's stray bytes arrive as lone surrogates
+            raise ConfigError(f"prompt = {self.prompt!r}: is not UTF-8") from error
         sampling = Sampling(self.temperature, self.top_p, self.top_k)
         loaded = load_model(self.run_dir, self.checkpoint)
         generator = Generator(loaded.graphdef, loaded.config.model, loaded.tokenizer)

@@ -1,7 +1,7 @@
-"""Reference numbers that other people's implementations gave, and the measure of how far ours are from them.
+"""Reference numbers that other people's implementations gave, the measure of how far ours are, quick compilation.
 
-They lie in `shared/golden` beside the project's folder, where README.md says how each was made. Where they are absent
-the tests that need them are skipped.
+The numbers lie in `shared/golden` beside the project's folder, where README.md says how each was made. Where they are
+absent the tests that need them are skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 GOLDEN_DIR = Path(__file__).parents[2] / "shared" / "golden"
+
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time of compilation: for tests of logic and for float64, where rounding by what
+users run is not the question. Tests in float32 compile as users do."""
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -215,26 +214,3 @@ def test_signals_save_and_print_the_command_that_goes_on(place: Workplace, unbro
     ]
     for a, b in zip(*(jax.tree.leaves(place.final_state(path)) for path in (unbroken, run_dir)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def test_damaged_newest_checkpoint_is_stepped_over_and_the_end_is_the_same(place: Workplace, unbroken: Path) -> None:
-    run_dir = place.folder / "damaged"
-    shutil.copytree(unbroken, run_dir)
-    for path in (run_dir / "checkpoints" / "16" / "state").rglob("d/*"):
-        path.write_bytes(path.read_bytes()[:100])
-    printed = place.finish(place.command(run_dir), run_dir)
-    assert "checkpoint of step 16 is damaged" in printed
-    assert "resuming after step 14" in printed
-    assert [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith("damaged-16")]
-    place.assert_same_end(unbroken, run_dir)
-
-
-def test_run_whose_only_checkpoint_is_damaged_starts_anew(place: Workplace, unbroken: Path) -> None:
-    run_dir = place.folder / "only"
-    shutil.copytree(unbroken, run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "14")
-    (run_dir / "checkpoints" / "16" / "state" / "_METADATA").unlink()
-    printed = place.finish(place.command(run_dir), run_dir)
-    assert "checkpoint of step 16 is damaged" in printed
-    assert "starting: 16 steps" in printed
-    place.assert_same_end(unbroken, run_dir)

@@ -18,6 +18,7 @@ from rwkv_kernels import wkv7, wkv7_step
 from rwkv_kernels.wkv7 import IMPLEMENTATIONS as WKV7_IMPLEMENTATIONS
 from rwkv_kernels.wkv7 import cases as wkv7_cases
 from rwkv_kernels.wkv7.cases import Shape
+from tests.golden import QUICK
 
 Inputs = dict[str, Any]
 """Arguments by name; `state` is a tree of arrays, all others are arrays."""
@@ -93,24 +94,28 @@ SHAPES: tuple[Shape, ...] = (
 
 
 @functools.cache
-def forward(operator: Operator, implementation: str) -> Callable[[Inputs], tuple[Array, Any]]:
+def forward(operator: Operator, implementation: str, quick: bool = True) -> Callable[[Inputs], tuple[Array, Any]]:
     """Compiled inputs -> (y, final state)."""
-    return jax.jit(lambda inputs: operator.run(**inputs, implementation=implementation))
+    run = functools.partial(operator.run, implementation=implementation)
+    return jax.jit(lambda inputs: run(**inputs), compiler_options=QUICK if quick else None)
 
 
 @functools.cache
-def with_gradients(operator: Operator, implementation: str) -> Callable[[Inputs, Any], dict[str, Array]]:
+def with_gradients(
+    operator: Operator, implementation: str, quick: bool = True
+) -> Callable[[Inputs, Any], dict[str, Array]]:
     """Compiled (inputs, cotangents of y and of the final state) -> results and gradients, by name."""
-    return jax.jit(functools.partial(_with_gradients, functools.partial(operator.run, implementation=implementation)))
+    run = functools.partial(operator.run, implementation=implementation)
+    return jax.jit(functools.partial(differentiate, run), compiler_options=QUICK if quick else None)
 
 
-def _with_gradients(run: Callable[..., tuple[Array, Any]], inputs: Inputs, cotangents: Any) -> dict[str, Array]:
+def differentiate(run: Callable[..., tuple[Array, Any]], inputs: Inputs, cotangents: Any) -> dict[str, Array]:
+    """Results of run(**inputs) and the gradients that the cotangents make, by name."""
     (y, state), pull_back = jax.vjp(lambda inputs: run(**inputs), inputs)
-    return named(y, state, pull_back(cotangents)[0])
+    return _named(y, state, pull_back(cotangents)[0])
 
 
-def named(y: Array, state: Any, gradients: Inputs) -> dict[str, Array]:
-    """Results and gradients in one flat dict."""
+def _named(y: Array, state: Any, gradients: Inputs) -> dict[str, Array]:
     leaves = {f"state{jax.tree_util.keystr(path)}": x for path, x in jax.tree.leaves_with_path(state)}
     paths = jax.tree.leaves_with_path(gradients)
     return {"y": y} | leaves | {f"d{jax.tree_util.keystr(path, simple=True)}": x for path, x in paths}

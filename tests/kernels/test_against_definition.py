@@ -27,7 +27,9 @@ HALVES = [jnp.bfloat16, jnp.float16]
 def test_float32_is_as_close_as_float32_can_be(
     operator: Operator, implementation: str, case: str, shape: Shape
 ) -> None:
-    results = with_gradients(operator, implementation)(*as_jax(problem(operator, case, shape), jnp.float32))
+    results = with_gradients(operator, implementation, quick=False)(
+        *as_jax(problem(operator, case, shape), jnp.float32)
+    )
     assert {x.dtype for x in results.values()} == {jnp.dtype(jnp.float32)}
     assert_close(results, reference(operator, case, shape), operator.float32_bound(implementation, case, shape))
 
@@ -52,7 +54,7 @@ def test_half_precision_inputs_cost_one_rounding_of_each_result(
     inputs, (dy, dstate) = problem(operator, "realistic", HALF_SHAPE)
     rounded = as_jax(inputs | {"state": None}, dtype) | {"state": as_jax(inputs["state"], jnp.float32)}
     cotangents = jnp.asarray(dy, dtype), as_jax(dstate, jnp.float32)
-    results = with_gradients(operator, implementation)(rounded, cotangents)
+    results = with_gradients(operator, implementation, quick=False)(rounded, cotangents)
 
     with jax.enable_x64(True):
         exact = with_gradients(operator, "scan")(
@@ -72,7 +74,7 @@ def test_decay_in_float32_beside_half_precision_inputs(operator: Operator, imple
     # What a model in bfloat16 passes.
     inputs, cotangents = problem(operator, "slow_decay", HALF_SHAPE)
     mixed = as_jax(inputs, jnp.bfloat16) | {name: as_jax(inputs[name], jnp.float32) for name in ("log_w", "state")}
-    results = with_gradients(operator, implementation)(
+    results = with_gradients(operator, implementation, quick=False)(
         mixed, (as_jax(cotangents[0], jnp.bfloat16), as_jax(cotangents[1], jnp.float32))
     )
     with jax.enable_x64(True):

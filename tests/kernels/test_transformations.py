@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rwkv_kernels.wkv7.cases import Shape
-from tests.golden import assert_close, relative_error
+from tests.golden import QUICK, assert_close, relative_error
 from tests.kernels.operators import (
     OPERATORS,
     Operator,
     at,
     cut,
+    differentiate,
     each_pair,
     forward,
     make_cotangents,
-    named,
     problem,
     with_gradients,
 )
@@ -41,7 +44,7 @@ def test_a_call_outside_jit_gives_the_same(operator: Operator, implementation: s
 def test_leaving_the_implementation_open_takes_one_of_them(operator: Operator) -> None:
     for shape in (SHAPE, SHAPE._replace(time=1)):
         inputs, _ = problem(operator, "realistic", shape)
-        y, _ = jax.jit(operator.run)(**inputs)
+        y, _ = jax.jit(operator.run, compiler_options=QUICK)(**inputs)
         candidates = [forward(operator, implementation)(inputs)[0] for implementation in operator.implementations]
         assert any(np.array_equal(y, candidate) for candidate in candidates)
 
@@ -50,22 +53,19 @@ def test_leaving_the_implementation_open_takes_one_of_them(operator: Operator) -
 def test_vmap_is_a_loop(operator: Operator, implementation: str) -> None:
     rows = [problem(operator, case, SHAPE) for case in ("realistic", "slow_decay", "aligned_keys")]
     stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
-    run = with_gradients(operator, implementation)
-    mapped = jax.jit(jax.vmap(run))(*stacked)
+    run = functools.partial(operator.run, implementation=implementation)
+    mapped = jax.jit(jax.vmap(functools.partial(differentiate, run)), compiler_options=QUICK)(*stacked)
     for index, row in enumerate(rows):
-        assert_close({name: x[index] for name, x in mapped.items()}, run(*row), 1e-13)
+        one = with_gradients(operator, implementation)(*row)
+        assert_close({name: x[index] for name, x in mapped.items()}, one, 1e-13)
 
 
 @each_pair
 def test_remat_changes_nothing(operator: Operator, implementation: str) -> None:
     inputs, cotangents = problem(operator, "realistic", SHAPE)
 
-    @jax.jit
-    def with_remat(inputs, cotangents):
-        run = jax.checkpoint(lambda inputs: operator.run(**inputs, implementation=implementation))
-        (y, state), pull_back = jax.vjp(run, inputs)
-        return named(y, state, pull_back(cotangents)[0])
-
+    run = jax.checkpoint(functools.partial(operator.run, implementation=implementation))
+    with_remat = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
     assert_close(with_remat(inputs, cotangents), with_gradients(operator, implementation)(inputs, cotangents), 1e-13)
 
 
@@ -85,19 +85,15 @@ def test_a_sequence_may_be_split_anywhere(operator: Operator, implementation: st
 def test_gradients_flow_through_a_split(operator: Operator, implementation: str) -> None:
     inputs, cotangents = problem(operator, "realistic", SHAPE)
 
-    @jax.jit
-    def in_two(inputs, cotangents):
-        def run(inputs):
-            state, pieces = inputs["state"], []
-            for start, stop in ((0, 33), (33, None)):
-                piece = cut(operator, inputs, start, stop) | {"state": state}
-                y, state = operator.run(**piece, implementation=implementation)
-                pieces.append(y)
-            return jnp.concatenate(pieces, axis=1), state
+    def run(**inputs: Any) -> tuple[jax.Array, Any]:
+        state, pieces = inputs["state"], []
+        for start, stop in ((0, 33), (33, None)):
+            piece = cut(operator, inputs, start, stop) | {"state": state}
+            y, state = operator.run(**piece, implementation=implementation)
+            pieces.append(y)
+        return jnp.concatenate(pieces, axis=1), state
 
-        (y, state), pull_back = jax.vjp(run, inputs)
-        return named(y, state, pull_back(cotangents)[0])
-
+    in_two = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
     assert_close(in_two(inputs, cotangents), with_gradients(operator, implementation)(inputs, cotangents), 1e-12)
 
 
@@ -105,7 +101,7 @@ def test_gradients_flow_through_a_split(operator: Operator, implementation: str)
 def test_one_step_at_a_time_equals_the_sequence(operator: Operator, implementation: str) -> None:
     inputs, _ = problem(operator, "realistic", SHAPE)
     whole, final = forward(operator, implementation)(inputs)
-    step, state, ys = jax.jit(operator.step), inputs["state"], []
+    step, state, ys = jax.jit(operator.step, compiler_options=QUICK), inputs["state"], []
     for t in range(SHAPE.time):
         y, state = step(**at(operator, inputs, t) | {"state": state})
         ys.append(y)

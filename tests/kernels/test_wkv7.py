@@ -13,8 +13,8 @@ import pytest
 from rwkv_kernels import dispatch, wkv7, wkv7_step
 from rwkv_kernels.wkv7 import IMPLEMENTATIONS, LOG_DECAY_FLOOR, implementations, wkv7_chunked
 from rwkv_kernels.wkv7.cases import MODEL_FLOOR, Shape, make_inputs
-from tests.golden import assert_close, relative_error
-from tests.kernels.operators import OPERATORS, as_jax, at, forward, problem, reference, with_gradients
+from tests.golden import QUICK, assert_close, relative_error
+from tests.kernels.operators import OPERATORS, as_jax, at, differentiate, forward, problem, reference, with_gradients
 
 WKV7 = next(operator for operator in OPERATORS if operator.name == "wkv7")
 SHAPE = Shape(1, 70, 2, 8, 6)
@@ -61,11 +61,8 @@ def test_cases_stay_within_what_a_model_can_produce(case: str) -> None:
 def test_chunks_of_any_size_give_the_same(float64: None, chunk_size: int) -> None:
     inputs, cotangents = problem(WKV7, "aligned_keys", SHAPE)
 
-    @jax.jit
-    def results(inputs: Any, cotangents: Any) -> dict[str, jax.Array]:
-        (y, state), pull_back = jax.vjp(lambda i: wkv7_chunked(**i, chunk_size=chunk_size), inputs)
-        return {"y": y, "state": state} | {f"d{name}": x for name, x in pull_back(cotangents)[0].items()}
-
+    run = functools.partial(wkv7_chunked, chunk_size=chunk_size)
+    results = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
     assert_close(results(inputs, cotangents), reference(WKV7, "aligned_keys", SHAPE), 1e-12)
 
 
@@ -103,7 +100,7 @@ def test_steps_of_zeros_leave_the_state_alone(float64: None, implementation: str
 def test_decays_down_to_the_documented_floor_stay_finite(implementation: str) -> None:
     inputs, cotangents = problem(WKV7, "realistic", SHAPE)
     inputs = inputs | {"log_w": np.full_like(inputs["log_w"], LOG_DECAY_FLOOR)}
-    results = with_gradients(WKV7, implementation)(*as_jax((inputs, cotangents), jnp.float32))
+    results = with_gradients(WKV7, implementation, quick=False)(*as_jax((inputs, cotangents), jnp.float32))
     with jax.enable_x64(True):
         exact = {name: np.asarray(x) for name, x in with_gradients(WKV7, "scan")(inputs, cotangents).items()}
     # The decay's gradient is a difference of sums that are alike; so far below the model's floor it is nearly zero.
@@ -114,7 +111,7 @@ def test_decays_down_to_the_documented_floor_stay_finite(implementation: str) ->
 def test_chunks_give_nan_and_not_wrong_numbers_far_below_the_floor() -> None:
     inputs = make_inputs("realistic", SHAPE)
     inputs["log_w"] = np.full_like(inputs["log_w"], -20)
-    y, state = forward(WKV7, "chunked")(as_jax(inputs, jnp.float32))
+    y, state = forward(WKV7, "chunked", quick=False)(as_jax(inputs, jnp.float32))
     expected_y, expected_state = forward(WKV7, "scan")(as_jax(inputs, jnp.float32))
     for values, expected in ((y, expected_y), (state, expected_state)):
         assert np.all(np.isnan(values) | (np.abs(values - expected) < 1e-3))
@@ -125,7 +122,7 @@ def test_chunks_give_nan_and_not_wrong_numbers_far_below_the_floor() -> None:
 def test_a_decay_of_exactly_one_is_allowed(implementation: str) -> None:
     inputs, cotangents = problem(WKV7, "realistic", SHAPE)
     inputs = inputs | {"log_w": np.zeros_like(inputs["log_w"])}
-    results = with_gradients(WKV7, implementation)(*as_jax((inputs, cotangents), jnp.float32))
+    results = with_gradients(WKV7, implementation, quick=False)(*as_jax((inputs, cotangents), jnp.float32))
     with jax.enable_x64(True):
         exact = {name: np.asarray(x) for name, x in with_gradients(WKV7, "scan")(inputs, cotangents).items()}
     assert_close(results, exact, 5e-6)

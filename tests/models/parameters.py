@@ -1,4 +1,4 @@
-"""Parameters under their official names, random ones, and models built from them."""
+"""Small models for tests: parameters under their official names, random ones, and models built from them."""
 
 from __future__ import annotations
 
@@ -83,10 +83,15 @@ def to_official(tree: Any) -> dict[str, NDArray]:
 @functools.cache
 def random_params(config: ModelConfig, seed: int = 0) -> Any:
     """Parameters far from their initial values, at which every residual branch is zero; float64."""
+    return random_like(abstract(config)[1], seed)
+
+
+def random_like(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters, of sizes that a trained model might have, for a nested dict of shapes; float64."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> NDArray:
-        names = [str(entry.key) for entry in path]
+        names = ["", *(str(entry.key) for entry in path)]
         x = rng.standard_normal(shape.shape)
         if names[-1] == "weight" and names[-2].startswith("ln"):
             return 1 + 0.2 * x
@@ -97,7 +102,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
         is_matrix = names[-1] == "weight" or names[-1][-1] in "12"
         return x / np.sqrt(shape.shape[-1]) if is_matrix else 0.5 * x
 
-    return jax.tree.map_with_path(draw, abstract(config)[1])
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def in_dtype(params: Any, config: ModelConfig) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.rwkv7 import State
 from rwkv_jax.training.loss import sum_losses
-from tests.golden import assert_close, load_golden, relative_error
+from tests.golden import QUICK, assert_close, load_golden, relative_error
 from tests.models.parameters import abstract, from_official, in_dtype, merge, to_official
 
 CONFIG = ModelConfig(
@@ -62,10 +62,14 @@ def golden_state(prefix: str, config: ModelConfig) -> State:
     )
 
 
+def options(config: ModelConfig) -> dict[str, Any] | None:
+    return QUICK if config.dtype == "float64" else None
+
+
 @functools.cache
 def run(config: ModelConfig) -> Callable[..., tuple[Array, State]]:
     """(params, tokens, state) -> logits, state."""
-    return jax.jit(lambda params, tokens, state: merge(config, params)(tokens, state))
+    return jax.jit(lambda params, tokens, state: merge(config, params)(tokens, state), compiler_options=options(config))
 
 
 @functools.cache
@@ -78,7 +82,7 @@ def loss_and_gradients(config: ModelConfig) -> Callable[..., Any]:
         total = sum_losses(model.logits, hidden, targets)
         return total.nll / total.count
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options(config))
 
 
 def probed(kind: str, gradient: NDArray) -> Any:

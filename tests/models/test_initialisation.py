@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import RWKV7
 from rwkv_jax.models.layers import orthogonal
+from tests.golden import QUICK
 from tests.models.parameters import to_official
 
 CONFIG = ModelConfig(
@@ -33,7 +34,7 @@ CONFIG = ModelConfig(
 LAYERS = range(CONFIG.num_layers)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def build(key: jax.Array) -> Any:
     return nnx.to_pure_dict(nnx.state(RWKV7(CONFIG, rngs=nnx.Rngs(key)), nnx.Param))
 
@@ -171,7 +172,9 @@ def test_orthogonal_has_no_preferred_direction_and_never_fails(size: int) -> Non
     # Over uniformly drawn orthogonal matrices every entry has mean 0 and variance 1 / size.
     draws = 4000
     keys = jax.random.split(jax.random.key(0), draws)
-    matrices = jax.jit(jax.vmap(lambda key: orthogonal(key, (size, size), 1.0, "float32")))(keys)
+    matrices = jax.jit(jax.vmap(lambda key: orthogonal(key, (size, size), 1.0, "float32")), compiler_options=QUICK)(
+        keys
+    )
     mean, square = jnp.mean(matrices, axis=0), jnp.mean(jnp.square(matrices), axis=0)
     np.testing.assert_allclose(mean, np.zeros((size, size)), atol=5 / math.sqrt(size * draws))
     np.testing.assert_allclose(square, np.full((size, size), 1 / size), atol=5 / math.sqrt(draws))
