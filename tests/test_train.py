@@ -41,7 +41,6 @@ from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, make_trainer
 
-
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -25,8 +25,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "wsd":
-        decay = max(round(config.decay_fraction * num_steps), 1)
-        after = optax.linear_schedule(peak, final, decay, transition_begin=max(rest - decay, 0))
+        decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     else:
         after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:

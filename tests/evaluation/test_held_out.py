@@ -1,0 +1,94 @@
+"""Held-out loss is the mean over every predicted token, and bits per byte what they are called."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
+from rwkv_jax.data.batches import evaluation_windows
+from rwkv_jax.data.corpus import TokenFile
+from rwkv_jax.evaluation.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
+from rwkv_jax.training.loss import TokenLosses
+from rwkv_jax.training.step import Trainer, make_trainer
+
+BATCH, LENGTH = 3, 16
+
+
+def token_file(count: int, num_bytes: int) -> TokenFile:
+    tokens = np.random.default_rng(0).integers(0, 50, count).astype(np.uint16)
+    return TokenFile(Path("unused"), tokens, num_bytes, 1)
+
+
+@pytest.fixture(scope="module", params=[None, 7], ids=["all logits at once", "logits in chunks"])
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    return make_trainer(
+        TrainConfig(
+            model=ModelConfig(vocab_size=50, num_layers=2, width=16, head_dim=8),
+            optimizer=OptimizerConfig(warmup_steps=0),
+            training=TrainingConfig(batch_size=BATCH, sequence_length=LENGTH, loss_chunk=request.param),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def params(trainer: Trainer) -> Any:
+    return jax.jit(trainer.init)(jax.random.key(0)).params
+
+
+# One window that is not full, exactly two full ones, and two and a bit.
+@pytest.mark.parametrize("count", [20, 2 * BATCH * LENGTH + 1, 2 * BATCH * LENGTH + 23])
+def test_loss_is_the_mean_over_every_predicted_token(trainer: Trainer, params: Any, count: int) -> None:
+    file = token_file(count, num_bytes=3 * count)
+    windows = evaluation_windows(file.tokens, batch_size=BATCH, sequence_length=LENGTH)
+    result = evaluate(jax.jit(trainer.eval_step), params, windows, file)
+
+    forward = jax.jit(lambda tokens: nnx.merge(trainer.graphdef, params)(tokens)[0][0])
+    losses: list[float] = []
+    for start in range(0, count - 1, LENGTH):
+        row = file.tokens[start : start + LENGTH + 1].astype(np.int32)
+        # Padded to one length for the compiler's sake; what comes later does not reach back.
+        padded = np.zeros(LENGTH, np.int32)
+        padded[: len(row) - 1] = row[:-1]
+        logits = np.asarray(forward(padded[None]), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-log_p[t, target] for t, target in enumerate(row[1:])]
+    assert len(losses) == count - 1
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(np.sum(losses) / math.log(2) / file.num_bytes, rel=1e-5)
+
+
+def test_windows_count_by_their_tokens(trainer: Trainer) -> None:
+    """A window that is hardly filled weighs little: sums are divided once, at the end."""
+
+    def eval_step(params: float, tokens: np.ndarray, mask: np.ndarray) -> TokenLosses:
+        return TokenLosses(jnp.float32(params * tokens[0, 0] * mask.sum()), jnp.float32(0), jnp.float32(mask.sum()))
+
+    full, rest = np.ones((2, 4), np.float32), np.zeros((2, 4), np.float32)
+    rest[0, :2] = 1
+    windows = [(np.full((2, 5), 1), full), (np.full((2, 5), 6), rest)]
+    result = evaluate(eval_step, 0.5, windows, token_file(11, 40))
+    assert result.loss == pytest.approx(0.5 * (8 * 1 + 2 * 6) / 10)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 4)
+
+
+def test_bits_per_byte_of_chance() -> None:
+    """A token of two bytes guessed among 256 equally likely ones costs eight bits."""
+    assert bits_per_byte(math.log(256), 2.0) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("data", [b"abc" * 1000, bytes(range(256)) * 7, b"x"])
+def test_compressors_are_those_of_the_standard_library(data: bytes) -> None:
+    assert compressed_bits_per_byte(data) == {
+        "gzip -9": 8 * len(gzip.compress(data, compresslevel=9)) / len(data),
+        "xz -9": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }

@@ -1,0 +1,188 @@
+"""Configs: what they refuse, how they travel through JSON, and the sizes that they compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import pytest
+
+from rwkv_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+    from_dict,
+    to_dict,
+)
+from tests.models.parameters import SMALL, abstract
+
+# Values that cannot work
+
+WRONG: list[tuple[type, dict[str, Any], str]] = [
+    (ModelConfig, {"vocab_size": 0}, "model.vocab_size = 0: must be greater than zero"),
+    (ModelConfig, {"width": -64}, "model.width = -64: must be greater than zero"),
+    (ModelConfig, {"head_dim": 0}, "model.head_dim = 0: must be greater than zero"),
+    (ModelConfig, {"width": 100}, "model.width = 100: must be a multiple of model.head_dim = 64; .* 64 and 128"),
+    (ModelConfig, {"width": 32}, "model.width = 32: must be a multiple of model.head_dim = 64; .* 64 and 128"),
+    (ModelConfig, {"width": 3, "head_dim": 1}, "model.head_dim = 1: must be at least 2"),
+    (ModelConfig, {"num_layers": 1}, "model.num_layers = 1: RWKV-7 needs at least 2 layers"),
+    (ModelConfig, {"ffn_width": 0}, "model.ffn_width = 0: must be positive, or None"),
+    *((ModelConfig, {f"{r}_rank": -1}, f"model.{r}_rank = -1: ") for r in ("decay", "iclr", "value", "gate")),
+    (ModelConfig, {"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
+    (DataConfig, {"source": ""}, "data.source = '': "),
+    (DataConfig, {"held_out": 0.0}, "data.held_out = 0.0: must lie between 0 and 1"),
+    (DataConfig, {"held_out": 1.0}, "data.held_out = 1.0: must lie between 0 and 1"),
+    (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate = 0.0: must be greater than zero"),
+    (OptimizerConfig, {"learning_rate": math.nan}, "optimizer.learning_rate = nan"),
+    (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon = 0.0: must be greater than zero"),
+    (OptimizerConfig, {"final_learning_rate": -1e-4}, "optimizer.final_learning_rate = -0.0001"),
+    (OptimizerConfig, {"final_learning_rate": 1e-2}, "optimizer.final_learning_rate = 0.01: .*learning_rate = 0.001"),
+    (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps = -1: must not be negative"),
+    (OptimizerConfig, {"beta1": 1.0}, r"optimizer.beta1 = 1.0: must lie in \[0, 1\)"),
+    (OptimizerConfig, {"beta2": -0.1}, r"optimizer.beta2 = -0.1: must lie in \[0, 1\)"),
+    (OptimizerConfig, {"decay_fraction": 0.0}, r"optimizer.decay_fraction = 0.0: must lie in \(0, 1\]"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay = -0.1: must not be negative"),
+    (OptimizerConfig, {"clip_norm": -1.0}, "optimizer.clip_norm = -1.0: must not be negative"),
+    (OptimizerConfig, {"schedule": "step"}, "optimizer.schedule = 'step': must be cosine, linear, wsd or constant"),
+    *(
+        (TrainingConfig, {name: 0}, f"training.{name} = 0: must be greater than zero")
+        for name in ("num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps")
+    ),
+    (TrainingConfig, {"batch_size": 8, "accumulation_steps": 3}, "training.batch_size = 8: .*accumulation_steps = 3"),
+    (TrainingConfig, {"loss_chunk": 0}, "training.loss_chunk = 0: must be positive"),
+    (TrainingConfig, {"l2wrap": -1e-4}, "training.l2wrap = -0.0001: must not be negative"),
+    *((EvaluationConfig, {name: 0}, f"evaluation.{name} = 0: ") for name in ("every", "batches", "sample_tokens")),
+    (EvaluationConfig, {"sample_temperature": -1.0}, "evaluation.sample_temperature = -1.0: "),
+    (EvaluationConfig, {"sample_top_p": 0.0}, "evaluation.sample_top_p = 0.0: "),
+    (EvaluationConfig, {"sample_top_p": 1.5}, "evaluation.sample_top_p = 1.5: "),
+    *((CheckpointConfig, {name: 0}, f"checkpoint.{name} = 0: ") for name in ("every", "keep")),
+    (LoggingConfig, {"every": 0}, "logging.every = 0: "),
+    (TrainConfig, {"run_dir": ""}, "run_dir = '': name a folder"),
+    (TrainConfig, {"seed": -1}, "seed = -1: "),
+    (TrainConfig, {"seed": 2**32}, f"seed = {2**32}: "),
+    (TrainConfig, {"profile": (5, 3)}, r"profile = \(5, 3\): "),
+    (
+        TrainConfig,
+        {"training": TrainingConfig(num_steps=10), "optimizer": OptimizerConfig(warmup_steps=10)},
+        "optimizer.warmup_steps = 10: must be less than training.num_steps = 10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), WRONG, ids=[message.split(":")[0] for _, _, message in WRONG])
+def test_wrong_values_are_refused_by_name_with_a_remedy(kind: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        kind(**values)
+
+
+def test_configs_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Through JSON
+
+EVERYTHING = TrainConfig(
+    run_dir="runs/x",
+    seed=7,
+    model=ModelConfig(vocab_size=100, num_layers=3, width=128, decay_rank=32, dtype="bfloat16"),
+    data=DataConfig(source="text.jsonl", tokenizer="some.model"),
+    optimizer=OptimizerConfig(schedule="wsd", epsilon=1e-18),
+    training=TrainingConfig(num_steps=11, loss_chunk=64, remat=True),
+    evaluation=EvaluationConfig(sample_prompts=("a", "é\n")),
+    checkpoint=CheckpointConfig(keep=5),
+    logging=LoggingConfig(wandb="project"),
+    profile=(3, 5),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING], ids=["defaults", "everything"])
+def test_a_config_survives_json(config: TrainConfig) -> None:
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert from_dict({"seed": 3, "model": {"width": 128}}) == TrainConfig(seed=3, model=ModelConfig(width=128))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sede": 3}, r"sede = \[3\]: no such field"),
+        ({"model": {"depth": 3, "colour": "red"}}, r"model.colour, depth = \['red', 3\]: no such field"),
+        ({"model": {"width": 100}}, "model.width = 100: "),
+    ],
+)
+def test_dicts_that_are_no_config_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(values)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("width", "decay", "iclr", "value", "gate"),
+    [
+        (768, 64, 64, 32, 128),
+        (1024, 64, 64, 64, 160),
+        (2048, 128, 128, 64, 224),
+        (2560, 128, 128, 96, 256),
+        (4096, 160, 160, 96, 320),
+        (64, 32, 32, 32, 32),
+    ],
+)
+def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: int, value: int, gate: int) -> None:
+    resolved = ModelConfig(width=width).resolved()
+    assert (resolved.decay_rank, resolved.iclr_rank, resolved.value_rank, resolved.gate_rank) == (
+        (decay, iclr, value, gate)
+    )
+    assert resolved.ffn_width == 4 * width
+    assert dataclasses.asdict(resolved.sizes()).items() <= dataclasses.asdict(resolved).items()
+
+
+def test_sizes_that_are_given_stay() -> None:
+    assert SMALL.resolved() == SMALL
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "layers", "width", "ranks", "published"),
+    [
+        (65536, 12, 768, (64, 64, 32, 128), 191_084_544),
+        (50304, 12, 768, (64, 64, 32, 128), 167_688_192),
+        (65536, 24, 1024, (64, 64, 32, 128), 450_834_432),
+        (65536, 24, 2048, (96, 96, 64, 256), 1_527_668_736),
+        (65536, 32, 2560, (96, 96, 64, 320), 2_948_065_280),
+        (65536, 32, 4096, (128, 128, 96, 480), 7_199_932_416),
+    ],
+    ids=["0.1B", "0.168B", "0.4B", "1.5B", "2.9B", "7.2B"],
+)
+def test_released_models_have_their_published_number_of_parameters(
+    vocab_size: int, layers: int, width: int, ranks: tuple[int, int, int, int], published: int
+) -> None:
+    decay, iclr, value, gate = ranks
+    config = ModelConfig(vocab_size, layers, width, decay_rank=decay, iclr_rank=iclr, value_rank=value, gate_rank=gate)
+    # The published count includes v0, v1 and v2 of the first layer, which nothing reads; we do not have them.
+    assert config.num_parameters() == published - (width + 2 * width * value)
+
+
+@pytest.mark.parametrize("config", [SMALL, ModelConfig(num_layers=5, width=256)], ids=["small", "width-256"])
+def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(config: ModelConfig) -> None:
+    weights = 0
+    for path, x in jax.tree.leaves_with_path(abstract(config)[1]):
+        *folders, name = (entry.key for entry in path)
+        is_matrix = (name == "weight" and not folders[-1].startswith("ln")) or name[1:] in ("1", "2")
+        if is_matrix and folders != ["emb"]:  # an embedding is looked up
+            weights += x.size
+    # Each state entry: decayed (1), the rank-one removal S a b^T (2 to read, 2 to add), v k^T added (2), read (2).
+    recurrence = config.num_layers * config.num_heads * config.head_dim**2 * 9
+    assert config.flops_per_token() == 2 * weights + recurrence

@@ -1,0 +1,154 @@
+"""Schedules against closed forms; parameter groups; a few steps against Adam written out in NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.models import RWKV7
+from rwkv_jax.training.optimizer import learning_rate_schedule, make_optimizer, parameter_groups
+from tests.models.parameters import SMALL, abstract, to_official
+
+STEPS, WARMUP, PEAK, FINAL = 101, 20, 1e-3, 1e-4
+CONFIG = OptimizerConfig(learning_rate=PEAK, final_learning_rate=FINAL, warmup_steps=WARMUP, decay_fraction=0.2)
+
+
+def rate(config: OptimizerConfig, step: int, num_steps: int = STEPS) -> float:
+    return np.asarray(learning_rate_schedule(config, num_steps)(step)).item()
+
+
+def cosine(step: int) -> float:
+    progress = (step - WARMUP) / (STEPS - 1 - WARMUP)
+    return FINAL + (PEAK - FINAL) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(step: int) -> float:
+    return PEAK + (FINAL - PEAK) * (step - WARMUP) / (STEPS - 1 - WARMUP)
+
+
+def wsd(step: int) -> float:
+    decay = round(0.2 * STEPS)
+    return PEAK + (FINAL - PEAK) * max(0, step - (STEPS - 1 - decay)) / decay
+
+
+def constant(step: int) -> float:
+    return PEAK
+
+
+@pytest.mark.parametrize("after", [cosine, linear, wsd, constant], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("step", [0, 1, 10, 19, 20, 21, 40, 60, 79, 80, 81, 90, 99, 100])
+def test_learning_rate(after: Any, step: int) -> None:
+    config = dataclasses.replace(CONFIG, schedule=after.__name__)
+    expected = PEAK * (0.01 + 0.99 * step / WARMUP) if step < WARMUP else after(step)
+    assert rate(config, step) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize(("warmup", "steps", "decay_fraction"), [(0, 10, 0.2), (8, 10, 0.2), (5, 10, 1.0), (0, 2, 0.2)])
+def test_the_rate_only_falls_after_the_warmup_and_ends_at_the_final_one(
+    schedule: Any, warmup: int, steps: int, decay_fraction: float
+) -> None:
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup, decay_fraction=decay_fraction)
+    rates = [rate(config, step, steps) for step in range(steps)]
+    assert rates[-1] == pytest.approx(FINAL, rel=1e-5)
+    assert max(rates) == rates[warmup] == pytest.approx(PEAK)
+    assert np.all(np.diff(rates[warmup:]) <= 1e-9)
+
+
+def test_without_warmup_the_first_step_has_the_peak_rate() -> None:
+    assert rate(dataclasses.replace(CONFIG, warmup_steps=0), 0) == pytest.approx(PEAK)
+
+
+# Groups
+
+DECAYING = {
+    "emb.weight",
+    "head.weight",
+    *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")),
+    *(f"ffn.{name}.weight" for name in ("key", "value")),
+}
+
+
+def test_only_large_matrices_decay_and_only_w0_has_another_rate() -> None:
+    params = abstract(SMALL)[1]
+    factors, decays = parameter_groups(params, RWKV7.parameter_group)
+    pairs = jax.tree.leaves_with_path(jax.tree.map(lambda *pair: np.array(pair), factors, decays))
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): tuple(pair) for path, pair in pairs}
+    assert len(named) == len(jax.tree.leaves(params))
+    for name, (factor, decay) in named.items():
+        official = name.removeprefix("first_block.").removeprefix("blocks.")
+        assert factor == (2.0 if official == "att.w0" else 1.0), name
+        assert decay == (official in DECAYING), name
+    # Stacked layers have an axis more, which must not turn norms into matrices; r_k has two axes and does not decay.
+    for name in ("first_block.ln0.weight", "blocks.ln1.weight", "blocks.att.ln_x.weight", "blocks.att.r_k"):
+        assert named[name] == (1.0, False)
+
+
+# Steps
+
+
+class Adam:
+    """Adam with clipping, decoupled decay and groups, as the official trainer runs it, one official name at a time."""
+
+    def __init__(self, config: OptimizerConfig, params: dict[str, np.ndarray]) -> None:
+        self.config, self.params, self.count = config, dict(params), 0
+        self.mean = {name: np.zeros_like(x) for name, x in params.items()}
+        self.square = {name: np.zeros_like(x) for name, x in params.items()}
+
+    def update(self, gradients: dict[str, np.ndarray], learning_rate: float) -> None:
+        config = self.config
+        norm = math.sqrt(sum(np.sum(g**2) for g in gradients.values()))
+        scale = min(1.0, config.clip_norm / norm) if config.clip_norm else 1.0
+        self.count += 1
+        for name, gradient in gradients.items():
+            g = gradient * scale
+            self.mean[name] = config.beta1 * self.mean[name] + (1 - config.beta1) * g
+            self.square[name] = config.beta2 * self.square[name] + (1 - config.beta2) * g**2
+            mean = self.mean[name] / (1 - config.beta1**self.count)
+            square = self.square[name] / (1 - config.beta2**self.count)
+            update = mean / (np.sqrt(square) + config.epsilon)
+            if name.removeprefix("blocks.").lstrip("0123456789.") in DECAYING:
+                update = update + config.weight_decay * self.params[name]
+            rate = learning_rate * (2 if name.endswith("att.w0") else 1)
+            self.params[name] = self.params[name] - rate * update
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_steps_equal_adam_written_out(float64: None, clip_norm: float) -> None:
+    config = dataclasses.replace(CONFIG, clip_norm=clip_norm, weight_decay=0.5, warmup_steps=2)
+    rng = np.random.default_rng(0)
+
+    def draw(scale: float) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape)), abstract(SMALL)[1])
+
+    params = draw(1.0)
+    optimizer = make_optimizer(config, STEPS, params, RWKV7.parameter_group)
+    state = optimizer.init(params)
+    reference = Adam(config, to_official(params))
+    step = jax.jit(optimizer.update)
+    for count, scale in enumerate([1.0, 1e-4, 1e-9, 3.0]):  # norms far above and far below the clipping norm
+        gradients = draw(scale)
+        updates, state = step(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        reference.update(to_official(gradients), rate(config, count))
+        for name, x in to_official(params).items():
+            # Optax corrects the bias in float32: the update, not the parameter, is right to 1e-6.
+            np.testing.assert_allclose(x, reference.params[name], rtol=0, atol=1e-6 * PEAK, err_msg=name)
+
+
+def test_tiny_gradients_take_full_steps() -> None:
+    # Epsilon is 1e-18 so that Adam's step does not depend on the gradient's scale; float32 moments still hold 1e-30.
+    params = {"emb": {"weight": jnp.ones((2, 2))}}
+    config = dataclasses.replace(CONFIG, weight_decay=0.0, warmup_steps=0, clip_norm=0.0)
+    optimizer = make_optimizer(config, STEPS, params, RWKV7.parameter_group)
+    gradients = {"emb": {"weight": jnp.full((2, 2), 1e-15)}}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["emb"]["weight"], np.full((2, 2), -PEAK), rtol=2e-3)  # pyright: ignore
