@@ -1,6 +1,14 @@
 """A small RWKV-7 on the source text of Python's standard library: the corpus that every machine has.
 
-python train.py configs/python_stdlib.py
+    python train.py configs/python_stdlib.py        (`make train` sets everything up first)
+
+Seen on 2 CPU cores: 7 minutes from a fresh clone, set-up included, 4,600 to 5,900 tokens/s; all held-out text 3.158
+nats a token, 1.563 bits a byte, where gzip -9 needs 1.887 and xz -9 1.557 for the same bytes.
+
+Why these values: the time is given, so the question is how many tokens a model sees in it. Width 192 ran at 5,900
+tokens/s where 256 ran at 3,800; 4 x 512 tokens ran within 6% of 8 x 256 and let the model look twice as far back. A
+vocabulary of 2048 (2.9 bytes a token, against 3.3 for 4096) keeps embedding and head to a third of the parameters.
+The learning rate is what first worked, well above the official one for large models; it was not searched.
 """
 
 from rwkv_jax.config import (

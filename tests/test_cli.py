@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[1]
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps compiled programs on disk: every `rwkv generate` would compile the same one again, for seconds."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),  # for all modules
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -36,7 +36,7 @@ def config():
     return TrainConfig(
         model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16),
         data=DataConfig(source={source!r}, cache_dir={cache!r}, held_out=0.2),
-        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=3),
         training=TrainingConfig(num_steps=16, batch_size=4, sequence_length=32),
         evaluation=EvaluationConfig(every=4, batches=2, sample_tokens=8, sample_prompts=("def", "x")),
         checkpoint=CheckpointConfig(every=2, keep=2),
@@ -48,7 +48,7 @@ def config():
 class Workplace:
     """A corpus and a config file, and the runs started from them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, programs: Path) -> None:
         self.folder, self.config = folder, folder / "config.py"
         source = folder / "source"
         source.mkdir()
@@ -56,9 +56,9 @@ class Workplace:
             lines = [f"def f{i}_{j}(x):\n    return x * {j} + {i * j}\n" for j in range(20)]
             (source / f"{i}.py").write_text("\n".join(lines))
         self.config.write_text(CONFIG.format(source=str(source), cache=str(folder / "cache")))
-        # A restarted run loads the programs that the first one compiled.
+        # A restarted run loads the programs that the first one, or another module's, compiled.
         self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+            "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
@@ -145,7 +145,7 @@ def kill(place: Workplace, command: list[str], run_dir: Path, target: int, draws
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("resume"))
+    return Workplace(tmp_path_factory.mktemp("resume"), tmp_path_factory.getbasetemp() / "programs")
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps compiled programs on disk: every call of `train` would compile the same ones again, for seconds."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),  # for all modules
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -79,7 +79,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16),
         data=DataConfig(source=str(write_corpus(folder / "source")), cache_dir=str(folder / "cache"), held_out=0.2),
-        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=3),
+        # Constant, so that the compiled step does not depend on the number of steps.
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=3),
         training=TrainingConfig(num_steps=8, batch_size=4, sequence_length=32),
         evaluation=EvaluationConfig(every=3, batches=2, sample_tokens=8, sample_prompts=("def", "x")),
         checkpoint=CheckpointConfig(every=4, keep=2),
@@ -245,23 +246,19 @@ class TestGoingOn:
         changed = {name for name in after if before[name] != after[name]}
         assert changed <= {"run.json", "loss.png"}
 
-    def test_more_steps_and_another_learning_rate_extend_the_run(self, finished: Run, copy: Path) -> None:
+    def test_more_steps_extend_the_run(self, finished: Run, copy: Path) -> None:
         longer = dataclasses.replace(
             finished.config,
-            optimizer=dataclasses.replace(finished.config.optimizer, learning_rate=1e-3),
             training=dataclasses.replace(finished.config.training, num_steps=10),
             evaluation=dataclasses.replace(finished.config.evaluation, sample_prompts=()),
-            profile=None,
         )
         extended = run(longer, copy)
         assert "resuming after step 8" in extended.output
         assert int(extended.result.state.step) == 10
+        assert figures(copy)[: len(figures(finished.folder))] == figures(finished.folder)
         assert steps_of(copy, "train") == [2, 4, 6, 8, 10]
         assert steps_of(copy, "evaluation") == [3, 6, 8, 9, 10]
         assert steps_of(copy, "sample") == [3, 6, 8, 8]  # without prompts, there is nothing to sample
-        last = read_metrics(copy / "metrics.jsonl")
-        rates = {record["step"]: record["learning_rate"] for record in last if record["kind"] == "train"}
-        assert rates[10] == pytest.approx(3e-4)
         assert json.loads((copy / "run.json").read_text())["config"]["training"]["num_steps"] == 10
 
     def test_fewer_steps_than_the_run_has_taken_are_refused(self, finished: Run, copy: Path) -> None:

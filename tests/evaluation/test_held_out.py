@@ -29,13 +29,13 @@ def token_file(count: int, num_bytes: int) -> TokenFile:
     return TokenFile(Path("unused"), tokens, num_bytes, 1)
 
 
-@pytest.fixture(scope="module", params=[None, 7], ids=["all logits at once", "logits in chunks"])
-def trainer(request: pytest.FixtureRequest) -> Trainer:
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
     return make_trainer(
         TrainConfig(
             model=ModelConfig(vocab_size=50, num_layers=2, width=16, head_dim=8),
             optimizer=OptimizerConfig(warmup_steps=0),
-            training=TrainingConfig(batch_size=BATCH, sequence_length=LENGTH, loss_chunk=request.param),
+            training=TrainingConfig(batch_size=BATCH, sequence_length=LENGTH),
         )
     )
 
@@ -67,7 +67,7 @@ def test_loss_is_the_mean_over_every_predicted_token(trainer: Trainer, params: A
     assert result.bits_per_byte == pytest.approx(np.sum(losses) / math.log(2) / file.num_bytes, rel=1e-5)
 
 
-def test_windows_count_by_their_tokens(trainer: Trainer) -> None:
+def test_windows_count_by_their_tokens() -> None:
     """A window that is hardly filled weighs little: sums are divided once, at the end."""
 
     def eval_step(params: float, tokens: np.ndarray, mask: np.ndarray) -> TokenLosses:
