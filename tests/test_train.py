@@ -33,7 +33,7 @@ from rwkv_jax.config import (
     TrainingConfig,
 )
 from rwkv_jax.data.tokenizers import train_sentencepiece
-from rwkv_jax.evaluation.held_out import compressed_bits_per_byte
+from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training import step as step_module
 from rwkv_jax.training.journal import NonFiniteError
@@ -260,6 +260,19 @@ class TestGoingOn:
         assert steps_of(copy, "evaluation") == [3, 6, 8, 9, 10]
         assert steps_of(copy, "sample") == [3, 6, 8, 8]  # without prompts, there is nothing to sample
         assert json.loads((copy / "run.json").read_text())["config"]["training"]["num_steps"] == 10
+
+    def test_best_checkpoint_stays_when_later_losses_are_higher(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Each run's last figure is that of all held-out text, which decides nothing.
+        losses = iter([2.0, 1.0, 3.0, 0.1, 1.5, 1.2, 0.1])
+        monkeypatch.setattr(train, "evaluate", lambda *_: HeldOut(next(losses), 1.0))
+        for num_steps in (8, 10):
+            training = dataclasses.replace(config.training, num_steps=num_steps)
+            run(dataclasses.replace(config, training=training, profile=None), tmp_path / "run")
+            assert names(tmp_path / "run" / "best") == ["6"]
+        evaluations = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"]
+        assert evaluations == [2.0, 1.0, 3.0, 1.5, 1.2]
 
     def test_fewer_steps_than_the_run_has_taken_are_refused(self, finished: Run, copy: Path) -> None:
         shorter = dataclasses.replace(

@@ -85,7 +85,7 @@ def wkv7(
 
     Args:
       r, log_w, k, a, b: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1; log_w is the log of the
-        decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -5) only
+        decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -4) only
         `scan` is exact, and `chunked` gives NaN rather than a wrong number.
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.

@@ -24,6 +24,7 @@ axis of its left side: XLA's CPU backend needs nearly twice the time for that fo
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -35,8 +36,8 @@ from jax.ad_checkpoint import checkpoint_name
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv7_cpu.py."""
 
-LOG_DECAY_FLOOR = -5.0
-"""Smallest log w at which the default chunk stays inside float32: half a chunk of it is e^{-80}."""
+LOG_DECAY_FLOOR = -4.0
+"""Smallest log w that every token of the default chunk may have in float32: half a chunk of it is e^{-64}."""
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -78,7 +79,11 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
     # A triangular product: XLA's cumsum is quadratic in C on a CPU, and four times slower.
     ones = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), log_w.dtype)), (*r.shape[:2], size, size))
     total = _matmul(ones, log_w)
-    middle = total[:, :, (size - 1) // 2, None]
+    middle, end = total[:, :, (size - 1) // 2, None], total[:, :, -1:]
+    # NaN where a state of size 1 would lose digits to underflow in the gauge; else the loss would go unnoticed.
+    limits = jnp.finfo(log_w.dtype)
+    in_range = jnp.maximum(-middle, middle - end) <= math.log(limits.eps / limits.tiny)
+    middle = jnp.where(in_range, middle, jnp.nan)
     scale_a = jnp.exp(total - log_w - middle)
     scale_r = jnp.exp(total - middle)
     scale_keys = jnp.exp(middle - total)
@@ -89,7 +94,7 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
         scale_r=scale_r,
         scale_keys=scale_keys,
         enter=_transpose(jnp.exp(middle)),
-        leave=_transpose(jnp.exp(total[:, :, -1:] - middle)),
+        leave=_transpose(jnp.exp(end - middle)),
     )
 
 
@@ -260,8 +265,8 @@ def wkv7_chunked(
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state. Where log w lies so far below the model's floor of
-      -e^{-1/2} that half a chunk of it leaves the dtype's range (float32: below `LOG_DECAY_FLOOR`), they are NaN,
-      not wrong.
+      -e^{-1/2} that half a chunk of it nears the end of the dtype's range (float32: all tokens' below
+      `LOG_DECAY_FLOOR`), they are NaN, not wrong.
 
     Raises:
       ValueError: chunk_size is not a power of two.
