@@ -1,8 +1,73 @@
 """The WKV operators of RWKV in JAX: one call for each generation, whatever the platform.
 
-Shape letters: B batch, T time, H heads, N head size of keys, M head size of values. The package imports jax only.
+Shape letters: B batch, T time, C width, H heads, N head size of keys, M head size of values. The package imports jax
+only.
 """
 
-from rwkv_kernels.wkv7 import wkv7, wkv7_step
+from __future__ import annotations
 
-__all__ = ["wkv7", "wkv7_step"]
+import jax
+
+from rwkv_kernels import dispatch, wkv5 as _wkv5, wkv6 as _wkv6, wkv7 as _wkv7
+from rwkv_kernels.wkv5 import wkv5, wkv5_sharded, wkv5_step
+from rwkv_kernels.wkv6 import wkv6, wkv6_sharded, wkv6_step
+from rwkv_kernels.wkv7 import wkv7, wkv7_sharded, wkv7_step
+
+OPERATORS = {operator.name: operator for operator in (_wkv5.OPERATOR, _wkv6.OPERATOR, _wkv7.OPERATOR)}
+"""Every operator, by name."""
+
+
+def _operator(name: str) -> dispatch.Operator:
+    if name not in OPERATORS:
+        raise ValueError(f"operator = {name!r}: must be one of {', '.join(OPERATORS)}")
+    return OPERATORS[name]
+
+
+def implementations(operator: str) -> tuple[str, ...]:
+    """Names of all implementations of an operator ("wkv7"); `explain` says which can run.
+
+    Raises:
+      ValueError: there is no such operator.
+    """
+    return tuple(_operator(operator).implementations)
+
+
+def explain(
+    operator: str, shape: tuple[int, ...], dtype: str = "float32", platform: str | None = None
+) -> dispatch.Explanation:
+    """What would run here, and why the other implementations would not.
+
+    Args:
+      operator: "wkv4" to "wkv7".
+      shape: B, T, H, N and M of the problem; M may be left out where it equals N, and for WKV-4 B, T, C do.
+      dtype: in which the recurrence runs: float32, or float64 if any argument is.
+      platform: `cpu`, `gpu` or `tpu`; None is the one at hand.
+
+    Returns:
+      The chosen implementation, and for each of the others the reason why not; print it.
+
+    Raises:
+      ValueError: there is no such operator, or a shape of another length.
+    """
+    if len(shape) not in (3, 4, 5):
+        raise ValueError(f"shape = {shape}: must be (B, T, H, N), (B, T, H, N, M) or, for wkv4, (B, T, C)")
+    known = _operator(operator)
+    batch, time, heads, key_dim, value_dim = (*shape, 1, 1) if len(shape) == 3 else (*shape, shape[3])[:5]
+    problem = dispatch.Problem(platform or jax.default_backend(), (batch, time, heads, key_dim, value_dim), dtype)
+    return dispatch.explain(known.name, known.implementations, known.preferred(problem), problem)
+
+
+__all__ = [
+    "OPERATORS",
+    "explain",
+    "implementations",
+    "wkv5",
+    "wkv5_sharded",
+    "wkv5_step",
+    "wkv6",
+    "wkv6_sharded",
+    "wkv6_step",
+    "wkv7",
+    "wkv7_sharded",
+    "wkv7_step",
+]

@@ -6,25 +6,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from rwkv_kernels.cases import NEAR_ONE, Floats, Shape, rounded
 
 MODEL_FLOOR = -math.exp(-0.5)
 """Smallest log w that an RWKV-7 model produces."""
-
-NEAR_ONE = -1e-4
-"""A log w at which a state lives for ten thousand tokens."""
-
-
-class Shape(NamedTuple):
-    """Sizes of a problem."""
-
-    batch: int
-    time: int
-    heads: int
-    key_dim: int
-    value_dim: int
 
 
 class Case(NamedTuple):
@@ -75,7 +61,7 @@ def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
         "b": kappa * eta,
         "state": state_scale * rng.standard_normal((batch, heads, value_dim, key_dim)),
     }
-    return {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
+    return rounded(inputs)
 
 
 def _sigmoid(x: Floats) -> Floats:

@@ -25,41 +25,24 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_kernels import chunks
+from rwkv_kernels.arguments import pad_time, with_common_axes
+from rwkv_kernels.chunks import transpose
+from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.precision import XLA, Precision
 
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv7_cpu.py."""
 
 LOG_DECAY_FLOOR = -4.0
 """Smallest log w that every token of the default chunk may have in float32: half a chunk of it is e^{-64}."""
-
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-
-def _matmul_transposed(x: Array, y: Array) -> Array:
-    """x y^T over the last two axes."""
-    return jnp.einsum("bhim,bhjm->bhij", x, y, precision=lax.Precision.HIGHEST)
-
-
-def _transpose(x: Array) -> Array:
-    return x.swapaxes(-1, -2)
-
-
-def _chunk(x: Array, index: Array | int, size: int, dtype: jnp.dtype) -> Array:
-    """Steps [index * size, (index + 1) * size) of [B, T, H, N], as [B, H, C, N]."""
-    return lax.dynamic_slice_in_dim(x, index * size, size, axis=1).swapaxes(1, 2).astype(dtype)
-
-
-def _put_chunk(x: Array, chunk: Array, index: Array | int) -> Array:
-    """Inverse of `_chunk`: writes [B, H, C, N] into [B, T, H, N]."""
-    size = chunk.shape[2]
-    return lax.dynamic_update_slice_in_dim(x, chunk.swapaxes(1, 2).astype(x.dtype), index * size, axis=1)
 
 
 class _Gauge(NamedTuple):
@@ -78,7 +61,7 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
     size = r.shape[2]
     # A triangular product: XLA's cumsum is quadratic in C on a CPU, and four times slower.
     ones = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), log_w.dtype)), (*r.shape[:2], size, size))
-    total = _matmul(ones, log_w)
+    total = jnp.matmul(ones, log_w, precision=lax.Precision.HIGHEST)
     middle, end = total[:, :, (size - 1) // 2, None], total[:, :, -1:]
     # NaN where a state of size 1 would lose digits to underflow in the gauge; else the loss would go unnoticed.
     limits = jnp.finfo(log_w.dtype)
@@ -93,21 +76,39 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
         scale_a=scale_a,
         scale_r=scale_r,
         scale_keys=scale_keys,
-        enter=_transpose(jnp.exp(middle)),
-        leave=_transpose(jnp.exp(end - middle)),
+        enter=transpose(jnp.exp(middle)),
+        leave=transpose(jnp.exp(end - middle)),
     )
 
 
-def _causal_mask(size: int) -> np.ndarray:
-    """[2C, 2C]: rows a~ see earlier steps only, rows r~ see their own step too.
+class _Masks(NamedTuple):
+    """Which products of a chunk count, for `where`: scores above the diagonal overflow long before those below it."""
 
-    For `where`, not for a product: scores above the diagonal overflow long before those below it.
-    """
+    scores: Array | np.ndarray
+    """[..., 2C, 2C]: rows a~ see earlier steps only, rows r~ see their own step too."""
+    reads: Array | bool
+    """[..., 2C, 1]: rows a~ and r~ that see the chunk's first state."""
+    writes: Array | bool
+    """[..., 2C, 1]: rows b~ and k~ that the chunk's last state keeps."""
+    keeps: Array | bool
+    """[..., 1, 1]: the last state keeps the first."""
+
+
+def _masks(size: int, within: Array | None) -> _Masks:
+    """Masks of a chunk, whose segment numbers (`chunks.number_within_chunks`) are [B, C], or None."""
     earlier, own = np.tri(size, k=-1, dtype=bool), np.tri(size, dtype=bool)
-    return np.block([[earlier, earlier], [own, own]])
+    causal = np.block([[earlier, earlier], [own, own]])
+    if within is None:
+        return _Masks(causal, True, True, True)
+    packing = chunks.packing(jnp.concatenate([within, within], axis=1)[:, None, :, None])
+    return _Masks(packing.same & causal, packing.reads, packing.writes, packing.keeps)
 
 
-def _inverse_of_identity_minus(triangle: Array) -> Array:
+def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
+    return x if mask is True else jnp.where(mask, x, 0)
+
+
+def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
     """(I - M)^{-1} for a strictly triangular M [..., C, C], C a power of two; lower or upper.
 
     Doubles the size of the inverted diagonal blocks: X <- X + X M_off X. Unlike the product
@@ -120,7 +121,9 @@ def _inverse_of_identity_minus(triangle: Array) -> Array:
     while block < size:
         joins = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
         off_diagonal = triangle * jnp.asarray(joins, triangle.dtype)
-        step = off_diagonal if block == 1 else _matmul(_matmul(inverse, off_diagonal), inverse)
+        step = off_diagonal
+        if block > 1:
+            step = jnp.matmul(jnp.matmul(inverse, off_diagonal, precision=precision), inverse, precision=precision)
         inverse = inverse + step
         block *= 2
     return inverse
@@ -133,116 +136,135 @@ class _Trace(NamedTuple):
     writes: Array  # [T / C, B, H, 2C, M]: Z of each chunk
 
 
-def _forward(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, size: int, with_trace: bool
-) -> tuple[Array, Array, _Trace | None]:
-    batch, time, heads, key_dim = r.shape
-    value_dim, dtype = v.shape[-1], state.dtype
-    chunks = time // size
-    mask = _causal_mask(size)
+Inputs = tuple[Array, Array, Array, Array, Array, Array, Array]
+"""r, log_w, k, v, a, b and the initial state."""
 
-    def body(index: Array, carry: tuple[Array, Array, _Trace | None]) -> tuple[Array, Array, _Trace | None]:
-        state, y, trace = carry
-        r_, log_w_, k_, v_, a_, b_ = (_chunk(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
-        gauge = _to_gauge(r_, log_w_, k_, a_, b_)
-        keys_transposed = _transpose(gauge.keys)
-        scores = jnp.where(mask, _matmul(gauge.queries, keys_transposed), 0)
-        gauged = state * gauge.enter
-        read = _matmul(gauge.queries, gauged)
-        wanted = read[:, :, :size] + _matmul(scores[:, :, :size, size:], v_)
-        removed = _matmul(_inverse_of_identity_minus(scores[:, :, :size, :size]), wanted)
-        writes = jnp.concatenate([removed, v_], axis=2)
-        y = _put_chunk(y, read[:, :, size:] + _matmul(scores[:, :, size:], writes), index)
-        if trace is not None:
+
+class _Chunked:
+    """The operator over whole chunks: its forward pass, and the backward pass by hand."""
+
+    def __init__(self, size: int, precision: Precision) -> None:
+        self._size = size
+        self._matmul = functools.partial(jnp.matmul, precision=XLA[precision])
+        self._matmul_transposed = functools.partial(jnp.einsum, "bhim,bhjm->bhij", precision=XLA[precision])
+        self._inverse = functools.partial(inverse_of_identity_minus, precision=XLA[precision])
+
+    def _masks(self, within: Array | None, index: Array) -> _Masks:
+        if within is not None:
+            within = lax.dynamic_slice_in_dim(within, index * self._size, self._size, axis=1)
+        return _masks(self._size, within)
+
+    def _forward(
+        self, within: Array | None, inputs: Inputs, with_trace: bool
+    ) -> tuple[tuple[Array, Array], _Trace | None]:
+        r, log_w, k, v, a, b, state = inputs
+        batch, time, heads, key_dim = r.shape
+        size, value_dim, dtype = self._size, v.shape[-1], state.dtype
+        matmul = self._matmul
+
+        def body(index: Array, carry: tuple[Array, Array, _Trace | None]) -> tuple[Array, Array, _Trace | None]:
+            state, y, trace = carry
+            r_, log_w_, k_, v_, a_, b_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
+            masks, gauge = self._masks(within, index), _to_gauge(r_, log_w_, k_, a_, b_)
+            keys_transposed = transpose(gauge.keys)
+            scores = _where(masks.scores, matmul(gauge.queries, keys_transposed))
+            gauged = state * gauge.enter
+            read = _where(masks.reads, matmul(gauge.queries, gauged))
+            wanted = read[:, :, :size] + matmul(scores[:, :, :size, size:], v_)
+            removed = matmul(self._inverse(scores[:, :, :size, :size]), wanted)
+            writes = jnp.concatenate([removed, v_], axis=2)
+            y = chunks.put(y, read[:, :, size:] + matmul(scores[:, :, size:], writes), index)
+            if trace is not None:
+                trace = _Trace(
+                    lax.dynamic_update_index_in_dim(trace.states, state, index, 0),
+                    lax.dynamic_update_index_in_dim(trace.writes, writes, index, 0),
+                )
+            kept = _where(masks.keeps, gauged) + matmul(keys_transposed, _where(masks.writes, writes))
+            return kept * gauge.leave, y, trace
+
+        trace = None
+        if with_trace:
             trace = _Trace(
-                lax.dynamic_update_index_in_dim(trace.states, state, index, 0),
-                lax.dynamic_update_index_in_dim(trace.writes, writes, index, 0),
+                jnp.zeros((time // size, batch, heads, key_dim, value_dim), dtype),
+                jnp.zeros((time // size, batch, heads, 2 * size, value_dim), dtype),
             )
-        return (gauged + _matmul(keys_transposed, writes)) * gauge.leave, y, trace
+        y = jnp.zeros((batch, time, heads, value_dim), dtype)
+        _, y, trace = with_common_axes(state, y, trace)
+        state, y, trace = lax.fori_loop(0, time // size, body, (transpose(state), y, trace))
+        return (y, transpose(state)), trace
 
-    trace = None
-    if with_trace:
-        trace = _Trace(
-            jnp.zeros((chunks, batch, heads, key_dim, value_dim), dtype),
-            jnp.zeros((chunks, batch, heads, 2 * size, value_dim), dtype),
-        )
-    y = jnp.zeros((batch, time, heads, value_dim), dtype)
-    state, y, trace = lax.fori_loop(0, chunks, body, (_transpose(state), y, trace))
-    return y, _transpose(state), trace
+    def forward(self, within: Array | None, *inputs: Array) -> tuple[Array, Array]:
+        """y and the final state."""
+        return self._forward(within, inputs, with_trace=False)[0]
 
+    def forward_with_residuals(
+        self, within: Array | None, *inputs: Array
+    ) -> tuple[tuple[Array, Array], tuple[Array, _Trace]]:
+        """Also the final state and the trace, which the backward pass starts from."""
+        (y, final), trace = self._forward(within, inputs, with_trace=True)
+        y, final, trace = checkpoint_name((y, final, trace), "wkv")
+        return (y, final), (final, trace)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _wkv7_whole_chunks(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, size: int
-) -> tuple[Array, Array]:
-    y, state, _ = _forward(r, log_w, k, v, a, b, state, size, with_trace=False)
-    return y, state
+    def backward(
+        self,
+        within: Array | None,
+        inputs: Inputs,
+        residuals: tuple[Array, _Trace],
+        cotangents: tuple[Array, Array],
+    ) -> Inputs:
+        """The chunk equations of the module's docstring, differentiated by hand, last chunk first.
 
+        With dP = [dRHS; dY], the cotangents of what rows a~ and r~ read, every score's cotangent is one product:
+        dScores = mask * (dP Z^T). The decay's gradient comes from how often each row's scale is used: a~ up to the
+        step before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state
+        it leaves.
+        """
+        (r, log_w, k, v, a, b, _), (final, trace) = inputs, residuals
+        dy, dstate = cotangents
+        dtype, size, last = final.dtype, self._size, r.shape[1] // self._size - 1
+        matmul, matmul_transposed = self._matmul, self._matmul_transposed
 
-def _vjp_forward(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, size: int
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    y, final, trace = _forward(r, log_w, k, v, a, b, state, size, with_trace=True)
-    assert trace is not None
-    y, final, states, writes = checkpoint_name((y, final, trace.states, trace.writes), "wkv")
-    return (y, final), (r, log_w, k, v, a, b, final, states, writes)
+        def body(backwards: Array, carry: tuple[Array, Array, tuple[Array, ...]]) -> Any:
+            dstate, next_state, gradients = carry
+            index = last - backwards
+            r_, log_w_, k_, a_, b_, dy_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
+            state, writes = trace.states[index], trace.writes[index]
+            masks, gauge = self._masks(within, index), _to_gauge(r_, log_w_, k_, a_, b_)
+            queries_transposed = transpose(gauge.queries)
+            scores_transposed = _where(transpose(masks.scores), matmul(gauge.keys, queries_transposed))
+            gauged = state * gauge.enter
 
+            dgauged_end = dstate * gauge.leave
+            dwrites = _where(masks.writes, matmul(gauge.keys, dgauged_end))
+            dremoved = dwrites[:, :, :size] + matmul(scores_transposed[:, :, :size, size:], dy_)
+            dwanted = matmul(self._inverse(scores_transposed[:, :, :size, :size]), dremoved)
+            dread = jnp.concatenate([dwanted, dy_], axis=2)
+            dv = dwrites[:, :, size:] + matmul(scores_transposed[:, :, size:], dread)
+            dscores = matmul_transposed(dread, writes) * masks.scores
+            dread_state, kept_writes = _where(masks.reads, dread), _where(masks.writes, writes)
+            dqueries = matmul(dscores, gauge.keys) + matmul_transposed(dread_state, gauged)
+            dkeys = matmul(transpose(dscores), gauge.queries) + matmul_transposed(kept_writes, dgauged_end)
+            dgauged = _where(masks.keeps, dgauged_end) + matmul(queries_transposed, dread_state)
 
-def _vjp_backward(size: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
-    """The chunk equations of the module's docstring, differentiated by hand, last chunk first.
+            from_queries, from_keys = gauge.queries * dqueries, gauge.keys * dkeys
+            from_a = from_queries[:, :, :size]
+            from_rows = from_a + from_queries[:, :, size:] - from_keys[:, :, :size] - from_keys[:, :, size:]
+            from_end = jnp.sum(dstate * next_state, axis=-1)[:, :, None]
+            later = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), dtype)), (*r_.shape[:2], size, size))
+            dlog_w = jnp.matmul(later, from_rows, precision=lax.Precision.HIGHEST) + from_end - from_a
 
-    With dP = [dRHS; dY], the cotangents of what rows a~ and r~ read, every score's cotangent is one product:
-    dScores = mask * (dP Z^T). The decay's gradient comes from how often each row's scale is used: a~ up to the step
-    before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state it
-    leaves.
-    """
-    r, log_w, k, v, a, b, final, states, all_writes = saved
-    dy, dstate = cotangents
-    dtype, chunks = final.dtype, r.shape[1] // size
-    mask = _causal_mask(size)
+            dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
+            db, dk = dkeys[:, :, :size] * gauge.scale_keys, dkeys[:, :, size:] * gauge.scale_keys
+            gradients = tuple(
+                chunks.put(whole, part, index)
+                for whole, part in zip(gradients, (dr, dlog_w, dk, dv, da, db), strict=True)
+            )
+            return dgauged * gauge.enter, state, gradients
 
-    def body(backwards: Array, carry: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Array, Array, tuple[Array, ...]]:
-        dstate, next_state, gradients = carry
-        index = chunks - 1 - backwards
-        r_, log_w_, k_, a_, b_, dy_ = (_chunk(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
-        state, writes = states[index], all_writes[index]
-        gauge = _to_gauge(r_, log_w_, k_, a_, b_)
-        queries_transposed = _transpose(gauge.queries)
-        scores_transposed = jnp.where(mask.T, _matmul(gauge.keys, queries_transposed), 0)
-        gauged = state * gauge.enter
-
-        dgauged_end = dstate * gauge.leave
-        dwrites = _matmul(gauge.keys, dgauged_end)
-        dremoved = dwrites[:, :, :size] + _matmul(scores_transposed[:, :, :size, size:], dy_)
-        dwanted = _matmul(_inverse_of_identity_minus(scores_transposed[:, :, :size, :size]), dremoved)
-        dread = jnp.concatenate([dwanted, dy_], axis=2)
-        dv = dwrites[:, :, size:] + _matmul(scores_transposed[:, :, size:], dread)
-        dscores = _matmul_transposed(dread, writes) * mask
-        dqueries = _matmul(dscores, gauge.keys) + _matmul_transposed(dread, gauged)
-        dkeys = _matmul(_transpose(dscores), gauge.queries) + _matmul_transposed(writes, dgauged_end)
-        dstate_before = (dgauged_end + _matmul(queries_transposed, dread)) * gauge.enter
-
-        from_queries, from_keys = gauge.queries * dqueries, gauge.keys * dkeys
-        from_a = from_queries[:, :, :size]
-        from_rows = from_a + from_queries[:, :, size:] - from_keys[:, :, :size] - from_keys[:, :, size:]
-        from_end = jnp.sum(dstate * next_state, axis=-1)[:, :, None]
-        later = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), dtype)), (*r_.shape[:2], size, size))
-        dlog_w = _matmul(later, from_rows) + from_end - from_a
-
-        dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
-        db, dk = dkeys[:, :, :size] * gauge.scale_keys, dkeys[:, :, size:] * gauge.scale_keys
-        gradients = tuple(
-            _put_chunk(whole, part, index) for whole, part in zip(gradients, (dr, dlog_w, dk, dv, da, db), strict=True)
-        )
-        return dstate_before, state, gradients
-
-    gradients = tuple(jnp.zeros_like(x) for x in (r, log_w, k, v, a, b))
-    carry = (_transpose(dstate), _transpose(final), gradients)
-    dstate, _, gradients = lax.fori_loop(0, chunks, body, carry)
-    return (*gradients, _transpose(dstate))
-
-
-_wkv7_whole_chunks.defvjp(_vjp_forward, _vjp_backward)
+        gradients = tuple(jnp.zeros_like(x) for x in (r, log_w, k, v, a, b))
+        carry = (transpose(dstate), transpose(final), gradients)
+        dstate, _, gradients = lax.fori_loop(0, last + 1, body, carry)
+        return (*gradients, transpose(dstate))
 
 
 def wkv7_chunked(
@@ -254,6 +276,8 @@ def wkv7_chunked(
     b: Array,
     state: Array,
     *,
+    segments: Array | None = None,
+    precision: Precision = "full",
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
     """WKV-7 over a sequence, chunk by chunk, with its own backward pass.
@@ -261,6 +285,8 @@ def wkv7_chunked(
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype, any T from 1.
       state: [B, H, M, N] in the dtype that the recurrence runs in.
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      precision: of the products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
     Returns:
@@ -271,13 +297,11 @@ def wkv7_chunked(
     Raises:
       ValueError: chunk_size is not a power of two.
     """
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size = {chunk_size}: must be a power of two")
     time = r.shape[1]
-    size = min(chunk_size, 1 << (time - 1).bit_length())
-    padding = -time % size
-    if padding:
-        # Steps of zeros change nothing: no decay (log w = 0), nothing removed, nothing written.
-        r, log_w, k, v, a, b = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (r, log_w, k, v, a, b))
-    outputs: tuple[Array, Array] = _wkv7_whole_chunks(r, log_w, k, v, a, b, state, size)
-    return outputs[0][:, :time], outputs[1]
+    size = chunks.fitting_size(chunk_size, time)
+    # Steps of zeros change nothing: no decay (log w = 0), nothing removed, nothing written.
+    padded = (pad_time(x, -time % size) for x in (r, log_w, k, v, a, b))
+    within = chunks.number_within_chunks(segments, -time % size, size)
+    form = _Chunked(size, precision)
+    y, state = with_backward(form.forward, form.forward_with_residuals, form.backward)(within, *padded, state)
+    return y[:, :time], state

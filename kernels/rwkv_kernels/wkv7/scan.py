@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_HIGHEST = lax.Precision.HIGHEST
+from rwkv_kernels.arguments import starts
+from rwkv_kernels.precision import XLA, Precision
 
 
-def step(state: Array, r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array) -> tuple[Array, Array]:
+def step(
+    state: Array, r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, precision: Precision = "full"
+) -> tuple[Array, Array]:
     """One token of WKV-7 for every row and head.
 
     RWKV-7 (arXiv 2503.14456), the generalised delta rule: S <- S (diag(w) + a b^T) + v k^T, y = S r.
@@ -24,26 +27,43 @@ def step(state: Array, r: Array, log_w: Array, k: Array, v: Array, a: Array, b: 
     Returns:
       The next state [B, H, M, N] and y [B, H, M], which is read after the update.
     """
-    removed = jnp.einsum("bhmn,bhn->bhm", state, a, precision=_HIGHEST)
+    removed = jnp.einsum("bhmn,bhn->bhm", state, a, precision=XLA[precision])
     state = state * jnp.exp(log_w)[:, :, None, :]
     state = state + removed[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
-    return state, jnp.einsum("bhmn,bhn->bhm", state, r, precision=_HIGHEST)
+    return state, jnp.einsum("bhmn,bhn->bhm", state, r, precision=XLA[precision])
 
 
-def wkv7_scan(r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array) -> tuple[Array, Array]:
+def wkv7_scan(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    a: Array,
+    b: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    precision: Precision = "full",
+) -> tuple[Array, Array]:
     """WKV-7 over a sequence, token by token.
 
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype.
       state: [B, H, M, N] in the dtype that the recurrence runs in.
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      precision: of the products.
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state.
     """
 
-    def body(carry: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        return step(carry, *(x.astype(carry.dtype) for x in token))
+    def body(carry: Array, token: tuple[Array | None, tuple[Array, ...]]) -> tuple[Array, Array]:
+        restart, vectors = token
+        if restart is not None:
+            carry = jnp.where(restart[:, None, None, None], 0, carry)
+        return step(carry, *(x.astype(carry.dtype) for x in vectors), precision=precision)
 
-    time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (r, log_w, k, v, a, b))
+    restarts = None if segments is None else starts(segments)
+    time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v, a, b)))
     state, y = lax.scan(body, state, time_first)
     return y.swapaxes(0, 1), state

@@ -1,0 +1,155 @@
+"""What the chunked forms share: slices of time, segments within a chunk, and the loop that recomputes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_kernels.arguments import pad_time, with_common_axes
+
+
+def take(x: Array, index: Array | int, size: int, dtype: jnp.dtype) -> Array:
+    """Steps [index * size, (index + 1) * size) of [B, T, H, N], as [B, H, C, N]."""
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis=1).swapaxes(1, 2).astype(dtype)
+
+
+def put(x: Array, chunk: Array, index: Array | int) -> Array:
+    """Inverse of `take`: writes [B, H, C, N] into [B, T, H, N]."""
+    size = chunk.shape[2]
+    return lax.dynamic_update_slice_in_dim(x, chunk.swapaxes(1, 2).astype(x.dtype), index * size, axis=1)
+
+
+def transpose(x: Array) -> Array:
+    """Swaps the last two axes."""
+    return x.swapaxes(-1, -2)
+
+
+def fitting_size(chunk_size: int, time: int) -> int:
+    """The size of chunks for a sequence: what is asked for, or the smallest power of two that holds all of it.
+
+    Raises:
+      ValueError: chunk_size is no power of two.
+    """
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size = {chunk_size}: must be a power of two")
+    return min(chunk_size, 1 << (time - 1).bit_length())
+
+
+def number_within_chunks(segments: Array | None, padding: int, size: int) -> Array | None:
+    """Segment numbers counted from the one that each chunk's incoming state belongs to, which is 0 there.
+
+    Args:
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      padding: steps to append, so that T becomes a multiple of size; they go on with the last segment.
+    """
+    if segments is None:
+        return None
+    segments = pad_time(segments, padding, edge=True)
+    before = jnp.pad(segments[:, size - 1 : -1 : size], ((0, 0), (1, 0)))
+    return segments - jnp.repeat(before, size, axis=1)
+
+
+class Packing(NamedTuple):
+    """Who sees whom where a chunk holds parts of several segments."""
+
+    same: Array
+    """[..., C, C]: two steps lie in one segment."""
+    reads: Array
+    """[..., C, 1]: a step lies in the segment of the chunk's incoming state."""
+    writes: Array
+    """[..., C, 1]: a step lies in the segment of the state that leaves."""
+    keeps: Array
+    """[..., 1, 1]: both states lie in one segment."""
+
+
+def packing(within: Array) -> Packing:
+    """Packing of a chunk whose segment numbers, as `number_within_chunks` counts them, are [..., C, 1]."""
+    last = jnp.max(within, axis=-2, keepdims=True)
+    return Packing(within == transpose(within), within == 0, within == last, last == 0)
+
+
+ChunkFunction = Callable[[Array, tuple[Array, ...], tuple[Array, ...], Array | None, Array | None], tuple[Array, Array]]
+"""(state [B, H, M, N], over time [B, H, C, ...], per head [H, 1, N], segment numbers within the chunk [B, 1, C, 1] or
+None, whether a step counts [B or 1, 1, C, 1] or None) -> (next state, y [B, H, C, M])."""
+
+
+class Recomputing:
+    """An operator over whole chunks that stores only their first states; backwards, each chunk is run again.
+
+    The arrays over time are [B, T, H, ...], those per head [H, N]. Constants, which have no gradients: segment numbers
+    from `number_within_chunks` [B, T] or None, and whether a step counts [B or 1, T] or None.
+    """
+
+    def __init__(self, chunk: ChunkFunction, size: int) -> None:
+        self._chunk = chunk
+        self._size = size
+
+    def _constants(self, constants: tuple[Array | None, Array | None], index: Array) -> list[Array | None]:
+        return [
+            None if x is None else lax.dynamic_slice_in_dim(x, index * self._size, self._size, axis=1)[:, None, :, None]
+            for x in constants
+        ]
+
+    def _forward(
+        self, constants: Any, over_time: tuple[Array, ...], per_head: tuple[Array, ...], state: Array, with_trace: bool
+    ) -> tuple[tuple[Array, Array], Array | None]:
+        batch, time, heads = over_time[0].shape[:3]
+        value_dim, dtype = state.shape[-2], state.dtype
+        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
+
+        def body(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+            state, y, trace = carry
+            parts = tuple(take(x, index, self._size, dtype) for x in over_time)
+            following, part = self._chunk(state, parts, heads_only, *self._constants(constants, index))
+            if trace is not None:
+                trace = lax.dynamic_update_index_in_dim(trace, state, index, 0)
+            return following, put(y, part, index), trace
+
+        trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
+        y = jnp.zeros((batch, time, heads, value_dim), dtype)
+        _, y, trace = with_common_axes(state, y, trace)
+        state, y, trace = lax.fori_loop(0, time // self._size, body, (state, y, trace))
+        return (y, state), trace
+
+    def forward(self, constants: Any, over_time: Any, per_head: Any, state: Array) -> tuple[Array, Array]:
+        """y [B, T, H, M] and the final state."""
+        return self._forward(constants, over_time, per_head, state, with_trace=False)[0]
+
+    def forward_with_residuals(
+        self, constants: Any, over_time: Any, per_head: Any, state: Array
+    ) -> tuple[tuple[Array, Array], Array]:
+        """Also the state at the start of each chunk, [T / C, B, H, M, N]."""
+        outputs, trace = self._forward(constants, over_time, per_head, state, with_trace=True)
+        return checkpoint_name((outputs, trace), "wkv")
+
+    def backward(
+        self,
+        constants: Any,
+        inputs: tuple[tuple[Array, ...], tuple[Array, ...], Array],
+        trace: Array,
+        cotangents: tuple[Array, Array],
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
+        """JAX's derivative of each chunk, last chunk first."""
+        over_time, per_head, state = inputs
+        dy, dstate = cotangents
+        dtype, last = state.dtype, over_time[0].shape[1] // self._size - 1
+        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
+
+        def body(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+            dstate, dover_time, dper_head = carry
+            index = last - backwards
+            parts = tuple(take(x, index, self._size, dtype) for x in over_time)
+            selected = self._constants(constants, index)
+            _, pull_back = jax.vjp(lambda *x: self._chunk(*x, *selected), trace[index], parts, heads_only)
+            dstate, dparts, dheads = pull_back((dstate, take(dy, index, self._size, dtype)))
+            dover_time = tuple(put(whole, part, index) for whole, part in zip(dover_time, dparts, strict=True))
+            return dstate, dover_time, jax.tree.map(jnp.add, dper_head, dheads)
+
+        zeros = tuple(jnp.zeros_like(x) for x in over_time), tuple(jnp.zeros_like(x) for x in heads_only)
+        dstate, dover_time, dper_head = lax.fori_loop(0, last + 1, body, (dstate, *zeros))
+        return dover_time, tuple(d[:, 0].astype(x.dtype) for d, x in zip(dper_head, per_head, strict=True)), dstate

@@ -1,0 +1,92 @@
+"""One chunk of WKV-5 and WKV-6: attention whose scores decay channel by channel, exact for any decay.
+
+With y_t = (S_{t-1} + v_t (u k_t)^T) r_t and S_t = S_{t-1} diag(w_t) + v_t k_t^T, a chunk of C steps is
+
+    Y = (r e^{before}) S^T + A V      A_ij = sum_n r_in k_jn e^{log w_{j+1} + ... + log w_{i-1}}  (j < i),  A_ii = r_i (u k_i)
+    S_end = S diag(e^{total}) + V^T (k e^{after})
+
+where before_t and after_t are the sums of log w over the chunk's steps before and after t. A factor e^{c_i} e^{-c_j}
+for every pair, which would make A one product, overflows when decays are strong. Here A is built by doubling: among
+blocks of s steps, the pairs with i in an odd block and j in the even block just before it have
+
+    A_ij = (r_i e^{sum within i's block before i}) (k_j e^{sum within j's block after j})^T
+
+whose exponents are never positive. Every pair is met at exactly one s of 1, 2, 4, ..., C/2, so log2 C masked products
+give all of A, and each exponent is a sum of at most C logarithms rather than a difference of longer ones.
+
+Everything is written on the last two axes and without slices, gathers or constants, so that the same lines run under
+XLA ([B, H, C, N]) and within Pallas kernels ([C, N]).
+
+Sources: RWKV-5 and 6 (arXiv 2404.05892); gated linear attention (arXiv 2312.06635) for the trouble with factors and
+sub-blocks as the way out.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.chunks import Packing
+from rwkv_kernels.products import Products
+
+_SMALLEST_LOG = -1e4
+"""e to this is 0 in every dtype; -inf would make NaN of a sum written as a product."""
+
+
+def _indices(size: int) -> tuple[Array, Array]:
+    """Row and column numbers [C, C]."""
+    return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
+
+
+def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
+    """A below its diagonal, [..., C, C]; zero elsewhere and between segments."""
+    size = r.shape[-2]
+    row, column = _indices(size)
+    scores = jnp.zeros((*r.shape[:-1], size), r.dtype)
+    for level in range(size.bit_length() - 1):
+        queries, keys = r, k
+        if level:  # within blocks of one step there is nothing to sum
+            is_odd = (row >> level) & 1 == 1
+            others = ((row ^ column) >> level == 0) & (row != column)  # of the same block
+            # Those before the row in odd blocks, after it in even ones; Mosaic cannot choose between booleans.
+            decay = jnp.exp(products.sums(others & (is_odd ^ (column > row)), log_w))
+            queries, keys = r * decay, k * decay
+        met = ((row ^ column) >> level == 1) & (column < row)
+        scores = scores + jnp.where(met, products.nt(queries, keys), 0)
+    return scores if same is None else jnp.where(same, scores, 0)
+
+
+def decayed_attention_chunk(
+    products: Products,
+    state: Array,
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    packing: Packing | None,
+) -> tuple[Array, Array]:
+    """A chunk of WKV-5 or WKV-6.
+
+    Args:
+      products: how matrices are multiplied.
+      state: [..., M, N]; r, k: [..., C, N]; v: [..., C, M], C a power of two; all float32 or float64.
+      log_w: [..., C, N]; its leading axes may be 1 or absent where decays do not depend on the row.
+      u: [..., 1, N], the bonus of a step's own key.
+      packing: segments, or None.
+
+    Returns:
+      The next state [..., M, N] and y [..., C, M].
+    """
+    size = r.shape[-2]
+    row, column = _indices(size)
+    log_w = jnp.maximum(log_w, _SMALLEST_LOG)
+    scores = _decayed_scores(products, r, log_w, k, None if packing is None else packing.same)
+    queries = r * jnp.exp(products.sums(column < row, log_w))
+    keys = k * jnp.exp(products.sums(column > row, log_w))
+    kept = state * jnp.exp(jnp.sum(log_w, axis=-2, keepdims=True))
+    if packing is not None:
+        queries, keys = jnp.where(packing.reads, queries, 0), jnp.where(packing.writes, keys, 0)
+        kept = jnp.where(packing.keeps, kept, 0)
+    y = products.nt(queries, state) + products.nn(scores, v) + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
+    return kept + products.tn(v, keys), y

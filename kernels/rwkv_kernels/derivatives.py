@@ -1,0 +1,123 @@
+"""Operators with a backward pass of their own that forward-mode differentiation can still pass through.
+
+`jax.custom_vjp` shuts forward mode out. Here the tangent map of an operator is one linear primitive: run, it is JAX's
+own derivative of the plain forward pass; transposed, it is the hand-written backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from rwkv_kernels.arguments import with_common_axes
+
+Flat = Sequence[jax.Array]
+"""Arrays without structure, as primitives have them."""
+
+_linear_p = Primitive("rwkv_linear")
+_linear_p.multiple_results = True
+
+
+def _split(arguments: Flat, sizes: tuple[int, int]) -> tuple[Flat, Flat]:
+    return arguments[: sizes[0]], arguments[sizes[0] :]
+
+
+def _run(*arguments: jax.Array, tangent: Callable[..., Flat], cotangent: Callable[..., Flat], sizes: Any) -> Flat:
+    del cotangent
+    return list(tangent(*_split(arguments, sizes)))
+
+
+@_linear_p.def_impl
+def _evaluate(*arguments: jax.Array, **params: Any) -> Flat:
+    return jax.jit(functools.partial(_run, **params))(*arguments)
+
+
+@_linear_p.def_abstract_eval
+def _types(*arguments: Any, **params: Any) -> Any:
+    return jax.make_jaxpr(functools.partial(_run, **params))(*arguments).out_avals
+
+
+def _transpose(cotangents: Flat, *arguments: Any, tangent: Any, cotangent: Callable[..., Flat], sizes: Any) -> Flat:
+    del tangent
+    residuals, _ = _split(arguments, sizes)
+    cotangents = [ad.instantiate_zeros(x) for x in cotangents]
+    return [None] * sizes[0] + list(cotangent(residuals, cotangents))
+
+
+def _batch(arguments: Flat, axes: Sequence[int | None], *, tangent: Any, cotangent: Any, sizes: Any) -> Any:
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    moved = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arguments, axes, strict=True)
+    ]
+    results = _linear_p.bind(*moved, tangent=jax.vmap(tangent), cotangent=jax.vmap(cotangent), sizes=sizes)
+    return results, [0] * len(results)
+
+
+def _differentiate(primals: Flat, tangents: Flat, **params: Any) -> tuple[Flat, Flat]:
+    """Derivatives of derivatives: by JAX, through the tangent map."""
+    tangents = [ad.instantiate_zeros(x) for x in tangents]
+    return jax.jvp(lambda *x: _run(*x, **params), tuple(primals), tuple(tangents))
+
+
+ad.primitive_jvps[_linear_p] = _differentiate
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch
+mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))
+
+
+def with_backward(
+    forward: Callable[..., Any],
+    forward_with_residuals: Callable[..., tuple[Any, Any]],
+    backward: Callable[[Any, Any, Any, Any], tuple],
+) -> Callable[..., Any]:
+    """A function of trees of floating arrays that is differentiated backwards by hand and forwards by JAX.
+
+    Args:
+      forward: (constants, *inputs) -> outputs; JAX must be able to differentiate it forwards. The constants, a tree of
+        arrays, have no gradients.
+      forward_with_residuals: (constants, *inputs) -> (the same outputs, whatever backward needs besides).
+      backward: (constants, inputs, residuals, cotangents of outputs) -> cotangents of inputs, a tuple.
+
+    Returns:
+      The function (constants, *inputs) -> outputs. No argument may be closed over. Under forward mode its outputs are
+      computed a second time together with their tangents.
+    """
+
+    @jax.custom_jvp
+    def run(constants: Any, *inputs: Any) -> Any:
+        return forward(constants, *inputs)
+
+    @run.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        constants, *inputs = primals
+        outputs, residuals = forward_with_residuals(constants, *inputs)
+        saved, saved_tree = jax.tree.flatten((constants, tuple(inputs), residuals))
+        flat_tangents, inputs_tree = jax.tree.flatten(tangents[1:])
+        outputs_tree = jax.tree.structure(outputs)
+
+        def tangent(saved: Flat, flat_tangents: Flat) -> Flat:
+            constants, inputs, _ = jax.tree.unflatten(saved_tree, saved)
+            tangents = jax.tree.unflatten(inputs_tree, flat_tangents)
+            return jax.tree.leaves(jax.jvp(functools.partial(forward, constants), inputs, tangents)[1])
+
+        def cotangent(saved: Flat, cotangents: Flat) -> Flat:
+            return jax.tree.leaves(
+                backward(*jax.tree.unflatten(saved_tree, saved), jax.tree.unflatten(outputs_tree, cotangents))
+            )
+
+        results = _linear_p.bind(
+            *saved, *flat_tangents, tangent=tangent, cotangent=cotangent, sizes=(len(saved), len(flat_tangents))
+        )
+        return outputs, jax.tree.unflatten(outputs_tree, results)
+
+    def call(constants: Any, *inputs: Any) -> Any:
+        return run(*with_common_axes(constants, *inputs))
+
+    return call

@@ -1,0 +1,173 @@
+"""Matrix products as chunks and kernels take them: x y, x y^T and x^T y, in an arithmetic that the caller chooses.
+
+The derivative of each product is made of the other two, in the same arithmetic: left to JAX, a product of bfloat16
+operands would be differentiated by one of mixed dtypes, which the kernel backends do not have.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.precision import XLA, Precision
+
+Form = Literal["nn", "nt", "tn"]
+"""Which side is transposed."""
+
+Multiply = Callable[[Array, Array, Form], Array]
+"""(x, y, form) -> their product over the last two axes, in float32 (float64 stays float64)."""
+
+
+class Products(NamedTuple):
+    """The products of a chunk."""
+
+    multiply: Multiply
+    """For vectors, scores and states: in the precision that was asked for."""
+    add_up: Multiply
+    """For sums of logarithms, written as products with 0, 1 and -1: as exact as float32 whatever the precision."""
+
+    def nn(self, x: Array, y: Array) -> Array:
+        """x y."""
+        return self.multiply(x, y, "nn")
+
+    def nt(self, x: Array, y: Array) -> Array:
+        """x y^T."""
+        return self.multiply(x, y, "nt")
+
+    def tn(self, x: Array, y: Array) -> Array:
+        """x^T y."""
+        return self.multiply(x, y, "tn")
+
+    def sums(self, terms: Array, x: Array) -> Array:
+        """terms x, where terms [I, C] says which rows of x [..., C, N] are added up, and with which sign."""
+        return self.add_up(jnp.broadcast_to(terms.astype(x.dtype), (*x.shape[:-2], *terms.shape)), x, "nn")
+
+
+def plain(precision: lax.PrecisionLike) -> Multiply:
+    """Products by XLA, which JAX differentiates."""
+
+    def multiply(x: Array, y: Array, form: Form) -> Array:
+        x = x.swapaxes(-1, -2) if form == "tn" else x
+        y = y.swapaxes(-1, -2) if form == "nt" else y
+        return jnp.matmul(x, y, precision=precision)
+
+    return multiply
+
+
+def xla(precision: Precision) -> Products:
+    """Products for the chunked forms."""
+    return Products(plain(XLA[precision]), plain(lax.Precision.HIGHEST))
+
+
+def _dot(x: Array, y: Array, form: Form, precision: lax.PrecisionLike) -> Array:
+    """The product of two matrices as one `dot_general`, whose sides kernels need not transpose themselves."""
+    contracted = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[form]
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _kernel_multiply(precision: lax.PrecisionLike, half: bool) -> Multiply:
+    def multiply(x: Array, y: Array, form: Form) -> Array:
+        if half:
+            x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return _dot(x, y, form, None if half else precision)
+
+    return _with_own_derivative(multiply)
+
+
+def triton(precision: Precision) -> Products:
+    """Products of 2-D float32 tiles on NVIDIA tensor cores: TF32 three times, TF32, bfloat16."""
+    exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    chosen = exact if precision == "full" else lax.DotAlgorithmPreset.TF32_TF32_F32
+    return Products(_kernel_multiply(chosen, precision == "fast"), _kernel_multiply(exact, False))
+
+
+def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
+    """The product of float32 matrices by their leading and next bfloat16 parts; Mosaic has no word for it."""
+
+    def split(x: Array) -> tuple[Array, Array]:
+        leading = x.astype(jnp.bfloat16)
+        return leading, (x - leading.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    (x, x_rest), (y, y_rest) = split(x), split(y)
+    return _dot(x_rest, y, form, None) + _dot(x, y_rest, form, None) + _dot(x, y, form, None)
+
+
+def mosaic_tpu(precision: Precision) -> Products:
+    """Products of 2-D float32 tiles on a TPU's matrix unit: bfloat16 six times, three times, once."""
+    exact = _kernel_multiply(lax.Precision.HIGHEST, False)
+    lesser = {"default": _with_own_derivative(_three_bfloat16), "fast": _kernel_multiply(None, True)}
+    return Products(lesser.get(precision, exact), exact)
+
+
+Rounding = Literal["tf32", "bfloat16"]
+
+
+def _round(x: Array, rounding: Rounding) -> Array:
+    """The nearest number that a tensor core's operand holds."""
+    mantissa_bits = {"tf32": 10, "bfloat16": 7}[rounding]
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=mantissa_bits)
+
+
+def emulated(rounding: Rounding, terms: int) -> Multiply:
+    """Products as tensor cores compute them from operands split into rounded parts, on a machine that has none.
+
+    Args:
+      rounding: of each part of an operand.
+      terms: products of parts that are added, largest first: 1, 3 (two parts) or 6 (three parts).
+    """
+    parts = {1: 1, 3: 2, 6: 3}[terms]
+
+    def split(x: Array) -> list[Array]:
+        pieces = []
+        for _ in range(parts):
+            pieces.append(_round(x, rounding))
+            x = x - pieces[-1]
+        return pieces
+
+    def multiply(x: Array, y: Array, form: Form) -> Array:
+        left, right = split(x), split(y)
+        pairs = [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
+        return sum(_dot(left[i], right[j], form, lax.Precision.HIGHEST) for i, j in reversed(pairs))  # type: ignore
+
+    return _with_own_derivative(multiply)
+
+
+def interpreted(precision: Precision) -> Products:
+    """Products of a kernel that XLA interprets: float32, or what an NVIDIA tensor core makes of lesser precisions."""
+    exact = _kernel_multiply(lax.Precision.HIGHEST, False)
+    lesser = {"default": emulated("tf32", 1), "fast": emulated("bfloat16", 1)}
+    return Products(lesser.get(precision, exact), exact)
+
+
+def without_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function in operations without a derivative of their own, which Triton's lowering does not know.
+
+    To differentiate replaces functions that have one by what they are made of; compilers drop the rest of it.
+    """
+    return lambda *arguments: jax.vjp(function, *arguments)[0]
+
+
+def _with_own_derivative(multiply: Multiply) -> Multiply:
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def product(x: Array, y: Array, form: Form) -> Array:
+        return multiply(x, y, form)
+
+    def forward(x: Array, y: Array, form: Form) -> tuple[Array, tuple[Array, Array]]:
+        return multiply(x, y, form), (x, y)
+
+    def backward(form: Form, saved: tuple[Array, Array], dz: Array) -> tuple[Array, Array]:
+        x, y = saved
+        if form == "nn":
+            return multiply(dz, y, "nt"), multiply(x, dz, "tn")
+        if form == "nt":
+            return multiply(dz, y, "nn"), multiply(dz, x, "tn")
+        return multiply(y, dz, "nt"), multiply(x, dz, "nn")
+
+    product.defvjp(forward, backward)
+    return product

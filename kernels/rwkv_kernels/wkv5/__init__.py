@@ -1,0 +1,152 @@
+"""The WKV operator of RWKV-5 (Finch): arguments checked, an implementation chosen, one token or a sequence."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels import dispatch, pieces
+from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.pallas_chunks import refuse_unless
+from rwkv_kernels.precision import Precision
+from rwkv_kernels.wkv5.chunked import wkv5_chunked
+from rwkv_kernels.wkv5.pallas_tpu import wkv5_pallas_tpu
+from rwkv_kernels.wkv5.pallas_triton import wkv5_pallas_triton
+from rwkv_kernels.wkv5.scan import step, wkv5_scan
+
+
+def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
+    return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
+
+
+def _affine_map(
+    run: pieces.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
+) -> pieces.AffineMap:
+    steps = jnp.full((1,), inputs["r"].shape[1]) if lengths is None else lengths
+    total = inputs["log_w"].astype(state.dtype) * steps[:, None, None]
+    return pieces.diagonal_map(functools.partial(run, inputs), total, state, segments)
+
+
+OPERATOR = MatrixOperator(
+    name="wkv5",
+    axes={"r": "B T H N", "log_w": "H N", "k": "B T H N", "v": "B T H M", "u": "H N"},
+    step=step,
+    implementations={
+        "scan": dispatch.Implementation(wkv5_scan, dispatch.anything),
+        "chunked": dispatch.Implementation(wkv5_chunked, dispatch.anything),
+        "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
+        "pallas_tpu": dispatch.Implementation(wkv5_pallas_tpu, refuse_unless("tpu", "a TPU")),
+    },
+    preferred=_preferred,
+    algebra=pieces.DIAGONAL,
+    affine_map=_affine_map,
+)
+"""WKV-5 with all its implementations."""
+
+
+def wkv5(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    state: Array | None = None,
+    *,
+    segment_ids: Array | None = None,
+    lengths: Array | None = None,
+    implementation: str | dispatch.Implementation | None = None,
+    precision: Precision = "full",
+) -> tuple[Array, Array]:
+    """WKV-5 over a sequence: y_t = (S_{t-1} + v_t (u k_t)^T) r_t and S_t = S_{t-1} diag(w) + v_t k_t^T.
+
+    RWKV-5 (arXiv 2404.05892). The decay w = e^{log_w} is the same for every token; any decay is exact.
+
+    Args:
+      r, k: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1.
+      log_w: the log of the decay, at most 0; [H, N], or [H, 1] for one decay a head (RWKV-5.0 and 5.1).
+      v: [B, T, H, M].
+      u: the bonus that a token's own key gets; [H, N], or [H, 1].
+      state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
+      segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
+        row continues `state`.
+      lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
+      implementation: a name, or one of one's own; None takes the fastest for the problem (`explain`).
+      precision: of the products inside: `full`, `default` or `fast`.
+
+    Returns:
+      y [B, T, H, M] in v's dtype, and the final state [B, H, M, N], float32 (float64 where an input is). Both are
+      differentiable in every input and in the initial state.
+
+    Raises:
+      ValueError: shapes or dtypes that do not go together, a log_w above 0 or lengths outside 0 to T (where values are
+        at hand), an unknown implementation or one that cannot run here.
+    """
+    return OPERATOR.run(
+        {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
+        state,
+        segment_ids=segment_ids,
+        lengths=lengths,
+        implementation=implementation,
+        precision=precision,
+    )
+
+
+def wkv5_sharded(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    state: Array | None = None,
+    *,
+    axis_name: str,
+    segment_ids: Array | None = None,
+    lengths: Array | None = None,
+    implementation: str | dispatch.Implementation | None = None,
+    precision: Precision = "full",
+) -> tuple[Array, Array]:
+    """`wkv5` over a sequence whose time is split evenly over a mesh axis; to be called within `shard_map`.
+
+    Values and gradients are those of `wkv5` over the whole sequence. Each shard goes through its steps twice, and what
+    travels between shards is one affine map of the state a row and head.
+
+    Args:
+      All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same
+        on every shard of the axis; lengths go from 0 to T times the size of the axis.
+      axis_name: the mesh axis over which time is split.
+
+    Returns:
+      y of this shard's steps, and the final state of the whole sequence, the same on every shard of the axis.
+
+    Raises:
+      ValueError: as `wkv5`.
+    """
+    return OPERATOR.run_sharded(
+        {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
+        state,
+        axis_name=axis_name,
+        segment_ids=segment_ids,
+        lengths=lengths,
+        implementation=implementation,
+        precision=precision,
+    )
+
+
+def wkv5_step(r: Array, log_w: Array, k: Array, v: Array, u: Array, state: Array | None = None) -> tuple[Array, Array]:
+    """WKV-5 for one token: `wkv5` without the time axis.
+
+    Args:
+      r, k: [B, H, N]; v: [B, H, M]; log_w, u: [H, N] or [H, 1]; state: [B, H, M, N] or None.
+
+    Returns:
+      y [B, H, M] in v's dtype, and the next state.
+
+    Raises:
+      ValueError: as `wkv5`.
+    """
+    return OPERATOR.run_step({"r": r, "log_w": log_w, "k": k, "v": v, "u": u}, state)
+
+
+__all__ = ["OPERATOR", "wkv5", "wkv5_chunked", "wkv5_scan", "wkv5_sharded", "wkv5_step"]

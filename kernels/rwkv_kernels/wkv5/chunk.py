@@ -1,0 +1,34 @@
+"""One chunk of WKV-5, for XLA and for kernels."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels import chunks
+from rwkv_kernels.chunks import ChunkFunction
+from rwkv_kernels.decayed_attention import decayed_attention_chunk
+from rwkv_kernels.products import Products
+
+
+def make_chunk(products: Products) -> ChunkFunction:
+    """The chunk function of WKV-5 with these products; over time r, k, v, per head log_w, u.
+
+    The decay enters as [H, C, N], which no row of the batch pays for, and its gradient is summed over rows and steps.
+    """
+
+    def chunk(
+        state: Array,
+        over_time: tuple[Array, ...],
+        per_head: tuple[Array, ...],
+        within: Array | None,
+        active: Array | None,
+    ) -> tuple[Array, Array]:
+        (r, k, v), (log_w, u) = over_time, per_head
+        log_w = jnp.broadcast_to(log_w, (*log_w.shape[:-2], *r.shape[-2:]))
+        if active is not None:  # what does not count does not decay
+            log_w = log_w * active
+        packing = None if within is None else chunks.packing(within)
+        return decayed_attention_chunk(products, state, r, log_w, k, v, u, packing)
+
+    return chunk

@@ -1,0 +1,57 @@
+"""WKV-5 in chunks: `decayed_attention` inside a chunk, a recurrence over chunks, a backward pass that recomputes."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels import chunks, products
+from rwkv_kernels.arguments import is_active, pad_time
+from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.precision import Precision
+from rwkv_kernels.wkv5.chunk import make_chunk
+
+CHUNK_SIZE = 32
+"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py."""
+
+
+def wkv5_chunked(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    lengths: Array | None = None,
+    precision: Precision = "full",
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, Array]:
+    """WKV-5 over a sequence, chunk by chunk; exact for any decay.
+
+    Args:
+      r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype, any T from 1.
+      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      lengths: int32 [B] or None; r, k and v are zero beyond them.
+      precision: of the products.
+      chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
+
+    Returns:
+      y [B, T, H, M] in the state's dtype, and the final state.
+
+    Raises:
+      ValueError: chunk_size is not a power of two.
+    """
+    size = chunks.fitting_size(chunk_size, r.shape[1])
+    time, padding = r.shape[1], -r.shape[1] % size
+    active = None
+    if padding or lengths is not None:
+        active = is_active(jnp.full((1,), time) if lengths is None else lengths, time + padding)
+    over_time = tuple(pad_time(x, padding) for x in (r, k, v))
+    within = chunks.number_within_chunks(segments, padding, size)
+    form = chunks.Recomputing(make_chunk(products.xla(precision)), size)
+    run = with_backward(form.forward, form.forward_with_residuals, form.backward)
+    y, state = run((within, active), over_time, (log_w, u), state)
+    return y[:, :time], state

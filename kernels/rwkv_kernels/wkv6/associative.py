@@ -1,0 +1,48 @@
+"""WKV-6 with all chunks at once: each gives an affine map of the state, and a prefix over the maps gives the states.
+
+Twice the work of `chunked`, and log2(T / C) steps in a row instead of T / C: for long sequences of few rows and heads.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels import pieces
+from rwkv_kernels.precision import Precision
+from rwkv_kernels.wkv6.chunked import wkv6_chunked
+
+CHUNK_SIZE = 32
+"""Default steps in a chunk."""
+
+
+def wkv6_associative(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    precision: Precision = "full",
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, Array]:
+    """WKV-6 over a sequence, its chunks in parallel; exact for any decay.
+
+    Args and result: as `wkv6_chunked`.
+    """
+    time = r.shape[1]
+    (r, log_w, k, v), segments, count = pieces.fold((r, log_w, k, v), segments, chunk_size)
+
+    def run(state: Array) -> tuple[Array, Array]:
+        return wkv6_chunked(
+            r, log_w, k, v, u, state, segments=segments, precision=precision, chunk_size=chunk_size
+        )
+
+    empty = jnp.zeros((r.shape[0], *state.shape[1:]), state.dtype)
+    total = jnp.sum(log_w.astype(state.dtype), axis=1)
+    maps = pieces.diagonal_map(run, total, empty, segments)
+    entering, final = pieces.states_at_starts(pieces.DIAGONAL, maps, state, count)
+    y, _ = run(entering)
+    return pieces.unfold(y, count, time), final

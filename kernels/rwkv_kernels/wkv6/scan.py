@@ -1,0 +1,68 @@
+"""WKV-6 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
+
+Every other implementation is held against this one run in float64.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.arguments import starts
+from rwkv_kernels.precision import XLA, Precision
+
+
+def step(
+    state: Array, r: Array, log_w: Array, k: Array, v: Array, u: Array, precision: Precision = "full"
+) -> tuple[Array, Array]:
+    """One token of WKV-6 for every row and head.
+
+    RWKV-6 (arXiv 2404.05892): y = (S + v (u k)^T) r, then S <- S diag(w) + v k^T.
+
+    Args:
+      state: [B, H, M, N], S with the value axis first.
+      r, log_w, k: [B, H, N]; v: [B, H, M]; u: [H, N]; all of the state's dtype.
+
+    Returns:
+      The next state [B, H, M, N] and y [B, H, M], which is read before the update.
+    """
+    y = jnp.einsum("bhmn,bhn->bhm", state, r, precision=XLA[precision])
+    y = y + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
+    return state * jnp.exp(log_w)[:, :, None, :] + v[..., None] * k[:, :, None, :], y
+
+
+def wkv6_scan(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    precision: Precision = "full",
+) -> tuple[Array, Array]:
+    """WKV-6 over a sequence, token by token.
+
+    Args:
+      r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype.
+      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      precision: of the products.
+
+    Returns:
+      y [B, T, H, M] in the state's dtype, and the final state.
+    """
+    u = u.astype(state.dtype)
+
+    def body(carry: Array, token: tuple[Array | None, tuple[Array, ...]]) -> tuple[Array, Array]:
+        restart, vectors = token
+        if restart is not None:
+            carry = jnp.where(restart[:, None, None, None], 0, carry)
+        return step(carry, *(x.astype(carry.dtype) for x in vectors), u, precision=precision)
+
+    restarts = None if segments is None else starts(segments)
+    time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v)))
+    state, y = lax.scan(body, state, time_first)
+    return y.swapaxes(0, 1), state

@@ -1,0 +1,50 @@
+"""WKV-7 with all chunks at once: each gives an affine map of the state, and a prefix over the maps gives the states.
+
+A map's transition is an N x N matrix, so this is about three times the work of `chunked`, in log2(T / C) steps in a row
+instead of T / C: for long sequences of few rows and heads.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels import pieces
+from rwkv_kernels.precision import Precision
+from rwkv_kernels.wkv7.chunked import wkv7_chunked
+
+CHUNK_SIZE = 32
+"""Default steps in a chunk."""
+
+
+def wkv7_associative(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    a: Array,
+    b: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    precision: Precision = "full",
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, Array]:
+    """WKV-7 over a sequence, its chunks in parallel.
+
+    Args and result: as `wkv7_chunked`.
+    """
+    time = r.shape[1]
+    (r, log_w, k, v, a, b), segments, count = pieces.fold((r, log_w, k, v, a, b), segments, chunk_size)
+
+    def run(v: Array, state: Array) -> tuple[Array, Array]:
+        return wkv7_chunked(
+            r, log_w, k, v, a, b, state, segments=segments, precision=precision, chunk_size=chunk_size
+        )
+
+    empty = jnp.zeros((r.shape[0], *state.shape[1:]), state.dtype)
+    entering, final = pieces.states_at_starts(
+        pieces.MATRIX, pieces.matrix_map(run, v, empty), state, count
+    )
+    y, _ = run(v, entering)
+    return pieces.unfold(y, count, time), final
