@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, core, lax
+from jax import Array, core
 
 
 def is_concrete(x: Array) -> bool:
@@ -102,29 +102,6 @@ def check_lengths(lengths: Array | None, batch: int, time: int) -> Array | None:
     return lengths.astype(jnp.int32)
 
 
-def of_this_shard(lengths: Array | None, time: int, axis_name: str) -> Array | None:
-    """How many of a shard's steps lie within each row's length, where a mesh axis splits time into shards of `time`."""
-    return None if lengths is None else jnp.clip(lengths - lax.axis_index(axis_name) * time, 0, time)
-
-
-def segments_of_this_shard(
-    segment_ids: Array | None, lengths: Array | None, batch: int, time: int, axis_name: str
-) -> Array | None:
-    """As `number_segments`, for steps that go on with those of the shard before; segment 0 is where that one ended.
-
-    Args:
-      lengths: of this shard's steps.
-    """
-    if segment_ids is None:
-        return None
-    segment_ids = check_segment_ids(segment_ids, batch, time)
-    before = lax.ppermute(
-        segment_ids[:, -1], axis_name, [(shard, shard + 1) for shard in range(lax.axis_size(axis_name) - 1)]
-    )
-    previous = jnp.where(lax.axis_index(axis_name) == 0, segment_ids[:, 0], before)
-    return number_segments(segment_ids, lengths, batch, time, previous)
-
-
 def is_active(lengths: Array, time: int) -> Array:
     """[B, T]: whether a step lies within its row's length."""
     return jnp.arange(time) < lengths[:, None]
@@ -202,7 +179,7 @@ def varying_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
     """The description of an array that varies over the mesh axes that x varies over."""
     kind = jax.typeof(x)
     if hasattr(kind, "vma"):  # the name that other releases of JAX have
-        return jax.ShapeDtypeStruct(shape, dtype, vma=kind.vma)
+        return jax.ShapeDtypeStruct(shape, dtype, **{"vma": kind.vma})
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
 
 

@@ -79,7 +79,9 @@ ATTENTION_CASES: dict[str, AttentionCase] = {
 """Cases that WKV-5 and WKV-6 have in common, by name."""
 
 
-def attention_inputs(case: AttentionCase, shape: Shape, rng: np.random.Generator, drawn_log_w: Floats) -> dict[str, Floats]:
+def attention_inputs(
+    case: AttentionCase, shape: Shape, rng: np.random.Generator, drawn_log_w: Floats
+) -> dict[str, Floats]:
     """Arguments of `wkv5` or `wkv6`, by name, rounded to float32.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,9 +86,25 @@ class Recomputing:
     from `number_within_chunks` [B, T] or None, and whether a step counts [B or 1, T] or None.
     """
 
-    def __init__(self, chunk: ChunkFunction, size: int) -> None:
-        self._chunk = chunk
+    def __init__(
+        self,
+        size: int,
+        chunk: ChunkFunction,
+        chunk_if_weak: ChunkFunction,
+        is_weak: Callable[[tuple[Array, ...], tuple[Array, ...]], Array],
+    ) -> None:
+        """An operator with two chunk functions.
+
+        Args:
+          size: steps in a chunk.
+          chunk: right for any inputs.
+          chunk_if_weak: faster, where it applies.
+          is_weak: (over time, per head) -> whether it does, a scalar; asked once for the whole sequence.
+        """
         self._size = size
+        self._chunk = chunk
+        self._chunk_if_weak = chunk_if_weak
+        self._is_weak = is_weak
 
     def _constants(self, constants: tuple[Array | None, Array | None], index: Array) -> list[Array | None]:
         return [
@@ -96,36 +113,43 @@ class Recomputing:
         ]
 
     def _forward(
-        self, constants: Any, over_time: tuple[Array, ...], per_head: tuple[Array, ...], state: Array, with_trace: bool
+        self, with_trace: bool, constants: Any, over_time: Any, per_head: Any, state: Array
     ) -> tuple[tuple[Array, Array], Array | None]:
         batch, time, heads = over_time[0].shape[:3]
         value_dim, dtype = state.shape[-2], state.dtype
+
+        def loop(chunk: ChunkFunction, constants: Any, over_time: Any, heads_only: Any, state: Array) -> Any:
+            def body(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+                state, y, trace = carry
+                parts = tuple(take(x, index, self._size, dtype) for x in over_time)
+                following, part = chunk(state, parts, heads_only, *self._constants(constants, index))
+                if trace is not None:
+                    trace = lax.dynamic_update_index_in_dim(trace, state, index, 0)
+                return following, put(y, part, index), trace
+
+            trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
+            y = jnp.zeros((batch, time, heads, value_dim), dtype)
+            _, y, trace = with_common_axes(state, y, trace)
+            return lax.fori_loop(0, time // self._size, body, (state, y, trace))
+
         heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
-
-        def body(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
-            state, y, trace = carry
-            parts = tuple(take(x, index, self._size, dtype) for x in over_time)
-            following, part = self._chunk(state, parts, heads_only, *self._constants(constants, index))
-            if trace is not None:
-                trace = lax.dynamic_update_index_in_dim(trace, state, index, 0)
-            return following, put(y, part, index), trace
-
-        trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
-        y = jnp.zeros((batch, time, heads, value_dim), dtype)
-        _, y, trace = with_common_axes(state, y, trace)
-        state, y, trace = lax.fori_loop(0, time // self._size, body, (state, y, trace))
+        state, y, trace = lax.cond(
+            self._is_weak(over_time, per_head),
+            functools.partial(loop, self._chunk_if_weak),
+            functools.partial(loop, self._chunk),
+            *(constants, over_time, heads_only, state),
+        )
         return (y, state), trace
 
     def forward(self, constants: Any, over_time: Any, per_head: Any, state: Array) -> tuple[Array, Array]:
         """y [B, T, H, M] and the final state."""
-        return self._forward(constants, over_time, per_head, state, with_trace=False)[0]
+        return self._forward(False, constants, over_time, per_head, state)[0]
 
     def forward_with_residuals(
         self, constants: Any, over_time: Any, per_head: Any, state: Array
     ) -> tuple[tuple[Array, Array], Array]:
         """Also the state at the start of each chunk, [T / C, B, H, M, N]."""
-        outputs, trace = self._forward(constants, over_time, per_head, state, with_trace=True)
-        return checkpoint_name((outputs, trace), "wkv")
+        return checkpoint_name(self._forward(True, constants, over_time, per_head, state), "wkv")
 
     def backward(
         self,
@@ -136,20 +160,27 @@ class Recomputing:
     ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
         """JAX's derivative of each chunk, last chunk first."""
         over_time, per_head, state = inputs
-        dy, dstate = cotangents
         dtype, last = state.dtype, over_time[0].shape[1] // self._size - 1
+
+        def loop(chunk: ChunkFunction, constants: Any, over_time: Any, heads_only: Any, trace: Array, dy: Array) -> Any:
+            def body(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+                dstate, dover_time, dper_head = carry
+                index = last - backwards
+                parts = tuple(take(x, index, self._size, dtype) for x in over_time)
+                selected = self._constants(constants, index)
+                _, pull_back = jax.vjp(lambda *x: chunk(*x, *selected), trace[index], parts, heads_only)
+                dstate, dparts, dheads = pull_back((dstate, take(dy, index, self._size, dtype)))
+                dover_time = tuple(put(whole, part, index) for whole, part in zip(dover_time, dparts, strict=True))
+                return dstate, dover_time, jax.tree.map(jnp.add, dper_head, dheads)
+
+            zeros = jax.tree.map(jnp.zeros_like, (over_time, heads_only))
+            return lax.fori_loop(0, last + 1, body, (cotangents[1], *zeros))
+
         heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
-
-        def body(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
-            dstate, dover_time, dper_head = carry
-            index = last - backwards
-            parts = tuple(take(x, index, self._size, dtype) for x in over_time)
-            selected = self._constants(constants, index)
-            _, pull_back = jax.vjp(lambda *x: self._chunk(*x, *selected), trace[index], parts, heads_only)
-            dstate, dparts, dheads = pull_back((dstate, take(dy, index, self._size, dtype)))
-            dover_time = tuple(put(whole, part, index) for whole, part in zip(dover_time, dparts, strict=True))
-            return dstate, dover_time, jax.tree.map(jnp.add, dper_head, dheads)
-
-        zeros = tuple(jnp.zeros_like(x) for x in over_time), tuple(jnp.zeros_like(x) for x in heads_only)
-        dstate, dover_time, dper_head = lax.fori_loop(0, last + 1, body, (dstate, *zeros))
+        dstate, dover_time, dper_head = lax.cond(
+            self._is_weak(over_time, per_head),
+            functools.partial(loop, self._chunk_if_weak),
+            functools.partial(loop, self._chunk),
+            *(constants, over_time, heads_only, trace, cotangents[0]),
+        )
         return dover_time, tuple(d[:, 0].astype(x.dtype) for d, x in zip(dper_head, per_head, strict=True)), dstate

@@ -2,8 +2,8 @@
 
 With y_t = (S_{t-1} + v_t (u k_t)^T) r_t and S_t = S_{t-1} diag(w_t) + v_t k_t^T, a chunk of C steps is
 
-    Y = (r e^{before}) S^T + A V      A_ij = sum_n r_in k_jn e^{log w_{j+1} + ... + log w_{i-1}}  (j < i),  A_ii = r_i (u k_i)
-    S_end = S diag(e^{total}) + V^T (k e^{after})
+    Y = (r e^{before}) S^T + A V                 S_end = S diag(e^{total}) + V^T (k e^{after})
+    A_ij = sum_n r_in k_jn e^{log w_{j+1} + ... + log w_{i-1}}  (j < i)        A_ii = r_i (u k_i)
 
 where before_t and after_t are the sums of log w over the chunk's steps before and after t. A factor e^{c_i} e^{-c_j}
 for every pair, which would make A one product, overflows when decays are strong. Here A is built by doubling: among
@@ -23,14 +23,24 @@ sub-blocks as the way out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from rwkv_kernels.chunks import Packing
+from rwkv_kernels.gauge import middle_gauge
 from rwkv_kernels.products import Products
+
+LARGEST_EXPONENT = 32.0
+"""Half a chunk's sum of log w up to which the gauge serves; e^x has a relative error of about x times that of x."""
 
 _SMALLEST_LOG = -1e4
 """e to this is 0 in every dtype; -inf would make NaN of a sum written as a product."""
+
+
+AttentionChunk = Callable[[Products, Array, Array, Array, Array, Array, Array, Packing | None], tuple[Array, Array]]
+"""(products, state, r, log_w, k, v, u, packing) -> (next state, y), as `decayed_attention_chunk`."""
 
 
 def _indices(size: int) -> tuple[Array, Array]:
@@ -90,3 +100,42 @@ def decayed_attention_chunk(
         kept = jnp.where(packing.keeps, kept, 0)
     y = products.nt(queries, state) + products.nn(scores, v) + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
     return kept + products.tn(v, keys), y
+
+
+def gauged_attention_chunk(
+    products: Products,
+    state: Array,
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    packing: Packing | None,
+) -> tuple[Array, Array]:
+    """As `decayed_attention_chunk`, for decays that `is_weak`: one product gives all of A."""
+    row, column = _indices(r.shape[-2])
+    gauge = middle_gauge(products, log_w)
+    queries, keys = r * jnp.exp(gauge.from_middle - log_w), k * jnp.exp(-gauge.from_middle)
+    gauged = state * jnp.exp(gauge.entering)
+    read, kept_keys, earlier = products.nt(queries, gauged), keys, column < row
+    if packing is not None:
+        read, kept_keys = jnp.where(packing.reads, read, 0), jnp.where(packing.writes, keys, 0)
+        gauged, earlier = jnp.where(packing.keeps, gauged, 0), earlier & packing.same
+    scores = jnp.where(earlier, products.nt(queries, keys), 0)
+    y = read + products.nn(scores, v) + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
+    return (gauged + products.tn(v, kept_keys)) * jnp.exp(gauge.leaving), y
+
+
+def is_weak(log_w: Array, size: int) -> Array:
+    """Whether the gauge of the middle row costs float32 no more than its own rounding: a scalar.
+
+    Args:
+      log_w: [B, T, H, N], T a multiple of size, or [H, N].
+      size: steps in a chunk.
+    """
+    if log_w.ndim == 2:
+        strongest = jnp.min(log_w) * (size / 2)
+    else:
+        halves = log_w.reshape(log_w.shape[0], -1, max(size // 2, 1), *log_w.shape[2:])
+        strongest = jnp.min(jnp.sum(halves.astype(jnp.float32), axis=2))
+    return strongest >= -LARGEST_EXPONENT

@@ -108,9 +108,8 @@ def with_backward(
             return jax.tree.leaves(jax.jvp(functools.partial(forward, constants), inputs, tangents)[1])
 
         def cotangent(saved: Flat, cotangents: Flat) -> Flat:
-            return jax.tree.leaves(
-                backward(*jax.tree.unflatten(saved_tree, saved), jax.tree.unflatten(outputs_tree, cotangents))
-            )
+            constants, inputs, residuals = jax.tree.unflatten(saved_tree, saved)
+            return jax.tree.leaves(backward(constants, inputs, residuals, jax.tree.unflatten(outputs_tree, cotangents)))
 
         results = _linear_p.bind(
             *saved, *flat_tangents, tangent=tangent, cotangent=cotangent, sizes=(len(saved), len(flat_tangents))

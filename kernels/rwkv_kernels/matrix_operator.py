@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels import arguments, dispatch, pieces
+from rwkv_kernels import arguments, dispatch, pieces, sharded
 from rwkv_kernels.precision import Precision, check_precision
 
 
@@ -128,14 +128,16 @@ class MatrixOperator:
         chosen = self._choose(inputs, state, implementation)
         batch, time = inputs["r"].shape[:2]
         whole = time * lax.axis_size(axis_name)
-        lengths = arguments.of_this_shard(arguments.check_lengths(lengths, batch, whole), time, axis_name)
-        segments = arguments.segments_of_this_shard(segment_ids, lengths, batch, time, axis_name)
+        lengths = sharded.lengths_of_this_shard(arguments.check_lengths(lengths, batch, whole), time, axis_name)
+        segments = sharded.segments_of_this_shard(segment_ids, lengths, batch, time, axis_name)
         silenced, options = self._silence(inputs, lengths)
         options |= {"segments": segments, "precision": precision}
+        # So that the gradients of the two runs are added before they are rounded.
+        silenced = {name: x.astype(state.dtype) for name, x in silenced.items()}
         run = functools.partial(_run, chosen, options=options)
         piece = self.affine_map(run, silenced, state, segments, lengths)
-        y, final = run(silenced, pieces.state_of_shard(self.algebra, piece, state, axis_name))
-        return y.astype(inputs["v"].dtype), pieces.from_last_shard(final, axis_name)
+        y, final = run(silenced, sharded.state_of_shard(self.algebra, piece, state, axis_name))
+        return y.astype(inputs["v"].dtype), sharded.from_last_shard(final, axis_name)
 
     def run_step(self, inputs: dict[str, Any], state: Any) -> tuple[Array, Array]:
         """The operator for one token."""

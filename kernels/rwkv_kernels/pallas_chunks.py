@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from rwkv_kernels import chunks, products
@@ -84,6 +85,7 @@ def refuse_unless(platform: str, device: str) -> Callable[[Problem], str | None]
 
 
 # --- Triton ---
+
 
 def _cast(x: Array) -> Array:
     return x.astype(jnp.float32)
@@ -202,9 +204,7 @@ def _triton_backward(
             here = pl.ds(index * size, size)
             *parts, dy = (_cast(ref[here, :]) for ref in time_refs)
             selected = _take_constants(constants, [ref[here][:, None] for ref in step_refs])
-            dstate, dparts, more = call.chunk_backward(
-                trace_ref[index], tuple(parts), heads_only, selected, dstate, dy
-            )
+            dstate, dparts, more = call.chunk_backward(trace_ref[index], tuple(parts), heads_only, selected, dstate, dy)
             for ref, dpart in zip(dtime_refs, dparts, strict=True):
                 ref[here, :] = dpart
             return dstate, tuple(d + m for d, m in zip(dheads, more, strict=True))
@@ -323,7 +323,12 @@ def _tpu_backward(
         step_refs, refs = refs[: len(steps)], refs[len(steps) :]
         head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
         (trace_ref, dstate_ref), refs = refs[:2], refs[2:]
-        dtime_refs, dhead_refs, dfirst_ref, carried = refs[: len(over_time)], refs[len(over_time) : -2], refs[-2], refs[-1]
+        dtime_refs, dhead_refs, dfirst_ref, carried = (
+            refs[: len(over_time)],
+            refs[len(over_time) : -2],
+            refs[-2],
+            refs[-1],
+        )
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
@@ -364,10 +369,12 @@ class Backend:
     products: Callable[[Precision], Products]
     smallest_size: int
     """Head sizes are padded to a power of two from this; 1 leaves them as they are."""
+    cannot_load: tuple[str, ...] = ()
+    """Dtypes that kernels cannot read; such arrays become float32 before."""
 
 
 TRITON = Backend(_triton_forward, _triton_backward, products.triton, smallest_size=16)
-MOSAIC_TPU = Backend(_tpu_forward, _tpu_backward, products.mosaic_tpu, smallest_size=1)
+MOSAIC_TPU = Backend(_tpu_forward, _tpu_backward, products.mosaic_tpu, smallest_size=1, cannot_load=("float16",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -382,7 +389,7 @@ def _run_forward(
     backend: Backend, call: _Call, constants: Any, over_time: Any, per_head: Any, state: Array
 ) -> tuple[tuple[Array, Array], Any]:
     y, final, trace = backend.forward(call, constants, over_time, per_head, state, True)
-    y, final, trace = jax.ad_checkpoint.checkpoint_name((y, final, trace), "wkv")
+    y, final, trace = checkpoint_name((y, final, trace), "wkv")
     return (y, final), (constants, over_time, per_head, trace)
 
 
@@ -441,7 +448,9 @@ def run(
         active = is_active(rows, time + padding).astype(jnp.float32)
     within = chunks.number_within_chunks(segments, padding, kernel.chunk_size)
 
-    def pad(x: Array, axes: int) -> Array:
+    def prepare(x: Array, axes: int) -> Array:
+        if x.dtype.name in backend.cannot_load:
+            x = x.astype(jnp.float32)
         sizes = [(0, _padded_size(size, backend.smallest_size) - size) for size in x.shape[x.ndim - axes :]]
         return jnp.pad(x, [(0, 0)] * (x.ndim - axes) + sizes)
 
@@ -449,9 +458,10 @@ def run(
         with_products = products.interpreted(precision) if interpret else backend.products(precision)
     constants, over_time, per_head, state = with_common_axes(
         (within, active),
-        tuple(pad(pad_time(x, padding), 1) for x in over_time),
-        tuple(pad(x, 1) for x in per_head),
-        pad(state, 2),
+        tuple(prepare(pad_time(x, padding), 1) for x in over_time),
+        tuple(prepare(x, 1) for x in per_head),
+        prepare(state, 2),
     )
-    y, final = _run(backend, _Call(kernel, with_products, interpret), constants, over_time, per_head, state)
+    outputs: Any = _run(backend, _Call(kernel, with_products, interpret), constants, over_time, per_head, state)
+    y, final = outputs
     return y[:, :time, :, :value_dim], final[:, :, :value_dim, :key_dim]

@@ -2,7 +2,7 @@
 
 Over a piece WKV-6 does S -> S diag(g) + Q, and WKV-7 does S -> S P + Q with a matrix P. Joining maps is associative, so
 the states at the starts of all pieces come from a prefix over maps, and every piece then runs by itself. Pieces are
-chunks of one device's sequence (`associative_scan`) or the shards of a mesh axis (`wkv*_sharded`).
+chunks of one device's sequence (`associative_scan`) or the shards of a mesh axis (sharded.py).
 
 Sources: Blelloch (1990) for prefixes over recurrences; RWKV-7 (arXiv 2503.14456), whose transition is the matrix
 diag(w) + a b^T.
@@ -70,9 +70,7 @@ def apply(algebra: Algebra, piece: AffineMap, state: State) -> State:
 
 def join(algebra: Algebra, first: AffineMap, second: AffineMap) -> AffineMap:
     """The map of two pieces, one after the other."""
-    return AffineMap(
-        algebra.compose(first.transition, second.transition), apply(algebra, second, first.contribution)
-    )
+    return AffineMap(algebra.compose(first.transition, second.transition), apply(algebra, second, first.contribution))
 
 
 Run = Callable[..., tuple[Array, State]]
@@ -121,12 +119,16 @@ class Folded(NamedTuple):
     """n."""
 
 
-def fold(over_time: tuple[Array, ...], segments: Array | None, size: int) -> Folded:
-    """Cuts [B, T, ...] into pieces of `size` steps; steps of zeros fill the last one."""
+def fold(over_time: tuple[Array, ...], segments: Array | None, size: int, dtype: jnp.dtype) -> Folded:
+    """Cuts [B, T, ...] into pieces of `size` steps; steps of zeros fill the last one.
+
+    Everything comes in the dtype of the recurrence, so that gradients of the two runs over it are added before they are
+    rounded.
+    """
     batch, time = over_time[0].shape[:2]
     padding = -time % size
     count = (time + padding) // size
-    folded = tuple(pad_time(x, padding).reshape(batch * count, size, *x.shape[2:]) for x in over_time)
+    folded = tuple(pad_time(x.astype(dtype), padding).reshape(batch * count, size, *x.shape[2:]) for x in over_time)
     within = chunks.number_within_chunks(segments, padding, size)
     return Folded(folded, None if within is None else within.reshape(batch * count, size), count)
 
@@ -158,41 +160,3 @@ def states_at_starts(algebra: Algebra, pieces: AffineMap, state: State, count: i
 def unfold(y: Array, count: int, time: int) -> Array:
     """Puts the pieces of y, [B * n, C, ...], together again: [B, T, ...]."""
     return y.reshape(y.shape[0] // count, count * y.shape[1], *y.shape[2:])[:, :time]
-
-
-def state_of_shard(
-    algebra: Algebra, piece: AffineMap, state: State, axis_name: str
-) -> State:
-    """The state that enters this shard, within `shard_map`.
-
-    Every shard gathers the maps of all, which are small beside the sequence, and folds those before its own.
-
-    Args:
-      piece: the map of this shard's steps.
-      state: the state that enters the first shard.
-      axis_name: the mesh axis over which time is split.
-    """
-    maps = jax.tree.map(lambda x: lax.all_gather(x, axis_name), piece)
-    index = lax.axis_index(axis_name)
-    entering = state
-    for shard in range(lax.axis_size(axis_name) - 1):
-        following = apply(algebra, jax.tree.map(lambda x: x[shard], maps), entering)  # noqa: B023  used at once
-        entering = jax.tree.map(lambda x, y: jnp.where(shard < index, x, y), following, entering)  # noqa: B023
-    return entering
-
-
-def from_last_shard(state: State, axis_name: str) -> State:
-    """The last shard's value, on all of them."""
-    is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
-    return jax.tree.map(lambda x: lax.psum(jnp.where(is_last, x, 0), axis_name), state)
-
-
-def from_previous_shard(x: Array, axis_name: str) -> Array:
-    """What the shard before has: the halo of a token shift, or of segment ids; zeros on the first shard.
-
-    Args:
-      x: any array, for a token shift [B, 1, C], a shard's last token.
-      axis_name: the mesh axis over which time is split.
-    """
-    count = lax.axis_size(axis_name)
-    return lax.ppermute(x, axis_name, [(shard, shard + 1) for shard in range(count - 1)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -170,4 +170,4 @@ def _with_own_derivative(multiply: Multiply) -> Multiply:
         return multiply(y, dz, "nt"), multiply(x, dz, "nn")
 
     product.defvjp(forward, backward)
-    return product
+    return cast(Multiply, product)

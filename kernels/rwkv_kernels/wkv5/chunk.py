@@ -7,11 +7,11 @@ from jax import Array
 
 from rwkv_kernels import chunks
 from rwkv_kernels.chunks import ChunkFunction
-from rwkv_kernels.decayed_attention import decayed_attention_chunk
+from rwkv_kernels.decayed_attention import AttentionChunk, decayed_attention_chunk
 from rwkv_kernels.products import Products
 
 
-def make_chunk(products: Products) -> ChunkFunction:
+def make_chunk(products: Products, attention: AttentionChunk = decayed_attention_chunk) -> ChunkFunction:
     """The chunk function of WKV-5 with these products; over time r, k, v, per head log_w, u.
 
     The decay enters as [H, C, N], which no row of the batch pays for, and its gradient is summed over rows and steps.
@@ -29,6 +29,6 @@ def make_chunk(products: Products) -> ChunkFunction:
         if active is not None:  # what does not count does not decay
             log_w = log_w * active
         packing = None if within is None else chunks.packing(within)
-        return decayed_attention_chunk(products, state, r, log_w, k, v, u, packing)
+        return attention(products, state, r, log_w, k, v, u, packing)
 
     return chunk

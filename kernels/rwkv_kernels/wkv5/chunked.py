@@ -7,6 +7,7 @@ from jax import Array
 
 from rwkv_kernels import chunks, products
 from rwkv_kernels.arguments import is_active, pad_time
+from rwkv_kernels.decayed_attention import gauged_attention_chunk, is_weak
 from rwkv_kernels.derivatives import with_backward
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv5.chunk import make_chunk
@@ -51,7 +52,13 @@ def wkv5_chunked(
         active = is_active(jnp.full((1,), time) if lengths is None else lengths, time + padding)
     over_time = tuple(pad_time(x, padding) for x in (r, k, v))
     within = chunks.number_within_chunks(segments, padding, size)
-    form = chunks.Recomputing(make_chunk(products.xla(precision)), size)
+    multiply = products.xla(precision)
+    form = chunks.Recomputing(
+        size,
+        chunk=make_chunk(multiply),
+        chunk_if_weak=make_chunk(multiply, gauged_attention_chunk),
+        is_weak=lambda over_time, per_head: is_weak(per_head[0], size),
+    )
     run = with_backward(form.forward, form.forward_with_residuals, form.backward)
     y, state = run((within, active), over_time, (log_w, u), state)
     return y[:, :time], state

@@ -63,7 +63,7 @@ def wkv5_scan(
         if restart is not None:
             carry = jnp.where(restart[:, None, None, None], 0, carry)
         r, k, v = (x.astype(carry.dtype) for x in vectors)
-        following, y = step(carry, r, log_w, k, v, u, precision=precision)
+        following, y = step(carry, r, log_w, k, v, u, precision)
         if active is not None:
             following = jnp.where(active[:, None, None, None], following, carry)
         return following, y

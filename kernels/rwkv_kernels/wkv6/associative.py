@@ -33,15 +33,13 @@ def wkv6_associative(
     Args and result: as `wkv6_chunked`.
     """
     time = r.shape[1]
-    (r, log_w, k, v), segments, count = pieces.fold((r, log_w, k, v), segments, chunk_size)
+    (r, log_w, k, v), segments, count = pieces.fold((r, log_w, k, v), segments, chunk_size, state.dtype)
 
     def run(state: Array) -> tuple[Array, Array]:
-        return wkv6_chunked(
-            r, log_w, k, v, u, state, segments=segments, precision=precision, chunk_size=chunk_size
-        )
+        return wkv6_chunked(r, log_w, k, v, u, state, segments=segments, precision=precision, chunk_size=chunk_size)
 
     empty = jnp.zeros((r.shape[0], *state.shape[1:]), state.dtype)
-    total = jnp.sum(log_w.astype(state.dtype), axis=1)
+    total = jnp.sum(log_w, axis=1)
     maps = pieces.diagonal_map(run, total, empty, segments)
     entering, final = pieces.states_at_starts(pieces.DIAGONAL, maps, state, count)
     y, _ = run(entering)

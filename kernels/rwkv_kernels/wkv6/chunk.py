@@ -6,11 +6,11 @@ from jax import Array
 
 from rwkv_kernels import chunks
 from rwkv_kernels.chunks import ChunkFunction
-from rwkv_kernels.decayed_attention import decayed_attention_chunk
+from rwkv_kernels.decayed_attention import AttentionChunk, decayed_attention_chunk
 from rwkv_kernels.products import Products
 
 
-def make_chunk(products: Products) -> ChunkFunction:
+def make_chunk(products: Products, attention: AttentionChunk = decayed_attention_chunk) -> ChunkFunction:
     """The chunk function of WKV-6 with these products; over time r, log_w, k, v, per head u."""
 
     def chunk(
@@ -23,6 +23,6 @@ def make_chunk(products: Products) -> ChunkFunction:
         del active  # what does not count comes as zeros
         (r, log_w, k, v), (u,) = over_time, per_head
         packing = None if within is None else chunks.packing(within)
-        return decayed_attention_chunk(products, state, r, log_w, k, v, u, packing)
+        return attention(products, state, r, log_w, k, v, u, packing)
 
     return chunk

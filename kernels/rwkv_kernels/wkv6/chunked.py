@@ -6,6 +6,7 @@ from jax import Array
 
 from rwkv_kernels import chunks, products
 from rwkv_kernels.arguments import pad_time
+from rwkv_kernels.decayed_attention import gauged_attention_chunk, is_weak
 from rwkv_kernels.derivatives import with_backward
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv6.chunk import make_chunk
@@ -46,7 +47,13 @@ def wkv6_chunked(
     # Steps of zeros change nothing: no decay (log w = 0), nothing written.
     over_time = tuple(pad_time(x, padding) for x in (r, log_w, k, v))
     within = chunks.number_within_chunks(segments, padding, size)
-    form = chunks.Recomputing(make_chunk(products.xla(precision)), size)
+    multiply = products.xla(precision)
+    form = chunks.Recomputing(
+        size,
+        chunk=make_chunk(multiply),
+        chunk_if_weak=make_chunk(multiply, gauged_attention_chunk),
+        is_weak=lambda over_time, per_head: is_weak(over_time[1], size),
+    )
     run = with_backward(form.forward, form.forward_with_residuals, form.backward)
     y, state = run((within, None), over_time, (u,), state)
     return y[:, :time], state

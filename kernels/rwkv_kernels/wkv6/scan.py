@@ -60,7 +60,8 @@ def wkv6_scan(
         restart, vectors = token
         if restart is not None:
             carry = jnp.where(restart[:, None, None, None], 0, carry)
-        return step(carry, *(x.astype(carry.dtype) for x in vectors), u, precision=precision)
+        r, log_w, k, v = (x.astype(carry.dtype) for x in vectors)
+        return step(carry, r, log_w, k, v, u, precision)
 
     restarts = None if segments is None else starts(segments)
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v)))

@@ -35,16 +35,12 @@ def wkv7_associative(
     Args and result: as `wkv7_chunked`.
     """
     time = r.shape[1]
-    (r, log_w, k, v, a, b), segments, count = pieces.fold((r, log_w, k, v, a, b), segments, chunk_size)
+    (r, log_w, k, v, a, b), segments, count = pieces.fold((r, log_w, k, v, a, b), segments, chunk_size, state.dtype)
 
     def run(v: Array, state: Array) -> tuple[Array, Array]:
-        return wkv7_chunked(
-            r, log_w, k, v, a, b, state, segments=segments, precision=precision, chunk_size=chunk_size
-        )
+        return wkv7_chunked(r, log_w, k, v, a, b, state, segments=segments, precision=precision, chunk_size=chunk_size)
 
     empty = jnp.zeros((r.shape[0], *state.shape[1:]), state.dtype)
-    entering, final = pieces.states_at_starts(
-        pieces.MATRIX, pieces.matrix_map(run, v, empty), state, count
-    )
+    entering, final = pieces.states_at_starts(pieces.MATRIX, pieces.matrix_map(run, v, empty), state, count)
     y, _ = run(v, entering)
     return pieces.unfold(y, count, time), final

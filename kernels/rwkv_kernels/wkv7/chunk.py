@@ -7,7 +7,6 @@ for XLA's CPU backend. Kernels can neither join nor cut tiles, and have no use f
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax import Array, lax
 
 from rwkv_kernels import chunks
 from rwkv_kernels.chunks import ChunkFunction
+from rwkv_kernels.gauge import middle_gauge, nan_out_of_range
 from rwkv_kernels.products import Products, without_rules
 
 
@@ -65,22 +65,11 @@ def _chunk(
     size = r.shape[-2]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    middle = (size - 1) // 2
+    gauge = middle_gauge(products, log_w)
+    gauged = state * jnp.exp(nan_out_of_range(gauge))
 
-    # Sums of log w between a row and the middle one, positive after it: no long sums are subtracted.
-    after = (column <= row) & (column > middle)
-    before = (column > row) & (column <= middle)
-    from_middle = products.sums(jnp.where(after, 1.0, 0.0) - jnp.where(before, 1.0, 0.0), log_w)
-    first_half = lax.broadcasted_iota(jnp.int32, log_w.shape, 0) <= middle
-    entering = jnp.sum(jnp.where(first_half, log_w, 0), axis=0, keepdims=True)
-    leaving = jnp.sum(jnp.where(first_half, 0, log_w), axis=0, keepdims=True)
-    # NaN where a state of size 1 would lose digits to underflow in the gauge; else the loss would go unnoticed.
-    limits = jnp.finfo(log_w.dtype)
-    in_range = jnp.minimum(entering, leaving) >= -math.log(limits.eps / limits.tiny)
-    gauged = state * jnp.exp(jnp.where(in_range, entering, jnp.nan))
-
-    up, down = jnp.exp(from_middle), jnp.exp(-from_middle)
-    a, r, b, k = a * jnp.exp(from_middle - log_w), r * up, b * down, k * down
+    up, down = jnp.exp(gauge.from_middle), jnp.exp(-gauge.from_middle)
+    a, r, b, k = a * jnp.exp(gauge.from_middle - log_w), r * up, b * down, k * down
     earlier, own = column < row, column <= row
     kept_b, kept_k = b, k
     read_a, read_r = products.nt(a, gauged), products.nt(r, gauged)
@@ -96,4 +85,4 @@ def _chunk(
     removed = products.nn(inverse, wanted)
     y = read_r + products.nn(jnp.where(own, products.nt(r, b), 0), removed)
     y = y + products.nn(jnp.where(own, products.nt(r, k), 0), v)
-    return (gauged + products.tn(removed, kept_b) + products.tn(v, kept_k)) * jnp.exp(leaving), y
+    return (gauged + products.tn(removed, kept_b) + products.tn(v, kept_k)) * jnp.exp(gauge.leaving), y

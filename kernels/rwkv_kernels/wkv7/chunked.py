@@ -136,7 +136,7 @@ class _Trace(NamedTuple):
     writes: Array  # [T / C, B, H, 2C, M]: Z of each chunk
 
 
-Inputs = tuple[Array, Array, Array, Array, Array, Array, Array]
+Inputs = tuple[Array, ...]
 """r, log_w, k, v, a, b and the initial state."""
 
 
@@ -231,7 +231,7 @@ class _Chunked:
             state, writes = trace.states[index], trace.writes[index]
             masks, gauge = self._masks(within, index), _to_gauge(r_, log_w_, k_, a_, b_)
             queries_transposed = transpose(gauge.queries)
-            scores_transposed = _where(transpose(masks.scores), matmul(gauge.keys, queries_transposed))
+            scores_transposed = _where(masks.scores.swapaxes(-1, -2), matmul(gauge.keys, queries_transposed))
             gauged = state * gauge.enter
 
             dgauged_end = dstate * gauge.leave

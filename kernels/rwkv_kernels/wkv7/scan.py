@@ -61,7 +61,8 @@ def wkv7_scan(
         restart, vectors = token
         if restart is not None:
             carry = jnp.where(restart[:, None, None, None], 0, carry)
-        return step(carry, *(x.astype(carry.dtype) for x in vectors), precision=precision)
+        r, log_w, k, v, a, b = (x.astype(carry.dtype) for x in vectors)
+        return step(carry, r, log_w, k, v, a, b, precision)
 
     restarts = None if segments is None else starts(segments)
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v, a, b)))

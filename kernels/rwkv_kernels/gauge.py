@@ -1,0 +1,50 @@
+"""The gauge of a chunk's middle row, in which decays disappear from products between steps.
+
+Let c_t be the running sum of log w and m its value at the middle row. What reads at step t is scaled by e^{c_t - m},
+what writes by e^{m - c_t}: a product of the two then decays by all steps in between. Exponents grow to half a chunk of
+log w, so this is for decays that are known to be weak enough; where it applies, one product gives all pairs of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.products import Products
+
+
+class Gauge(NamedTuple):
+    """Sums of log w around the middle row of a chunk."""
+
+    from_middle: Array
+    """[..., C, N]: c_t - m."""
+    entering: Array
+    """[..., 1, N]: m, from the chunk's first state into the gauge."""
+    leaving: Array
+    """[..., 1, N]: c_C - m, from the gauge to the chunk's last state."""
+
+
+def middle_gauge(products: Products, log_w: Array) -> Gauge:
+    """Sums of log w [..., C, N] from the middle row outwards: no long sums are subtracted from one another."""
+    size = log_w.shape[-2]
+    middle = (size - 1) // 2
+    row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    after = (column <= row) & (column > middle)
+    before = (column > row) & (column <= middle)
+    in_first_half = lax.broadcasted_iota(jnp.int32, log_w.shape, log_w.ndim - 2) <= middle
+    return Gauge(
+        from_middle=products.sums(jnp.where(after, 1.0, 0.0) - jnp.where(before, 1.0, 0.0), log_w),
+        entering=jnp.sum(jnp.where(in_first_half, log_w, 0), axis=-2, keepdims=True),
+        leaving=jnp.sum(jnp.where(in_first_half, 0, log_w), axis=-2, keepdims=True),
+    )
+
+
+def nan_out_of_range(gauge: Gauge) -> Array:
+    """The entering sums, NaN where a state of size 1 would lose digits to underflow: the loss would go unnoticed."""
+    limits = jnp.finfo(gauge.entering.dtype)
+    in_range = jnp.minimum(gauge.entering, gauge.leaving) >= -math.log(limits.eps / limits.tiny)
+    return jnp.where(in_range, gauge.entering, jnp.nan)

@@ -1,0 +1,71 @@
+"""Time split over a mesh axis: what shards of one sequence tell each other, within `jax.shard_map`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels import arguments, pieces
+
+State = Any
+"""A tree of arrays."""
+
+
+def from_previous_shard(x: Array, axis_name: str) -> Array:
+    """What the shard before has: the halo of a token shift, or of segment ids; zeros on the first shard.
+
+    Args:
+      x: any array, for a token shift [B, 1, C], a shard's last token.
+      axis_name: the mesh axis over which time is split.
+    """
+    count = lax.axis_size(axis_name)
+    return lax.ppermute(x, axis_name, [(shard, shard + 1) for shard in range(count - 1)])
+
+
+def lengths_of_this_shard(lengths: Array | None, time: int, axis_name: str) -> Array | None:
+    """How many of a shard's steps lie within each row's length, where a mesh axis splits time into shards of `time`."""
+    return None if lengths is None else jnp.clip(lengths - lax.axis_index(axis_name) * time, 0, time)
+
+
+def segments_of_this_shard(
+    segment_ids: Array | None, lengths: Array | None, batch: int, time: int, axis_name: str
+) -> Array | None:
+    """As `number_segments`, for steps that go on with those of the shard before; segment 0 is where that one ended.
+
+    Args:
+      lengths: of this shard's steps.
+    """
+    if segment_ids is None:
+        return None
+    segment_ids = arguments.check_segment_ids(segment_ids, batch, time)
+    before = from_previous_shard(segment_ids[:, -1], axis_name)
+    previous = jnp.where(lax.axis_index(axis_name) == 0, segment_ids[:, 0], before)
+    return arguments.number_segments(segment_ids, lengths, batch, time, previous)
+
+
+def state_of_shard(algebra: pieces.Algebra, piece: pieces.AffineMap, state: State, axis_name: str) -> State:
+    """The state that enters this shard, within `shard_map`.
+
+    Every shard gathers the maps of all, which are small beside the sequence, and folds those before its own.
+
+    Args:
+      piece: the map of this shard's steps.
+      state: the state that enters the first shard.
+      axis_name: the mesh axis over which time is split.
+    """
+    maps = jax.tree.map(lambda x: lax.all_gather(x, axis_name), piece)
+    index = lax.axis_index(axis_name)
+    entering = state
+    for shard in range(lax.axis_size(axis_name) - 1):
+        following = pieces.apply(algebra, jax.tree.map(lambda x: x[shard], maps), entering)  # noqa: B023  used at once
+        entering = jax.tree.map(lambda x, y: jnp.where(shard < index, x, y), following, entering)  # noqa: B023
+    return entering
+
+
+def from_last_shard(state: State, axis_name: str) -> State:
+    """The last shard's value, on all of them."""
+    is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
+    return jax.tree.map(lambda x: lax.psum(jnp.where(is_last, x, 0), axis_name), state)
