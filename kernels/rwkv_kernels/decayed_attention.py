@@ -66,6 +66,12 @@ def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: 
     return scores if same is None else jnp.where(same, scores, 0)
 
 
+def _with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
+    """A with its diagonal, what a step reads of its own key."""
+    row, column = _indices(r.shape[-2])
+    return jnp.where(row == column, jnp.sum(r * u * k, axis=-1, keepdims=True), scores)
+
+
 def decayed_attention_chunk(
     products: Products,
     state: Array,
@@ -98,7 +104,7 @@ def decayed_attention_chunk(
     if packing is not None:
         queries, keys = jnp.where(packing.reads, queries, 0), jnp.where(packing.writes, keys, 0)
         kept = jnp.where(packing.keeps, kept, 0)
-    y = products.nt(queries, state) + products.nn(scores, v) + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
+    y = products.nt(queries, state) + products.nn(_with_bonus(scores, r, k, u), v)
     return kept + products.tn(v, keys), y
 
 
@@ -122,7 +128,7 @@ def gauged_attention_chunk(
         read, kept_keys = jnp.where(packing.reads, read, 0), jnp.where(packing.writes, keys, 0)
         gauged, earlier = jnp.where(packing.keeps, gauged, 0), earlier & packing.same
     scores = jnp.where(earlier, products.nt(queries, keys), 0)
-    y = read + products.nn(scores, v) + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
+    y = read + products.nn(_with_bonus(scores, r, k, u), v)
     return (gauged + products.tn(v, kept_keys)) * jnp.exp(gauge.leaving), y
 
 
