@@ -1,11 +1,13 @@
-# Two commands for a machine with Python 3.11 or newer and nothing else; each sets up .venv by itself.
+# Commands for a machine with Python 3.11 or newer and nothing else; each sets up .venv by itself.
 #   make train   trains a small RWKV-7 on the source text of Python's standard library and samples from it
-#   make test    runs the linter, the type checker and the tests
+#   make test    runs the linter, the type checker and the tests, and then
+#   make test-devices    compiles the kernels for GPUs and TPUs that need not be there, in .venv-devices (Linux, x86-64)
 
 PYTHON ?= python3
 BIN := .venv/bin
+DEVICES := .venv-devices/bin
 
-.PHONY: train test
+.PHONY: train test test-devices
 
 train: .venv/installed
 	$(BIN)/python train.py configs/python_stdlib.py
@@ -15,6 +17,16 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+	$(MAKE) test-devices
+
+# There are no such compilers for other machines.
+ifeq ($(shell uname -sm),Linux x86_64)
+test-devices: .venv-devices/installed
+	PYTHONPATH=kernels $(DEVICES)/python -m pytest -m 'devices and not long' tests/devices
+else
+test-devices:
+	@echo 'test-devices: needs Linux on x86-64'
+endif
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -26,4 +38,9 @@ test: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-devices/installed: constraints-devices.txt | .venv/bin/python
+	.venv/bin/python -m venv .venv-devices
+	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-devices.txt
 	touch $@

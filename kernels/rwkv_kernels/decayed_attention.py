@@ -32,7 +32,7 @@ from rwkv_kernels.chunks import Packing
 from rwkv_kernels.gauge import middle_gauge
 from rwkv_kernels.products import Products
 
-LARGEST_EXPONENT = 32.0
+LARGEST_EXPONENT = 20.0
 """Half a chunk's sum of log w up to which the gauge serves; e^x has a relative error of about x times that of x."""
 
 _SMALLEST_LOG = -1e4

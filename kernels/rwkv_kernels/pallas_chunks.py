@@ -92,7 +92,7 @@ def _cast(x: Array) -> Array:
 
 
 def _triton_parameters(num_warps: int) -> Any:
-    from jax.experimental.pallas import triton  # noqa: PLC0415  importing it warns where it is deprecated
+    from jax.experimental.pallas import triton  # here: importing it warns where it is deprecated
 
     return triton.CompilerParams(num_warps=num_warps, num_stages=1)
 
@@ -236,7 +236,7 @@ def _tpu_call(
     Kinds: `time` [B, H, T, N] -> [C, N]; `steps` [B, T, 1] -> [C, 1]; `head` [H, 1, N] -> [1, N];
     `state` [B, H, ...] -> [...]; `trace` [B, H, T / C, M, N] -> [M, N].
     """
-    from jax.experimental.pallas import tpu  # noqa: PLC0415  a backend that other machines need not have
+    from jax.experimental.pallas import tpu  # here: a backend that other machines need not have
 
     size = call.size
     count = inputs[0][0].shape[2] // size

@@ -9,7 +9,7 @@ from jax import lax
 Precision = Literal["full", "default", "fast"]
 """Arithmetic of the products inside an operator; sums, decays and states are float32 whatever it is.
 
-    full     as exact as float32: TF32 three times (NVIDIA), bfloat16 six times (TPU)
+    full     as exact as float32: bfloat16 six times
     default  TF32 (NVIDIA), bfloat16 three times (TPU)
     fast     bfloat16
 

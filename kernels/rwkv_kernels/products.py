@@ -81,10 +81,14 @@ def _kernel_multiply(precision: lax.PrecisionLike, half: bool) -> Multiply:
 
 
 def triton(precision: Precision) -> Products:
-    """Products of 2-D float32 tiles on NVIDIA tensor cores: TF32 three times, TF32, bfloat16."""
-    exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    chosen = exact if precision == "full" else lax.DotAlgorithmPreset.TF32_TF32_F32
-    return Products(_kernel_multiply(chosen, precision == "fast"), _kernel_multiply(exact, False))
+    """Products of 2-D float32 tiles on NVIDIA tensor cores: bfloat16 six times, TF32, bfloat16.
+
+    TF32 three times takes as many steps of the tensor core as bfloat16 six times, and its operands a third more
+    registers, which is what the kernels run out of.
+    """
+    preset = lax.DotAlgorithmPreset
+    chosen = preset.BF16_BF16_F32_X6 if precision == "full" else preset.TF32_TF32_F32
+    return Products(_kernel_multiply(chosen, precision == "fast"), _kernel_sums)
 
 
 def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
@@ -102,7 +106,33 @@ def mosaic_tpu(precision: Precision) -> Products:
     """Products of 2-D float32 tiles on a TPU's matrix unit: bfloat16 six times, three times, once."""
     exact = _kernel_multiply(lax.Precision.HIGHEST, False)
     lesser = {"default": _with_own_derivative(_three_bfloat16), "fast": _kernel_multiply(None, True)}
-    return Products(lesser.get(precision, exact), exact)
+    return Products(lesser.get(precision, exact), _kernel_sums)
+
+
+def _sums_in_parts(terms: Array, x: Array, form: Form) -> Array:
+    """terms x or terms^T x for terms that bfloat16 holds and x in float32, as exact as float32: x in three parts.
+
+    Half the products of what serves for any two matrices, and operands of a quarter of the size: a kernel's masks stay
+    in registers through all its chunks.
+    """
+    parts: list[Array] = []
+    for _ in range(3):
+        parts.append(x.astype(jnp.bfloat16))
+        x = x - parts[-1].astype(jnp.float32)
+    leading, following, last = (_dot(terms.astype(jnp.bfloat16), part, form, None) for part in parts)
+    return last + following + leading
+
+
+def _sums_forward(terms: Array, x: Array, form: Form) -> tuple[Array, Array]:
+    return _sums_in_parts(terms, x, form), terms
+
+
+def _sums_backward(form: Form, terms: Array, dsums: Array) -> tuple[Array, Array]:
+    return jnp.zeros_like(terms), _sums_in_parts(terms, dsums, "tn" if form == "nn" else "nn")  # terms are constants
+
+
+_kernel_sums = jax.custom_vjp(_sums_in_parts, nondiff_argnums=(2,))
+_kernel_sums.defvjp(_sums_forward, _sums_backward)
 
 
 Rounding = Literal["tf32", "bfloat16"]

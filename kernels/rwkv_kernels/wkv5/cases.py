@@ -13,10 +13,10 @@ CASES: dict[str, AttentionCase] = ATTENTION_CASES | {"one_decay_per_head": Atten
 def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
     """Arguments of `wkv5`, by name, as float64 arrays whose values float32 holds exactly.
 
-    r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N] or [H, 1]; state: [B, H, M, N]. Decays are drawn from
-    e^{-e^{-6}} to e^{-e}: the logarithm of -log w is what a model learns, and it begins from -6 to -1.
+    r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N] or [H, 1]; state: [B, H, M, N]. Decays e^{-e^x}
+    are drawn with x from -6 to -1, where official initialisation puts them.
     """
     chosen = CASES[case]
     rng = np.random.default_rng([seed, *shape])
-    log_w = -np.exp(rng.uniform(-6, 1, (shape.heads, 1 if chosen.one_per_head else shape.key_dim)))
+    log_w = -np.exp(rng.uniform(-6, -1, (shape.heads, 1 if chosen.one_per_head else shape.key_dim)))
     return attention_inputs(chosen, shape, rng, log_w)

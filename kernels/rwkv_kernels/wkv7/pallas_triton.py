@@ -9,7 +9,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
 from rwkv_kernels.wkv7.chunk import make_chunk
 
-KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=4, num_warps_backward=8)
+KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
 """What is shipped; docs/kernels.md has the registers and spills of other choices."""
 
 

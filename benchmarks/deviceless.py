@@ -1,0 +1,267 @@
+"""Compiles the Pallas kernels for an H100 and for TPUs on a machine that has neither, and reads what came of it.
+
+XLA's GPU and TPU compilers need the description of a device and not the device. Registers and spills are NVIDIA's
+assembler's own count, for the code that XLA hands to the driver; nothing here says how fast a kernel is.
+Needs what constraints-devices.txt lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from rwkv_kernels.cases import Shape
+from rwkv_kernels.precision import Precision
+
+OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+SHAPE = Shape(8, 4096, 64, 64, 64)
+"""Heads of a model of 7B; sizes are strides and bounds of loops to a kernel, and registers depend on them a little."""
+TPU_SHAPE = Shape(2, 4096, 16, 64, 64)
+"""Within the memory of every TPU, and mostly too large for the chip's own, where the compiler would put arrays."""
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA needs to know of an H100 SXM: GpuTargetConfigProto in its text form."""
+
+GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+"""TPU generations, and a slice of each that has whole hosts."""
+
+Direction = Literal["forward", "gradient"]
+"""One kernel, or the two of a forward pass that stores states and of the backward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonResources:
+    """What a kernel takes on an H100."""
+
+    kernel: str
+    """forward, `forward, storing` (the states that the backward pass starts from) or backward."""
+    registers: int
+    """A thread's, of 255."""
+    spill_stores: int
+    """Bytes a thread; loads likewise."""
+    spill_loads: int
+    shared_memory: int
+    """Bytes a program."""
+    wgmma: int
+    """Tensor-core instructions of a warp group in the kernel's text, loops counted once."""
+    mma_sync: int
+    """Tensor-core instructions of a warp."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuResources:
+    """What a kernel takes on a TPU."""
+
+    kernel: str
+    vmem: int
+    """Bytes of on-chip memory."""
+
+
+def is_available() -> bool:
+    """Whether the compilers are installed."""
+    return all(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "libtpu")) and _ptxas() is not None
+
+
+def prepare() -> None:
+    """Keeps JAX on the CPU, and tells libtpu not to look for a TPU. To be called before JAX is used."""
+    os.environ |= {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+    }
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _ptxas() -> Path | None:
+    """NVIDIA's assembler from its Python package."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package and package.submodule_search_locations) or ():
+        if (found := Path(folder, "cu13", "bin", "ptxas")).exists():
+            return found
+    return None
+
+
+@functools.cache
+def _sharding(device: str) -> jax.sharding.SingleDeviceSharding:
+    """Places arrays on a device that is not there: `h100` or a TPU generation."""
+    if device == "h100":
+        described = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
+    else:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[device])
+    return jax.sharding.SingleDeviceSharding(described.devices[0])
+
+
+def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[Any, ...]:
+    """Arguments of an operator's implementations in order, the state included."""
+
+    def array(*sizes: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    if operator == "wkv4":
+        channels = shape.heads * shape.key_dim
+        per_channel, over_time = array(channels), array(shape.batch, shape.time, channels)
+        state = (array(shape.batch, channels, dtype=jnp.float32),) * 3
+        return per_channel, per_channel, over_time, over_time, state
+    axes = importlib.import_module(f"rwkv_kernels.{operator}").OPERATOR.axes
+    sizes = dict(zip("BTHNM", shape, strict=True))
+    inputs = (array(*(sizes[letter] for letter in letters.split())) for letters in axes.values())
+    return *inputs, array(*(sizes[letter] for letter in "BHMN"), dtype=jnp.float32)
+
+
+def implementation(operator: str, backend: str) -> Callable[..., Any]:
+    """An operator's function for `pallas_triton` or `pallas_tpu`, which does not ask what machine it is on."""
+    return getattr(importlib.import_module(f"rwkv_kernels.{operator}.{backend}"), f"{operator}_{backend}")
+
+
+def _compile(
+    device: str,
+    operator: str,
+    direction: Direction,
+    dtype: str,
+    precision: Precision,
+    shape: Shape,
+    segments: bool,
+    options: dict[str, Any],
+    compiler_options: dict[str, Any] | None = None,
+) -> Any:
+    run = implementation(operator, "pallas_triton" if device == "h100" else "pallas_tpu")
+    if "precision" in inspect.signature(run).parameters:
+        options = options | {"precision": precision}
+
+    def forward(segments: Any, *arguments: Any) -> Any:
+        return run(*arguments, segments=segments, **options)
+
+    def gradient(segments: Any, *arguments: Any) -> Any:
+        outputs, pull_back = jax.vjp(functools.partial(forward, segments), *arguments)
+        return pull_back(outputs)
+
+    sharding = _sharding(device)
+    ids = jax.ShapeDtypeStruct((shape.batch, shape.time), jnp.int32, sharding=sharding) if segments else None
+    lowered = jax.jit({"forward": forward, "gradient": gradient}[direction]).lower(
+        ids, *_arguments(operator, shape, DTYPES[dtype], sharding)
+    )
+    return lowered.compile(compiler_options=compiler_options)
+
+
+def _label(direction: Direction, name: str) -> str:
+    if direction == "forward":
+        return "forward"
+    return "backward" if "backward" in name else "forward, storing"
+
+
+def compile_triton(
+    operator: str,
+    direction: Direction,
+    dtype: str = "bfloat16",
+    precision: Precision = "full",
+    *,
+    shape: Shape = SHAPE,
+    segments: bool = False,
+    **options: Any,
+) -> list[TritonResources]:
+    """An operator's `pallas_triton` kernels compiled for an H100; options as the implementation has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder}
+        _compile("h100", operator, direction, dtype, precision, shape, segments, options, dump)
+        launches = "".join(path.read_text(encoding="utf-8") for path in Path(folder).glob("*thunk_sequence.txt"))
+        shared = {
+            found["name"]: int(found["bytes"])
+            for found in re.finditer(r"(?P<name>\S+) +grid: .*shared_memory: (?P<bytes>\d+) bytes", launches)
+        }
+        return sorted(
+            (
+                _read_ptx(path, name, _label(direction, name), shared[name])
+                for path in Path(folder).glob("*.ptx")
+                for name in re.findall(rf"\.visible \.entry (\w*{operator}\w*)", path.read_text(encoding="utf-8"))
+            ),
+            key=lambda found: ("forward", "forward, storing", "backward").index(found.kernel),
+        )
+
+
+def _read_ptx(path: Path, name: str, label: str, shared_memory: int) -> TritonResources:
+    """Assembles a file that XLA wrote, and reads what the assembler says of one of its kernels."""
+    command = [str(_ptxas()), "-arch=sm_90a", "-v", str(path), "-o", os.devnull]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    own = said[said.index(f"'{name}'") :]
+    (text,) = re.findall(
+        rf"\.visible \.entry {name}\(.*?^\}}", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, own)
+        assert found, f"ptxas says nothing like {pattern!r}"
+        return int(found[1])
+
+    return TritonResources(
+        kernel=label,
+        registers=number(r"Used (\d+) registers"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+        shared_memory=shared_memory,
+        wgmma=text.count("wgmma.mma_async"),
+        mma_sync=text.count("mma.sync."),
+    )
+
+
+def compile_tpu(
+    generation: str,
+    operator: str,
+    direction: Direction,
+    dtype: str = "bfloat16",
+    precision: Precision = "full",
+    *,
+    shape: Shape = TPU_SHAPE,
+    segments: bool = False,
+    **options: Any,
+) -> list[TpuResources]:
+    """An operator's `pallas_tpu` kernels compiled for a TPU generation."""
+    compiled = _compile(generation, operator, direction, dtype, precision, shape, segments, options)
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    return sorted((TpuResources(_label(direction, _name(line)), _vmem(line)) for line in calls), key=lambda x: x.kernel)
+
+
+def _name(line: str) -> str:
+    return line.split("=", 1)[0]
+
+
+def _vmem(line: str) -> int:
+    """Bytes of VMEM, memory space 1, that a kernel's call uses."""
+    found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+    return int(found[1]) if found else 0
+
+
+def settings(operator: str, backend: str, *, backward: bool = False) -> str:
+    """Sizes and warps that are shipped, in words."""
+    module = importlib.import_module(f"rwkv_kernels.{operator}.{backend}")
+    if not hasattr(module, "KERNEL"):
+        parameters = inspect.signature(implementation(operator, backend)).parameters.values()
+        return ", ".join(f"{x.name.removeprefix('num_')} {x.default}" for x in parameters if type(x.default) is int)
+    kernel = module.KERNEL
+    warps = kernel.num_warps_backward if backward else kernel.num_warps
+    return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

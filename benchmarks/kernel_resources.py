@@ -1,0 +1,150 @@
+"""What the Pallas kernels take on an H100 and on TPUs, compiled where there is neither; makes docs/kernels.md's tables.
+
+    make .venv-devices/installed
+    PYTHONPATH=kernels .venv-devices/bin/python benchmarks/kernel_resources.py            # prints the tables
+    PYTHONPATH=kernels .venv-devices/bin/python benchmarks/kernel_resources.py --write    # and puts them into the page
+
+Takes some three minutes on two cores. Nothing is run, and nothing here says how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import deviceless
+from deviceless import DTYPES, GENERATIONS, OPERATORS, SHAPE, TPU_SHAPE, TritonResources
+from rwkv_kernels.precision import Precision
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
+START, END = "<!-- tables: start -->", "<!-- tables: end -->"
+COMBINATIONS: tuple[tuple[str, Precision], ...] = (
+    ("bfloat16", "full"),
+    ("bfloat16", "default"),
+    ("bfloat16", "fast"),
+    ("float32", "full"),
+)
+"""Dtypes of the inputs and precisions of the products."""
+TRITON_COLUMNS = (
+    "operator",
+    "kernel",
+    "inputs",
+    "precision",
+    "shipped",
+    "registers",
+    "spill stores",
+    "spill loads",
+    "shared memory",
+    "wgmma",
+    "mma.sync",
+)
+TPU_COLUMNS = ("operator", "shipped", "precision", *GENERATIONS)
+
+Key = tuple[str, str, str, str]
+"""Operator, kernel, dtype of the inputs and precision: what tells the Triton table's rows apart."""
+
+
+def has_products(operator: str) -> bool:
+    """Whether there are matrix products, and so a choice of their precision."""
+    return "precision" in inspect.signature(deviceless.implementation(operator, "pallas_triton")).parameters
+
+
+def combinations(operator: str) -> Iterator[tuple[str, Precision]]:
+    """Rows of an operator: without products, precisions are all the same."""
+    return (pair for pair in COMBINATIONS if pair[1] == "full" or has_products(operator))
+
+
+def key(operator: str, found: TritonResources, dtype: str, precision: Precision) -> Key:
+    return operator, found.kernel, dtype, precision if has_products(operator) else "-"
+
+
+def _line(cells: tuple[object, ...]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(columns: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> Iterator[str]:
+    yield _line(columns)
+    yield "|---" * len(columns) + "|"
+    yield from map(_line, rows)
+
+
+def _triton_rows() -> Iterator[tuple[object, ...]]:
+    for operator in OPERATORS:
+        for dtype, precision in combinations(operator):
+            for direction in ("forward", "gradient"):
+                for found in deviceless.compile_triton(operator, direction, dtype, precision):
+                    numbers = found.registers, found.spill_stores, found.spill_loads, found.shared_memory
+                    yield (
+                        *key(operator, found, dtype, precision),
+                        deviceless.settings(operator, "pallas_triton", backward=found.kernel == "backward"),
+                        *numbers,
+                        found.wgmma,
+                        found.mma_sync,
+                    )
+
+
+def _tpu_rows() -> Iterator[tuple[object, ...]]:
+    """A cell has the VMEM of the forward kernel, the one that stores states, and the backward one."""
+    for operator in OPERATORS:
+        for dtype, precision in combinations(operator):
+            if dtype == "bfloat16":
+                cells = (_tpu_cell(generation, operator, dtype, precision) for generation in GENERATIONS)
+                shipped = deviceless.settings(operator, "pallas_tpu")
+                yield operator, shipped, precision if has_products(operator) else "-", *cells
+
+
+def _tpu_cell(generation: str, operator: str, dtype: str, precision: Precision) -> str:
+    found = deviceless.compile_tpu(generation, operator, "forward", dtype, precision)
+    found += deviceless.compile_tpu(generation, operator, "gradient", dtype, precision)
+    order = ("forward", "forward, storing", "backward")
+    return " / ".join(f"{x.vmem // 1024}" for x in sorted(found, key=lambda x: order.index(x.kernel)))
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", shape, strict=True))
+
+
+def report() -> Iterator[str]:
+    """Lines of the page's second half."""
+    version = importlib.metadata.version
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu")
+    )
+    yield f"\nCompiled on {platform.machine()}, Python {platform.python_version()}, {packages}; no accelerator."
+    yield f"\n### H100 (sm_90a), {_sizes(SHAPE)}\n"
+    yield from _table(TRITON_COLUMNS, _triton_rows())
+    yield f"\n### TPUs, {_sizes(TPU_SHAPE)}: KiB of VMEM, bfloat16 inputs; forward / forward, storing / backward\n"
+    yield from _table(TPU_COLUMNS, _tpu_rows())
+
+
+def read_spills(text: str) -> dict[Key, int]:
+    """Spill stores of every row of a written Triton table."""
+    spills: dict[Key, int] = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == len(TRITON_COLUMNS) and cells[2] in DTYPES:
+            spills[cells[0], cells[1], cells[2], cells[3]] = int(cells[TRITON_COLUMNS.index("spill stores")])
+    return spills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write them into docs/kernels.md")
+    arguments = parser.parse_args()
+    deviceless.prepare()
+    lines: list[str] = []
+    for line in report():
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.write:
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(START)
+        after = rest.split(END)[1]
+        DOCUMENT.write_text("\n".join([before + START, *lines, END + after]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Every Triton kernel compiles for an H100, on its tensor cores, and spills no more than docs/kernels.md says."""
+
+from __future__ import annotations
+
+import pytest
+
+from deviceless import OPERATORS, Direction, TritonResources, compile_triton
+from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
+from rwkv_kernels.cases import Shape
+from rwkv_kernels.precision import Precision
+
+pytestmark = pytest.mark.devices
+
+KERNELS: dict[str, list[str]] = {"forward": ["forward"], "gradient": ["forward, storing", "backward"]}
+SMALL = Shape(2, 256, 2, 64, 64)
+
+each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_direction = pytest.mark.parametrize("direction", list(KERNELS))
+
+
+def _check(operator: str, direction: Direction, found: list[TritonResources]) -> None:
+    assert [x.kernel for x in found] == KERNELS[direction]
+    if has_products(operator):
+        assert all(x.wgmma + x.mma_sync > 0 for x in found)
+
+
+def _check_spills(operator: str, direction: Direction, dtype: str, precision: Precision) -> None:
+    found = compile_triton(operator, direction, dtype, precision)
+    _check(operator, direction, found)
+    committed = read_spills(DOCUMENT.read_text(encoding="utf-8"))
+    for kernel in found:
+        assert kernel.spill_stores <= committed[key(operator, kernel, dtype, precision)]
+
+
+@each_direction
+@each_operator
+def test_what_is_shipped_spills_no_more_than_the_table_says(operator: str, direction: Direction) -> None:
+    _check_spills(operator, direction, "bfloat16", "full")
+
+
+OTHERS = [
+    (operator, *pair) for operator in OPERATORS for pair in combinations(operator) if pair != ("bfloat16", "full")
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("operator", "dtype", "precision"), OTHERS)
+@each_direction
+def test_other_precisions_spill_no_more_than_the_table_says(
+    operator: str, direction: Direction, dtype: str, precision: Precision
+) -> None:
+    _check_spills(operator, direction, dtype, precision)
+
+
+@each_operator
+def test_packed_rows_compile(operator: str) -> None:
+    _check(operator, "gradient", compile_triton(operator, "gradient", shape=SMALL, segments=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [(16, 16), (24, 40), (64, 32), (128, 128)])
+@each_operator
+def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: str) -> None:
+    shape = SMALL._replace(time=100, key_dim=sizes[0], value_dim=sizes[1])
+    _check(operator, "gradient", compile_triton(operator, "gradient", dtype, shape=shape))
