@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import jax
 
-from rwkv_kernels import dispatch, wkv5 as _wkv5, wkv6 as _wkv6, wkv7 as _wkv7
+from rwkv_kernels import dispatch
+from rwkv_kernels.sharded import from_previous_shard
+from rwkv_kernels.wkv4 import OPERATOR as _WKV4
+from rwkv_kernels.wkv4 import wkv4, wkv4_sharded, wkv4_step
+from rwkv_kernels.wkv5 import OPERATOR as _WKV5
 from rwkv_kernels.wkv5 import wkv5, wkv5_sharded, wkv5_step
+from rwkv_kernels.wkv6 import OPERATOR as _WKV6
 from rwkv_kernels.wkv6 import wkv6, wkv6_sharded, wkv6_step
+from rwkv_kernels.wkv7 import OPERATOR as _WKV7
 from rwkv_kernels.wkv7 import wkv7, wkv7_sharded, wkv7_step
 
-OPERATORS = {operator.name: operator for operator in (_wkv5.OPERATOR, _wkv6.OPERATOR, _wkv7.OPERATOR)}
+OPERATORS: dict[str, dispatch.Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
 """Every operator, by name."""
 
 
@@ -60,7 +66,11 @@ def explain(
 __all__ = [
     "OPERATORS",
     "explain",
+    "from_previous_shard",
     "implementations",
+    "wkv4",
+    "wkv4_sharded",
+    "wkv4_step",
     "wkv5",
     "wkv5_sharded",
     "wkv5_step",

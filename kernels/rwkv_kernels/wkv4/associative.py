@@ -1,0 +1,84 @@
+"""WKV-4 as an associative scan over time: of logarithmic depth, differentiated by JAX.
+
+A stretch of tokens is a map of the state, and five numbers hold it: how many steps it decays, and the weighted sum of
+its values and of its weights over a common exponent, like a state. Two neighbours join to one of the same form, so
+`jax.lax.associative_scan` finds the state after every token by a tree. Trees add up fewer roundings than a loop does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.arguments import is_active, starts
+from rwkv_kernels.wkv4.scan import State, empty_state, fix_gauge, read, select
+
+
+class _Stretch(NamedTuple):
+    """A stretch of tokens as a map of the state, for every row (and channel)."""
+
+    restarts: Array  # [B, T, 1]: it forgets the state that comes in
+    steps: Array  # [B, T, 1]: how many times the state that comes in decays
+    state: State  # each [B, T, C]: what it leaves behind if the incoming state is empty
+
+
+def wkv4_associative(
+    log_w: Array,
+    u: Array,
+    k: Array,
+    v: Array,
+    state: State,
+    *,
+    segments: Array | None = None,
+    lengths: Array | None = None,
+) -> tuple[Array, State]:
+    """WKV-4 over a sequence by a tree over time.
+
+    Args and results are those of `wkv4_scan`.
+    """
+    dtype = state[0].dtype
+    batch, time, channels = k.shape
+    log_w, u, k, v = (x.astype(dtype) for x in (log_w, u, k, v))
+    decay = jnp.maximum(log_w, -1e30)  # so that no step of -inf is still no decay, not NaN
+    restarts = jnp.zeros((batch, time), bool) if segments is None else starts(segments)
+    active = jnp.ones((batch, time), bool) if lengths is None else is_active(lengths, time)
+
+    def join(first: _Stretch, second: _Stretch) -> _Stretch:
+        numerator, denominator, exponent = first.state
+        decayed = second.steps * decay
+        largest = lax.stop_gradient(jnp.maximum(decayed + exponent, second.state[2]))
+        past = jnp.exp(decayed + (exponent - largest))
+        present = jnp.exp(second.state[2] - largest)
+        joined = (past * numerator + present * second.state[0], past * denominator + present * second.state[1], largest)
+        return _Stretch(
+            first.restarts | second.restarts,
+            first.steps + second.steps,
+            select(second.restarts, second.state, joined),
+        )
+
+    empty = empty_state(batch, channels, dtype)
+    key = lax.stop_gradient(k)
+    weight = jnp.exp(k - key)
+    token = select(active[..., None], (weight * v, weight, key), _over_time(empty))
+    tokens = _Stretch(restarts[..., None], active[..., None].astype(dtype), token)
+    nothing = jnp.zeros((batch, 1, 1), bool)
+    start = _Stretch(nothing, nothing.astype(dtype), _over_time(fix_gauge(state)))
+    elements = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), start, tokens)
+    # States before each token, and the final one at the end.
+    numerator, denominator, exponent = lax.associative_scan(join, elements, axis=1).state
+    before = numerator[:, :-1], denominator[:, :-1], exponent[:, :-1]
+    if segments is not None:
+        before = select(restarts[..., None], _over_time(empty), before)
+    y = read(before, u, k, v)
+    if lengths is not None:
+        y = jnp.where(active[..., None], y, 0)
+    return y, (numerator[:, -1], denominator[:, -1], exponent[:, -1])
+
+
+def _over_time(state: State) -> State:
+    """A state [B, C] as [B, 1, C]."""
+    numerator, denominator, exponent = state
+    return numerator[:, None], denominator[:, None], exponent[:, None]

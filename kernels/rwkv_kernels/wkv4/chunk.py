@@ -1,0 +1,175 @@
+"""Tokens of WKV-4, forwards and backwards, on plain values of any shape: for arrays and inside kernels alike.
+
+Write m and m' for the exponents before and after a token, and a and b for the numerator and denominator before it:
+
+    read     y = (q a + p v) / (q b + p)      q : p = e^m : e^{u + k}, the larger of the two set to 1
+    update   a' = f a + g v, b' = f b + g     f = e^{log_w + m - m'}, g = e^{k - m'}
+
+By the gauge rule of scan.py exponents are constants to differentiation. With h = dy / (q b + p) and the cotangents da',
+db' of what the token leaves,
+
+    da = f da' + q h      dv = g da' + p h                      dlog_w = f (a da' + b db')
+    db = f db' - q h y    dk = g (v da' + db') + p h (v - y)    du = p h (v - y)
+
+No factor is above 1 but for rounding, so nothing overflows; and da, db run backwards in time by a linear recurrence
+that does not depend on how a and b came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.wkv4.scan import EMPTY_EXPONENT, State
+
+
+class Marks(NamedTuple):
+    """What is special about tokens, or None where nothing is."""
+
+    restart: Array | None
+    """The state restarts, empty, before the token."""
+    active: Array | None
+    """The token counts; else the state stays as it was, and y is zero."""
+
+
+class Factors(NamedTuple):
+    """How much of the past and of the present token goes into a result."""
+
+    past: Array
+    present: Array
+
+
+class Token(NamedTuple):
+    """A token's inputs."""
+
+    marks: Marks
+    k: Array
+    v: Array
+
+
+class Cotangents(NamedTuple):
+    """Gradients of what a token depends on."""
+
+    log_w: Array
+    u: Array
+    k: Array
+    v: Array
+
+
+def mix(factors: Factors, past: Array, present: Array | float) -> Array:
+    """Past and present, each by its factor."""
+    return factors.past * past + factors.present * present
+
+
+def reading(exponent: Array, u: Array, k: Array) -> Factors:
+    """Factors q and p of a read."""
+    distance = u + (k - exponent)
+    is_nearer = distance > 0
+    smaller = jnp.exp(jnp.where(is_nearer, -distance, distance))
+    return Factors(jnp.where(is_nearer, smaller, 1), jnp.where(is_nearer, 1, smaller))
+
+
+def updating(marks: Marks, exponent: Array, log_w: Array, k: Array) -> tuple[Factors, Array]:
+    """Factors f and g of an update, and the exponent after it.
+
+    The new exponent is rounded when it is formed; taking differences from that same rounded number keeps the rounding
+    out of the factors. Else a decay near 1 would be lost beside a large key. The larger factor is e to the power of
+    that rounding x and nothing else, which is 1 + x.
+    """
+    decayed = log_w + exponent
+    following = lax.stop_gradient(jnp.maximum(decayed, k))
+    past, present = log_w + (exponent - following), k - following
+    is_older = decayed > k
+    smaller = jnp.exp(jnp.where(is_older, present, past))
+    factors = Factors(jnp.where(is_older, 1 + past, smaller), jnp.where(is_older, smaller, 1 + present))
+    if marks.active is None:
+        return factors, following
+    kept = Factors(jnp.where(marks.active, factors.past, 1), jnp.where(marks.active, factors.present, 0))
+    return kept, jnp.where(marks.active, following, exponent)
+
+
+def restart(marks: Marks, state: State) -> State:
+    """The state that a token starts from."""
+    if marks.restart is None:
+        return state
+    numerator, denominator, exponent = state
+    return (
+        jnp.where(marks.restart, 0, numerator),
+        jnp.where(marks.restart, 0, denominator),
+        jnp.where(marks.restart, EMPTY_EXPONENT, exponent),
+    )
+
+
+def read(marks: Marks, state: State, u: Array, k: Array, v: Array) -> Array:
+    """y of a token, from the state that it starts from."""
+    numerator, denominator, exponent = state
+    factors = reading(exponent, u, k)
+    y = mix(factors, numerator, v) / mix(factors, denominator, 1)
+    return y if marks.active is None else jnp.where(marks.active, y, 0)
+
+
+def advance(before: State, log_w: Array, token: Token) -> State:
+    """The state that a token leaves, from the one that it starts from."""
+    numerator, denominator, exponent = before
+    factors, following = updating(token.marks, exponent, log_w, token.k)
+    return mix(factors, numerator, token.v), mix(factors, denominator, 1), following
+
+
+def backward(
+    before: State, log_w: Array, u: Array, token: Token, dy: Array, later: tuple[Array, Array]
+) -> tuple[Cotangents, tuple[Array, Array]]:
+    """Cotangents of a token's inputs, and of the numerator and denominator that come to it.
+
+    Args:
+      before: the state that the token starts from.
+      later: cotangents of the numerator and denominator that it leaves.
+    """
+    (marks, k, v), (numerator, denominator, exponent), (dnumerator, ddenominator) = token, before, later
+    to_read, (to_update, _) = reading(exponent, u, k), updating(marks, exponent, log_w, k)
+    if marks.active is not None:
+        dy = jnp.where(marks.active, dy, 0)
+    norm = 1 / mix(to_read, denominator, 1)
+    y = mix(to_read, numerator, v) * norm
+    h = dy * norm
+    past, present = to_read.past * h, to_read.present * h
+    bonus = present * (v - y)
+    dlog_w = to_update.past * (numerator * dnumerator + denominator * ddenominator)
+    if marks.active is not None:
+        dlog_w = jnp.where(marks.active, dlog_w, 0)
+    dk = bonus + to_update.present * (v * dnumerator + ddenominator)
+    dv = present + to_update.present * dnumerator
+    earlier = to_update.past * dnumerator + past, to_update.past * ddenominator - past * y
+    return Cotangents(dlog_w, bonus, dk, dv), earlier
+
+
+def run_tokens(state: State, log_w: Array, u: Array, tokens: Sequence[Token]) -> tuple[State, list[Array]]:
+    """A few tokens one after the other: the state after them, and the y of each."""
+    ys = []
+    for token in tokens:
+        state = restart(token.marks, state)
+        ys.append(read(token.marks, state, u, token.k, token.v))
+        state = advance(state, log_w, token)
+    return state, ys
+
+
+def run_tokens_backward(
+    state: State, log_w: Array, u: Array, tokens: Sequence[Token], dys: Sequence[Array], later: tuple[Array, Array]
+) -> tuple[list[Cotangents], tuple[Array, Array]]:
+    """Cotangents of a few tokens' inputs, in their order, and of the numerator and denominator that come to them.
+
+    Args:
+      state: what comes to the first of them.
+      later: cotangents of the numerator and denominator that the last of them leaves.
+    """
+    befores = []
+    for token in tokens:
+        befores.append(restart(token.marks, state))
+        state = advance(befores[-1], log_w, token)
+    cotangents = []
+    for token, before, dy in zip(reversed(tokens), reversed(befores), reversed(dys), strict=True):
+        cotangent, later = backward(before, log_w, u, token, dy, later)
+        cotangents.append(cotangent)
+    return cotangents[::-1], later

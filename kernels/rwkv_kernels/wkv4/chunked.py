@@ -1,0 +1,172 @@
+"""WKV-4 token by token like the definition, with a backward pass of its own that stores a state for each chunk only.
+
+Backwards, chunk by chunk, the states before its tokens are computed again from the one that was stored at its start,
+and then chunk.py's equations run over the tokens in reverse.
+
+Each token is one step of a loop in full. Work that does not depend on the token before could be done for all of a
+chunk at once, but on a CPU that is slower: what a token needs fits the nearest cache, and a chunk does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_kernels.arguments import is_active, pad_time, starts, with_common_axes
+from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.wkv4 import chunk
+from rwkv_kernels.wkv4.chunk import Marks, Token
+from rwkv_kernels.wkv4.scan import State, fix_gauge
+
+CHUNK_SIZE = 32
+"""Default steps between stored states; chosen by benchmarks/wkv_cpu.py."""
+
+UNROLL = 2
+"""Tokens in one step of XLA's loop: with one, it copies the state before it writes the next one."""
+
+Inputs = tuple[Array, Array, Array, Array, State]
+"""log_w, u, k, v and the initial state, whose exponent is a constant."""
+
+
+def _at(tree: Any, index: Array, axis: int) -> Any:
+    """Arrays at an index of an axis, without that axis."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis, keepdims=False), tree)
+
+
+def _set(tree: Any, parts: Any, index: Array, axis: int) -> Any:
+    """Arrays with parts written at an index of an axis."""
+    return jax.tree.map(lambda x, part: lax.dynamic_update_index_in_dim(x, part, index, axis), tree, parts)
+
+
+class _Chunked:
+    """The operator over whole chunks: its forward pass, and the backward pass by hand."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def _loop(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+        """Runs body(step, carry) for each step of a chunk."""
+        return lax.fori_loop(0, self._size, body, carry, unroll=min(UNROLL, self._size))
+
+    def _forward(self, marks: Marks, inputs: Inputs, with_trace: bool) -> tuple[tuple[Array, State], State | None]:
+        log_w, u, k, v, state = inputs
+        batch, time, channels = k.shape
+        dtype = state[0].dtype
+        log_w, u = log_w.astype(dtype), u.astype(dtype)
+
+        def token(index: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            state, y = carry
+            here, k_, v_ = _at((marks, k, v), index, axis=1)
+            k_, v_ = k_.astype(dtype), v_.astype(dtype)
+            before = chunk.restart(here, state)
+            y = _set(y, chunk.read(here, before, u, k_, v_), index, axis=1)
+            return chunk.advance(before, log_w, Token(here, k_, v_)), y
+
+        def one_chunk(index: Array, carry: tuple[State, Array, State | None]) -> tuple[State, Array, State | None]:
+            state, y, trace = carry
+            if trace is not None:
+                trace = _set(trace, state, index, axis=1)
+            first = index * self._size
+            return *self._loop(lambda step, carry: token(first + step, carry), (state, y)), trace
+
+        chunks = time // self._size
+        trace = None
+        if with_trace:
+            trace = jax.tree.map(lambda x: jnp.zeros((batch, chunks, channels), dtype), state)
+        y = jnp.zeros((batch, time, channels), dtype)
+        _, y, trace = with_common_axes(state, y, trace)
+        state, y, trace = lax.fori_loop(0, chunks, one_chunk, (state, y, trace))
+        return (y, state), trace
+
+    def forward(self, marks: Marks, *inputs: Any) -> tuple[Array, State]:
+        """y and the final state."""
+        return self._forward(marks, inputs, with_trace=False)[0]
+
+    def forward_with_residuals(self, marks: Marks, *inputs: Any) -> tuple[tuple[Array, State], State | None]:
+        """Also the state at the start of each chunk, each part [B, T / size, C]."""
+        outputs, trace = self._forward(marks, inputs, with_trace=True)
+        return checkpoint_name((outputs, trace), "wkv")
+
+    def backward(self, marks: Marks, inputs: Inputs, trace: State, cotangents: tuple[Array, State]) -> Inputs:
+        """Gradients, the last chunk first."""
+        log_w_, u_, k, v, (numerator, _, _) = inputs
+        dy, (dnumerator, ddenominator, _) = cotangents
+        dtype, last = numerator.dtype, k.shape[1] // self._size - 1
+        log_w, u = log_w_.astype(dtype), u_.astype(dtype)
+
+        def token_at(time: Array) -> Token:
+            here, k_, v_ = _at((marks, k, v), time, axis=1)
+            return Token(here, k_.astype(dtype), v_.astype(dtype))
+
+        def one_chunk(backwards: Array, carry: Any) -> Any:
+            befores, *rest = carry
+            index = last - backwards
+            first = index * self._size
+
+            def forward(step: Array, carry: tuple[State, State]) -> tuple[State, State]:
+                state, befores = carry
+                token = token_at(first + step)
+                before = chunk.restart(token.marks, state)
+                return chunk.advance(before, log_w, token), _set(befores, before, step, axis=0)
+
+            def backward(backwards: Array, carry: Any) -> Any:
+                later, dlog_w, du, dk, dv = carry
+                step = self._size - 1 - backwards
+                time = first + step
+                before, dy_ = _at(befores, step, axis=0), _at(dy, time, axis=1).astype(dtype)
+                cotangents, later = chunk.backward(before, log_w, u, token_at(time), dy_, later)
+                dk, dv = _set((dk, dv), (cotangents.k.astype(k.dtype), cotangents.v.astype(v.dtype)), time, axis=1)
+                return later, dlog_w + cotangents.log_w, du + cotangents.u, dk, dv
+
+            _, befores = self._loop(forward, (_at(trace, index, axis=1), befores))
+            return befores, *self._loop(backward, tuple(rest))
+
+        sums = jnp.zeros_like(numerator)
+        befores = (jnp.zeros((self._size, *numerator.shape), dtype),) * 3
+        _, befores, *zeros = with_common_axes(numerator, befores, sums, sums, jnp.zeros_like(k), jnp.zeros_like(v))
+        carry = befores, (dnumerator, ddenominator), *zeros
+        _, (dnumerator, ddenominator), dlog_w, du, dk, dv = lax.fori_loop(0, last + 1, one_chunk, carry)
+        return (
+            jnp.sum(dlog_w, axis=0).astype(log_w_.dtype),
+            jnp.sum(du, axis=0).astype(u_.dtype),
+            dk,
+            dv,
+            (dnumerator, ddenominator, jnp.zeros_like(numerator)),  # the exponent is a constant
+        )
+
+
+def wkv4_chunked(
+    log_w: Array,
+    u: Array,
+    k: Array,
+    v: Array,
+    state: State,
+    *,
+    segments: Array | None = None,
+    lengths: Array | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, State]:
+    """WKV-4 over a sequence, with its own backward pass; args and results are those of `wkv4_scan`.
+
+    Args:
+      chunk_size: steps between stored states, at most.
+    """
+    batch, time, _ = k.shape
+    size = -(-time // -(-time // chunk_size))  # as even as it goes, so that little is padded
+    padding = -time % size
+    restart = active = None
+    if segments is not None:
+        restart = pad_time(starts(segments), padding)[..., None]
+    if lengths is not None or padding:
+        counted = jnp.full((batch,), time) if lengths is None else lengths
+        active = is_active(counted, time + padding)[..., None]
+    form = _Chunked(size)
+    padded = (log_w, u, pad_time(k, padding), pad_time(v, padding), fix_gauge(state))
+    run = with_backward(form.forward, form.forward_with_residuals, form.backward)
+    y, state = run(Marks(restart, active), *padded)
+    return y[:, :time], state

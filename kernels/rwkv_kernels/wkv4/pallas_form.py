@@ -1,0 +1,132 @@
+"""What the kernels share: marks as numbers, padding to whole blocks, and a backward pass that JAX knows of.
+
+A kernel walks over blocks of tokens with the state in registers or scratch memory, forwards storing the state at the
+start of each block, and backwards computing the states within a block again from there (chunk.run_tokens_backward).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_kernels.arguments import is_active, pad_time, starts
+from rwkv_kernels.wkv4.chunk import Marks
+from rwkv_kernels.wkv4.scan import State, fix_gauge
+
+BLOCK = 8
+"""Tokens between stored states, which a kernel's text has one after the other."""
+
+RESTART, INACTIVE = 1, 2
+"""Marks of tokens, as numbers; 0 is a token like any other."""
+
+
+def number_marks(segments: Array | None, lengths: Array | None, batch: int, time: int, padding: int) -> Array | None:
+    """Marks int32 [B, T + padding], or None where no token has any."""
+    if segments is None and lengths is None and not padding:
+        return None
+    marks = jnp.zeros((batch, time), jnp.int32) if segments is None else starts(segments).astype(jnp.int32)
+    counted = jnp.full((batch,), time) if lengths is None else lengths
+    return jnp.where(is_active(counted, time + padding), pad_time(marks, padding), INACTIVE)
+
+
+def read_mark(mark: Array | None) -> Marks:
+    """A token's marks from their number."""
+    return Marks(None, None) if mark is None else Marks(mark == RESTART, mark != INACTIVE)
+
+
+class Kernels(Protocol):
+    """A backend's two kernels, over whole blocks of tokens and of channels; all float32 but k, v, y, dy, dk and dv.
+
+    log_w, u: [C]; k, v, y, dy: [B, T, C]; marks: int32 [B, T] or None; states: each part [B, C]; the trace, the states
+    at the start of each block of tokens, are kept between the two kernels as the backend likes.
+    """
+
+    def forward(
+        self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
+    ) -> tuple[Array, State, State | None]:
+        """y in v's dtype, the final state, and the trace if asked for."""
+        ...
+
+    def backward(
+        self,
+        log_w: Array,
+        u: Array,
+        k: Array,
+        v: Array,
+        marks: Array | None,
+        trace: State,
+        dy: Array,
+        dstate: tuple[Array, Array],
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
+        """(dlog_w [B, C], du [B, C], dk, dv) and the cotangents of the initial numerator and denominator."""
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(
+    kernels: Kernels, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None
+) -> tuple[Array, State]:
+    y, state, _ = kernels.forward(log_w, u, k, v, state, marks, with_trace=False)
+    return y, state
+
+
+def _run_forward(kernels: Kernels, *inputs: Any) -> tuple[tuple[Array, State], Any]:
+    log_w, u, k, v, state, marks = inputs
+    y, final, trace = kernels.forward(log_w, u, k, v, state, marks, with_trace=True)
+    y = checkpoint_name(y, "wkv")
+    final, trace = jax.tree.map(lambda x: checkpoint_name(x, "wkv"), (final, trace))
+    return (y, final), (log_w, u, k, v, marks, trace)
+
+
+def _run_backward(kernels: Kernels, saved: Any, cotangents: tuple[Array, State]) -> tuple:
+    log_w, u, k, v, marks, trace = saved
+    dy, (dnumerator, ddenominator, _) = cotangents
+    (dlog_w, du, dk, dv), (dnumerator, ddenominator) = kernels.backward(
+        log_w, u, k, v, marks, trace, dy, (dnumerator, ddenominator)
+    )
+    dstate = dnumerator, ddenominator, jnp.zeros_like(dnumerator)  # the exponent is a constant
+    return jnp.sum(dlog_w, axis=0), jnp.sum(du, axis=0), dk, dv, dstate, None
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def run(
+    kernels: Kernels,
+    log_w: Array,
+    u: Array,
+    k: Array,
+    v: Array,
+    state: State,
+    segments: Array | None,
+    lengths: Array | None,
+    *,
+    time_multiple: int,
+    channel_multiple: int,
+) -> tuple[Array, State]:
+    """The operator by kernels that need T and C to be multiples of something; `kernels` must compare by value."""
+    batch, time, channels = k.shape
+    later, wider = -time % time_multiple, -channels % channel_multiple
+
+    def widen(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, wider),)) if wider else x
+
+    marks = number_marks(segments, lengths, batch, time, later)
+    numerator, denominator, exponent = fix_gauge(state)
+    # Channels beyond C hold nothing and read v = 0, with a weight of e^0.
+    outputs: Any = _run(
+        kernels,
+        widen(log_w.astype(jnp.float32)),
+        widen(u.astype(jnp.float32)),
+        widen(pad_time(k, later)),
+        widen(pad_time(v, later)),
+        (widen(numerator), widen(denominator), widen(exponent)),
+        marks,
+    )
+    y, (numerator, denominator, exponent) = outputs
+    return y[:, :time, :channels], (numerator[:, :channels], denominator[:, :channels], exponent[:, :channels])

@@ -1,0 +1,235 @@
+"""WKV-4 as Pallas kernels for NVIDIA GPUs, through Triton: a program walks along one row with a block of channels.
+
+Channels do not see one another, so each thread keeps a channel's state in registers from the first token to the last.
+Rows of k and v (and dy) for the next block of tokens are loaded while the present block is computed. y is rounded to
+v's dtype where it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from rwkv_kernels.arguments import varying_like
+from rwkv_kernels.wkv4 import pallas_form
+from rwkv_kernels.wkv4.chunk import Token, run_tokens, run_tokens_backward
+from rwkv_kernels.wkv4.pallas_form import BLOCK, read_mark
+from rwkv_kernels.wkv4.scan import State
+
+Rows = list[Array]
+"""One [channels] vector for each token of a block."""
+
+
+def _load_rows(ref: Any, block: Array | int) -> Rows:
+    """Rows of a block of tokens of [T, channels], or numbers of [T]."""
+    return [ref[block * BLOCK + step] for step in range(BLOCK)]
+
+
+def _store_rows(ref: Any, block: Array | int, rows: Rows) -> None:
+    for step, row in enumerate(rows):
+        ref[block * BLOCK + step] = row.astype(ref.dtype)
+
+
+def _tokens(marks_ref: Any | None, block: Array | int, k: Rows, v: Rows) -> list[Token]:
+    marks = [None] * BLOCK if marks_ref is None else _load_rows(marks_ref, block)
+    return [
+        Token(read_mark(mark), k_.astype(jnp.float32), v_.astype(jnp.float32))
+        for mark, k_, v_ in zip(marks, k, v, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonKernels:
+    """The two kernels, with what the compiler is told."""
+
+    channels: int
+    """Channels of a program, a power of two."""
+    num_warps: int
+    interpret: bool
+
+    def _call(self, kernel: Any, name: str, batch: int, channels: int, **specs: Any) -> Any:
+        return pl.pallas_call(
+            kernel,
+            grid=(batch, channels // self.channels),
+            compiler_params=plt.CompilerParams(num_warps=self.num_warps, num_stages=1),
+            interpret=self.interpret,
+            name=name,
+            **specs,
+        )
+
+    def _specs(self, time: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+        """Of [C], [B, C], [B, T, C], the trace and marks."""
+        return (
+            pl.BlockSpec((self.channels,), lambda row, block: (block,)),
+            pl.BlockSpec((None, self.channels), lambda row, block: (row, block)),
+            pl.BlockSpec((None, time, self.channels), lambda row, block: (row, 0, block)),
+            pl.BlockSpec((None, time // BLOCK, self.channels), lambda row, block: (row, 0, block)),
+            pl.BlockSpec((None, time), lambda row, block: (row, 0)),
+        )
+
+    def forward(
+        self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
+    ) -> tuple[Array, State, State | None]:
+        """See `pallas_form.Kernels`."""
+        batch, time, channels = k.shape
+        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
+
+        def kernel(log_w_ref: Any, u_ref: Any, k_ref: Any, v_ref: Any, state_refs: Any, marks_ref: Any, *outs: Any):
+            y_ref, final_refs, trace_refs = outs
+            log_w, u = log_w_ref[:], u_ref[:]
+
+            def body(block: Array, carry: tuple[State, Rows, Rows]) -> tuple[State, Rows, Rows]:
+                state, k, v = carry
+                following = jnp.minimum(block + 1, time // BLOCK - 1)
+                next_k, next_v = _load_rows(k_ref, following), _load_rows(v_ref, following)
+                if trace_refs is not None:
+                    for ref, part in zip(trace_refs, state, strict=True):
+                        ref[block] = part
+                state, ys = run_tokens(state, log_w, u, _tokens(marks_ref, block, k, v))
+                _store_rows(y_ref, block, ys)
+                return state, next_k, next_v
+
+            numerator_ref, denominator_ref, exponent_ref = state_refs
+            state = numerator_ref[:], denominator_ref[:], exponent_ref[:]
+            carry = state, _load_rows(k_ref, 0), _load_rows(v_ref, 0)
+            state, _, _ = lax.fori_loop(0, time // BLOCK, body, carry)
+            for ref, part in zip(final_refs, state, strict=True):
+                ref[:] = part
+
+        row = varying_like(k, (batch, channels), jnp.float32)
+        stored = varying_like(k, (batch, time // BLOCK, channels), jnp.float32)
+        return self._call(
+            kernel,
+            "wkv4_forward",
+            batch,
+            channels,
+            in_specs=[
+                of_channels,
+                of_channels,
+                of_tokens,
+                of_tokens,
+                (of_row,) * 3,
+                None if marks is None else of_marks,
+            ],
+            out_specs=(of_tokens, (of_row,) * 3, (of_trace,) * 3 if with_trace else None),
+            out_shape=(varying_like(k, v.shape, v.dtype), (row,) * 3, (stored,) * 3 if with_trace else None),
+        )(log_w, u, k, v, state, marks)
+
+    def backward(
+        self,
+        log_w: Array,
+        u: Array,
+        k: Array,
+        v: Array,
+        marks: Array | None,
+        trace: State,
+        dy: Array,
+        dstate: tuple[Array, Array],
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
+        """See `pallas_form.Kernels`."""
+        batch, time, channels = k.shape
+        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
+
+        def kernel(
+            log_w_ref: Any,
+            u_ref: Any,
+            k_ref: Any,
+            v_ref: Any,
+            marks_ref: Any,
+            trace_refs: Any,
+            dy_ref: Any,
+            dstate_refs: Any,
+            gradient_refs: Any,
+            earlier_refs: Any,
+        ):
+            log_w, u = log_w_ref[:], u_ref[:]
+            dlog_w_ref, du_ref, dk_ref, dv_ref = gradient_refs
+
+            def load(block: Array | int) -> tuple[list[Array], Rows, Rows, Rows]:
+                start = [ref[block] for ref in trace_refs]
+                return start, _load_rows(k_ref, block), _load_rows(v_ref, block), _load_rows(dy_ref, block)
+
+            def body(backwards: Array, carry: Any) -> Any:
+                later, dlog_w, du, (start, k, v, dy) = carry
+                block = time // BLOCK - 1 - backwards
+                following = load(jnp.maximum(block - 1, 0))
+                numerator, denominator, exponent = start
+                cotangents, later = run_tokens_backward(
+                    (numerator, denominator, exponent),
+                    log_w,
+                    u,
+                    _tokens(marks_ref, block, k, v),
+                    [row.astype(jnp.float32) for row in dy],
+                    later,
+                )
+                _store_rows(dk_ref, block, [x.k for x in cotangents])
+                _store_rows(dv_ref, block, [x.v for x in cotangents])
+                return (
+                    later,
+                    sum((x.log_w for x in cotangents), dlog_w),
+                    sum((x.u for x in cotangents), du),
+                    following,
+                )
+
+            zero = jnp.zeros((self.channels,), jnp.float32)
+            later = dstate_refs[0][:], dstate_refs[1][:]
+            carry = later, zero, zero, load(time // BLOCK - 1)
+            later, dlog_w_ref[:], du_ref[:], _ = lax.fori_loop(0, time // BLOCK, body, carry)
+            for ref, part in zip(earlier_refs, later, strict=True):
+                ref[:] = part
+
+        row = varying_like(k, (batch, channels), jnp.float32)
+        return self._call(
+            kernel,
+            "wkv4_backward",
+            batch,
+            channels,
+            in_specs=[
+                of_channels,
+                of_channels,
+                of_tokens,
+                of_tokens,
+                None if marks is None else of_marks,
+                (of_trace,) * 3,
+                of_tokens,
+                (of_row,) * 2,
+            ],
+            out_specs=((of_row, of_row, of_tokens, of_tokens), (of_row,) * 2),
+            out_shape=(
+                (row, row, varying_like(k, k.shape, k.dtype), varying_like(k, v.shape, v.dtype)),
+                (row, row),
+            ),
+        )(log_w, u, k, v, marks, trace, dy, dstate)
+
+
+def wkv4_pallas_triton(
+    log_w: Array,
+    u: Array,
+    k: Array,
+    v: Array,
+    state: State,
+    *,
+    segments: Array | None = None,
+    lengths: Array | None = None,
+    channels: int = 64,
+    num_warps: int = 2,
+    interpret: bool = False,
+) -> tuple[Array, State]:
+    """WKV-4 over a sequence on an NVIDIA GPU, with its own backward pass; differentiable backwards only.
+
+    Args and results are those of `wkv4_scan`, but that the state is float32 and y comes in v's dtype.
+
+    Args:
+      channels: of a program, a power of two.
+      num_warps: of a program.
+      interpret: runs the kernels as ordinary JAX, on any platform.
+    """
+    kernels = TritonKernels(channels, num_warps, interpret)
+    return pallas_form.run(
+        kernels, log_w, u, k, v, state, segments, lengths, time_multiple=BLOCK, channel_multiple=channels
+    )

@@ -1,0 +1,126 @@
+"""WKV-4 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
+
+Every other implementation is held against this one run in float64.
+
+The state of a channel is a weighted sum of values and the sum of the weights, A = numerator * e^max_exponent and
+B = denominator * e^max_exponent, which share an exponent so that e^k never overflows. Numerator, denominator and
+exponent may be shifted against one another without changing A and B: a choice of *gauge*.
+
+The gauge rule, which all implementations keep: whatever reads a state reads A and B only. The max_exponent that comes
+out is then a constant to differentiation; a cotangent of it is ignored, and the gradients of anything that depends
+on A and B alone are exact. The gradient of the max_exponent that goes in is numerator * its gradient + denominator *
+its gradient, which is what shifting it does to A and B.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rwkv_kernels.arguments import is_active, starts
+
+State = tuple[Array, Array, Array]
+"""Numerator, denominator and max_exponent, each [B, C]."""
+
+EMPTY_EXPONENT = -1e38
+"""The max_exponent of a state that holds nothing: finite in float32, and e to the power of it is 0 beside any key."""
+
+
+def empty_state(batch: int, channels: int, dtype: jnp.dtype) -> State:
+    """The state before the first token."""
+    zeros = jnp.zeros((batch, channels), dtype)
+    return zeros, zeros, jnp.full_like(zeros, EMPTY_EXPONENT)
+
+
+def fix_gauge(state: State) -> State:
+    """The same state, its exponent a constant: what depends on the exponent goes through numerator and denominator."""
+    numerator, denominator, exponent = state
+    fixed = lax.stop_gradient(exponent)
+    shift = jnp.exp(exponent - fixed)
+    return numerator * shift, denominator * shift, fixed
+
+
+def read(state: State, u: Array, k: Array, v: Array) -> Array:
+    """y = (A + e^{u+k} v) / (B + e^{u+k}), the present token counted with its bonus u; all [..., C].
+
+    The larger of two exponents is rounded when it is formed; comparing with that same rounded number, and adding u
+    last, keeps the rounding out of y. `update` does so too: else a decay near 1 would be lost beside a large key.
+    """
+    numerator, denominator, exponent = state
+    largest = lax.stop_gradient(jnp.maximum(u + k, exponent))
+    past = jnp.exp(exponent - largest)
+    present = jnp.exp(u + (k - largest))
+    return (past * numerator + present * v) / (past * denominator + present)
+
+
+def update(state: State, log_w: Array, k: Array, v: Array) -> State:
+    """A <- w A + e^k v, B <- w B + e^k; all [..., C]."""
+    numerator, denominator, exponent = state
+    largest = lax.stop_gradient(jnp.maximum(log_w + exponent, k))
+    past = jnp.exp(log_w + (exponent - largest))
+    present = jnp.exp(k - largest)
+    return past * numerator + present * v, past * denominator + present, largest
+
+
+def step(state: State, log_w: Array, u: Array, k: Array, v: Array) -> tuple[State, Array]:
+    """One token of WKV-4 for every row and channel.
+
+    RWKV-4 (arXiv 2305.13048): a mean of all values so far, weighted by e^key and by a decay per channel and step.
+
+    Args:
+      state: numerator, denominator and max_exponent [B, C].
+      log_w, u: [C]; k, v: [B, C]; all of the state's dtype.
+
+    Returns:
+      The next state and y [B, C], which is read before the update.
+    """
+    state = fix_gauge(state)
+    return update(state, log_w, k, v), read(state, u, k, v)
+
+
+def wkv4_scan(
+    log_w: Array,
+    u: Array,
+    k: Array,
+    v: Array,
+    state: State,
+    *,
+    segments: Array | None = None,
+    lengths: Array | None = None,
+) -> tuple[Array, State]:
+    """WKV-4 over a sequence, token by token.
+
+    Args:
+      log_w, u: [C]; k, v: [B, T, C]; any floating dtype; finite also beyond a row's length.
+      state: numerator, denominator and max_exponent [B, C] in the dtype that the recurrence runs in.
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      lengths: int32 [B] or None; steps beyond leave the state as it was and read zero.
+
+    Returns:
+      y [B, T, C] in the state's dtype, and the final state.
+    """
+    dtype = state[0].dtype
+    log_w, u = log_w.astype(dtype), u.astype(dtype)
+    empty = empty_state(k.shape[0], k.shape[2], dtype)
+
+    def body(carry: State, token: tuple[Array | None, Array | None, Array, Array]) -> tuple[State, Array]:
+        restart, active, k, v = token
+        k, v = k.astype(dtype), v.astype(dtype)
+        if restart is not None:
+            carry = select(restart[:, None], empty, carry)
+        y, following = read(carry, u, k, v), update(carry, log_w, k, v)
+        if active is not None:
+            y, following = jnp.where(active[:, None], y, 0), select(active[:, None], following, carry)
+        return following, y
+
+    restarts = None if segments is None else starts(segments)
+    active = None if lengths is None else is_active(lengths, k.shape[1])
+    time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, active, k, v))
+    state, y = lax.scan(body, fix_gauge(state), time_first)
+    return y.swapaxes(0, 1), state
+
+
+def select(condition: Array, state: State, otherwise: State) -> State:
+    """One state or the other, element by element."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), state, otherwise)

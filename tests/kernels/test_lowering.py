@@ -1,0 +1,84 @@
+"""Kernels are lowered for their devices, under every transformation, on a machine that has neither.
+
+Lowering writes the kernel in the device compiler's language and finds most of what that compiler would refuse;
+tests/devices goes on to machine code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from rwkv_kernels import dispatch
+from rwkv_kernels.cases import Shape
+from tests.kernels.operators import OPERATORS, Operator, as_jax
+
+PLATFORMS = {"pallas_triton": "cuda", "pallas_tpu": "tpu"}
+SHAPE = Shape(2, 70, 2, 48, 20)
+
+Loss = Callable[..., jax.Array]
+
+
+def loss(operator: Operator, implementation: str) -> Loss:
+    """(inputs, segment_ids, lengths) -> a scalar, by an implementation that is not asked whether it can run here."""
+    run = operator.parts.implementations[implementation].run
+    call = functools.partial(operator.run, implementation=dispatch.Implementation(run, dispatch.anything))
+
+    def scalar(inputs: dict[str, Any], segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
+        outputs = call(**inputs, segment_ids=segment_ids, lengths=lengths)
+        return sum((jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(outputs)), jnp.float32(0))
+
+    return scalar
+
+
+def by_itself(loss: Loss, operator: Operator) -> Loss:
+    return jax.grad(loss)
+
+
+def under_vmap(loss: Loss, operator: Operator) -> Loss:
+    def mapped(inputs: dict[str, Any], *rest: jax.Array) -> Any:
+        twice = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
+        return jax.vmap(jax.grad(loss), in_axes=(0, None, None))(twice, *rest)
+
+    return mapped
+
+
+def under_remat(loss: Loss, operator: Operator) -> Loss:
+    return jax.grad(jax.checkpoint(loss))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def under_shard_map(loss: Loss, operator: Operator) -> Loss:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+    def shard(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(inputs, *rest), "data")
+
+    def sharded(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
+        specs = {name: P() if name in operator.per_head else P("data") for name in inputs}
+        return jax.shard_map(shard, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=P())(inputs, *rest)
+
+    return jax.grad(sharded)
+
+
+@pytest.mark.parametrize("transformed", [by_itself, under_vmap, under_remat, under_shard_map])
+@pytest.mark.parametrize("implementation", PLATFORMS)
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_gradients_are_lowered(
+    operator: Operator, implementation: str, transformed: Callable[[Loss, Operator], Loss]
+) -> None:
+    inputs = operator.make_inputs(operator.cases[0], SHAPE)
+    inputs = as_jax(inputs | {"state": None}, jnp.bfloat16) | {"state": as_jax(inputs["state"], jnp.float32)}
+    segment_ids = jnp.zeros((SHAPE.batch, SHAPE.time), jnp.int32)
+    lengths = jnp.full((SHAPE.batch,), 9)
+    function = transformed(loss(operator, implementation), operator)
+    lowered = (
+        jax.jit(function).trace(inputs, segment_ids, lengths).lower(lowering_platforms=(PLATFORMS[implementation],))
+    )
+    assert lowered.as_text().count("custom_call") >= 2  # a kernel forward and one backward
