@@ -14,6 +14,7 @@ machine's speed meets all of them alike. Absolute figures do not carry to anothe
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import statistics
@@ -28,6 +29,7 @@ import numpy as np
 
 import rwkv_kernels
 from machine import describe_machine
+from rwkv_kernels import dispatch
 from rwkv_kernels.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs, medians, with_backward
 
@@ -71,11 +73,14 @@ def check_peer(peer: Callable[[Inputs], Any], ours: Callable[[Inputs], Any], inp
             raise SystemExit(f"the peer's numbers differ from ours by {error:.1e} in relative L2: nothing to compare")
 
 
-def compare(operator: str, repetitions: int, with_peer: bool) -> None:
+def compare(operator: str, repetitions: int, with_peer: bool, chunk_sizes: Sequence[int]) -> None:
     """Prints the table of one operator at SHAPE."""
     inputs = as_dtype(make_inputs(operator, SHAPE), jnp.float32)
     names = [n for n in rwkv_kernels.implementations(operator) if not n.startswith("pallas")]
     rows = {name: call(operator, name) for name in names}
+    for size in chunk_sizes:
+        run = functools.partial(rwkv_kernels.OPERATORS[operator].implementations["chunked"].run, chunk_size=size)
+        rows[f"chunked by {size}"] = call(operator, dispatch.Implementation(run, dispatch.anything))
     given = dict.fromkeys(rows, inputs)
     if operator in ("wkv5", "wkv6"):
         # The realistic decays are weak enough for the faster of its two forms; these are not.
@@ -124,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--peer", action="store_true", help="also time rwkv_ops, which must be installed")
+    parser.add_argument("--chunk-sizes", nargs="+", type=int, default=[], help="also time chunks of these sizes")
     parser.add_argument("--operators", nargs="+", default=list(rwkv_kernels.OPERATORS))
     arguments = parser.parse_args()
     if arguments.peer:
@@ -132,7 +138,7 @@ def main() -> None:
         os.environ |= {"KERNEL_BACKEND": "jax", "KERAS_BACKEND": "jax", "KERNEL_TYPE": "native", "KERAS_HOME": scratch}
     print(describe_machine())
     for operator in arguments.operators:
-        compare(operator, arguments.repetitions, arguments.peer)
+        compare(operator, arguments.repetitions, arguments.peer, arguments.chunk_sizes)
     print("\nGrowth: B1 H4 N64, float32, forward + backward by the default implementation, ms")
     print("| T | " + " | ".join(map(str, LENGTHS)) + " | slope |")
     print("|---" * (len(LENGTHS) + 2) + "|")

@@ -92,7 +92,7 @@ def attention_inputs(
     keys = (batch, time, heads, key_dim)
     log_w = drawn_log_w if case.log_w is None else np.full_like(drawn_log_w, case.log_w)
     if case.mixed:
-        spread = -np.geomspace(*np.negative(MIXED), log_w.size)
+        spread = -np.geomspace(-MIXED[0], -MIXED[1], log_w.size)
         log_w = rng.permutation(spread).reshape(log_w.shape)
     r, k = rng.standard_normal(keys), rng.standard_normal(keys)
     if case.aligned:

@@ -24,7 +24,7 @@ from rwkv_kernels.wkv4.chunk import Marks, Token
 from rwkv_kernels.wkv4.scan import State, fix_gauge
 
 CHUNK_SIZE = 32
-"""Default steps between stored states; chosen by benchmarks/wkv_cpu.py."""
+"""Default steps between stored states; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 UNROLL = 2
 """Tokens in one step of XLA's loop: with one, it copies the state before it writes the next one."""

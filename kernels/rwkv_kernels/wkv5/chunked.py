@@ -13,7 +13,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv5.chunk import make_chunk
 
 CHUNK_SIZE = 32
-"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py."""
+"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 
 def wkv5_chunked(

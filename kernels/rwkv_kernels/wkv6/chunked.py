@@ -12,7 +12,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv6.chunk import make_chunk
 
 CHUNK_SIZE = 32
-"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py."""
+"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 
 def wkv6_chunked(

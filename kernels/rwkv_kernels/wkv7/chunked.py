@@ -39,7 +39,7 @@ from rwkv_kernels.derivatives import with_backward
 from rwkv_kernels.precision import XLA, Precision
 
 CHUNK_SIZE = 32
-"""Default steps in a chunk; chosen by benchmarks/wkv7_cpu.py."""
+"""Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 LOG_DECAY_FLOOR = -4.0
 """Smallest log w that every token of the default chunk may have in float32: half a chunk of it is e^{-64}."""
