@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,14 +111,22 @@ class Recomputing:
             for x in constants
         ]
 
+    def _loop(self, inputs: tuple[Any, Any], body: Callable[[ChunkFunction], Any], carry: Any) -> Any:
+        """Goes through all chunks with one of the two chunk functions; the loop of the other has no turns."""
+        count = inputs[0][0].shape[1] // self._size
+        if_weak = jnp.where(self._is_weak(*inputs), count, 0)
+        carry = lax.fori_loop(0, if_weak, body(self._chunk_if_weak), carry)
+        return lax.fori_loop(if_weak, count, body(self._chunk), carry)
+
     def _forward(
         self, with_trace: bool, constants: Any, over_time: Any, per_head: Any, state: Array
     ) -> tuple[tuple[Array, Array], Array | None]:
         batch, time, heads = over_time[0].shape[:3]
         value_dim, dtype = state.shape[-2], state.dtype
+        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
 
-        def loop(chunk: ChunkFunction, constants: Any, over_time: Any, heads_only: Any, state: Array) -> Any:
-            def body(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+        def body(chunk: ChunkFunction) -> Any:
+            def one(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
                 state, y, trace = carry
                 parts = tuple(take(x, index, self._size, dtype) for x in over_time)
                 following, part = chunk(state, parts, heads_only, *self._constants(constants, index))
@@ -127,18 +134,12 @@ class Recomputing:
                     trace = lax.dynamic_update_index_in_dim(trace, state, index, 0)
                 return following, put(y, part, index), trace
 
-            trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
-            y = jnp.zeros((batch, time, heads, value_dim), dtype)
-            _, y, trace = with_common_axes(state, y, trace)
-            return lax.fori_loop(0, time // self._size, body, (state, y, trace))
+            return one
 
-        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
-        state, y, trace = lax.cond(
-            self._is_weak(over_time, per_head),
-            functools.partial(loop, self._chunk_if_weak),
-            functools.partial(loop, self._chunk),
-            *(constants, over_time, heads_only, state),
-        )
+        trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
+        y = jnp.zeros((batch, time, heads, value_dim), dtype)
+        _, y, trace = with_common_axes(state, y, trace)
+        state, y, trace = self._loop((over_time, per_head), body, (state, y, trace))
         return (y, state), trace
 
     def forward(self, constants: Any, over_time: Any, per_head: Any, state: Array) -> tuple[Array, Array]:
@@ -160,10 +161,12 @@ class Recomputing:
     ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
         """JAX's derivative of each chunk, last chunk first."""
         over_time, per_head, state = inputs
+        dy, dstate = cotangents
         dtype, last = state.dtype, over_time[0].shape[1] // self._size - 1
+        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
 
-        def loop(chunk: ChunkFunction, constants: Any, over_time: Any, heads_only: Any, trace: Array, dy: Array) -> Any:
-            def body(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        def body(chunk: ChunkFunction) -> Any:
+            def one(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
                 dstate, dover_time, dper_head = carry
                 index = last - backwards
                 parts = tuple(take(x, index, self._size, dtype) for x in over_time)
@@ -173,14 +176,8 @@ class Recomputing:
                 dover_time = tuple(put(whole, part, index) for whole, part in zip(dover_time, dparts, strict=True))
                 return dstate, dover_time, jax.tree.map(jnp.add, dper_head, dheads)
 
-            zeros = jax.tree.map(jnp.zeros_like, (over_time, heads_only))
-            return lax.fori_loop(0, last + 1, body, (cotangents[1], *zeros))
+            return one
 
-        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
-        dstate, dover_time, dper_head = lax.cond(
-            self._is_weak(over_time, per_head),
-            functools.partial(loop, self._chunk_if_weak),
-            functools.partial(loop, self._chunk),
-            *(constants, over_time, heads_only, trace, cotangents[0]),
-        )
+        zeros = jax.tree.map(jnp.zeros_like, (over_time, heads_only))
+        dstate, dover_time, dper_head = self._loop((over_time, per_head), body, (dstate, *zeros))
         return dover_time, tuple(d[:, 0].astype(x.dtype) for d, x in zip(dper_head, per_head, strict=True)), dstate
