@@ -120,7 +120,7 @@ def gauged_attention_chunk(
 ) -> tuple[Array, Array]:
     """As `decayed_attention_chunk`, for decays that `is_weak`: one product gives all of A."""
     row, column = _indices(r.shape[-2])
-    gauge = middle_gauge(products, log_w)
+    gauge = middle_gauge(products, log_w, packing)
     queries, keys = r * jnp.exp(gauge.from_middle - log_w), k * jnp.exp(-gauge.from_middle)
     gauged = state * jnp.exp(gauge.entering)
     read, kept_keys, earlier = products.nt(queries, gauged), keys, column < row

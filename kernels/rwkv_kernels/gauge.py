@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rwkv_kernels.chunks import Packing
 from rwkv_kernels.products import Products
 
 
@@ -27,19 +28,27 @@ class Gauge(NamedTuple):
     """[..., 1, N]: c_C - m, from the gauge to the chunk's last state."""
 
 
-def middle_gauge(products: Products, log_w: Array) -> Gauge:
-    """Sums of log w [..., C, N] from the middle row outwards: no long sums are subtracted from one another."""
+def middle_gauge(products: Products, log_w: Array, packing: Packing | None) -> Gauge:
+    """Sums of log w [..., C, N] from the middle row outwards: no long sums are subtracted from one another.
+
+    Where segments begin and end within the chunk, a row's sums go as far as its own segment does: what decays in one
+    segment does not touch another, not even by rounding.
+    """
     size = log_w.shape[-2]
     middle = (size - 1) // 2
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
     after = (column <= row) & (column > middle)
     before = (column > row) & (column <= middle)
-    in_first_half = lax.broadcasted_iota(jnp.int32, log_w.shape, log_w.ndim - 2) <= middle
+    in_first_half = lax.broadcasted_iota(jnp.int32, (size, 1), 0) <= middle
+    entering, leaving = in_first_half, ~in_first_half
+    if packing is not None:
+        after, before = after & packing.same, before & packing.same
+        entering, leaving = entering & packing.reads, leaving & packing.writes
     return Gauge(
         from_middle=products.sums(jnp.where(after, 1.0, 0.0) - jnp.where(before, 1.0, 0.0), log_w),
-        entering=jnp.sum(jnp.where(in_first_half, log_w, 0), axis=-2, keepdims=True),
-        leaving=jnp.sum(jnp.where(in_first_half, 0, log_w), axis=-2, keepdims=True),
+        entering=jnp.sum(jnp.where(entering, log_w, 0), axis=-2, keepdims=True),
+        leaving=jnp.sum(jnp.where(leaving, log_w, 0), axis=-2, keepdims=True),
     )
 
 

@@ -44,8 +44,10 @@ class Products(NamedTuple):
         return self.multiply(x, y, "tn")
 
     def sums(self, terms: Array, x: Array) -> Array:
-        """terms x, where terms [I, C] says which rows of x [..., C, N] are added up, and with which sign."""
-        return self.add_up(jnp.broadcast_to(terms.astype(x.dtype), (*x.shape[:-2], *terms.shape)), x, "nn")
+        """terms x, where terms [..., I, C] says which rows of x [..., C, N] are added up, and with which sign."""
+        leading = jnp.broadcast_shapes(terms.shape[:-2], x.shape[:-2])
+        terms = jnp.broadcast_to(terms.astype(x.dtype), (*leading, *terms.shape[-2:]))
+        return self.add_up(terms, jnp.broadcast_to(x, (*leading, *x.shape[-2:])), "nn")
 
 
 def plain(precision: lax.PrecisionLike) -> Multiply:

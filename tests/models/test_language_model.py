@@ -228,3 +228,13 @@ def test_an_unknown_implementation_is_refused() -> None:
     model = merge(config, in_dtype(random_params(config), config))
     with pytest.raises(ValueError, match="implementation = 'cuda': wkv7 has scan, chunked"):
         model(jnp.asarray(TOKENS))
+
+
+@pytest.mark.long  # without jit every operation is compiled by itself
+def test_a_model_is_a_module_that_can_be_called() -> None:
+    config = dataclasses.replace(FLOAT32, num_layers=2)
+    model = RWKV7(config, rngs=nnx.Rngs(0))
+    logits, state = model(jnp.asarray(TOKENS[:, :3]))
+    more, _ = model(jnp.asarray(TOKENS[:, 3:4]), state)
+    whole, _ = model(jnp.asarray(TOKENS[:, :4]))
+    np.testing.assert_allclose(jnp.concatenate([logits, more], axis=1), whole, rtol=0, atol=1e-5)

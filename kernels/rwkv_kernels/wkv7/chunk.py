@@ -65,7 +65,8 @@ def _chunk(
     size = r.shape[-2]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    gauge = middle_gauge(products, log_w)
+    packing = None if within is None else chunks.packing(within)
+    gauge = middle_gauge(products, log_w, packing)
     gauged = state * jnp.exp(nan_out_of_range(gauge))
 
     up, down = jnp.exp(gauge.from_middle), jnp.exp(-gauge.from_middle)
@@ -73,8 +74,7 @@ def _chunk(
     earlier, own = column < row, column <= row
     kept_b, kept_k = b, k
     read_a, read_r = products.nt(a, gauged), products.nt(r, gauged)
-    if within is not None:
-        packing = chunks.packing(within)
+    if packing is not None:
         earlier, own = earlier & packing.same, own & packing.same
         read_a, read_r = jnp.where(packing.reads, read_a, 0), jnp.where(packing.reads, read_r, 0)
         kept_b, kept_k = jnp.where(packing.writes, b, 0), jnp.where(packing.writes, k, 0)

@@ -24,7 +24,6 @@ axis of its left side: XLA's CPU backend needs nearly twice the time for that fo
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,10 +31,11 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_kernels import chunks
+from rwkv_kernels import chunks, products
 from rwkv_kernels.arguments import pad_time, with_common_axes
 from rwkv_kernels.chunks import transpose
 from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.gauge import middle_gauge, nan_out_of_range
 from rwkv_kernels.precision import XLA, Precision
 
 CHUNK_SIZE = 32
@@ -57,27 +57,19 @@ class _Gauge(NamedTuple):
     leave: Array  # [B, H, N, 1]: e^{c_C - m}, from the gauge to the chunk's last state
 
 
-def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array) -> _Gauge:
-    size = r.shape[2]
-    # A triangular product: XLA's cumsum is quadratic in C on a CPU, and four times slower.
-    ones = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), log_w.dtype)), (*r.shape[:2], size, size))
-    total = jnp.matmul(ones, log_w, precision=lax.Precision.HIGHEST)
-    middle, end = total[:, :, (size - 1) // 2, None], total[:, :, -1:]
-    # NaN where a state of size 1 would lose digits to underflow in the gauge; else the loss would go unnoticed.
-    limits = jnp.finfo(log_w.dtype)
-    in_range = jnp.maximum(-middle, middle - end) <= math.log(limits.eps / limits.tiny)
-    middle = jnp.where(in_range, middle, jnp.nan)
-    scale_a = jnp.exp(total - log_w - middle)
-    scale_r = jnp.exp(total - middle)
-    scale_keys = jnp.exp(middle - total)
+def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunks.Packing | None) -> _Gauge:
+    gauge = middle_gauge(products.xla("full"), log_w, packing)
+    scale_a = jnp.exp(gauge.from_middle - log_w)
+    scale_r = jnp.exp(gauge.from_middle)
+    scale_keys = jnp.exp(-gauge.from_middle)
     return _Gauge(
         queries=jnp.concatenate([a * scale_a, r * scale_r], axis=2),
         keys=jnp.concatenate([b * scale_keys, k * scale_keys], axis=2),
         scale_a=scale_a,
         scale_r=scale_r,
         scale_keys=scale_keys,
-        enter=transpose(jnp.exp(middle)),
-        leave=transpose(jnp.exp(end - middle)),
+        enter=transpose(jnp.exp(nan_out_of_range(gauge))),
+        leave=transpose(jnp.exp(gauge.leaving)),
     )
 
 
@@ -92,6 +84,8 @@ class _Masks(NamedTuple):
     """[..., 2C, 1]: rows b~ and k~ that the chunk's last state keeps."""
     keeps: Array | bool
     """[..., 1, 1]: the last state keeps the first."""
+    packing: chunks.Packing | None
+    """The same for C rows, or None."""
 
 
 def _masks(size: int, within: Array | None) -> _Masks:
@@ -99,9 +93,16 @@ def _masks(size: int, within: Array | None) -> _Masks:
     earlier, own = np.tri(size, k=-1, dtype=bool), np.tri(size, dtype=bool)
     causal = np.block([[earlier, earlier], [own, own]])
     if within is None:
-        return _Masks(causal, True, True, True)
-    packing = chunks.packing(jnp.concatenate([within, within], axis=1)[:, None, :, None])
-    return _Masks(packing.same & causal, packing.reads, packing.writes, packing.keeps)
+        return _Masks(causal, True, True, True, None)
+    packing = chunks.packing(within[:, None, :, None])
+    twice = functools.partial(jnp.concatenate, axis=-2)
+    return _Masks(
+        scores=jnp.tile(packing.same, (1, 1, 2, 2)) & causal,
+        reads=twice([packing.reads, packing.reads]),
+        writes=twice([packing.writes, packing.writes]),
+        keeps=packing.keeps,
+        packing=packing,
+    )
 
 
 def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
@@ -165,7 +166,8 @@ class _Chunked:
         def body(index: Array, carry: tuple[Array, Array, _Trace | None]) -> tuple[Array, Array, _Trace | None]:
             state, y, trace = carry
             r_, log_w_, k_, v_, a_, b_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
-            masks, gauge = self._masks(within, index), _to_gauge(r_, log_w_, k_, a_, b_)
+            masks = self._masks(within, index)
+            gauge = _to_gauge(r_, log_w_, k_, a_, b_, masks.packing)
             keys_transposed = transpose(gauge.keys)
             scores = _where(masks.scores, matmul(gauge.queries, keys_transposed))
             gauged = state * gauge.enter
@@ -229,7 +231,8 @@ class _Chunked:
             index = last - backwards
             r_, log_w_, k_, a_, b_, dy_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
             state, writes = trace.states[index], trace.writes[index]
-            masks, gauge = self._masks(within, index), _to_gauge(r_, log_w_, k_, a_, b_)
+            masks = self._masks(within, index)
+            gauge = _to_gauge(r_, log_w_, k_, a_, b_, masks.packing)
             queries_transposed = transpose(gauge.queries)
             scores_transposed = _where(masks.scores.swapaxes(-1, -2), matmul(gauge.keys, queries_transposed))
             gauged = state * gauge.enter
@@ -250,8 +253,10 @@ class _Chunked:
             from_a = from_queries[:, :, :size]
             from_rows = from_a + from_queries[:, :, size:] - from_keys[:, :, :size] - from_keys[:, :, size:]
             from_end = jnp.sum(dstate * next_state, axis=-1)[:, :, None]
-            later = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), dtype)), (*r_.shape[:2], size, size))
-            dlog_w = jnp.matmul(later, from_rows, precision=lax.Precision.HIGHEST) + from_end - from_a
+            later: Array | np.ndarray = np.tri(size, dtype=bool).T
+            if masks.packing is not None:
+                later, from_end = later & masks.packing.same, jnp.where(masks.packing.writes, from_end, 0)
+            dlog_w = products.xla("full").sums(jnp.asarray(later), from_rows) + from_end - from_a
 
             dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
             db, dk = dkeys[:, :, :size] * gauge.scale_keys, dkeys[:, :, size:] * gauge.scale_keys

@@ -1,0 +1,156 @@
+"""Which implementation runs, what is said of the others, and one of one's own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import rwkv_kernels
+from rwkv_kernels import dispatch
+from rwkv_kernels.cases import Shape
+from tests.kernels.operators import Operator, as_jax, each_operator, problem
+
+SMALL = Shape(2, 4, 3, 6, 5)
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what the CPU lacks is the question")
+
+
+def sizes(operator: Operator, time: int = 1024) -> tuple[int, ...]:
+    """A shape as `explain` takes it."""
+    return (4, time, 512) if operator.name == "wkv4" else (4, time, 8, 64, 64)
+
+
+# The package's two questions
+
+
+@each_operator
+def test_implementations_are_listed_by_name(operator: Operator) -> None:
+    assert rwkv_kernels.implementations(operator.name) == tuple(operator.parts.implementations)
+    assert {"scan", "chunked", "pallas_triton", "pallas_tpu"} <= set(rwkv_kernels.implementations(operator.name))
+
+
+@each_operator
+def test_explain_says_what_a_cpu_would_run_and_why_not_the_others(operator: Operator) -> None:
+    explanation = rwkv_kernels.explain(operator.name, sizes(operator), platform="cpu")
+    assert explanation.chosen == "chunked"
+    assert explanation.refusals["chunked"] is explanation.refusals["scan"] is None
+    assert explanation.refusals.keys() == operator.parts.implementations.keys()
+    for name, device in (("pallas_triton", "an NVIDIA GPU"), ("pallas_tpu", "a TPU")):
+        refusal = explanation.refusals[name]
+        assert refusal is not None
+        assert device in refusal
+        assert "cpu" in refusal
+
+
+@each_operator
+def test_an_explanation_is_a_line_an_implementation(operator: Operator) -> None:
+    first, *lines = str(rwkv_kernels.explain(operator.name, sizes(operator), platform="cpu")).splitlines()
+    assert first.startswith(f"{operator.name} B4 T1024 H")
+    assert first.endswith("float32 on cpu:")
+    assert [line.split()[0] for line in lines] == list(operator.parts.implementations)
+    verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert verdicts["chunked"] == "taken"
+    assert verdicts["scan"] == "can, if named"
+    assert verdicts["pallas_tpu"].startswith("cannot: ")
+
+
+@each_operator
+def test_explain_knows_other_platforms_and_dtypes(operator: Operator) -> None:
+    for platform, kernel in (("gpu", "pallas_triton"), ("tpu", "pallas_tpu")):
+        explanation = rwkv_kernels.explain(operator.name, sizes(operator), platform=platform)
+        assert explanation.refusals[kernel] is None
+        in_float64 = rwkv_kernels.explain(operator.name, sizes(operator), "float64", platform)
+        assert "float64" in (in_float64.refusals[kernel] or "")
+        assert in_float64.chosen in ("scan", "chunked", "associative_scan")
+
+
+@each_operator
+def test_one_token_is_a_matter_for_the_definition(operator: Operator) -> None:
+    assert rwkv_kernels.explain(operator.name, sizes(operator, time=1), platform="cpu").chosen == "scan"
+
+
+@each_operator
+def test_explain_asks_about_this_machine_unless_told(operator: Operator) -> None:
+    assert rwkv_kernels.explain(operator.name, sizes(operator)).problem.platform == jax.default_backend()
+
+
+def test_values_have_the_size_of_keys_unless_told() -> None:
+    assert rwkv_kernels.explain("wkv7", (1, 2, 3, 4)) == rwkv_kernels.explain("wkv7", (1, 2, 3, 4, 4))
+
+
+def test_an_unknown_operator_or_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"operator = 'wkv8': must be one of .*wkv7"):
+        rwkv_kernels.implementations("wkv8")
+    with pytest.raises(ValueError, match=r"operator = 'wkv8': must be one of .*wkv7"):
+        rwkv_kernels.explain("wkv8", (1, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"shape = \(1, 2\): must be \(B, T, H, N\)"):
+        rwkv_kernels.explain("wkv7", (1, 2))
+
+
+# Asking by name
+
+
+@on_a_cpu
+@each_operator
+@pytest.mark.parametrize(("name", "device"), [("pallas_triton", "an NVIDIA GPU"), ("pallas_tpu", "a TPU")])
+def test_one_that_cannot_run_here_is_refused_with_the_reason_and_a_way_out(
+    operator: Operator, name: str, device: str
+) -> None:
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    message = f"implementation = '{name}': {operator} cannot run it here: .*needs {device}.*cpu; use 'chunked'"
+    with pytest.raises(ValueError, match=message):
+        operator.run(**inputs, implementation=name)
+
+
+@each_operator
+def test_an_unknown_implementation_is_refused(operator: Operator) -> None:
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    with pytest.raises(ValueError, match=f"implementation = 'cuda': {operator} has scan, .*chunked, pallas_triton"):
+        operator.run(**inputs, implementation="cuda")
+
+
+@each_operator
+def test_an_implementation_of_ones_own_is_taken(operator: Operator) -> None:
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    calls = []
+
+    def run(*arguments: object, **options: object) -> tuple:
+        calls.append(options)
+        return operator.parts.implementations["scan"].run(*arguments, **options)
+
+    operator.run(**inputs, implementation=dispatch.Implementation(run, dispatch.anything))
+    assert len(calls) == 1
+    refusing = dispatch.Implementation(run, lambda problem: "it is Sunday")
+    with pytest.raises(ValueError, match=r"implementation = the given one: .*it is Sunday; use 'chunked'"):
+        operator.run(**inputs, implementation=refusing)
+
+
+# The choice itself
+
+
+def never_run(*_: object, **__: object) -> tuple:
+    raise AssertionError
+
+
+def refusing(reason: str | None) -> dispatch.Implementation:
+    return dispatch.Implementation(never_run, refuses=lambda problem: reason)
+
+
+PROBLEM = dispatch.Problem("cpu", (1, 2, 3, 4, 5), "float32")
+TABLE = {"slow": refusing(None), "middle": refusing(None), "fast": refusing("needs a GPU")}
+
+
+def test_an_explanation_gives_each_reason() -> None:
+    explanation = dispatch.explain("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM)
+    assert explanation.refusals == {"slow": None, "middle": None, "fast": "needs a GPU"}
+    assert explanation.chosen == "middle"
+
+
+def test_the_first_preferred_that_can_run_is_taken() -> None:
+    assert dispatch.choose("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM, None) is TABLE["middle"]
+    assert dispatch.choose("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM, "slow") is TABLE["slow"]
+
+
+def test_asking_for_one_that_cannot_run_raises_with_the_reason_and_a_way_out() -> None:
+    with pytest.raises(ValueError, match="implementation = 'fast': wkv7 cannot run it here: needs a GPU; use 'slow'"):
+        dispatch.choose("wkv7", TABLE, ("fast", "slow"), PROBLEM, "fast")
