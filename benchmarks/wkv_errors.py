@@ -151,8 +151,8 @@ Inputs are the named cases of `kernels/rwkv_kernels/wkv*/cases.py` at {shape}. K
 the products of their precision emulated: operands rounded as tensor cores round them (`full` is bfloat16 six times,
 `default` TF32 on NVIDIA and bfloat16 three times on TPU, `fast` bfloat16), sums in float32. XLA forms have one
 precision on a CPU, float32. With bfloat16 inputs y and the gradients are rounded to bfloat16 at the end,
-which alone is 2e-3; the state is not. Where the truth is exactly zero, as the gradient of a decay that only ever meets an
-empty state (one-token segments), the error is absolute.
+which alone is 2e-3; the state is not. Where the truth is exactly zero, as the gradient of a decay that only ever meets
+an empty state (one-token segments), the error is absolute.
 
 A row of `scan` that is worse than the others is no accident: where decays are near 1 it rounds e^(log w) at every step,
 the same way each time, while the chunked forms add up logarithms.
