@@ -140,7 +140,7 @@ def is_weak(log_w: Array, size: int) -> Array:
       size: steps in a chunk.
     """
     if log_w.ndim == 2:
-        strongest = jnp.min(log_w) * (size / 2)
+        strongest = jnp.min(log_w) * max(size // 2, 1)
     else:
         halves = log_w.reshape(log_w.shape[0], -1, max(size // 2, 1), *log_w.shape[2:])
         strongest = jnp.min(jnp.sum(halves.astype(jnp.float32), axis=2))

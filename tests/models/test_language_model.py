@@ -226,7 +226,7 @@ def test_wrong_tokens_are_named(tokens: np.ndarray, message: str) -> None:
 def test_an_unknown_implementation_is_refused() -> None:
     config = dataclasses.replace(FLOAT32, wkv_implementation="cuda")
     model = merge(config, in_dtype(random_params(config), config))
-    with pytest.raises(ValueError, match="implementation = 'cuda': wkv7 has scan, chunked"):
+    with pytest.raises(ValueError, match="implementation = 'cuda': wkv7 has scan, associative_scan, chunked"):
         model(jnp.asarray(TOKENS))
 
 

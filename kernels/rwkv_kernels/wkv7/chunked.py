@@ -58,7 +58,7 @@ class _Gauge(NamedTuple):
 
 
 def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunks.Packing | None) -> _Gauge:
-    gauge = middle_gauge(products.xla("full"), log_w, packing)
+    gauge = nan_out_of_range(middle_gauge(products.xla("full"), log_w, packing))
     scale_a = jnp.exp(gauge.from_middle - log_w)
     scale_r = jnp.exp(gauge.from_middle)
     scale_keys = jnp.exp(-gauge.from_middle)
@@ -68,7 +68,7 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chu
         scale_a=scale_a,
         scale_r=scale_r,
         scale_keys=scale_keys,
-        enter=transpose(jnp.exp(nan_out_of_range(gauge))),
+        enter=transpose(jnp.exp(gauge.entering)),
         leave=transpose(jnp.exp(gauge.leaving)),
     )
 
