@@ -65,7 +65,8 @@ def wkv7(
     Args:
       r, log_w, k, a, b: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1; log_w is the log of the
         decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -4) only
-        `scan` is exact, and the others give NaN rather than a wrong number.
+        `scan` is exact, and the others give NaN rather than a wrong number (`pallas_tpu`, whose chunks are twice as
+        long, from half that on).
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
       segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
