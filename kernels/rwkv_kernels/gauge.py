@@ -52,8 +52,8 @@ def middle_gauge(products: Products, log_w: Array, packing: Packing | None) -> G
     )
 
 
-def nan_out_of_range(gauge: Gauge) -> Gauge:
-    """The same, NaN where a state of size 1 would lose digits to underflow: the loss would go unnoticed."""
+def nan_out_of_range(gauge: Gauge) -> Array:
+    """[..., 1, N]: 0, or NaN where a state of size 1 would lose digits to underflow: it would go unnoticed."""
     limits = jnp.finfo(gauge.entering.dtype)
     in_range = jnp.minimum(gauge.entering, gauge.leaving) >= -math.log(limits.eps / limits.tiny)
-    return Gauge(*(jnp.where(in_range, sums, jnp.nan) for sums in gauge))
+    return jnp.where(in_range, 0, jnp.nan)

@@ -66,8 +66,8 @@ def _chunk(
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
     packing = None if within is None else chunks.packing(within)
-    gauge = nan_out_of_range(middle_gauge(products, log_w, packing))
-    gauged = state * jnp.exp(gauge.entering)
+    gauge = middle_gauge(products, log_w, packing)
+    gauged = state * jnp.exp(gauge.entering + nan_out_of_range(gauge))
 
     up, down = jnp.exp(gauge.from_middle), jnp.exp(-gauge.from_middle)
     a, r, b, k = a * jnp.exp(gauge.from_middle - log_w), r * up, b * down, k * down

@@ -35,7 +35,7 @@ from rwkv_kernels import chunks, products
 from rwkv_kernels.arguments import pad_time, with_common_axes
 from rwkv_kernels.chunks import transpose
 from rwkv_kernels.derivatives import with_backward
-from rwkv_kernels.gauge import middle_gauge, nan_out_of_range
+from rwkv_kernels.gauge import Gauge, middle_gauge, nan_out_of_range
 from rwkv_kernels.precision import XLA, Precision
 
 CHUNK_SIZE = 32
@@ -58,7 +58,9 @@ class _Gauge(NamedTuple):
 
 
 def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunks.Packing | None) -> _Gauge:
-    gauge = nan_out_of_range(middle_gauge(products.xla("full"), log_w, packing))
+    gauge = middle_gauge(products.xla("full"), log_w, packing)
+    # In all sums, since the backward pass by hand need not meet the state.
+    gauge = Gauge(*(sums + nan_out_of_range(gauge) for sums in gauge))
     scale_a = jnp.exp(gauge.from_middle - log_w)
     scale_r = jnp.exp(gauge.from_middle)
     scale_keys = jnp.exp(-gauge.from_middle)
