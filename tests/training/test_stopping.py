@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,7 +20,15 @@ def test_first_signal_is_remembered_by_name(number: signal.Signals) -> None:
         assert stop.name == number.name
 
 
-def test_second_signal_acts_as_always() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own SIGINT handler, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_acts_as_always(interruptible: None) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
