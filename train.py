@@ -172,8 +172,8 @@ def describe(config: TrainConfig, num_tokens: int, resumed_step: int | None) -> 
     device = jax.devices()[0]
     begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
     return (
-        f"RWKV-7 {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, "
-        f"on {device.device_kind} ({device.platform})\n"
+        f"RWKV-{model.generation} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
+        f"{model.dtype}, on {device.device_kind} ({device.platform})\n"
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
         f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens\n"
         f"run folder: {config.run_dir}"

@@ -29,21 +29,37 @@ def _require_positive(config: object, prefix: str, *fields: str) -> None:
         _require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
 
 
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
+"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch), RWKV-7 (Goose)."""
+
+_OWN_FIELDS: dict[str, tuple[Generation, ...]] = {
+    "mix_rank": ("6",),
+    "decay_rank": ("6", "7"),
+    "iclr_rank": ("7",),
+    "value_rank": ("7",),
+    "gate_rank": ("7",),
+}
+"""Sizes that not every generation has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The feed-forward width and the ranks of a model, none left open."""
+    """The feed-forward width and the ranks of a model, none left open; 0 where the generation has no such map."""
 
     ffn_width: int
-    decay_rank: int
-    iclr_rank: int
-    value_rank: int
-    gate_rank: int
+    mix_rank: int = 0
+    decay_rank: int = 0
+    iclr_rank: int = 0
+    value_rank: int = 0
+    gate_rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an RWKV-7 language model."""
+    """The generation and the shape of an RWKV language model."""
 
+    generation: Generation = "7"
+    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose)."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
     num_layers: int = 6
@@ -51,37 +67,73 @@ class ModelConfig:
     width: int = 512
     """C: size of the residual stream; a multiple of head_dim."""
     head_dim: int = 64
-    """N: size of one head of the time mixing; 64 in every released model."""
+    """N: size of one head of the time mixing; 64 in every released model. RWKV-4 has no heads."""
     ffn_width: int | None = None
-    """F: hidden size of the channel mixing; None is the official 4 * width."""
+    """F: hidden size of the channel mixing; None is the official function of width: 4 C, or 3.5 C for 5.1, 5.2, 6."""
+    mix_rank: int | None = None
+    """D of the token shift's low-rank maps (time_maa_w1, time_maa_w2) of RWKV-6; None is the official size."""
     decay_rank: int | None = None
-    """D of the decay's low-rank map (w1, w2); None is the official function of width."""
+    """D of the decay's low-rank map (w1, w2) of RWKV-6 and 7; None is the official function of width."""
     iclr_rank: int | None = None
-    """D of the in-context learning rate's low-rank map (a1, a2); None is the official function of width."""
+    """D of the in-context learning rate's low-rank map (a1, a2) of RWKV-7; None is the official function of width."""
     value_rank: int | None = None
-    """D of the value residual's low-rank map (v1, v2); None is the official function of width."""
+    """D of the value residual's low-rank map (v1, v2) of RWKV-7; None is the official function of width."""
     gate_rank: int | None = None
-    """D of the output gate's low-rank map (g1, g2); None is the official function of width."""
+    """D of the output gate's low-rank map (g1, g2) of RWKV-7; None is the official function of width."""
+    exponential_bonus: bool = False
+    """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of them, rather than time_faaaa."""
+    unused_value_residual: bool = False
+    """RWKV-7 only: layer 0 holds v0, v1 and v2 too, which nothing reads. Files straight out of the official trainer do,
+    and so what is loaded can be saved again as it was."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype of matrix products and activations; parameters stay float32 (float64 if that is asked for), and
     the recurrence always runs in at least float32."""
     wkv_implementation: str | None = None
-    """Implementation of the wkv7 operator; None takes the fastest that is valid on the platform."""
+    """Implementation of the WKV operator; None takes the fastest that is valid on the platform."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model", "vocab_size", "width", "head_dim")
-        _require(self.num_layers >= 2, "model.num_layers", self.num_layers, "RWKV-7 needs at least 2 layers")
+        generations = typing.get_args(Generation)
         _require(
-            self.width % self.head_dim == 0,
-            "model.width",
-            self.width,
-            f"must be a multiple of model.head_dim = {self.head_dim}; "
-            f"the nearest are {self._nearest_widths()[0]} and {self._nearest_widths()[1]}",
+            self.generation in generations,
+            "model.generation",
+            self.generation,
+            f"must be one of {', '.join(generations)}",
         )
-        _require(self.head_dim >= 2, "model.head_dim", self.head_dim, "must be at least 2")
-        for name in ("ffn_width", "decay_rank", "iclr_rank", "value_rank", "gate_rank"):
+        _require_positive(self, "model", "vocab_size", "width", "head_dim")
+        _require(self.num_layers >= 2, "model.num_layers", self.num_layers, "RWKV needs at least 2 layers")
+        _require(self.width >= 2, "model.width", self.width, "must be at least 2")
+        if self.generation != "4":
+            _require(
+                self.width % self.head_dim == 0,
+                "model.width",
+                self.width,
+                f"must be a multiple of model.head_dim = {self.head_dim}; "
+                f"the nearest are {self._nearest_widths()[0]} and {self._nearest_widths()[1]}",
+            )
+            _require(self.head_dim >= 2, "model.head_dim", self.head_dim, "must be at least 2")
+        for name in ("ffn_width", *_OWN_FIELDS):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name}", value, "must be positive, or None for the default")
+        for name, owners in _OWN_FIELDS.items():
+            value = getattr(self, name)
+            _require(
+                value is None or self.generation in owners,
+                f"model.{name}",
+                value,
+                f"RWKV-{self.generation} has no such size, only RWKV-{' and '.join(owners)}; leave it out",
+            )
+        _require(
+            not self.exponential_bonus or self.generation in ("5.0", "5.1"),
+            "model.exponential_bonus",
+            self.exponential_bonus,
+            f"RWKV-{self.generation} has no such form, only RWKV-5.0 and 5.1; leave it out",
+        )
+        _require(
+            not self.unused_value_residual or self.generation == "7",
+            "model.unused_value_residual",
+            self.unused_value_residual,
+            f"RWKV-{self.generation} has no value residual, only RWKV-7; leave it out",
+        )
         _require(
             self.dtype in ("float32", "bfloat16", "float64"),
             "model.dtype",
@@ -100,18 +152,31 @@ class ModelConfig:
 
     @property
     def parameter_dtype(self) -> str:
-        """Dtype in which parameters are created and trained."""
+        """Dtype in which parameters are created and trained, and in which the recurrence and its state are kept.
+
+        A loaded model may hold its parameters in the dtype of its file.
+        """
         return "float64" if self.dtype == "float64" else "float32"
 
     def sizes(self) -> Sizes:
         """The sizes that may be left to the official functions of the width."""
+        width = self.width
+        if self.generation in ("4", "5.0"):
+            return Sizes(self.ffn_width or 4 * width)
+        # At least 32: the official rounding would leave nothing of a narrow model.
+        narrow_ffn_width = self.ffn_width or max(32, 7 * width // 2 // 32 * 32)
+        if self.generation in ("5.1", "5.2"):
+            return Sizes(narrow_ffn_width)
+        if self.generation == "6":
+            wide = 2 if width >= 4096 else 1  # as released: the trainer's own sizes do not depend on the width
+            return Sizes(narrow_ffn_width, mix_rank=self.mix_rank or 32 * wide, decay_rank=self.decay_rank or 64 * wide)
 
         def rank(factor: float) -> int:
             # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
-            return max(32, round(factor * math.sqrt(self.width) / 32) * 32)
+            return max(32, round(factor * math.sqrt(width) / 32) * 32)
 
         return Sizes(
-            ffn_width=self.ffn_width or 4 * self.width,
+            ffn_width=self.ffn_width or 4 * width,
             decay_rank=self.decay_rank or rank(2.5),
             iclr_rank=self.iclr_rank or rank(2.5),
             value_rank=self.value_rank or rank(1.7),
@@ -119,31 +184,55 @@ class ModelConfig:
         )
 
     def resolved(self) -> ModelConfig:
-        """The same model with every None replaced by the official value for its width."""
-        return dataclasses.replace(self, **dataclasses.asdict(self.sizes()))
+        """The same model with every None that its generation has a size for replaced by that size."""
+        return dataclasses.replace(
+            self, **{name: size or None for name, size in dataclasses.asdict(self.sizes()).items()}
+        )
 
     def num_parameters(self) -> int:
-        """Number of parameters, in closed form; the first layer has no value residual (v0, v1, v2)."""
+        """Number of parameters, in closed form."""
         sizes, width = self.sizes(), self.width
-        low_rank = 2 * width * (sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank)
-        # Six blends; w0, a0, v0; k_k, k_a, r_k; ln_x; R, K, V, O.
-        time_mix = (6 + 3 + 3 + 2) * width + low_rank + 4 * width * width
-        channel_mix = width + 2 * width * sizes.ffn_width
+        vectors, matrices, ranks = self._time_mix_terms()
+        heads = 2 * self.num_heads if self.generation in ("5.0", "5.1") else 0  # a decay and a bonus for each head
+        time_mix = vectors * width + heads + matrices * width * width + 2 * width * ranks
+        channel_mix = 2 * width * sizes.ffn_width
+        channel_mix += width if self.generation == "7" else 2 * width + width * width
         block = time_mix + channel_mix + 4 * width
-        first_layer = 2 * width - (width + 2 * width * sizes.value_rank)
+        first_layer = 2 * width
+        if self.generation == "7" and not self.unused_value_residual:
+            first_layer -= width + 2 * width * sizes.value_rank
         return 2 * self.vocab_size * width + self.num_layers * block + first_layer + 2 * width
+
+    def _time_mix_terms(self) -> tuple[int, int, int]:
+        """How many vectors [C] and matrices [C, C] a layer's time mixing has, and the sum of its maps' ranks."""
+        sizes = self.sizes()
+        if self.generation == "4":
+            return 3 + 2, 4, 0  # blends; decay, bonus; R, K, V, O
+        if self.generation == "5.0":
+            return 3 + 2, 4, 0  # blends; ln_x; R, K, V, O
+        if self.generation == "5.1":
+            return 4 + 2, 5, 0  # and a gate G with its blend
+        if self.generation == "5.2":
+            return 4 + 2 + 2, 5, 0  # and decay, bonus
+        if self.generation == "6":
+            return 6 + 2 + 2, 5, 5 * sizes.mix_rank + sizes.decay_rank
+        ranks = sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank
+        return 6 + 3 + 3 + 2, 4, ranks  # blends; w0, a0, v0; k_k, k_a, r_k; ln_x; R, K, V, O
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.
 
-        Two for each weight of a matrix product, and for the recurrence 9 N^2 for each head (decay, rank-one
-        removal, rank-one write, read).
+        Two for each weight of a matrix product, and for the recurrence of each head 9 N^2 in RWKV-7 (decay, rank-one
+        removal, rank-one write, read) and 5 N^2 in RWKV-5 and 6 (decay, write, read); 12 a channel in RWKV-4.
         """
         sizes, width = self.sizes(), self.width
-        low_rank = 2 * width * (sizes.decay_rank + sizes.iclr_rank + sizes.gate_rank)
-        matrices = self.num_layers * (4 * width * width + low_rank + 2 * width * sizes.ffn_width)
-        matrices += (self.num_layers - 1) * 2 * width * sizes.value_rank + self.vocab_size * width
-        return 2 * matrices + self.num_layers * 9 * width * self.head_dim
+        _, matrices, ranks = self._time_mix_terms()
+        weights = matrices * width * width + 2 * width * ranks + 2 * width * sizes.ffn_width
+        if self.generation != "7":
+            weights += width * width
+        weights = self.num_layers * weights - 2 * width * sizes.value_rank + self.vocab_size * width
+        recurrence = {"4": 12, "7": 9 * self.head_dim}.get(self.generation, 5 * self.head_dim)
+        return 2 * weights + self.num_layers * recurrence * width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +249,8 @@ class DataConfig:
     held_out: float = 0.05
     """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated."""
     tokenizer: str | None = None
-    """Path of a sentencepiece model; None trains one of model.vocab_size entries on the training documents."""
+    """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder that holds one;
+    None trains a sentencepiece model of model.vocab_size entries on the training documents."""
     cache_dir: str = "runs/corpora"
     """Folder in which token files and trained tokenizers are kept, one sub-folder a corpus."""
 

@@ -34,7 +34,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"width": 100}, "model.width = 100: must be a multiple of model.head_dim = 64; .* 64 and 128"),
     (ModelConfig, {"width": 32}, "model.width = 32: must be a multiple of model.head_dim = 64; .* 64 and 128"),
     (ModelConfig, {"width": 3, "head_dim": 1}, "model.head_dim = 1: must be at least 2"),
-    (ModelConfig, {"num_layers": 1}, "model.num_layers = 1: RWKV-7 needs at least 2 layers"),
+    (ModelConfig, {"num_layers": 1}, "model.num_layers = 1: RWKV needs at least 2 layers"),
     (ModelConfig, {"ffn_width": 0}, "model.ffn_width = 0: must be positive, or None"),
     *((ModelConfig, {f"{r}_rank": -1}, f"model.{r}_rank = -1: ") for r in ("decay", "iclr", "value", "gate")),
     (ModelConfig, {"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),

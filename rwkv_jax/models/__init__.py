@@ -1,5 +1,18 @@
 """The generations of RWKV as Flax NNX modules."""
 
+from __future__ import annotations
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.rwkv4 import RWKV4
+from rwkv_jax.models.rwkv5 import RWKV5
+from rwkv_jax.models.rwkv6 import RWKV6
 from rwkv_jax.models.rwkv7 import RWKV7
 
-__all__ = ["RWKV7"]
+
+def model_type(config: ModelConfig) -> type[LanguageModel]:
+    """The class of a config's generation."""
+    return next(kind for kind in (RWKV4, RWKV5, RWKV6, RWKV7) if config.generation in kind.generations)
+
+
+__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "model_type"]

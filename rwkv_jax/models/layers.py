@@ -16,6 +16,8 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from rwkv_jax.config import ModelConfig
+
 KEPT = "matrix product"
 """Name of what a block keeps for its backward pass; the cheap steps between matrix products are done again."""
 
@@ -59,17 +61,29 @@ def for_every_token(parameter: Array, x: Array) -> Array:
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
-def token_shift(x: Array, shift: Array) -> tuple[Array, Array]:
+def token_shift(
+    x: Array, shift: Array | None, segment_ids: Array | None = None, lengths: Array | None = None
+) -> tuple[Array, Array]:
     """The previous token's input at every position.
 
     Args:
-      x: [B, T, C]; shift: [B, C], the input just before x (zeros at the start of a text).
+      x: [B, T, C].
+      shift: [B, C], the input just before x; None, like zeros, is the start of a text.
+      segment_ids: integers [B, T]; a segment begins, with nothing before it, where the id changes along a row.
+      lengths: integers [B]; steps beyond a row's length are not part of it.
 
     Returns:
-      x_prev [B, T, C], and the next shift [B, C], which is x's last position.
+      x_prev [B, T, C], and the next shift [B, C], which is x at each row's last step (`shift` in a row of length 0).
     """
-    shift = shift.astype(x.dtype)
-    return jnp.concatenate([shift[:, None], x[:, :-1]], axis=1), x[:, -1]
+    shift = jnp.zeros_like(x[:, 0]) if shift is None else shift.astype(x.dtype)
+    x_prev = jnp.concatenate([shift[:, None], x[:, :-1]], axis=1)
+    if segment_ids is not None:
+        begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+        x_prev = jnp.where(begins[:, :, None], 0, x_prev)
+    if lengths is None:
+        return x_prev, x[:, -1]
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return x_prev, jnp.where((lengths > 0)[:, None], last, shift)
 
 
 def _normalise(x: Array, epsilon: float) -> Array:
@@ -128,6 +142,17 @@ class HeadNorm(nnx.Module):
         """[B, T, H, N] -> [B, T, C] in x's dtype."""
         y = _normalise(x, self.epsilon).reshape(*x.shape[:-2], -1)
         return (y * for_every_token(self.weight[...], y) + for_every_token(self.bias[...], y)).astype(x.dtype)
+
+
+def initial_head_norm(config: ModelConfig, layer: int | Array, epsilon: float) -> HeadNorm:
+    """The norm over each head with the official initial weight ((1 + l) / L)^0.7."""
+    weight = ((1 + layer) / config.num_layers) ** 0.7
+    return HeadNorm(jnp.full((config.width,), weight, config.parameter_dtype), epsilon)
+
+
+def vector(values: Array) -> nnx.Param[Array]:
+    """A parameter of one number a channel in the official shape [1, 1, C]."""
+    return nnx.Param(values.reshape(1, 1, -1))
 
 
 def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> Array:

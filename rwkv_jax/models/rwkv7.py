@@ -1,16 +1,14 @@
 """RWKV-7 "Goose": time mixing, channel mixing, initial values, parameter groups and state.
 
-Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456), whose order and names the equations
-here follow (token shift, weight preparation, state evolution, bonus and output, MLP), and the official trainer for
-initial values and parameter groups. Shape letters: B batch, T time, C width, H heads, N head size, F feed-forward
-width, D low rank, L layers, l the layer's index.
+Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456v2, whose equation numbers stand in
+parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch, T time, C width,
+H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,17 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.language_model import LanguageModel
-from rwkv_jax.models.layers import HeadNorm, LayerNorm, Linear, for_every_token, low_rank, orthogonal, token_shift
+from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.layers import (
+    Linear,
+    for_every_token,
+    initial_head_norm,
+    low_rank,
+    orthogonal,
+    token_shift,
+    vector,
+)
+from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv7
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
@@ -29,28 +36,8 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-class TimeMixState(NamedTuple):
-    """What time mixing carries from one token to the next."""
-
-    shift: Array
-    """[B, C], the last input."""
-    wkv: Array
-    """[B, H, N, N], float32, the value axis before the key axis."""
-
-
-class State(NamedTuple):
-    """What a block carries from one token to the next; a model's state has a leading axis L on each field."""
-
-    att_shift: Array
-    """[B, C], the last input of time mixing."""
-    ffn_shift: Array
-    """[B, C], the last input of channel mixing."""
-    wkv: Array
-    """[B, H, N, N], float32, the value axis before the key axis."""
-
-
 def initial_state(config: ModelConfig, batch_size: int) -> State:
-    """The empty state of one block: nothing seen yet."""
+    """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
     return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
@@ -73,9 +60,6 @@ class TimeMix(nnx.Module):
         zigzag = (channel % head_dim - (head_dim - 1) / 2) / ((head_dim - 1) / 2)
         zigzag = zigzag * jnp.abs(zigzag)
 
-        def vector(values: Array) -> nnx.Param:
-            return nnx.Param(jnp.asarray(values, dtype).reshape(1, 1, width))
-
         def down(rank: int) -> nnx.Param:
             return nnx.Param(jnp.zeros((width, rank), dtype))
 
@@ -95,13 +79,13 @@ class TimeMix(nnx.Module):
         self.w1, self.w2 = down(sizes.decay_rank), up(sizes.decay_rank)
         self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
         self.a1, self.a2 = down(sizes.iclr_rank), up(sizes.iclr_rank)
-        if not self.is_first:
+        if not self.is_first or config.unused_value_residual:
             self.v0 = vector(0.73 - 0.4 * line)
             self.v1, self.v2 = down(sizes.value_rank), up(sizes.value_rank)
         self.g1, self.g2 = down(sizes.gate_rank), up(sizes.gate_rank)
 
         self.k_k = vector(0.71 - 0.1 * line)
-        self.k_a = vector(jnp.full((width,), 1.02))
+        self.k_a = vector(jnp.full((width,), 1.02, dtype))
         self.r_k = nnx.Param(jnp.full((heads, head_dim), -0.04, dtype))
 
         def square(gain: float) -> Linear:
@@ -109,28 +93,44 @@ class TimeMix(nnx.Module):
 
         self.receptance, self.key, self.value = square(1.0), square(0.1), square(1.0)
         self.output = Linear(jnp.zeros((width, width), dtype))
-        ln_x_weight = jnp.full((width,), ((1 + layer) / config.num_layers) ** 0.7, dtype)
-        self.ln_x = HeadNorm(ln_x_weight, HEAD_NORM_EPSILON)
+        self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
-    def __call__(self, x: Array, state: TimeMixState | None = None) -> tuple[Array, TimeMixState]:
+    def __call__(
+        self,
+        x: Array,
+        state: TimeMixState | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, TimeMixState]:
         """Time mixing alone, for use in a model of one's own.
 
         Args:
           x: [B, T, C], already normalised.
           state: what an earlier call returned; None is the start of a text.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
 
         Returns:
           y [B, T, C] and the next state. Without an earlier layer there is no value residual: v is this layer's own.
         """
-        y, _, state = self.mix(x, state, None)
+        y, _, state = self.mix(x, state, None, segment_ids=segment_ids, lengths=lengths)
         return y, state
 
-    def mix(self, x: Array, state: TimeMixState | None, v_first: Array | None) -> tuple[Array, Array, TimeMixState]:
+    def mix(
+        self,
+        x: Array,
+        state: TimeMixState | None,
+        v_first: Array | None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array, TimeMixState]:
         """Time mixing within a model.
 
         Args:
           x: [B, T, C]; state: None is the start of a text.
           v_first: [B, T, C], the first layer's values; None in the first layer.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
 
         Returns:
           y [B, T, C], the first layer's values to hand on, and the next state.
@@ -145,19 +145,20 @@ class TimeMix(nnx.Module):
         def cast(parameter: nnx.Param) -> Array:
             return for_every_token(parameter[...], x)
 
-        # Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
-        x_prev, shift = token_shift(x, state.shift)
+        # (3) Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
         xx = x_prev - x
         xr, xw, xk, xv, xa, xg = (
             x + xx * cast(blend) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
-        # Weight preparation: receptance, key, value; decay w = exp(-e^{-1/2} sigmoid(d)), whose last steps run in
-        # float32 (near 1 it has no digits to spare); value residual nu; in-context learning rate a; gate g.
+        # Weight preparation: (13) receptance, (5) key, (9) value; (11) d, (12) the decay w = exp(-e^{-1/2} sigmoid(d)),
+        # whose last steps run in float32 (near 1 it has no digits to spare); (8), (10) the value residual, nu being the
+        # share of the first layer's values; (4) the in-context learning rate a; (14) the gate g.
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
-        decay = low_rank(xw, self.w1[...], self.w2[...], jnp.tanh).astype(self.w0[...].dtype)
+        decay = low_rank(xw, self.w1[...], self.w2[...], jnp.tanh).astype(config.parameter_dtype)
         decay = for_every_token(self.w0[...], decay) + decay
         log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
         if v_first is None:
@@ -167,15 +168,26 @@ class TimeMix(nnx.Module):
         a = jax.nn.sigmoid(cast(self.a0) + low_rank(xa, self.a1[...], self.a2[...]))
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
-        # The removal key kappa, of unit length in each head, and the replacement key k~ = k lerp(1, a, alpha).
+        # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
         kk = _normalise_heads((k * cast(self.k_k)).reshape(heads))
         k = k * (1 + (a - 1) * cast(self.k_a))
 
-        # State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
+        # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
-        y, wkv = wkv7(r, log_w, k, v_heads, -kk, kk * a, state.wkv, implementation=config.wkv_implementation)
+        y, wkv = wkv7(
+            r,
+            log_w,
+            k,
+            v_heads,
+            -kk,
+            kk * a,
+            state.wkv,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            implementation=config.wkv_implementation,
+        )
 
-        # Bonus and output: norm over each head, plus (r . rho k~) v for the present token, gated.
+        # (21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate and projection.
         y = self.ln_x(y)
         # (Sums over N as contractions: as a product and a sum they take XLA's CPU backend up to 30 times as long.)
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -199,59 +211,47 @@ class ChannelMix(nnx.Module):
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         fraction = jnp.arange(width, dtype=dtype) / width
-        self.x_k = nnx.Param((1 - fraction ** (ratio_1_to_0**4)).reshape(1, 1, width))
+        self.x_k = vector(1 - fraction ** (ratio_1_to_0**4))
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(self, x: Array, shift: Array | None = None) -> tuple[Array, Array]:
+    def __call__(
+        self,
+        x: Array,
+        shift: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        if shift is None:
-            shift = jnp.zeros_like(x[:, 0])
-        x_prev, shift = token_shift(x, shift)
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * for_every_token(self.x_k[...], x))))
         return self.value(k), shift
 
 
-class Block(nnx.Module):
-    """A residual block of layer l: time mixing, then channel mixing, each behind a layer norm."""
+class RWKV7Block(Block):
+    """A block of RWKV-7, which also hands on the first layer's values."""
 
-    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        dtype = config.parameter_dtype
-        if isinstance(layer, int) and layer == 0:
-            self.ln0 = LayerNorm(config.width, dtype)
-        self.ln1 = LayerNorm(config.width, dtype)
-        self.ln2 = LayerNorm(config.width, dtype)
-        self.att = TimeMix(config, layer, rngs=rngs)
-        self.ffn = ChannelMix(config, layer, rngs=rngs)
+    time_mix_type = TimeMix
+    channel_mix_type = ChannelMix
 
-    def __call__(self, x: Array, state: State, v_first: Array | None) -> tuple[Array, Array, State]:
-        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
-        if self.att.is_first:
-            x = self.ln0(x)
-        with jax.named_scope("time_mix"):
-            y, v_first, att = self.att.mix(self.ln1(x), TimeMixState(state.att_shift, state.wkv), v_first)
-            x = x + y
-        with jax.named_scope("channel_mix"):
-            y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift)
-            x = x + y
-        return x, v_first, State(att.shift, ffn_shift, att.wkv)
+    def mix_time(
+        self, x: Array, state: TimeMixState, v_first: Array | None, **rows: Array | None
+    ) -> tuple[Array, Array | None, TimeMixState]:
+        """Time mixing with the value residual."""
+        return self.att.mix(x, state, v_first, **rows)
 
 
 def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """How the official trainer treats a parameter: the factor on its learning rate, and whether its weight decays.
-
-    Args:
-      path: official names from the root, such as ("blocks", "att", "w0").
-      ndim: axes of the parameter in one layer.
-    """
-    if path[-2:] == ("att", "w0"):
-        return 2.0, False
-    return 1.0, path[-1] == "weight" and ndim >= 2
+    """See `LanguageModel.parameter_group`: the decay's bias learns twice as fast, and all matrices decay."""
+    return 2.0 if path[-2:] == ("att", "w0") else 1.0, path[-1] == "weight" and ndim >= 2
 
 
-class RWKV7(LanguageModel[State]):
+class RWKV7(LanguageModel):
     """An RWKV-7 language model: `model(tokens, state) -> (logits, state)`."""
 
-    block_type = Block
+    generations = ("7",)
+    block_type = RWKV7Block
     initial_block_state = staticmethod(initial_state)
     parameter_group = staticmethod(parameter_group)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.models import RWKV7
+from rwkv_jax.models import model_type
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.optimizer import make_optimizer
 
@@ -63,14 +63,15 @@ def make_trainer(config: TrainConfig) -> Trainer:
     The model is defined with NNX but trained as a plain dict of arrays under `jax.jit`: in a hot loop that costs a
     fraction of `nnx.jit`, and checkpoints, conversion and sharding see nothing but a dict.
     """
-    abstract = nnx.eval_shape(lambda: RWKV7(config.model, rngs=nnx.Rngs(0)))
+    kind = model_type(config.model)
+    abstract = nnx.eval_shape(lambda: kind(config.model, rngs=nnx.Rngs(0)))
     graphdef, abstract_params = nnx.split(abstract, nnx.Param)
     abstract_params = nnx.to_pure_dict(abstract_params)
     training = config.training
-    optimizer = make_optimizer(config.optimizer, training.num_steps, abstract_params, RWKV7.parameter_group)
+    optimizer = make_optimizer(config.optimizer, training.num_steps, abstract_params, kind.parameter_group)
 
     def init(key: Array) -> TrainState:
-        model = RWKV7(config.model, rngs=nnx.Rngs(key))
+        model = kind(config.model, rngs=nnx.Rngs(key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-5 (Finch): arguments checked, an implementation chosen, one token or a sequence."""
+"""The WKV operator of RWKV-5 (Eagle): arguments checked, an implementation chosen, one token or a sequence."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""RWKV-4 "Dove": time mixing, channel mixing, initial values, parameter groups and state.
+
+Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048v2, whose equation numbers stand in
+parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch, T time, C width,
+F feed-forward width, L layers, l the layer's index.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.layers import Linear, for_every_token, orthogonal, token_shift, vector
+from rwkv_jax.models.state import State, TimeMixState
+from rwkv_kernels import wkv4
+from rwkv_kernels.wkv4.scan import empty_state
+
+
+def initial_state(config: ModelConfig, batch_size: int) -> State:
+    """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
+    shift = jnp.zeros((batch_size, config.width), config.dtype)
+    return State(shift, shift, empty_state(batch_size, config.width, jnp.dtype(config.parameter_dtype)))
+
+
+class TimeMix(nnx.Module):
+    """Time mixing of layer l: token shift, three projections, the WKV-4 mean, receptance as its gate."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, dtype = config.width, config.parameter_dtype
+        ratio_0_to_1 = layer / (config.num_layers - 1)
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        channel = jnp.arange(width, dtype=dtype)
+        fraction = channel / width
+
+        self.time_decay = nnx.Param(-5 + 8 * (channel / (width - 1)) ** (0.7 + 1.3 * ratio_0_to_1))
+        self.time_first = nnx.Param(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        self.time_mix_k = vector(fraction**ratio_1_to_0)
+        self.time_mix_v = vector(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
+        self.time_mix_r = vector(fraction ** (0.5 * ratio_1_to_0))
+
+        def zeros() -> Linear:
+            return Linear(jnp.zeros((width, width), dtype))
+
+        self.key, self.receptance, self.output = zeros(), zeros(), zeros()
+        self.value = Linear(orthogonal(rngs.params(), (width, width), 1.0, dtype))
+
+    def __call__(
+        self,
+        x: Array,
+        state: TimeMixState | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, TimeMixState]:
+        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+
+        Args:
+          state: what an earlier call returned; None is the start of a text.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
+        """
+        config = self.config
+        if state is None:
+            empty = initial_state(config, x.shape[0])
+            state = TimeMixState(empty.att_shift, empty.wkv)
+
+        # (11)-(13), r, k, v: each reads a mix of the present token, whose share mu is, and the one before it.
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+
+        def mix(mu: nnx.Param) -> Array:
+            share = for_every_token(mu[...], x)
+            return x * share + x_prev * (1 - share)
+
+        r = self.receptance(mix(self.time_mix_r))
+        k = self.key(mix(self.time_mix_k))
+        v = self.value(mix(self.time_mix_v))
+
+        # (16) wkv_t = (sum_{i<t} e^{(t-1-i) log w + k_i} v_i + e^{u + k_t} v_t) / (the same sum without v), with the
+        # decay w = exp(-e^{time_decay}) and the bonus u, both in float32 whatever the compute dtype.
+        log_w = -jnp.exp(self.time_decay[...].astype(config.parameter_dtype))
+        u = self.time_first[...].astype(config.parameter_dtype)
+        y, wkv = wkv4(
+            log_w,
+            u,
+            k,
+            v,
+            state.wkv,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            implementation=config.wkv_implementation,
+        )
+
+        # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
+        return self.output(jax.nn.sigmoid(r) * y), TimeMixState(shift, wkv)
+
+
+class ChannelMix(nnx.Module):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
+        mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
+        self.time_mix_k, self.time_mix_r = vector(mix), vector(mix)
+        gain = math.sqrt(max(ffn_width / width, 1.0))
+        self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), gain, dtype))
+        self.receptance = Linear(jnp.zeros((width, width), dtype))
+        self.value = Linear(jnp.zeros((width, ffn_width), dtype))
+
+    def __call__(
+        self,
+        x: Array,
+        shift: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+
+        def mix(mu: nnx.Param) -> Array:
+            share = for_every_token(mu[...], x)
+            return x * share + x_prev * (1 - share)
+
+        # (14), (15) r_t, k_t; (18) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
+        r = self.receptance(mix(self.time_mix_r))
+        k = self.key(mix(self.time_mix_k))
+        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+
+
+class RWKV4Block(Block):
+    """A block of RWKV-4."""
+
+    time_mix_type = TimeMix
+    channel_mix_type = ChannelMix
+
+
+def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """See `LanguageModel.parameter_group`: decay and bonus learn faster, and all matrices decay."""
+    factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
+    return factor, path[-1] == "weight" and ndim >= 2
+
+
+class RWKV4(LanguageModel):
+    """An RWKV-4 language model (Pile, World, Raven): `model(tokens, state) -> (logits, state)`."""
+
+    generations = ("4",)
+    block_type = RWKV4Block
+    initial_block_state = staticmethod(initial_state)
+    parameter_group = staticmethod(parameter_group)
+
+    @staticmethod
+    def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+        """Initial token vectors [V, C]: orthogonal, with gain 1e-4 sqrt(max(V, C))."""
+        shape = (config.vocab_size, config.width)
+        return orthogonal(rngs.params(), shape, 1e-4 * math.sqrt(max(shape)), config.parameter_dtype)

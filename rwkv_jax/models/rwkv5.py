@@ -1,0 +1,184 @@
+"""RWKV-5 "Eagle" (5.2) and its previews 5.0 and 5.1: time mixing, channel mixing, initial values, groups and state.
+
+Source: Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence (arXiv 2404.05892, whose equation
+numbers stand in parentheses), and the official trainer for initial values, parameter groups and the previews. Shape
+letters: B batch, T time, C width, H heads, N head size, F feed-forward width, L layers, l the layer's index.
+
+The previews have one decay and one bonus a head, [H], where 5.2 has one a key channel, [H, N]; 5.0 has no gate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.layers import Linear, for_every_token, initial_head_norm, orthogonal, token_shift, vector
+from rwkv_jax.models.state import State, TimeMixState
+from rwkv_kernels import wkv5
+
+HEAD_NORM_EPSILON = 64e-5
+"""Epsilon of the norm over each head, on the recurrence's raw output (the trainer has y / 8 and 1e-5: the same)."""
+
+
+def initial_state(config: ModelConfig, batch_size: int) -> State:
+    """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
+    shift = jnp.zeros((batch_size, config.width), config.dtype)
+    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+
+
+class TimeMix(nnx.Module):
+    """Time mixing of layer l: token shift, projections, the WKV-5 recurrence, norm over each head, gate."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
+        is_preview = config.generation != "5.2"
+        self.has_gate = config.generation != "5.0"
+        ratio_0_to_1 = layer / (config.num_layers - 1)
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        channel = jnp.arange(width, dtype=dtype)
+        fraction = channel / width
+
+        self.time_mix_k = vector(fraction**ratio_1_to_0)
+        self.time_mix_v = vector(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
+        self.time_mix_r = vector(fraction ** (0.5 * ratio_1_to_0))
+
+        # One decay and bonus for each head in the previews, for each channel of a head in 5.2.
+        own = jnp.arange(heads, dtype=dtype) if is_preview else channel
+        line = own / max(own.size - 1, 1)
+        shape = (heads,) if is_preview else (heads, head_dim)
+        self.time_decay = nnx.Param((-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1)).reshape(shape))
+        if config.exponential_bonus:
+            self.time_first = nnx.Param(jnp.full(shape, -3.0, dtype))
+        else:
+            zigzag = 0.0 if is_preview else 0.1 * ((channel + 1) % 3 - 1)
+            self.time_faaaa = nnx.Param((ratio_0_to_1 * (1 - line) + zigzag).reshape(shape))
+
+        def square(gain: float) -> Linear:
+            return Linear(orthogonal(rngs.params(), (width, width), gain, dtype))
+
+        # The previews' trainer has no smaller gain for key and gate.
+        small = 1.0 if is_preview else 0.1
+        self.receptance, self.key, self.value = square(1.0), square(small), square(1.0)
+        if self.has_gate:
+            self.time_mix_g = vector(fraction ** (0.5 * ratio_1_to_0))
+            self.gate = square(small)
+        self.output = Linear(jnp.zeros((width, width), dtype))
+        self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
+
+    def __call__(
+        self,
+        x: Array,
+        state: TimeMixState | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, TimeMixState]:
+        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+
+        Args:
+          state: what an earlier call returned; None is the start of a text.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
+        """
+        config = self.config
+        batch, time, _ = x.shape
+        heads = (batch, time, config.num_heads, config.head_dim)
+        if state is None:
+            empty = initial_state(config, batch)
+            state = TimeMixState(empty.att_shift, empty.wkv)
+
+        # (3), (4) r, k, v, g: each reads a mix of the present token, whose share mu is, and the one before it.
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+
+        def mix(mu: nnx.Param) -> Array:
+            share = for_every_token(mu[...], x)
+            return x * share + x_prev * (1 - share)
+
+        r = self.receptance(mix(self.time_mix_r)).reshape(heads)
+        k = self.key(mix(self.time_mix_k)).reshape(heads)
+        v = self.value(mix(self.time_mix_v)).reshape(heads)
+
+        # (8) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (9) S_t = diag(w) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t, with
+        # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype.
+        time_decay = self.time_decay[...].astype(config.parameter_dtype).reshape(config.num_heads, -1)
+        bonus = (self.time_first if config.exponential_bonus else self.time_faaaa)[...]
+        u = bonus.astype(config.parameter_dtype).reshape(config.num_heads, -1)
+        y, wkv = wkv5(
+            r,
+            -jnp.exp(time_decay),
+            k,
+            v,
+            jnp.exp(u) if config.exponential_bonus else u,
+            state.wkv,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            implementation=config.wkv_implementation,
+        )
+
+        # (7) Norm over each head, gate, projection.
+        y = self.ln_x(y)
+        if self.has_gate:
+            y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
+        return self.output(y), TimeMixState(shift, wkv)
+
+
+class ChannelMix(nnx.Module):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
+        mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
+        self.time_mix_k, self.time_mix_r = vector(mix), vector(mix)
+        gain = 1.0 if config.generation == "5.2" else math.sqrt(max(ffn_width / width, 1.0))
+        self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), gain, dtype))
+        self.receptance = Linear(jnp.zeros((width, width), dtype))
+        self.value = Linear(jnp.zeros((width, ffn_width), dtype))
+
+    def __call__(
+        self,
+        x: Array,
+        shift: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+
+        def mix(mu: nnx.Param) -> Array:
+            share = for_every_token(mu[...], x)
+            return x * share + x_prev * (1 - share)
+
+        # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
+        r = self.receptance(mix(self.time_mix_r))
+        k = self.key(mix(self.time_mix_k))
+        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+
+
+class RWKV5Block(Block):
+    """A block of RWKV-5."""
+
+    time_mix_type = TimeMix
+    channel_mix_type = ChannelMix
+
+
+def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """See `LanguageModel.parameter_group`: the decay learns twice as fast, and all matrices decay."""
+    factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
+    return factor, path[-1] == "weight" and ndim >= 2
+
+
+class RWKV5(LanguageModel):
+    """An RWKV-5 language model, 5.2 or a preview: `model(tokens, state) -> (logits, state)`."""
+
+    generations = ("5.0", "5.1", "5.2")
+    block_type = RWKV5Block
+    initial_block_state = staticmethod(initial_state)
+    parameter_group = staticmethod(parameter_group)

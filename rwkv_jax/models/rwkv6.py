@@ -1,0 +1,182 @@
+"""RWKV-6 "Finch": time mixing, channel mixing, initial values, parameter groups and state.
+
+Source: Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence (arXiv 2404.05892, whose equation
+numbers stand in parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch,
+T time, C width, H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.layers import (
+    Linear,
+    for_every_token,
+    initial_head_norm,
+    linear,
+    low_rank,
+    orthogonal,
+    token_shift,
+    uniform,
+    vector,
+)
+from rwkv_jax.models.state import State, TimeMixState
+from rwkv_kernels import wkv6
+
+HEAD_NORM_EPSILON = 64e-5
+"""Epsilon of the norm over each head, on the recurrence's raw output."""
+
+
+def initial_state(config: ModelConfig, batch_size: int) -> State:
+    """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
+    shift = jnp.zeros((batch_size, config.width), config.dtype)
+    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+
+
+class TimeMix(nnx.Module):
+    """Time mixing of layer l: data-dependent token shift, projections, the WKV-6 recurrence, norm, gate."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
+        mix_rank, decay_rank = config.sizes().mix_rank, config.sizes().decay_rank
+        ratio_0_to_1 = layer / (config.num_layers - 1)
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        channel = jnp.arange(width, dtype=dtype)
+        fraction = channel / width
+        line = channel / (width - 1)
+
+        self.time_maa_x = vector(1 - fraction**ratio_1_to_0)
+        self.time_maa_w = vector(1 - fraction**ratio_1_to_0)
+        self.time_maa_k = vector(1 - fraction**ratio_1_to_0)
+        self.time_maa_v = vector(1 - (fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1))
+        self.time_maa_r = vector(1 - fraction ** (0.5 * ratio_1_to_0))
+        self.time_maa_g = vector(1 - fraction ** (0.5 * ratio_1_to_0))
+        self.time_maa_w1 = nnx.Param(jnp.zeros((width, 5 * mix_rank), dtype))
+        self.time_maa_w2 = nnx.Param(uniform(rngs.params(), (5, mix_rank, width), 0.01, dtype))
+
+        self.time_decay = vector(-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1))
+        self.time_decay_w1 = nnx.Param(jnp.zeros((width, decay_rank), dtype))
+        self.time_decay_w2 = nnx.Param(uniform(rngs.params(), (decay_rank, width), 0.01, dtype))
+        bonus = ratio_0_to_1 * (1 - line) + 0.1 * ((channel + 1) % 3 - 1)
+        self.time_faaaa = nnx.Param(bonus.reshape(heads, head_dim))
+
+        def square(gain: float) -> Linear:
+            return Linear(orthogonal(rngs.params(), (width, width), gain, dtype))
+
+        self.receptance, self.key, self.value, self.gate = square(1.0), square(0.1), square(1.0), square(0.1)
+        self.output = Linear(jnp.zeros((width, width), dtype))
+        self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
+
+    def __call__(
+        self,
+        x: Array,
+        state: TimeMixState | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, TimeMixState]:
+        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+
+        Args:
+          state: what an earlier call returned; None is the start of a text.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
+        """
+        config = self.config
+        batch, time, _ = x.shape
+        heads = (batch, time, config.num_heads, config.head_dim)
+        if state is None:
+            empty = initial_state(config, batch)
+            state = TimeMixState(empty.att_shift, empty.wkv)
+
+        # Data-dependent token shift, mu being the previous token's share: (14) lora_j(z) = mu_j + tanh(z A_j) B_j and
+        # (15) ddlerp_j(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) lora_j(x_t + (x_{t-1} - x_t) mu_x), j = w, k, v, r, g.
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+        xx = x_prev - x
+        z = x + xx * for_every_token(self.time_maa_x[...], x)
+        inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...].T)), 5, axis=-1)
+        shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        xw, xk, xv, xr, xg = (
+            x + xx * (for_every_token(share[...], x) + linear(hidden, up.T))
+            for share, hidden, up in zip(shares, inner, self.time_maa_w2[...], strict=True)
+        )
+
+        # (16) r, k, v, g; (17) d_t = lora_d(xw), (18) the decay w_t = exp(-e^{d_t}), whose last steps run in float32.
+        r = self.receptance(xr).reshape(heads)
+        k = self.key(xk).reshape(heads)
+        v = self.value(xv).reshape(heads)
+        g = jax.nn.silu(self.gate(xg))
+        decay = low_rank(xw, self.time_decay_w1[...], self.time_decay_w2[...], jnp.tanh).astype(config.parameter_dtype)
+        log_w = -jnp.exp(for_every_token(self.time_decay[...], decay) + decay).reshape(heads)
+
+        # (21) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (22) S_t = diag(w_t) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t.
+        y, wkv = wkv6(
+            r,
+            log_w,
+            k,
+            v,
+            self.time_faaaa[...].astype(config.parameter_dtype),
+            state.wkv,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            implementation=config.wkv_implementation,
+        )
+
+        # (20) Norm over each head, gate, projection.
+        return self.output(self.ln_x(y) * g), TimeMixState(shift, wkv)
+
+
+class ChannelMix(nnx.Module):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
+        ratio_1_to_0 = 1.0 - layer / config.num_layers
+        mix = 1 - (jnp.arange(width, dtype=dtype) / width) ** (ratio_1_to_0**3)
+        self.time_maa_k, self.time_maa_r = vector(mix), vector(mix)
+        self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
+        self.receptance = Linear(jnp.zeros((width, width), dtype))
+        self.value = Linear(jnp.zeros((width, ffn_width), dtype))
+
+    def __call__(
+        self,
+        x: Array,
+        shift: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        xx = x_prev - x
+        # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
+        r = self.receptance(x + xx * for_every_token(self.time_maa_r[...], x))
+        k = self.key(x + xx * for_every_token(self.time_maa_k[...], x))
+        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+
+
+class RWKV6Block(Block):
+    """A block of RWKV-6."""
+
+    time_mix_type = TimeMix
+    channel_mix_type = ChannelMix
+
+
+def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """See `LanguageModel.parameter_group`: the decay learns twice as fast, and all matrices decay."""
+    return 2.0 if path[-1] == "time_decay" else 1.0, path[-1] == "weight" and ndim >= 2
+
+
+class RWKV6(LanguageModel):
+    """An RWKV-6 language model: `model(tokens, state) -> (logits, state)`."""
+
+    generations = ("6",)
+    block_type = RWKV6Block
+    initial_block_state = staticmethod(initial_state)
+    parameter_group = staticmethod(parameter_group)

@@ -1,0 +1,249 @@
+"""Official names and shapes <-> our parameters, and what names and shapes alone say about a model.
+
+Our tree has the official names with one difference: layer 0 is `first_block`, and layers 1 to L - 1 are stacked on a
+leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so what goes in comes out again bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ConfigError, Generation, ModelConfig
+from rwkv_jax.models import model_type
+from rwkv_jax.weights.tensors import BFLOAT16, WeightsError
+
+_LISTED = 40  # of the tensors that do not fit; an error of thousands of lines helps nobody
+_COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
+    BFLOAT16: "bfloat16",
+    np.dtype("float64"): "float64",
+}
+
+
+def detect_generation(tensors: Mapping[str, NDArray]) -> Generation:
+    """The generation that a file's names, and the shape of its decay, belong to.
+
+    Raises:
+      WeightsError: of none that is known.
+    """
+    suffixes = {name.split(".", 2)[2] for name in tensors if name.startswith("blocks.") and name.count(".") >= 2}
+    if suffixes & {"att.r_k", "att.k_k"}:
+        return "7"
+    if "att.time_maa_x" in suffixes:
+        return "6"
+    if "att.ln_x.weight" in suffixes:
+        decay = tensors.get("blocks.0.att.time_decay")
+        if decay is not None and decay.ndim == 2 and decay.shape[1] > 1:
+            return "5.2"
+        return "5.1" if "att.gate.weight" in suffixes else "5.0"
+    if "att.time_decay" in suffixes:
+        return "4"
+    raise WeightsError(
+        f"no generation of RWKV has such names ({', '.join(list(tensors)[:4]) or 'there is no tensor'}, ...); "
+        "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
+        "flash-linear-attention"
+    )
+
+
+def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
+    """The config of a file's model: every size from the shapes, the compute dtype from the tensors'.
+
+    bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
+
+    Raises:
+      WeightsError: no generation is recognised, or the sizes contradict each other.
+    """
+    generation = detect_generation(tensors)
+
+    def size(name: str, axis: int, share: int = 1) -> int | None:
+        """Of one axis of a tensor; None where it is missing or has no such axis: `check_tensors` says so."""
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[axis] // share if axis < len(shape) else None
+
+    layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
+    width = size("emb.weight", 1) or size("blocks.0.ln1.weight", 0) or 1
+    sizes: dict[str, Any] = {"ffn_width": size("blocks.0.ffn.key.weight", 0)}
+    if generation == "7":
+        heads = size("blocks.0.att.r_k", 0)
+        names = {"decay_rank": "0.att.w1", "iclr_rank": "0.att.a1", "value_rank": "1.att.v1", "gate_rank": "0.att.g1"}
+        sizes |= {field: size(f"blocks.{name}", 1) for field, name in names.items()}
+        sizes["unused_value_residual"] = "blocks.0.att.v0" in tensors
+    elif generation == "6":
+        heads = size("blocks.0.att.time_faaaa", 0)
+        sizes["mix_rank"] = size("blocks.0.att.time_maa_w1", 1, 5)
+        sizes["decay_rank"] = size("blocks.0.att.time_decay_w1", 1)
+    else:
+        heads = size("blocks.0.att.time_decay", 0) if generation != "4" else None
+        sizes["exponential_bonus"] = generation in ("5.0", "5.1") and "blocks.0.att.time_first" in tensors
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    try:
+        return ModelConfig(
+            generation=generation,
+            vocab_size=size("emb.weight", 0) or size("head.weight", 0) or 1,
+            num_layers=1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0),
+            width=width,
+            head_dim=max(width // heads, 1) if heads else 64,
+            dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
+            **sizes,
+        )
+    except ConfigError as error:
+        raise WeightsError(f"the shapes of an RWKV-{generation} model that cannot be: {error}") from error
+
+
+@functools.cache
+def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
+    """A model's static part and the shapes of its parameters, as a nested dict; allocates nothing."""
+    abstract = nnx.eval_shape(lambda: model_type(config)(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def official_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
+    """The official names of a parameter of our tree: one, or for stacked layers those of layers 1 to L - 1."""
+    folder, *rest = (str(entry.key) for entry in path)
+    if folder == "blocks":
+        return [".".join(["blocks", str(layer), *rest]) for layer in range(1, num_layers)]
+    return [".".join([*(["blocks", "0"] if folder == "first_block" else [folder]), *rest])]
+
+
+def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model's official file, in the order in which we write them."""
+    _, params = abstract_model(config)
+    shapes = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names = official_names(path, config.num_layers)
+        own = leaf.shape[1:] if str(path[0].key) == "blocks" else leaf.shape
+        shapes |= dict.fromkeys(names, own)
+
+    def place(name: str) -> tuple[int, int]:
+        first, second, *_ = name.split(".")
+        return {"emb": 0, "ln_out": 2, "head": 3}.get(first, 1), int(second) if first == "blocks" else 0
+
+    return {name: shapes[name] for name in sorted(shapes, key=place)}
+
+
+def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
+    """Holds a file's tensors against its model.
+
+    Raises:
+      WeightsError: one error that lists every tensor that is missing, not expected, misshapen or of a dtype that no
+        parameter can have.
+    """
+    expected = official_shapes(config)
+    lines = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    lines += [f"not expected {name} {list(x.shape)}" for name, x in tensors.items() if name not in expected]
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name]:
+            lines.append(f"misshapen    {name} is {list(tensor.shape)}, must be {list(expected[name])}")
+        elif name in expected and not _is_floating(tensor.dtype):
+            lines.append(f"wrong dtype  {name} is {tensor.dtype}, must be float32, bfloat16, float16 or float64")
+    if lines:
+        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        raise WeightsError(
+            f"these are not the tensors of the RWKV-{config.generation} model of {config.num_layers} layers of width "
+            f"{config.width} that their names and shapes suggest:\n  " + "\n  ".join([*lines[:_LISTED], *more])
+        )
+
+
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    return dtype == BFLOAT16 or dtype in (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))
+
+
+def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
+    """How a parameter lies on a mesh: a matrix split over all devices along its first axis that they divide.
+
+    Vectors, and matrices that cannot be split evenly, are on every device; so is the axis of stacked layers whole.
+    """
+    own = shape[1:] if stacked else shape
+    axes: list[Any] = [None] * len(shape)
+    if len(own) == 2:
+        divisible = (axis for axis in range(len(shape) - 2, len(shape)) if shape[axis] % mesh.size == 0)
+        if (axis := next(divisible, None)) is not None:
+            axes[axis] = mesh.axis_names
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def place_params(
+    tensors: Mapping[str, NDArray],
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    release: Callable[[], None] = lambda: None,
+) -> Any:
+    """Our tree of parameters from official tensors, each part copied straight to the device that holds it.
+
+    Args:
+      tensors: as `check_tensors` has found them right.
+      dtype: of the parameters; None keeps each tensor's own.
+      mesh: where parameters are split (`split_over`); None is the first device.
+      release: gives back the memory of what was read; called after each tensor.
+
+    Raises:
+      WeightsError: layers whose dtypes differ and cannot be stacked as they are; float64 while JAX has it off.
+    """
+
+    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+        stacked = str(path[0].key) == "blocks"
+        names = official_names(path, config.num_layers)
+        dtypes = {tensors[name].dtype for name in names}
+        if dtype is None and len(dtypes) > 1:
+            found = ", ".join(f"{name} is {tensors[name].dtype}" for name in (names[0], names[-1]))
+            raise WeightsError(f"layers are held as one array, but their dtypes differ ({found}, ...); give a dtype")
+        own = np.dtype(dtype) if dtype is not None else dtypes.pop()
+        if own == np.float64 and not jax.config.read("jax_enable_x64"):
+            raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
+        sharding = (
+            SingleDeviceSharding(jax.devices()[0]) if mesh is None else split_over(mesh, like.shape, stacked=stacked)
+        )
+
+        def part(index: Any) -> NDArray:
+            chosen = names[index[0]] if stacked else names
+            sources = [tensors[name][index[1:] if stacked else index] for name in chosen]
+            out = _empty((len(sources), *sources[0].shape), own)
+            for target, source in zip(out, sources, strict=True):
+                target[...] = source
+                release()
+            return out if stacked else out[0]
+
+        return jax.make_array_from_callback(like.shape, sharding, part)
+
+    return jax.tree.map_with_path(leaf, abstract_model(config)[1])
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
+    """An array so aligned that JAX takes it over on a CPU instead of copying it once more."""
+    alignment = 64
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + alignment, np.uint8)
+    offset = -buffer.ctypes.data % alignment
+    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class OfficialTensors(Mapping[str, NDArray]):
+    """A model's parameters under their official names, layer by layer, fetched from the device when they are used."""
+
+    def __init__(self, config: ModelConfig, params: Any) -> None:
+        self._sources: dict[str, tuple[jax.Array, int | None]] = {}
+        for path, leaf in jax.tree.leaves_with_path(params):
+            names = official_names(path, config.num_layers)
+            stacked = str(path[0].key) == "blocks"
+            self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
+        self._sources = {name: self._sources[name] for name in official_shapes(config)}
+
+    def __getitem__(self, name: str) -> NDArray:
+        leaf, layer = self._sources[name]
+        return np.asarray(leaf if layer is None else leaf[layer])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)

@@ -1,0 +1,98 @@
+"""What every reader of weights gives and every writer takes: NumPy arrays by name, memory-mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ConfigError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class WeightsError(ConfigError):
+    """Weights that cannot be read, written or used; the message names the file, the trouble and the remedy."""
+
+
+class UnsafeFileError(WeightsError):
+    """A file of weights that holds anything but whole, plain tensors; nothing in it was run."""
+
+
+class MappedTensors(Mapping[str, NDArray]):
+    """Tensors by name, in the order of the file: read-only views of memory-mapped files, read when they are used."""
+
+    def __init__(self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap]) -> None:
+        self._tensors = dict(tensors)
+        self._maps = tuple(maps)
+
+    def __getitem__(self, name: str) -> NDArray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.values())
+
+    def release(self) -> None:
+        """Gives back the memory of what was read so far; the tensors stay usable, and are read again when used."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A whole file, memory-mapped for reading.
+
+    Raises:
+      WeightsError: there is no such file, it cannot be read, or it is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        raise WeightsError(f"{path}: cannot be read ({reason}); name a file of weights") from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears whole or not at all, and never in the place of another.
+
+    Raises:
+      WeightsError: the file exists already, or its folder cannot be written.
+    """
+
+    def refuse_existing() -> None:
+        if path.exists():
+            raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another file")
+
+    refuse_existing()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        file = temporary.open("xb")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        refuse_existing()
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
