@@ -1,0 +1,234 @@
+"""safetensors files: read as views of memory maps, written tensor by tensor, alone or in shards with an index."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from rwkv_jax.weights.tensors import BFLOAT16, MappedTensors, UnsafeFileError, WeightsError, map_file, new_file
+
+INDEX_SUFFIX = ".safetensors.index.json"
+"""How the name of an index ends; its shards lie beside it."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": BFLOAT16,
+    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
+    **{f"{kind.upper()}{8 * size}": np.dtype(f"<{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"  # the one name of a header that is no tensor
+_ALIGNMENT = 8  # of the first tensor; the largest element has as many bytes
+_LARGEST_INDEX = 100 * 10**6  # bytes, as the library's limit for a header
+_LISTED = 8  # names in a message
+
+
+def read_safetensors(path: Path) -> MappedTensors:
+    """The tensors of one file, or of all shards of an index (`*.safetensors.index.json`), in the order of their bytes.
+
+    Read-only views of memory maps, BF16 as `ml_dtypes.bfloat16`: nothing is read before it is used.
+
+    Raises:
+      WeightsError: a file is missing or cannot be read, or a tensor has a dtype that NumPy does not have.
+      UnsafeFileError: a header that the safetensors library refuses, a name that is there twice, or an index that
+        leads out of its folder or does not agree with its shards.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
+    tensors, mapped = _read_file(path)
+    return MappedTensors(tensors, [mapped])
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one file that appears whole or not at all; the same tensors and metadata give the same bytes.
+
+    Tensors of wider elements come first, so that all are aligned, otherwise in their given order. Each is asked for
+    twice, for its shape and for its bytes, and one is in memory at a time. Older versions of
+    `transformers` want the metadata {"format": "pt"}.
+    Raises WeightsError if the file exists, or for a dtype or name that the format does not have.
+    """
+    _write_file(path, tensors, _plan(path, tensors), metadata)
+
+
+def write_sharded_safetensors(
+    folder: Path,
+    tensors: Mapping[str, NDArray],
+    max_shard_bytes: int = 5 * 10**9,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `model-00001-of-0000N.safetensors` and, last, their index; or `model.safetensors`, if all fits in one.
+
+    A shard has up to `max_shard_bytes` of tensors, or a single tensor that is larger. Returns what `read_safetensors`
+    takes: the index or the one file. The folder is made if need be; a failure leaves none of these files behind.
+    Raises WeightsError if the folder has a model already, and as `write_safetensors` does.
+    """
+    if max_shard_bytes < 1:
+        raise WeightsError(f"max_shard_bytes = {max_shard_bytes}: must be 1 or more")
+    single, index = folder / "model.safetensors", folder / f"model{INDEX_SUFFIX}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
+    for present in (single, index, *folder.glob("model-*-of-*.safetensors")):
+        if present.exists():
+            raise WeightsError(f"{present}: exists already and is not overwritten; name a folder without a model")
+    shards: list[list[_Planned]] = [[]]
+    for planned in _plan(folder, tensors):
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + planned.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(planned)
+    if len(shards) == 1:
+        _write_file(single, tensors, shards[0], metadata)
+        return single
+    paths = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    written: list[Path] = []
+    try:
+        for path, shard in zip(paths, shards, strict=True):
+            _write_file(path, tensors, shard, metadata)
+            written.append(path)
+        content = {
+            "metadata": {"total_size": sum(planned.num_bytes for shard in shards for planned in shard)},
+            "weight_map": {p.name: path.name for path, shard in zip(paths, shards, strict=True) for p in shard},
+        }
+        with new_file(index) as file:
+            file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return index
+
+
+def _read_file(path: Path) -> tuple[dict[str, NDArray], mmap.mmap]:
+    mapped = map_file(path)
+    try:
+        # Sizes, overlaps, gaps and the limits of the format are the library's to check, before a number is believed.
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}); get it again") from error
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    header = _parse(path, mapped[8:start])
+    header.pop(_METADATA, None)
+    tensors: dict[str, NDArray] = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise WeightsError(
+                f"{path}: the tensor {name!r} has dtype {entry['dtype']}, which is not read; "
+                f"convert it to one of {', '.join(_DTYPES)}"
+            )
+        tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
+    return tensors, mapped
+
+
+def _read_shards(path: Path) -> MappedTensors:
+    if path.is_file() and path.stat().st_size > _LARGEST_INDEX:
+        raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
+    places = _parse(path, bytes(map_file(path))).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        raise UnsafeFileError(f"{path}: has no weight_map from names of tensors to files; get the index again")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        # Also what would be a path on another system; links are let through, for they are how model caches work.
+        if not shard.endswith(".safetensors") or any(character in shard for character in "/\\:\0"):
+            raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
+    missing = [shard for shard in shards if not path.with_name(shard).is_file()]
+    if missing:
+        raise WeightsError(f"{path}: shards are missing beside it: {_listed(missing)}; get them, or the whole folder")
+    tensors: dict[str, NDArray] = {}
+    maps: list[mmap.mmap] = []
+    for shard in shards:
+        found, mapped = _read_file(path.with_name(shard))
+        promised = {name for name, place in places.items() if place == shard}
+        for names, trouble in (
+            (promised - found.keys(), "the index promises tensors that the shard lacks"),
+            (found.keys() - promised, "the shard holds tensors that the index does not place there"),
+        ):
+            if names:
+                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {_listed(sorted(names))}; get both again")
+        tensors |= found
+        maps.append(mapped)
+    return MappedTensors(tensors, maps)
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            repeated = [name for name, count in counts.items() if count > 1]
+            raise UnsafeFileError(f"{path}: has names twice: {_listed(repeated)}; readers would differ about it")
+        return parsed
+
+    try:
+        parsed = json.loads(content, object_pairs_hook=refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnsafeFileError):
+            raise
+        raise UnsafeFileError(f"{path}: its JSON cannot be understood ({error}); get the file again") from error
+    if not isinstance(parsed, dict):
+        raise UnsafeFileError(f"{path}: its JSON is no object; get the file again")
+    return parsed
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+class _Planned:
+    """One tensor as a header describes it."""
+
+    def __init__(self, place: Path, name: str, tensor: NDArray) -> None:
+        self.name = name
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype.newbyteorder("<")
+        self.num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        if self.dtype not in _DTYPE_NAMES:
+            raise WeightsError(
+                f"{place}: the tensor {name!r} has dtype {tensor.dtype}, which is not written; "
+                f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
+            )
+        if name == _METADATA:
+            raise WeightsError(f"{place}: no tensor can be named {name!r}, the format keeps that name; rename it")
+
+
+def _plan(place: Path, tensors: Mapping[str, NDArray]) -> list[_Planned]:
+    planned = [_Planned(place, name, tensors[name]) for name in tensors]
+    # The format has no gaps, so the order alone aligns each tensor to its elements.
+    return sorted(planned, key=lambda one: -one.dtype.itemsize)
+
+
+def _write_file(
+    path: Path, tensors: Mapping[str, NDArray], plan: Sequence[_Planned], metadata: Mapping[str, str] | None
+) -> None:
+    header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(sorted(metadata.items()))}
+    offset = 0
+    for planned in plan:
+        header[planned.name] = {
+            "dtype": _DTYPE_NAMES[planned.dtype],
+            "shape": planned.shape,
+            "data_offsets": (offset, offset + planned.num_bytes),
+        }
+        offset += planned.num_bytes
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT)
+    with new_file(path) as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for planned in plan:
+            _write_tensor(path, file, planned, tensors[planned.name])
+
+
+def _write_tensor(path: Path, file: BinaryIO, planned: _Planned, tensor: NDArray) -> None:
+    if (tensor.shape, tensor.dtype.newbyteorder("<")) != (planned.shape, planned.dtype):
+        raise WeightsError(f"{path}: the tensor {planned.name!r} changed while it was written; start again")
+    file.write(np.ascontiguousarray(tensor, planned.dtype).reshape(-1).view(np.uint8).data)
