@@ -177,7 +177,7 @@ class TestTrainConfig:
         ("arguments", "message"),
         [
             (["--model.width", "100"], "model.width = 100: must be a multiple of model.head_dim = 64; the nearest are"),
-            (["--model.num-layers", "1"], "model.num_layers = 1: RWKV-7 needs at least 2 layers"),
+            (["--model.num-layers", "1"], "model.num_layers = 1: RWKV needs at least 2 layers"),
             (["--training.accumulation-steps", "3"], "training.batch_size = 8: must be a multiple of"),
             (["--training.num-steps", "5"], "optimizer.warmup_steps = 10: must be less than training.num_steps = 5"),
             (["--optimizer.final-learning-rate", "1"], "optimizer.final_learning_rate = 1.0: must not exceed"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
-from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
 
 FORMAT_VERSION = 1
 """Changes whenever the same source and config would give other files; part of each folder's name."""
@@ -84,12 +84,14 @@ def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
     The folder is named after the source and a digest of its documents, the share held out, the vocabulary size and
     the tokenizer; it appears whole or not at all, also when several processes build it at once. The source is read
-    up to four times, one document in memory at a time. `report` gets lines for a person to read.
+    up to four times, one document in memory at a time. `report` gets lines for a person to read, one of them the number
+    of documents that the tokenizer would not give back as they were.
     Raises ConfigError for a source, split or tokenizer that cannot work, and for a folder that is damaged.
     """
     given = None if data.tokenizer is None else load_tokenizer(data.tokenizer, vocab_size)
     survey = _survey(data, read_documents(data, report))
     report(f"{data.source}: {len(survey.names)} documents, {survey.num_bytes / 1e6:.2f} MB")
+    vocab_size = vocab_size if given is None else given.vocab_size  # the model may have more ids than the tokenizer
     folder = Path(data.cache_dir).expanduser() / _folder_name(data, vocab_size, survey, given)
     if not folder.exists():
         _build_folder(folder, data, vocab_size, survey, given, report)
@@ -134,7 +136,9 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
                 raise _damage(folder, f"the content of {name} has changed")
             if name.endswith(".bin") and largest >= vocab_size:
                 raise _damage(folder, f"{name} holds the token {largest}, but the vocabulary has {vocab_size}")
-        tokenizer = load_tokenizer(folder / "tokenizer.model", vocab_size)
+        tokenizer = load_tokenizer(folder, vocab_size)
+        if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
+            raise _damage(folder, "its tokenizer is not the one that made the tokens")
         train, held_out = (
             TokenFile(
                 path=folder / f"{side}.bin",
@@ -208,17 +212,16 @@ def _build_folder(
             f"data.cache_dir = {data.cache_dir!r}: cannot write there ({error.strerror}); name another folder"
         ) from error
     try:
-        model = temporary / "tokenizer.model"
-        if data.tokenizer is None:
+        if given is None:
             started = time.monotonic()
             texts = (document.text for side, document in _sides(data, survey) if side == "train")
-            train_sentencepiece(texts, vocab_size, model, stride=-(-survey.num_bytes // _TOKENIZER_BYTES))
+            stride = -(-survey.num_bytes // _TOKENIZER_BYTES)
+            train_sentencepiece(texts, vocab_size, temporary / "tokenizer.model", stride)
             report(f"trained a tokenizer of {vocab_size} entries in {time.monotonic() - started:.1f} s")
+            tokenizer = load_tokenizer(temporary, vocab_size)
         else:
-            model.write_bytes(Path(data.tokenizer).read_bytes())
-        tokenizer = load_tokenizer(model, vocab_size)
-        if given is not None and tokenizer.fingerprint != given.fingerprint:
-            raise ConfigError(f"data.tokenizer = {data.tokenizer!r}: changed while it was read; start again")
+            save_tokenizer(given, temporary)
+            tokenizer = given
         started = time.monotonic()
         record = _write_sides(temporary, data, survey, tokenizer, report)
         report(f"tokenised {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
@@ -251,7 +254,7 @@ def _write_sides(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
     end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
     counts = {side: {"num_bytes": 0, "num_documents": 0} for side in _SIDES}
-    done = reported = 0
+    done = reported = changed = 0
     with (
         (folder / "train.bin").open("wb") as train,
         (folder / "held_out.bin").open("wb") as held_out,
@@ -261,9 +264,13 @@ def _write_sides(
         for file in files.values():
             file.write(end_of_text)
         for side, document in _sides(data, survey):
+            comes_back = True
             for stretch in _line_stretches(document.text):
-                files[side].write(np.array(tokenizer.encode(stretch), dtype).tobytes())
+                tokens = _encode(tokenizer, stretch, document)
+                comes_back = comes_back and tokenizer.decode(tokens) == stretch
+                files[side].write(np.array(tokens, dtype).tobytes())
             files[side].write(end_of_text)
+            changed += not comes_back
             content = document.text.encode()
             if side == "held_out":
                 held_out_text.write(content)
@@ -275,6 +282,9 @@ def _write_sides(
                 report(f"tokenised {done / 1e6:.0f} of {survey.num_bytes / 1e6:.0f} MB")
     if _survey(data, read_documents(data)) != survey:
         raise ConfigError(f"data.source = {data.source!r}: changed while it was read; start again")
+    if changed:
+        total = sum(count["num_documents"] for count in counts.values())
+        report(f"the tokenizer changes the text of {changed} of {total} documents, as by normalisation")
     return {
         "format_version": FORMAT_VERSION,
         "source": data.source,
@@ -287,9 +297,16 @@ def _write_sides(
         **counts,
         "files": {
             name: {"size": (folder / name).stat().st_size, "digest": _scan(folder / name, np.dtype(np.uint8))[0]}
-            for name in ("train.bin", "held_out.bin", "held_out.txt", "tokenizer.model")
+            for name in ("train.bin", "held_out.bin", "held_out.txt", tokenizer.saved.name)
         },
     }
+
+
+def _encode(tokenizer: Tokenizer, text: str, document: Document) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except ConfigError as error:
+        raise ConfigError(f"document {document.name}: {error}") from error
 
 
 def _line_stretches(text: str) -> Iterator[str]:

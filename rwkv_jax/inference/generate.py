@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer
+from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer, fits_model
 from rwkv_jax.inference.sampling import Sampling, sample
 
 TOKENS_PER_CALL = 16
@@ -35,7 +35,7 @@ class Generator:
 
     def __init__(self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
         vocab_size = config.vocab_size
-        if tokenizer.vocab_size != vocab_size:
+        if not fits_model(tokenizer, vocab_size):
             raise ConfigError(
                 f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {vocab_size}; use its own"
             )

@@ -3,7 +3,8 @@
 A run folder holds
 
     run.json        what the run is: its config, and the fingerprints of its corpus and tokenizer
-    tokenizer.model the tokenizer, so that the run can be sampled from when the corpus is gone
+    tokenizer.model the tokenizer, so that the run can be sampled from when the corpus is gone; a given tokenizer.json
+                    keeps that name, World and bytes are a tokenizer.kind.json
     checkpoints/    the newest steps, named by the number of steps taken
     best/           the step with the lowest held-out loss
 """
@@ -28,7 +29,6 @@ from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.training.step import Trainer, TrainState, make_trainer
 
 RUN_FILE = "run.json"
-TOKENIZER_FILE = "tokenizer.model"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 
@@ -127,7 +127,8 @@ def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any
     """Writes run.json, without which the folder would be taken for no run's, then the tokenizer."""
     content = {"config": to_dict(config), "identity": dict(run_identity)}
     write_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
-    write_file(run_dir / TOKENIZER_FILE, (corpus.folder / TOKENIZER_FILE).read_bytes())
+    tokenizer = corpus.tokenizer.saved
+    write_file(run_dir / tokenizer.name, tokenizer.content)
 
 
 class Checkpoints:
@@ -213,10 +214,15 @@ def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
     """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
 
     Raises:
-      ConfigError: this is no run, it has no such checkpoint, or that is damaged.
+      ConfigError: this is no run, its tokenizer is another one now, it has no such checkpoint, or that is damaged.
     """
-    config = from_dict(read_run_file(run_dir)["config"])
-    tokenizer = load_tokenizer(run_dir / TOKENIZER_FILE, config.model.vocab_size)
+    run = read_run_file(run_dir)
+    config = from_dict(run["config"])
+    tokenizer = load_tokenizer(run_dir, config.model.vocab_size)
+    if tokenizer.fingerprint != run["identity"].get("tokenizer", tokenizer.fingerprint):
+        raise ConfigError(
+            f"{run_dir / tokenizer.saved.name}: has changed since the run was begun; put back the file that was there"
+        )
     trainer = make_trainer(config)
     like = _as_tree(abstract_state(trainer, config.seed))
     folder = run_dir / (BEST if which == "best" else CHECKPOINTS)

@@ -1,12 +1,21 @@
-"""A small text and a tokenizer trained on it, shared by the tests of the data package."""
+"""A small text and tokenizers of every kind, shared by the tests of the data package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import tokenizers
 
-from rwkv_jax.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from rwkv_jax.data.tokenizers import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    WorldTokenizer,
+    train_sentencepiece,
+)
 
 
 def make_lines(count: int) -> str:
@@ -35,3 +44,33 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, lines: str) -> Path:
 def tokenizer(model_path: Path) -> SentencePieceTokenizer:
     """That model, loaded."""
     return SentencePieceTokenizer.load(model_path)
+
+
+@pytest.fixture(scope="session")
+def json_path(tmp_path_factory: pytest.TempPathFactory, lines: str) -> Path:
+    """A tokenizer.json of 400 entries and 5 runs of spaces, made as that of GPT-NeoX is, but without a normaliser."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[END_OF_TEXT, "<|padding|>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator([lines], trainer)
+    made.add_tokens([" " * count for count in range(6, 1, -1)])
+    path = tmp_path_factory.mktemp("tokenizer") / "any name"
+    path.write_text(made.to_str(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def every_kind(tokenizer: SentencePieceTokenizer, json_path: Path) -> dict[str, Tokenizer]:
+    """A tokenizer of each kind; KINDS are their names."""
+    return {
+        "sentencepiece": tokenizer,
+        "hugging face": HuggingFaceTokenizer.load(json_path),
+        "world": WorldTokenizer(),
+        "257 bytes": ByteTokenizer(257),
+        "256 bytes": ByteTokenizer(256),
+    }

@@ -1,4 +1,4 @@
-"""Nothing is lost, end_of_text is never spelled, streaming never shows half a character, training is repeatable."""
+"""The sentencepiece kind: what its models must be like, and their training, which is repeatable."""
 
 from __future__ import annotations
 
@@ -9,52 +9,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers import (
-    END_OF_TEXT,
-    SentencePieceTokenizer,
-    StreamingDecoder,
-    load_tokenizer,
-    train_sentencepiece,
-)
-
-_SPACES = ["\r\n", "\r", "\n", "\t", "\x00", " ", "  ", "\u2581", "\u2585", "\u2047", "\ufeff", "\u2028", "\x85"]
-_CHARACTERS = ["ﬁ", "e\u0301", "👩\u200d👧", "日本", "\U0010ffff", "\x7f"]
-_WORDS = [END_OF_TEXT, "<unk>", "<0x0A>", "</s>", "def ", "return", "_1"]
-_TRICKY = st.sampled_from([*_SPACES, *_CHARACTERS, *_WORDS])
-_TEXTS = st.lists(_TRICKY | st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=30).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(text=_TEXTS)
-@example(text="")
-@example(text=f"a{END_OF_TEXT}b \u2581 <0xE2> \u2581\u2581")
-def test_round_trip_is_exact(tokenizer: SentencePieceTokenizer, text: str) -> None:
-    tokens = tokenizer.encode(text)
-    assert tokenizer.decode(tokens) == text
-    assert tokenizer.end_of_text not in tokens
-    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
-    assert b"".join(map(tokenizer.token_bytes, tokens)) == text.encode()
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=_TEXTS)
-def test_streaming_gives_whole_characters_and_the_same_text(tokenizer: SentencePieceTokenizer, text: str) -> None:
-    decoder = StreamingDecoder(tokenizer)
-    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) + decoder.flush() == text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-@settings(max_examples=200, deadline=None)
-@given(tokens=st.lists(st.integers(0, 379), max_size=30))
-def test_streaming_equals_decoding_for_any_ids(tokenizer: SentencePieceTokenizer, tokens: list[int]) -> None:
-    decoder = StreamingDecoder(tokenizer)
-    assert "".join(map(decoder.push, tokens)) + decoder.flush() == tokenizer.decode(tokens)
-    assert decoder.flush() == ""
+from rwkv_jax.data.tokenizers import END_OF_TEXT, SentencePieceTokenizer, StreamingDecoder, train_sentencepiece
 
 
 def test_half_a_character_is_held_back(tokenizer: SentencePieceTokenizer) -> None:
@@ -73,9 +30,9 @@ def test_end_of_text_is_id_zero_and_has_no_text(tokenizer: SentencePieceTokenize
     assert tokenizer.vocab_size == 380
 
 
-def test_lone_surrogates_are_refused(tokenizer: SentencePieceTokenizer) -> None:
-    with pytest.raises(UnicodeEncodeError):
-        tokenizer.encode("\ud800")
+@pytest.mark.parametrize("text", [f"a{END_OF_TEXT}b \u2581 <0xE2> \u2581\u2581", "<unk></s>"])
+def test_names_of_pieces_are_text_like_any_other(tokenizer: SentencePieceTokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_indentation_is_few_tokens(tokenizer: SentencePieceTokenizer) -> None:
@@ -137,12 +94,6 @@ def test_training_overwrites_nothing(tmp_path: Path, lines: str) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         train_sentencepiece([lines], 380, tmp_path / "x.model")
     assert (tmp_path / "x.model").read_bytes() == b"precious"
-
-
-def test_a_tokenizer_of_another_size_is_refused(model_path: Path) -> None:
-    assert load_tokenizer(model_path, 380).vocab_size == 380
-    with pytest.raises(ConfigError, match=r"does not match, it has 380 entries and model.vocab_size = 512"):
-        load_tokenizer(model_path, 512)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage"])

@@ -1,22 +1,19 @@
-"""Tokenizers: what the rest of the project asks of one, the sentencepiece one, and its training.
-
-A tokenizer here loses nothing: `decode(encode(text)) == text` for every text.
-"""
+"""The sentencepiece kind, and its training: the tokenizer of a corpus for which none is given."""
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.files import read_file, write_file
+from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
+from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -28,65 +25,12 @@ _STRETCH = 4096  # characters of text that sentencepiece is handed at a time
 # in bytes instead.
 _UNLEARNABLE = re.compile("[\u2581\u2585\t\x00]+")
 
-# Texts that tokenizers which are not made for every text change: spaces at the ends and in runs, line ends, tabs,
-# compatibility characters that normalisation rewrites, and characters too rare for a vocabulary.
-_PROBE = (
-    " a  b \r\n\n\t\tdef \ufb01\u2460\u00bd e\u0301 \u00e9 \x00\x7f \u65e5\u672c \U0001f469\u200d\U0001f467 \u2581 "
-)
 
+class SentencePieceTokenizer(TableTokenizer):
+    """A sentencepiece model with byte fallback, identity normalisation and an end-of-text piece (its `eos`).
 
-class Tokenizer(Protocol):
-    """Text to token ids and back, losing nothing."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids; each id is in [0, vocab_size)."""
-        ...
-
-    @property
-    def end_of_text(self) -> int:
-        """Id that stands between documents; `encode` never produces it, whatever the text spells."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of everything that decides what `encode` gives."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        ...
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 (half a character) become U+FFFD, end_of_text becomes nothing."""
-        ...
-
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that one id stands for, perhaps only part of a character; none for end_of_text."""
-        ...
-
-
-class StreamingDecoder:
-    """Decodes ids one by one and never gives out half a character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """For ids of this tokenizer."""
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """Text that this id completes, perhaps none; all pushes and the flush together equal `decode`."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
-
-    def flush(self) -> str:
-        """U+FFFD for a character that was begun and not completed, else nothing; ready for the next text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece model with byte fallback, identity normalisation and an end-of-text piece (its `eos`)."""
+    Every text comes back exactly: a model that could lose anything is refused.
+    """
 
     def __init__(self, model: bytes, origin: str) -> None:
         """From the bytes of a model file; `origin` names it in errors. Raises ConfigError if it could lose text."""
@@ -98,10 +42,13 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{origin} is not a sentencepiece model; name a .model file") from error
         if self._processor.eos_id() < 0:
             raise ConfigError(f"{origin} has no end-of-sentence piece to put between documents; train it with eos_id")
-        self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
         self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-        self._fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        super().__init__(
+            table=[self._piece_bytes(token) for token in range(self._processor.vocab_size())],
+            end_of_text=self._processor.eos_id(),
+            saved=SavedTokenizer("tokenizer.model", model),
+        )
+        if self.decode(self.encode(PROBE)) != PROBE:
             raise ConfigError(
                 f"{origin} does not give back the text it is given; train it with byte_fallback=True, "
                 "normalization_rule_name=identity, add_dummy_prefix=False and remove_extra_whitespaces=False, "
@@ -111,22 +58,7 @@ class SentencePieceTokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SentencePieceTokenizer:
         """The tokenizer of a model file. Raises ConfigError if the file is missing or unsuitable."""
-        return cls(_read_model(path), str(path))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self._processor.vocab_size()
-
-    @property
-    def end_of_text(self) -> int:
-        """Id that stands between documents."""
-        return self._processor.eos_id()
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the model file."""
-        return self._fingerprint
+        return cls(read_file(path), str(path))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
@@ -137,14 +69,6 @@ class SentencePieceTokenizer:
             first += self._mark + part
         return first
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids."""
-        return b"".join(self._bytes[token] for token in tokens).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that one id stands for."""
-        return self._bytes[token]
-
     def _piece_bytes(self, token: int) -> bytes:
         processor = self._processor
         piece = processor.id_to_piece(token)
@@ -153,23 +77,8 @@ class SentencePieceTokenizer:
         if processor.is_control(token):
             return b""
         if processor.is_unknown(token):
-            return "\ufffd".encode()
+            return NO_TEXT
         return piece.replace(_SPACE_MARK, " ").encode()
-
-
-def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a file, checked against the model's vocabulary.
-
-    Raises ConfigError if the file is missing, is of no known kind, or has another number of entries.
-    """
-    tokenizer = SentencePieceTokenizer.load(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise ConfigError(
-            f"data.tokenizer = {str(path)!r}: a sentencepiece model that does not match, it has "
-            f"{tokenizer.vocab_size} entries and model.vocab_size = {vocab_size}; "
-            f"set model.vocab_size to {tokenizer.vocab_size}, or leave data.tokenizer unset to have one trained"
-        )
-    return tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str], stride: int = 1) -> None:
@@ -209,12 +118,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
         )
     except RuntimeError as error:
         raise _training_error(vocab_size, str(error)) from error
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    write_file(target, model.getvalue())
 
 
 def _training_stretches(texts: Iterable[str], stride: int) -> Iterator[str]:
@@ -241,10 +145,3 @@ def _training_error(vocab_size: int, message: str) -> ConfigError:
     if "sentences_.empty()" in message:
         return ConfigError(f"{where}: the training text has nothing to learn a tokenizer from; give more text")
     return ConfigError(f"{where}: sentencepiece could not be trained: {message}")
-
-
-def _read_model(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"data.tokenizer = {str(path)!r}: cannot read it: {error.strerror}") from error

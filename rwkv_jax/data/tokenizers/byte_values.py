@@ -1,0 +1,39 @@
+"""Bytes as tokens: no vocabulary to learn or to fetch."""
+
+from __future__ import annotations
+
+import json
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
+from rwkv_jax.data.tokenizers.table import TableTokenizer
+
+
+class ByteTokenizer(TableTokenizer):
+    """Each UTF-8 byte of a text is a token, and its value the id.
+
+    With 257 ids the last is end_of_text, and every text comes back. With 256, as models of bytes have them, id 0 is
+    end_of_text: the NUL character, which few texts hold, has no id then, and `encode` raises ConfigError for it.
+    """
+
+    SIZES = (256, 257)
+    """Numbers of ids that there can be."""
+
+    def __init__(self, vocab_size: int = 257) -> None:
+        """Of 257 ids or 256. Raises ConfigError for another number."""
+        if vocab_size not in self.SIZES:
+            raise ConfigError(f"a byte tokenizer has 257 ids, or 256 without one for NUL, not {vocab_size}")
+        end_of_text = 256 if vocab_size == 257 else 0
+        table = [bytes([value]) for value in range(256)] + [b""] * (vocab_size - 256)
+        table[end_of_text] = b""
+        record = json.dumps({"kind": "bytes", "vocab_size": vocab_size}) + "\n"
+        super().__init__(table, end_of_text, SavedTokenizer("tokenizer.kind.json", record.encode()))
+
+    def encode(self, text: str) -> list[int]:
+        """Bytes of a text. Raises UnicodeEncodeError for lone surrogates, ConfigError for NUL if it has no id."""
+        if self._end_of_text == 0 and "\x00" in text:
+            raise ConfigError(
+                "the text holds a NUL character, and a byte tokenizer of 256 ids has none for it (0 is end of text); "
+                "set model.vocab_size to 257, or take the NULs out"
+            )
+        return list(text.encode())

@@ -1,0 +1,34 @@
+"""Reading and writing the files of tokenizers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rwkv_jax.config import ConfigError
+
+KINDS = (
+    "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
+    "or one of the names world and bytes"
+)
+"""What a tokenizer can be given as, for errors."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file that a config names. Raises ConfigError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"data.tokenizer = {str(path)!r}: cannot read it: {error.strerror}; give {KINDS}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a new file, whole or not at all. Raises ConfigError if it is there already."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already and is not overwritten; move it away or name another file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,160 @@
+"""The tokenizer.json of Hugging Face, for byte-level BPE: GPT-NeoX of the Pile models, GPT-2, Qwen and others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.files import read_file
+from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
+from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
+
+MOST_PADDING = 511
+"""A model may have as many ids more than its tokenizer; they read U+FFFD."""
+
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that there is
+
+_NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+
+_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only divide
+
+
+class HuggingFaceTokenizer(TableTokenizer):
+    """A byte-level BPE, in which every id stands for exact bytes.
+
+    `decode(encode(text))` is the text as the file's normaliser leaves it: with NFC, as GPT-NeoX has it, a composed text
+    comes back exactly. Special tokens are ids only: a text that spells one is encoded as any other text, and they
+    stand for no bytes. What the file says of truncation, padding, dropout and tokens to be put around a text is not
+    done. The vocabulary is that of the model and all added tokens.
+    """
+
+    def __init__(self, content: bytes, origin: str) -> None:
+        """From the bytes of a tokenizer.json; `origin` names it in errors.
+
+        Raises ConfigError if it is none, if its ids have no exact bytes, if it has no end of text, or if the package
+        tokenizers is missing.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ConfigError(f'{origin} needs the package tokenizers: pip install "rwkv-jax[tokenizers]"') from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            description: dict[str, Any] = json.loads(content)
+        except Exception as error:  # the package raises Exception itself
+            raise ConfigError(f"{origin} is not a tokenizer.json that can be read ({error})") from error
+        if reason := _inexactness(description):
+            raise ConfigError(
+                f"{origin} is not a byte-level BPE whose ids have exact bytes: {reason}; "
+                "those of GPT-2, GPT-NeoX and Qwen are"
+            )
+        added = {token["content"]: token for token in description["added_tokens"]}
+        end_of_text = next((content for content in _ENDS_OF_TEXT if content in added), None)
+        if end_of_text is None:
+            raise ConfigError(
+                f"{origin} has no token to put between documents; one of its added_tokens must be "
+                f"{', '.join(_ENDS_OF_TEXT)}"
+            )
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.model.dropout = None
+        # Texts are not searched for special tokens, so end_of_text must be one.
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(end_of_text, special=True, normalized=False)])
+        self._tokenizer.encode_special_tokens = True
+        added[end_of_text]["special"] = True
+        table = self._table_of(description["model"]["vocab"], added)
+        super().__init__(
+            table=table + [NO_TEXT] * MOST_PADDING,
+            end_of_text=added[end_of_text]["id"],
+            saved=SavedTokenizer("tokenizer.json", content),
+            padding=MOST_PADDING,
+        )
+        probe = PROBE + "".join(content for content, token in added.items() if token["special"])
+        if self.decode(self.encode(probe)) != self._normalise(probe):
+            raise ConfigError(f"{origin} does not give back the text it is given; use another tokenizer")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
+        """The tokenizer of a file. Raises ConfigError if the file is missing or unsuitable."""
+        return cls(read_file(path), str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
+        text.encode()  # the package has another error for them
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _normalise(self, text: str) -> str:
+        normaliser = self._tokenizer.normalizer
+        return text if normaliser is None else normaliser.normalize_str(text)
+
+    def _table_of(self, vocabulary: Mapping[str, int], added: Mapping[str, Mapping[str, Any]]) -> list[bytes]:
+        table = [NO_TEXT] * (1 + max([*vocabulary.values(), *(token["id"] for token in added.values())]))
+        for piece, token in vocabulary.items():
+            if piece not in added:
+                table[token] = bytes(_BYTE_OF[character] for character in piece)
+        for content, token in added.items():
+            text = self._normalise(content) if token["normalized"] else content
+            table[token["id"]] = b"" if token["special"] else text.encode()
+        return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level tokenizers write for each byte: its own in Latin-1, or for those that cannot be
+    seen one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def _inexactness(description: Mapping[str, Any]) -> str | None:
+    """Why the bytes of the ids are not exactly those of a text, or None."""
+    model = description["model"]
+    if model["type"] != "BPE":
+        return f"its model is {model['type']}"
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(affix):
+            return f"its model sets {affix}"
+    steps = _steps(description.get("pre_tokenizer"))
+    if "ByteLevel" not in [step["type"] for step in steps]:
+        return "its pre_tokenizer has no step ByteLevel"
+    for step in steps:
+        if step["type"] not in _KEEP_ALL_TEXT or step.get("behavior") == "Removed":
+            return f"its pre_tokenizer has a step {step['type']} that leaves out part of a text"
+        if step.get("add_prefix_space"):
+            return "its pre_tokenizer puts a space before a text (add_prefix_space)"
+    return _inexact_entry(model, {token["content"]: token for token in description["added_tokens"]})
+
+
+def _inexact_entry(model: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]) -> str | None:
+    vocabulary = model["vocab"]
+    needed = sorted(_CHARACTER_OF.keys() - _NOT_IN_UTF8)
+    if missing := [byte for byte in needed if _CHARACTER_OF[byte] not in vocabulary]:
+        return f"{len(missing)} bytes have no entry, {missing[0]:#04x} is the first"
+    for piece in vocabulary:
+        if piece not in added and not _BYTE_OF.keys() >= set(piece):
+            return f"its entry {piece!r} is not written in the byte alphabet"
+    merged = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    for content, token in added.items():
+        if token["special"] or content in _ENDS_OF_TEXT:
+            piece = "".join(_CHARACTER_OF[byte] for byte in content.encode())
+            if piece in vocabulary and (len(piece) == 1 or piece in merged or model.get("ignore_merges")):
+                return f"a text can spell its special token {content!r}"
+        elif token["lstrip"] or token["rstrip"]:
+            return f"its added token {content!r} swallows the spaces beside it"
+    return None
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer, which may be a sequence of sequences."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for inner in part["pretokenizers"] for step in _steps(inner)]
+    return [part]

@@ -1,0 +1,117 @@
+"""A tokenizer from what a config names or a folder holds, and back into a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
+from rwkv_jax.data.tokenizers.files import KINDS, read_file, write_file
+from rwkv_jax.data.tokenizers.hugging_face import MOST_PADDING, HuggingFaceTokenizer
+from rwkv_jax.data.tokenizers.protocol import Tokenizer
+from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
+from rwkv_jax.data.tokenizers.world import WorldTokenizer
+
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")  # names of SavedTokenizer
+
+
+def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer that a config names, checked against the model's vocabulary.
+
+    Args:
+      spec: a sentencepiece model, a Hugging Face tokenizer.json, or a folder in which `save_tokenizer` left one; or
+        one of the names `world` and `bytes`, which as files would be `./world` and `./bytes`. What a file holds
+        decides its kind, not its name.
+      vocab_size: number of the model's ids; 256 or 257 decides which `bytes` are meant.
+
+    Raises:
+      ConfigError: there is no such file, it is of no known kind, its package is not installed, or it does not fit the
+        model by `fits_model`.
+    """
+    if spec == "world":
+        tokenizer = WorldTokenizer()
+    elif spec == "bytes":
+        tokenizer = ByteTokenizer(256 if vocab_size == 256 else 257)
+    else:
+        path = Path(spec).expanduser()
+        tokenizer = _read(_find(path) if path.is_dir() else path)
+    if not fits_model(tokenizer, vocab_size):
+        raise ConfigError(
+            f"data.tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and "
+            f"model.vocab_size = {vocab_size}; set model.vocab_size to {tokenizer.vocab_size}, "
+            "or leave data.tokenizer unset to have one trained"
+        )
+    return tokenizer
+
+
+def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether a model of `vocab_size` ids can be one of this tokenizer.
+
+    The numbers must be equal, but for Hugging Face tokenizers: models have embeddings that are padded for speed, those
+    of GPT-NeoX's 50277 ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 above is taken, too.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer) and vocab_size % 64 == 0:
+        return 0 <= vocab_size - tokenizer.vocab_size <= MOST_PADDING
+    return vocab_size == tokenizer.vocab_size
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:
+    """Writes a tokenizer into a folder, whole or not at all, so that `load_tokenizer` finds it there.
+
+    A file that was given, or trained, is written as it was; of World and bytes only the name is noted.
+
+    Returns:
+      The file.
+
+    Raises:
+      ConfigError: the folder holds another tokenizer already.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / tokenizer.saved.name
+    present = [folder / name for name in _FILES if (folder / name).exists()]
+    if present == [target] and target.read_bytes() == tokenizer.saved.content:
+        return target
+    if present:
+        raise ConfigError(f"{present[0]} is another tokenizer and is not overwritten; name another folder")
+    write_file(target, tokenizer.saved.content)
+    return target
+
+
+def _find(folder: Path) -> Path:
+    found = [folder / name for name in _FILES if (folder / name).is_file()]
+    if not found:
+        raise ConfigError(f"the folder {folder} holds no tokenizer: none of {', '.join(_FILES)}")
+    if len(found) > 1:
+        raise ConfigError(f"the folder {folder} holds {found[0].name} and {found[1].name}; name the file that is meant")
+    return found[0]
+
+
+def _read(path: Path) -> Tokenizer:
+    content = read_file(path)
+    if content.startswith(b"{"):
+        try:
+            record: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged: it begins like JSON and is none ({error})") from error
+        if "kind" in record:
+            return _of_kind(record, path)
+        if "model" in record:
+            return HuggingFaceTokenizer(content, str(path))
+    elif content.startswith(b"\n"):  # the tag of a sentencepiece model's first field
+        return SentencePieceTokenizer(content, str(path))
+    raise ConfigError(f"{path} is a tokenizer of no known kind; give {KINDS}")
+
+
+def _of_kind(record: dict[str, Any], path: Path) -> Tokenizer:
+    tokenizer: Tokenizer | None = None
+    if record["kind"] == "world":
+        tokenizer = WorldTokenizer()
+    elif record["kind"] == "bytes" and record.get("vocab_size") in ByteTokenizer.SIZES:
+        tokenizer = ByteTokenizer(record["vocab_size"])
+    if tokenizer is None or json.loads(tokenizer.saved.content) != record:
+        raise ConfigError(f"{path} describes a tokenizer that this version does not have: {json.dumps(record)}")
+    return tokenizer

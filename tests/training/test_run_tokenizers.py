@@ -1,0 +1,57 @@
+"""A run folder keeps its tokenizer, of whatever kind, and notices when it is another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from rwkv_jax.data.corpus import prepare_corpus
+from rwkv_jax.data.tokenizers import train_sentencepiece
+from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.step import make_trainer
+
+TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200))
+
+
+def make_run(tmp_path: Path, tokenizer: str, vocab_size: int) -> Path:
+    """A run with a checkpoint, whose corpus was made with a given tokenizer."""
+    (tmp_path / "source.py").write_text(TEXT)
+    data = DataConfig(source=str(tmp_path / "source.py"), tokenizer=tokenizer, cache_dir=str(tmp_path / "cache"))
+    corpus = prepare_corpus(data, vocab_size, lambda line: None)
+    model = ModelConfig(vocab_size=vocab_size, num_layers=2, width=16, head_dim=8)
+    config, run_dir = TrainConfig(model=model, data=data), tmp_path / "run"
+    ckpt.prepare_run_dir(run_dir)
+    ckpt.write_run(run_dir, config, ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint), corpus)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ckpt.abstract_state(make_trainer(config), 0))
+    with ckpt.Checkpoints(run_dir, 1, print) as checkpoints:
+        checkpoints.save(state, 1)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "file"),
+    [("bytes", 257, "tokenizer.kind.json"), ("world", 65536, "tokenizer.kind.json"), ("model", 300, "tokenizer.model")],
+)
+def test_a_run_has_its_tokenizer(tmp_path: Path, tokenizer: str, vocab_size: int, file: str) -> None:
+    if tokenizer == "model":
+        tokenizer = str(tmp_path / "given.model")
+        train_sentencepiece([TEXT], vocab_size, tokenizer)
+    run_dir = make_run(tmp_path, tokenizer, vocab_size)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["best", "checkpoints", "run.json", file]
+    loaded = ckpt.load_model(run_dir, "newest").tokenizer
+    assert loaded.vocab_size == vocab_size
+    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+
+
+def test_another_tokenizer_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    """It would give text, but not what the model means."""
+    train_sentencepiece([TEXT], 300, tmp_path / "given.model")
+    run_dir = make_run(tmp_path, str(tmp_path / "given.model"), 300)
+    train_sentencepiece([TEXT.upper()], 300, tmp_path / "other.model")
+    (run_dir / "tokenizer.model").write_bytes((tmp_path / "other.model").read_bytes())
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: has changed since the run was begun; put back"):
+        ckpt.load_model(run_dir, "newest")
