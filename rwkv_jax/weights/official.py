@@ -6,6 +6,7 @@ leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so what
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,11 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(params)
 
 
+def _abstract_params(config: ModelConfig) -> Any:
+    """The shapes of a model's parameters, for which JAX need not have float64 switched on."""
+    return abstract_model(dataclasses.replace(config, dtype="float32") if config.dtype == "float64" else config)[1]
+
+
 def official_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
     """The official names of a parameter of our tree: one, or for stacked layers those of layers 1 to L - 1."""
     folder, *rest = (str(entry.key) for entry in path)
@@ -116,7 +122,7 @@ def official_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
 
 def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a model's official file, in the order in which we write them."""
-    _, params = abstract_model(config)
+    params = _abstract_params(config)
     shapes = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         names = official_names(path, config.num_layers)
@@ -216,7 +222,7 @@ def place_params(
 
         return jax.make_array_from_callback(like.shape, sharding, part)
 
-    return jax.tree.map_with_path(leaf, abstract_model(config)[1])
+    return jax.tree.map_with_path(leaf, _abstract_params(config))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
@@ -234,6 +240,8 @@ class OfficialTensors(Mapping[str, NDArray]):
         self._sources: dict[str, tuple[jax.Array, int | None]] = {}
         for path, leaf in jax.tree.leaves_with_path(params):
             names = official_names(path, config.num_layers)
+            if not leaf.is_fully_addressable:
+                raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
             stacked = str(path[0].key) == "blocks"
             self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
         self._sources = {name: self._sources[name] for name in official_shapes(config)}

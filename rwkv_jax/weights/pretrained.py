@@ -1,0 +1,225 @@
+"""Models from weights and weights from models, in official and in other projects' files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.training.checkpoints import load_model
+from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
+from rwkv_jax.weights.official import (
+    OfficialTensors,
+    abstract_model,
+    check_tensors,
+    place_params,
+    read_config,
+    split_over,
+)
+from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.sources import find_weights, naming, open_weights
+from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.torch_file import write_torch_file
+
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
+
+_METADATA = {"format": "pt"}  # without which transformers refuses a file
+_NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip")  # endings that mean some other format
+
+
+def from_pretrained(
+    source: str | os.PathLike[str], *, dtype: ComputeDtype | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
+    """A model from weights: generation and sizes are read from the names and shapes.
+
+    Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, the layouts
+    of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7), and runs of train.py (the newest checkpoint). They
+    are memory-mapped, and each tensor is copied straight to the devices that hold it.
+
+    Args:
+      source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
+      dtype: in which parameters are held and the model computes. None keeps the file's parameters bit for bit, and
+        computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
+      mesh: devices over which matrices are split; None is the first device.
+
+    Returns:
+      `model(tokens, state) -> (logits, state)`; its `config` says what it is.
+
+    Raises:
+      WeightsError: there are no such weights, or they are not those of an RWKV model; all tensors that are missing, not
+        expected or misshapen are listed in one message.
+      UnsafeFileError: the file holds anything but whole, plain tensors.
+    """
+    place = find_weights(source)
+    if place.is_dir():
+        loaded = load_model(place, "newest")
+        config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
+        return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype, mesh))
+    weights = open_weights(place)
+    with naming(place):
+        config = read_config(weights.tensors)
+        if dtype is not None:
+            config = dataclasses.replace(config, dtype=dtype)
+        check_tensors(weights.tensors, config)
+        params = place_params(weights.tensors, config, dtype=dtype, mesh=mesh, release=weights.release)
+        return nnx.merge(abstract_model(config)[0], params)
+
+
+def _as_asked(params: Any, dtype: str | None, mesh: Mesh | None) -> Any:
+    def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        x = x if dtype is None else x.astype(dtype)
+        return x if mesh is None else jax.device_put(x, split_over(mesh, x.shape, stacked=path[0].key == "blocks"))
+
+    return jax.tree.map_with_path(leaf, params)
+
+
+def save_pretrained(
+    model: LanguageModel,
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "official",
+    dtype: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Writes a model's weights, whole or not at all, and never in the place of anything.
+
+    Args:
+      path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger).
+      layout: whose names the tensors get: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6, 7); the
+        latter two are folders with the config.json that those libraries read.
+      dtype: float32, bfloat16, float16 or float64, to which tensors are rounded; None writes them as they are.
+      tokenizer: written into the folder, where `load_tokenizer` finds it.
+
+    Raises:
+      WeightsError: the path exists, or the layout does not have this generation.
+    """
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    _write(OfficialTensors(model.config, params), Path(path), layout, dtype, tokenizer)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str = "official",
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+) -> ModelConfig:
+    """Writes weights anew without building a model: tensor by tensor, whatever their size.
+
+    Args:
+      source, target, layout, dtype: as `from_pretrained` and `save_pretrained` have them.
+      tokenizer: what `load_tokenizer` takes, to be written into the target folder; None takes one that lies beside the
+        weights.
+
+    Returns:
+      The config of the model.
+
+    Raises:
+      WeightsError: as `from_pretrained` and `save_pretrained`.
+    """
+    place = find_weights(source)
+    tensors: Mapping[str, NDArray]
+    if place.is_dir():
+        loaded = load_model(place, "newest")
+        config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
+        found: Tokenizer | None = loaded.tokenizer
+    else:
+        weights = open_weights(place)
+        with naming(place):
+            config = read_config(weights.tensors)
+            check_tensors(weights.tensors, config)
+        tensors = weights.tensors
+        found = find_tokenizer(place, config.vocab_size)
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer, config.vocab_size)
+    is_file = Path(target).suffix in (".pth", ".safetensors")
+    _write(tensors, Path(target), layout, dtype, None if is_file and tokenizer is None else found)
+    return config
+
+
+def find_tokenizer(place: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that lies beside a file of weights, or None.
+
+    Raises:
+      ConfigError: there is one that does not fit the vocabulary.
+    """
+    names = ("tokenizer.kind.json", "tokenizer.model", "tokenizer.json")
+    if not any((place.parent / name).is_file() for name in names):
+        return None
+    return load_tokenizer(place.parent, vocab_size)
+
+
+def _write(
+    tensors: Mapping[str, NDArray], path: Path, layout: str, dtype: str | None, tokenizer: Tokenizer | None
+) -> None:
+    if layout not in LAYOUTS:
+        raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
+    if dtype is not None:
+        tensors = _Rounded(tensors, dtype)
+    if path.suffix in _NO_FOLDERS:
+        raise WeightsError(f"{path}: {path.suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
+    if path.suffix in (".pth", ".safetensors"):
+        if layout != "official":
+            raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
+        if tokenizer is not None:
+            raise WeightsError(f"{path}: a tokenizer is written beside the weights; name a folder")
+        if path.suffix == ".pth":
+            write_torch_file(path, tensors)
+        else:
+            write_safetensors(path, tensors, _METADATA)
+        return
+    if path.exists():
+        raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another folder")
+    written = to_layout(tensors, layout)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    try:
+        write_sharded_safetensors(temporary, written, metadata=_METADATA)
+        if layout != "official":
+            (temporary / "config.json").write_text(json.dumps(hub_config(layout, tensors), indent=2) + "\n")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Rounded(Mapping[str, NDArray]):
+    """Tensors in another dtype, rounded when they are used."""
+
+    def __init__(self, tensors: Mapping[str, NDArray], dtype: str) -> None:
+        if dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise WeightsError(f"dtype = {dtype!r}: must be float32, bfloat16, float16 or float64")
+        self._tensors, self._dtype = tensors, jax.numpy.dtype(dtype)
+
+    def __getitem__(self, name: str) -> NDArray:
+        tensor = self._tensors[name]
+        with np.errstate(over="ignore"):
+            rounded = tensor.astype(self._dtype)
+        if not np.array_equal(np.isfinite(rounded), np.isfinite(tensor)):
+            raise WeightsError(f"{name}: has numbers too large for {self._dtype.name}; take another dtype")
+        return rounded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

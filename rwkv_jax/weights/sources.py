@@ -1,0 +1,132 @@
+"""Where weights are: a file, a folder or a name on the Hugging Face hub, opened under official names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from numpy.typing import NDArray
+
+from rwkv_jax.weights.layouts import official_names
+from rwkv_jax.weights.safetensors_file import read_safetensors
+from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.torch_file import read_torch_file
+
+RUN_FILE = "run.json"
+"""What makes a folder a training run of ours, whose weights are Orbax checkpoints."""
+
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
+_IN_ORDER = ("model.safetensors.index.json", "model.safetensors", "*.safetensors", "*.pth", "pytorch_model.bin")
+_BESIDE = ["tokenizer.model", "tokenizer.json", "tokenizer.kind.json"]
+
+
+class Weights(NamedTuple):
+    """An opened file of weights."""
+
+    tensors: Mapping[str, NDArray]
+    """Under official names, memory-mapped."""
+    layout: str
+    """Whose names the file has, of `layouts.LAYOUTS`."""
+    release: Callable[[], None]
+    """Gives back the memory of what was read."""
+
+
+def find_weights(source: str | os.PathLike[str]) -> Path:
+    """The file of weights, or the run folder, that a path or the name of a model on the hub stands for.
+
+    A folder stands for its model.safetensors.index.json, model.safetensors, or its only .safetensors or .pth file. What
+    is no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging Face hub, or found in what
+    was fetched before.
+
+    Raises:
+      WeightsError: nothing is there, or more than one thing; the message says what was looked for.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / RUN_FILE).is_file():
+            return path
+        return path / _choose([entry.name for entry in path.iterdir()], str(path))
+    if path.exists():
+        return path
+    match = _HUB_ID.fullmatch(os.fspath(source))
+    if match is None:
+        raise WeightsError(f"{path}: no such file or folder, and no name on the Hugging Face hub (OWNER/NAME)")
+    return _fetch(match["name"], match["file"], path)
+
+
+def _choose(names: Sequence[str], place: str) -> str:
+    """The one of a folder's files that holds its weights."""
+    for pattern in _IN_ORDER:
+        found = sorted(name for name in names if Path(name).match(pattern) and "/" not in name)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+            raise WeightsError(f"{place}: holds {len(found)} files of weights ({listed}); name one of them")
+    raise WeightsError(f"{place}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
+
+
+def _fetch(name: str, file: str | None, path: Path) -> Path:
+    looked_for = f"looked for the file or folder {path}, then for {name} on the Hugging Face hub"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise WeightsError(
+            f'{looked_for}, for which huggingface_hub is missing: pip install "rwkv-jax[hub]", or name a local folder'
+        ) from error
+    try:
+        chosen = file or _choose(huggingface_hub.list_repo_files(name), name)
+        shards = [chosen.replace(".index.json", "-*"), chosen.replace(".safetensors.index.json", "-*.safetensors")]
+        wanted = [chosen, *_BESIDE, *(shards if chosen.endswith(".index.json") else [])]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted)) / chosen
+    except WeightsError:
+        raise
+    except Exception as error:  # Whatever the network makes of it, what was fetched before may do.
+        with contextlib.suppress(Exception):
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            if file is None or (folder / file).is_file():
+                return folder / (file or _choose([entry.name for entry in folder.iterdir()], str(folder)))
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{looked_for} ({reason}), then among what was fetched before; name a local file or folder, or try again "
+            "when the hub can be reached"
+        ) from error
+
+
+@contextlib.contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Puts the place before errors about weights that come from there."""
+    try:
+        yield
+    except WeightsError as error:
+        raise type(error)(f"{place}: {error}") from error
+
+
+def open_weights(path: Path) -> Weights:
+    """A file of weights under official names; nothing is read but names, shapes and dtypes.
+
+    Raises:
+      WeightsError: it is no file of weights, is of no known layout, or has been converted for the `rwkv` package.
+      UnsafeFileError: it holds anything but whole, plain tensors.
+    """
+    if _is_safetensors(path):
+        tensors, values = read_safetensors(path), {}
+    else:
+        tensors, values = read_torch_file(path)
+    with naming(path):
+        layout, official = official_names(tensors, values)
+    return Weights(official, layout, tensors.release)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: an index is JSON, a file has JSON after the eight bytes that tell its length."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); name a file of weights") from error
+    return start[:1] == b"{" or start[8:] == b"{" or path.name.endswith((".safetensors", ".json"))
