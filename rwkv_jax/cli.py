@@ -7,11 +7,14 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from rwkv_jax.data.tokenizers import Tokenizer
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -51,10 +54,10 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Sample from a training run."""
+    """Sample from a training run, or from weights of any generation in any format that `convert` reads."""
 
-    run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    source: tyro.conf.Positional[str]
+    """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub."""
     prompt: str = ""
     """Text to continue."""
     tokens: int = 256
@@ -68,13 +71,16 @@ class Generate:
     seed: int = 0
     """Seed of the draws: the same seed writes the same text."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """Which of the run's checkpoints to use."""
+    """Which of a run's checkpoints to use."""
+    tokenizer: str | None = None
+    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """In which to hold weights and compute; None is what the weights are in."""
 
     def run(self) -> None:
         """Loads the model and writes its text to stdout as it comes."""
         from rwkv_jax.inference.generate import Generator
         from rwkv_jax.inference.sampling import Sampling
-        from rwkv_jax.training.checkpoints import load_model
 
         if self.tokens < 1:
             raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
@@ -85,17 +91,76 @@ class Generate:
         except UnicodeEncodeError as error:  # a command line's stray bytes arrive as lone surrogates
             raise ConfigError(f"prompt = {self.prompt!r}: is not UTF-8") from error
         sampling = Sampling(self.temperature, self.top_p, self.top_k)
-        loaded = load_model(self.run_dir, self.checkpoint)
-        generator = Generator(loaded.graphdef, loaded.config.model, loaded.tokenizer)
+        graphdef, params, model, tokenizer = self._load()
+        generator = Generator(graphdef, model, tokenizer)
         print(self.prompt, end="", flush=True)
-        for text in generator.stream(loaded.params, self.prompt, self.tokens, sampling, self.seed):
+        for text in generator.stream(params, self.prompt, self.tokens, sampling, self.seed):
             print(text, end="", flush=True)
         print()
+
+    def _load(self) -> tuple[Any, Any, ModelConfig, Tokenizer]:
+        from flax import nnx
+
+        from rwkv_jax.data.tokenizers import load_tokenizer
+        from rwkv_jax.training.checkpoints import load_model
+        from rwkv_jax.weights.pretrained import find_tokenizer, from_pretrained
+        from rwkv_jax.weights.sources import find_weights
+
+        place = find_weights(self.source)
+        if place.is_dir():
+            if self.tokenizer is not None or self.dtype is not None:
+                raise ConfigError(f"{place}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
+            loaded = load_model(place, self.checkpoint)
+            return loaded.graphdef, loaded.params, loaded.config.model, loaded.tokenizer
+        if self.checkpoint != "newest":
+            raise ConfigError(
+                f"checkpoint = {self.checkpoint!r}: {place} is no run, it has no checkpoints to choose from"
+            )
+        model = from_pretrained(place, dtype=self.dtype)
+        vocab_size = model.config.vocab_size
+        if self.tokenizer is None:
+            tokenizer = find_tokenizer(place, vocab_size)
+        else:
+            tokenizer = load_tokenizer(self.tokenizer, vocab_size)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{place}: no tokenizer lies beside it; name one with --tokenizer (world for a World model, whose "
+                "vocabulary has 65536 ids, 20B_tokenizer.json for a Pile model with 50277; this one has "
+                f"{vocab_size})"
+            )
+        return *nnx.split(model, nnx.Param), model.config, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write weights anew in another format; reads official .pth, safetensors, transformers, fla and training runs."""
+
+    source: tyro.conf.Positional[str]
+    """A file or folder of weights, a run folder, or OWNER/NAME[/FILE] on the Hugging Face hub."""
+    target: tyro.conf.Positional[Path]
+    """FILE.pth, FILE.safetensors, or a folder, which gets model.safetensors and the tokenizer; must not exist yet."""
+    layout: Literal["official", "transformers", "flash-linear-attention"] = "official"
+    """Whose names the tensors get: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """To which tensors are rounded; None leaves every bit as it is."""
+    tokenizer: str | None = None
+    """To write beside the weights: world, bytes or a file; None takes the one beside the source."""
+
+    def run(self) -> None:
+        """Converts tensor by tensor and says what was written."""
+        from rwkv_jax.weights.pretrained import convert
+
+        model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
+        print(
+            f"{self.target}: RWKV-{model.generation} {model.num_layers} x {model.width}, "
+            f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
+        )
 
 
 def main() -> None:
     """The `rwkv` command."""
+    commands = {"generate": Generate, "convert": Convert}
     try:
-        tyro.extras.subcommand_cli_from_dict({"generate": Generate}, prog="rwkv", description="RWKV in JAX.").run()
+        tyro.extras.subcommand_cli_from_dict(commands, prog="rwkv", description="RWKV in JAX.").run()
     except ConfigError as error:
         sys.exit(f"rwkv: {error}")

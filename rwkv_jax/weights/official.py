@@ -166,7 +166,8 @@ def _is_floating(dtype: np.dtype[Any]) -> bool:
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
     """How a parameter lies on a mesh: a matrix split over all devices along its first axis that they divide.
 
-    Vectors, and matrices that cannot be split evenly, are on every device; so is the axis of stacked layers whole.
+    Vectors, and matrices that cannot be split evenly, are on every device; so is the axis of stacked layers whole. The
+    mesh's axes are taken as `AxisType.Auto`: the models leave it to XLA how what they compute is split.
     """
     own = shape[1:] if stacked else shape
     axes: list[Any] = [None] * len(shape)
@@ -174,7 +175,7 @@ def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSha
         divisible = (axis for axis in range(len(shape) - 2, len(shape)) if shape[axis] % mesh.size == 0)
         if (axis := next(divisible, None)) is not None:
             axes[axis] = mesh.axis_names
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec(*axes))
 
 
 def place_params(

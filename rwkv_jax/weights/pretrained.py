@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.training.checkpoints import load_model
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
@@ -26,6 +26,7 @@ from rwkv_jax.weights.official import (
     OfficialTensors,
     abstract_model,
     check_tensors,
+    official_shapes,
     place_params,
     read_config,
     split_over,
@@ -143,7 +144,9 @@ def convert(
         with naming(place):
             config = read_config(weights.tensors)
             check_tensors(weights.tensors, config)
-        tensors = weights.tensors
+        # Another project's file has another order; an official one keeps its own.
+        official = weights.layout == "official"
+        tensors = weights.tensors if official else _InOrder(weights.tensors, official_shapes(config))
         found = find_tokenizer(place, config.vocab_size)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
@@ -158,8 +161,7 @@ def find_tokenizer(place: Path, vocab_size: int) -> Tokenizer | None:
     Raises:
       ConfigError: there is one that does not fit the vocabulary.
     """
-    names = ("tokenizer.kind.json", "tokenizer.model", "tokenizer.json")
-    if not any((place.parent / name).is_file() for name in names):
+    if not any((place.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(place.parent, vocab_size)
 
@@ -202,13 +204,29 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class _InOrder(Mapping[str, NDArray]):
+    """Tensors in the order of some names."""
+
+    def __init__(self, tensors: Mapping[str, NDArray], names: Iterable[str]) -> None:
+        self._tensors, self._names = tensors, tuple(names)
+
+    def __getitem__(self, name: str) -> NDArray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class _Rounded(Mapping[str, NDArray]):
     """Tensors in another dtype, rounded when they are used."""
 
     def __init__(self, tensors: Mapping[str, NDArray], dtype: str) -> None:
         if dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise WeightsError(f"dtype = {dtype!r}: must be float32, bfloat16, float16 or float64")
-        self._tensors, self._dtype = tensors, jax.numpy.dtype(dtype)
+        self._tensors, self._dtype = tensors, np.dtype(jax.numpy.dtype(dtype))
 
     def __getitem__(self, name: str) -> NDArray:
         tensor = self._tensors[name]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from numpy.typing import NDArray
 
+from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.weights.layouts import official_names
 from rwkv_jax.weights.safetensors_file import read_safetensors
 from rwkv_jax.weights.tensors import WeightsError
@@ -21,7 +22,6 @@ RUN_FILE = "run.json"
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
 _IN_ORDER = ("model.safetensors.index.json", "model.safetensors", "*.safetensors", "*.pth", "pytorch_model.bin")
-_BESIDE = ["tokenizer.model", "tokenizer.json", "tokenizer.kind.json"]
 
 
 class Weights(NamedTuple):
@@ -81,7 +81,7 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
     try:
         chosen = file or _choose(huggingface_hub.list_repo_files(name), name)
         shards = [chosen.replace(".index.json", "-*"), chosen.replace(".safetensors.index.json", "-*.safetensors")]
-        wanted = [chosen, *_BESIDE, *(shards if chosen.endswith(".index.json") else [])]
+        wanted = [chosen, *TOKENIZER_FILES, *(shards if chosen.endswith(".index.json") else [])]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise

@@ -74,7 +74,8 @@ _MAX_MARKS = 1000
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_DIRECTORY_BYTES = 64 * 2**20
 _MAX_PLAIN_DEPTH = 16
-_MAX_DIMENSIONS = 32
+_MAX_DIMENSIONS = 8
+_MAX_KEY = 100
 _MAX_REPEATS = 16  # of a file's bytes in its tensors: tied ones share bytes, and each is as large as both once copied
 
 _WRAPPERS = ("module", "state_dict", "model")
@@ -139,7 +140,7 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _SIZES_FOLLOW, _NAME_IS_UTF8 = 0x8, 0x800
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Entry:
     """Positions in the file: of the entry's own header, its content, and what comes next."""
 
@@ -322,14 +323,14 @@ def _checked_folder(mapped: mmap.mmap, entries: Mapping[str, _Entry]) -> str:
 # The pickle
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Name:
     """What a pickle names: never looked up, only compared."""
 
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Storage:
     """The bytes of one entry."""
 
@@ -525,7 +526,7 @@ class _Machine:
             case "collections.OrderedDict", ():
                 return OrderedDict()
             case (("builtins.set" | "__builtin__.set"), (list() as items,)):
-                return list(items)
+                return items  # not a copy: a pickle may ask for any number of these
             case "torch.Size", (tuple() as shape,):
                 return shape
             case "torch._utils._rebuild_parameter", (np.ndarray() as tensor, bool(), OrderedDict() as hooks) if (
@@ -547,7 +548,7 @@ class _Machine:
     def _storage(self, reference: Any) -> _Storage:
         match reference:
             case ("storage", _Name(text=kind), str() as key, str(), int() as count) if (
-                kind in _STORAGE_CLASSES and type(count) is int and count >= 0
+                kind in _STORAGE_CLASSES and len(key) <= _MAX_KEY and type(count) is int and 0 <= count < 2**63
             ):
                 dtype = _STORAGE_CLASSES[kind]
             case _:
@@ -558,16 +559,17 @@ class _Machine:
         if count * dtype.itemsize > entry.size:
             _refuse(f"{count} elements of {kind} are claimed for the {entry.size} bytes of data/{key}")
         storage = _Storage(key, dtype, entry.start, count * dtype.itemsize)
-        if self._storages.setdefault(key, storage) != storage:
+        known = self._storages.setdefault(key, storage)
+        if known != storage:
             _refuse(f"the memory data/{key} is claimed with two dtypes or sizes")
-        return storage
+        return known
 
     def _tensor(self, storage: _Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any) -> NDArray:
         where = f"a tensor in data/{storage.key}"
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
             _refuse(f"{where} has a shape and strides that do not go together")
-        if any(type(number) is not int or number < 0 for number in (offset, *shape, *strides)):
-            _refuse(f"{where} has an offset, shape or stride that is not a whole number of 0 or more")
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in (offset, *shape, *strides)):
+            _refuse(f"{where} has an offset, shape or stride that is not a whole number from 0 to 2^63")
         if len(shape) > _MAX_DIMENSIONS:
             _refuse(f"{where} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
         count = storage.num_bytes // dtype.itemsize
@@ -623,7 +625,7 @@ def _holds_tensors(value: Any) -> bool:
 
 def _plain_values(values: dict[str, Any], limit: int) -> dict[str, Plain]:
     """Copies that share nothing: what a few steps nest a billion times is refused here, not where it is printed."""
-    left = limit
+    left = min(limit, _MAX_STEPS)
 
     def copied(value: Any, depth: int) -> Plain:
         nonlocal left

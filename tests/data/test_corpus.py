@@ -145,7 +145,7 @@ def test_a_given_tokenizer_is_used_and_kept(data: DataConfig, model_path: Path, 
 
 
 def test_a_given_tokenizer_of_another_size_is_refused_before_any_work(data: DataConfig, model_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"it has 380 entries and model.vocab_size = 512"):
+    with pytest.raises(ConfigError, match=r"it has 380 entries and the model has vocab_size = 512"):
         prepare_corpus(dataclasses.replace(data, tokenizer=str(model_path)), 512, _quiet)
     assert not Path(data.cache_dir).exists()
 

@@ -13,13 +13,14 @@ What `decode(encode(text))` gives back:
 
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
-from rwkv_jax.data.tokenizers.loading import fits_model, load_tokenizer, save_tokenizer
+from rwkv_jax.data.tokenizers.loading import TOKENIZER_FILES, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.data.tokenizers.protocol import SavedTokenizer, StreamingDecoder, Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import END_OF_TEXT, SentencePieceTokenizer, train_sentencepiece
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
 __all__ = [
     "END_OF_TEXT",
+    "TOKENIZER_FILES",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
     "SavedTokenizer",

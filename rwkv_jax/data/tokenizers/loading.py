@@ -15,7 +15,8 @@ from rwkv_jax.data.tokenizers.protocol import Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
-_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")  # names of SavedTokenizer
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")
+"""Names under which tokenizers are saved."""
 
 
 def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
@@ -40,9 +41,9 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
         tokenizer = _read(_find(path) if path.is_dir() else path)
     if not fits_model(tokenizer, vocab_size):
         raise ConfigError(
-            f"data.tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and "
-            f"model.vocab_size = {vocab_size}; set model.vocab_size to {tokenizer.vocab_size}, "
-            "or leave data.tokenizer unset to have one trained"
+            f"tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and the model has "
+            f"vocab_size = {vocab_size}; name the model's own tokenizer, or to train a new model set model.vocab_size "
+            f"to {tokenizer.vocab_size} or leave data.tokenizer unset to have one trained"
         )
     return tokenizer
 
@@ -72,7 +73,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / tokenizer.saved.name
-    present = [folder / name for name in _FILES if (folder / name).exists()]
+    present = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if present == [target] and target.read_bytes() == tokenizer.saved.content:
         return target
     if present:
@@ -82,9 +83,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path
 
 
 def _find(folder: Path) -> Path:
-    found = [folder / name for name in _FILES if (folder / name).is_file()]
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
-        raise ConfigError(f"the folder {folder} holds no tokenizer: none of {', '.join(_FILES)}")
+        raise ConfigError(f"the folder {folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     if len(found) > 1:
         raise ConfigError(f"the folder {folder} holds {found[0].name} and {found[1].name}; name the file that is meant")
     return found[0]

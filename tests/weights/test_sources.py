@@ -1,0 +1,154 @@
+"""What a path or a name on the hub stands for, and what is said where it stands for nothing."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.sources import find_weights, open_weights
+from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.torch_file import write_torch_file
+from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
+
+TENSORS = random_tensors(CONFIGS["4"])
+
+
+def test_a_file_stands_for_itself(tmp_path: Path) -> None:
+    write_torch_file(tmp_path / "a.pth", TENSORS)
+    assert find_weights(tmp_path / "a.pth") == tmp_path / "a.pth"
+    assert find_weights(str(tmp_path / "a.pth")) == tmp_path / "a.pth"
+
+
+def test_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
+    write_torch_file(tmp_path / "a.pth", TENSORS)
+    write_safetensors(tmp_path / "b.safetensors", TENSORS)
+    (tmp_path / "a.pth").rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "b.safetensors").rename(tmp_path / "b.weights")
+    for name in ("pytorch_model.bin", "b.weights"):
+        opened = open_weights(tmp_path / name)
+        assert opened.layout == "official"
+        assert_same_bits(dict(opened.tensors), TENSORS)
+        opened.release()
+        assert_same_bits(dict(opened.tensors), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "other.safetensors", "a.pth"], "model.safetensors"),
+        (["model.safetensors.index.json", "model.safetensors"], "model.safetensors.index.json"),
+        (["config.json", "RWKV-x070.pth", "README.md"], "RWKV-x070.pth"),
+        (["only.safetensors", "a.pth"], "only.safetensors"),
+        (["pytorch_model.bin"], "pytorch_model.bin"),
+        (["run.json", "checkpoints"], None),
+    ],
+    ids=str,
+)
+def test_a_folder_stands_for_its_weights(tmp_path: Path, names: list[str], expected: str | None) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert find_weights(tmp_path) == (tmp_path / expected if expected else tmp_path)
+
+
+def test_several_files_are_listed(tmp_path: Path) -> None:
+    for name in ("b.pth", "a.pth"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(WeightsError, match=r"holds 2 files of weights \(a\.pth, b\.pth\); name one of them"):
+        find_weights(tmp_path)
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match=r"holds no weights; looked for run\.json of a run, model\.safetensors\.index"
+    ):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere.pth", "a/b/c/d", "/no/such/folder", "owner/name/notes.txt"])
+def test_what_is_nowhere_is_said_to_be(source: str) -> None:
+    with pytest.raises(
+        WeightsError, match=r"no such file or folder, and no name on the Hugging Face hub \(OWNER/NAME\)"
+    ):
+        find_weights(source)
+
+
+def test_damaged_files_name_themselves(tmp_path: Path) -> None:
+    for name, content in {"a.safetensors": b"", "b.pth": b"", "c.pth": b"PK\3\4....", "d.json": b"{}"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
+            open_weights(tmp_path / name)
+
+
+# The hub, by a package that knows one repository and counts what is asked of it
+
+
+class Hub(types.ModuleType):
+    def __init__(self, folder: Path, online: bool, fetched: bool) -> None:
+        super().__init__("huggingface_hub")
+        self.folder, self.online, self.fetched = folder, online, fetched
+        self.patterns: list[str] = []
+
+    def list_repo_files(self, name: str) -> list[str]:
+        if not self.online:
+            raise ConnectionError("no network")
+        assert name == "owner/name"
+        return [path.name for path in self.folder.iterdir()]
+
+    def snapshot_download(self, name: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
+        assert name == "owner/name"
+        if not (self.fetched if local_files_only else self.online):
+            raise ConnectionError("no network")
+        self.patterns += allow_patterns or []
+        return str(self.folder)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    write_sharded_safetensors(tmp_path / "hub", TENSORS, max_shard_bytes=20_000)
+    write_torch_file(tmp_path / "hub" / "other.pth", TENSORS)
+    return tmp_path / "hub"
+
+
+def test_a_name_on_the_hub_is_fetched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(repository, online=True, fetched=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    place = find_weights("owner/name")
+    assert place == repository / "model.safetensors.index.json"
+    assert_same_bits(dict(open_weights(place).tensors), TENSORS)
+    assert "model-*.safetensors" in hub.patterns
+    assert "tokenizer.json" in hub.patterns
+    assert "other.pth" not in hub.patterns
+
+
+def test_one_file_of_a_repository_is_fetched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(repository, online=True, fetched=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert find_weights("owner/name/other.pth") == repository / "other.pth"
+    assert [pattern for pattern in hub.patterns if "tokenizer" not in pattern] == ["other.pth"]
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name/other.pth"])
+def test_offline_what_was_fetched_before_serves(repository: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(repository, online=False, fetched=True))
+    assert find_weights(source).parent == repository
+
+
+def test_offline_and_never_fetched_says_what_was_looked_for(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(repository, online=False, fetched=False))
+    with pytest.raises(
+        WeightsError,
+        match=r"looked for the file or folder owner/name, then for owner/name on the Hugging Face hub \(no network\), "
+        "then among what was fetched before; name a local file or folder",
+    ):
+        find_weights("owner/name")
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(WeightsError, match=r'huggingface_hub is missing: pip install "rwkv-jax\[hub\]"'):
+        find_weights("owner/name")
