@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from rwkv_jax import cli
+from rwkv_jax import cli, from_pretrained
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.inference.generate import Generator
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.step import make_trainer
+from rwkv_jax.weights.pretrained import convert
+from rwkv_jax.weights.torch_file import write_torch_file
+from tests.golden import GOLDEN_DIR, load_golden
+from tests.weights.files import random_tensors
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -249,7 +255,7 @@ class TestGenerate:
     def generate(
         self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> typing.Callable[..., str]:
-        """What `rwkv generate RUN_DIR ...` prints."""
+        """What `rwkv generate SOURCE ...` prints."""
 
         def generate(*arguments: str, folder: Path = run_dir) -> str:
             monkeypatch.setattr(sys, "argv", ["rwkv", "generate", str(folder), *arguments])
@@ -305,7 +311,7 @@ class TestGenerate:
     ) -> None:
         with pytest.raises(SystemExit) as exit_:
             generate(folder=tmp_path / "nothing")
-        assert "is no run folder, it has no run.json" in str(exit_.value.code)
+        assert "nothing: no such file or folder, and no name on the Hugging Face hub" in str(exit_.value.code)
         for name in ("run.json", "tokenizer.model"):
             (tmp_path / name).write_bytes((run_dir / name).read_bytes())
         with pytest.raises(SystemExit) as exit_:
@@ -319,3 +325,100 @@ class TestGenerate:
             generate("--checkpoint", "worst")
         assert exit_.value.code not in (0, None)
         assert "worst" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["4v0-660K", "5v2-730K", "6v0-1m"])
+    def test_official_weights_of_other_generations(self, generate: typing.Callable[..., str], name: str) -> None:
+        load_golden(f"tiny/{name}.golden.npz")  # skips where they are absent
+        weights = GOLDEN_DIR / "tiny" / f"{name}.pth"
+        short = ("--tokenizer", "bytes", "--prompt", '"in', "--tokens", "20", "--temperature", "0")
+        assert (
+            generate(*short, folder=weights)
+            == {
+                "4v0-660K": '"ins the the the the th\n',
+                "5v2-730K": '"in the stress and the \n',
+                "6v0-1m": '"in\n',  # it has learned that a zero byte, here the end of the text, follows each byte
+            }[name]
+        )
+
+    @pytest.mark.parametrize("generation", ["4", "5.2", "6", "7"])
+    def test_a_world_model_of_each_generation(
+        self, generate: typing.Callable[..., str], tmp_path: Path, generation: typing.Any
+    ) -> None:
+        config = ModelConfig(generation=generation, vocab_size=65536, num_layers=2, width=32, head_dim=16)
+        write_torch_file(tmp_path / "world.pth", random_tensors(config, "bfloat16"))
+        short = ("--tokenizer", "world", "--prompt", "The Eiffel tower", "--tokens", "20")
+        assert len(generate(*short, folder=tmp_path / "world.pth")) > 30
+
+    def test_official_weights_with_the_tokenizer_beside_them(
+        self, generate: typing.Callable[..., str], run_dir: Path, tmp_path: Path
+    ) -> None:
+        convert(run_dir, tmp_path / "weights")
+        short = ("--prompt", "def", "--tokens", "20", "--seed", "3")
+        assert generate(*short, folder=tmp_path / "weights") == generate(*short)
+        assert generate(*short, folder=tmp_path / "weights" / "model.safetensors") == generate(*short)
+        assert generate(*short, "--dtype", "bfloat16", folder=tmp_path / "weights").startswith("def")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], r"weights\.pth: no tokenizer lies beside it; name one with --tokenizer .*this one has 300\)"),
+            (["--tokenizer", "world"], "'world': does not match, it has 65536 entries and the model has .* 300"),
+            (["--tokenizer", "nowhere.model"], r"nowhere\.model"),
+            (["--checkpoint", "best"], r"checkpoint = 'best': .*weights\.pth is no run"),
+        ],
+        ids=str,
+    )
+    def test_what_does_not_go_with_weights_is_named(
+        self,
+        generate: typing.Callable[..., str],
+        run_dir: Path,
+        tmp_path: Path,
+        arguments: list[str],
+        message: str,
+    ) -> None:
+        convert(run_dir, tmp_path / "weights.pth")
+        with pytest.raises(SystemExit, match=message):
+            generate(*arguments, folder=tmp_path / "weights.pth")
+
+    def test_a_run_has_its_own_tokenizer(self, generate: typing.Callable[..., str]) -> None:
+        with pytest.raises(
+            SystemExit, match="a run has its own tokenizer and dtype; leave --tokenizer and --dtype out"
+        ):
+            generate("--tokenizer", "bytes")
+
+
+class TestConvert:
+    @pytest.fixture
+    def rwkv(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> typing.Callable[..., str]:
+        """What `rwkv convert ...` prints."""
+
+        def rwkv(*arguments: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["rwkv", "convert", *map(str, arguments)])
+            cli.main()
+            return capsys.readouterr().out
+
+        return rwkv
+
+    def test_a_run_becomes_official_weights_and_says_so(
+        self, rwkv: typing.Callable[..., str], run_dir: Path, tmp_path: Path
+    ) -> None:
+        printed = rwkv(run_dir, tmp_path / "a", "--layout", "flash-linear-attention")
+        assert printed.startswith(f"{tmp_path / 'a'}: RWKV-7 2 x 32, ")
+        assert printed.endswith("vocabulary 300, flash-linear-attention names\n")
+        assert {"config.json", "model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "a").iterdir()}
+        rwkv(tmp_path / "a", tmp_path / "b.pth", "--dtype", "bfloat16")
+        newest = ckpt.load_model(run_dir, "newest")
+        ours = from_pretrained(tmp_path / "b.pth", dtype="float32")
+        expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), newest.params)
+        jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours, nnx.Param)), expected)
+
+    def test_what_cannot_be_done_is_said(self, rwkv: typing.Callable[..., str], run_dir: Path, tmp_path: Path) -> None:
+        (tmp_path / "there").mkdir()
+        for arguments, message in (
+            ((run_dir, tmp_path / "there"), "there: exists already and is not overwritten"),
+            ((tmp_path / "nowhere.pth", tmp_path / "a"), r"nowhere\.pth: no such file or folder"),
+            ((run_dir, tmp_path / "a", "--layout", "transformers"), "RWKV-7"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                rwkv(*arguments)
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]

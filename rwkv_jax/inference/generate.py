@@ -41,6 +41,8 @@ class Generator:
             )
         self._graphdef = graphdef
         self._tokenizer = tokenizer
+        # Embeddings have rows that no tokenizer names, and that no text has trained.
+        self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
         self._advance = jax.jit(self._advance_some, donate_argnums=1)
 
     def _advance_some(
@@ -52,7 +54,7 @@ class Generator:
         def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:
             logits, state = model(cursor.token[:, None], cursor.state)
             draw, key = jax.random.split(cursor.key)
-            drawn = sample(logits[:, -1], draw, *settings)
+            drawn = sample(jnp.where(self._named, logits[:, -1], -jnp.inf), draw, *settings)
             token = jnp.where(position < num_given, given[position], drawn)
             return _Cursor(token, state, key), token[0]
 

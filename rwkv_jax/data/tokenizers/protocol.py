@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def is_named(self, token: int) -> bool:
+        """Whether an id of the model is one that the tokenizer knows; others must not be sampled."""
+        ...
+
 
 class StreamingDecoder:
     """Decodes ids one by one and never gives out half a character."""

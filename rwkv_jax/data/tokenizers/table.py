@@ -55,3 +55,7 @@ class TableTokenizer:
         if not 0 <= token < len(self._table):
             raise IndexError(f"token {token}: the ids of this tokenizer are 0 to {self._vocab_size - 1}")
         return self._table[token]
+
+    def is_named(self, token: int) -> bool:
+        """Whether an id of the model is one that the tokenizer knows."""
+        return token < len(self._table) and self._table[token] is not NO_TEXT
