@@ -2,12 +2,14 @@
 #   make train   trains a small RWKV-7 on the source text of Python's standard library and samples from it
 #   make test    runs the linter, the type checker and the tests, and then
 #   make test-devices    compiles the kernels for GPUs and TPUs that need not be there, in .venv-devices (Linux, x86-64)
+# and by itself, since it installs PyTorch,
+#   make test-peers      holds our models against the official `rwkv` package, in .venv-peers
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICES := .venv-devices/bin
 
-.PHONY: train test test-devices
+.PHONY: train test test-devices test-peers
 
 train: .venv/installed
 	$(BIN)/python train.py configs/python_stdlib.py
@@ -28,6 +30,9 @@ test-devices:
 	@echo 'test-devices: needs Linux on x86-64'
 endif
 
+test-peers: .venv/installed-dev .venv-peers/installed
+	$(BIN)/python -m pytest -m peers tests/weights
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
@@ -38,6 +43,13 @@ endif
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# torch first, or another package asks for one built for GPUs.
+.venv-peers/installed: | .venv/bin/python
+	.venv/bin/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check numpy rwkv==0.8.32
 	touch $@
 
 .venv-devices/installed: constraints-devices.txt | .venv/bin/python

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from flax import nnx
+from numpy.typing import ArrayLike, NDArray
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.official import official_shapes
+from rwkv_jax.weights.sources import find_weights, open_weights
+from tests.golden import QUICK
 
-_SMALL = {"vocab_size": 29, "num_layers": 3, "width": 32, "head_dim": 8, "ffn_width": 48}
+_FOUR = ModelConfig(generation="4", vocab_size=29, num_layers=3, width=32, head_dim=64, ffn_width=48)
+_FIVE = dataclasses.replace(_FOUR, generation="5.2", head_dim=8)
+_SEVEN = dataclasses.replace(_FIVE, generation="7", decay_rank=4, iclr_rank=5, value_rank=6, gate_rank=7)
 
 CONFIGS = {
-    "4": ModelConfig(generation="4", **{**_SMALL, "head_dim": 64}),
-    "5.0": ModelConfig(generation="5.0", exponential_bonus=True, **_SMALL),
-    "5.1": ModelConfig(generation="5.1", **_SMALL),
-    "5.2": ModelConfig(generation="5.2", **_SMALL),
-    "6": ModelConfig(generation="6", mix_rank=3, decay_rank=5, **_SMALL),
-    "7": ModelConfig(generation="7", decay_rank=4, iclr_rank=5, value_rank=6, gate_rank=7, **_SMALL),
-    "7, from the trainer": ModelConfig(
-        generation="7", decay_rank=4, iclr_rank=5, value_rank=6, gate_rank=7, unused_value_residual=True, **_SMALL
-    ),
+    "4": _FOUR,
+    "5.0": dataclasses.replace(_FIVE, generation="5.0", exponential_bonus=True),
+    "5.1": dataclasses.replace(_FIVE, generation="5.1"),
+    "5.2": _FIVE,
+    "6": dataclasses.replace(_FIVE, generation="6", mix_rank=3, decay_rank=5),
+    "7": _SEVEN,
+    "7, from the trainer": dataclasses.replace(_SEVEN, unused_value_residual=True),
 }
 """By what tells them apart; all sizes of a model differ."""
 
@@ -49,3 +55,33 @@ def assert_same_bits(found: dict[str, NDArray], expected: dict[str, NDArray]) ->
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
         assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def trained_like(config: ModelConfig, seed: int = 0) -> dict[str, NDArray]:
+    """float32 tensors of the sizes that training gives them, so that logits are neither constant nor chaotic."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> NDArray:
+        x = rng.standard_normal(shape)
+        if "ln" in name and name.endswith("weight"):
+            return 1 + 0.2 * x
+        if name.endswith(("time_decay", "time_first", "att.w0")):
+            return x - 1
+        if any(part in name for part in (".time_mix_", ".time_maa_", ".x_")) and shape[0] == 1:
+            return 0.5 + 0.3 * x
+        is_matrix = name.endswith("weight") or name[-1] in "12"
+        return x / np.sqrt(shape[-1]) if is_matrix else 0.5 * x
+
+    return {name: draw(name, shape).astype(np.float32) for name, shape in official_shapes(config).items()}
+
+
+def tensors_in(path: Path) -> dict[str, NDArray]:
+    """What a file or folder of weights holds, under official names."""
+    return dict(open_weights(find_weights(path)).tensors)
+
+
+def logits_of(model: LanguageModel, tokens: ArrayLike) -> NDArray:
+    """Logits [B, T, V] of tokens [B, T] in one compiled program."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0], compiler_options=QUICK)
+    return np.asarray(run(params, tokens))

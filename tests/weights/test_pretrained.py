@@ -12,34 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from numpy.typing import NDArray
 
 import rwkv_jax
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer, load_tokenizer
-from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
-from rwkv_jax.weights.sources import find_weights, open_weights
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError
 from rwkv_jax.weights.torch_file import write_torch_file
-from tests.golden import GOLDEN_DIR, QUICK, load_golden
+from tests.golden import GOLDEN_DIR, load_golden
 from tests.weights import hostile
-from tests.weights.files import CONFIGS, assert_same_bits, computed_in, random_tensors
+from tests.weights.files import CONFIGS, assert_same_bits, computed_in, logits_of, random_tensors, tensors_in
 
 each_generation = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def tensors_in(path: Path) -> dict[str, NDArray]:
-    return dict(open_weights(find_weights(path)).tensors)
-
-
-def logits_of(model: LanguageModel, tokens: Any) -> NDArray:
-    graphdef, params = nnx.split(model, nnx.Param)
-    run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0], compiler_options=QUICK)
-    return np.asarray(run(params, tokens))
 
 
 def test_the_package_has_the_two_functions() -> None:
