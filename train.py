@@ -34,6 +34,7 @@ from rwkv_jax.training.profiling import StepProfiler
 from rwkv_jax.training.step import TrainState, make_trainer
 from rwkv_jax.training.stopping import StopRequest
 from rwkv_jax.training.throughput import Throughput
+from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 
 class TrainResult(NamedTuple):
@@ -58,6 +59,8 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
     num_steps = training.num_steps
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
+    if saved_run is None and config.initial_weights is not None:
+        check_initial_weights(config.initial_weights, config.model)
     console = Console(num_steps, every=config.logging.every)
 
     # Data: every batch is a function of the step.
@@ -91,6 +94,8 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
         console.print(describe(config, corpus.train.num_tokens, None if state is None else int(state.step)))
         if state is None:
             state = jax.jit(trainer.init, out_shardings=ckpt.shardings(like))(jax.random.key(config.seed))
+            if config.initial_weights is not None:
+                state = state._replace(params=initial_params(config.initial_weights, config.model))
         first_step, best_loss = int(state.step), checkpoints.best_loss()
         if first_step > num_steps:
             raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")

@@ -405,6 +405,9 @@ class TrainConfig:
     """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed."""
     seed: int = 0
     """Seed of the initial parameters, of the order of the data and of the samples."""
+    initial_weights: str | None = None
+    """Weights to start from, to fine-tune them: a file, a folder, a run or a name on the hub, as `rwkv convert` reads
+    them. None starts from the official initial values. A run that was begun goes on from its own checkpoints."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -40,6 +40,7 @@ from rwkv_jax.training.journal import NonFiniteError
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, make_trainer
+from rwkv_jax.weights.pretrained import convert
 
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -315,6 +316,45 @@ def other_corpus(config: TrainConfig, folder: Path) -> TrainConfig:
 def other_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
     train_sentencepiece([f"import module{i} as m{i % 9}\n" for i in range(999)], 300, folder / "other.model")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder / "other.model")))
+
+
+@pytest.fixture(scope="module")
+def weights(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run's newest parameters as an official file."""
+    path = tmp_path_factory.mktemp("weights") / "finished.pth"
+    convert(finished.folder, path)
+    return path
+
+
+class TestStartingFromWeights:
+    def test_the_first_steps_are_those_of_the_weights(self, finished: Run, weights: Path, tmp_path: Path) -> None:
+        # A step so small that the parameters, rounded to float32, stay what they are.
+        still = dataclasses.replace(finished.config.optimizer, learning_rate=1e-30, final_learning_rate=1e-30)
+        training = dataclasses.replace(finished.config.training, num_steps=4)
+        source = shutil.copy(weights, tmp_path)
+        config = dataclasses.replace(finished.config, initial_weights=source, optimizer=still, training=training)
+        tuned = run(config, tmp_path / "tuned")
+        assert_same(tuned.result.state.params, finished.result.state.params)
+        assert tuned.result.held_out == finished.result.held_out
+        # The run goes on from its own checkpoints.
+        Path(source).unlink()
+        longer = dataclasses.replace(config, training=dataclasses.replace(training, num_steps=5))
+        assert int(run(longer, tmp_path / "tuned").result.state.step) == 5
+
+    def test_weights_of_another_model_are_refused_with_the_flags_that_fit(self, finished: Run, tmp_path: Path) -> None:
+        model = dataclasses.replace(finished.config.model, num_layers=3, head_dim=8, ffn_width=64)
+        config = dataclasses.replace(finished.config, model=model, initial_weights=str(finished.folder))
+        with pytest.raises(ConfigError) as caught:
+            run(config, tmp_path / "run")
+        message = str(caught.value)
+        assert "model.num_layers = 3 here and 2 there" in message
+        assert message.endswith("--model.num-layers 2 --model.head-dim 16 --model.ffn-width 128")
+        assert not names(tmp_path / "run")
+
+    def test_other_weights_are_refused_when_a_run_goes_on(self, finished: Run, copy: Path, weights: Path) -> None:
+        config = dataclasses.replace(finished.config, initial_weights=str(weights))
+        with pytest.raises(ConfigError, match=r"initial_weights +- +.*finished\.pth"):
+            run(config, copy)
 
 
 class TestRefusals:

@@ -41,6 +41,8 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
     """
     model = dataclasses.asdict(config.model.resolved())
     fields = {f"model.{name}": value for name, value in model.items() if name not in ("dtype", "wkv_implementation")}
+    fields |= {"initial_weights": config.initial_weights}
+    fields = {name: value for name, value in fields.items() if value not in (None, False)}
     return fields | {
         "seed": config.seed,
         "training.batch_size": config.training.batch_size,
@@ -106,6 +108,7 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not content.keys() >= {"config", "identity"}:
             raise KeyError("config or identity is missing")
+        content["identity"].setdefault("model.generation", "7")  # as in runs of before there were others
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -32,13 +32,14 @@ from rwkv_jax.weights.official import (
     split_over,
 )
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
-from rwkv_jax.weights.sources import find_weights, naming, open_weights
+from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
 from rwkv_jax.weights.tensors import WeightsError
 from rwkv_jax.weights.torch_file import write_torch_file
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
+_FILES = (".pth", ".safetensors")
 _NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip")  # endings that mean some other format
 
 
@@ -86,6 +87,45 @@ def _as_asked(params: Any, dtype: str | None, mesh: Mesh | None) -> Any:
         return x if mesh is None else jax.device_put(x, split_over(mesh, x.shape, stacked=path[0].key == "blocks"))
 
     return jax.tree.map_with_path(leaf, params)
+
+
+def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig) -> None:
+    """Holds weights against the model of a run that is to start from them; reads names and shapes only.
+
+    Raises:
+      WeightsError: they are of another generation or size (each difference is listed, and how to set it), or there are
+        no such weights.
+    """
+    _weights_for(source, config)
+
+
+def initial_params(source: str | os.PathLike[str], config: ModelConfig) -> Any:
+    """The parameters with which a run starts from weights, in the dtype in which it trains them.
+
+    Raises:
+      WeightsError: as `check_initial_weights`.
+    """
+    weights = _weights_for(source, config)
+    return place_params(weights.tensors, config, dtype=config.parameter_dtype, release=weights.release)
+
+
+def _weights_for(source: str | os.PathLike[str], config: ModelConfig) -> Weights:
+    place = find_weights(source)
+    if place.is_dir():
+        loaded = load_model(place, "newest")
+        weights = Weights(OfficialTensors(loaded.config.model, loaded.params), "official", lambda: None)
+    else:
+        weights = open_weights(place)
+    with naming(place):
+        found, wanted = (dataclasses.asdict(each.resolved()) for each in (read_config(weights.tensors), config))
+        ignored = {"dtype", "wkv_implementation"} | ({"head_dim"} if config.generation == "4" else set())
+        differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
+        if differences:
+            listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)
+            flags = " ".join(f"--model.{name.replace('_', '-')} {found[name]}" for name in differences)
+            raise WeightsError(f"these weights are of another model: {listed}; to start from them: {flags}")
+        check_tensors(weights.tensors, config)
+    return weights
 
 
 def save_pretrained(
@@ -138,7 +178,7 @@ def convert(
     if place.is_dir():
         loaded = load_model(place, "newest")
         config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
-        found: Tokenizer | None = loaded.tokenizer
+        beside: Tokenizer | None = loaded.tokenizer
     else:
         weights = open_weights(place)
         with naming(place):
@@ -147,11 +187,14 @@ def convert(
         # Another project's file has another order; an official one keeps its own.
         official = weights.layout == "official"
         tensors = weights.tensors if official else _InOrder(weights.tensors, official_shapes(config))
-        found = find_tokenizer(place, config.vocab_size)
+        # One that does not fit is no trouble where none is written, or another.
+        unused = tokenizer is not None or Path(target).suffix in _FILES
+        beside = None if unused else find_tokenizer(place, config.vocab_size)
     if tokenizer is not None:
-        found = load_tokenizer(tokenizer, config.vocab_size)
-    is_file = Path(target).suffix in (".pth", ".safetensors")
-    _write(tensors, Path(target), layout, dtype, None if is_file and tokenizer is None else found)
+        beside = load_tokenizer(tokenizer, config.vocab_size)
+    elif Path(target).suffix in _FILES:
+        beside = None
+    _write(tensors, Path(target), layout, dtype, beside)
     return config
 
 
@@ -175,7 +218,10 @@ def _write(
         tensors = _Rounded(tensors, dtype)
     if path.suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {path.suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
-    if path.suffix in (".pth", ".safetensors"):
+    path = path.expanduser()
+    if os.path.lexists(path):  # said before anything is fetched from a device
+        raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another")
+    if path.suffix in _FILES:
         if layout != "official":
             raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
         if tokenizer is not None:
@@ -185,21 +231,19 @@ def _write(
         else:
             write_safetensors(path, tensors, _METADATA)
         return
-    if path.exists():
-        raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another folder")
     written = to_layout(tensors, layout)
+    config = None if layout == "official" else hub_config(layout, tensors)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
-    try:
         write_sharded_safetensors(temporary, written, metadata=_METADATA)
-        if layout != "official":
-            (temporary / "config.json").write_text(json.dumps(hub_config(layout, tensors), indent=2) + "\n")
+        if config is not None:
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         temporary.rename(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror or error}); name another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -230,6 +274,8 @@ class _Rounded(Mapping[str, NDArray]):
 
     def __getitem__(self, name: str) -> NDArray:
         tensor = self._tensors[name]
+        if tensor.dtype == self._dtype:
+            return tensor
         with np.errstate(over="ignore"):
             rounded = tensor.astype(self._dtype)
         if not np.array_equal(np.isfinite(rounded), np.isfinite(tensor)):
