@@ -18,6 +18,7 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    Sizes,
     TrainConfig,
     TrainingConfig,
     from_dict,
@@ -37,6 +38,53 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"num_layers": 1}, "model.num_layers = 1: RWKV needs at least 2 layers"),
     (ModelConfig, {"ffn_width": 0}, "model.ffn_width = 0: must be positive, or None"),
     *((ModelConfig, {f"{r}_rank": -1}, f"model.{r}_rank = -1: ") for r in ("decay", "iclr", "value", "gate")),
+    (ModelConfig, {"generation": "5"}, "model.generation = '5': must be one of 4, 5.0, 5.1, 5.2, 6, 7"),
+    (ModelConfig, {"generation": "4", "width": 1}, "model.width = 1: must be at least 2"),
+    *(
+        (ModelConfig, {"generation": generation, "width": 100}, "model.width = 100: must be a multiple of")
+        for generation in ("5.0", "5.1", "5.2", "6")
+    ),
+    (ModelConfig, {"generation": "6", "mix_rank": 0}, "model.mix_rank = 0: must be positive, or None"),
+    *(
+        (
+            ModelConfig,
+            {"generation": generation, "decay_rank": 64},
+            f"model.decay_rank = 64: RWKV-{generation} has no such size, only RWKV-6 and 7; leave it out",
+        )
+        for generation in ("4", "5.0", "5.1", "5.2")
+    ),
+    *(
+        (
+            ModelConfig,
+            {"generation": "6", f"{rank}_rank": 8},
+            f"model.{rank}_rank = 8: RWKV-6 has no such size, only RWKV-7; leave it out",
+        )
+        for rank in ("iclr", "value", "gate")
+    ),
+    *(
+        (
+            ModelConfig,
+            {"generation": generation, "mix_rank": 8},
+            f"model.mix_rank = 8: RWKV-{generation} has no such size, only RWKV-6; leave it out",
+        )
+        for generation in ("5.2", "7")
+    ),
+    *(
+        (
+            ModelConfig,
+            {"generation": generation, "exponential_bonus": True},
+            f"model.exponential_bonus = True: RWKV-{generation} has no such form, only RWKV-5.0 and 5.1; leave it out",
+        )
+        for generation in ("4", "5.2", "6", "7")
+    ),
+    *(
+        (
+            ModelConfig,
+            {"generation": generation, "unused_value_residual": True},
+            f"model.unused_value_residual = True: RWKV-{generation} has no value residual, only RWKV-7; leave it out",
+        )
+        for generation in ("4", "5.0", "5.1", "5.2", "6")
+    ),
     (ModelConfig, {"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
     (DataConfig, {"source": ""}, "data.source = '': "),
     (DataConfig, {"held_out": 0.0}, "data.held_out = 0.0: must lie between 0 and 1"),
@@ -82,6 +130,11 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
 def test_wrong_values_are_refused_by_name_with_a_remedy(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         kind(**values)
+
+
+@pytest.mark.parametrize(("width", "head_dim"), [(100, 64), (32, 64), (2, 1)])
+def test_rwkv4_has_no_heads_to_fit(width: int, head_dim: int) -> None:
+    assert ModelConfig("4", width=width, head_dim=head_dim).sizes().ffn_width == 4 * width
 
 
 def test_configs_cannot_be_changed() -> None:
@@ -147,11 +200,41 @@ def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: i
         (decay, iclr, value, gate)
     )
     assert resolved.ffn_width == 4 * width
-    assert dataclasses.asdict(resolved.sizes()).items() <= dataclasses.asdict(resolved).items()
+    assert resolved.sizes() == ModelConfig(width=width).sizes()
+    assert resolved.mix_rank is None
 
 
-def test_sizes_that_are_given_stay() -> None:
-    assert SMALL.resolved() == SMALL
+@pytest.mark.parametrize(
+    ("generation", "width", "sizes"),
+    [
+        ("4", 768, Sizes(3072)),
+        ("4", 5120, Sizes(20480)),
+        ("5.0", 1024, Sizes(4096)),
+        ("5.1", 1024, Sizes(3584)),
+        ("5.2", 2048, Sizes(7168)),
+        ("5.2", 2560, Sizes(8960)),
+        ("5.2", 320, Sizes(1120)),
+        ("5.1", 64 * 3, Sizes(672)),
+        ("6", 2048, Sizes(7168, mix_rank=32, decay_rank=64)),
+        ("6", 4096, Sizes(14336, mix_rank=64, decay_rank=128)),
+        ("6", 64, Sizes(224, mix_rank=32, decay_rank=64)),
+    ],
+)
+def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: Sizes) -> None:
+    config = ModelConfig(generation, width=width)
+    assert config.sizes() == sizes
+    assert config.resolved().sizes() == sizes
+
+
+@pytest.mark.parametrize(("generation", "head_dim"), [("5.1", 2), ("5.2", 4), ("6", 8)])
+def test_the_ffn_of_a_narrow_model_is_rounded_down_but_never_to_nothing(generation: Any, head_dim: int) -> None:
+    widths = {8: 32, 24: 64, 40: 128}  # 28, 84 and 140 before rounding
+    assert {w: ModelConfig(generation, width=w, head_dim=head_dim).sizes().ffn_width for w in widths} == widths
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_sizes_that_are_given_stay(config: ModelConfig) -> None:
+    assert config.resolved() == config
 
 
 @pytest.mark.parametrize(
@@ -170,19 +253,40 @@ def test_released_models_have_their_published_number_of_parameters(
     vocab_size: int, layers: int, width: int, ranks: tuple[int, int, int, int], published: int
 ) -> None:
     decay, iclr, value, gate = ranks
-    config = ModelConfig(vocab_size, layers, width, decay_rank=decay, iclr_rank=iclr, value_rank=value, gate_rank=gate)
-    # The published count includes v0, v1 and v2 of the first layer, which nothing reads; we do not have them.
+    sizes: dict[str, Any] = {"decay_rank": decay, "iclr_rank": iclr, "value_rank": value, "gate_rank": gate}
+    config = ModelConfig("7", vocab_size, layers, width, **sizes)
+    # The published count includes v0, v1 and v2 of the first layer, which nothing reads.
     assert config.num_parameters() == published - (width + 2 * width * value)
+    assert dataclasses.replace(config, unused_value_residual=True).num_parameters() == published
 
 
-@pytest.mark.parametrize("config", [SMALL, ModelConfig(num_layers=5, width=256)], ids=["small", "width-256"])
+FLOPS_OF_RECURRENCE = {
+    # A channel of numerator and denominator: each decayed, written, read with the bonus; the quotient.
+    "4": lambda config: 12 * config.width,
+    # Each state entry: decayed (1), the rank-one removal S a b^T (2 to read, 2 to add), v k^T added (2), read (2).
+    "7": lambda config: 9 * config.num_heads * config.head_dim**2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(config, id=f"small-{name}") for name, config in SMALL.items()),
+        pytest.param(ModelConfig(num_layers=5, width=256), id="width-256"),
+        pytest.param(ModelConfig("6", num_layers=5, width=256), id="width-256-of-6"),
+    ],
+)
 def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(config: ModelConfig) -> None:
     weights = 0
     for path, x in jax.tree.leaves_with_path(abstract(config)[1]):
         *folders, name = (entry.key for entry in path)
-        is_matrix = (name == "weight" and not folders[-1].startswith("ln")) or name[1:] in ("1", "2")
+        is_matrix = (name == "weight" and not folders[-1].startswith("ln")) or name[-1] in "12"
         if is_matrix and folders != ["emb"]:  # an embedding is looked up
             weights += x.size
-    # Each state entry: decayed (1), the rank-one removal S a b^T (2 to read, 2 to add), v k^T added (2), read (2).
-    recurrence = config.num_layers * config.num_heads * config.head_dim**2 * 9
+    # Each state entry of RWKV-5 and 6: decayed (1), k v^T added (2), read (2).
+    of_others = lambda config: 5 * config.num_heads * config.head_dim**2  # noqa: E731
+    recurrence = config.num_layers * FLOPS_OF_RECURRENCE.get(config.generation, of_others)(config)
     assert config.flops_per_token() == 2 * weights + recurrence
+    if config.generation == "7":
+        # What nothing reads costs nothing.
+        assert dataclasses.replace(config, unused_value_residual=True).flops_per_token() == 2 * weights + recurrence

@@ -1,9 +1,8 @@
-"""Small models for tests: parameters under their official names, random ones, and models built from them."""
+"""Small models for tests: one config a generation, random and initial parameters, models built from them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,72 +11,63 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import RWKV7
+from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.weights.official import abstract_model, official_names
+from tests import golden
 
-Flat = dict[str, Any]
-
-SMALL = ModelConfig(
-    vocab_size=29,
-    num_layers=3,
-    width=32,
-    head_dim=8,
-    ffn_width=48,
-    decay_rank=4,
-    iclr_rank=5,
-    value_rank=6,
-    gate_rank=7,
-    dtype="float64",
-)
-"""Every size differs from every other, so that no two can be confused."""
+QUICK = golden.QUICK | {"xla_cpu_use_fusion_emitters": False}
+"""Compiler options that halve the time of compilation once more, for programs as large as a model's gradients."""
 
 
-@functools.cache
+def _small(generation: Any, **sizes: Any) -> ModelConfig:
+    return ModelConfig(
+        generation, vocab_size=41, num_layers=3, width=32, head_dim=8, ffn_width=48, dtype="float64", **sizes
+    )
+
+
+SMALL: dict[str, ModelConfig] = {
+    "4": _small("4"),
+    "5.0": _small("5.0", exponential_bonus=True),
+    "5.1": _small("5.1"),
+    "5.2": _small("5.2"),
+    "6": _small("6", mix_rank=6, decay_rank=5),
+    "7": _small("7", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7),
+}
+"""By generation. Every size differs from every other, so that no two can be confused."""
+
+
 def abstract(config: ModelConfig) -> tuple[Any, Any]:
     """The model's static part and its parameters' shapes; allocates nothing."""
     with jax.enable_x64(config.dtype == "float64"):
-        model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+        return abstract_model(config)
 
 
-def merge(config: ModelConfig, params: Any) -> RWKV7:
+def merge(config: ModelConfig, params: Any) -> LanguageModel:
     """The model with these parameters; cheap enough to be called within jit."""
     return nnx.merge(abstract(config)[0], params)
 
 
-def from_official(weights: Mapping[str, NDArray], dtype: Any) -> Any:
-    """Official names (`blocks.1.att.w0`) -> our nested dict: layer 0 as first_block, the others stacked as blocks.
-
-    The first layer's v0, v1 and v2, which some checkpoints hold and nothing reads, are left out.
-    """
-    unused = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    flat: Flat = {}
-    for name in weights.keys() - unused:
-        if name.startswith("blocks.0."):
-            flat[name.replace("blocks.0.", "first_block.", 1)] = weights[name]
-        elif name.startswith("blocks.1."):
-            suffix = name.removeprefix("blocks.1.")
-            flat[f"blocks.{suffix}"] = np.stack([weights[f"blocks.{layer}.{suffix}"] for layer in range(1, layers)])
-        elif not name.startswith("blocks."):
-            flat[name] = weights[name]
-    tree: Any = {}
-    for name, value in flat.items():
-        *folders, leaf = name.split(".")
-        functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, tree)[leaf] = value.astype(dtype)
-    return tree
-
-
-def to_official(tree: Any) -> dict[str, NDArray]:
+def to_official(config: ModelConfig, params: Any) -> dict[str, NDArray]:
     """Our nested dict -> official names, layer by layer."""
     official: dict[str, NDArray] = {}
-    for path, value in jax.tree.leaves_with_path(tree):
-        folder, *rest = (str(entry.key) for entry in path)
-        if folder == "blocks":
-            official |= {f"blocks.{layer}.{'.'.join(rest)}": x for layer, x in enumerate(np.asarray(value), start=1)}
-        else:
-            official[".".join(["blocks.0" if folder == "first_block" else folder, *rest])] = np.asarray(value)
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(params)):
+        names = official_names(path, config.num_layers)
+        official |= dict(zip(names, leaf if path[0].key == "blocks" else [leaf], strict=True))
     return official
+
+
+@functools.cache
+def _builder(config: ModelConfig) -> Any:
+    def build(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(model_type(config)(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+    return jax.jit(build, compiler_options=QUICK)
+
+
+def initial_params(config: ModelConfig, seed: int = 0) -> Any:
+    """The parameters of a new model."""
+    with jax.enable_x64(config.dtype == "float64"):
+        return jax.device_get(_builder(config)(jax.random.key(seed)))
 
 
 @functools.cache
@@ -95,12 +85,11 @@ def random_like(shapes: Any, seed: int = 0) -> Any:
         x = rng.standard_normal(shape.shape)
         if names[-1] == "weight" and names[-2].startswith("ln"):
             return 1 + 0.2 * x
-        if names[-1].startswith("x_"):
+        if names[-1] == "weight" or names[-1][-1] in "12":
+            return x / np.sqrt(shape.shape[-1])
+        if names[-1].startswith(("x_", "time_mix_", "time_maa_")):
             return 0.5 + 0.3 * x
-        if names[-1] == "w0":
-            return x - 1
-        is_matrix = names[-1] == "weight" or names[-1][-1] in "12"
-        return x / np.sqrt(shape.shape[-1]) if is_matrix else 0.5 * x
+        return x - 1 if names[-1] in ("w0", "time_decay") else 0.5 * x
 
     return jax.tree.map_with_path(draw, shapes)
 

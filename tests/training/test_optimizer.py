@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from rwkv_jax.config import OptimizerConfig
-from rwkv_jax.models import RWKV7
+from rwkv_jax.models import RWKV7, model_type
 from rwkv_jax.training.optimizer import learning_rate_schedule, make_optimizer, parameter_groups
 from tests.models.parameters import SMALL, abstract, to_official
 
@@ -70,26 +70,61 @@ def test_without_warmup_the_first_step_has_the_peak_rate() -> None:
 # Groups
 
 DECAYING = {
-    "emb.weight",
-    "head.weight",
-    *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")),
-    *(f"ffn.{name}.weight" for name in ("key", "value")),
+    "4": {"att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value", "ffn.receptance"},
+    "5.0": {"att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value", "ffn.receptance"},
+    "5.1": {"att.receptance", "att.key", "att.value", "att.gate", "att.output"}
+    | {"ffn.key", "ffn.value", "ffn.receptance"},
+    "5.2": {"att.receptance", "att.key", "att.value", "att.gate", "att.output"}
+    | {"ffn.key", "ffn.value", "ffn.receptance"},
+    "6": {"att.receptance", "att.key", "att.value", "att.gate", "att.output"}
+    | {"ffn.key", "ffn.value", "ffn.receptance"},
+    "7": {"att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"},
 }
+"""The matrices of a block whose weight decays, beside embedding and head."""
+
+FACTORS = {
+    "4": {"att.time_decay": 2.0, "att.time_first": 3.0},
+    "5.0": {"att.time_decay": 2.0, "att.time_first": 3.0},
+    "5.1": {"att.time_decay": 2.0},
+    "5.2": {"att.time_decay": 2.0},
+    "6": {"att.time_decay": 2.0},
+    "7": {"att.w0": 2.0},
+}
+"""Parameters whose learning rate is not that of all others."""
+
+NEITHER = {
+    "4": ["att.time_mix_k", "ffn.time_mix_r"],
+    "5.0": ["att.time_mix_k", "att.ln_x.weight"],
+    "5.1": ["att.time_faaaa", "att.time_mix_g", "att.ln_x.weight"],
+    "5.2": ["att.time_faaaa", "att.time_mix_g", "att.ln_x.weight"],
+    "6": ["att.time_faaaa", "att.time_decay_w1", "att.time_decay_w2", "att.time_maa_w1", "att.time_maa_w2"],
+    "7": ["att.w1", "att.w2", "att.a0", "att.v1", "att.g2", "att.r_k", "att.k_k", "att.ln_x.weight"],
+}
+"""Some of those that could be taken for others: with two axes or more, or with names that begin alike."""
 
 
-def test_only_large_matrices_decay_and_only_w0_has_another_rate() -> None:
-    params = abstract(SMALL)[1]
-    factors, decays = parameter_groups(params, RWKV7.parameter_group)
-    pairs = jax.tree.leaves_with_path(jax.tree.map(lambda *pair: np.array(pair), factors, decays))
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): tuple(pair) for path, pair in pairs}
-    assert len(named) == len(jax.tree.leaves(params))
-    for name, (factor, decay) in named.items():
+def decays(generation: str, name: str) -> bool:
+    """By official name without the layer, such as `att.key.weight`."""
+    return name in ("emb.weight", "head.weight", *(f"{matrix}.weight" for matrix in DECAYING[generation]))
+
+
+@pytest.mark.parametrize("generation", SMALL)
+def test_parameter_groups_are_the_official_ones(generation: str) -> None:
+    params = abstract(SMALL[generation])[1]
+    factors, decaying = parameter_groups(params, model_type(SMALL[generation]).parameter_group)
+    pairs = jax.tree.leaves_with_path(jax.tree.map(lambda *pair: np.array(pair), factors, decaying))
+    groups = {jax.tree_util.keystr(path, simple=True, separator="."): tuple(pair) for path, pair in pairs}
+    assert len(groups) == len(jax.tree.leaves(params))
+    seen = set()
+    for name, (factor, decay) in groups.items():
         official = name.removeprefix("first_block.").removeprefix("blocks.")
-        assert factor == (2.0 if official == "att.w0" else 1.0), name
-        assert decay == (official in DECAYING), name
-    # Stacked layers have an axis more, which must not turn norms into matrices; r_k has two axes and does not decay.
-    for name in ("first_block.ln0.weight", "blocks.ln1.weight", "blocks.att.ln_x.weight", "blocks.att.r_k"):
-        assert named[name] == (1.0, False)
+        assert factor == FACTORS[generation].get(official, 1.0), name
+        assert decay == decays(generation, official), name
+        seen.add(official)
+    assert seen >= FACTORS[generation].keys() | {f"{name}.weight" for name in DECAYING[generation]}
+    # Stacked layers have an axis more, which must not turn vectors into matrices.
+    for name in ("first_block.ln0.weight", "blocks.ln1.weight", *(f"blocks.{name}" for name in NEITHER[generation])):
+        assert groups[name] == (1.0, False), name
 
 
 # Steps
@@ -115,7 +150,7 @@ class Adam:
             mean = self.mean[name] / (1 - config.beta1**self.count)
             square = self.square[name] / (1 - config.beta2**self.count)
             update = mean / (np.sqrt(square) + config.epsilon)
-            if name.removeprefix("blocks.").lstrip("0123456789.") in DECAYING:
+            if decays("7", name.removeprefix("blocks.").lstrip("0123456789.")):
                 update = update + config.weight_decay * self.params[name]
             rate = learning_rate * (2 if name.endswith("att.w0") else 1)
             self.params[name] = self.params[name] - rate * update
@@ -127,19 +162,19 @@ def test_steps_equal_adam_written_out(float64: None, clip_norm: float) -> None:
     rng = np.random.default_rng(0)
 
     def draw(scale: float) -> Any:
-        return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape)), abstract(SMALL)[1])
+        return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape)), abstract(SMALL["7"])[1])
 
     params = draw(1.0)
     optimizer = make_optimizer(config, STEPS, params, RWKV7.parameter_group)
     state = optimizer.init(params)
-    reference = Adam(config, to_official(params))
+    reference = Adam(config, to_official(SMALL["7"], params))
     step = jax.jit(optimizer.update)
     for count, scale in enumerate([1.0, 1e-4, 1e-9, 3.0]):  # norms far above and far below the clipping norm
         gradients = draw(scale)
         updates, state = step(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        reference.update(to_official(gradients), rate(config, count))
-        for name, x in to_official(params).items():
+        reference.update(to_official(SMALL["7"], gradients), rate(config, count))
+        for name, x in to_official(SMALL["7"], params).items():
             # Optax corrects the bias in float32: the update, not the parameter, is right to 1e-6.
             np.testing.assert_allclose(x, reference.params[name], rtol=0, atol=1e-6 * PEAK, err_msg=name)
 

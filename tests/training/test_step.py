@@ -21,8 +21,10 @@ from rwkv_jax.models import RWKV7
 from rwkv_jax.training.optimizer import make_optimizer
 from rwkv_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from tests.golden import QUICK, relative_error
-from tests.models.parameters import SMALL, merge, random_params
+from tests.models import parameters
+from tests.models.parameters import merge, random_params
 
+SMALL = parameters.SMALL["7"]
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1),
@@ -106,6 +108,28 @@ def test_the_loss_of_one_batch_falls(float64: None) -> None:
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == CONFIG.training.num_steps
+
+
+@pytest.mark.parametrize("generation", ["4", "5.0", "5.2", "6"])
+def test_every_generation_learns(float64: None, generation: str) -> None:
+    """From its official initial values, in micro-batches, with each block recomputed."""
+    training = dataclasses.replace(CONFIG.training, accumulation_steps=2, remat=True, l2wrap=0.0)
+    optimizer = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0)
+    config = TrainConfig(model=parameters.SMALL[generation], training=training, optimizer=optimizer)
+    params = jax.tree.map(jnp.asarray, parameters.initial_params(config.model))
+    shapes = jax.eval_shape(trainer_of(config).init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=params)
+    step = jax.jit(trainer_of(config).train_step, compiler_options=parameters.QUICK)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, TOKENS)
+        assert bool(metrics.finite)
+        losses.append(float(metrics.loss))
+    total = jax.jit(trainer_of(config).eval_step, compiler_options=parameters.QUICK)(params, TOKENS, np.ones((8, 9)))
+    assert relative_error(losses[0], total.nll / total.count) < 1e-12
+    assert losses[-1] < 0.25 * losses[0], losses
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        assert np.any(before != after)
 
 
 # Evaluation
