@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.weights.official import abstract_model, official_names
-from tests import golden
-
-QUICK = golden.QUICK | {"xla_cpu_use_fusion_emitters": False}
-"""Compiler options that halve the time of compilation once more, for programs as large as a model's gradients."""
+from tests.golden import QUICK
 
 
 def _small(generation: Any, **sizes: Any) -> ModelConfig:

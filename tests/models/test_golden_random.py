@@ -18,8 +18,8 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.training.loss import sum_losses
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
-from tests.golden import assert_close, load_golden, relative_error
-from tests.models.parameters import QUICK, merge, to_official
+from tests.golden import QUICK, assert_close, load_golden, relative_error
+from tests.models.parameters import merge, to_official
 from tests.models.states import from_golden, to_golden
 
 CONFIGS = {

@@ -21,8 +21,8 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
 from rwkv_jax.weights.safetensors_file import read_safetensors
-from tests.golden import GOLDEN_DIR, load_golden, relative_error
-from tests.models.parameters import QUICK, merge
+from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
+from tests.models.parameters import merge
 from tests.models.states import to_golden
 
 FLOAT32_LOGITS = {"4v0-660K": 3e-5, "5v2-730K": 5e-5, "6v0-1m": 5e-5}

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.layers import orthogonal
-from tests.models.parameters import QUICK, SMALL, initial_params, to_official
+from tests.golden import QUICK
+from tests.models.parameters import SMALL, initial_params, to_official
 
 CONFIGS = SMALL | {"7-unused": dataclasses.replace(SMALL["7"], unused_value_residual=True)}
 VOCAB, LAYERS, WIDTH, HEADS, HEAD_DIM, FFN_WIDTH = 41, 3, 32, 4, 8, 48

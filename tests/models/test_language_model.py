@@ -19,8 +19,8 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import RWKV4, RWKV5, RWKV6, RWKV7, model_type
 from rwkv_jax.models.state import State
 from rwkv_jax.training.loss import sum_losses
-from tests.golden import assert_close, relative_error
-from tests.models.parameters import QUICK, SMALL, abstract, in_dtype, initial_params, merge, random_params, to_official
+from tests.golden import QUICK, assert_close, relative_error
+from tests.models.parameters import SMALL, abstract, in_dtype, initial_params, merge, random_params, to_official
 
 ROWS, TIME = 4, 20
 TOKENS = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)

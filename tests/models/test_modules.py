@@ -19,8 +19,8 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.layers import HeadNorm, LayerNorm, head_gain, linear, token_shift
 from rwkv_jax.models.state import TimeMixState
-from tests.golden import relative_error
-from tests.models.parameters import QUICK, SMALL, random_like
+from tests.golden import QUICK, relative_error
+from tests.models.parameters import SMALL, random_like
 
 pytestmark = pytest.mark.usefixtures("float64")
 

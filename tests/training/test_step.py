@@ -119,13 +119,13 @@ def test_every_generation_learns(float64: None, generation: str) -> None:
     params = jax.tree.map(jnp.asarray, parameters.initial_params(config.model))
     shapes = jax.eval_shape(trainer_of(config).init, jax.random.key(0))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=params)
-    step = jax.jit(trainer_of(config).train_step, compiler_options=parameters.QUICK)
+    step = jax.jit(trainer_of(config).train_step, compiler_options=QUICK)
     losses = []
     for _ in range(30):
         state, metrics = step(state, TOKENS)
         assert bool(metrics.finite)
         losses.append(float(metrics.loss))
-    total = jax.jit(trainer_of(config).eval_step, compiler_options=parameters.QUICK)(params, TOKENS, np.ones((8, 9)))
+    total = jax.jit(trainer_of(config).eval_step, compiler_options=QUICK)(params, TOKENS, np.ones((8, 9)))
     assert relative_error(losses[0], total.nll / total.count) < 1e-12
     assert losses[-1] < 0.25 * losses[0], losses
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):

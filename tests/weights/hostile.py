@@ -1,169 +1,37 @@
-"""Files that pretend to be a .pth of tensors: what attackers write, what broken disks leave, what other programs mean.
+"""Tables of files that pretend to be a .pth of tensors, and of what is said of them.
 
-Pickles are put together step by step, because no pickler would write most of these.
+They are what attackers write, what broken disks leave and what other programs mean; `forged` has their parts.
 """
 
 from __future__ import annotations
 
-import io
 import struct
-import zipfile
-import zlib
 from collections.abc import Callable
-from typing import NamedTuple
 
-import numpy as np
-
-NUMBERS = np.arange(6, dtype=np.float32)
-
-
-# Steps of a pickle
-
-
-def text(value: str) -> bytes:
-    """Puts text on the stack."""
-    content = value.encode()
-    return b"X" + struct.pack("<I", len(content)) + content
-
-
-def named(module: str, attribute: str) -> bytes:
-    """Puts a class or function on the stack."""
-    return b"c" + f"{module}\n{attribute}\n".encode()
-
-
-def integer(value: int) -> bytes:
-    """Puts a whole number on the stack."""
-    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(content)]) + content
-
-
-def integers(values: tuple[int, ...]) -> bytes:
-    """Puts a tuple of whole numbers on the stack."""
-    return b"(" + b"".join(map(integer, values)) + b"t"
-
-
-HOOKS = named("collections", "OrderedDict") + b")R"
-REBUILD = named("torch._utils", "_rebuild_tensor_v2")
-
-
-def memory(key: str = "0", kind: tuple[str, str] = ("torch", "FloatStorage"), count: int = 6) -> bytes:
-    """Puts the reference to an entry of the zip on the stack."""
-    return b"(" + text("storage") + named(*kind) + text(key) + text("cpu") + integer(count) + b"tQ"
-
-
-HELD = memory()
-
-
-def tensor(
-    held: bytes = HELD,
-    offset: int = 0,
-    shape: tuple[int, ...] = (2, 3),
-    strides: tuple[int, ...] = (3, 1),
-    tail: bytes = b"\x89" + HOOKS,
-) -> bytes:
-    """Puts a tensor on the stack."""
-    return REBUILD + b"(" + held + integer(offset) + integers(shape) + integers(strides) + tail + b"tR"
-
-
-def state(items: bytes) -> bytes:
-    """The pickle of a dict whose keys and values `items` puts on the stack."""
-    return b"\x80\x02}(" + items + b"u."
-
-
-GOOD = text("w") + tensor()
-_TRUE_PICKLE = state(GOOD)
-
-
-# Zips
-
-
-class Entry(NamedTuple):
-    """One entry of a zip; where there is None, the truth is told."""
-
-    name: str
-    content: bytes = b""
-    method: int = 0
-    flags: int = 0
-    claimed: int | None = None
-    """Its size by the directory."""
-    packed: int | None = None
-    """Its packed size by the directory."""
-    local_name: str | None = None
-    local_claimed: int | None = None
-    local_flags: int | None = None
-    extra: bytes = b""
-    disk: int = 0
-    at: int | None = None
-    """Where it is by the directory."""
-
-
-class End(NamedTuple):
-    """The end of a zip."""
-
-    count: int | None = None
-    size: int | None = None
-    start: int | None = None
-    disk: int = 0
-    before: bytes = b""
-    comment: bytes = b""
-
-
-_TRUE_END = End()
-
-
-def zipped(entries: list[Entry], end: End = _TRUE_END) -> bytes:
-    """A zip of these entries, which need not be what they say."""
-    body, directory = b"", b""
-    for entry in entries:
-        claimed = len(entry.content) if entry.claimed is None else entry.claimed
-        local = claimed if entry.local_claimed is None else entry.local_claimed
-        name, local_name = entry.name.encode(), (entry.local_name or entry.name).encode()
-        flags = entry.flags if entry.local_flags is None else entry.local_flags
-        checksum = zlib.crc32(entry.content)
-        header = len(body) if entry.at is None else entry.at
-        body += struct.pack("<4s5H", b"PK\3\4", 0, flags, entry.method, 0, 0)
-        body += struct.pack("<3I2H", checksum, local, local, len(local_name), 0) + local_name + entry.content
-        directory += struct.pack("<4s6H", b"PK\1\2", 0, 0, entry.flags, entry.method, 0, 0)
-        packed = claimed if entry.packed is None else entry.packed
-        directory += struct.pack("<3I2H", checksum, packed, claimed, len(name), len(entry.extra))
-        directory += struct.pack("<3H2I", 0, entry.disk, 0, 0, header) + name + entry.extra
-    count = len(entries) if end.count is None else end.count
-    size = len(directory) if end.size is None else end.size
-    start = len(body) if end.start is None else end.start
-    tail = struct.pack("<4s4H2IH", b"PK\5\6", end.disk, end.disk, count, count, size, start, len(end.comment))
-    return body + directory + end.before + tail + end.comment
-
-
-def torch_file(pickled: bytes = _TRUE_PICKLE, *others: Entry, end: End = _TRUE_END) -> bytes:
-    """A file as torch writes them, but for its pickle and what else is given."""
-    rest = [entry for entry in (_ORDER, _NUMBERS) if entry.name not in {other.name for other in others}]
-    return zipped([Entry("x/data.pkl", pickled), *rest, *others], end)
-
-
-_ORDER = Entry("x/byteorder", b"little")
-_NUMBERS = Entry("x/data/0", NUMBERS.tobytes())
-
-
-def _deflated(pickled: bytes) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x/data.pkl", pickled)
-        archive.writestr("x/data/0", NUMBERS.tobytes())
-    return stream.getvalue()
-
-
-def _zip64(count: int, size: int, start: int, *, at: int | None = None, disks: int = 1) -> bytes:
-    """The record of large zips and the pointer to it."""
-    record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0, 0, 0, 0, count, count, size, start)
-    return record + struct.pack("<4sIQI", b"PK\6\7", 0, start + size if at is None else at, disks)
-
+from tests.weights.forged import (
+    GOOD,
+    HOOKS,
+    MEMORY,
+    NUMBERS,
+    REBUILD,
+    TRUE_END,
+    End,
+    Entry,
+    call,
+    deflated,
+    integer,
+    integers,
+    memory,
+    named,
+    state,
+    tensor,
+    text,
+    torch_file,
+    zip64_record,
+    zipped,
+)
 
 # What runs a shell command where it is unpickled
-
-
-def call(module: str, attribute: str, *arguments: bytes) -> bytes:
-    """Calls a function and puts what it returns on the stack."""
-    return named(module, attribute) + b"(" + b"".join(arguments) + b"tR"
 
 
 def _python(command: str) -> bytes:
@@ -438,26 +306,26 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "TorchScript's code": (lambda: torch_file(state(GOOD), Entry("x/code/a.py", method=8)), "TorchScript"),
     "big-endian": (lambda: torch_file(state(GOOD), Entry("x/byteorder", b"big")), "big-endian"),
     "little-endian or so": (lambda: torch_file(state(GOOD), Entry("x/byteorder", b"little" * 9)), "big-endian"),
-    "a compressed zip": (lambda: _deflated(state(GOOD)), "is compressed"),
-    "a zip bomb": (lambda: _deflated(bytes(20_000_000)), "is compressed"),
-    "a zip bomb in disguise": (lambda: torch_file(state(GOOD), _NUMBERS._replace(claimed=2**31)), "outside the file"),
-    "two sizes": (lambda: torch_file(state(GOOD), _NUMBERS._replace(packed=20)), "has 20 bytes and claims 24"),
-    "an unknown method": (lambda: torch_file(state(GOOD), _NUMBERS._replace(method=99)), "is compressed"),
-    "an encrypted entry": (lambda: torch_file(state(GOOD), _NUMBERS._replace(flags=1)), "encrypted"),
+    "a compressed zip": (lambda: deflated(state(GOOD)), "is compressed"),
+    "a zip bomb": (lambda: deflated(bytes(20_000_000)), "is compressed"),
+    "a zip bomb in disguise": (lambda: torch_file(state(GOOD), MEMORY._replace(claimed=2**31)), "outside the file"),
+    "two sizes": (lambda: torch_file(state(GOOD), MEMORY._replace(packed=20)), "has 20 bytes and claims 24"),
+    "an unknown method": (lambda: torch_file(state(GOOD), MEMORY._replace(method=99)), "is compressed"),
+    "an encrypted entry": (lambda: torch_file(state(GOOD), MEMORY._replace(flags=1)), "encrypted"),
     "an entry encrypted in its own words": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(local_flags=1)),
+        lambda: torch_file(state(GOOD), MEMORY._replace(local_flags=1)),
         "contradict each other",
     ),
-    "a name twice in the zip": (lambda: torch_file(state(GOOD), _NUMBERS, _NUMBERS), "two entries named 'x/data/0'"),
+    "a name twice in the zip": (lambda: torch_file(state(GOOD), MEMORY, MEMORY), "two entries named 'x/data/0'"),
     "another name in its own words": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(local_name="x/data/1")),
+        lambda: torch_file(state(GOOD), MEMORY._replace(local_name="x/data/1")),
         "contradict each other",
     ),
     "another size in its own words": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(local_claimed=20)),
+        lambda: torch_file(state(GOOD), MEMORY._replace(local_claimed=20)),
         "contradict each other",
     ),
-    "sizes that never follow": (lambda: torch_file(state(GOOD), _NUMBERS._replace(flags=8)), "contradict each other"),
+    "sizes that never follow": (lambda: torch_file(state(GOOD), MEMORY._replace(flags=8)), "contradict each other"),
     "an absolute name": (lambda: torch_file(state(GOOD), Entry("/etc/passwd")), "not a plain path: '/etc/passwd'"),
     "a name with ..": (lambda: torch_file(state(GOOD), Entry("x/../../y")), "not a plain path"),
     "a name with a backslash": (lambda: torch_file(state(GOOD), Entry("x\\..\\y")), "not a plain path"),
@@ -466,15 +334,15 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "no name": (lambda: torch_file(state(GOOD), Entry("")), "not a plain path: ''"),
     "a name that is not UTF-8": (lambda: torch_file().replace(b"x/data/0", b"x/data/\xff"), "not UTF-8"),
     "entries in one place": (
-        lambda: torch_file(state(GOOD), _NUMBERS, _NUMBERS._replace(name="x/data/1", at=0)),
+        lambda: torch_file(state(GOOD), MEMORY, MEMORY._replace(name="x/data/1", at=0)),
         "contradict",
     ),
     "an entry in another": (lambda: _inside_another(), "overlaps another"),
     "an entry over the directory": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(claimed=80)),
+        lambda: torch_file(state(GOOD), MEMORY._replace(claimed=80)),
         "overlaps another or the directory",
     ),
-    "an entry beyond the file": (lambda: torch_file(state(GOOD), _NUMBERS._replace(at=2**31)), "outside the file"),
+    "an entry beyond the file": (lambda: torch_file(state(GOOD), MEMORY._replace(at=2**31)), "outside the file"),
     "more entries than there are": (lambda: torch_file(end=End(count=4)), "claims 4 entries|within an entry"),
     "far more entries than there are": (
         lambda: torch_file(end=End(count=60_000)),
@@ -485,11 +353,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a comment that is not there": (lambda: torch_file()[:-2] + b"\5\0", "directory is not where"),
     "a comment": (lambda: torch_file(end=End(comment=b"hello")), "does not end as a zip"),
     "several disks": (lambda: torch_file(end=End(disk=1)), "several disks"),
-    "an entry of another disk": (lambda: torch_file(state(GOOD), _NUMBERS._replace(disk=1)), "several"),
+    "an entry of another disk": (lambda: torch_file(state(GOOD), MEMORY._replace(disk=1)), "several"),
     "more after the zip": (lambda: torch_file() + b"MZ", "does not end as a zip"),
     "something before its end": (lambda: torch_file(end=End(before=bytes(8))), "directory is not where"),
     "a zip64 record elsewhere": (
-        lambda: torch_file(end=End(before=_zip64(3, 1, 1, at=0))),
+        lambda: torch_file(end=End(before=zip64_record(3, 1, 1, at=0))),
         "zip64 record is not where",
     ),
     "a zip64 record that lies": (
@@ -502,21 +370,21 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "zip64 disks": (lambda: _with_record(lambda n, size, start: (n, size, start), disks=2), "several disks"),
     "a size for zip64 without one": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(claimed=2**32 - 1)),
+        lambda: torch_file(state(GOOD), MEMORY._replace(claimed=2**32 - 1)),
         "zip64 field .* does not match",
     ),
     "a zip64 size that lies": (
         lambda: torch_file(
-            state(GOOD), _NUMBERS._replace(claimed=2**32 - 1, extra=struct.pack("<2H2Q", 1, 16, 2**63, 2**63))
+            state(GOOD), MEMORY._replace(claimed=2**32 - 1, extra=struct.pack("<2H2Q", 1, 16, 2**63, 2**63))
         ),
         "outside the file",
     ),
     "a zip64 size cut short": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(claimed=2**32 - 1, extra=struct.pack("<2HQ", 1, 16, 24))),
+        lambda: torch_file(state(GOOD), MEMORY._replace(claimed=2**32 - 1, extra=struct.pack("<2HQ", 1, 16, 24))),
         "zip64 field .* does not match",
     ),
     "extra fields beyond their end": (
-        lambda: torch_file(state(GOOD), _NUMBERS._replace(extra=b"FB\xff\xff")),
+        lambda: torch_file(state(GOOD), MEMORY._replace(extra=b"FB\xff\xff")),
         "does not match",
     ),
     "a directory of other bytes": (lambda: torch_file().replace(b"PK\1\2", b"PK\1\3"), "not a list of entries"),
@@ -539,7 +407,7 @@ def _inside_another() -> bytes:
 
 def _with_record(
     lie: Callable[[int, int, int], tuple[int, int, int]],
-    end: End = _TRUE_END,
+    end: End = TRUE_END,
     count: int = 3,
     disks: int = 1,
 ) -> bytes:
@@ -547,4 +415,4 @@ def _with_record(
     start = plain.index(b"PK\1\2")
     size = len(plain) - 22 - start
     claimed = lie(count, size, start)
-    return torch_file(end=end._replace(before=_zip64(*claimed, at=start + size, disks=disks)))
+    return torch_file(end=end._replace(before=zip64_record(*claimed, at=start + size, disks=disks)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, hub_config, official_names, tensor_spec, to_layout
+from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, tensor_spec, to_layout
 from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, WeightsError
 from tests.golden import GOLDEN_DIR
@@ -109,11 +109,11 @@ def test_there_and_back_is_bit_exact(layout: str, generation: int, dtype: Any, t
     tensors = _official(generation, dtype)
     foreign = to_layout(tensors, layout)
     assert not foreign.keys() & tensors.keys() - {"head.weight"}
-    found, back = official_names(foreign)
+    found, back = from_layout(foreign)
     assert found == layout
     _assert_same(back, tensors)
     write_safetensors(tmp_path / "x.safetensors", foreign)
-    found, back = official_names(read_safetensors(tmp_path / "x.safetensors"))
+    found, back = from_layout(read_safetensors(tmp_path / "x.safetensors"))
     assert found == layout
     _assert_same(back, tensors)
     _assert_same(to_layout(back, layout), {name: foreign[name] for name in foreign})
@@ -122,7 +122,7 @@ def test_there_and_back_is_bit_exact(layout: str, generation: int, dtype: Any, t
 @pytest.mark.parametrize("generation", [4, 5, 6, 7])
 def test_official_names_stay(generation: int) -> None:
     tensors = _official(generation)
-    layout, found = official_names(tensors)
+    layout, found = from_layout(tensors)
     assert layout == "official"
     assert found is tensors
     assert to_layout(tensors, "official") is tensors
@@ -250,7 +250,7 @@ def test_all_are_views_but_the_mixes_of_rwkv6(layout: str, generation: int) -> N
         is_view = any(np.shares_memory(foreign[name], tensor) for tensor in tensors.values())
         assert is_view == (name.split(".attn.")[-1] not in joined), name
     kept = {name: foreign[name] for name in foreign}
-    _, back = official_names(kept)
+    _, back = from_layout(kept)
     for name in back:
         is_view = any(np.shares_memory(back[name], tensor) for tensor in kept.values())
         assert is_view == (not name.endswith(("time_maa_w1", "time_maa_w2"))), name
@@ -270,7 +270,7 @@ def test_the_unused_first_value_residual_is_dropped() -> None:
     unused = {f"blocks.0.att.v{i}": tensors[f"blocks.1.att.v{i}"] for i in range(3)}
     foreign = to_layout(tensors | unused, _FLA)
     assert not [name for name in foreign if "layers.0.attn.v_lora" in name]
-    _assert_same(official_names(foreign)[1], tensors)
+    _assert_same(from_layout(foreign)[1], tensors)
 
 
 def test_mixes_in_one_tensor_are_read() -> None:
@@ -279,7 +279,7 @@ def test_mixes_in_one_tensor_are_read() -> None:
     for layer in range(_L):
         rows = [foreign.pop(f"model.layers.{layer}.attn.x_{x}") for x in "rwkvag"]
         foreign[f"model.layers.{layer}.attn.x_x"] = np.concatenate(rows).reshape(6, _C)
-    layout, back = official_names(foreign)
+    layout, back = from_layout(foreign)
     assert layout == _FLA
     _assert_same(back, tensors)
 
@@ -299,7 +299,7 @@ def test_rwkv5_and_6_of_the_hub_are_read(generation: int) -> None:
         for old, new in changes:
             name = name.replace(old, new) if new not in name else name
         foreign[name if name == "head.weight" else f"rwkv.{name}"] = tensor
-    layout, back = official_names(foreign)
+    layout, back = from_layout(foreign)
     assert layout == "transformers"
     _assert_same(back, tensors)
 
@@ -307,17 +307,17 @@ def test_rwkv5_and_6_of_the_hub_are_read(generation: int) -> None:
 def test_the_prefix_of_deepspeed_is_taken_off() -> None:
     tensors = _official(7)
     prefixed = {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}
-    layout, found = official_names(prefixed)
+    layout, found = from_layout(prefixed)
     assert layout == "official"
     _assert_same(found, tensors)
     with pytest.raises(WeightsError, match=r"some names begin with '_forward_module.' and these do not: emb.weight;"):
-        official_names(prefixed | {"emb.weight": tensors["emb.weight"]})
+        from_layout(prefixed | {"emb.weight": tensors["emb.weight"]})
 
 
 def test_converted_files_of_the_rwkv_package_are_refused() -> None:
     message = r"converted by the rwkv package with strategy 'cpu fp32': .*; name the original file"
     with pytest.raises(WeightsError, match=message):
-        official_names(_official(4), {"_strategy": "cpu fp32", "_rescale_layer": 0, "_version": "0.7"})
+        from_layout(_official(4), {"_strategy": "cpu fp32", "_rescale_layer": 0, "_version": "0.7"})
 
 
 def test_unknown_names_are_listed() -> None:
@@ -325,32 +325,32 @@ def test_unknown_names_are_listed() -> None:
     with pytest.raises(
         WeightsError, match=r"no known layout: blocks.0.att.extra; known are official, transformers, fl"
     ):
-        official_names(tensors | {"blocks.0.att.extra": np.zeros(1)})
+        from_layout(tensors | {"blocks.0.att.extra": np.zeros(1)})
     with pytest.raises(WeightsError, match=r"no known layout: model.layers.1.attn.extra; known are"):
-        official_names(dict(to_layout(tensors, _FLA)) | {"model.layers.1.attn.extra": np.zeros(1)})
+        from_layout(dict(to_layout(tensors, _FLA)) | {"model.layers.1.attn.extra": np.zeros(1)})
     with pytest.raises(WeightsError, match=r"no known layout: x0, x1, x2, x3, x4, x5, x6, x7 and 2 more; known are"):
-        official_names({f"x{i}": np.zeros(1) for i in range(10)})
+        from_layout({f"x{i}": np.zeros(1) for i in range(10)})
     for name in ("blocks.00.ln1.weight", "blocks.{}.ln1.weight", "blocks.-1.ln1.weight", "blocks.1.1.ln1.weight"):
         with pytest.raises(WeightsError, match=r"these names are of no known layout: blocks"):
-            official_names({name: np.zeros(1)})
+            from_layout({name: np.zeros(1)})
     with pytest.raises(WeightsError, match="there are no tensors"):
-        official_names({})
+        from_layout({})
 
 
 def test_a_tensor_that_is_there_twice_is_refused() -> None:
     foreign = dict(to_layout(_official(7), _FLA))
     foreign["model.layers.0.attn.x_x"] = np.zeros((6, _C), np.float32)
     with pytest.raises(WeightsError, match=r"x_r and model.layers.0.attn.x_x are both blocks.0.att.x_r; remove one"):
-        official_names(foreign)
+        from_layout(foreign)
 
 
 def test_shapes_that_cannot_be_right_are_refused() -> None:
     foreign = dict(to_layout(_official(6), _FLA))
     name = "model.layers.1.attn.x_proj.2.weight"
     with pytest.raises(WeightsError, match=rf"blocks.1.att.time_maa_w2 cannot be made of {name} \[8, 16\] float32: .*"):
-        official_names(foreign | {name: np.zeros((_C, 16), np.float32)})
+        from_layout(foreign | {name: np.zeros((_C, 16), np.float32)})
     with pytest.raises(WeightsError, match=r"time_maa_\w cannot be made of model.layers.0.attn.x_bias \[2, 8\]"):
-        official_names(foreign | {"model.layers.0.attn.x_bias": np.zeros((2, _C), np.float32)})
+        from_layout(foreign | {"model.layers.0.attn.x_bias": np.zeros((2, _C), np.float32)})
 
 
 def test_what_a_layout_cannot_hold_is_refused() -> None:
@@ -408,7 +408,7 @@ def test_the_golden_files_are_official(name: str) -> None:
     if not path.is_file():
         pytest.skip(f"no reference numbers: {path.name} is not in ../shared/golden")
     tensors = read_safetensors(path)
-    assert official_names(tensors) == ("official", tensors)
+    assert from_layout(tensors) == ("official", tensors)
     layout = {"4": "transformers", "6": _FLA}.get(name[0])
     if layout is not None:
-        _assert_same(official_names(to_layout(tensors, layout))[1], tensors)
+        _assert_same(from_layout(to_layout(tensors, layout))[1], tensors)

@@ -23,7 +23,7 @@ from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_s
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError
 from rwkv_jax.weights.torch_file import write_torch_file
 from tests.golden import GOLDEN_DIR, load_golden
-from tests.weights import hostile
+from tests.weights import forged
 from tests.weights.files import CONFIGS, assert_same_bits, computed_in, logits_of, random_tensors, tensors_in
 
 each_generation = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -214,8 +214,8 @@ def test_a_file_that_does_not_fit_names_itself_and_all_that_is_wrong(tmp_path: P
 
 
 def test_a_converted_file_of_the_rwkv_package_is_refused_with_the_reason(tmp_path: Path) -> None:
-    pickled = hostile.state(hostile.GOOD + hostile.text("_strategy") + hostile.text("cpu fp32"))
-    (tmp_path / "a.pth").write_bytes(hostile.torch_file(pickled))
+    pickled = forged.state(forged.GOOD + forged.text("_strategy") + forged.text("cpu fp32"))
+    (tmp_path / "a.pth").write_bytes(forged.torch_file(pickled))
     with pytest.raises(
         WeightsError, match=r"a\.pth: .*converted by the rwkv package .*transposes matrices.*name the original"
     ):

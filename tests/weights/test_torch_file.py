@@ -23,12 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rwkv_jax.weights import torch_file
+from rwkv_jax.weights import torch_file, torch_pickle, torch_zip
 from rwkv_jax.weights.safetensors_file import read_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, UnsafeFileError, WeightsError
 from rwkv_jax.weights.torch_file import read_torch_file, write_torch_file
 from tests.golden import GOLDEN_DIR
-from tests.weights import hostile
+from tests.weights import forged, hostile
 
 _DTYPES = [BFLOAT16, *map(np.dtype, ("f2", "f4", "f8", "?", "u1", "i1", "i2", "i4", "i8"))]
 _MIB = 2**20
@@ -286,8 +286,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_the_files_below_differ_from_one_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    path.write_bytes(hostile.torch_file())
-    _assert_same(read_torch_file(path).tensors, {"w": hostile.NUMBERS.reshape(2, 3)})
+    path.write_bytes(forged.torch_file())
+    _assert_same(read_torch_file(path).tensors, {"w": forged.NUMBERS.reshape(2, 3)})
     assert len(hostile.RUNNING) + len(hostile.PICKLES) + len(hostile.FILES) > 150
 
 
@@ -307,7 +307,7 @@ def test_nothing_runs(tmp_path: Path, name: str) -> None:
     canary.unlink()
 
     path = tmp_path / "x.pth"
-    path.write_bytes(hostile.torch_file(pickled))
+    path.write_bytes(forged.torch_file(pickled))
     with pytest.raises(UnsafeFileError, match=message):
         read_torch_file(path)
     assert not canary.exists()
@@ -331,8 +331,8 @@ def _refused(path: Path, content: bytes, message: str, memory: int) -> None:
 def test_hostile_pickles_are_refused(tmp_path: Path, name: str) -> None:
     build, message = hostile.PICKLES[name]
     pickled = build()
-    big = [hostile.Entry("x/data/big", bytes(400_000))] if name == "many times the same memory" else []
-    _refused(tmp_path / "x.pth", hostile.torch_file(pickled, *big), message, memory=100 * len(pickled))
+    big = [forged.Entry("x/data/big", bytes(400_000))] if name == "many times the same memory" else []
+    _refused(tmp_path / "x.pth", forged.torch_file(pickled, *big), message, memory=100 * len(pickled))
 
 
 @pytest.mark.parametrize("name", hostile.FILES)
@@ -343,12 +343,12 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_endless_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_file, "_MAX_STEPS", 10)
-    _refused(tmp_path / "x.pth", hostile.torch_file(), "more than 10 steps", memory=0)
-    monkeypatch.setattr(torch_file, "_MAX_PICKLE_BYTES", 10)
-    _refused(tmp_path / "x.pth", hostile.torch_file(), r"data\.pkl has \d+ bytes, more than", memory=0)
-    monkeypatch.setattr(torch_file, "_MAX_DIRECTORY_BYTES", 10)
-    _refused(tmp_path / "x.pth", hostile.torch_file(), "in a directory of", memory=0)
+    monkeypatch.setattr(torch_pickle, "_MAX_STEPS", 10)
+    _refused(tmp_path / "x.pth", forged.torch_file(), "more than 10 steps", memory=0)
+    monkeypatch.setattr(torch_pickle, "_MAX_PICKLE_BYTES", 10)
+    _refused(tmp_path / "x.pth", forged.torch_file(), r"data\.pkl has \d+ bytes, more than", memory=0)
+    monkeypatch.setattr(torch_zip, "_MAX_DIRECTORY_BYTES", 10)
+    _refused(tmp_path / "x.pth", forged.torch_file(), "in a directory of", memory=0)
 
 
 def _valid(path: Path) -> bytes:
@@ -359,11 +359,11 @@ def _valid(path: Path) -> bytes:
     return path.read_bytes()
 
 
-_PICKLED = hostile.state(
-    hostile.GOOD
-    + hostile.text("v")
-    + hostile.tensor(hostile.memory(), 2, (3,), (1,))
-    + hostile.text("_strategy")
+_PICKLED = forged.state(
+    forged.GOOD
+    + forged.text("v")
+    + forged.tensor(forged.memory(), 2, (3,), (1,))
+    + forged.text("_strategy")
     + b"](K\1G?\xf0\0\0\0\0\0\0N\x88e"
 )
 
@@ -372,7 +372,7 @@ _PICKLED = hostile.state(
 @given(data=st.data())
 def test_damage_is_refused_or_gives_arrays(tmp_path: Path, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["ours", "theirs", "pickle"]))
-    content = {"ours": _valid(tmp_path / "valid.pth"), "theirs": hostile.torch_file(), "pickle": _PICKLED}[kind]
+    content = {"ours": _valid(tmp_path / "valid.pth"), "theirs": forged.torch_file(), "pickle": _PICKLED}[kind]
     damaged = bytearray(content)
     # Most of a file is padding: half the changes fall where the pickle and the directory are.
     spots = [match.start() for match in re.finditer(rb"\x80\x02|PK|tQ|R", content)]
@@ -383,7 +383,7 @@ def test_damage_is_refused_or_gives_arrays(tmp_path: Path, data: st.DataObject) 
         damaged[data.draw(places)] = data.draw(st.integers(0, 255))
     del damaged[data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)), "size") :]
     path = tmp_path / "damaged.pth"
-    path.write_bytes(hostile.torch_file(bytes(damaged)) if kind == "pickle" else damaged)
+    path.write_bytes(forged.torch_file(bytes(damaged)) if kind == "pickle" else damaged)
     try:
         found = read_torch_file(path)
     except WeightsError:
