@@ -1,4 +1,8 @@
-"""The generations of RWKV as Flax NNX modules."""
+"""The generations of RWKV as Flax NNX modules.
+
+Each generation's file is whole, to be read beside its paper: what two papers have in common, such as channel mixing,
+stands in both files. What is no equation of a paper stands once, in layers.py, state.py and language_model.py.
+"""
 
 from __future__ import annotations
 

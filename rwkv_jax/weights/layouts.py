@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.tensors import WeightsError, listed
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
@@ -36,7 +36,6 @@ _Change = Callable[[NDArray], NDArray]
 _UNUSED = frozenset(f"blocks.0.att.v{i}" for i in range(3))  # the first layer of RWKV-7 has no value residual
 _CONVERTED = ("_strategy", "_rescale_layer")  # values that only converted files of the rwkv package have
 _PREFIX = "_forward_module."  # DeepSpeed's, of a model that it has wrapped
-_LISTED = 8  # names in a message
 _MIXES = "wkvrg"  # of RWKV-6, in their official order
 _FUSED_MIXES = "rwkvg"  # in that of flash-linear-attention
 
@@ -105,7 +104,7 @@ def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
     return TensorSpec(tensors[name].shape, tensors[name].dtype)
 
 
-def official_names(
+def from_layout(
     tensors: Mapping[str, NDArray], values: Mapping[str, Any] | None = None
 ) -> tuple[str, Mapping[str, NDArray]]:
     """The layout of some tensors (of `LAYOUTS`), and the same tensors under their official names and shapes.
@@ -119,7 +118,7 @@ def official_names(
     """
     values = values or {}
     if any(name in tensors or name in values for name in _CONVERTED):
-        strategy = f" with strategy {values['_strategy']!r}" if "_strategy" in values else ""
+        strategy = f" with strategy {str(values['_strategy'])[:80]!r}" if "_strategy" in values else ""
         raise WeightsError(
             f"these weights were converted by the rwkv package{strategy}: it transposes matrices, precomputes decays, "
             "divides weights of later layers and may quantise; name the original file"
@@ -136,7 +135,7 @@ def official_names(
         if not fewest or len(unknown) < len(fewest):
             fewest = unknown
     raise WeightsError(
-        f"these names are of no known layout: {_listed(fewest)}; "
+        f"these names are of no known layout: {listed(fewest)}; "
         f"known are {', '.join(LAYOUTS)} (RWKV-4 to 7, without additions of single forks)"
     )
 
@@ -167,10 +166,10 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
         sources = tuple(official.format(layer) for official in rule.official)
         missing = [source for source in sources if source not in tensors]
         if missing:
-            raise WeightsError(f"{rule.foreign.format(layer)} of {layout} needs {_listed(missing)}, not among these")
+            raise WeightsError(f"{rule.foreign.format(layer)} of {layout} needs {listed(missing)}, not among these")
         recipes[rule.foreign.format(layer)] = _Recipe(sources, rule.pack)
     if unknown:
-        raise WeightsError(f"{layout} has no place for {_listed(unknown)}; write the official layout")
+        raise WeightsError(f"{layout} has no place for {listed(unknown)}; write the official layout")
     return LazyTensors(tensors, recipes)
 
 
@@ -462,7 +461,7 @@ def _without_prefix(tensors: Mapping[str, NDArray]) -> dict[str, str]:
     bare = [name for name in tensors if not name.startswith(_PREFIX)]
     if bare and len(bare) < len(tensors):
         raise WeightsError(
-            f"some names begin with {_PREFIX!r} and these do not: {_listed(bare)}; two models in one file are not read"
+            f"some names begin with {_PREFIX!r} and these do not: {listed(bare)}; two models in one file are not read"
         )
     return {name.removeprefix(_PREFIX): name for name in tensors}
 
@@ -483,7 +482,7 @@ def _generation(tensors: Mapping[str, NDArray]) -> int:
     for mark, generation in (("r_k", 7), ("time_maa_x", 6), ("ln_x.weight", 5), ("time_first", 4)):
         if f"blocks.0.att.{mark}" in tensors:
             return generation
-    raise WeightsError("these are no tensors of RWKV-4 to 7 under their official names; see official_names")
+    raise WeightsError("these are no tensors of RWKV-4 to 7 under their official names; see from_layout")
 
 
 def _written_rules(layout: str, generation: int) -> list[_Rule]:
@@ -492,8 +491,3 @@ def _written_rules(layout: str, generation: int) -> list[_Rule]:
         held = " and ".join(f"RWKV-{known}" for name, known in _WRITTEN if name == layout)
         raise WeightsError(f"{layout} has {held}, not RWKV-{generation}; write the official layout")
     return rules
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -70,6 +70,11 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
         return shape[axis] // share if axis < len(shape) else None
 
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
+    num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
+    if num_layers > len(tensors):  # before as many names are made
+        raise WeightsError(
+            f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
+        )
     width = size("emb.weight", 1) or size("blocks.0.ln1.weight", 0) or 1
     sizes: dict[str, Any] = {"ffn_width": size("blocks.0.ffn.key.weight", 0)}
     if generation == "7":
@@ -89,7 +94,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
         return ModelConfig(
             generation=generation,
             vocab_size=size("emb.weight", 0) or size("head.weight", 0) or 1,
-            num_layers=1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0),
+            num_layers=num_layers,
             width=width,
             head_dim=max(width // heads, 1) if heads else 64,
             dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
@@ -154,8 +159,8 @@ def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
     if lines:
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise WeightsError(
-            f"these are not the tensors of the RWKV-{config.generation} model of {config.num_layers} layers of width "
-            f"{config.width} that their names and shapes suggest:\n  " + "\n  ".join([*lines[:_LISTED], *more])
+            f"these are not the tensors of an RWKV-{config.generation} model of {config.num_layers} layers of width "
+            f"{config.width}:\n  " + "\n  ".join([*lines[:_LISTED], *more])
         )
 
 

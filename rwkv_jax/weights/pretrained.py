@@ -82,6 +82,9 @@ def from_pretrained(
 
 
 def _as_asked(params: Any, dtype: str | None, mesh: Mesh | None) -> Any:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise WeightsError("dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype")
+
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         x = x if dtype is None else x.astype(dtype)
         return x if mesh is None else jax.device_put(x, split_over(mesh, x.shape, stacked=path[0].key == "blocks"))
@@ -165,7 +168,7 @@ def convert(
     Args:
       source, target, layout, dtype: as `from_pretrained` and `save_pretrained` have them.
       tokenizer: what `load_tokenizer` takes, to be written into the target folder; None takes one that lies beside the
-        weights.
+        weights, if the target is a folder.
 
     Returns:
       The config of the model.
@@ -174,11 +177,13 @@ def convert(
       WeightsError: as `from_pretrained` and `save_pretrained`.
     """
     place = find_weights(source)
+    # One beside the weights that does not fit is no trouble where another is written, or none.
+    takes_beside = tokenizer is None and Path(target).suffix not in _FILES
     tensors: Mapping[str, NDArray]
     if place.is_dir():
         loaded = load_model(place, "newest")
         config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
-        beside: Tokenizer | None = loaded.tokenizer
+        found: Tokenizer | None = loaded.tokenizer if takes_beside else None
     else:
         weights = open_weights(place)
         with naming(place):
@@ -187,14 +192,10 @@ def convert(
         # Another project's file has another order; an official one keeps its own.
         official = weights.layout == "official"
         tensors = weights.tensors if official else _InOrder(weights.tensors, official_shapes(config))
-        # One that does not fit is no trouble where none is written, or another.
-        unused = tokenizer is not None or Path(target).suffix in _FILES
-        beside = None if unused else find_tokenizer(place, config.vocab_size)
+        found = find_tokenizer(place, config.vocab_size) if takes_beside else None
     if tokenizer is not None:
-        beside = load_tokenizer(tokenizer, config.vocab_size)
-    elif Path(target).suffix in _FILES:
-        beside = None
-    _write(tensors, Path(target), layout, dtype, beside)
+        found = load_tokenizer(tokenizer, config.vocab_size)
+    _write(tensors, Path(target), layout, dtype, found)
     return config
 
 
@@ -236,14 +237,15 @@ def _write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    try:
         write_sharded_safetensors(temporary, written, metadata=_METADATA)
         if config is not None:
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         temporary.rename(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror or error}); name another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

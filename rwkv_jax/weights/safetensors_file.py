@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from rwkv_jax.weights.tensors import BFLOAT16, MappedTensors, UnsafeFileError, WeightsError, map_file, new_file
+from rwkv_jax.weights.tensors import BFLOAT16, MappedTensors, UnsafeFileError, WeightsError, listed, map_file, new_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
 """How the name of an index ends; its shards lie beside it."""
@@ -28,7 +28,6 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"  # the one name of a header that is no tensor
 _ALIGNMENT = 8  # of the first tensor; the largest element has as many bytes
 _LARGEST_INDEX = 100 * 10**6  # bytes, as the library's limit for a header
-_LISTED = 8  # names in a message
 
 
 def read_safetensors(path: Path) -> MappedTensors:
@@ -37,9 +36,9 @@ def read_safetensors(path: Path) -> MappedTensors:
     Read-only views of memory maps, BF16 as `ml_dtypes.bfloat16`: nothing is read before it is used.
 
     Raises:
-      WeightsError: a file is missing or cannot be read, or a tensor has a dtype that NumPy does not have.
-      UnsafeFileError: a header that the safetensors library refuses, a name that is there twice, or an index that
-        leads out of its folder or does not agree with its shards.
+      WeightsError: a file is missing or cannot be read, or a tensor is neither of BF16, F16, F32, F64 nor of integers.
+      UnsafeFileError: a header that the safetensors library refuses, a shape that NumPy does not have, a name that is
+        there twice, or an index that leads out of its folder or does not agree with its shards.
     """
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
@@ -51,8 +50,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapp
     """Write one file that appears whole or not at all; the same tensors and metadata give the same bytes.
 
     Tensors of wider elements come first, so that all are aligned, otherwise in their given order. Each is asked for
-    twice, for its shape and for its bytes, and one is in memory at a time. Older versions of
-    `transformers` want the metadata {"format": "pt"}.
+    twice, for its shape and for its bytes, and one is in memory at a time. Older versions of `transformers` want the
+    metadata {"format": "pt"}.
     Raises WeightsError if the file exists, or for a dtype or name that the format does not have.
     """
     _write_file(path, tensors, _plan(path, tensors), metadata)
@@ -126,7 +125,10 @@ def _read_file(path: Path) -> tuple[dict[str, NDArray], mmap.mmap]:
                 f"{path}: the tensor {name!r} has dtype {entry['dtype']}, which is not read; "
                 f"convert it to one of {', '.join(_DTYPES)}"
             )
-        tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
+        try:
+            tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
+        except (ValueError, OverflowError) as error:  # 65 axes, or an empty shape of 0 times too much
+            raise UnsafeFileError(f"{path}: the tensor {name!r} has no possible shape ({error})") from error
     return tensors, mapped
 
 
@@ -143,7 +145,7 @@ def _read_shards(path: Path) -> MappedTensors:
             raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
     missing = [shard for shard in shards if not path.with_name(shard).is_file()]
     if missing:
-        raise WeightsError(f"{path}: shards are missing beside it: {_listed(missing)}; get them, or the whole folder")
+        raise WeightsError(f"{path}: shards are missing beside it: {listed(missing)}; get them, or the whole folder")
     tensors: dict[str, NDArray] = {}
     maps: list[mmap.mmap] = []
     for shard in shards:
@@ -154,7 +156,7 @@ def _read_shards(path: Path) -> MappedTensors:
             (found.keys() - promised, "the shard holds tensors that the index does not place there"),
         ):
             if names:
-                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {_listed(sorted(names))}; get both again")
+                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {listed(sorted(names))}; get both again")
         tensors |= found
         maps.append(mapped)
     return MappedTensors(tensors, maps)
@@ -166,7 +168,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
         if len(parsed) < len(pairs):
             counts = Counter(name for name, _ in pairs)
             repeated = [name for name, count in counts.items() if count > 1]
-            raise UnsafeFileError(f"{path}: has names twice: {_listed(repeated)}; readers would differ about it")
+            raise UnsafeFileError(f"{path}: has names twice: {listed(repeated)}; readers would differ about it")
         return parsed
 
     try:
@@ -178,11 +180,6 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise UnsafeFileError(f"{path}: its JSON is no object; get the file again")
     return parsed
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 class _Planned:
@@ -198,6 +195,10 @@ class _Planned:
                 f"{place}: the tensor {name!r} has dtype {tensor.dtype}, which is not written; "
                 f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise WeightsError(f"{place}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
         if name == _METADATA:
             raise WeightsError(f"{place}: no tensor can be named {name!r}, the format keeps that name; rename it")
 

@@ -12,15 +12,16 @@ from typing import NamedTuple
 from numpy.typing import NDArray
 
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
-from rwkv_jax.weights.layouts import official_names
-from rwkv_jax.weights.safetensors_file import read_safetensors
-from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.layouts import from_layout
+from rwkv_jax.weights.safetensors_file import INDEX_SUFFIX, read_safetensors
+from rwkv_jax.weights.tensors import WeightsError, listed
 from rwkv_jax.weights.torch_file import read_torch_file
 
 RUN_FILE = "run.json"
 """What makes a folder a training run of ours, whose weights are Orbax checkpoints."""
 
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
+# No part begins with a dot: ./NAME and ../NAME are paths.
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
 _IN_ORDER = ("model.safetensors.index.json", "model.safetensors", "*.safetensors", "*.pth", "pytorch_model.bin")
 
 
@@ -65,8 +66,7 @@ def _choose(names: Sequence[str], place: str) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
-            raise WeightsError(f"{place}: holds {len(found)} files of weights ({listed}); name one of them")
+            raise WeightsError(f"{place}: holds {len(found)} files of weights ({listed(found, 12)}); name one of them")
     raise WeightsError(f"{place}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
 
 
@@ -80,8 +80,8 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
         ) from error
     try:
         chosen = file or _choose(huggingface_hub.list_repo_files(name), name)
-        shards = [chosen.replace(".index.json", "-*"), chosen.replace(".safetensors.index.json", "-*.safetensors")]
-        wanted = [chosen, *TOKENIZER_FILES, *(shards if chosen.endswith(".index.json") else [])]
+        shards = [chosen.removesuffix(INDEX_SUFFIX) + "-*.safetensors"] if chosen.endswith(INDEX_SUFFIX) else []
+        wanted = [chosen, *TOKENIZER_FILES, *shards]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise
@@ -118,7 +118,7 @@ def open_weights(path: Path) -> Weights:
     else:
         tensors, values = read_torch_file(path)
     with naming(path):
-        layout, official = official_names(tensors, values)
+        layout, official = from_layout(tensors, values)
     return Weights(official, layout, tensors.release)
 
 

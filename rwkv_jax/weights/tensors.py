@@ -55,6 +55,12 @@ class MappedTensors(Mapping[str, NDArray]):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message, of which there may be thousands: the first ones, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A whole file, memory-mapped for reading.
 
@@ -75,10 +81,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
       WeightsError: the file exists already, or its folder cannot be written.
+      OSError: as it comes, of a disk that is full and of whatever the tensors are read from.
     """
 
     def refuse_existing() -> None:
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere is the user's, too
             raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another file")
 
     refuse_existing()

@@ -96,6 +96,9 @@ class Entry(NamedTuple):
     local_name: str | None = None
     local_claimed: int | None = None
     local_flags: int | None = None
+    local_checksum: int | None = None
+    behind: bytes = b""
+    """What comes after its content."""
     extra: bytes = b""
     disk: int = 0
     at: int | None = None
@@ -125,9 +128,11 @@ def zipped(entries: list[Entry], end: End = TRUE_END) -> bytes:
         name, local_name = entry.name.encode(), (entry.local_name or entry.name).encode()
         flags = entry.flags if entry.local_flags is None else entry.local_flags
         checksum = zlib.crc32(entry.content)
+        local_checksum = checksum if entry.local_checksum is None else entry.local_checksum
         header = len(body) if entry.at is None else entry.at
         body += struct.pack("<4s5H", b"PK\3\4", 0, flags, entry.method, 0, 0)
-        body += struct.pack("<3I2H", checksum, local, local, len(local_name), 0) + local_name + entry.content
+        body += struct.pack("<3I2H", local_checksum, local, local, len(local_name), 0) + local_name
+        body += entry.content + entry.behind
         directory += struct.pack("<4s6H", b"PK\1\2", 0, 0, entry.flags, entry.method, 0, 0)
         packed = claimed if entry.packed is None else entry.packed
         directory += struct.pack("<3I2H", checksum, packed, claimed, len(name), len(entry.extra))
@@ -157,6 +162,13 @@ def deflated(pickled: bytes) -> bytes:
         archive.writestr("x/data.pkl", pickled)
         archive.writestr("x/data/0", NUMBERS.tobytes())
     return stream.getvalue()
+
+
+def sizes_behind(entry: Entry, code: str = "<4s3I") -> Entry:
+    """The same entry as programs write it that learn its size last, torch among them."""
+    size = len(entry.content)
+    behind = struct.pack(code, b"PK\7\x08", zlib.crc32(entry.content), size, size)
+    return entry._replace(flags=8, local_claimed=0, local_checksum=0, behind=behind)
 
 
 def zip64_record(count: int, size: int, start: int, *, at: int | None = None, disks: int = 1) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from tests.weights.forged import (
     GOOD,
+    HELD,
     HOOKS,
     MEMORY,
     NUMBERS,
@@ -23,6 +24,7 @@ from tests.weights.forged import (
     integers,
     memory,
     named,
+    sizes_behind,
     state,
     tensor,
     text,
@@ -127,6 +129,15 @@ def _laughs(levels: int) -> bytes:
     return b"(" + b"".join(steps) + b"t"
 
 
+_ITEM = HOOKS + text("a") + b"Ns"
+_BYTES = memory(kind=("torch", "ByteStorage"), count=24)
+
+
+def _later(held: bytes, hooks: bytes, dtype: bytes) -> bytes:
+    numbers = integer(0) + integers((2, 3)) + integers((3, 1))
+    return call("torch._utils", "_rebuild_tensor_v3", held, numbers, b"\x89", hooks, dtype)
+
+
 PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "torch.load": (lambda: state(text("w") + call("torch", "load", text("x"))), r"names 'torch\.load'"),
     "a class of Popen": (lambda: state(text("w") + named("subprocess", "Popen") + b")\x81"), r"'subprocess\.Popen'"),
@@ -136,6 +147,8 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a backslash in a name": (lambda: state(named("to\\qrch", "\\x41")), "names"),
     "NEWOBJ": (lambda: state(text("w") + named("collections", "OrderedDict") + b")\x81"), "needs: NEWOBJ"),
     "NEWOBJ_EX": (lambda: state(text("w") + named("collections", "OrderedDict") + b")}\x92"), "needs: NEWOBJ_EX"),
+    "STACK_GLOBAL of a module that is no text": (lambda: state(b"N" + text("x") + b"\x93"), "other than text"),
+    "STACK_GLOBAL of an attribute that is no text": (lambda: state(text("os") + b"N\x93"), "other than text"),
     "EXT1": (lambda: state(text("w") + b"\x82\1"), "needs: EXT1"),
     "EXT2": (lambda: state(text("w") + b"\x83\1\1"), "needs: EXT2"),
     "EXT4": (lambda: state(text("w") + b"\x84\1\1\1\1"), "needs: EXT4"),
@@ -161,6 +174,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
         "BINPERSID",
     ),
     "recalling what was never memorised": (lambda: state(text("w") + b"h\7"), "recalls value 7, of 0"),
+    "recalling the value to come": (lambda: state(text("w") + b"Nq\0h\1"), "recalls value 1, of 1"),
     "recalling far away": (lambda: state(text("w") + b"j\xff\xff\xff\xff"), "recalls value 4294967295, of 0"),
     "memorising far away": (lambda: state(text("w") + b"r\xff\xff\xff\xff"), "memorises value 4294967295 when"),
     "memorising nothing": (lambda: b"\x80\x02q\0.", "takes a value where there is none"),
@@ -199,6 +213,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "TUPLE below a mark": (lambda: state(text("w") + b"N(\x85"), "takes a value where there is none"),
     "TUPLE without a mark": (lambda: b"\x80\x02Nt.", "back to a mark that it never made"),
     "nothing at STOP": (lambda: b"\x80\x02.", "takes a value where there is none"),
+    "a mark at STOP": (lambda: b"\x80\x02(}.", "leaves values behind"),
     "too much at STOP": (lambda: b"\x80\x02N}.", "leaves values behind"),
     "no STOP": (lambda: state(GOOD)[:-1], "ends too soon"),
     "an empty pickle": (lambda: b"", "ends too soon"),
@@ -262,6 +277,14 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "expanded": (lambda: state(text("w") + tensor(shape=(10**9, 3), strides=(0, 1))), "repeats its own elements"),
     "overlapping": (lambda: state(text("w") + tensor(shape=(4, 3), strides=(1, 1))), "repeats its own elements"),
     "a shape without strides": (lambda: state(text("w") + tensor(strides=())), "do not go together"),
+    "strides in a list": (
+        lambda: state(text("w") + tensor().replace(integers((3, 1)), b"](" + integer(3) + integer(1) + b"e")),
+        "do not go together",
+    ),
+    "an empty tensor beyond its memory": (
+        lambda: state(text("w") + tensor(offset=7, shape=(0, 3))),
+        "empty, but of an offset",
+    ),
     "a shape of one number": (
         lambda: state(text("w") + tensor().replace(integers((2, 3)), integer(6))),
         "do not go together",
@@ -279,6 +302,22 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: state(text("w") + tensor(tail=b"\x89" + HOOKS + text("a") + b"Ns")),
         "calls torch._utils._rebuild_tensor_v2 in a way",
     ),
+    "hooks of a parameter": (
+        lambda: state(text("w") + call("torch._utils", "_rebuild_parameter", tensor(), b"\x88", _ITEM)),
+        "calls torch._utils._rebuild_parameter in a way",
+    ),
+    "hooks of a dtype without memory of its own": (
+        lambda: state(text("w") + _later(_BYTES, _ITEM, named("torch", "uint16"))),
+        "calls torch._utils._rebuild_tensor_v3 in a way",
+    ),
+    "bytes seen as what is no dtype": (
+        lambda: state(text("w") + _later(_BYTES, HOOKS, named("torch", "Size"))),
+        "calls torch._utils._rebuild_tensor_v3 in a way",
+    ),
+    "numbers seen as another dtype": (
+        lambda: state(text("w") + _later(HELD, HOOKS, named("torch", "uint16"))),
+        "calls torch._utils._rebuild_tensor_v3 in a way",
+    ),
     "a sign to flip": (
         lambda: state(text("w") + tensor(tail=b"\x89" + HOOKS + b"}" + text("neg") + b"\x88s")),
         "calls torch._utils._rebuild_tensor_v2 in a way",
@@ -293,11 +332,16 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
 """By name, a pickle and what the refusal says."""
 
 
+_ZEROS = Entry("x/data/0", bytes(24))
+
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "an empty file": (lambda: b"", "it is empty"),
     "text": (lambda: b"version https://git-lfs.github.com/spec/v1\n" * 9, "is not a zip by torch.save"),
     "a program before the zip": (lambda: b"\x7fELF" + torch_file(), "is not a zip by torch.save"),
     "a bare pickle": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + state(GOOD), "before 1.6"),
+    "a bare pickle of protocol 5": (lambda: b"\x80\5" + state(GOOD)[2:], "before 1.6"),
+    "a pickle of no protocol": (lambda: b"\x80\xff" + bytes(300), "is not a zip by torch.save"),
+    "numbers alone": (lambda: bytes(300), "is not a zip by torch.save"),
     "a tar": (lambda: b"sys_info".ljust(257, b"\0") + b"ustar\x0000" + bytes(800), "before 1.6"),
     "a zip of other things": (lambda: zipped([Entry("x/y.npy", b"1")]), "no NAME/data.pkl"),
     "a zip of nothing": (lambda: zipped([]), "is not a zip by torch.save"),
@@ -325,6 +369,22 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: torch_file(state(GOOD), MEMORY._replace(local_claimed=20)),
         "contradict each other",
     ),
+    "another checksum in its own words": (
+        lambda: torch_file(state(GOOD), MEMORY._replace(local_checksum=0)),
+        "contradict each other",
+    ),
+    "no size in its own words": (
+        lambda: torch_file(state(GOOD), MEMORY._replace(local_claimed=0, local_checksum=0)),
+        "contradict each other",
+    ),
+    "another size in its own words, and the true one behind": (
+        lambda: torch_file(state(GOOD), sizes_behind(MEMORY)._replace(local_claimed=20)),
+        "contradict each other",
+    ),
+    "another checksum behind": (
+        lambda: torch_file(state(GOOD), sizes_behind(MEMORY)._replace(behind=sizes_behind(_ZEROS).behind)),
+        "contradict each other",
+    ),
     "sizes that never follow": (lambda: torch_file(state(GOOD), MEMORY._replace(flags=8)), "contradict each other"),
     "an absolute name": (lambda: torch_file(state(GOOD), Entry("/etc/passwd")), "not a plain path: '/etc/passwd'"),
     "a name with ..": (lambda: torch_file(state(GOOD), Entry("x/../../y")), "not a plain path"),
@@ -344,6 +404,12 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "an entry beyond the file": (lambda: torch_file(state(GOOD), MEMORY._replace(at=2**31)), "outside the file"),
     "more entries than there are": (lambda: torch_file(end=End(count=4)), "claims 4 entries|within an entry"),
+    "more entries than there are, in longer ones": (
+        lambda: torch_file(state(GOOD), MEMORY._replace(extra=b"FB\x28\0" + bytes(40)), end=End(count=4)),
+        "directory ends within an entry",
+    ),
+    "a name beyond the directory": (lambda: _patched(b"PK\1\2", 28, b"\xff\0"), "directory ends within an entry"),
+    "entries of another disk": (lambda: _patched(b"PK\5\6", 8, b"\2\0"), "several disks"),
     "far more entries than there are": (
         lambda: torch_file(end=End(count=60_000)),
         "claims 60000 entries in a directory of",
@@ -359,6 +425,18 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a zip64 record elsewhere": (
         lambda: torch_file(end=End(before=zip64_record(3, 1, 1, at=0))),
         "zip64 record is not where",
+    ),
+    "a zip64 record away from its pointer": (
+        lambda: _with_record(lambda n, size, start: (n, size, start), between=bytes(8)),
+        "zip64 record is not where",
+    ),
+    "a zip64 record of other bytes": (
+        lambda: _with_record(lambda n, size, start: (n, size, start)).replace(b"PK\6\6", b"PK\6\5"),
+        "zip64 record is not where",
+    ),
+    "a zip64 record of another length": (
+        lambda: _with_record(lambda n, size, start: (n, size, start)).replace(b"PK\6\6\x2c", b"PK\6\6\x2d"),
+        "record contradicts",
     ),
     "a zip64 record that lies": (
         lambda: _with_record(lambda n, size, start: (n + 1, size, start)),
@@ -391,6 +469,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a local header of other bytes": (lambda: b"PK\3\4" + torch_file()[4:].replace(b"PK\3\4", b"PK\3\5"), "contradict"),
     "cut in the middle": (lambda: torch_file()[:200], "does not end as a zip"),
     "cut at the end": (lambda: torch_file()[:-1], "does not end as a zip"),
+    "its end within its start": (lambda: b"PK\3\4PK\5\6" + bytes(5), "does not end as a zip"),
     "its end alone": (lambda: torch_file()[-22:], "is not a zip"),
 }
 """By name, a file and what the refusal says."""
@@ -405,14 +484,24 @@ def _inside_another() -> bytes:
     return outer
 
 
+def _patched(signature: bytes, offset: int, content: bytes) -> bytes:
+    """Other bytes in the last header that begins so."""
+    true = torch_file()
+    at = true.rindex(signature) + offset
+    return true[:at] + content + true[at + len(content) :]
+
+
 def _with_record(
     lie: Callable[[int, int, int], tuple[int, int, int]],
     end: End = TRUE_END,
     count: int = 3,
     disks: int = 1,
+    between: bytes = b"",
 ) -> bytes:
     plain = torch_file()
     start = plain.index(b"PK\1\2")
     size = len(plain) - 22 - start
     claimed = lie(count, size, start)
-    return torch_file(end=end._replace(before=zip64_record(*claimed, at=start + size, disks=disks)))
+    record = zip64_record(*claimed, at=start + size, disks=disks)
+    pointer = record.index(b"PK\6\7")
+    return torch_file(end=end._replace(before=record[:pointer] + between + record[pointer:]))

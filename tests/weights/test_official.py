@@ -144,6 +144,12 @@ def test_a_long_list_is_cut() -> None:
         check_tensors(tensors, read_config(tensors))
 
 
+def test_a_name_cannot_make_a_billion_layers() -> None:
+    tensors = random_tensors(CONFIGS["4"]) | {"blocks.999999999.ln1.weight": np.zeros(32, np.float32)}
+    with pytest.raises(WeightsError, match=r"a name has layer 999999999, but there are \d+ tensors"):
+        read_config(tensors)
+
+
 @pytest.mark.parametrize(
     "names", [[], ["model.layers.0.self_attn.q_proj.weight"], ["blocks.0.ln1.weight", "emb.weight"]], ids=str
 )

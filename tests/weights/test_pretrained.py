@@ -244,6 +244,25 @@ def test_a_tokenizer_is_saved_with_the_weights_and_found_again(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b", "c", "d", "e.pth"]
 
 
+def test_a_tokenizer_beside_the_weights_matters_only_where_it_is_taken(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS["4"], vocab_size=257)
+    write_torch_file(tmp_path / "a.pth", random_tensors(config))
+    convert(tmp_path / "a.pth", tmp_path / "b", tokenizer="bytes")
+    (tmp_path / "b" / "tokenizer.json").write_text("no tokenizer")
+    with pytest.raises(ConfigError):
+        convert(tmp_path / "b", tmp_path / "c")
+    convert(tmp_path / "b", tmp_path / "c.pth")
+    convert(tmp_path / "b", tmp_path / "c", tokenizer="bytes")
+    assert isinstance(load_tokenizer(tmp_path / "c", 257), ByteTokenizer)
+
+
+def test_a_target_is_in_the_home_folder_where_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS["4"]))
+    convert("~/a.pth", "~/b.pth")
+    assert (tmp_path / "b.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
+
+
 def test_a_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
     write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS["4"]))
     with pytest.raises(ConfigError, match=r"'world': does not match, it has 65536 entries .* vocab_size = 29"):

@@ -255,6 +255,29 @@ def test_other_dtypes_are_refused_by_name(tmp_path: Path, dtype: str, num_bytes:
         read_safetensors(path)
 
 
+@pytest.mark.parametrize("shape", [[1] * 65, [0, 2**63], [0, 2**62, 4]], ids=["65 axes", "2^63", "2^62 times 4"])
+def test_shapes_that_cannot_be_are_refused(tmp_path: Path, shape: list[int]) -> None:
+    num_bytes = 0 if 0 in shape else 1
+    header = json.dumps({"w": {"dtype": "U8", "shape": shape, "data_offsets": [0, num_bytes]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+    with pytest.raises(UnsafeFileError, match=r"x\.safetensors: "):
+        read_safetensors(path)
+
+
+def test_names_that_no_reader_takes_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"x\.safetensors: the name '\\udc80' cannot be written as UTF-8"):
+        write_safetensors(tmp_path / "x.safetensors", {"\udc80": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_stays(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "on a disk that is not there")
+    with pytest.raises(WeightsError, match="exists already and is not overwritten"):
+        write_safetensors(tmp_path / "x.safetensors", {"w": np.zeros(3)})
+    assert (tmp_path / "x.safetensors").is_symlink()
+
+
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
     for name in ("x.safetensors", "x.safetensors.index.json"):
         with pytest.raises(WeightsError, match=rf"{name}: cannot be read \(No such file"):

@@ -69,7 +69,9 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
         find_weights(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["nowhere.pth", "a/b/c/d", "/no/such/folder", "owner/name/notes.txt"])
+@pytest.mark.parametrize(
+    "source", ["nowhere.pth", "./nowhere", "../nowhere", "a/b/c/d", "/no/such/folder", "owner/name/notes.txt"]
+)
 def test_what_is_nowhere_is_said_to_be(source: str) -> None:
     with pytest.raises(
         WeightsError, match=r"no such file or folder, and no name on the Hugging Face hub \(OWNER/NAME\)"

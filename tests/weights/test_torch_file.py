@@ -158,6 +158,16 @@ def test_what_torch_writes_is_read(tmp_path: Path, torch: Callable[[str], Any], 
         assert found.values == {"_version": "0.7"}
 
 
+@pytest.mark.parametrize("code", ["<4s3I", "<4sI2Q"], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("told", [False, True], ids=["zeros before", "sizes before"])
+def test_sizes_behind_the_content_are_read(tmp_path: Path, code: str, told: bool) -> None:
+    entry = forged.sizes_behind(forged.MEMORY, code)
+    entry = entry._replace(local_claimed=None, local_checksum=None) if told else entry
+    (tmp_path / "x.pth").write_bytes(forged.torch_file(forged.state(forged.GOOD), entry))
+    found = read_torch_file(tmp_path / "x.pth").tensors
+    _assert_same(found, {"w": forged.NUMBERS.reshape(2, 3)})
+
+
 def test_thousands_of_tensors(tmp_path: Path, torch: Callable[[str], Any]) -> None:
     memory = _Memory(torch("torch.FloatStorage"), "0", "cpu", 3000)
     rebuild = torch("torch._utils._rebuild_tensor_v2")
