@@ -21,6 +21,7 @@ from rwkv_jax.cli import parse_train_config
 from rwkv_jax.config import ConfigError, TrainConfig, to_dict
 from rwkv_jax.data.batches import batch_at, check_corpus_fits, evaluation_windows, indices_at
 from rwkv_jax.data.corpus import prepare_corpus
+from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.generate import Generator
 from rwkv_jax.inference.sampling import Sampling
@@ -59,8 +60,9 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
     num_steps = training.num_steps
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
-    if saved_run is None and config.initial_weights is not None:
-        check_initial_weights(config.initial_weights, config.model)
+    if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+        check_initial_weights(config.initial_weights, config.model, tokenizer)
     console = Console(num_steps, every=config.logging.every)
 
     # Data: every batch is a function of the step.

@@ -102,7 +102,7 @@ class Generate:
         from flax import nnx
 
         from rwkv_jax.data.tokenizers import load_tokenizer
-        from rwkv_jax.training.checkpoints import load_model
+        from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
         from rwkv_jax.weights.pretrained import find_tokenizer, from_pretrained
         from rwkv_jax.weights.sources import find_weights
 
@@ -110,8 +110,9 @@ class Generate:
         if place.is_dir():
             if self.tokenizer is not None or self.dtype is not None:
                 raise ConfigError(f"{place}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
+            tokenizer = load_run_tokenizer(place)
             loaded = load_model(place, self.checkpoint)
-            return loaded.graphdef, loaded.params, loaded.config.model, loaded.tokenizer
+            return loaded.graphdef, loaded.params, loaded.config.model, tokenizer
         if self.checkpoint != "newest":
             raise ConfigError(
                 f"checkpoint = {self.checkpoint!r}: {place} is no run, it has no checkpoints to choose from"
@@ -162,5 +163,5 @@ def main() -> None:
     commands = {"generate": Generate, "convert": Convert}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="rwkv", description="RWKV in JAX.").run()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # OSError: a full disk, say
         sys.exit(f"rwkv: {error}")

@@ -86,8 +86,8 @@ class ModelConfig:
     """RWKV-7 only: layer 0 holds v0, v1 and v2 too, which nothing reads. Files straight out of the official trainer do,
     and so what is loaded can be saved again as it was."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Compute dtype of matrix products and activations; parameters stay float32 (float64 if that is asked for), and
-    the recurrence always runs in at least float32."""
+    """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if that is asked
+    for), and the recurrence always runs in at least float32."""
     wkv_implementation: str | None = None
     """Implementation of the WKV operator; None takes the fastest that is valid on the platform."""
 
@@ -407,7 +407,8 @@ class TrainConfig:
     """Seed of the initial parameters, of the order of the data and of the samples."""
     initial_weights: str | None = None
     """Weights to start from, to fine-tune them: a file, a folder, a run or a name on the hub, as `rwkv convert` reads
-    them. None starts from the official initial values. A run that was begun goes on from its own checkpoints."""
+    them; data.tokenizer names their tokenizer. None starts from the official initial values. A run that was begun goes
+    on from its own checkpoints."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -420,6 +421,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
+        _require(
+            self.initial_weights is None or self.data.tokenizer is not None,
+            "data.tokenizer",
+            self.data.tokenizer,
+            f"initial_weights = {self.initial_weights!r} were trained with a tokenizer; name it, or its folder",
+        )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         _require(
             self.optimizer.warmup_steps < self.training.num_steps,

@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rwkv_jax import cli, from_pretrained
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
+from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.inference.generate import Generator
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.training import checkpoints as ckpt
@@ -271,7 +272,7 @@ class TestGenerate:
         self, generate: typing.Callable[..., str], run_dir: Path, prompt: str
     ) -> None:
         loaded = ckpt.load_model(run_dir, "newest")
-        generator = Generator(loaded.graphdef, loaded.config.model, loaded.tokenizer)
+        generator = Generator(loaded.graphdef, loaded.config.model, ckpt.load_run_tokenizer(run_dir))
         text = generator.generate(loaded.params, prompt, 20, Sampling(0.8, 0.9), seed=5)
         assert text
         assert generate("--prompt", prompt, "--tokens", "20", "--seed", "5") == prompt + text + "\n"
@@ -346,8 +347,18 @@ class TestGenerate:
     ) -> None:
         config = ModelConfig(generation=generation, vocab_size=65536, num_layers=2, width=32, head_dim=16)
         write_torch_file(tmp_path / "world.pth", random_tensors(config, "bfloat16"))
-        short = ("--tokenizer", "world", "--prompt", "The Eiffel tower", "--tokens", "20")
-        assert len(generate(*short, folder=tmp_path / "world.pth")) > 30
+        short = ("--tokenizer", "world", "--prompt", "The Eiffel tower", "--tokens", "4", "--temperature", "0")
+        printed = generate(*short, folder=tmp_path / "world.pth")
+        # The likeliest token of the whole text so far, read in parallel each time.
+        model, tokenizer = from_pretrained(tmp_path / "world.pth"), load_tokenizer("world", 65536)
+        graphdef, params = nnx.split(model, nnx.Param)
+        forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0])
+        text = [0, *tokenizer.encode("The Eiffel tower")]
+        for _ in range(4):
+            padded = np.array([text + [0] * (16 - len(text))])
+            named = np.asarray(forward(params, padded))[0, len(text) - 1, :65530]
+            text.append(int(named.argmax()))
+        assert printed == tokenizer.decode(text) + "\n"
 
     def test_official_weights_with_the_tokenizer_beside_them(
         self, generate: typing.Callable[..., str], run_dir: Path, tmp_path: Path

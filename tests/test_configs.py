@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import jax
@@ -42,10 +43,11 @@ def test_config_builds_a_model_of_the_size_it_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_docstring_gives_the_command(path: Path) -> None:
+def test_docstring_gives_the_command_and_what_was_seen(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring is not None
     assert f"python train.py configs/{path.name}" in docstring
+    assert re.search(r"Seen on .*minutes.*nats.*bits a byte", docstring, re.DOTALL)
 
 
 def test_no_two_configs_share_a_run_folder() -> None:
@@ -53,7 +55,6 @@ def test_no_two_configs_share_a_run_folder() -> None:
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.long  # compiles every program of a run for each of them
 @pytest.mark.parametrize("generation", ["4", "5.2", "6"])
 def test_every_generation_runs_from_beginning_to_end(generation: Generation, tmp_path: Path) -> None:
     """RWKV-7 does in tests/test_train.py, which looks closer."""
@@ -67,10 +68,10 @@ def test_every_generation_runs_from_beginning_to_end(generation: Generation, tmp
         model=ModelConfig(generation, vocab_size=300, num_layers=2, width=32, head_dim=16),
         data=DataConfig(source=str(source), cache_dir=str(tmp_path / "cache"), held_out=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=3),
-        training=TrainingConfig(num_steps=24, batch_size=4, sequence_length=32),
-        evaluation=EvaluationConfig(every=12, batches=2, sample_tokens=8, sample_prompts=("def",)),
+        training=TrainingConfig(num_steps=12, batch_size=4, sequence_length=32),
+        evaluation=EvaluationConfig(every=12, batches=2, sample_tokens=4, sample_prompts=("def",)),
         checkpoint=CheckpointConfig(every=12),
-        logging=LoggingConfig(every=4),
+        logging=LoggingConfig(every=2),
     )
     result = train(config)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")

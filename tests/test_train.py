@@ -21,6 +21,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import train
+from rwkv_jax.cli import parse_train_config
 from rwkv_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -40,7 +41,9 @@ from rwkv_jax.training.journal import NonFiniteError
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, make_trainer
-from rwkv_jax.weights.pretrained import convert
+from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained
+from rwkv_jax.weights.torch_file import write_torch_file
+from tests.weights.files import random_tensors
 
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -319,6 +322,14 @@ def other_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
+def model_of_300(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of as many entries that was trained on other text."""
+    path = tmp_path_factory.mktemp("tokenizer") / "other.model"
+    train_sentencepiece((f"import m{i}\nm{i}.call({i * i})\n" for i in range(300)), 300, path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def weights(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run's newest parameters as an official file."""
     path = tmp_path_factory.mktemp("weights") / "finished.pth"
@@ -332,7 +343,10 @@ class TestStartingFromWeights:
         still = dataclasses.replace(finished.config.optimizer, learning_rate=1e-30, final_learning_rate=1e-30)
         training = dataclasses.replace(finished.config.training, num_steps=4)
         source = shutil.copy(weights, tmp_path)
-        config = dataclasses.replace(finished.config, initial_weights=source, optimizer=still, training=training)
+        data = dataclasses.replace(finished.config.data, tokenizer=str(finished.folder))
+        config = dataclasses.replace(
+            finished.config, initial_weights=source, data=data, optimizer=still, training=training
+        )
         tuned = run(config, tmp_path / "tuned")
         assert_same(tuned.result.state.params, finished.result.state.params)
         assert tuned.result.held_out == finished.result.held_out
@@ -343,7 +357,8 @@ class TestStartingFromWeights:
 
     def test_weights_of_another_model_are_refused_with_the_flags_that_fit(self, finished: Run, tmp_path: Path) -> None:
         model = dataclasses.replace(finished.config.model, num_layers=3, head_dim=8, ffn_width=64)
-        config = dataclasses.replace(finished.config, model=model, initial_weights=str(finished.folder))
+        data = dataclasses.replace(finished.config.data, tokenizer=str(finished.folder))
+        config = dataclasses.replace(finished.config, model=model, data=data, initial_weights=str(finished.folder))
         with pytest.raises(ConfigError) as caught:
             run(config, tmp_path / "run")
         message = str(caught.value)
@@ -352,9 +367,33 @@ class TestStartingFromWeights:
         assert not names(tmp_path / "run")
 
     def test_other_weights_are_refused_when_a_run_goes_on(self, finished: Run, copy: Path, weights: Path) -> None:
-        config = dataclasses.replace(finished.config, initial_weights=str(weights))
+        data = dataclasses.replace(finished.config.data, tokenizer=str(finished.folder))
+        config = dataclasses.replace(finished.config, data=data, initial_weights=str(weights))
         with pytest.raises(ConfigError, match=r"initial_weights +- +.*finished\.pth"):
             run(config, copy)
+
+    def test_the_flags_that_fit_make_the_config_fit(self, finished: Run, weights: Path, tmp_path: Path) -> None:
+        official = from_pretrained(weights)
+        with_unused = dataclasses.replace(official.config, unused_value_residual=True)
+        write_torch_file(tmp_path / "official.pth", random_tensors(with_unused))
+        tokenizer = ckpt.load_run_tokenizer(finished.folder)
+        with pytest.raises(ConfigError, match=r"to start from them: (.*)$") as caught:
+            check_initial_weights(tmp_path / "official.pth", official.config, tokenizer)
+        flags = str(caught.value).rpartition("to start from them: ")[2].split()
+        assert flags == ["--model.unused-value-residual"]
+        asked = parse_train_config(["--model.width", "64", *flags])
+        assert asked.model.unused_value_residual
+
+    def test_the_tokenizer_must_be_that_of_the_weights(
+        self, finished: Run, weights: Path, tmp_path: Path, model_of_300: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=r"data\.tokenizer = None: initial_weights .* name it, or its folder"):
+            dataclasses.replace(finished.config, initial_weights=str(weights))
+        data = dataclasses.replace(finished.config.data, tokenizer=str(model_of_300))
+        config = dataclasses.replace(finished.config, data=data, initial_weights=str(finished.folder))
+        with pytest.raises(ConfigError, match=r"was trained with the tokenizer that lies beside it.*--data\.tokenizer"):
+            run(config, tmp_path / "run")
+        assert not names(tmp_path / "run")
 
 
 class TestRefusals:
@@ -439,7 +478,7 @@ class TestRefusals:
     def test_tokenizer_of_another_size(self, config: TrainConfig, tmp_path: Path) -> None:
         data = other_tokenizer(config, tmp_path).data
         bad = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, vocab_size=512))
-        with pytest.raises(ConfigError, match=r"data\.tokenizer = .*300 entries and model\.vocab_size = 512"):
+        with pytest.raises(ConfigError, match=r"tokenizer = .*300 entries and the model has vocab_size = 512"):
             run(bad, tmp_path / "run")
         assert names(tmp_path / "run") == []
 

@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.layers import KEPT, Embedding, LayerNorm, Linear, head_gain, linear, orthogonal, uniform
 from rwkv_jax.models.state import State, TimeMixState
+from rwkv_kernels.arguments import check_lengths, check_segment_ids, is_concrete
 
 
 class Block(nnx.Module):
@@ -106,7 +108,10 @@ class LanguageModel(nnx.Module):
 
     @staticmethod
     def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
-        """Initial token vectors [V, C]: uniform in +-1e-4, as the official trainers have them from RWKV-5 on."""
+        """Initial token vectors [V, C]: uniform in +-1e-4, as the official trainers have them from RWKV-5.2 on.
+
+        (That of the previews 5.0 and 5.1 takes its learning rate, which is of that size, for the bound.)
+        """
         return uniform(rngs.params(), (config.vocab_size, config.width), 1e-4, config.parameter_dtype)
 
     def initial_state(self, batch_size: int) -> State:
@@ -140,7 +145,8 @@ class LanguageModel(nnx.Module):
           [B, T, C] in the compute dtype, after the last norm, and the next state.
 
         Raises:
-          ValueError: shapes or dtypes that do not go together.
+          ValueError: shapes or dtypes that do not go together, a state of another model or batch, or, where values are
+            at hand (outside jit), token ids or lengths out of range.
         """
         x, state, _ = self._run(tokens, state, segment_ids, lengths, inputs_embeds, remat=remat)
         return self.ln_out(x), state
@@ -194,7 +200,10 @@ class LanguageModel(nnx.Module):
         every_layer: bool = False,
     ) -> tuple[Array, State, Any]:
         x = self._inputs(tokens, inputs_embeds)
-        states = self.initial_state(x.shape[0]) if state is None else state
+        batch, time = x.shape[:2]
+        segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
+        lengths = check_lengths(lengths, batch, time)
+        states = self.initial_state(batch) if state is None else self._check_state(state, batch)
         rows = {"segment_ids": segment_ids, "lengths": lengths}
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT, "wkv")
@@ -215,14 +224,36 @@ class LanguageModel(nnx.Module):
     def _inputs(self, tokens: Array | None, inputs_embeds: Array | None) -> Array:
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
+        width, vocab_size = self.config.width, self.config.vocab_size
         if inputs_embeds is not None:
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.width:
-                raise ValueError(f"inputs_embeds: shape {inputs_embeds.shape} must be [B, T, C = {self.config.width}]")
+            inputs_embeds = jnp.asarray(inputs_embeds)
+            if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[-1] != width:
+                raise ValueError(f"inputs_embeds: shape {inputs_embeds.shape} must be [B, T, C = {width}], T from 1")
             return inputs_embeds.astype(self.config.dtype)
-        assert tokens is not None
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T]")
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T], T from 1"
+            )
+        if is_concrete(tokens):
+            values = np.asarray(tokens)
+            if values.min() < 0 or values.max() >= vocab_size:
+                raise ValueError(
+                    f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
+                )
         return self.emb(tokens).astype(self.config.dtype)
+
+    def _check_state(self, state: State, batch: int) -> State:
+        expected = jax.eval_shape(lambda: self.initial_state(batch))
+        if jax.tree.structure(state) != jax.tree.structure(expected):
+            raise ValueError(
+                f"state: is none of RWKV-{self.config.generation}, whose states have the form of "
+                f"model.initial_state(batch_size={batch})"
+            )
+        for (path, leaf), like in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+            if leaf.shape != like.shape:
+                raise ValueError(f"state{jax.tree_util.keystr(path)}: shape {leaf.shape} must be {like.shape}")
+        return state
 
 
 def _run_block(block: Block, x: Array, state: State, v_first: Array | None, rows: dict[str, Array | None]) -> Any:

@@ -82,7 +82,7 @@ def token_shift(
         x_prev = jnp.where(begins[:, :, None], 0, x_prev)
     if lengths is None:
         return x_prev, x[:, -1]
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
     return x_prev, jnp.where((lengths > 0)[:, None], last, shift)
 
 

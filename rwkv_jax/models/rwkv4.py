@@ -1,7 +1,8 @@
 """RWKV-4 "Dove": time mixing, channel mixing, initial values, parameter groups and state.
 
 Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048v2, whose equation numbers stand in
-parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch, T time, C width,
+parentheses), the official trainer for initial values, and that of v4neo, which trained the Pile models, for parameter
+groups. Shape letters: B batch, T time, C width,
 F feed-forward width, L layers, l the layer's index.
 """
 

@@ -54,6 +54,8 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
     """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
+    if "model.generation" in present:
+        saved = {"model.generation": "7"} | dict(saved)  # a run of before there were others does not say so
     names = sorted(saved.keys() | present.keys())
     rows = [(name, str(saved.get(name, "-")), str(present.get(name, "-"))) for name in names]
     rows = [row for row in rows if row[1] != row[2]]
@@ -108,7 +110,6 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not content.keys() >= {"config", "identity"}:
             raise KeyError("config or identity is missing")
-        content["identity"].setdefault("model.generation", "7")  # as in runs of before there were others
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -202,30 +203,38 @@ def shardings(like: TrainState) -> TrainState:
 
 
 class LoadedModel(NamedTuple):
-    """A trained model, ready to run."""
+    """A trained model."""
 
     config: TrainConfig
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
     params: Any
-    tokenizer: Tokenizer
     step: int
     """Steps that it was trained for."""
+
+
+def load_run_tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+      ConfigError: this is no run, or its tokenizer is another one now.
+    """
+    run = read_run_file(run_dir)
+    tokenizer = load_tokenizer(run_dir, from_dict(run["config"]).model.vocab_size)
+    if tokenizer.fingerprint != run["identity"].get("tokenizer", tokenizer.fingerprint):
+        raise ConfigError(
+            f"{run_dir / tokenizer.saved.name}: has changed since the run was begun; put back the file that was there"
+        )
+    return tokenizer
 
 
 def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
     """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
 
     Raises:
-      ConfigError: this is no run, its tokenizer is another one now, it has no such checkpoint, or that is damaged.
+      ConfigError: this is no run, it has no such checkpoint, or that is damaged.
     """
-    run = read_run_file(run_dir)
-    config = from_dict(run["config"])
-    tokenizer = load_tokenizer(run_dir, config.model.vocab_size)
-    if tokenizer.fingerprint != run["identity"].get("tokenizer", tokenizer.fingerprint):
-        raise ConfigError(
-            f"{run_dir / tokenizer.saved.name}: has changed since the run was begun; put back the file that was there"
-        )
+    config = from_dict(read_run_file(run_dir)["config"])
     trainer = make_trainer(config)
     like = _as_tree(abstract_state(trainer, config.seed))
     folder = run_dir / (BEST if which == "best" else CHECKPOINTS)
@@ -240,7 +249,7 @@ def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
             params = checkpointer.load(step, template | {"params": like["params"]})["params"]
         except Exception as error:  # Whatever a damaged file makes of Orbax, the user needs the place and the remedy.
             raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); resume the run to mend it") from error
-    return LoadedModel(config, trainer.graphdef, params, tokenizer, step)
+    return LoadedModel(config, trainer.graphdef, params, step)
 
 
 def abstract_state(trainer: Trainer, seed: int) -> TrainState:

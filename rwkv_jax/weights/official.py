@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -148,14 +148,24 @@ def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
       WeightsError: one error that lists every tensor that is missing, not expected, misshapen or of a dtype that no
         parameter can have.
     """
+    lines = [
+        f"wrong dtype  {name} is {tensor.dtype}, must be float32, bfloat16, float16 or float64"
+        for name, tensor in tensors.items()
+        if not _is_floating(tensor.dtype)
+    ]
+    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, config, lines)
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, others: Sequence[str] = ()) -> None:
     expected = official_shapes(config)
-    lines = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
-    lines += [f"not expected {name} {list(x.shape)}" for name, x in tensors.items() if name not in expected]
-    for name, tensor in tensors.items():
-        if name in expected and tensor.shape != expected[name]:
-            lines.append(f"misshapen    {name} is {list(tensor.shape)}, must be {list(expected[name])}")
-        elif name in expected and not _is_floating(tensor.dtype):
-            lines.append(f"wrong dtype  {name} is {tensor.dtype}, must be float32, bfloat16, float16 or float64")
+    lines = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    lines += [f"not expected {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    lines += [
+        f"misshapen    {name} is {list(shape)}, must be {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    lines += others
     if lines:
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise WeightsError(
@@ -214,7 +224,7 @@ def place_params(
         if own == np.float64 and not jax.config.read("jax_enable_x64"):
             raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
         sharding = (
-            SingleDeviceSharding(jax.devices()[0]) if mesh is None else split_over(mesh, like.shape, stacked=stacked)
+            SingleDeviceSharding(_default_device()) if mesh is None else split_over(mesh, like.shape, stacked=stacked)
         )
 
         def part(index: Any) -> NDArray:
@@ -231,6 +241,13 @@ def place_params(
     return jax.tree.map_with_path(leaf, _abstract_params(config))
 
 
+def _default_device() -> Any:
+    """The device that JAX puts new arrays on."""
+    settings: Any = jax.config  # its type does not know its settings
+    chosen = settings.jax_default_device  # a device, or the name of a platform
+    return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     """An array so aligned that JAX takes it over on a CPU instead of copying it once more."""
     alignment = 64
@@ -240,7 +257,10 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
 
 
 class OfficialTensors(Mapping[str, NDArray]):
-    """A model's parameters under their official names, layer by layer, fetched from the device when they are used."""
+    """A model's parameters under their official names, layer by layer, fetched from the device when they are used.
+
+    Raises WeightsError when it is built, for parameters that are not those of the config's model.
+    """
 
     def __init__(self, config: ModelConfig, params: Any) -> None:
         self._sources: dict[str, tuple[jax.Array, int | None]] = {}
@@ -250,6 +270,9 @@ class OfficialTensors(Mapping[str, NDArray]):
                 raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
             stacked = str(path[0].key) == "blocks"
             self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
+        # A user may have changed the model.
+        shapes = {name: x.shape if layer is None else x.shape[1:] for name, (x, layer) in self._sources.items()}
+        _check_shapes(shapes, config)
         self._sources = {name: self._sources[name] for name in official_shapes(config)}
 
     def __getitem__(self, name: str) -> NDArray:

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
+from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.training.checkpoints import load_model
+from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     OfficialTensors,
@@ -66,6 +67,8 @@ def from_pretrained(
         expected or misshapen are listed in one message.
       UnsafeFileError: the file holds anything but whole, plain tensors.
     """
+    if dtype not in (None, *typing.get_args(ComputeDtype)):
+        raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
     place = find_weights(source)
     if place.is_dir():
         loaded = load_model(place, "newest")
@@ -92,14 +95,22 @@ def _as_asked(params: Any, dtype: str | None, mesh: Mesh | None) -> Any:
     return jax.tree.map_with_path(leaf, params)
 
 
-def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig) -> None:
-    """Holds weights against the model of a run that is to start from them; reads names and shapes only.
+def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Holds weights against the model and the tokenizer of a run that is to start from them; reads no numbers of files.
 
     Raises:
-      WeightsError: they are of another generation or size (each difference is listed, and how to set it), or there are
-        no such weights.
+      WeightsError: they are of another generation or size (each difference is listed, and how to set it), the tokenizer
+        that lies beside them is another one, or there are no such weights.
     """
-    _weights_for(source, config)
+    place = find_weights(source)
+    _weights_for(place, config)
+    beside = load_run_tokenizer(place) if place.is_dir() else find_tokenizer(place, config.vocab_size)
+    if beside is not None and beside.fingerprint != tokenizer.fingerprint:
+        folder = place if place.is_dir() else place.parent
+        raise WeightsError(
+            f"{place}: was trained with the tokenizer that lies beside it, and data.tokenizer is another one; "
+            f"to start from these weights: --data.tokenizer {folder}"
+        )
 
 
 def initial_params(source: str | os.PathLike[str], config: ModelConfig) -> Any:
@@ -108,12 +119,11 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig) -> Any:
     Raises:
       WeightsError: as `check_initial_weights`.
     """
-    weights = _weights_for(source, config)
+    weights = _weights_for(find_weights(source), config)
     return place_params(weights.tensors, config, dtype=config.parameter_dtype, release=weights.release)
 
 
-def _weights_for(source: str | os.PathLike[str], config: ModelConfig) -> Weights:
-    place = find_weights(source)
+def _weights_for(place: Path, config: ModelConfig) -> Weights:
     if place.is_dir():
         loaded = load_model(place, "newest")
         weights = Weights(OfficialTensors(loaded.config.model, loaded.params), "official", lambda: None)
@@ -125,10 +135,18 @@ def _weights_for(source: str | os.PathLike[str], config: ModelConfig) -> Weights
         differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
         if differences:
             listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)
-            flags = " ".join(f"--model.{name.replace('_', '-')} {found[name]}" for name in differences)
+            flags = " ".join(_flag(name, found[name]) for name in differences)
             raise WeightsError(f"these weights are of another model: {listed}; to start from them: {flags}")
         check_tensors(weights.tensors, config)
     return weights
+
+
+def _flag(name: str, value: Any) -> str:
+    """How the command line of train.py sets a field of the model."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--model.{name}" if value else f"--model.no-{name}"
+    return f"--model.{name} {value}"
 
 
 def save_pretrained(
@@ -151,6 +169,10 @@ def save_pretrained(
     Raises:
       WeightsError: the path exists, or the layout does not have this generation.
     """
+    if tokenizer is not None and not fits_model(tokenizer, model.config.vocab_size):
+        raise WeightsError(
+            f"tokenizer: has {tokenizer.vocab_size} entries where the model has {model.config.vocab_size}; use its own"
+        )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     _write(OfficialTensors(model.config, params), Path(path), layout, dtype, tokenizer)
 
@@ -178,12 +200,12 @@ def convert(
     """
     place = find_weights(source)
     # One beside the weights that does not fit is no trouble where another is written, or none.
-    takes_beside = tokenizer is None and Path(target).suffix not in _FILES
+    takes_beside = tokenizer is None and Path(target).suffix.lower() not in _FILES
     tensors: Mapping[str, NDArray]
     if place.is_dir():
         loaded = load_model(place, "newest")
         config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
-        found: Tokenizer | None = loaded.tokenizer if takes_beside else None
+        found: Tokenizer | None = load_run_tokenizer(place) if takes_beside else None
     else:
         weights = open_weights(place)
         with naming(place):
@@ -217,17 +239,18 @@ def _write(
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if dtype is not None:
         tensors = _Rounded(tensors, dtype)
-    if path.suffix in _NO_FOLDERS:
-        raise WeightsError(f"{path}: {path.suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
+    suffix = path.suffix.lower()
+    if suffix in _NO_FOLDERS:
+        raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
     path = path.expanduser()
     if os.path.lexists(path):  # said before anything is fetched from a device
         raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another")
-    if path.suffix in _FILES:
+    if suffix in _FILES:
         if layout != "official":
             raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
         if tokenizer is not None:
             raise WeightsError(f"{path}: a tokenizer is written beside the weights; name a folder")
-        if path.suffix == ".pth":
+        if suffix == ".pth":
             write_torch_file(path, tensors)
         else:
             write_safetensors(path, tensors, _METADATA)

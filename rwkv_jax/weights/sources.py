@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from rwkv_jax.weights.torch_file import read_torch_file
 
 RUN_FILE = "run.json"
 """What makes a folder a training run of ours, whose weights are Orbax checkpoints."""
+
+_LOG = logging.getLogger(__name__)
 
 # No part begins with a dot: ./NAME and ../NAME are paths.
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
@@ -46,6 +49,8 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     Raises:
       WeightsError: nothing is there, or more than one thing; the message says what was looked for.
     """
+    if not os.fspath(source):
+        raise WeightsError("no weights are named; name a file, a folder or OWNER/NAME on the Hugging Face hub")
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / RUN_FILE).is_file():
@@ -85,16 +90,21 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise
-    except Exception as error:  # Whatever the network makes of it, what was fetched before may do.
-        with contextlib.suppress(Exception):
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-            if file is None or (folder / file).is_file():
-                return folder / (file or _choose([entry.name for entry in folder.iterdir()], str(folder)))
+    except Exception as error:  # of the hub, of the network or of the disk, by whatever library speaks to them
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{looked_for} ({reason}), then among what was fetched before; name a local file or folder, or try again "
-            "when the hub can be reached"
-        ) from error
+        if getattr(error, "response", None) is not None:
+            raise WeightsError(f"{looked_for}, which answered: {reason}; mend the name, or log in there") from error
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except Exception:  # nothing was fetched, which is said next
+            folder = None
+        if folder is None or not (file is None or (folder / file).is_file()):
+            raise WeightsError(
+                f"{looked_for} ({reason}), then among what was fetched before; name a local file or folder, or try "
+                "again when the hub can be reached"
+            ) from error
+        _LOG.warning("%s: the hub cannot be reached (%s); taking what was fetched before, in %s", name, reason, folder)
+        return folder / (file or _choose([entry.name for entry in folder.iterdir()], str(folder)))
 
 
 @contextlib.contextmanager

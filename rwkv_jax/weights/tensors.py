@@ -43,11 +43,6 @@ class MappedTensors(Mapping[str, NDArray]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.values())
-
     def release(self) -> None:
         """Gives back the memory of what was read so far; the tensors stay usable, and are read again when used."""
         if hasattr(mmap, "MADV_DONTNEED"):
@@ -77,7 +72,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears whole or not at all, and never in the place of another.
+    """A file to write that appears whole or not at all, and never in the place of another; its folder is made.
 
     Raises:
       WeightsError: the file exists already, or its folder cannot be written.
@@ -91,6 +86,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     refuse_existing()
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = temporary.open("xb")
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error

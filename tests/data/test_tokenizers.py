@@ -101,7 +101,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) 
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(ConfigError, match="not a sentencepiece model"):
         SentencePieceTokenizer.load(tmp_path / "x.model")
-    with pytest.raises(ConfigError, match=r"data.tokenizer = .*nowhere.* cannot read it"):
+    with pytest.raises(ConfigError, match=r"tokenizer = .*nowhere.* cannot read it"):
         SentencePieceTokenizer.load(tmp_path / "nowhere")
 
 

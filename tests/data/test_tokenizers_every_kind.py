@@ -220,7 +220,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes, 
 
 
 def test_a_name_that_is_no_tokenizer_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=r"data.tokenizer = 'wrld': cannot read it.*names world and bytes"):
+    with pytest.raises(ConfigError, match=r"tokenizer = 'wrld': cannot read it.*names world and bytes"):
         load_tokenizer("wrld", 65536)
 
 

@@ -54,7 +54,8 @@ def model_of(name: str, dtype: Any) -> tuple[ModelConfig, Any]:
     tensors = read_safetensors(GOLDEN_DIR / "tiny" / f"{name}.safetensors")
     config = dataclasses.replace(read_config(tensors), dtype=dtype)
     check_tensors(tensors, config)
-    return config, jax.device_get(place_params(tensors, config, dtype=config.parameter_dtype))
+    # As `from_pretrained(..., dtype=dtype)` has them: a model that computes in bfloat16 holds its parameters in it, too.
+    return config, jax.device_get(place_params(tensors, config, dtype=dtype))
 
 
 @functools.cache
@@ -170,6 +171,11 @@ def test_token_by_token(name: str, dtype: str) -> None:
 @every_model
 def test_in_pieces(float64: None, name: str) -> None:
     check(name, "float64", in_pieces(name, "float64"))
+
+
+@every_model
+def test_in_pieces_in_float32(name: str) -> None:
+    check(name, "float32", in_pieces(name, "float32"))
 
 
 def test_the_norm_over_heads_has_the_official_epsilon(float64: None) -> None:

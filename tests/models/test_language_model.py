@@ -440,11 +440,44 @@ def test_the_number_of_parameters(config: ModelConfig, published: int | None) ->
         (np.zeros((2, 3), np.float32), r"tokens: float32 of shape \(2, 3\) must be integers of shape \[B, T\]"),
         (np.zeros(3, np.int32), r"tokens: int32 of shape \(3,\) must be integers of shape \[B, T\]"),
         (np.zeros((1, 2, 3), np.int32), r"tokens: int32 of shape \(1, 2, 3\) must be integers"),
+        (np.zeros((1, 0), np.int32), r"tokens: int32 of shape \(1, 0\) must be integers of shape \[B, T\], T from 1"),
+        (np.array([[3, 41]]), r"tokens: from 3 to 41 must lie from 0 to V - 1 = 40"),
+        (np.array([[-1, 4]]), r"tokens: from -1 to 4 must lie from 0 to V - 1 = 40"),
     ],
 )
 def test_wrong_tokens_are_named(tokens: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_float32("7")(jnp.asarray(tokens))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"segment_ids": np.zeros((4, 21), int)}, r"segment_ids: shape \(4, 21\) must be \(4, 20\), \[B, T\]"),
+        ({"segment_ids": np.zeros((4, 20))}, "segment_ids: dtype .* must be an integer one"),
+        ({"lengths": [20, 1, 2, 21]}, "lengths: values from 1 to 21 must lie from 0 to T = 20"),
+        ({"lengths": np.zeros((1, 2), int)}, r"lengths: shape \(1, 2\) must be \(4,\), \[B\]"),
+        ({"lengths": [1.0, 2.0, 3.0, 4.0]}, "lengths: dtype .* must be an integer one"),
+    ],
+    ids=["too long", "no integers", "out of range", "no vector", "fractions"],
+)
+def test_wrong_rows_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_float32("7")(jnp.asarray(TOKENS), **arguments)
+
+
+def test_a_state_of_another_model_or_batch_is_refused() -> None:
+    model, other = small_float32("7"), small_float32("4")
+    tokens = jnp.asarray(TOKENS)
+    with pytest.raises(
+        ValueError, match=r"state: is none of RWKV-7, whose states have the form of model\.initial_state"
+    ):
+        model(tokens, other.initial_state(4))
+    with pytest.raises(ValueError, match=r"state\.att_shift: shape \(3, 1, 32\) must be \(3, 4, 32\)"):
+        model(tokens, model.initial_state(1))
+    shallow = jax.tree.map(lambda x: x[:2], model.initial_state(4))
+    with pytest.raises(ValueError, match=r"state\.att_shift: shape \(2, 4, 32\) must be \(3, 4, 32\)"):
+        model(tokens, shallow)
 
 
 def small_float32(generation: str) -> Any:

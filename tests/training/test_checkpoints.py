@@ -409,7 +409,7 @@ class TestLoadModel:
         loaded = ckpt.load_model(run_dir, which)
         assert loaded.step == step
         assert loaded.config.model == CONFIG.model
-        assert loaded.tokenizer.fingerprint == corpus.tokenizer.fingerprint
+        assert ckpt.load_run_tokenizer(run_dir).fingerprint == corpus.tokenizer.fingerprint
         assert_same(loaded.params, model_state(step).params)
 
     def test_reads_without_disturbing_a_run_in_progress(self, run_dir: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_run_has_its_tokenizer(tmp_path: Path, tokenizer: str, vocab_size: int
         train_sentencepiece([TEXT], vocab_size, tokenizer)
     run_dir = make_run(tmp_path, tokenizer, vocab_size)
     assert sorted(path.name for path in run_dir.iterdir()) == ["best", "checkpoints", "run.json", file]
-    loaded = ckpt.load_model(run_dir, "newest").tokenizer
+    loaded = ckpt.load_run_tokenizer(run_dir)
     assert loaded.vocab_size == vocab_size
     assert loaded.decode(loaded.encode(TEXT)) == TEXT
 
@@ -54,4 +54,4 @@ def test_another_tokenizer_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     train_sentencepiece([TEXT.upper()], 300, tmp_path / "other.model")
     (run_dir / "tokenizer.model").write_bytes((tmp_path / "other.model").read_bytes())
     with pytest.raises(ConfigError, match=r"tokenizer\.model: has changed since the run was begun; put back"):
-        ckpt.load_model(run_dir, "newest")
+        ckpt.load_run_tokenizer(run_dir)

@@ -16,7 +16,7 @@ from flax import nnx
 import rwkv_jax
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer, load_tokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
@@ -167,7 +167,7 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS["4"]))
+    write_torch_file(tmp_path / "a.pth", random_tensors(dataclasses.replace(CONFIGS["4"], vocab_size=257)))
     model = from_pretrained(tmp_path / "a.pth")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -184,8 +184,9 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeyp
     [
         ("a.bin", {}, r"a\.bin: \.bin files are not written; name FILE\.pth"),
         ("a.pth", {"layout": "transformers"}, "the transformers layout is a folder with a config.json; name a folder"),
-        ("a.pth", {"tokenizer": ByteTokenizer()}, "a tokenizer is written beside the weights; name a folder"),
+        ("a.BIN", {}, r"a\.BIN: \.bin files are not written"),
         ("a", {"layout": "gguf"}, "layout = 'gguf': must be one of official, transformers, flash-linear-attention"),
+        ("a", {"tokenizer": ByteTokenizer()}, "tokenizer: has 257 entries where the model has 29; use its own"),
         ("a", {"dtype": "int8"}, "dtype = 'int8': must be float32, bfloat16, float16 or float64"),
         ("a", {"layout": "flash-linear-attention"}, "RWKV-4"),
     ],
@@ -228,6 +229,33 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path / "a.pth")
 
 
+def test_a_model_that_was_changed_is_not_written(tmp_path: Path) -> None:
+    write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS["6"]))
+    model = from_pretrained(tmp_path / "a.pth")
+    model.head.weight = nnx.Param(jnp.zeros((5, 32)))
+    model.first_block.att.extra = nnx.Param(jnp.zeros(3))
+    with pytest.raises(
+        WeightsError, match=r"(?s)not expected blocks\.0\.att\.extra.*misshapen +head\.weight is \[5, 32\]"
+    ):
+        save_pretrained(model, tmp_path / "b.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_folders_of_a_target_are_made_and_endings_may_be_capitals(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIGS["4"])
+    write_torch_file(tmp_path / "a.pth", tensors)
+    for name in ("b/c/d.PTH", "b/e/f.SafeTensors", "b/g/h"):
+        save_pretrained(from_pretrained(tmp_path / "a.pth"), tmp_path / name)
+        assert_same_bits(tensors_in(tmp_path / name), tensors)
+    assert (tmp_path / "b/c/d.PTH").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", jnp.bfloat16], ids=str)
+def test_a_dtype_that_is_none_is_named_before_anything_is_read(dtype: Any) -> None:
+    with pytest.raises(WeightsError, match=r"dtype = .*: must be None or one of float32, bfloat16, float64"):
+        from_pretrained("nowhere.pth", dtype=dtype)
+
+
 # Tokenizers
 
 
@@ -267,5 +295,4 @@ def test_a_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
     write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS["4"]))
     with pytest.raises(ConfigError, match=r"'world': does not match, it has 65536 entries .* vocab_size = 29"):
         convert(tmp_path / "a.pth", tmp_path / "b", tokenizer="world")
-    assert WorldTokenizer().vocab_size == 65536
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]

@@ -135,9 +135,41 @@ def test_one_file_of_a_repository_is_fetched(repository: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("source", ["owner/name", "owner/name/other.pth"])
-def test_offline_what_was_fetched_before_serves(repository: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_offline_what_was_fetched_before_serves_and_is_said_to(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, source: str
+) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(repository, online=False, fetched=True))
     assert find_weights(source).parent == repository
+    assert "owner/name: the hub cannot be reached (no network); taking what was fetched before" in caplog.text
+
+
+def test_what_the_hub_answers_is_not_passed_over(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(repository, online=True, fetched=True)
+
+    class NotFoundError(Exception):
+        response = 404
+
+    def answer(name: str) -> list[str]:
+        raise NotFoundError("404: no such repository")
+
+    monkeypatch.setattr(hub, "list_repo_files", answer)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(WeightsError, match="which answered: 404: no such repository; mend the name, or log in there"):
+        find_weights("owner/name")
+
+
+def test_a_repository_of_several_files_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.pth", "b.pth"):
+        write_torch_file(tmp_path / name, TENSORS)
+    for online in (True, False):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path, online=online, fetched=True))
+        with pytest.raises(WeightsError, match=r"holds 2 files of weights \(a\.pth, b\.pth\); name one of them"):
+            find_weights("owner/name")
+
+
+def test_nothing_is_no_name() -> None:
+    with pytest.raises(WeightsError, match="no weights are named"):
+        find_weights("")
 
 
 def test_offline_and_never_fetched_says_what_was_looked_for(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,6 @@ def test_memory(tmp_path: Path) -> None:
     assert written < 1.5 * size
     assert read < 0.1 * size
     assert [int(tensor[-1]) for tensor in found.values()] == list(range(16))
-    assert found.num_bytes == 16 * size
 
 
 @pytest.mark.parametrize(

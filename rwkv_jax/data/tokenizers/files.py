@@ -19,7 +19,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"data.tokenizer = {str(path)!r}: cannot read it: {error.strerror}; give {KINDS}") from error
+        raise ConfigError(f"tokenizer = {str(path)!r}: cannot read it: {error.strerror}; give {KINDS}") from error
 
 
 def write_file(path: Path, content: bytes) -> None:
