@@ -54,7 +54,7 @@ def model_of(name: str, dtype: Any) -> tuple[ModelConfig, Any]:
     tensors = read_safetensors(GOLDEN_DIR / "tiny" / f"{name}.safetensors")
     config = dataclasses.replace(read_config(tensors), dtype=dtype)
     check_tensors(tensors, config)
-    # As `from_pretrained(..., dtype=dtype)` has them: a model that computes in bfloat16 holds its parameters in it, too.
+    # As `from_pretrained(..., dtype=dtype)` has them: what computes in bfloat16 holds its parameters in it, too.
     return config, jax.device_get(place_params(tensors, config, dtype=dtype))
 
 
