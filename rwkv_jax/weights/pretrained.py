@@ -49,9 +49,10 @@ def from_pretrained(
 ) -> LanguageModel:
     """A model from weights: generation and sizes are read from the names and shapes.
 
-    Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, the layouts
-    of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7), and runs of train.py (the newest checkpoint). They
-    are memory-mapped, and each tensor is copied straight to the devices that hold it.
+    Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
+    layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
+    copied straight to the devices that hold it. Of a run of train.py the newest checkpoint is taken, by way of one
+    device.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).

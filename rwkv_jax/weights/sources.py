@@ -13,13 +13,11 @@ from typing import NamedTuple
 from numpy.typing import NDArray
 
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
+from rwkv_jax.training.checkpoints import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
 from rwkv_jax.weights.safetensors_file import INDEX_SUFFIX, read_safetensors
 from rwkv_jax.weights.tensors import WeightsError, listed
 from rwkv_jax.weights.torch_file import read_torch_file
-
-RUN_FILE = "run.json"
-"""What makes a folder a training run of ours, whose weights are Orbax checkpoints."""
 
 _LOG = logging.getLogger(__name__)
 
