@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs() -> Iterator[None]:
+    """Drops what a module has compiled: each program takes memory maps, of which a process may have 65530 on Linux, and
+    with tens of thousands of them everything becomes slow."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

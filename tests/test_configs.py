@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from rwkv_jax.cli import load_config
@@ -80,7 +79,3 @@ def test_every_generation_runs_from_beginning_to_end(generation: Generation, tmp
     assert result.held_out is not None
     assert result.held_out.loss < losses[0] - 1
     assert all(record["text"] for record in records if record["kind"] == "sample")
-    # Again: restored, and nothing left to do.
-    again = train(config)
-    for x, expected in zip(jax.tree.leaves(again.state.params), jax.tree.leaves(result.state.params), strict=True):
-        np.testing.assert_array_equal(x, expected)

@@ -22,12 +22,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.tensors import WeightsError, listed
+from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
@@ -40,13 +40,6 @@ _MIXES = "wkvrg"  # of RWKV-6, in their official order
 _FUSED_MIXES = "rwkvg"  # in that of flash-linear-attention
 
 
-class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
     """How one tensor is made of others."""
@@ -55,7 +48,7 @@ class _Recipe:
     make: Callable[..., NDArray]
 
 
-class LazyTensors(Mapping[str, NDArray]):
+class LazyTensors(DerivedTensors):
     """Tensors by name, made of those of another mapping when they are asked for: views, but for what must be joined.
 
     Raises WeightsError when it is built, for a tensor whose shape does not allow it.
@@ -77,7 +70,7 @@ class LazyTensors(Mapping[str, NDArray]):
         return len(self._recipes)
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype of a tensor; reads nothing."""
+        """See `DerivedTensors`."""
         return self._specs[name]
 
     def _dry_run(self, name: str, recipe: _Recipe) -> TensorSpec:
@@ -95,13 +88,6 @@ class LazyTensors(Mapping[str, NDArray]):
                 f"{name} cannot be made of {found}: {error}; is the file what it claims to be?"
             ) from error
         return TensorSpec(made.shape, made.dtype)
-
-
-def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
-    """Shape and dtype of a tensor; reads nothing of `LazyTensors`, and of others what looking it up reads."""
-    if isinstance(tensors, LazyTensors):
-        return tensors.spec(name)
-    return TensorSpec(tensors[name].shape, tensors[name].dtype)
 
 
 def from_layout(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 from rwkv_jax.models import model_type
-from rwkv_jax.weights.tensors import BFLOAT16, WeightsError
+from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
 _LISTED = 40  # of the tensors that do not fit; an error of thousands of lines helps nobody
 _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
@@ -66,7 +66,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
 
     def size(name: str, axis: int, share: int = 1) -> int | None:
         """Of one axis of a tensor; None where it is missing or has no such axis: `check_tensors` says so."""
-        shape = tensors[name].shape if name in tensors else ()
+        shape = tensor_spec(tensors, name).shape if name in tensors else ()
         return shape[axis] // share if axis < len(shape) else None
 
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
@@ -89,7 +89,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     else:
         heads = size("blocks.0.att.time_decay", 0) if generation != "4" else None
         sizes["exponential_bonus"] = generation in ("5.0", "5.1") and "blocks.0.att.time_first" in tensors
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensor_spec(tensors, name).dtype for name in tensors}
     try:
         return ModelConfig(
             generation=generation,
@@ -148,12 +148,13 @@ def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
       WeightsError: one error that lists every tensor that is missing, not expected, misshapen or of a dtype that no
         parameter can have.
     """
+    specs = {name: tensor_spec(tensors, name) for name in tensors}
     lines = [
-        f"wrong dtype  {name} is {tensor.dtype}, must be float32, bfloat16, float16 or float64"
-        for name, tensor in tensors.items()
-        if not _is_floating(tensor.dtype)
+        f"wrong dtype  {name} is {spec.dtype}, must be float32, bfloat16, float16 or float64"
+        for name, spec in specs.items()
+        if not _is_floating(spec.dtype)
     ]
-    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, config, lines)
+    _check_shapes({name: spec.shape for name, spec in specs.items()}, config, lines)
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, others: Sequence[str] = ()) -> None:
@@ -256,7 +257,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class OfficialTensors(Mapping[str, NDArray]):
+class OfficialTensors(DerivedTensors):
     """A model's parameters under their official names, layer by layer, fetched from the device when they are used.
 
     Raises WeightsError when it is built, for parameters that are not those of the config's model.
@@ -271,13 +272,17 @@ class OfficialTensors(Mapping[str, NDArray]):
             stacked = str(path[0].key) == "blocks"
             self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
         # A user may have changed the model.
-        shapes = {name: x.shape if layer is None else x.shape[1:] for name, (x, layer) in self._sources.items()}
-        _check_shapes(shapes, config)
+        _check_shapes({name: self.spec(name).shape for name in self._sources}, config)
         self._sources = {name: self._sources[name] for name in official_shapes(config)}
 
     def __getitem__(self, name: str) -> NDArray:
         leaf, layer = self._sources[name]
         return np.asarray(leaf if layer is None else leaf[layer])
+
+    def spec(self, name: str) -> TensorSpec:
+        """See `DerivedTensors`."""
+        leaf, layer = self._sources[name]
+        return TensorSpec(leaf.shape if layer is None else leaf.shape[1:], np.dtype(leaf.dtype))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

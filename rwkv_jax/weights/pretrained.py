@@ -34,7 +34,7 @@ from rwkv_jax.weights.official import (
 )
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
-from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, tensor_spec
 from rwkv_jax.weights.torch_file import write_torch_file
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
@@ -274,7 +274,7 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _InOrder(Mapping[str, NDArray]):
+class _InOrder(DerivedTensors):
     """Tensors in the order of some names."""
 
     def __init__(self, tensors: Mapping[str, NDArray], names: Iterable[str]) -> None:
@@ -283,6 +283,10 @@ class _InOrder(Mapping[str, NDArray]):
     def __getitem__(self, name: str) -> NDArray:
         return self._tensors[name]
 
+    def spec(self, name: str) -> TensorSpec:
+        """See `DerivedTensors`."""
+        return tensor_spec(self._tensors, name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -290,7 +294,7 @@ class _InOrder(Mapping[str, NDArray]):
         return len(self._names)
 
 
-class _Rounded(Mapping[str, NDArray]):
+class _Rounded(DerivedTensors):
     """Tensors in another dtype, rounded when they are used."""
 
     def __init__(self, tensors: Mapping[str, NDArray], dtype: str) -> None:
@@ -307,6 +311,10 @@ class _Rounded(Mapping[str, NDArray]):
         if not np.array_equal(np.isfinite(rounded), np.isfinite(tensor)):
             raise WeightsError(f"{name}: has numbers too large for {self._dtype.name}; take another dtype")
         return rounded
+
+    def spec(self, name: str) -> TensorSpec:
+        """See `DerivedTensors`."""
+        return tensor_spec(self._tensors, name)._replace(dtype=self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

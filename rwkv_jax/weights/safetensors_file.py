@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from rwkv_jax.weights.tensors import BFLOAT16, MappedTensors, UnsafeFileError, WeightsError, listed, map_file, new_file
+from rwkv_jax.weights.tensors import (
+    BFLOAT16,
+    MappedTensors,
+    TensorSpec,
+    UnsafeFileError,
+    WeightsError,
+    listed,
+    map_file,
+    new_file,
+    tensor_spec,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 """How the name of an index ends; its shards lie beside it."""
@@ -49,9 +59,8 @@ def read_safetensors(path: Path) -> MappedTensors:
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
     """Write one file that appears whole or not at all; the same tensors and metadata give the same bytes.
 
-    Tensors of wider elements come first, so that all are aligned, otherwise in their given order. Each is asked for
-    twice, for its shape and for its bytes, and one is in memory at a time. Older versions of `transformers` want the
-    metadata {"format": "pt"}.
+    Tensors of wider elements come first, so that all are aligned, otherwise in their given order. One is in memory at a
+    time. Older versions of `transformers` want the metadata {"format": "pt"}.
     Raises WeightsError if the file exists, or for a dtype or name that the format does not have.
     """
     _write_file(path, tensors, _plan(path, tensors), metadata)
@@ -185,14 +194,14 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
 class _Planned:
     """One tensor as a header describes it."""
 
-    def __init__(self, place: Path, name: str, tensor: NDArray) -> None:
+    def __init__(self, place: Path, name: str, spec: TensorSpec) -> None:
         self.name = name
-        self.shape = tensor.shape
-        self.dtype = tensor.dtype.newbyteorder("<")
+        self.shape = spec.shape
+        self.dtype = spec.dtype.newbyteorder("<")
         self.num_bytes = math.prod(self.shape) * self.dtype.itemsize
         if self.dtype not in _DTYPE_NAMES:
             raise WeightsError(
-                f"{place}: the tensor {name!r} has dtype {tensor.dtype}, which is not written; "
+                f"{place}: the tensor {name!r} has dtype {spec.dtype}, which is not written; "
                 f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
         try:
@@ -204,7 +213,7 @@ class _Planned:
 
 
 def _plan(place: Path, tensors: Mapping[str, NDArray]) -> list[_Planned]:
-    planned = [_Planned(place, name, tensors[name]) for name in tensors]
+    planned = [_Planned(place, name, tensor_spec(tensors, name)) for name in tensors]
     # The format has no gaps, so the order alone aligns each tensor to its elements.
     return sorted(planned, key=lambda one: -one.dtype.itemsize)
 

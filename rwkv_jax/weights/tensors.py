@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import mmap
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +49,28 @@ class MappedTensors(Mapping[str, NDArray]):
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class DerivedTensors(Mapping[str, NDArray]):
+    """Tensors that are made, or fetched from a device, whenever they are asked for; their specs are had for nothing."""
+
+    @abc.abstractmethod
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor; reads nothing."""
+
+
+def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
+    """Shape and dtype of a tensor; reads nothing of `DerivedTensors`, and of others what looking it up reads."""
+    if isinstance(tensors, DerivedTensors):
+        return tensors.spec(name)
+    return TensorSpec(tensors[name].shape, tensors[name].dtype)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, tensor_spec, to_layout
+from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, to_layout
 from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
-from rwkv_jax.weights.tensors import BFLOAT16, WeightsError
+from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, tensor_spec
 from tests.golden import GOLDEN_DIR
 
 _V, _C, _L, _N, _F = 11, 8, 2, 4, 12
