@@ -41,7 +41,7 @@ from rwkv_jax.training.journal import NonFiniteError
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, make_trainer
-from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained
+from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
 from rwkv_jax.weights.torch_file import write_torch_file
 from tests.weights.files import random_tensors
 
@@ -338,6 +338,12 @@ def weights(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestStartingFromWeights:
+    def test_the_parameters_are_those_of_the_weights(self, finished: Run, weights: Path) -> None:
+        params = finished.result.state.params
+        for source in (weights, finished.folder):
+            assert_same(initial_params(source, finished.config.model), params)
+
+    @pytest.mark.long
     def test_the_first_steps_are_those_of_the_weights(self, finished: Run, weights: Path, tmp_path: Path) -> None:
         # A step so small that the parameters, rounded to float32, stay what they are.
         still = dataclasses.replace(finished.config.optimizer, learning_rate=1e-30, final_learning_rate=1e-30)
