@@ -70,7 +70,8 @@ def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
     """Shape and dtype of a tensor; reads nothing of `DerivedTensors`, and of others what looking it up reads."""
     if isinstance(tensors, DerivedTensors):
         return tensors.spec(name)
-    return TensorSpec(tensors[name].shape, tensors[name].dtype)
+    tensor = tensors[name]
+    return TensorSpec(tensor.shape, tensor.dtype)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
