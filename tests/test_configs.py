@@ -54,7 +54,7 @@ def test_no_two_configs_share_a_run_folder() -> None:
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("generation", ["4", pytest.param("5.2", marks=pytest.mark.long), "6"])
+@pytest.mark.parametrize("generation", ["4", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6"))])
 def test_every_generation_runs_from_beginning_to_end(generation: Generation, tmp_path: Path) -> None:
     """RWKV-7 does in tests/test_train.py, which looks closer."""
     source = tmp_path / "source"
