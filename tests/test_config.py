@@ -283,8 +283,11 @@ def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(confi
         is_matrix = (name == "weight" and not folders[-1].startswith("ln")) or name[-1] in "12"
         if is_matrix and folders != ["emb"]:  # an embedding is looked up
             weights += x.size
-    # Each state entry of RWKV-5 and 6: decayed (1), k v^T added (2), read (2).
-    of_others = lambda config: 5 * config.num_heads * config.head_dim**2  # noqa: E731
+
+    def of_others(config: ModelConfig) -> int:
+        """Each state entry of RWKV-5 and 6: decayed (1), k v^T added (2), read (2)."""
+        return 5 * config.num_heads * config.head_dim**2
+
     recurrence = config.num_layers * FLOPS_OF_RECURRENCE.get(config.generation, of_others)(config)
     assert config.flops_per_token() == 2 * weights + recurrence
     if config.generation == "7":
