@@ -9,33 +9,44 @@ goes on as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from rwkv_jax.cli import parse_train_config
 from rwkv_jax.config import ConfigError, TrainConfig, to_dict
-from rwkv_jax.data.batches import batch_at, check_corpus_fits, evaluation_windows, indices_at
+from rwkv_jax.data.batches import evaluation_windows
 from rwkv_jax.data.corpus import prepare_corpus
+from rwkv_jax.data.rows import training_rows
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.generate import Generator
 from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.parallel.mesh import mesh_of, shape_of
+from rwkv_jax.parallel.picture import placement_table
+from rwkv_jax.parallel.processes import LostProcessError, Processes, join
+from rwkv_jax.parallel.together import StopTogether, agree, first_alone
 from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.batch import batch_loader
 from rwkv_jax.training.console import Console
 from rwkv_jax.training.journal import Journal, NonFiniteError
 from rwkv_jax.training.metrics import MetricsWriter, require_loggers
 from rwkv_jax.training.optimizer import learning_rate_schedule
 from rwkv_jax.training.plots import plot_losses
 from rwkv_jax.training.profiling import StepProfiler
-from rwkv_jax.training.step import TrainState, make_trainer
+from rwkv_jax.training.step import Trainer, TrainState, abstract_state, initial_state, make_trainer
 from rwkv_jax.training.stopping import StopRequest
 from rwkv_jax.training.throughput import Throughput
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
+
+LONGEST_PREPARATION = 24 * 3600
+"""Seconds that processes wait for each other to read or build a corpus."""
 
 
 class TrainResult(NamedTuple):
@@ -47,7 +58,7 @@ class TrainResult(NamedTuple):
 
 
 def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult:
-    """Trains, or resumes, the run in `config.run_dir`.
+    """Trains, or resumes, the run in `config.run_dir`; of a run of several processes, this one's part.
 
     Args:
       command: what resumes the run; shown when it is asked to stop.
@@ -55,112 +66,145 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
     Raises:
       ConfigError: a setting that cannot work, before anything is computed or overwritten.
       NonFiniteError: `training.max_bad_steps` steps in a row were not finite; the last good state is saved.
+      LostProcessError: another process of the run did not come.
     """
+    with join(config.distributed) as processes:
+        return train_together(config, processes, command)
+
+
+def train_together(config: TrainConfig, processes: Processes, command: str) -> TrainResult:
+    """`train` in one of the run's processes, which have joined."""
     training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
-    num_steps = training.num_steps
+    num_steps, seconds = training.num_steps, config.distributed.join_seconds
+    agree(processes, ckpt.shared_settings(config), seconds=seconds)
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
+    mesh = mesh_of(config, jax.devices())
+    trainer = make_trainer(config, mesh)
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
         check_initial_weights(config.initial_weights, config.model, tokenizer)
-    console = Console(num_steps, every=config.logging.every)
 
-    # Data: every batch is a function of the step.
-    shape = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
-    corpus = prepare_corpus(config.data, config.model.vocab_size, console.print)
-    check_corpus_fits(corpus.train.num_tokens, **shape)
-    batch = functools.partial(batch_at, corpus.train.tokens, seed=config.seed, **shape)
-    rows = functools.partial(indices_at, corpus.train.num_tokens, seed=config.seed, **shape)
-    windows = functools.partial(evaluation_windows, corpus.held_out.tokens, **shape)
-    identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
-    if saved_run is not None:
-        ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
-    ckpt.write_run(run_dir, config, identity, corpus)
+    with contextlib.ExitStack() as stack:
+        # Every process computes; the first one talks and writes, but for checkpoints, of which each writes its share.
+        output = None if processes.is_first else stack.enter_context(Path(os.devnull).open("w"))
+        console = Console(num_steps, every=config.logging.every, stream=output)
 
-    with (
-        console,
-        StopRequest() as stop,
-        ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print) as checkpoints,
-        StepProfiler(config.profile, run_dir / "profile", console.print) as profiler,
-    ):
+        # Data: every batch is a function of the step.
+        prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
+        corpus = first_alone(processes, "corpus", prepare)
+        rows = training_rows(
+            corpus,
+            order="streams" if training.carry_state else config.data.order,
+            seed=config.seed,
+            batch_size=training.batch_size,
+            sequence_length=training.sequence_length,
+            magic_prime=config.data.magic_prime,
+        )
+        load = batch_loader(trainer, training, corpus.tokenizer.end_of_text)
+        identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+        agree(processes, identity, seconds=LONGEST_PREPARATION, subject="corpus")
+        if saved_run is not None:
+            ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
+        if processes.is_first:
+            ckpt.write_run(run_dir, config, identity, corpus)
+
+        stack.enter_context(console)
+        stop = StopTogether(stack.enter_context(StopRequest()).requested, processes)
+        checkpoints = stack.enter_context(ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
+        profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
+
         # Functions, each compiled once.
-        trainer = make_trainer(config)
         train_step = jax.jit(trainer.train_step, donate_argnums=0)
         eval_step = jax.jit(trainer.eval_step)
-        generate = Generator(trainer.graphdef, config.model, corpus.tokenizer).generate
+        whole = trainer.state_shardings.step
+        generate = Generator(trainer.graphdef, config.model, corpus.tokenizer, results_on=whole).generate
         sampling = Sampling(evaluation.sample_temperature, evaluation.sample_top_p)
 
+        def held_out_loss(params: Any, num_batches: int | None = None) -> HeldOut | None:
+            if corpus.held_out is None:
+                return None
+            shape = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
+            windows = evaluation_windows(corpus.held_out.tokens, **shape, num_batches=num_batches)
+            batches = (load(lambda some: tokens[some], mask=mask) for tokens, mask in windows)  # noqa: B023  used at once
+            return evaluate(eval_step, params, batches, corpus.held_out)
+
         # State: what an earlier run left, or new.
-        like = ckpt.abstract_state(trainer, config.seed)
-        state = checkpoints.restore(like)
-        console.print(describe(config, corpus.train.num_tokens, None if state is None else int(state.step)))
+        state = checkpoints.restore(abstract_state(trainer))
+        console.print(describe(config, trainer, rows.num_tokens, None if state is None else int(state.step)))
         if state is None:
-            state = jax.jit(trainer.init, out_shardings=ckpt.shardings(like))(jax.random.key(config.seed))
+            state = initial_state(trainer, config.seed)
             if config.initial_weights is not None:
-                state = state._replace(params=initial_params(config.initial_weights, config.model))
+                params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
+                state = state._replace(params=params)
         first_step, best_loss = int(state.step), checkpoints.best_loss()
+        agree(processes, {"step": first_step, "best": best_loss}, seconds=seconds, subject="checkpoints")
         if first_step > num_steps:
             raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 
-        with MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)) as writer:
-            journal = Journal(
-                num_steps=num_steps,
-                every=config.logging.every,
-                max_bad_steps=training.max_bad_steps,
-                bytes_per_token=corpus.train.bytes_per_token,
-                learning_rate=learning_rate_schedule(config.optimizer, num_steps),
-                batch_starts=lambda step: rows(step=step).starts.tolist(),
-                console=console,
-                writer=writer,
-                throughput=Throughput(training.batch_size * training.sequence_length),
-            )
-            for step in range(first_step, num_steps):
-                # Step.
-                tokens = batch(step=step)
-                profiler.before(step)
-                state, metrics = train_step(state, tokens)
-                profiler.after(step, metrics)
-                done, stopping = step + 1, stop.name
-                evaluates = done % evaluation.every == 0 or done == num_steps
-                saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
-                try:
-                    journal.step(step, metrics, wait=evaluates or saves)
-                except NonFiniteError:
-                    checkpoints.save(state, done)
-                    raise
+        writer = None
+        if processes.is_first:
+            writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
+        journal = Journal(
+            num_steps=num_steps,
+            every=config.logging.every,
+            max_bad_steps=training.max_bad_steps,
+            bytes_per_token=corpus.bytes_per_token,
+            learning_rate=learning_rate_schedule(config.optimizer, num_steps),
+            places=lambda step: rows.places(step),
+            console=console,
+            writer=writer,
+            throughput=Throughput(training.batch_size * training.sequence_length),
+        )
+        for step in range(first_step, num_steps):
+            # Step.
+            batch = load(functools.partial(rows.read, step), trains=True)
+            profiler.before(step)
+            state, metrics = train_step(state, batch)
+            profiler.after(step, metrics)
+            done, stopping = step + 1, stop.name()
+            evaluates = done % evaluation.every == 0 or done == num_steps
+            saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
+            try:
+                journal.step(step, metrics, wait=evaluates or saves)
+            except NonFiniteError:
+                checkpoints.save(state, done)
+                raise
 
-                # Evaluate and sample.
-                if evaluates:
-                    with journal.throughput.pause():
-                        some = windows(num_batches=evaluation.batches)
-                        held_out = evaluate(eval_step, state.params, some, corpus.held_out)
+            # Evaluate and sample.
+            if evaluates:
+                with journal.throughput.pause():
+                    held_out = held_out_loss(state.params, evaluation.batches)
+                    if held_out is not None:
                         journal.held_out(done, held_out)
                         if held_out.loss < best_loss:
                             best_loss = held_out.loss
                             checkpoints.save_best(state, done, best_loss)
-                        for seed, prompt in enumerate(prompts_after(done, config), start=done):
-                            text = generate(state.params, prompt, evaluation.sample_tokens, sampling, seed)
-                            journal.sample(done, prompt, text)
+                    for seed, prompt in enumerate(prompts_after(done, config), start=done):
+                        text = generate(state.params, prompt, evaluation.sample_tokens, sampling, seed)
+                        journal.sample(done, prompt, text)
 
-                # Save.
-                if saves:
-                    with journal.throughput.pause():
-                        checkpoints.save(state, done)
-                if stopping:
-                    checkpoints.wait()
-                    console.print(f"{stopping}: saved after step {done}; resume with:  {command}")
-                    return TrainResult(state, None)
+            # Save.
+            if saves:
+                with journal.throughput.pause():
+                    checkpoints.save(state, done)
+            if stopping:
+                checkpoints.wait()
+                console.print(f"{stopping}: saved after step {done}; resume with:  {command}")
+                return TrainResult(state, None)
 
         # The last word: all held-out text, beside what compressors make of the same bytes.
-        held_out = evaluate(eval_step, state.params, windows(), corpus.held_out)
-        marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
-        listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
-        console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
-        console.print(
-            f"losses: {plot_losses(run_dir)}; go on with --training.num-steps above {num_steps}, or sample with"
-        )
-        prompt = next(iter(evaluation.sample_prompts), "")
-        console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")
+        held_out = held_out_loss(state.params)
+        if processes.is_first:
+            if held_out is not None:
+                marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
+                listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
+                console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
+            console.print(
+                f"losses: {plot_losses(run_dir)}; go on with --training.num-steps above {num_steps}, or sample with"
+            )
+            prompt = next(iter(evaluation.sample_prompts), "")
+            console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")
         return TrainResult(state, held_out)
 
 
@@ -172,19 +216,27 @@ def prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
     return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
 
 
-def describe(config: TrainConfig, num_tokens: int, resumed_step: int | None) -> str:
-    """What is about to run, in three lines."""
-    model, training = config.model, config.training
+def describe(config: TrainConfig, trainer: Trainer, num_tokens: int, resumed_step: int | None) -> str:
+    """What is about to run, and on several devices what lies where."""
+    model, training, mesh = config.model, config.training, trainer.split.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
     begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
-    return (
+    lines = [
         f"RWKV-{model.generation} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
-        f"{model.dtype}, on {device.device_kind} ({device.platform})\n"
+        f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
-        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens\n"
-        f"run folder: {config.run_dir}"
-    )
+        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens",
+        f"run folder: {config.run_dir}",
+    ]
+    if mesh is not None:
+        state = abstract_state(trainer)
+        groups = {f"parameters: {name}": part for name, part in state.params.items()}
+        groups |= {"optimizer": state.optimizer, "carried state": state.carried}
+        unused = jax.device_count() - mesh.size
+        note = f" ({unused} more cannot share {training.batch_size} rows evenly and stay idle)" if unused else ""
+        lines += [f"mesh: {shape_of(mesh)}{note}", placement_table(groups)]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -192,7 +244,7 @@ def main() -> None:
     try:
         config = parse_train_config(sys.argv[1:])
         train(config, command=shlex.join(["python", *sys.argv]))
-    except (ConfigError, NonFiniteError) as error:
+    except (ConfigError, NonFiniteError, LostProcessError) as error:
         sys.exit(f"train.py: {error}")
 
 

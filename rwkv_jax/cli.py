@@ -7,11 +7,11 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rwkv_jax.data.tokenizers import Tokenizer
@@ -158,10 +158,89 @@ class Convert:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Write text as official token files, TARGET.bin and TARGET.idx, from which train.py and others can train."""
+
+    source: tyro.conf.Positional[str]
+    """A text file, a folder, a .jsonl file, a table (.parquet, .arrow, .feather), or python-stdlib."""
+    target: tyro.conf.Positional[Path]
+    """What is common to the names of both files, which must not exist yet."""
+    tokenizer: str
+    """world, bytes, a sentencepiece model, a tokenizer.json, or a folder that holds one."""
+    vocab_size: int = 65536
+    """V of the models that will be trained, which the tokenizer must match; World's by default."""
+    glob: str = "**/*"
+    """Which files of a folder are read."""
+    text_field: str = "text"
+    """Field of a JSON-lines record, or column of a table, that holds its text."""
+
+    def run(self) -> None:
+        """Writes the files and says how many tokens they have, and the primes of the official order for them."""
+        from rwkv_jax.data.order import magic_primes
+        from rwkv_jax.data.tokenize import tokenize
+        from rwkv_jax.data.tokenizers import load_tokenizer
+
+        data = DataConfig(source=self.source, glob=self.glob, text_field=self.text_field, tokenizer=self.tokenizer)
+        made = tokenize(data, load_tokenizer(self.tokenizer, self.vocab_size), self.target, print)
+        print(f"{made.bin_path} and {made.idx_path.name}: {made.num_tokens} tokens, {made.num_documents} documents")
+        for sequence_length, prime in magic_primes(made.num_tokens).items():
+            print(f"magic prime for sequences of {sequence_length}: {prime}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a run's training step for devices that need not be there: memory, FLOPs, collectives, best speed."""
+
+    config_file: tyro.conf.Positional[Path]
+    """The run, as train.py takes it; its fields can be changed by their flags, such as --parallel.fsdp 64."""
+    topology: str
+    """HOSTSxGPUS such as h100:8x8 (also h200, a100-80g), a TPU slice such as v5p:4x4x4 or v5e:16x16 (also v4, v6e), or
+    a number of CPU devices such as cpu:8."""
+    json: Path | None = None
+    """File that gets the plan as JSON, too; must not exist yet."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Compiles, which takes from seconds to minutes, and prints what came of it."""
+        from rwkv_jax.parallel.devices import parse_topology, prepare_compiler
+
+        topology = parse_topology(self.topology)
+        if self.json is not None and self.json.exists():
+            raise ConfigError(f"json = {str(self.json)!r}: is there already; name another file")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ConfigError(f"json = {str(self.json)!r}: there is no folder {str(self.json.parent)!r}; make it first")
+        prepare_compiler(topology)
+
+        from rwkv_jax.parallel.plan_report import describe, write_json
+        from rwkv_jax.training.plan import plan_run
+
+        plan = plan_run(self.config, topology)
+        print(describe(plan))
+        if self.json is not None:
+            write_json(plan, self.json)
+
+
+def parse_plan(arguments: Sequence[str]) -> Plan:
+    """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`; exits as `parse_train_config` does.
+
+    Raises:
+      ConfigError: the file, or a value, cannot work.
+    """
+    place, default = "rwkv plan", Plan(tyro.MISSING, tyro.MISSING)
+    if arguments and not arguments[0].startswith("-"):
+        path = Path(arguments[0])
+        place = f"rwkv plan {path}"
+        default = Plan(path, tyro.MISSING, config=load_config(path))
+    return tyro.cli(Plan, args=arguments, default=default, prog=place)
+
+
 def main() -> None:
     """The `rwkv` command."""
-    commands = {"generate": Generate, "convert": Convert}
+    commands = {"generate": Generate, "convert": Convert, "tokenize": Tokenize, "plan": Plan}
     try:
+        if sys.argv[1:2] == ["plan"]:  # its defaults are those of the file that it names
+            return parse_plan(sys.argv[2:]).run()
         tyro.extras.subcommand_cli_from_dict(commands, prog="rwkv", description="RWKV in JAX.").run()
     except (ConfigError, OSError) as error:  # OSError: a full disk, say
         sys.exit(f"rwkv: {error}")

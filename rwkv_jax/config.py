@@ -32,6 +32,9 @@ def _require_positive(config: object, prefix: str, *fields: str) -> None:
 Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch), RWKV-7 (Goose)."""
 
+Remat = Literal["none", "operator", "full"]
+"""What a block's backward pass recomputes."""
+
 _OWN_FIELDS: dict[str, tuple[Generation, ...]] = {
     "mix_rank": ("6",),
     "decay_rank": ("6", "7"),
@@ -241,13 +244,22 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
-    folder, or of a JSON-lines file (.jsonl)."""
+    folder, of a JSON-lines file (.jsonl), of a table (.parquet, .arrow, .feather), or of tokens (binidx: PATH.bin with
+    PATH.idx beside it, by either name or by PATH)."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Several sources and the share of the rows that each gives, as PATH 0.7 PATH 0.3, instead of data.source."""
     glob: str = "**/*"
     """Which files of a folder are read."""
     text_field: str = "text"
-    """Field of a JSON-lines record that holds its text."""
+    """Field of a JSON-lines record, or column of a table, that holds its text."""
     held_out: float = 0.05
-    """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated."""
+    """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated; of binidx
+    the last ones. 0 trains on all."""
+    order: Literal["windows", "official"] = "windows"
+    """Which tokens each row of a step reads: windows in an order of each epoch's own, or the official trainer's order
+    (cubes modulo the magic prime)."""
+    magic_prime: int | None = None
+    """Prime of the official order; None takes the largest that the official scripts would give for these tokens."""
     tokenizer: str | None = None
     """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder that holds one;
     None trains a sentencepiece model of model.vocab_size entries on the training documents."""
@@ -256,7 +268,45 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", self.source, "name a file, a folder or python-stdlib")
-        _require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
+        _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "must lie in [0, 1); 0 holds out nothing")
+        _require(self.order in ("windows", "official"), "data.order", self.order, "must be windows or official")
+        _require(
+            self.magic_prime is None or self.order == "official",
+            "data.magic_prime",
+            self.magic_prime,
+            f"data.order = {self.order!r} has no such number; leave it out, or set data.order to official",
+        )
+        if self.mixture:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        sources = [source for source, _ in self.mixture]
+        for source, weight in self.mixture:
+            place = f"data.mixture, weight of {source!r}"
+            _require(0 < weight < math.inf, place, weight, "must be positive; leave out what is not to be read")
+        _require(all(sources), "data.mixture", self.mixture, "each source needs a path")
+        _require(
+            len(set(sources)) == len(sources), "data.mixture", self.mixture, "names a source twice; add its weights"
+        )
+        default = type(self).source
+        _require(
+            self.source == default,
+            "data.source",
+            self.source,
+            "data.mixture names the sources; leave this out, or name it in data.mixture with its weight",
+        )
+        _require(
+            self.tokenizer is not None,
+            "data.tokenizer",
+            self.tokenizer,
+            "the sources of data.mixture share one tokenizer; name it",
+        )
+        _require(
+            self.order == "windows",
+            "data.order",
+            self.order,
+            "the official order is one of a single source; leave out data.order or data.mixture",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,8 +371,15 @@ class TrainingConfig:
     """T: tokens in one sequence."""
     accumulation_steps: int = 1
     """Micro-batches into which a step's batch is split; divides batch_size."""
-    remat: bool = False
-    """Recompute each block in the backward pass rather than keep its activations."""
+    reset_at_documents: bool = True
+    """Begin each document with the empty state: nothing of the text before it in the same row is seen. The official
+    trainer does not."""
+    carry_state: bool = False
+    """Truncated backpropagation: each row goes on, with the state that it was left with, where it stopped a step ago,
+    so that documents longer than sequence_length are read whole."""
+    remat: Remat = "none"
+    """What the backward pass recomputes rather than keeps: none (of the matrix products), operator (all but what the
+    WKV operator read), full (all but each block's input)."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at one time; None holds all [B * T, V] of them."""
     l2wrap: float = 1e-4
@@ -344,6 +401,75 @@ class TrainingConfig:
             self.loss_chunk is None or self.loss_chunk > 0, "training.loss_chunk", self.loss_chunk, "must be positive"
         )
         _require(self.l2wrap >= 0, "training.l2wrap", self.l2wrap, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is split over devices; the four sizes multiply to their number."""
+
+    data: int | Literal["auto"] = "auto"
+    """Devices that share a step's rows, each with the whole model; auto takes those that remain."""
+    fsdp: int | Literal["auto"] = "auto"
+    """Devices that share rows and, scattered between them, each weight; auto takes the fewest whose memory holds it."""
+    tensor: int = 1
+    """Devices that share heads, feed-forward width and vocabulary of each row; divides the number of heads."""
+    sequence: int = 1
+    """Devices that share the tokens of each row; divides training.sequence_length."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the hosts' memory between steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor", "sequence"):
+            size = getattr(self, name)
+            _require(size == "auto" or size >= 1, f"parallel.{name}", size, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run on several hosts; each is started with the same command, and knows which one it is."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which the others reach process 0. None asks SLURM, Open MPI or the TPU pod, where there is one;
+    elsewhere the run has one process."""
+    num_processes: int | None = None
+    """Processes in all; goes with coordinator."""
+    process_id: int | None = None
+    """Which of them this one is, from 0; goes with coordinator."""
+    detect: bool = True
+    """Ask SLURM, Open MPI or the TPU pod when no coordinator is named; False runs one process in an allocation."""
+    join_seconds: int = 300
+    """How long processes wait for each other at the start."""
+    heartbeat_seconds: int = 60
+    """How long a process may be silent before it counts as lost, and all others end."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "distributed", "join_seconds")
+        _require(
+            self.heartbeat_seconds >= 2, "distributed.heartbeat_seconds", self.heartbeat_seconds, "must be at least 2"
+        )
+        given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        missing = [f"distributed.{name}" for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            name, value = next((name, value) for name, value in given.items() if value is not None)
+            raise ConfigError(
+                f"distributed.{name} = {value!r}: goes with {' and '.join(missing)}; give all three, or none"
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        _require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+            "distributed.coordinator",
+            self.coordinator,
+            "must be HOST:PORT of process 0, such as node0:1234, with a port from 1 to 65535",
+        )
+        _require_positive(self, "distributed", "num_processes")
+        _require(
+            0 <= self.process_id < self.num_processes,
+            "distributed.process_id",
+            self.process_id,
+            f"must lie between 0 and {self.num_processes - 1}, since distributed.num_processes = {self.num_processes}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +539,8 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
@@ -429,10 +557,22 @@ class TrainConfig:
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         _require(
+            self.training.sequence_length % self.parallel.sequence == 0,
+            "training.sequence_length",
+            self.training.sequence_length,
+            f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
+        )
+        _require(
             self.optimizer.warmup_steps < self.training.num_steps,
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"must be less than training.num_steps = {self.training.num_steps}",
+        )
+        _require(
+            not self.training.carry_state or self.data.order == "windows",
+            "data.order",
+            self.data.order,
+            "training.carry_state reads each row on from where it stopped; leave data.order out, or switch it off",
         )
         if self.profile is not None:
             first, last = self.profile
@@ -461,5 +601,12 @@ def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
             value = _from_dict(types[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
-        arguments[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        if name == "remat" and isinstance(value, bool):  # as runs of before there were three kinds have it
+            value = "full" if value else "none"
+        arguments[name] = _tuples(value)
     return kind(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, at any depth, as the tuples that JSON has not."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -142,8 +142,11 @@ class TestTrainConfig:
         [
             (["--profile", "2", "3"], "profile", (2, 3)),
             (["--profile", "None"], "profile", None),
-            (["--training.remat"], "training.remat", True),
-            (["--training.no-remat"], "training.remat", False),
+            (["--training.remat", "operator"], "training.remat", "operator"),
+            (["--training.carry-state"], "training.carry_state", True),
+            (["--training.no-reset-at-documents"], "training.reset_at_documents", False),
+            (["--parallel.fsdp", "4"], "parallel.fsdp", 4),
+            (["--parallel.data", "auto"], "parallel.data", "auto"),
             (["--training.loss-chunk", "64"], "training.loss_chunk", 64),
             (["--model.ffn-width", "None"], "model.ffn_width", None),
             (["--optimizer.learning-rate", "1e-3"], "optimizer.learning_rate", 1e-3),

@@ -21,12 +21,13 @@ from rwkv_jax.config import (
     TrainConfig,
     TrainingConfig,
 )
-from rwkv_jax.training.checkpoints import abstract_state
 from rwkv_jax.training.metrics import read_metrics
-from rwkv_jax.training.step import make_trainer
+from rwkv_jax.training.step import abstract_state, make_trainer
 from train import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+RUN_HERE = [path for path in CONFIGS if path.name.startswith("python_stdlib")]
+"""tests/test_recipes.py has the others, which were planned and never run."""
 
 
 def test_there_are_configs() -> None:
@@ -37,11 +38,11 @@ def test_there_are_configs() -> None:
 def test_config_builds_a_model_of_the_size_it_says(path: Path) -> None:
     config = load_config(path)
     assert isinstance(config, TrainConfig)
-    params = abstract_state(make_trainer(config), config.seed).params
+    params = abstract_state(make_trainer(config)).params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.model.num_parameters()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RUN_HERE, ids=lambda path: path.name)
 def test_docstring_gives_the_command_and_what_was_seen(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring is not None

@@ -99,6 +99,12 @@ def test_data_knows_no_model_and_no_jax(module: str) -> None:
     assert not [name for name in imports(module) if is_under(name, "jax", "flax", "optax", "rwkv_kernels")]
 
 
+@pytest.mark.parametrize("module", modules("rwkv_jax.parallel"))
+def test_parallel_knows_models_and_nothing_that_trains_or_runs_them(module: str) -> None:
+    ours = {name for name in imports(module) if is_under(name, "rwkv_jax")}
+    assert not {name for name in ours if not is_under(name, "rwkv_jax.config", "rwkv_jax.models", "rwkv_jax.parallel")}
+
+
 def test_the_folder_of_kernels_is_no_package() -> None:
     # An importable `kernels` would shadow the package of that name which transformers looks for.
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -33,6 +33,7 @@ from rwkv_jax.config import (
     TrainConfig,
     TrainingConfig,
 )
+from rwkv_jax.data.rows import TrainingRows, training_rows
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
@@ -40,7 +41,7 @@ from rwkv_jax.training import step as step_module
 from rwkv_jax.training.journal import NonFiniteError
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.metrics import read_metrics
-from rwkv_jax.training.step import TrainState, make_trainer
+from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
 from rwkv_jax.weights.torch_file import write_torch_file
 from tests.weights.files import random_tensors
@@ -168,7 +169,7 @@ def restore(config: TrainConfig, folder: Path, step: int | None = None) -> Train
             if name != str(step):
                 shutil.rmtree(folder / "checkpoints" / name)
     with ckpt.Checkpoints(folder, config.checkpoint.keep, pytest.fail) as checkpoints:
-        state = checkpoints.restore(ckpt.abstract_state(make_trainer(config), config.seed))
+        state = checkpoints.restore(abstract_state(make_trainer(config)))
     assert state is not None
     return state
 
@@ -507,17 +508,17 @@ BAD_TOKEN = 7
 def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Steps whose loss, and so whose gradient, is not a number; to be filled by the test."""
     steps: set[int] = set()
-    batch_at = train.batch_at
+    read_rows = TrainingRows.read
 
-    def batch(tokens: np.ndarray, *, step: int, **shape: Any) -> np.ndarray:
-        batch = batch_at(tokens, step=step, **shape)
-        return np.full_like(batch, BAD_TOKEN) if step in steps else batch
+    def read(self: TrainingRows, step: int, rows: slice = slice(None)) -> np.ndarray:
+        tokens = read_rows(self, step, rows)
+        return np.full_like(tokens, BAD_TOKEN) if step in steps else tokens
 
-    def losses(logits_of: Any, hidden: Any, targets: Any, mask: Any, chunk: Any) -> TokenLosses:
-        total = sum_losses(logits_of, hidden, targets, mask, chunk)
+    def losses(logits_of: Any, hidden: Any, targets: Any, *options: Any) -> TokenLosses:
+        total = sum_losses(logits_of, hidden, targets, *options)
         return total._replace(nll=total.nll * jnp.where(jnp.all(targets == BAD_TOKEN), jnp.nan, 1))
 
-    monkeypatch.setattr(train, "batch_at", batch)
+    monkeypatch.setattr(TrainingRows, "read", read)
     monkeypatch.setattr(step_module, "sum_losses", losses)
     return steps
 
@@ -553,10 +554,10 @@ class TestBadSteps:
         )
         with pytest.raises(NonFiniteError) as error:
             run(bad, tmp_path / "run")
-        tokens = train.prepare_corpus(config.data, 300, lambda line: None).train.tokens
+        corpus = train.prepare_corpus(config.data, 300, lambda line: None)
+        rows = training_rows(corpus, order="windows", seed=config.seed, batch_size=4, sequence_length=32)
         for step in (4, 5, 6):
-            rows = train.indices_at(len(tokens), seed=config.seed, step=step, batch_size=4, sequence_length=32)
-            assert f"step {step}: {rows.starts.tolist()}" in str(error.value)
+            assert f"step {step}: {'; '.join(rows.places(step))}" in str(error.value)
         last = 8 if evaluate_every == 100 else 7
         assert names(tmp_path / "run" / "checkpoints") == ["4", str(last)]
         good, saved = (restore(bad, tmp_path / "run", step) for step in (4, last))

@@ -1,330 +1,172 @@
-"""The prepared corpus: token files, their tokenizer and the held-out text in one folder, built once and verified."""
+"""The corpus of a config, whatever its source: text, tables, tokens that are there already, or a mixture of these."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
-import re
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
-from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
+from rwkv_jax.data.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
+from rwkv_jax.data.corpus_folder import load_corpus, prepare_folder
+from rwkv_jax.data.encoding import token_byte_lengths
+from rwkv_jax.data.mixture import period_shares
+from rwkv_jax.data.token_file import Corpus, TokenFile, first_wrong_token
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
-"""Changes whenever the same source and config would give other files; part of each folder's name."""
+__all__ = ["Corpus", "TokenFile", "load_corpus", "prepare_corpus"]
 
-_SIDES = ("train", "held_out")
-_TOKENIZER_BYTES = 32 * 2**20  # of the training text; a tokenizer learns no more from further text
-_ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of memory for each
-_SCANNED_BYTES = 8 * 2**20
-_PROGRESS_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenFile:
-    """One side of a corpus: [n] uint16 or uint32 tokens, memory-mapped.
-
-    end_of_text comes first and after each document, so every token of text has a predecessor to be predicted from.
-    """
-
-    path: Path
-    tokens: np.ndarray
-    num_bytes: int
-    """UTF-8 bytes of the documents."""
-    num_documents: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the file, each end_of_text included."""
-        return len(self.tokens)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text for each predicted token (all but the first): bits per byte = bits per token / this."""
-        return self.num_bytes / (self.num_tokens - 1)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    """A prepared corpus, opened."""
-
-    folder: Path
-    train: TokenFile
-    held_out: TokenFile
-    tokenizer: Tokenizer
-    fingerprint: str
-    """Hex digest of the tokens of both sides."""
-
-    def held_out_bytes(self) -> bytes:
-        """The held-out documents, one after the other, as UTF-8 (`held_out.num_bytes` of them)."""
-        return (self.folder / "held_out.txt").read_bytes()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Survey:
-    """What one reading of the source tells about it."""
-
-    names: tuple[str, ...]
-    num_bytes: int
-    digest: str
+_AT_A_TIME = 2**20  # tokens, where a whole file would need much memory
+_MOST_DOCUMENTS_SEEN = 1000
 
 
 def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
-    """The corpus of a config: found in `data.cache_dir` and verified, or built there.
+    """The corpus of a config, verified: text is tokenised into `data.cache_dir` unless it is there, tokens are opened.
 
-    The folder is named after the source and a digest of its documents, the share held out, the vocabulary size and
-    the tokenizer; it appears whole or not at all, also when several processes build it at once. The source is read
-    up to four times, one document in memory at a time. `report` gets lines for a person to read, one of them the number
-    of documents that the tokenizer would not give back as they were.
-    Raises ConfigError for a source, split or tokenizer that cannot work, and for a folder that is damaged.
+    The same on every process that has the same files; several may call it at once. The parts of a mixture each hold
+    out their own share. `report` gets lines for a person to read.
+    Raises ConfigError for a source, split or tokenizer that cannot work, and for files that are damaged.
     """
-    given = None if data.tokenizer is None else load_tokenizer(data.tokenizer, vocab_size)
-    survey = _survey(data, read_documents(data, report))
-    report(f"{data.source}: {len(survey.names)} documents, {survey.num_bytes / 1e6:.2f} MB")
-    vocab_size = vocab_size if given is None else given.vocab_size  # the model may have more ids than the tokenizer
-    folder = Path(data.cache_dir).expanduser() / _folder_name(data, vocab_size, survey, given)
-    if not folder.exists():
-        _build_folder(folder, data, vocab_size, survey, given, report)
-    corpus = load_corpus(folder)
-    for side, file in (("training", corpus.train), ("held-out", corpus.held_out)):
-        report(
-            f"{side}: {file.num_documents} documents, {file.num_bytes / 1e6:.3f} MB "
-            f"({file.num_bytes / survey.num_bytes:.1%}), {file.num_tokens} tokens, "
-            f"{file.bytes_per_token:.3f} bytes/token"
-        )
-    report(f"corpus {corpus.folder}, fingerprint {corpus.fingerprint}")
+    if not data.mixture:
+        return _prepare_source(data, vocab_size, report)
+    shares = period_shares(data.mixture)
+    parts = [
+        _prepare_source(dataclasses.replace(data, source=source, mixture=()), vocab_size, report)
+        for source, _ in data.mixture
+    ]
+    corpus = mix(parts, shares)
+    listed = ", ".join(
+        f"{source} {share / sum(shares):.2%}" for (source, _), share in zip(data.mixture, shares, strict=True)
+    )
+    report(f"mixture: {listed}; fingerprint {corpus.fingerprint}")
     return corpus
 
 
-def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """Open a prepared corpus after comparing every file with the sizes and digests that were noted for it.
+def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
+    """The corpus whose rows come from several of one source each; held-out tokens are joined in memory."""
+    identity = json.dumps([[part.fingerprint for part in parts], list(shares)])
+    return Corpus(
+        sources=tuple(part.train for part in parts),
+        shares=tuple(shares),
+        held_out=_join([part.held_out for part in parts if part.held_out is not None], parts[0].tokenizer),
+        read_held_out=lambda: b"".join(part.held_out_bytes() for part in parts),
+        tokenizer=parts[0].tokenizer,
+        fingerprint=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+    )
 
-    Reads each file once, about a second a gigabyte. Raises ConfigError if the folder is missing or damaged, or if a
-    token is not an id of the tokenizer.
+
+def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> Corpus:
+    """The corpus of tokens that are there already; the last `held_out` of the documents are held out.
+
+    Reads the held-out tokens and at most 64 MiB of the others. Raises ConfigError where a side would be empty, and for
+    a token that is no id of the tokenizer.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no corpus folder {folder}; prepare_corpus builds one")
-    try:
-        record = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        if record["format_version"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"corpus folder {folder} has format {record['format_version']}, this version reads {FORMAT_VERSION}; "
-                "prepare it again from its source"
-            )
-        files: dict[str, dict[str, Any]] = record["files"]
-        dtype, vocab_size = np.dtype(record["dtype"]), record["vocab_size"]
-        for name, noted in files.items():
-            found = (folder / name).stat().st_size
-            if found != noted["size"]:
-                raise _damage(folder, f"{name} has {found} bytes, not {noted['size']}")
-        if files["held_out.txt"]["size"] != record["held_out"]["num_bytes"]:
-            raise _damage(folder, "held_out.txt is not as long as the held-out documents")
-        for name, noted in files.items():
-            digest, largest = _scan(folder / name, dtype if name.endswith(".bin") else np.dtype(np.uint8))
-            if digest != noted["digest"]:
-                raise _damage(folder, f"the content of {name} has changed")
-            if name.endswith(".bin") and largest >= vocab_size:
-                raise _damage(folder, f"{name} holds the token {largest}, but the vocabulary has {vocab_size}")
-        tokenizer = load_tokenizer(folder, vocab_size)
-        if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
-            raise _damage(folder, "its tokenizer is not the one that made the tokens")
-        train, held_out = (
-            TokenFile(
-                path=folder / f"{side}.bin",
-                tokens=np.memmap(folder / f"{side}.bin", dtype=dtype, mode="r"),
-                num_bytes=record[side]["num_bytes"],
-                num_documents=record[side]["num_documents"],
-            )
-            for side in _SIDES
-        )
-        return Corpus(folder, train, held_out, tokenizer, _fingerprint(files))
-    except FileNotFoundError as error:
-        raise _damage(folder, f"{Path(error.filename).name} is missing") from error
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damage(folder, f"corpus.json cannot be understood ({error!r})") from error
-
-
-def _damage(folder: Path, what: str) -> ConfigError:
-    return ConfigError(f"corpus folder {folder} is damaged: {what}; delete the folder, and it is built again")
-
-
-def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
-    digests = "".join(files[f"{side}.bin"]["digest"] for side in _SIDES)
-    return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
-
-
-def _survey(data: DataConfig, documents: Iterator[Document]) -> _Survey:
-    names, num_bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
-    for document in documents:
-        content = document.text.encode()
-        names.append(document.name)
-        num_bytes += len(content)
-        name = document.name.encode("utf-8", "surrogateescape")
-        # Lengths go first, so that no other division into names and texts has the same digest.
-        digest.update(f"{len(name)} {len(content)} ".encode() + name)
-        digest.update(content)
-    return _Survey(tuple(names), num_bytes, digest.hexdigest())
-
-
-def _folder_name(data: DataConfig, vocab_size: int, survey: _Survey, given: Tokenizer | None) -> str:
-    tokenizer = "trained" if given is None else given.fingerprint
-    identity = json.dumps([FORMAT_VERSION, survey.digest, data.held_out, vocab_size, tokenizer])
-    digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
-    stem = data.source if data.source == PYTHON_STDLIB else Path(data.source).expanduser().resolve().stem
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
-    return f"{readable or 'corpus'}-{digest}"
-
-
-def _sides(data: DataConfig, survey: _Survey) -> Iterator[tuple[str, Document]]:
-    if len(survey.names) == 1:
-        for document in read_documents(data):
-            yield from zip(_SIDES, split_document(document, data.held_out), strict=True)
-        return
-    held_out = choose_held_out(survey.names, data.held_out)
-    for document in read_documents(data):
-        yield ("held_out" if document.name in held_out else "train"), document
-
-
-def _build_folder(
-    folder: Path,
-    data: DataConfig,
-    vocab_size: int,
-    survey: _Survey,
-    given: Tokenizer | None,
-    report: Callable[[str], None],
-) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
+    tokens, lengths = opened.tokens, token_byte_lengths(tokenizer)
+    num_held_out = max(1, round(held_out * opened.num_documents)) if held_out > 0 else 0
+    num_train = opened.num_documents - num_held_out
+    if num_train < 1:
         raise ConfigError(
-            f"data.cache_dir = {data.cache_dir!r}: cannot write there ({error.strerror}); name another folder"
-        ) from error
-    try:
-        if given is None:
-            started = time.monotonic()
-            texts = (document.text for side, document in _sides(data, survey) if side == "train")
-            stride = -(-survey.num_bytes // _TOKENIZER_BYTES)
-            train_sentencepiece(texts, vocab_size, temporary / "tokenizer.model", stride)
-            report(f"trained a tokenizer of {vocab_size} entries in {time.monotonic() - started:.1f} s")
-            tokenizer = load_tokenizer(temporary, vocab_size)
-        else:
-            save_tokenizer(given, temporary)
-            tokenizer = given
-        started = time.monotonic()
-        record = _write_sides(temporary, data, survey, tokenizer, report)
-        report(f"tokenised {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
-        (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush_to_disk(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process was first; what it built from the same source is the same.
-            if not folder.is_dir():
-                raise
-        else:
-            _flush_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            f"data.held_out = {held_out}: {opened.bin_path} has {opened.num_documents} document(s), which leaves none "
+            "to train on; set data.held_out to 0"
+        )
+    end = opened.document_start(num_train)
+    if end < 2 or (num_held_out and end == len(tokens)):
+        raise ConfigError(f"data.held_out = {held_out}: {opened.bin_path} has no tokens on one of the two sides")
+    train = TokenFile(
+        opened.bin_path, tokens[:end], _estimate_bytes(tokens[:end], lengths, opened), num_documents=num_train
+    )
+    held_out_file = None
+    if num_held_out:
+        # From the last token before, the end of a document, so that the first held-out token has a predecessor.
+        part = tokens[end - 1 :]
+        held_out_file = TokenFile(opened.bin_path, part, _count_bytes(part[1:], lengths, opened), num_held_out)
+    return Corpus(
+        sources=(train,),
+        shares=(1,),
+        held_out=held_out_file,
+        read_held_out=functools.partial(_decode, tokens[end:], tokenizer),
+        tokenizer=tokenizer,
+        fingerprint=hashlib.blake2b(f"{fingerprint(opened)} {end}".encode(), digest_size=16).hexdigest(),
+    )
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
+    pair = find_binidx(data.source)
+    if pair is None:
+        return prepare_folder(data, vocab_size, report)
+    if data.tokenizer is None:
+        raise ConfigError(
+            f"data.tokenizer = None: {data.source} holds tokens; name the tokenizer that made them (the official files "
+            "are `world`, or 20B_tokenizer.json for the Pile)"
+        )
+    tokenizer = load_tokenizer(data.tokenizer, vocab_size)
+    opened = open_binidx(*pair)
+    corpus = corpus_of_binidx(opened, tokenizer, data.held_out)
+    for side, file in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if file is not None:
+            report(
+                f"{pair[0]}, {side}: {file.num_documents} documents, {file.num_tokens} tokens, "
+                f"{file.bytes_per_token:.3f} bytes/token"
+            )
+    seen, without_end = _documents_without_end(opened, tokenizer.end_of_text)
+    if without_end:
+        report(
+            f"{pair[0]}: {without_end} of {seen} documents looked at do not end with the tokenizer's end of text, "
+            f"{tokenizer.end_of_text}, the only mark of where one document ends and another begins"
+        )
+    report(f"tokens {pair[0]}, fingerprint {corpus.fingerprint}")
+    return corpus
 
 
-def _write_sides(
-    folder: Path, data: DataConfig, survey: _Survey, tokenizer: Tokenizer, report: Callable[[str], None]
-) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
-    end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
-    counts = {side: {"num_bytes": 0, "num_documents": 0} for side in _SIDES}
-    done = reported = changed = 0
-    with (
-        (folder / "train.bin").open("wb") as train,
-        (folder / "held_out.bin").open("wb") as held_out,
-        (folder / "held_out.txt").open("wb") as held_out_text,
-    ):
-        files: dict[str, BinaryIO] = {"train": train, "held_out": held_out}
-        for file in files.values():
-            file.write(end_of_text)
-        for side, document in _sides(data, survey):
-            comes_back = True
-            for stretch in _line_stretches(document.text):
-                tokens = _encode(tokenizer, stretch, document)
-                comes_back = comes_back and tokenizer.decode(tokens) == stretch
-                files[side].write(np.array(tokens, dtype).tobytes())
-            files[side].write(end_of_text)
-            changed += not comes_back
-            content = document.text.encode()
-            if side == "held_out":
-                held_out_text.write(content)
-            counts[side]["num_bytes"] += len(content)
-            counts[side]["num_documents"] += 1
-            done += len(content)
-            if done - reported >= _PROGRESS_BYTES:
-                reported = done
-                report(f"tokenised {done / 1e6:.0f} of {survey.num_bytes / 1e6:.0f} MB")
-    if _survey(data, read_documents(data)) != survey:
-        raise ConfigError(f"data.source = {data.source!r}: changed while it was read; start again")
-    if changed:
-        total = sum(count["num_documents"] for count in counts.values())
-        report(f"the tokenizer changes the text of {changed} of {total} documents, as by normalisation")
-    return {
-        "format_version": FORMAT_VERSION,
-        "source": data.source,
-        "source_digest": survey.digest,
-        "share_held_out": data.held_out,
-        "dtype": dtype.str,
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text": tokenizer.end_of_text,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        **counts,
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "digest": _scan(folder / name, np.dtype(np.uint8))[0]}
-            for name in ("train.bin", "held_out.bin", "held_out.txt", tokenizer.saved.name)
-        },
-    }
+def _documents_without_end(opened: Binidx, end_of_text: int) -> tuple[int, int]:
+    """How many documents were looked at, evenly spaced ones, and how many of them do not end with end_of_text."""
+    seen = min(opened.num_documents, _MOST_DOCUMENTS_SEEN)
+    ends = (opened.document_start(number * opened.num_documents // seen + 1) for number in range(seen))
+    return seen, sum(end == 0 or int(opened.tokens[end - 1]) != end_of_text for end in ends)
 
 
-def _encode(tokenizer: Tokenizer, text: str, document: Document) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except ConfigError as error:
-        raise ConfigError(f"document {document.name}: {error}") from error
+def _join(files: Sequence[TokenFile], tokenizer: Tokenizer) -> TokenFile | None:
+    """Held-out tokens one after the other, end_of_text first, and once between them."""
+    if not files:
+        return None
+    end_of_text = np.array([tokenizer.end_of_text], np.int32)
+    return TokenFile(
+        path=files[0].path,
+        tokens=np.concatenate([end_of_text, *(file.tokens[1:].astype(np.int32) for file in files)]),
+        num_bytes=sum(file.num_bytes for file in files),
+        num_documents=sum(file.num_documents for file in files),
+    )
 
 
-def _line_stretches(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > _ENCODED_CHARACTERS:
-        end = text.rfind("\n", start, start + _ENCODED_CHARACTERS) + 1
-        end = end if end > start else start + _ENCODED_CHARACTERS
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _estimate_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> int:
+    """UTF-8 bytes of tokens, from evenly spaced blocks; exact where these are all."""
+    counted, num_bytes = 0, 0
+    for block in evenly_spaced_blocks(len(tokens), tokens.itemsize):
+        num_bytes += _count_bytes(tokens[block], lengths, opened)
+        counted += block.stop - block.start
+    return round(num_bytes * len(tokens) / counted)
 
 
-def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """Digest of a file and the largest number in it."""
-    digest, largest = hashlib.blake2b(digest_size=16), 0
-    with path.open("rb") as file:
-        while content := file.read(_SCANNED_BYTES):
-            digest.update(content)
-            if dtype.itemsize > 1:
-                largest = max(largest, int(np.frombuffer(content, dtype).max()))
-    return digest.hexdigest(), largest
+def _count_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> int:
+    """UTF-8 bytes of tokens. Raises ConfigError for what is no id."""
+    total = 0
+    for start in range(0, len(tokens), _AT_A_TIME):
+        stretch = np.asarray(tokens[start : start + _AT_A_TIME])
+        wrong = first_wrong_token(stretch, len(lengths))
+        if wrong is not None:
+            raise ConfigError(
+                f"{opened.bin_path}: holds the token {stretch[wrong]}, and the tokenizer has {len(lengths)}; name the "
+                "tokenizer that made the file with data.tokenizer"
+            )
+        total += int(lengths[stretch.astype(np.int64)].sum())
+    return total
+
+
+def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    stretches = (tokens[start : start + _AT_A_TIME] for start in range(0, len(tokens), _AT_A_TIME))
+    return b"".join(table[token] for stretch in stretches for token in stretch.astype(np.int64).tolist())

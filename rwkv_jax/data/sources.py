@@ -1,4 +1,4 @@
-"""Documents from the standard library, a text file, a folder or a JSON-lines file, and their split into two sides."""
+"""Documents from the standard library, text files, folders, JSON lines and tables, and their split into two sides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from rwkv_jax.config import ConfigError, DataConfig
+from rwkv_jax.data.tables import SUFFIXES, is_table, read_table
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -25,17 +26,17 @@ _SPLIT_SALT = b"3"
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, named by its path inside the source (by a digest of the text, for a JSON-lines record)."""
+    """One text, named by its path inside the source (by a digest of the text, for a record or row)."""
 
     name: str
     text: str
 
 
 def read_documents(data: DataConfig, report: Callable[[str], None] | None = None) -> Iterator[Document]:
-    """Documents of `data.source` in an order that depends on their names alone (on line order, for JSON lines).
+    """Documents of `data.source` in an order that depends on their names alone (on the order of records and rows).
 
     One document is in memory at a time. No newline is translated and no document is empty. Files of a folder that
-    are hidden, empty or not UTF-8 are left out, and `report` is told how many.
+    are hidden, empty or not UTF-8 are left out, and `report` is told how many. A folder may hold tables instead.
     Raises ConfigError for a source that is missing, empty, not UTF-8 or malformed.
     """
     if data.source == PYTHON_STDLIB:
@@ -44,15 +45,21 @@ def read_documents(data: DataConfig, report: Callable[[str], None] | None = None
         return
     path = Path(data.source).expanduser()
     if path.is_dir():
-        yield from _read_files(path, _list_folder(path, data), data, report)
+        names = _list_folder(path, data)
+        if any(map(is_table, names)):
+            yield from _read_tables(path, names, data)
+        else:
+            yield from _read_files(path, names, data, report)
     elif not path.exists():
         raise _source_error(
             data,
             f"there is no such file or folder (looked for {path.absolute()}); give the path of a text file, "
-            f"a folder or a .jsonl file, or {PYTHON_STDLIB!r}",
+            f"a folder, a .jsonl file, a table ({', '.join(SUFFIXES)}) or tokens (.bin and .idx), or {PYTHON_STDLIB!r}",
         )
     elif path.suffix == ".jsonl":
         yield from _read_json_lines(path, data)
+    elif is_table(path.name):
+        yield from _read_tables(path.parent, [path.name], data)
     else:
         yield _read_text_file(path, data)
 
@@ -192,12 +199,34 @@ def _read_json_lines(path: Path, data: DataConfig) -> Iterator[Document]:
                 text = _record_text(line, number, data) if line.strip() else ""
                 if text:
                     found += 1
-                    # Named by its text, so that copies of one text never stand on both sides of the split.
-                    yield Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
+                    yield _document_of_text(text)
     except OSError as error:
         raise _source_error(data, f"cannot read {path}: {error.strerror}") from error
     if not found:
         raise _source_error(data, f"no record has text in its field {data.text_field!r}")
+
+
+def _read_tables(root: Path, names: list[str], data: DataConfig) -> Iterator[Document]:
+    others = [name for name in sorted(names) if not is_table(name)]
+    if others:
+        raise _source_error(
+            data,
+            f"has tables and other files, the first is {others[0]}; choose the one or the other with data.glob, "
+            f"e.g. '**/*.{next(name for name in sorted(names) if is_table(name)).rpartition('.')[2]}'",
+        )
+    found = 0
+    for name in sorted(names):
+        for text in read_table(root / name, data.text_field):
+            if text:
+                found += 1
+                yield _document_of_text(text)
+    if not found:
+        raise _source_error(data, f"no row has text in its column {data.text_field!r}")
+
+
+def _document_of_text(text: str) -> Document:
+    """Named by its text, so that copies of one text never stand on both sides of the split."""
+    return Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
 
 
 def _record_text(line: bytes, number: int, data: DataConfig) -> str:

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from rwkv_jax.data.corpus import TokenFile
+from rwkv_jax.data.token_file import TokenFile
+from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.loss import TokenLosses
 
 
@@ -29,14 +28,14 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def evaluate(
-    eval_step: Callable[[Any, np.ndarray, np.ndarray], TokenLosses],
+    eval_step: Callable[[Any, Batch], TokenLosses],
     params: Any,
-    windows: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[Batch],
     held_out: TokenFile,
 ) -> HeldOut:
-    """Mean loss over windows of (tokens [B, T + 1], mask [B, T]), each window read from the empty state."""
+    """Mean loss over batches, each row read from the empty state."""
     # Sums stay on the device until the end, so that batches follow each other without waiting.
-    sums = [eval_step(params, tokens, mask) for tokens, mask in windows]
+    sums = [eval_step(params, batch) for batch in batches]
     nll = sum(float(batch.nll) for batch in sums)
     count = sum(float(batch.count) for batch in sums)
     loss = nll / count

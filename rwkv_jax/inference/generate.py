@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Sharding
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer, fits_model
@@ -33,7 +34,14 @@ class _Cursor(NamedTuple):
 class Generator:
     """Continues texts with a model; holds one compiled program for prompts and samples of any length."""
 
-    def __init__(self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer, *, results_on: Sharding | None = None
+    ) -> None:
+        """Checks that model and tokenizer go together.
+
+        Args:
+          results_on: where tokens and state come to lie; with parameters on several hosts, on every device.
+        """
         vocab_size = config.vocab_size
         if not fits_model(tokenizer, vocab_size):
             raise ConfigError(
@@ -43,7 +51,13 @@ class Generator:
         self._tokenizer = tokenizer
         # Embeddings have rows that no tokenizer names, and that no text has trained.
         self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
-        self._advance = jax.jit(self._advance_some, donate_argnums=1)
+        self._begin = jax.jit(self._begin_text, out_shardings=results_on)
+        self._advance = jax.jit(self._advance_some, donate_argnums=1, out_shardings=results_on)
+
+    def _begin_text(self, params: Any, seed: Array) -> _Cursor:
+        """The start of a text."""
+        start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
+        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
 
     def _advance_some(
         self, params: Any, cursor: _Cursor, given: Array, num_given: Array, settings: tuple[Array, Array, Array]
@@ -67,19 +81,17 @@ class Generator:
         """
         given = np.asarray(self._tokenizer.encode(prompt), np.int32)
         settings = (
-            jnp.float32(sampling.temperature),
-            jnp.float32(sampling.top_p),
-            jnp.int32(sampling.top_k),
+            np.float32(sampling.temperature),
+            np.float32(sampling.top_p),
+            np.int32(sampling.top_k),
         )
-        initial_state = nnx.merge(self._graphdef, params).initial_state(1)
-        start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
-        cursor = _Cursor(start, initial_state, jax.random.key(seed))
+        cursor = self._begin(params, np.uint32(seed))
         emitted = 0
         while emitted < num_tokens:
             piece = np.zeros((TOKENS_PER_CALL,), np.int32)
             num_given = min(len(given), TOKENS_PER_CALL)
             piece[:num_given], given = given[:num_given], given[num_given:]
-            cursor, tokens = self._advance(params, cursor, jnp.asarray(piece), jnp.int32(num_given), settings)
+            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), settings)
             for token in np.asarray(tokens)[num_given:]:
                 if token == self._tokenizer.end_of_text or emitted == num_tokens:
                     return

@@ -8,7 +8,7 @@ time therefore does not grow with depth.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,48 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.layers import KEPT, Embedding, LayerNorm, Linear, head_gain, linear, orthogonal, uniform
+from rwkv_jax.config import ModelConfig, Remat
+from rwkv_jax.models.layers import (
+    KEPT,
+    OPERATOR_INPUT,
+    Embedding,
+    LayerNorm,
+    Linear,
+    head_gain,
+    linear,
+    orthogonal,
+    uniform,
+)
+from rwkv_jax.models.shards import WHOLE, ShardAxes, enter_shards, same_on_shards
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, is_concrete
+
+Axes = tuple[str | None, ...]
+"""What the axes of a parameter mean: fields of `rwkv_jax.parallel.rules.Rules`; None for one that stays whole."""
+
+Part = TypeVar("Part", bound=nnx.Module)
+
+
+class OfEachPart(Protocol):
+    """What is done to each part of a model: `emb`, `first_block`, one layer of `blocks`, `ln_out`, `head`."""
+
+    def __call__(self, name: str, part: Part, /) -> Part:
+        """The part to go on with."""
+        ...
+
+
+def as_it_is(name: str, part: Part) -> Part:
+    """Every part as it is."""
+    del name
+    return part
+
+
+SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
+    "none": (KEPT, "wkv"),
+    "operator": (OPERATOR_INPUT, "wkv"),
+    "full": (),
+}
+"""What a block keeps for its backward pass, besides its input: matrix products, what the recurrence read, nothing."""
 
 
 class Block(nnx.Module):
@@ -40,29 +78,39 @@ class Block(nnx.Module):
         self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: ShardAxes, **rows: Array | None
     ) -> tuple[Array, Array | None, TimeMixState]:
         """Time mixing as the model calls it; only RWKV-7 has a use for `v_first`, the first layer's values."""
-        y, state = self.att(x, state, **rows)
+        y, state = self.att(x, state, axes=axes, **rows)
         return y, v_first, state
 
     def __call__(
-        self, x: Array, state: State, v_first: Array | None, **rows: Array | None
+        self, x: Array, state: State, v_first: Array | None, *, axes: ShardAxes = WHOLE, **rows: Array | None
     ) -> tuple[Array, Array | None, State]:
         """x [B, T, C], the block's state, the first layer's values -> the same three, after the block.
 
         Args:
-          rows: `segment_ids` and `lengths`, as `LanguageModel.hidden` has them.
+          axes, and in rows `segment_ids` and `lengths`: as `LanguageModel.hidden` has them.
         """
         if self.is_first:
             x = self.ln0(x)
         with jax.named_scope("time_mix"):
-            y, v_first, att = self.mix_time(self.ln1(x), TimeMixState(state.att_shift, state.wkv), v_first, **rows)
+            before = TimeMixState(state.att_shift, state.wkv)
+            entering = enter_shards(self.ln1(x), axes.tensor)
+            y, v_first, att = self.mix_time(entering, before, v_first, axes=axes, **rows)
             x = x + y
         with jax.named_scope("channel_mix"):
-            y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, **rows)
+            y, ffn_shift = self.ffn(enter_shards(self.ln2(x), axes.tensor), state.ffn_shift, axes=axes, **rows)
             x = x + y
         return x, v_first, State(att.shift, ffn_shift, att.wkv)
+
+
+SHARED_AXES: dict[str, Axes] = {
+    "emb.weight": ("vocab", "embed"),
+    "head.weight": ("vocab", "embed"),
+    **{f"{norm}.{name}": (None,) for norm in ("ln0", "ln1", "ln2", "ln_out") for name in ("weight", "bias")},
+}
+"""What the axes of the parameters mean that every generation has."""
 
 
 class LanguageModel(nnx.Module):
@@ -71,11 +119,23 @@ class LanguageModel(nnx.Module):
     generations: ClassVar[tuple[str, ...]]
     """The values of `config.generation` that it serves."""
     block_type: ClassVar[type[Block]]
+    block_axes: ClassVar[dict[str, Axes]]
+    """What the axes of a block's own parameters mean, by official name within the block."""
 
     @staticmethod
-    def initial_block_state(config: ModelConfig, batch_size: int) -> State:
+    def initial_block_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
         """The empty state of one block."""
         raise NotImplementedError
+
+    @classmethod
+    def parameter_axes(cls, path: tuple[str, ...]) -> Axes:
+        """What the axes of a parameter in one layer mean.
+
+        Args:
+          path: official names from the root, such as ("blocks", "att", "key", "weight").
+        """
+        name = ".".join(path[1:] if path[0] in ("blocks", "first_block") else path)
+        return (SHARED_AXES | cls.block_axes)[name]
 
     @staticmethod
     def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
@@ -90,21 +150,33 @@ class LanguageModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, keep: OfEachPart = as_it_is) -> None:
+        """Draws the official initial values.
+
+        Args:
+          keep: what of each part is kept as soon as it is drawn: a device's share, where the whole would not fit.
+        """
         if config.generation not in self.generations:
             raise ValueError(
                 f"model.generation = {config.generation!r}: {type(self).__name__} is {', '.join(self.generations)}; "
                 "rwkv_jax.models.model_type(config) is the class of a generation"
             )
         self.config = config
-        self.emb = Embedding(self.initial_embedding(config, rngs))
-        self.first_block = self.block_type(config, 0, rngs=rngs)
+        self.emb = keep("emb", Embedding(self.initial_embedding(config, rngs)))
+        self.first_block = keep("first_block", self.block_type(config, 0, rngs=rngs))
         layers = jnp.arange(1, config.num_layers, dtype=config.parameter_dtype)
         keys = jax.random.split(rngs.params(), config.num_layers - 1)
-        self.blocks = jax.vmap(lambda layer, key: self.block_type(config, layer, rngs=nnx.Rngs(key)))(layers, keys)
-        self.ln_out = LayerNorm(config.width, config.parameter_dtype)
+
+        def draw(layer_and_key: tuple[Array, Array]) -> Block:
+            layer, key = layer_and_key
+            return keep("blocks", self.block_type(config, layer, rngs=nnx.Rngs(key)))
+
+        # One layer after the other: what it takes to draw one is a multiple of its size.
+        self.blocks = jax.lax.map(draw, (layers, keys))
+        self.ln_out = keep("ln_out", LayerNorm(config.width, config.parameter_dtype))
         shape = (config.vocab_size, config.width)
-        self.head = Linear(orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype))
+        head = orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype)
+        self.head = keep("head", Linear(head))
 
     @staticmethod
     def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
@@ -114,9 +186,9 @@ class LanguageModel(nnx.Module):
         """
         return uniform(rngs.params(), (config.vocab_size, config.width), 1e-4, config.parameter_dtype)
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: int, axes: ShardAxes = WHOLE) -> State:
         """The empty state of `batch_size` texts; every array has a leading axis L."""
-        block = self.initial_block_state(self.config, batch_size)
+        block = self.initial_block_state(self.config, batch_size, axes)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
 
     def hidden(
@@ -127,7 +199,9 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
+        axes: ShardAxes = WHOLE,
+        prepare: OfEachPart = as_it_is,
     ) -> tuple[Array, State]:
         """What the head reads.
 
@@ -139,7 +213,12 @@ class LanguageModel(nnx.Module):
           lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and what is returned
             for them means nothing.
           inputs_embeds: [B, T, C], in place of the embedding's vectors.
-          remat: keep only each block's input for the backward pass and recompute the rest.
+          remat: what the backward pass recomputes: `none` keeps the matrix products, `operator` what the recurrence
+            read, `full` only each block's input.
+          axes: the mesh axes over which the model is split, within `jax.shard_map`; tokens and segment_ids are then a
+            shard's own, the state's heads too, its shifts and lengths those of the whole.
+          prepare: what is done to each part right before it is used, again in the backward pass where it recomputes;
+            weights that lie scattered over devices are gathered here.
 
         Returns:
           [B, T, C] in the compute dtype, after the last norm, and the next state.
@@ -148,8 +227,10 @@ class LanguageModel(nnx.Module):
           ValueError: shapes or dtypes that do not go together, a state of another model or batch, or, where values are
             at hand (outside jit), token ids or lengths out of range.
         """
-        x, state, _ = self._run(tokens, state, segment_ids, lengths, inputs_embeds, remat=remat)
-        return self.ln_out(x), state
+        x, state, _ = self._run(
+            tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, prepare=prepare
+        )
+        return prepare("ln_out", self.ln_out)(x), state
 
     def residual_stream(
         self,
@@ -168,7 +249,7 @@ class LanguageModel(nnx.Module):
         return streams, state
 
     def logits(self, hidden: Array) -> Array:
-        """Logits [..., V] in at least float32 of hidden vectors [..., C]."""
+        """Logits [..., V] in at least float32 of hidden vectors [..., C]; a shard's, of its own part of V."""
         return linear(hidden, self.head.weight[...], out_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
 
     def __call__(
@@ -179,7 +260,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[Array, State]:
         """Logits [B, T, V] of the token after each of tokens [B, T], and the next state; see `hidden`."""
         x, state = self.hidden(
@@ -196,32 +277,43 @@ class LanguageModel(nnx.Module):
         lengths: Array | None,
         inputs_embeds: Array | None,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
+        axes: ShardAxes = WHOLE,
+        prepare: OfEachPart = as_it_is,
         every_layer: bool = False,
     ) -> tuple[Array, State, Any]:
-        x = self._inputs(tokens, inputs_embeds)
+        x = self._inputs(tokens, inputs_embeds, axes, prepare)
         batch, time = x.shape[:2]
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
-        lengths = check_lengths(lengths, batch, time)
-        states = self.initial_state(batch) if state is None else self._check_state(state, batch)
+        whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
+        lengths = check_lengths(lengths, batch, whole_time)
+        states = self.initial_state(batch, axes) if state is None else self._check_state(state, batch, axes)
         rows = {"segment_ids": segment_ids, "lengths": lengths}
-        policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT, "wkv")
-        run = functools.partial(jax.checkpoint, _run_block, policy=policy)
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
+
+        def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
+            return prepare(name, block)(x, state, v_first, axes=axes, **rows)
+
+        def run(name: str, **options: Any) -> Any:
+            return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)
+
         first_state = jax.tree.map(lambda s: s[0], states)
         other_states = jax.tree.map(lambda s: s[1:], states)
-        x_first, v_first, first_state = run()(self.first_block, x, first_state, None, rows)
+        x_first, v_first, first_state = run("first_block")(self.first_block, x, first_state, None)
 
-        def body(carry: tuple[Array, Any], layer: tuple[Any, State]) -> tuple[tuple[Array, Any], tuple[State, Any]]:
-            # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers.
-            x, v_first, next_state = run(prevent_cse=False)(layer[0], carry[0], layer[1], carry[1], rows)
-            return (x, v_first), (next_state, x if every_layer else None)
+        def body(x: Array, layer: tuple[Any, State]) -> tuple[Array, tuple[State, Any]]:
+            # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers. The first layer's
+            # values are no part of the carry, of which the backward pass keeps a copy for each layer.
+            x, _, next_state = run("blocks", prevent_cse=False)(layer[0], x, layer[1], v_first)
+            return x, (next_state, x if every_layer else None)
 
-        (x, _), (other_states, streams) = jax.lax.scan(body, (x_first, v_first), (self.blocks, other_states))
+        x, (other_states, streams) = jax.lax.scan(body, x_first, (self.blocks, other_states))
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, other_states)
+        att_shift, ffn_shift = (same_on_shards(shift, axes.tensor) for shift in (states.att_shift, states.ffn_shift))
+        states = State(att_shift, ffn_shift, states.wkv)
         return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
 
-    def _inputs(self, tokens: Array | None, inputs_embeds: Array | None) -> Array:
+    def _inputs(self, tokens: Array | None, inputs_embeds: Array | None, axes: ShardAxes, prepare: OfEachPart) -> Array:
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
         width, vocab_size = self.config.width, self.config.vocab_size
@@ -241,10 +333,10 @@ class LanguageModel(nnx.Module):
                 raise ValueError(
                     f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
                 )
-        return self.emb(tokens).astype(self.config.dtype)
+        return prepare("emb", self.emb)(tokens, axes).astype(self.config.dtype)
 
-    def _check_state(self, state: State, batch: int) -> State:
-        expected = jax.eval_shape(lambda: self.initial_state(batch))
+    def _check_state(self, state: State, batch: int, axes: ShardAxes) -> State:
+        expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
         if jax.tree.structure(state) != jax.tree.structure(expected):
             raise ValueError(
                 f"state: is none of RWKV-{self.config.generation}, whose states have the form of "
@@ -254,7 +346,3 @@ class LanguageModel(nnx.Module):
             if leaf.shape != like.shape:
                 raise ValueError(f"state{jax.tree_util.keystr(path)}: shape {leaf.shape} must be {like.shape}")
         return state
-
-
-def _run_block(block: Block, x: Array, state: State, v_first: Array | None, rows: dict[str, Array | None]) -> Any:
-    return block(x, state, v_first, **rows)

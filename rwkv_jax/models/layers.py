@@ -13,13 +13,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.shards import WHOLE, ShardAxes, first_index_here, sum_over_shards
+from rwkv_kernels.arguments import with_common_axes
+from rwkv_kernels.sharded import from_last_shard, from_previous_shard
 
 KEPT = "matrix product"
 """Name of what a block keeps for its backward pass; the cheap steps between matrix products are done again."""
+
+
+OPERATOR_INPUT = "operator input"
+"""Name of what the recurrence reads: a choice of what else to keep."""
+
+
+def operator_inputs(*inputs: Array) -> tuple[Array, ...]:
+    """What the recurrence reads, under the name by which a block can keep it."""
+    return tuple(checkpoint_name(x, OPERATOR_INPUT) for x in inputs)
 
 
 def linear(x: Array, weight: Array, *, out_dtype: jnp.dtype | None = None) -> Array:
@@ -58,32 +70,62 @@ def for_every_token(parameter: Array, x: Array) -> Array:
       parameter: [C] or [1, 1, C], or [H, N] for x [B, T, H, N].
     """
     own_axes = parameter.shape[-2:] if parameter.ndim == 2 else parameter.shape[-1:]
+    # Within `shard_map`: made each shard's own while it is small, or its gradient is summed over shards as [B, T, C].
+    parameter, _ = with_common_axes(parameter, x)
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
+def summed_linear(x: Array, weight: Array, axis_name: str | None) -> Array:
+    """`linear` of an x whose last axis is split over a mesh axis, each shard having its columns of the weight."""
+    y = linear(x, weight)
+    return y if axis_name is None else checkpoint_name(sum_over_shards(y, axis_name), KEPT)
+
+
 def token_shift(
-    x: Array, shift: Array | None, segment_ids: Array | None = None, lengths: Array | None = None
+    x: Array,
+    shift: Array | None,
+    segment_ids: Array | None = None,
+    lengths: Array | None = None,
+    axes: ShardAxes = WHOLE,
 ) -> tuple[Array, Array]:
     """The previous token's input at every position.
 
     Args:
-      x: [B, T, C].
+      x: [B, T, C]; a shard's steps, where `axes.sequence` splits time.
       shift: [B, C], the input just before x; None, like zeros, is the start of a text.
       segment_ids: integers [B, T]; a segment begins, with nothing before it, where the id changes along a row.
       lengths: integers [B]; steps beyond a row's length are not part of it.
+      axes: where x is split; shift and lengths are those of the whole sequence, on every shard.
 
     Returns:
       x_prev [B, T, C], and the next shift [B, C], which is x at each row's last step (`shift` in a row of length 0).
     """
     shift = jnp.zeros_like(x[:, 0]) if shift is None else shift.astype(x.dtype)
-    x_prev = jnp.concatenate([shift[:, None], x[:, :-1]], axis=1)
+    before, id_before = shift[:, None], None if segment_ids is None else segment_ids[:, :1]
+    if axes.sequence is not None:
+        is_first = lax.axis_index(axes.sequence) == 0
+        before = jnp.where(is_first, before, from_previous_shard(x[:, -1:], axes.sequence))
+        if segment_ids is not None:
+            halo = from_previous_shard(segment_ids[:, -1:], axes.sequence)
+            id_before = jnp.where(is_first, segment_ids[:, :1], halo)
+    x_prev = jnp.concatenate([before, x[:, :-1]], axis=1)
     if segment_ids is not None:
-        begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+        begins = jnp.diff(segment_ids, axis=1, prepend=id_before) != 0
         x_prev = jnp.where(begins[:, :, None], 0, x_prev)
+    return x_prev, _last_step(x, shift, lengths, axes.sequence)
+
+
+def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | None) -> Array:
+    """x [B, T, C] at the last step of each row, `shift` where a row has none: [B, C]."""
     if lengths is None:
-        return x_prev, x[:, -1]
-    last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return x_prev, jnp.where((lengths > 0)[:, None], last, shift)
+        return x[:, -1] if axis_name is None else from_last_shard(x[:, -1], axis_name)
+    time = x.shape[1]
+    index = lengths - 1 - first_index_here(time, axis_name)
+    last = jnp.take_along_axis(x, jnp.clip(index, 0, time - 1)[:, None, None], axis=1)[:, 0]
+    if axis_name is not None:
+        is_here = (index >= 0) & (index < time)
+        last = sum_over_shards(jnp.where(is_here[:, None], last, 0), axis_name)
+    return jnp.where((lengths > 0)[:, None], last, shift)
 
 
 def _normalise(x: Array, epsilon: float) -> Array:
@@ -110,9 +152,15 @@ class Embedding(nnx.Module):
     def __init__(self, weight: Array) -> None:
         self.weight = nnx.Param(weight)
 
-    def __call__(self, tokens: Array) -> Array:
-        """[B, T] integers in [0, V) -> [B, T, C]."""
-        return self.weight[...][tokens]
+    def __call__(self, tokens: Array, axes: ShardAxes = WHOLE) -> Array:
+        """[B, T] integers in [0, V) -> [B, T, C]; where `axes.tensor` splits V, each shard looks up its own tokens."""
+        weight = self.weight[...]
+        if axes.tensor is None:
+            return weight[tokens]
+        rows = tokens - first_index_here(weight.shape[0], axes.tensor)
+        is_here = (rows >= 0) & (rows < weight.shape[0])
+        vectors = jnp.where(is_here[..., None], weight[jnp.where(is_here, rows, 0)], 0)
+        return sum_over_shards(vectors, axes.tensor)
 
 
 class LayerNorm(nnx.Module):

@@ -8,7 +8,9 @@ F feed-forward width, L layers, l the layer's index.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,26 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.language_model import Block, LanguageModel
-from rwkv_jax.models.layers import Linear, for_every_token, orthogonal, token_shift, vector
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.layers import (
+    Linear,
+    for_every_token,
+    operator_inputs,
+    orthogonal,
+    summed_linear,
+    token_shift,
+    vector,
+)
+from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels import wkv4
+from rwkv_kernels import wkv4, wkv4_sharded
 from rwkv_kernels.wkv4.scan import empty_state
 
 
-def initial_state(config: ModelConfig, batch_size: int) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
     """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
-    shift = jnp.zeros((batch_size, config.width), config.dtype)
-    return State(shift, shift, empty_state(batch_size, config.width, jnp.dtype(config.parameter_dtype)))
+    shift, dtype = jnp.zeros((batch_size, config.width), config.dtype), jnp.dtype(config.parameter_dtype)
+    return State(shift, shift, empty_state(batch_size, config.width // axes.num_tensor_shards, dtype))
 
 
 class TimeMix(nnx.Module):
@@ -59,20 +70,21 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, TimeMixState]:
         """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
         """
         config = self.config
         if state is None:
-            empty = initial_state(config, x.shape[0])
+            empty = initial_state(config, x.shape[0], axes)
             state = TimeMixState(empty.att_shift, empty.wkv)
 
         # (11)-(13), r, k, v: each reads a mix of the present token, whose share mu is, and the one before it.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
             share = for_every_token(mu[...], x)
@@ -86,11 +98,11 @@ class TimeMix(nnx.Module):
         # decay w = exp(-e^{time_decay}) and the bonus u, both in float32 whatever the compute dtype.
         log_w = -jnp.exp(self.time_decay[...].astype(config.parameter_dtype))
         u = self.time_first[...].astype(config.parameter_dtype)
-        y, wkv = wkv4(
+        operator: Any = wkv4 if axes.sequence is None else functools.partial(wkv4_sharded, axis_name=axes.sequence)
+        y, wkv = operator(
             log_w,
             u,
-            k,
-            v,
+            *operator_inputs(k, v),
             state.wkv,
             segment_ids=segment_ids,
             lengths=lengths,
@@ -98,7 +110,8 @@ class TimeMix(nnx.Module):
         )
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
-        return self.output(jax.nn.sigmoid(r) * y), TimeMixState(shift, wkv)
+        o = summed_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], axes.tensor)
+        return o, TimeMixState(shift, wkv)
 
 
 class ChannelMix(nnx.Module):
@@ -120,9 +133,10 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
             share = for_every_token(mu[...], x)
@@ -131,7 +145,8 @@ class ChannelMix(nnx.Module):
         # (14), (15) r_t, k_t; (18) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
-        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
+        return o, shift
 
 
 class RWKV4Block(Block):
@@ -139,6 +154,19 @@ class RWKV4Block(Block):
 
     time_mix_type = TimeMix
     channel_mix_type = ChannelMix
+
+
+BLOCK_AXES: dict[str, Axes] = {
+    **{f"att.time_mix_{name}": (None, None, None) for name in "kvr"},
+    **{f"att.{name}": ("heads",) for name in ("time_decay", "time_first")},
+    **{f"att.{name}.weight": ("heads", "embed") for name in ("receptance", "key", "value")},
+    "att.output.weight": ("embed", "heads"),
+    **{f"ffn.time_mix_{name}": (None, None, None) for name in "kr"},
+    "ffn.key.weight": ("ffn", "embed"),
+    "ffn.value.weight": ("embed", "ffn"),
+    "ffn.receptance.weight": ("gate", "embed"),
+}
+"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): RWKV-4's `heads` are single channels."""
 
 
 def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
@@ -152,6 +180,7 @@ class RWKV4(LanguageModel):
 
     generations = ("4",)
     block_type = RWKV4Block
+    block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)
     parameter_group = staticmethod(parameter_group)
 

@@ -9,7 +9,9 @@ The previews have one decay and one bonus a head, [H], where 5.2 has one a key c
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,29 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.language_model import Block, LanguageModel
-from rwkv_jax.models.layers import Linear, for_every_token, initial_head_norm, orthogonal, token_shift, vector
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.layers import (
+    Linear,
+    for_every_token,
+    initial_head_norm,
+    operator_inputs,
+    orthogonal,
+    summed_linear,
+    token_shift,
+    vector,
+)
+from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels import wkv5
+from rwkv_kernels import wkv5, wkv5_sharded
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output (the trainer has y / 8 and 1e-5: the same)."""
 
 
-def initial_state(config: ModelConfig, batch_size: int) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
-    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
     return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
 
 
@@ -80,22 +92,23 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, TimeMixState]:
         """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
         """
         config = self.config
         batch, time, _ = x.shape
-        heads = (batch, time, config.num_heads, config.head_dim)
+        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
         if state is None:
-            empty = initial_state(config, batch)
+            empty = initial_state(config, batch, axes)
             state = TimeMixState(empty.att_shift, empty.wkv)
 
         # (3), (4) r, k, v, g: each reads a mix of the present token, whose share mu is, and the one before it.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
             share = for_every_token(mu[...], x)
@@ -107,10 +120,12 @@ class TimeMix(nnx.Module):
 
         # (8) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (9) S_t = diag(w) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t, with
         # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype.
-        time_decay = self.time_decay[...].astype(config.parameter_dtype).reshape(config.num_heads, -1)
+        time_decay = self.time_decay[...].astype(config.parameter_dtype).reshape(r.shape[2], -1)
         bonus = (self.time_first if config.exponential_bonus else self.time_faaaa)[...]
-        u = bonus.astype(config.parameter_dtype).reshape(config.num_heads, -1)
-        y, wkv = wkv5(
+        u = bonus.astype(config.parameter_dtype).reshape(r.shape[2], -1)
+        operator: Any = wkv5 if axes.sequence is None else functools.partial(wkv5_sharded, axis_name=axes.sequence)
+        r, k, v = operator_inputs(r, k, v)
+        y, wkv = operator(
             r,
             -jnp.exp(time_decay),
             k,
@@ -126,7 +141,7 @@ class TimeMix(nnx.Module):
         y = self.ln_x(y)
         if self.has_gate:
             y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
-        return self.output(y), TimeMixState(shift, wkv)
+        return summed_linear(y, self.output.weight[...], axes.tensor), TimeMixState(shift, wkv)
 
 
 class ChannelMix(nnx.Module):
@@ -148,9 +163,10 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
             share = for_every_token(mu[...], x)
@@ -159,7 +175,8 @@ class ChannelMix(nnx.Module):
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
-        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
+        return o, shift
 
 
 class RWKV5Block(Block):
@@ -167,6 +184,21 @@ class RWKV5Block(Block):
 
     time_mix_type = TimeMix
     channel_mix_type = ChannelMix
+
+
+BLOCK_AXES: dict[str, Axes] = {
+    **{f"att.time_mix_{name}": (None, None, None) for name in "kvrg"},
+    **{f"att.{name}": ("heads", None) for name in ("time_decay", "time_faaaa", "time_first")},
+    **{f"att.{name}.weight": ("heads", "embed") for name in ("receptance", "key", "value", "gate")},
+    "att.output.weight": ("embed", "heads"),
+    "att.ln_x.weight": ("heads",),
+    "att.ln_x.bias": ("heads",),
+    **{f"ffn.time_mix_{name}": (None, None, None) for name in "kr"},
+    "ffn.key.weight": ("ffn", "embed"),
+    "ffn.value.weight": ("embed", "ffn"),
+    "ffn.receptance.weight": ("gate", "embed"),
+}
+"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
@@ -180,5 +212,6 @@ class RWKV5(LanguageModel):
 
     generations = ("5.0", "5.1", "5.2")
     block_type = RWKV5Block
+    block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)
     parameter_group = staticmethod(parameter_group)

@@ -7,35 +7,41 @@ T time, C width, H heads, N head size, F feed-forward width, D low rank, L layer
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     for_every_token,
     initial_head_norm,
     linear,
     low_rank,
+    operator_inputs,
     orthogonal,
+    summed_linear,
     token_shift,
     uniform,
     vector,
 )
+from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels import wkv6
+from rwkv_kernels import wkv6, wkv6_sharded
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-def initial_state(config: ModelConfig, batch_size: int) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
-    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
     return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
 
 
@@ -81,23 +87,24 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, TimeMixState]:
         """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
         """
         config = self.config
         batch, time, _ = x.shape
-        heads = (batch, time, config.num_heads, config.head_dim)
+        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
         if state is None:
-            empty = initial_state(config, batch)
+            empty = initial_state(config, batch, axes)
             state = TimeMixState(empty.att_shift, empty.wkv)
 
         # Data-dependent token shift, mu being the previous token's share: (14) lora_j(z) = mu_j + tanh(z A_j) B_j and
         # (15) ddlerp_j(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) lora_j(x_t + (x_{t-1} - x_t) mu_x), j = w, k, v, r, g.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
         xx = x_prev - x
         z = x + xx * for_every_token(self.time_maa_x[...], x)
         inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...].T)), 5, axis=-1)
@@ -116,11 +123,9 @@ class TimeMix(nnx.Module):
         log_w = -jnp.exp(for_every_token(self.time_decay[...], decay) + decay).reshape(heads)
 
         # (21) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (22) S_t = diag(w_t) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t.
-        y, wkv = wkv6(
-            r,
-            log_w,
-            k,
-            v,
+        operator: Any = wkv6 if axes.sequence is None else functools.partial(wkv6_sharded, axis_name=axes.sequence)
+        y, wkv = operator(
+            *operator_inputs(r, log_w, k, v),
             self.time_faaaa[...].astype(config.parameter_dtype),
             state.wkv,
             segment_ids=segment_ids,
@@ -129,7 +134,8 @@ class TimeMix(nnx.Module):
         )
 
         # (20) Norm over each head, gate, projection.
-        return self.output(self.ln_x(y) * g), TimeMixState(shift, wkv)
+        o = summed_linear(self.ln_x(y) * g, self.output.weight[...], axes.tensor)
+        return o, TimeMixState(shift, wkv)
 
 
 class ChannelMix(nnx.Module):
@@ -151,14 +157,16 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
         xx = x_prev - x
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(x + xx * for_every_token(self.time_maa_r[...], x))
         k = self.key(x + xx * for_every_token(self.time_maa_k[...], x))
-        return jax.nn.sigmoid(r) * self.value(jnp.square(jax.nn.relu(k))), shift
+        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
+        return o, shift
 
 
 class RWKV6Block(Block):
@@ -166,6 +174,26 @@ class RWKV6Block(Block):
 
     time_mix_type = TimeMix
     channel_mix_type = ChannelMix
+
+
+BLOCK_AXES: dict[str, Axes] = {
+    **{f"att.time_maa_{name}": (None, None, None) for name in "xwkvrg"},
+    "att.time_maa_w1": ("embed", None),
+    "att.time_maa_w2": (None, None, "embed"),
+    "att.time_decay": (None, None, "heads"),
+    "att.time_decay_w1": ("embed", None),
+    "att.time_decay_w2": (None, "low_rank_heads"),
+    "att.time_faaaa": ("heads", None),
+    **{f"att.{name}.weight": ("heads", "embed") for name in ("receptance", "key", "value", "gate")},
+    "att.output.weight": ("embed", "heads"),
+    "att.ln_x.weight": ("heads",),
+    "att.ln_x.bias": ("heads",),
+    **{f"ffn.time_maa_{name}": (None, None, None) for name in "kr"},
+    "ffn.key.weight": ("ffn", "embed"),
+    "ffn.value.weight": ("embed", "ffn"),
+    "ffn.receptance.weight": ("gate", "embed"),
+}
+"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
@@ -178,5 +206,6 @@ class RWKV6(LanguageModel):
 
     generations = ("6",)
     block_type = RWKV6Block
+    block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)
     parameter_group = staticmethod(parameter_group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,21 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.language_model import Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     for_every_token,
     initial_head_norm,
     low_rank,
+    operator_inputs,
     orthogonal,
+    summed_linear,
     token_shift,
     vector,
 )
+from rwkv_jax.models.shards import WHOLE, ShardAxes
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels import wkv7
+from rwkv_kernels import wkv7, wkv7_sharded
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """log w = -e^{-1/2} sigmoid(.), so that every decay lies in (0.545, 1)."""
@@ -36,10 +40,10 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-def initial_state(config: ModelConfig, batch_size: int) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
-    heads = (batch_size, config.num_heads, config.head_dim, config.head_dim)
+    heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
     return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
 
 
@@ -102,18 +106,19 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, TimeMixState]:
         """Time mixing alone, for use in a model of one's own.
 
         Args:
           x: [B, T, C], already normalised.
           state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
 
         Returns:
           y [B, T, C] and the next state. Without an earlier layer there is no value residual: v is this layer's own.
         """
-        y, _, state = self.mix(x, state, None, segment_ids=segment_ids, lengths=lengths)
+        y, _, state = self.mix(x, state, None, segment_ids=segment_ids, lengths=lengths, axes=axes)
         return y, state
 
     def mix(
@@ -124,32 +129,33 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, Array, TimeMixState]:
         """Time mixing within a model.
 
         Args:
           x: [B, T, C]; state: None is the start of a text.
           v_first: [B, T, C], the first layer's values; None in the first layer.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
 
         Returns:
           y [B, T, C], the first layer's values to hand on, and the next state.
         """
         config = self.config
-        batch, time, width = x.shape
-        heads = (batch, time, config.num_heads, config.head_dim)
+        batch, time, _ = x.shape
+        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
         if state is None:
-            empty = initial_state(config, batch)
+            empty = initial_state(config, batch, axes)
             state = TimeMixState(empty.att_shift, empty.wkv)
 
-        def cast(parameter: nnx.Param) -> Array:
-            return for_every_token(parameter[...], x)
+        def cast(parameter: nnx.Param, like: Array) -> Array:
+            return for_every_token(parameter[...], like)
 
         # (3) Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
         xx = x_prev - x
         xr, xw, xk, xv, xa, xg = (
-            x + xx * cast(blend) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+            x + xx * cast(blend, x) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
         # Weight preparation: (13) receptance, (5) key, (9) value; (11) d, (12) the decay w = exp(-e^{-1/2} sigmoid(d)),
@@ -164,23 +170,19 @@ class TimeMix(nnx.Module):
         if v_first is None:
             v_first = v
         elif not self.is_first:
-            v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0) + low_rank(xv, self.v1[...], self.v2[...]))
-        a = jax.nn.sigmoid(cast(self.a0) + low_rank(xa, self.a1[...], self.a2[...]))
+            v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0, v) + low_rank(xv, self.v1[...], self.v2[...]))
+        a = jax.nn.sigmoid(cast(self.a0, k) + low_rank(xa, self.a1[...], self.a2[...]))
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
-        kk = _normalise_heads((k * cast(self.k_k)).reshape(heads))
-        k = k * (1 + (a - 1) * cast(self.k_a))
+        kk = _normalise_heads((k * cast(self.k_k, k)).reshape(heads))
+        k = k * (1 + (a - 1) * cast(self.k_a, k))
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
-        y, wkv = wkv7(
-            r,
-            log_w,
-            k,
-            v_heads,
-            -kk,
-            kk * a,
+        operator: Any = wkv7 if axes.sequence is None else functools.partial(wkv7_sharded, axis_name=axes.sequence)
+        y, wkv = operator(
+            *operator_inputs(r, log_w, k, v_heads, -kk, kk * a),
             state.wkv,
             segment_ids=segment_ids,
             lengths=lengths,
@@ -193,7 +195,7 @@ class TimeMix(nnx.Module):
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         bonus = einsum("bthn,bthn->bth", r * for_every_token(self.r_k[...], r), k)
         bonus = einsum("bth,bthn->bthn", bonus, v_heads)
-        y = self.output((y + bonus.reshape(batch, time, width)) * g)
+        y = summed_linear((y + bonus.reshape(y.shape)) * g, self.output.weight[...], axes.tensor)
         return y, v_first, TimeMixState(shift, wkv)
 
 
@@ -222,12 +224,13 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths)
+        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
         # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * for_every_token(self.x_k[...], x))))
-        return self.value(k), shift
+        return summed_linear(k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV7Block(Block):
@@ -237,10 +240,29 @@ class RWKV7Block(Block):
     channel_mix_type = ChannelMix
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: ShardAxes, **rows: Array | None
     ) -> tuple[Array, Array | None, TimeMixState]:
         """Time mixing with the value residual."""
-        return self.att.mix(x, state, v_first, **rows)
+        return self.att.mix(x, state, v_first, axes=axes, **rows)
+
+
+_VECTOR_OF_HEADS = (None, None, "heads")
+
+BLOCK_AXES: dict[str, Axes] = {
+    **{f"att.x_{name}": (None, None, None) for name in "rwkvag"},
+    **{f"att.{name}": _VECTOR_OF_HEADS for name in ("w0", "a0", "v0", "k_k", "k_a")},
+    **{f"att.{name}1": ("embed", None) for name in "wavg"},
+    **{f"att.{name}2": (None, "low_rank_heads") for name in "wavg"},
+    "att.r_k": ("heads", None),
+    **{f"att.{name}.weight": ("heads", "embed") for name in ("receptance", "key", "value")},
+    "att.output.weight": ("embed", "heads"),
+    "att.ln_x.weight": ("heads",),
+    "att.ln_x.bias": ("heads",),
+    "ffn.x_k": (None, None, None),
+    "ffn.key.weight": ("ffn", "embed"),
+    "ffn.value.weight": ("embed", "ffn"),
+}
+"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
@@ -253,5 +275,6 @@ class RWKV7(LanguageModel):
 
     generations = ("7",)
     block_type = RWKV7Block
+    block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)
     parameter_group = staticmethod(parameter_group)

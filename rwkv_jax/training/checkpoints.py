@@ -11,10 +11,12 @@ A run folder holds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,10 +25,12 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
-from rwkv_jax.data.corpus import Corpus
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.data.token_file import Corpus
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rwkv_jax.training.step import Trainer, TrainState, make_trainer
+from rwkv_jax.parallel.processes import DisagreementError, Processes
+from rwkv_jax.parallel.together import differences, gather
+from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -43,6 +47,12 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
     fields = {f"model.{name}": value for name, value in model.items() if name not in ("dtype", "wkv_implementation")}
     fields |= {"initial_weights": config.initial_weights}
     fields = {name: value for name, value in fields.items() if value not in (None, False)}
+    # What is left at its default is not named, so that a run of before it could be changed goes on.
+    plain = DataConfig()
+    ordered = {name: getattr(config.data, name) for name in ("order", "magic_prime")}  # a mixture is the corpus's
+    fields |= {f"data.{name}": value for name, value in ordered.items() if value != getattr(plain, name)}
+    choices = ("reset_at_documents", "carry_state")
+    fields |= {f"training.{name}": True for name in choices if getattr(config.training, name)}
     return fields | {
         "seed": config.seed,
         "training.batch_size": config.training.batch_size,
@@ -50,6 +60,21 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }
+
+
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that the processes of one run must share, by field."""
+
+    def flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        fields = {}
+        for name, value in values.items():
+            fields |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        return fields
+
+    fields = flat(to_dict(config), "")
+    for own in ("distributed.process_id", "data.cache_dir"):  # hosts may have disks of their own
+        del fields[own]
+    return fields
 
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
@@ -82,9 +107,9 @@ def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        # Processes on several hosts may all have the same number, so the name is drawn.
+        with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".write-test-"):
+            pass
     except OSError as error:
         raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be written ({error}); name another folder") from error
     run_file = run_dir / RUN_FILE
@@ -136,10 +161,15 @@ def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for saves in flight."""
+    """The checkpoints of one run; a context manager that waits for saves in flight.
 
-    def __init__(self, run_dir: Path, keep: int, report: Callable[[str], None]) -> None:
-        self._report = report
+    Of a run of several processes, all call each method; the first alone renames, and what it finds is true for all.
+    """
+
+    def __init__(
+        self, run_dir: Path, keep: int, report: Callable[[str], None], processes: Processes | None = None
+    ) -> None:
+        self._report, self._processes = report, processes or Processes()
         self._latest = _open(run_dir / CHECKPOINTS, keep)
         self._best = _open(run_dir / BEST, 1)
 
@@ -151,35 +181,58 @@ class Checkpoints:
         self._best.close()
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest whole checkpoint, or None if there is none.
+        """The newest checkpoint that is whole for every process, or None if there is none.
 
         A damaged one is moved aside (its folder gets the prefix `damaged-`), said so, and the one before is tried.
 
         Args:
           like: shapes, dtypes and the shardings to restore into.
+
+        Raises:
+          DisagreementError: the processes see different checkpoints.
         """
-        for checkpoint in reversed(list(self._latest.checkpoints)):
+        for step in self._steps():
+            state, reason = None, ""
             try:
-                return _load(self._latest, checkpoint.step, like)
+                state = _load_alone(Path(str(self._latest.directory)) / str(step), like, self._processes)
             except Exception as error:  # Whatever a damaged file makes of Orbax, an older one may be whole.
-                folder = Path(str(self._latest.directory)) / str(checkpoint.step)
-                aside = folder.with_name(f"damaged-{checkpoint.step}-{os.getpid()}")
-                folder.rename(aside)
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                self._report(f"checkpoint of step {checkpoint.step} is damaged ({reason}); moved to {aside}")
-                self._latest.reload()  # or Orbax believes that the step is still there, and it is never saved again
+            # Each process reads its own share, and one share may be damaged where the others are whole.
+            reasons = gather(self._processes, f"what checkpoint {step} holds", reason)
+            if not any(reasons):
+                return state
+            self._set_aside(step, next(filter(None, reasons)))
         return None
+
+    def _steps(self) -> list[int]:
+        """Steps of the checkpoints that there are, newest first."""
+        steps = [checkpoint.step for checkpoint in reversed(list(self._latest.checkpoints))]
+        seen = gather(self._processes, "checkpoints", str(steps))
+        if table := differences([{"steps": text} for text in seen]):
+            raise DisagreementError(
+                f"{self._latest.directory}: the processes see different checkpoints there; put the run folder on a "
+                f"disk that all share:\n{table}"
+            )
+        return steps
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        if self._processes.is_first:
+            folder = Path(str(self._latest.directory)) / str(step)
+            aside = folder.with_name(f"damaged-{step}-{os.getpid()}")
+            folder.rename(aside)
+            self._report(f"checkpoint of step {step} is damaged ({reason}); moved to {aside}")
+        gather(self._processes, f"checkpoint {step}, moved aside", "")
+        self._latest.reload()  # or Orbax believes that the step is still there, and it is never saved again
 
     def best_loss(self) -> float:
         """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one."""
-        latest = self._best.latest
-        if latest is None:
-            return math.inf
-        try:
-            metadata: Any = self._best.metadata(latest.step).custom_metadata
-        except Exception:  # Whatever a damaged file makes of Orbax, a better checkpoint will take its place.
-            metadata = None
-        return float(metadata["held_out_loss"]) if metadata else math.inf
+        metadata: Any = None
+        if (latest := self._best.latest) is not None:
+            # Whatever a damaged file makes of Orbax, a better checkpoint will take its place.
+            with contextlib.suppress(Exception):
+                metadata = self._best.metadata(latest.step).custom_metadata
+        loss = float(metadata["held_out_loss"]) if metadata else math.inf
+        return float(gather(self._processes, "best loss", repr(loss))[0])
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint; a step that is there already stays as it is."""
@@ -195,11 +248,6 @@ class Checkpoints:
         """Waits until all that was saved is on disk."""
         self._latest.wait()
         self._best.wait()
-
-
-def shardings(like: TrainState) -> TrainState:
-    """The shardings of a state's shapes."""
-    return jax.tree.map(lambda x: x.sharding, like)
 
 
 class LoadedModel(NamedTuple):
@@ -228,15 +276,26 @@ def load_run_tokenizer(run_dir: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
+def load_model(
+    run_dir: Path, which: Literal["newest", "best"], shardings: Callable[[ModelConfig], Any] | None = None
+) -> LoadedModel:
     """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
+
+    Args:
+      shardings: from the model's config to a nested dict of where each parameter goes; None is the first device.
 
     Raises:
       ConfigError: this is no run, it has no such checkpoint, or that is damaged.
     """
     config = from_dict(read_run_file(run_dir)["config"])
     trainer = make_trainer(config)
-    like = _as_tree(abstract_state(trainer, config.seed))
+    like = _as_tree(abstract_state(trainer))
+    if shardings is not None:
+        like["params"] = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            like["params"],
+            shardings(config.model),
+        )
     folder = run_dir / (BEST if which == "best" else CHECKPOINTS)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
@@ -252,15 +311,6 @@ def load_model(run_dir: Path, which: Literal["newest", "best"]) -> LoadedModel:
     return LoadedModel(config, trainer.graphdef, params, step)
 
 
-def abstract_state(trainer: Trainer, seed: int) -> TrainState:
-    """Shapes, dtypes and present shardings of a run's state; nothing is allocated."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(trainer.init, jax.random.key(seed)),
-    )
-
-
 def _open(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
     policies: Any = ocp.training.preservation_policies  # Orbax's own annotations do not agree with each other
     every_time: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
@@ -273,8 +323,8 @@ def _open(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    """A plain dict, so that the files do not depend on our class."""
-    return state._asdict()
+    """A plain dict of what is there, so that the files do not depend on our class."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
@@ -285,5 +335,15 @@ def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int,
     checkpointer.save_async(step, _as_tree(state), force=True, custom_metadata=metadata)
 
 
-def _load(checkpointer: ocp.training.Checkpointer, step: int, like: TrainState) -> TrainState:
-    return TrainState(**checkpointer.load(step, _as_tree(like)))
+def _load_alone(folder: Path, like: TrainState, processes: Processes) -> TrainState:
+    """A checkpoint, of which this process reads its own devices' share without waiting for the others.
+
+    Orbax would let them wait at a barrier for a process whose share is damaged.
+    """
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index,
+        active_processes={processes.index},
+        barrier_sync_key_prefix=f"process_{processes.index}",
+    )
+    with ocp.Context(multiprocessing_options=alone):
+        return TrainState(**ocp.load(str(folder), _as_tree(like)))

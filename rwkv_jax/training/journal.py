@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rwkv_jax.evaluation.held_out import HeldOut, bits_per_byte
 from rwkv_jax.training.console import Console
-from rwkv_jax.training.metrics import MetricsWriter
+from rwkv_jax.training.metrics import Kind, MetricsWriter
 from rwkv_jax.training.step import StepMetrics
 from rwkv_jax.training.throughput import Throughput
 
@@ -17,7 +17,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Journal:
-    """Records steps one step late, so that the device never waits for the host to read a figure."""
+    """Records steps one step late, so that the device never waits for the host to read a figure.
+
+    Without a `writer` nothing is written: of several processes, one writes.
+    """
 
     def __init__(
         self,
@@ -27,14 +30,14 @@ class Journal:
         max_bad_steps: int,
         bytes_per_token: float,
         learning_rate: Callable[[int], object],
-        batch_starts: Callable[[int], Sequence[int]],
+        places: Callable[[int], Sequence[str]],
         console: Console,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         throughput: Throughput,
     ) -> None:
         self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
         self._bytes_per_token = bytes_per_token
-        self._learning_rate, self._batch_starts = learning_rate, batch_starts
+        self._learning_rate, self._places = learning_rate, places
         self._console, self._writer, self.throughput = console, writer, throughput
         self._pending: tuple[int, StepMetrics] | None = None
         self._losses: list[float] = []
@@ -81,7 +84,7 @@ class Journal:
                 "skipped_steps": self._skipped,
             }
             self._losses, self._skipped = [], 0
-            self._writer.write("train", done, figures | {"tokens_per_second": self.throughput.tokens_per_second})
+            self._write("train", done, figures | {"tokens_per_second": self.throughput.tokens_per_second})
         self._console.update(
             done,
             {
@@ -92,19 +95,22 @@ class Journal:
             time_left=self.throughput.time_left(self._num_steps - done),
         )
         if len(self._bad) >= self._max_bad_steps:
-            listed = "\n".join(f"  step {bad}: {list(self._batch_starts(bad))}" for bad in self._bad)
+            listed = "\n".join(f"  step {bad}: {'; '.join(self._places(bad))}" for bad in self._bad)
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
-                "optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin at these tokens "
-                f"of the training file:\n{listed}"
+                f"optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
             )
 
     def held_out(self, step: int, result: HeldOut) -> None:
         """Writes down an evaluation after `step` steps."""
-        self._writer.write("evaluation", step, result._asdict())
+        self._write("evaluation", step, result._asdict())
         self._console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes down and shows a sample."""
-        self._writer.write("sample", step, {"prompt": prompt, "text": text})
+        self._write("sample", step, {"prompt": prompt, "text": text})
         self._console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
+
+    def _write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
+        if self._writer is not None:
+            self._writer.write(kind, step, values)

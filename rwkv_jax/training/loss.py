@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from rwkv_jax.models.shards import first_index_here, sum_over_shards
+from rwkv_kernels.arguments import with_common_axes
 
 
 class TokenLosses(NamedTuple):
@@ -22,43 +26,72 @@ class TokenLosses(NamedTuple):
     """Number of tokens counted."""
 
 
-@jax.custom_vjp
-def token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
+def token_losses(logits: Array, targets: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     """Each token's -log p(target) in nats, and half its largest logit's square.
 
     The gradient of the second reaches the first of the largest logits only, as in the official L2Wrap.
 
     Args:
-      logits: [n, V], float32 or float64; targets: [n] integers in [0, V).
+      logits: [n, V], float32 or float64; a shard's part of V, where a mesh axis splits it.
+      targets: [n] integers in [0, V).
+      axis_name: the mesh axis over which V is split; what travels along it are sums [n].
 
     Returns:
-      Two arrays [n].
+      Two arrays [n], the same on all shards.
     """
-    return _token_losses_forward(logits, targets)[0]
+    return _token_losses(logits, targets, axis_name)
 
 
-def _token_losses_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _token_losses(logits: Array, targets: Array, axis_name: str | None) -> Any:
+    return _token_losses_forward(logits, targets, axis_name)[0]
+
+
+def _token_losses_forward(
+    logits: Array, targets: Array, axis_name: str | None
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     largest = jnp.max(logits, axis=-1)
-    log_normaliser = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
-    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    if axis_name is not None:
+        largest = lax.pmax(largest, axis_name)
+    normaliser = sum_over_shards(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), axis_name)
+    log_normaliser = largest + jnp.log(normaliser)
+    target_logit = _logit_of(logits, targets, axis_name)
     return (log_normaliser - target_logit, 0.5 * jnp.square(largest)), (logits, targets, log_normaliser, largest)
 
 
-def _token_losses_backward(saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, None]:
+def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
+    """The logits [n] of the targets [n]; NaN for one outside the vocabulary."""
+    if axis_name is None:
+        return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    vocab_size = logits.shape[-1] * lax.axis_size(axis_name)
+    own = targets - first_index_here(logits.shape[-1], axis_name)
+    is_here = (own >= 0) & (own < logits.shape[-1])
+    found = jnp.take_along_axis(logits, jnp.where(is_here, own, 0)[:, None], axis=-1)[:, 0]
+    found = sum_over_shards(jnp.where(is_here, found, 0), axis_name)
+    return jnp.where((targets >= 0) & (targets < vocab_size), found, jnp.nan)
+
+
+def _token_losses_backward(
+    axis_name: str | None, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, None]:
     logits, targets, log_normaliser, largest = saved
     dnll, dpeak = cotangents
-    vocabulary = jnp.arange(logits.shape[-1])
+    size = logits.shape[-1]
+    vocabulary = jnp.arange(size) + first_index_here(size, axis_name)
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
     # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does one by one.
-    peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, logits.shape[-1]), axis=-1)
+    beyond = jnp.iinfo(vocabulary.dtype).max
+    peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, beyond), axis=-1)
+    if axis_name is not None:
+        peak = lax.pmin(peak, axis_name)
     is_peak = vocabulary == peak[:, None]
     probability = jnp.exp(logits - log_normaliser[:, None])
     dlogits = dnll[:, None] * (probability - is_target) + jnp.where(is_peak, (dpeak * largest)[:, None], 0)
     return dlogits.astype(logits.dtype), None
 
 
-token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def sum_losses(
@@ -67,6 +100,7 @@ def sum_losses(
     targets: Array,
     mask: Array | None = None,
     chunk: int | None = None,
+    axis_name: str | None = None,
 ) -> TokenLosses:
     """The losses of a batch, summed.
 
@@ -74,12 +108,13 @@ def sum_losses(
       logits_of: from hidden vectors [n, C] to logits [n, V].
       hidden: [B, T, C]; targets: [B, T] integers; mask: [B, T], 1 where a token counts (None: everywhere).
       chunk: tokens whose logits exist at one time, in the backward pass too; None holds all B * T.
+      axis_name: the mesh axis over which V is split, within `jax.shard_map`.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     weight = jnp.ones(wanted.shape, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
 
     def losses(hidden: Array, targets: Array, weight: Array) -> TokenLosses:
-        nll, peak = token_losses(logits_of(hidden), targets)
+        nll, peak = token_losses(logits_of(hidden), targets, axis_name)
         return TokenLosses(jnp.sum(nll * weight), jnp.sum(peak * weight), jnp.sum(weight))
 
     tokens = wanted.shape[0]
@@ -95,4 +130,5 @@ def sum_losses(
 
     shapes = jax.eval_shape(losses, flat[0], wanted[0], weight[0])
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zero, _ = with_common_axes(zero, (flat, wanted, weight))
     return jax.lax.scan(body, zero, (flat, wanted, weight))[0]

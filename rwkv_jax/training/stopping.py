@@ -19,6 +19,10 @@ class StopRequest:
         """Name of the signal that came, or None."""
         self._previous: dict[signal.Signals, Any] = {}
 
+    def requested(self) -> str | None:
+        """`name`, as it is by now."""
+        return self.name
+
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 from rwkv_jax.models import model_type
+from rwkv_jax.parallel.mesh import AXES
+from rwkv_jax.parallel.split import split_model
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
 _LISTED = 40  # of the tensors that do not fit; an error of thousands of lines helps nobody
@@ -179,6 +181,27 @@ def _is_floating(dtype: np.dtype[Any]) -> bool:
     return dtype == BFLOAT16 or dtype in (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))
 
 
+def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
+    """Where each parameter of a model lies on a mesh, as a nested dict.
+
+    On a mesh of `rwkv_jax.parallel.mesh.make_mesh` it is as in training. The axes of any other mesh mean nothing to us:
+    there matrices are split over all devices (`split_over`).
+
+    Raises:
+      ConfigError: a size that the mesh of a training run does not divide.
+    """
+    params = _abstract_params(config)
+    if mesh.axis_names != AXES:
+        return jax.tree.map_with_path(
+            lambda path, x: split_over(mesh, x.shape, stacked=str(path[0].key) == "blocks"), params
+        )
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        split_model(config, params, mesh).params,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
     """How a parameter lies on a mesh: a matrix split over all devices along its first axis that they divide.
 
@@ -199,7 +222,7 @@ def place_params(
     config: ModelConfig,
     *,
     dtype: str | None = None,
-    mesh: Mesh | None = None,
+    shardings: Any = None,
     release: Callable[[], None] = lambda: None,
 ) -> Any:
     """Our tree of parameters from official tensors, each part copied straight to the device that holds it.
@@ -207,14 +230,14 @@ def place_params(
     Args:
       tensors: as `check_tensors` has found them right.
       dtype: of the parameters; None keeps each tensor's own.
-      mesh: where parameters are split (`split_over`); None is the first device.
+      shardings: of each parameter, a nested dict (`shardings_on`); None is the first device.
       release: gives back the memory of what was read; called after each tensor.
 
     Raises:
       WeightsError: layers whose dtypes differ and cannot be stacked as they are; float64 while JAX has it off.
     """
 
-    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         stacked = str(path[0].key) == "blocks"
         names = official_names(path, config.num_layers)
         dtypes = {tensors[name].dtype for name in names}
@@ -224,9 +247,6 @@ def place_params(
         own = np.dtype(dtype) if dtype is not None else dtypes.pop()
         if own == np.float64 and not jax.config.read("jax_enable_x64"):
             raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
-        sharding = (
-            SingleDeviceSharding(_default_device()) if mesh is None else split_over(mesh, like.shape, stacked=stacked)
-        )
 
         def part(index: Any) -> NDArray:
             chosen = names[index[0]] if stacked else names
@@ -239,7 +259,10 @@ def place_params(
 
         return jax.make_array_from_callback(like.shape, sharding, part)
 
-    return jax.tree.map_with_path(leaf, _abstract_params(config))
+    params = _abstract_params(config)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(_default_device()), params)
+    return jax.tree.map_with_path(leaf, params, shardings)
 
 
 def _default_device() -> Any:

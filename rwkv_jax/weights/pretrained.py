@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -30,7 +31,7 @@ from rwkv_jax.weights.official import (
     official_shapes,
     place_params,
     read_config,
-    split_over,
+    shardings_on,
 )
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
@@ -51,14 +52,14 @@ def from_pretrained(
 
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
     layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
-    copied straight to the devices that hold it. Of a run of train.py the newest checkpoint is taken, by way of one
-    device.
+    copied straight to the devices that hold it. Of a run of train.py the newest checkpoint is taken.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
       dtype: in which parameters are held and the model computes. None keeps the file's parameters bit for bit, and
         computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
-      mesh: devices over which matrices are split; None is the first device.
+      mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh.make_mesh`, over
+        all of its devices on any other; None is the first device.
 
     Returns:
       `model(tokens, state) -> (logits, state)`; its `config` says what it is.
@@ -72,28 +73,26 @@ def from_pretrained(
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
     place = find_weights(source)
     if place.is_dir():
-        loaded = load_model(place, "newest")
+        shardings = None if mesh is None else functools.partial(shardings_on, mesh)
+        loaded = load_model(place, "newest", shardings)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
-        return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype, mesh))
+        return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
     weights = open_weights(place)
     with naming(place):
         config = read_config(weights.tensors)
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         check_tensors(weights.tensors, config)
-        params = place_params(weights.tensors, config, dtype=dtype, mesh=mesh, release=weights.release)
+        shardings = None if mesh is None else shardings_on(mesh, config)
+        params = place_params(weights.tensors, config, dtype=dtype, shardings=shardings, release=weights.release)
         return nnx.merge(abstract_model(config)[0], params)
 
 
-def _as_asked(params: Any, dtype: str | None, mesh: Mesh | None) -> Any:
+def _as_asked(params: Any, dtype: str | None) -> Any:
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise WeightsError("dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype")
 
-    def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        x = x if dtype is None else x.astype(dtype)
-        return x if mesh is None else jax.device_put(x, split_over(mesh, x.shape, stacked=path[0].key == "blocks"))
-
-    return jax.tree.map_with_path(leaf, params)
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -114,14 +113,19 @@ def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, t
         )
 
 
-def initial_params(source: str | os.PathLike[str], config: ModelConfig) -> Any:
+def initial_params(source: str | os.PathLike[str], config: ModelConfig, shardings: Any = None) -> Any:
     """The parameters with which a run starts from weights, in the dtype in which it trains them.
+
+    Args:
+      shardings: where each goes, a nested dict; None is the first device.
 
     Raises:
       WeightsError: as `check_initial_weights`.
     """
     weights = _weights_for(find_weights(source), config)
-    return place_params(weights.tensors, config, dtype=config.parameter_dtype, release=weights.release)
+    return place_params(
+        weights.tensors, config, dtype=config.parameter_dtype, shardings=shardings, release=weights.release
+    )
 
 
 def _weights_for(place: Path, config: ModelConfig) -> Weights:

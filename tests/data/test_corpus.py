@@ -1,312 +1,244 @@
-"""A corpus is built once, whole or not at all, found again, and never used when it is damaged."""
+"""A corpus of tokens that are there already, mixtures of several sources, and the configs that cannot be either."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rwkv_jax import cli
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data import corpus as corpus_module
-from rwkv_jax.data.corpus import Corpus, load_corpus, prepare_corpus
+from rwkv_jax.data import binidx as binidx_module
+from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.data.rows import training_rows
+from rwkv_jax.data.tokenizers import WorldTokenizer
+from tests.data.corpora import flat, folder_of, held_out_of, quiet, write_pair
 
-_VOCAB_SIZE = 380
+_TEXTS = [f"text number {number}, a café\n" for number in range(20)]
 
 
-def _quiet(line: str) -> None:
-    """Reports nothing."""
-
-
-@pytest.fixture
-def data(tmp_path: Path, lines: str) -> DataConfig:
-    """A folder of 40 files, a tenth of them held out."""
-    source = tmp_path / "source"
-    source.mkdir()
-    parts = lines.split("\n\n")
-    for i in range(40):
-        (source / f"{i:02d}.py").write_text("\n\n".join(parts[5 * i : 5 * i + 5]), encoding="utf-8", newline="")
-    return DataConfig(source=str(source), held_out=0.1, cache_dir=str(tmp_path / "cache"))
+@pytest.fixture(scope="session")
+def documents() -> list[list[int]]:
+    """Twenty documents as World tokens."""
+    tokenizer = WorldTokenizer()
+    return [[*tokenizer.encode(text), 0] for text in _TEXTS]
 
 
 @pytest.fixture
-def corpus(data: DataConfig) -> Corpus:
-    """Its corpus."""
-    return prepare_corpus(data, _VOCAB_SIZE, _quiet)
+def data(tmp_path: Path, documents: list[list[int]]) -> DataConfig:
+    """A pair of token files; its last two documents are held out."""
+    path = write_pair(tmp_path / "tokens", documents)
+    return DataConfig(source=str(path), held_out=0.1, tokenizer="world", cache_dir=str(tmp_path / "cache"))
 
 
-def _documents(tokens: np.ndarray, corpus: Corpus) -> list[str]:
-    assert tokens[0] == tokens[-1] == corpus.tokenizer.end_of_text
-    ends = np.flatnonzero(tokens == corpus.tokenizer.end_of_text)
-    return [corpus.tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+def _prepare(data: DataConfig, **changes: Any) -> Corpus:
+    return prepare_corpus(dataclasses.replace(data, **changes), 65536, quiet)
 
 
-def test_both_sides_together_are_the_source(data: DataConfig, corpus: Corpus) -> None:
-    texts = {path.read_bytes().decode() for path in Path(data.source).iterdir()}
-    train, held_out = _documents(corpus.train.tokens, corpus), _documents(corpus.held_out.tokens, corpus)
-    assert set(train) | set(held_out) == texts
-    assert set(train).isdisjoint(held_out)
-    assert len(train) + len(held_out) == 40
-    assert (corpus.train.num_documents, corpus.held_out.num_documents) == (len(train), len(held_out))
-    assert corpus.train.num_bytes == sum(len(text.encode()) for text in train)
-    assert corpus.held_out_bytes() == "".join(held_out).encode()
-    assert corpus.held_out.num_bytes == len(corpus.held_out_bytes())
-    assert corpus.held_out.bytes_per_token == corpus.held_out.num_bytes / (len(corpus.held_out.tokens) - 1)
+class TestBinidx:
+    @pytest.mark.parametrize("suffix", [".bin", ".idx", ""])
+    def test_the_last_documents_are_held_out(
+        self, data: DataConfig, documents: list[list[int]], suffix: str, tmp_path: Path
+    ) -> None:
+        reports: list[str] = []
+        source = str(tmp_path / f"tokens{suffix}")
+        corpus = prepare_corpus(dataclasses.replace(data, source=source), 65536, reports.append)
+        held_out = held_out_of(corpus)
+        assert corpus.train.tokens.tolist() == flat(documents[:18])
+        # The end of the document before stands first, so that each held-out token has a predecessor.
+        assert held_out.tokens.tolist() == [0, *documents[18], *documents[19]]
+        assert (corpus.train.num_documents, held_out.num_documents) == (18, 2)
+        assert corpus.held_out_bytes() == "".join(_TEXTS[18:]).encode()
+        assert held_out.num_bytes == len(corpus.held_out_bytes())
+        assert corpus.train.num_bytes == len("".join(_TEXTS[:18]).encode())
+        assert corpus.folder is None
+        assert not Path(data.cache_dir).exists()
+        assert any("training: 18 documents" in line for line in reports)
+        assert any(corpus.fingerprint in line for line in reports)
+
+    def test_nothing_is_copied(self, data: DataConfig) -> None:
+        corpus = _prepare(data)
+        for file in (corpus.train, held_out_of(corpus)):
+            assert isinstance(file.tokens, np.memmap)
+            assert file.path == Path(data.source)
+
+    def test_nothing_is_held_out_if_that_is_asked_for(self, data: DataConfig, documents: list[list[int]]) -> None:
+        corpus = _prepare(data, held_out=0)
+        assert (corpus.held_out, corpus.held_out_bytes()) == (None, b"")
+        assert corpus.train.tokens.tolist() == flat(documents)
+
+    def test_the_official_rows_of_a_file(self, data: DataConfig, documents: list[list[int]]) -> None:
+        """As the official trainer cuts them from the flat tokens: sample 1 begins at T int(0.618... p)."""
+        tokens, length = flat(documents), 4
+        slots = len(tokens) // length
+        prime = next(p for p in range(slots - 1, 1, -1) if p % 3 == 2 and all(p % d for d in range(2, p)))
+        rows = training_rows(_prepare(data, held_out=0), order="official", seed=9, batch_size=2, sequence_length=length)
+        for step in range(20):
+            for row, found in enumerate(rows.read(step).tolist()):
+                sample = 1 + 2 * step + row
+                start = (int(prime * (5**0.5 - 1) / 2) * sample**3) % prime * length
+                assert found == tokens[start : start + length + 1]
+
+    def test_the_fingerprint_depends_on_files_and_split_alone(self, data: DataConfig, tmp_path: Path) -> None:
+        found = {_prepare(data).fingerprint, _prepare(data, held_out=0.2).fingerprint}
+        content = bytearray(Path(data.source).read_bytes())
+        content[0] ^= 1
+        Path(data.source).write_bytes(content)
+        found.add(_prepare(data).fingerprint)
+        assert len(found) == 3
+        (tmp_path / "moved").mkdir()
+        for suffix in ("bin", "idx"):
+            (tmp_path / f"tokens.{suffix}").rename(tmp_path / "moved" / f"other.{suffix}")
+        assert _prepare(data, source=str(tmp_path / "moved" / "other")).fingerprint in found
+
+    def test_bytes_of_a_large_file_are_estimated(
+        self, data: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, documents: list[list[int]]
+    ) -> None:
+        write_pair(tmp_path / "tokens", documents * 50)
+        exact = _prepare(data).train.num_bytes
+        monkeypatch.setattr(binidx_module, "_BLOCK_BYTES", 64)
+        assert _prepare(data).train.num_bytes == pytest.approx(exact, rel=0.05)
+
+    def test_a_tokenizer_must_be_named(self, data: DataConfig) -> None:
+        with pytest.raises(ConfigError, match=r"data.tokenizer = None: .* holds tokens; name the tokenizer"):
+            _prepare(data, tokenizer=None)
+
+    @pytest.mark.parametrize("held_out", [0, 0.1])
+    def test_tokens_of_another_tokenizer_are_refused(self, data: DataConfig, held_out: float) -> None:
+        message = r"tokens\.bin: holds the token \d+, and the tokenizer has 257; name the tokenizer that made the file"
+        with pytest.raises(ConfigError, match=message):
+            prepare_corpus(dataclasses.replace(data, tokenizer="bytes", held_out=held_out), 257, quiet)
+
+    def test_documents_without_an_end_are_counted(self, data: DataConfig, tmp_path: Path) -> None:
+        def reports() -> list[str]:
+            lines: list[str] = []
+            prepare_corpus(data, 65536, lines.append)
+            return [line for line in lines if "do not end with" in line]
+
+        assert reports() == []
+        write_pair(tmp_path / "tokens", [[5, 0], [6, 7], [8, 0], [9, 0]])
+        (line,) = reports()
+        assert "1 of 4 documents looked at do not end with the tokenizer's end of text, 0, the only mark" in line
+
+    def test_one_document_cannot_be_split(self, data: DataConfig, tmp_path: Path) -> None:
+        write_pair(tmp_path / "tokens", [[5, 6, 0]])
+        with pytest.raises(ConfigError, match=r"has 1 document\(s\), which leaves none to train on; set data.held_out"):
+            _prepare(data)
+        assert _prepare(data, held_out=0).train.tokens.tolist() == [5, 6, 0]
+
+    @pytest.mark.parametrize("documents_", [[[], [5, 0]], [[5, 0], []]])
+    def test_a_side_without_tokens_is_refused(
+        self, data: DataConfig, tmp_path: Path, documents_: list[list[int]]
+    ) -> None:
+        write_pair(tmp_path / "tokens", documents_)
+        with pytest.raises(ConfigError, match=r"tokens\.bin has no tokens on one of the two sides"):
+            _prepare(data)
+
+    def test_an_idx_of_another_bin_is_refused(self, data: DataConfig, tmp_path: Path) -> None:
+        with (tmp_path / "tokens.bin").open("ab") as file:
+            file.write(b"\x01\x00")
+        with pytest.raises(ConfigError, match=r"tokens\.idx: does not match tokens\.bin, its items have"):
+            _prepare(data)
 
 
-def test_tokens_are_memory_mapped_and_small(corpus: Corpus) -> None:
-    assert isinstance(corpus.train.tokens, np.memmap)
-    assert corpus.train.tokens.dtype == np.uint16
-    assert not corpus.train.tokens.flags.writeable
-    assert corpus.train.num_tokens == len(corpus.train.tokens)
-    assert corpus.tokenizer.vocab_size == _VOCAB_SIZE
-    names = sorted(path.name for path in corpus.folder.iterdir())
-    assert names == ["corpus.json", "held_out.bin", "held_out.txt", "tokenizer.model", "train.bin"]
-
-
-def test_a_second_call_finds_the_first(data: DataConfig, corpus: Corpus) -> None:
-    times = {path: path.stat().st_mtime_ns for path in corpus.folder.iterdir()}
-    reports: list[str] = []
-    again = prepare_corpus(data, _VOCAB_SIZE, reports.append)
-    assert (again.folder, again.fingerprint) == (corpus.folder, corpus.fingerprint)
-    assert {path: path.stat().st_mtime_ns for path in corpus.folder.iterdir()} == times
-    assert not any("tokenised" in line for line in reports)
-    assert load_corpus(corpus.folder).fingerprint == corpus.fingerprint
-
-
-def test_building_again_gives_the_same_bytes(data: DataConfig, corpus: Corpus, tmp_path: Path) -> None:
-    other = prepare_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "other")), _VOCAB_SIZE, _quiet)
-    for path in corpus.folder.iterdir():
-        assert (other.folder / path.name).read_bytes() == path.read_bytes()
-
-
-def test_another_text_share_or_vocabulary_is_another_corpus(data: DataConfig, corpus: Corpus) -> None:
-    folders, fingerprints = {corpus.folder}, {corpus.fingerprint}
-    path = sorted(Path(data.source).iterdir())[0]
-    content = path.read_bytes()
-    path.write_bytes(content + b"#")
-    changed = [prepare_corpus(data, _VOCAB_SIZE, _quiet)]
-    path.write_bytes(content)
-    changed += [
-        prepare_corpus(dataclasses.replace(data, held_out=0.3), _VOCAB_SIZE, _quiet),
-        prepare_corpus(data, _VOCAB_SIZE - 1, _quiet),
-    ]
-    for other in changed:
-        folders.add(other.folder)
-        fingerprints.add(other.fingerprint)
-    path.rename(path.with_name("renamed.py"))
-    folders.add(prepare_corpus(data, _VOCAB_SIZE, _quiet).folder)
-    assert len(folders) == 5
-    assert len(fingerprints) == 4
-
-
-def test_a_single_file_is_split_at_a_line(tmp_path: Path, lines: str) -> None:
-    (tmp_path / "book.txt").write_text(lines, encoding="utf-8", newline="")
-    data = DataConfig(source=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
-    corpus = prepare_corpus(data, _VOCAB_SIZE - 5, _quiet)
-    assert corpus.folder.name.startswith("book-")
-    (train,), (held_out,) = _documents(corpus.train.tokens, corpus), _documents(corpus.held_out.tokens, corpus)
-    assert train + held_out == lines
-    assert train.endswith("\n")
-    assert abs(len(held_out) / len(lines) - 0.05) < 0.005
-
-
-def test_a_long_document_is_encoded_in_stretches(tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = lines + "x" * 250 + "\n" + lines
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(corpus_module, "_ENCODED_CHARACTERS", 100)
-    data = DataConfig(source=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
-    corpus = prepare_corpus(data, _VOCAB_SIZE, _quiet)
-    sides = [_documents(file.tokens, corpus)[0] for file in (corpus.train, corpus.held_out)]
-    assert "".join(sides) == text
-
-
-def test_json_lines_make_a_corpus(tmp_path: Path, lines: str) -> None:
-    records = [json.dumps({"text": part}) for part in lines.split("\n\n") if part]
-    (tmp_path / "x.jsonl").write_text("\n".join(records), encoding="utf-8")
-    data = DataConfig(source=str(tmp_path / "x.jsonl"), held_out=0.2, cache_dir=str(tmp_path / "cache"))
-    corpus = prepare_corpus(data, 350, _quiet)
-    assert corpus.train.num_documents + corpus.held_out.num_documents == 200
-    assert 20 <= corpus.held_out.num_documents <= 60
-
-
-def test_a_given_tokenizer_is_used_and_kept(data: DataConfig, model_path: Path, corpus: Corpus) -> None:
-    given = prepare_corpus(dataclasses.replace(data, tokenizer=str(model_path)), _VOCAB_SIZE, _quiet)
-    assert given.folder != corpus.folder
-    assert (given.folder / "tokenizer.model").read_bytes() == model_path.read_bytes()
-
-
-def test_a_given_tokenizer_of_another_size_is_refused_before_any_work(data: DataConfig, model_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"it has 380 entries and the model has vocab_size = 512"):
-        prepare_corpus(dataclasses.replace(data, tokenizer=str(model_path)), 512, _quiet)
-    assert not Path(data.cache_dir).exists()
-
-
-def _cut(folder: Path) -> None:
-    os.truncate(folder / "train.bin", 100)
-
-
-def _change(folder: Path) -> None:
-    content = bytearray((folder / "held_out.bin").read_bytes())
-    content[10] ^= 1
-    (folder / "held_out.bin").write_bytes(content)
-
-
-def _remove(folder: Path) -> None:
-    (folder / "held_out.txt").unlink()
-
-
-def _empty_json(folder: Path) -> None:
-    (folder / "corpus.json").write_text("{}")
-
-
-def _cut_json(folder: Path) -> None:
-    os.truncate(folder / "corpus.json", 30)
-
-
-def _remove_json(folder: Path) -> None:
-    (folder / "corpus.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_cut, r"is damaged: train.bin has 100 bytes, not \d+; delete the folder"),
-        (_change, "is damaged: the content of held_out.bin has changed; delete the folder"),
-        (_remove, "is damaged: held_out.txt is missing; delete the folder"),
-        (_empty_json, "is damaged: corpus.json cannot be understood"),
-        (_cut_json, "is damaged: corpus.json cannot be understood"),
-        (_remove_json, "is damaged: corpus.json is missing"),
-    ],
-)
-def test_a_damaged_folder_is_never_used(
-    data: DataConfig, corpus: Corpus, damage: Callable[[Path], None], message: str
-) -> None:
-    damage(corpus.folder)
-    with pytest.raises(ConfigError, match=message):
-        prepare_corpus(data, _VOCAB_SIZE, _quiet)
-    shutil.rmtree(corpus.folder)
-    assert prepare_corpus(data, _VOCAB_SIZE, _quiet).fingerprint == corpus.fingerprint
-
-
-def test_tokens_beyond_the_vocabulary_are_refused(corpus: Corpus) -> None:
-    record = json.loads((corpus.folder / "corpus.json").read_text())
-    largest = int(corpus.train.tokens.max())
-    record["vocab_size"] = largest
-    (corpus.folder / "corpus.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=f"holds the token {largest}, but the vocabulary has {largest}"):
-        load_corpus(corpus.folder)
-
-
-def test_a_corpus_of_another_format_is_refused(corpus: Corpus) -> None:
-    record = json.loads((corpus.folder / "corpus.json").read_text())
-    record["format_version"] = 99
-    (corpus.folder / "corpus.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="has format 99, this version reads"):
-        load_corpus(corpus.folder)
-    with pytest.raises(ConfigError, match="there is no corpus folder"):
-        load_corpus(corpus.folder / "nowhere")
-
-
-def test_a_failure_leaves_nothing_behind(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(corpus_module, "_flush_to_disk", full)
-    with pytest.raises(OSError, match="No space left"):
-        prepare_corpus(data, _VOCAB_SIZE, _quiet)
-    assert list(Path(data.cache_dir).iterdir()) == []
-
-
-def test_what_a_killed_build_left_is_ignored(data: DataConfig, corpus: Corpus) -> None:
-    left = corpus.folder.with_name(f".{corpus.folder.name}.123-abcd.tmp")
-    corpus.folder.rename(left)
-    os.truncate(left / "train.bin", 100)
-    again = prepare_corpus(data, _VOCAB_SIZE, _quiet)
-    assert again.fingerprint == corpus.fingerprint
-    assert again.folder == corpus.folder
-
-
-def test_a_source_that_changes_while_it_is_read_is_refused(data: DataConfig) -> None:
-    def change(line: str) -> None:
-        if line.startswith("trained"):
-            (Path(data.source) / "00.py").write_text("changed\n")
-
-    with pytest.raises(ConfigError, match="changed while it was read; start again"):
-        prepare_corpus(data, _VOCAB_SIZE, change)
-    assert list(Path(data.cache_dir).iterdir()) == []
-
-
-def test_two_processes_at_once_build_one_corpus(data: DataConfig) -> None:
-    program = (
-        "import sys; from rwkv_jax.config import DataConfig; from rwkv_jax.data.corpus import prepare_corpus\n"
-        "data = DataConfig(source=sys.argv[1], held_out=0.1, cache_dir=sys.argv[2])\n"
-        "print(prepare_corpus(data, 380, lambda line: None).fingerprint)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(corpus_module.__file__).parents[2])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, data.source, data.cache_dir],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
+class TestMixture:
+    @pytest.fixture
+    def mixture(self, data: DataConfig, tmp_path: Path) -> DataConfig:
+        """Of the token files and of records of text."""
+        records = [json.dumps({"text": f"record {number} says hello"}) for number in range(30)]
+        (tmp_path / "x.jsonl").write_text("\n".join(records))
+        default = DataConfig().source
+        return dataclasses.replace(
+            data, source=default, mixture=((data.source, 3.0), (str(tmp_path / "x.jsonl"), 1.0)), held_out=0.2
         )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert outputs[0] == outputs[1]
-    assert outputs[0][1] == ""
-    (folder,) = Path(data.cache_dir).iterdir()
-    assert load_corpus(folder).fingerprint == outputs[0][0].strip()
+
+    def test_both_sides_are_those_of_the_parts(self, mixture: DataConfig, data: DataConfig, tmp_path: Path) -> None:
+        reports: list[str] = []
+        corpus = prepare_corpus(mixture, 65536, reports.append)
+        tokens = _prepare(data, held_out=0.2)
+        text = _prepare(data, source=str(tmp_path / "x.jsonl"), held_out=0.2)
+        assert [part.tokens.tolist() for part in corpus.sources] == [
+            part.train.tokens.tolist() for part in (tokens, text)
+        ]
+        assert corpus.shares == (3072, 1024)
+        held_out = held_out_of(corpus)
+        assert corpus.held_out_bytes() == tokens.held_out_bytes() + text.held_out_bytes()
+        assert held_out.num_bytes == len(corpus.held_out_bytes())
+        joined = [*held_out_of(tokens).tokens.tolist(), *held_out_of(text).tokens.tolist()[1:]]
+        assert held_out.tokens.tolist() == joined
+        assert joined[0] == 0
+        assert any("75.00%" in line and corpus.fingerprint in line for line in reports)
+        rows = training_rows(corpus, order="windows", seed=0, batch_size=8, sequence_length=6)
+        assert {place.split(",")[0] for place in rows.places(0) + rows.places(1)} == {
+            data.source,
+            str(folder_of(text) / "train.bin"),
+        }
+
+    def test_the_fingerprint_covers_sources_and_weights(self, mixture: DataConfig, tmp_path: Path) -> None:
+        (first, _), (second, _) = mixture.mixture
+        fingerprints = [
+            _prepare(mixture, mixture=pairs).fingerprint
+            for pairs in (
+                ((first, 3.0), (second, 1.0)),
+                ((first, 1.0), (second, 1.0)),
+                ((second, 3.0), (first, 1.0)),
+                ((first, 1.0),),
+            )
+        ]
+        assert len(set(fingerprints)) == 4
+        assert _prepare(mixture, mixture=((first, 75), (second, 25))).fingerprint == fingerprints[0]
+        with (tmp_path / "x.jsonl").open("a") as file:
+            file.write('\n{"text": "more"}')
+        assert _prepare(mixture).fingerprint not in fingerprints
+
+    def test_nothing_is_held_out_if_that_is_asked_for(self, mixture: DataConfig) -> None:
+        corpus = _prepare(mixture, held_out=0)
+        assert (corpus.held_out, corpus.held_out_bytes()) == (None, b"")
+
+    def test_a_missing_source_is_named(self, mixture: DataConfig) -> None:
+        with pytest.raises(ConfigError, match=r"data.source = '/nowhere': there is no such file or folder"):
+            _prepare(mixture, mixture=(*mixture.mixture, ("/nowhere", 1.0)))
+
+    def test_a_weight_too_small_is_refused_before_any_work(self, mixture: DataConfig) -> None:
+        with pytest.raises(ConfigError, match=r"weight of '/nowhere' = 1e-06: less than a row in 4096"):
+            _prepare(mixture, mixture=(*mixture.mixture, ("/nowhere", 1e-6)))
+        assert not Path(mixture.cache_dir).exists()
 
 
-def test_the_loser_of_a_race_takes_what_the_winner_built(
-    data: DataConfig, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = shutil.copytree(corpus.folder, tmp_path / "winner")
-    shutil.rmtree(corpus.folder)
-    build = corpus_module._write_sides
+class TestDataConfig:
+    def test_a_mixture_on_the_command_line(self) -> None:
+        arguments = ["--data.mixture", "a b", "0.7", "c", "3", "--data.tokenizer", "world"]
+        assert cli.parse_train_config(arguments).data.mixture == (("a b", 0.7), ("c", 3.0))
 
-    def write_and_be_overtaken(*arguments: object) -> dict[str, object]:
-        record = build(*arguments)  # type: ignore[arg-type]
-        shutil.copytree(kept, corpus.folder)
-        return record
-
-    monkeypatch.setattr(corpus_module, "_write_sides", write_and_be_overtaken)
-    assert prepare_corpus(data, _VOCAB_SIZE, _quiet).fingerprint == corpus.fingerprint
-    assert list(Path(data.cache_dir).iterdir()) == [corpus.folder]
-
-
-def test_a_cache_that_cannot_be_written_is_named(data: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data.cache_dir = .*cannot write there \(Not a directory\)"):
-        prepare_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "file" / "cache")), _VOCAB_SIZE, _quiet)
-
-
-def test_a_vocabulary_too_large_for_the_source_is_named(data: DataConfig) -> None:
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 60000: .* at most \d+"):
-        prepare_corpus(data, 60000, _quiet)
-    assert list(Path(data.cache_dir).iterdir()) == []
-
-
-def test_the_standard_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    reports: list[str] = []
-    corpus = prepare_corpus(DataConfig(cache_dir=str(tmp_path)), 4096, reports.append)
-    assert corpus.folder.name.startswith("python-stdlib-")
-    total = corpus.train.num_bytes + corpus.held_out.num_bytes
-    assert total > 8e6
-    assert 0.04 < corpus.held_out.num_bytes / total < 0.07
-    assert corpus.held_out.bytes_per_token > 3
-    assert int(corpus.train.tokens.max()) < 4096
-    assert "".join(_documents(corpus.held_out.tokens, corpus)).encode() == corpus.held_out_bytes()
-    assert capfd.readouterr() == ("", "")
-    assert any("trained a tokenizer of 4096 entries" in line for line in reports)
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"held_out": 1.0}, "data.held_out = 1.0: must lie in [0, 1); 0 holds out nothing"),
+            ({"held_out": -0.1}, "data.held_out = -0.1: must lie in [0, 1)"),
+            ({"order": "random"}, "data.order = 'random': must be windows or official"),
+            ({"magic_prime": 5}, "data.magic_prime = 5: data.order = 'windows' has no such number; leave it out"),
+            (
+                {"mixture": (("a", 0.0), ("b", 1.0))},
+                "data.mixture, weight of 'a' = 0.0: must be positive; leave out what is not to be read",
+            ),
+            ({"mixture": (("a", float("nan")),)}, "data.mixture, weight of 'a' = nan: must be positive"),
+            ({"mixture": (("a", float("inf")),)}, "data.mixture, weight of 'a' = inf: must be positive"),
+            ({"mixture": (("", 1.0),)}, "data.mixture = (('', 1.0),): each source needs a path"),
+            ({"mixture": (("a", 1.0), ("a", 2.0))}, "names a source twice; add its weights"),
+            (
+                {"mixture": (("a", 1.0),), "source": "b"},
+                "data.source = 'b': data.mixture names the sources; leave this",
+            ),
+            ({"mixture": (("a", 1.0),), "tokenizer": None}, "the sources of data.mixture share one tokenizer; name it"),
+            ({"mixture": (("a", 1.0),), "order": "official"}, "data.order = 'official': the official order is one of"),
+        ],
+    )
+    def test_what_cannot_be(self, fields: dict[str, Any], message: str) -> None:
+        arguments: dict[str, Any] = {"tokenizer": "world"} | fields
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            DataConfig(**arguments)

@@ -25,6 +25,7 @@ from rwkv_jax.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
+from tests.data.corpora import folder_of, held_out_of
 from tests.data.texts import KINDS, TEXTS
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -295,13 +296,13 @@ def test_a_corpus_of_each_kind(
     reports: list[str] = []
     corpus = prepare_corpus(data, vocab_size, reports.append)
     texts = [path.read_bytes().decode() for path in source.iterdir()]
-    found = documents(corpus.train.tokens, corpus) + documents(corpus.held_out.tokens, corpus)
+    found = documents(corpus.train.tokens, corpus) + documents(held_out_of(corpus).tokens, corpus)
     assert sorted(found) == sorted(texts)
-    names = sorted(path.name for path in corpus.folder.iterdir())
+    names = sorted(path.name for path in folder_of(corpus).iterdir())
     assert names == sorted(["corpus.json", "held_out.bin", "held_out.txt", "train.bin", file])
     assert not any("changes the text" in line for line in reports)
     again = prepare_corpus(data, vocab_size, reports.append)
-    assert (again.folder, again.fingerprint) == (corpus.folder, corpus.fingerprint)
+    assert (again.folder, again.fingerprint) == (folder_of(corpus), corpus.fingerprint)
     assert sum("tokenised" in line for line in reports) == 1
 
 
@@ -323,7 +324,7 @@ def test_documents_that_a_tokenizer_changes_are_counted(source: Path, tmp_path: 
     reports: list[str] = []
     corpus = prepare_corpus(data, 405, reports.append)
     assert "the tokenizer changes the text of 3 of 13 documents, as by normalisation" in reports
-    found = documents(corpus.train.tokens, corpus) + documents(corpus.held_out.tokens, corpus)
+    found = documents(corpus.train.tokens, corpus) + documents(held_out_of(corpus).tokens, corpus)
     assert sum("caf\u00e9 " in text for text in found) == 3
     # A single document is two, one for each side.
     (tmp_path / "one.txt").write_text("cafe\u0301\n" * 200, encoding="utf-8")
@@ -343,7 +344,7 @@ def test_a_document_that_cannot_be_encoded_is_named(source: Path, tmp_path: Path
 def test_a_corpus_whose_tokenizer_is_another_one_is_damaged(source: Path, tmp_path: Path) -> None:
     """Also where the file of the tokenizer holds its name only, and is as it was."""
     data = DataConfig(source=str(source), held_out=0.2, tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
-    folder = prepare_corpus(data, 257, lambda line: None).folder
+    folder = folder_of(prepare_corpus(data, 257, lambda line: None))
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
     record = json.loads((changed / "corpus.json").read_text())
     (changed / "corpus.json").write_text(json.dumps(record | {"tokenizer_fingerprint": "0" * 32}))

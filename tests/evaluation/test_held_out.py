@@ -18,6 +18,7 @@ from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingC
 from rwkv_jax.data.batches import evaluation_windows
 from rwkv_jax.data.corpus import TokenFile
 from rwkv_jax.evaluation.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
+from rwkv_jax.training.batch import Batch, make_batch
 from rwkv_jax.training.loss import TokenLosses
 from rwkv_jax.training.step import Trainer, make_trainer
 
@@ -50,7 +51,8 @@ def params(trainer: Trainer) -> Any:
 def test_loss_is_the_mean_over_every_predicted_token(trainer: Trainer, params: Any, count: int) -> None:
     file = token_file(count, num_bytes=3 * count)
     windows = evaluation_windows(file.tokens, batch_size=BATCH, sequence_length=LENGTH)
-    result = evaluate(jax.jit(trainer.eval_step), params, windows, file)
+    batches = (make_batch(tokens, end_of_text=None, mask=mask) for tokens, mask in windows)
+    result = evaluate(jax.jit(trainer.eval_step), params, batches, file)
 
     forward = jax.jit(lambda tokens: nnx.merge(trainer.graphdef, params)(tokens)[0][0])
     losses: list[float] = []
@@ -70,13 +72,16 @@ def test_loss_is_the_mean_over_every_predicted_token(trainer: Trainer, params: A
 def test_windows_count_by_their_tokens() -> None:
     """A window that is hardly filled weighs little: sums are divided once, at the end."""
 
-    def eval_step(params: float, tokens: np.ndarray, mask: np.ndarray) -> TokenLosses:
-        return TokenLosses(jnp.float32(params * tokens[0, 0] * mask.sum()), jnp.float32(0), jnp.float32(mask.sum()))
+    def eval_step(params: float, batch: Batch) -> TokenLosses:
+        count = jnp.float32(batch.mask.sum())
+        return TokenLosses(params * batch.tokens[0, 0] * count, jnp.float32(0), count)
 
     full, rest = np.ones((2, 4), np.float32), np.zeros((2, 4), np.float32)
     rest[0, :2] = 1
-    windows = [(np.full((2, 5), 1), full), (np.full((2, 5), 6), rest)]
-    result = evaluate(eval_step, 0.5, windows, token_file(11, 40))
+    batches = [
+        make_batch(np.full((2, 5), token), end_of_text=None, mask=mask) for token, mask in ((1, full), (6, rest))
+    ]
+    result = evaluate(eval_step, 0.5, batches, token_file(11, 40))
     assert result.loss == pytest.approx(0.5 * (8 * 1 + 2 * 6) / 10)
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 4)
 

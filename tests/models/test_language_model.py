@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ModelConfig, Remat
 from rwkv_jax.models import RWKV4, RWKV5, RWKV6, RWKV7, model_type
 from rwkv_jax.models.state import State
 from rwkv_jax.training.loss import sum_losses
@@ -259,7 +259,7 @@ def test_packed_and_ragged_at_once(float64: None, generation: str) -> None:
 
 
 @functools.cache
-def gradients_program(config: ModelConfig, remat: bool = False, chunk: int | None = None) -> Callable[..., Any]:
+def gradients_program(config: ModelConfig, remat: Remat = "none", chunk: int | None = None) -> Callable[..., Any]:
     """(params, state, added [B, T, C], tokens, targets, mask, segment_ids, lengths) -> loss, gradients of the first 3.
 
     `added` is added to the embeddings, for their gradient.
@@ -270,8 +270,7 @@ def gradients_program(config: ModelConfig, remat: bool = False, chunk: int | Non
     ) -> Array:
         model = merge(config, params)
         embeds = model.emb(tokens) + added
-        rows = {"segment_ids": ids, "lengths": lengths}
-        hidden, final = model.hidden(None, state, inputs_embeds=embeds, remat=remat, **rows)
+        hidden, final = model.hidden(None, state, inputs_embeds=embeds, remat=remat, segment_ids=ids, lengths=lengths)
         total = sum_losses(model.logits, hidden, targets, mask, chunk)
         return total.nll + 1e-2 * total.peak + 1e-3 * sum(jnp.sum(x) for x in (final.att_shift, final.ffn_shift))
 
@@ -332,7 +331,7 @@ def test_loss_and_gradients_do_not_depend_on_how_they_are_computed(float64: None
     inputs = (params, state, np.zeros((ROWS, TIME, 32)), TOKENS, targets, mask, segment_ids, lengths)
     loss, (gradient, *others) = gradients_program(config)(*inputs)
     scan = dataclasses.replace(config, wkv_implementation="scan")
-    other_loss, (other_gradient, *other_others) = gradients_program(scan, True, 16)(*inputs)
+    other_loss, (other_gradient, *other_others) = gradients_program(scan, "full", 16)(*inputs)
     assert relative_error(other_loss, loss) < 1e-12
     assert_close(to_official(config, other_gradient), to_official(config, gradient), 1e-11)
     for x, expected in zip(jax.tree.leaves(other_others), jax.tree.leaves(others), strict=True):
@@ -345,7 +344,7 @@ def test_remat_keeps_less_for_the_backward_pass(generation: str) -> None:
     config = dataclasses.replace(FLOAT32[generation], num_layers=12)
     tokens = jnp.zeros((8, 256), jnp.int32)
 
-    def kept(remat: bool) -> int:
+    def kept(remat: Remat) -> int:
         def hidden(params: Any) -> Array:
             return merge(config, params).hidden(tokens, remat=remat)[0]
 
@@ -354,7 +353,9 @@ def test_remat_keeps_less_for_the_backward_pass(generation: str) -> None:
         )
 
     block_inputs = config.num_layers * tokens.size * config.width
-    assert block_inputs < kept(remat=True) < 3 * block_inputs < kept(remat=False) / 2
+    full, operator, none = (kept(remat) for remat in ("full", "operator", "none"))
+    assert block_inputs < full < 2 * block_inputs
+    assert 2 * full < operator < none
 
 
 # Precision

@@ -17,7 +17,7 @@ import pytest
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import TrainState, make_trainer
+from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
 
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -268,7 +268,7 @@ class TestIdentity:
         changed = dataclasses.replace(
             CONFIG, optimizer=OptimizerConfig(schedule="constant", weight_decay=0.0, clip_norm=0.0, warmup_steps=0)
         )
-        states = [ckpt.abstract_state(make_trainer(config), 0) for config in (CONFIG, changed)]
+        states = [abstract_state(make_trainer(config)) for config in (CONFIG, changed)]
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
     def test_the_table_lists_exactly_what_differs(self) -> None:
@@ -397,7 +397,7 @@ def run_dir(saved_run: Path, tmp_path: Path) -> Path:
 
 def model_state(step: int) -> TrainState:
     """The shapes of a model's state, filled with numbers that differ at each step."""
-    like = ckpt.abstract_state(make_trainer(CONFIG), 0)
+    like = abstract_state(make_trainer(CONFIG))
     return jax.tree.map(lambda x: jnp.full(x.shape, step, x.dtype), like)
 
 

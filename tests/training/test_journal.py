@@ -34,7 +34,7 @@ class Desk:
             max_bad_steps=max_bad_steps,
             bytes_per_token=BYTES_PER_TOKEN,
             learning_rate=lambda step: 0.5**step,
-            batch_starts=lambda step: [100 * step, 100 * step + 7],
+            places=lambda step: [f"token {100 * step}", f"token {100 * step + 7}"],
             console=Console(12, every=1, stream=self.output, interactive=False),
             writer=self.writer,
             throughput=Throughput(1),
@@ -114,9 +114,9 @@ def test_alarm_after_as_many_bad_steps_in_a_row_names_their_batches(desk: Desk, 
     message = str(error.value)
     assert "3 steps in a row" in message
     assert [line.strip() for line in message.splitlines()[1:]] == [
-        "step 4: [400, 407]",
-        "step 5: [500, 507]",
-        "step 6: [600, 607]",
+        "step 4: token 400; token 407",
+        "step 5: token 500; token 507",
+        "step 6: token 600; token 607",
     ]
 
 

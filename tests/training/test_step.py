@@ -18,6 +18,8 @@ from jax import Array
 
 from rwkv_jax.config import OptimizerConfig, TrainConfig, TrainingConfig
 from rwkv_jax.models import RWKV7
+from rwkv_jax.training.batch import Batch, make_batch
+from rwkv_jax.training.loss import TokenLosses
 from rwkv_jax.training.optimizer import make_optimizer
 from rwkv_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from tests.golden import QUICK, relative_error
@@ -31,6 +33,7 @@ CONFIG = TrainConfig(
     training=TrainingConfig(num_steps=40, batch_size=8, sequence_length=9, l2wrap=1e-2),
 )
 TOKENS = np.random.default_rng(0).integers(0, SMALL.vocab_size, (8, 10)).astype(np.int32)
+BATCH = make_batch(TOKENS, end_of_text=None)
 
 
 @functools.cache
@@ -65,7 +68,7 @@ def in_bytes(tree: Any) -> list[bytes]:
 @pytest.fixture(scope="module")
 def first_step() -> tuple[TrainState, StepMetrics]:
     with jax.enable_x64(True):
-        return train_step()(start(), TOKENS)
+        return train_step()(start(), BATCH)
 
 
 def test_a_step_is_adam_on_cross_entropy_and_l2wrap(float64: None, first_step: tuple[TrainState, StepMetrics]) -> None:
@@ -93,7 +96,7 @@ def test_a_step_is_adam_on_cross_entropy_and_l2wrap(float64: None, first_step: t
 
 def test_micro_batches_add_up_to_the_batch(float64: None, first_step: tuple[TrainState, StepMetrics]) -> None:
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, accumulation_steps=4))
-    state, metrics = train_step(config)(start(config), TOKENS)
+    state, metrics = train_step(config)(start(config), BATCH)
     expected_state, expected_metrics = first_step
     assert relative_error(metrics.loss, expected_metrics.loss) < 1e-12
     assert relative_error(metrics.gradient_norm, expected_metrics.gradient_norm) < 1e-12
@@ -104,7 +107,7 @@ def test_micro_batches_add_up_to_the_batch(float64: None, first_step: tuple[Trai
 def test_the_loss_of_one_batch_falls(float64: None) -> None:
     state, losses = start(), []
     for _ in range(CONFIG.training.num_steps):
-        state, metrics = train_step()(state, TOKENS)
+        state, metrics = train_step()(state, BATCH)
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == CONFIG.training.num_steps
@@ -115,7 +118,7 @@ def test_the_loss_of_one_batch_falls(float64: None) -> None:
 )
 def test_every_generation_learns(float64: None, generation: str) -> None:
     """From its official initial values, in micro-batches, with each block recomputed."""
-    training = dataclasses.replace(CONFIG.training, accumulation_steps=2, remat=True, l2wrap=0.0)
+    training = dataclasses.replace(CONFIG.training, accumulation_steps=2, remat="full", l2wrap=0.0)
     optimizer = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0)
     config = TrainConfig(model=parameters.SMALL[generation], training=training, optimizer=optimizer)
     params = jax.tree.map(jnp.asarray, parameters.initial_params(config.model))
@@ -124,10 +127,10 @@ def test_every_generation_learns(float64: None, generation: str) -> None:
     step = jax.jit(trainer_of(config).train_step, compiler_options=QUICK)
     losses = []
     for _ in range(30):
-        state, metrics = step(state, TOKENS)
+        state, metrics = step(state, BATCH)
         assert bool(metrics.finite)
         losses.append(float(metrics.loss))
-    total = jax.jit(trainer_of(config).eval_step, compiler_options=QUICK)(params, TOKENS, np.ones((8, 9)))
+    total = jax.jit(trainer_of(config).eval_step, compiler_options=QUICK)(params, BATCH)
     assert relative_error(losses[0], total.nll / total.count) < 1e-12
     assert losses[-1] < 0.25 * losses[0], losses
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
@@ -140,14 +143,17 @@ def test_every_generation_learns(float64: None, generation: str) -> None:
 def test_evaluation_gives_the_loss_that_training_reports(
     float64: None, first_step: tuple[TrainState, StepMetrics]
 ) -> None:
-    total = eval_step()(start().params, TOKENS, np.ones((8, 9), np.float32))
+    total = eval_step()(start().params, BATCH)
     assert total.count == 72
     assert relative_error(total.nll / total.count, first_step[1].loss) < 1e-12
 
 
 def test_masked_tokens_are_read_but_not_counted(float64: None) -> None:
     params = start().params
-    evaluate = functools.partial(eval_step(), params, TOKENS)
+
+    def evaluate(mask: np.ndarray) -> TokenLosses:
+        return eval_step()(params, BATCH._replace(mask=mask))
+
     mask = np.random.default_rng(1).integers(0, 2, (8, 9)).astype(np.float32)
     parts = [evaluate(m) for m in (mask, 1 - mask)]
     whole = evaluate(np.ones_like(mask))
@@ -160,22 +166,22 @@ def test_masked_tokens_are_read_but_not_counted(float64: None) -> None:
 # Steps that are not finite
 
 
-def spoil_tokens(state: TrainState) -> tuple[TrainState, np.ndarray]:
-    return state, np.full_like(TOKENS, SMALL.vocab_size)
+def spoil_tokens(state: TrainState) -> tuple[TrainState, Batch]:
+    return state, make_batch(np.full_like(TOKENS, SMALL.vocab_size), end_of_text=None)
 
 
-def spoil_parameters(state: TrainState) -> tuple[TrainState, np.ndarray]:
+def spoil_parameters(state: TrainState) -> tuple[TrainState, Batch]:
     head = state.params["head"]["weight"].at[0, 0].set(jnp.nan)
-    return state._replace(params=state.params | {"head": {"weight": head}}), TOKENS
+    return state._replace(params=state.params | {"head": {"weight": head}}), BATCH
 
 
-def spoil_gradient(state: TrainState) -> tuple[TrainState, np.ndarray]:
+def spoil_gradient(state: TrainState) -> tuple[TrainState, Batch]:
     # The loss is as before, but the gradient of ln_out overflows.
     params = state.params | {
         "ln_out": jax.tree.map(lambda x: x * 1e-200, state.params["ln_out"]),
         "head": jax.tree.map(lambda x: x * 1e200, state.params["head"]),
     }
-    return state._replace(params=params), TOKENS
+    return state._replace(params=params), BATCH
 
 
 @pytest.mark.parametrize(
@@ -189,9 +195,9 @@ def spoil_gradient(state: TrainState) -> tuple[TrainState, np.ndarray]:
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(
     float64: None, first_step: tuple[TrainState, StepMetrics], spoil: Any, loss_is_finite: bool
 ) -> None:
-    before, tokens = spoil(first_step[0])
-    once, metrics = train_step()(before, tokens)
-    twice, _ = train_step()(once, tokens)
+    before, batch = spoil(first_step[0])
+    once, metrics = train_step()(before, batch)
+    twice, _ = train_step()(once, batch)
     assert not bool(metrics.finite)
     assert bool(jnp.isfinite(metrics.loss)) == loss_is_finite
     assert in_bytes((twice.params, twice.optimizer, twice.key)) == in_bytes(
@@ -200,7 +206,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(
     assert [int(x) for x in (once.step, once.bad_steps, once.skipped_steps)] == [2, 1, 1]
     assert [int(x) for x in (twice.step, twice.bad_steps, twice.skipped_steps)] == [3, 2, 2]
 
-    after, metrics = train_step()(twice._replace(params=first_step[0].params), TOKENS)
+    after, metrics = train_step()(twice._replace(params=first_step[0].params), BATCH)
     assert bool(metrics.finite)
     assert [int(x) for x in (after.step, after.bad_steps, after.skipped_steps)] == [4, 0, 2]
     assert in_bytes(after.params) != in_bytes(first_step[0].params)
@@ -234,9 +240,9 @@ def test_a_step_is_compiled_once() -> None:
     step = jax.jit(trainer.train_step, donate_argnums=0, compiler_options=QUICK)
     counts = []
     for seed in range(3):
-        tokens = jnp.asarray(np.random.default_rng(seed).integers(0, SMALL.vocab_size, TOKENS.shape), jnp.int32)
+        rows = np.random.default_rng(seed).integers(0, SMALL.vocab_size, TOKENS.shape).astype(np.int32)
         with compilations() as events:
-            state, _ = step(state, tokens)
+            state, _ = step(state, make_batch(rows, end_of_text=None))
             jax.block_until_ready(state)
         counts.append(len(events))
     assert counts == [1, 0, 0]
@@ -247,7 +253,7 @@ def lowered(num_layers: int) -> jax.stages.Lowered:
     config = dataclasses.replace(FLOAT32, model=dataclasses.replace(FLOAT32.model, num_layers=num_layers))
     trainer = make_trainer(config)
     state = jax.eval_shape(trainer.init, jax.random.key(0))
-    return jax.jit(trainer.train_step).lower(state, TOKENS)
+    return jax.jit(trainer.train_step).lower(state, BATCH)
 
 
 def test_the_program_does_not_grow_with_depth() -> None:

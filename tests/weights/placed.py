@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.parallel.mesh import MeshShape, make_mesh
 from rwkv_jax.weights.official import OfficialTensors
 from rwkv_jax.weights.safetensors_file import write_safetensors
 from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
@@ -29,6 +30,9 @@ def main() -> None:
         same = from_pretrained(Path(folder) / "again.pth", dtype="float32")
         whole = from_pretrained(path, dtype="float32")
         split = from_pretrained(path, dtype="float32", mesh=mesh)
+        as_trained = from_pretrained(
+            path, dtype="float32", mesh=make_mesh(MeshShape(fsdp=2, tensor=1, data=2), jax.devices())
+        )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert_same_bits(dict(OfficialTensors(model.config, params)), tensors)
 
@@ -44,6 +48,11 @@ def main() -> None:
         },
         "devices": {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)}.pop(),
         "error": float(np.abs(np.asarray(logits(split, tokens)) - expected).max()),
+        "error_as_trained": float(np.abs(np.asarray(logits(as_trained, tokens)) - expected).max()),
+        "partitions_as_trained": {
+            ".".join(str(entry.key) for entry in path): list(leaf.sharding.spec)
+            for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(as_trained, nnx.Param)))
+        },
         "error_again": float(np.abs(np.asarray(logits(same, tokens)) - expected).max()),
     }
     json.dump(report, sys.stdout)

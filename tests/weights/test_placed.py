@@ -16,3 +16,6 @@ def test_a_file_is_placed_shard_by_shard() -> None:
     assert shards["ln_out.weight"] == [[32]]
     assert report["error"] < 1e-5
     assert report["error_again"] == 0
+    assert report["error_as_trained"] < 1e-5
+    assert report["partitions_as_trained"]["blocks.att.key.weight"] == [None, None, "fsdp"]
+    assert report["partitions_as_trained"]["blocks.ffn.value.weight"][:2] == [None, "fsdp"]

@@ -1,0 +1,44 @@
+"""Documents as tokens, in stretches, so that the longest of them needs little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.sources import Document
+from rwkv_jax.data.tokenizers import Tokenizer
+
+_ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of memory for each
+
+
+def encode_document(
+    tokenizer: Tokenizer, document: Document, stretch_length: int = _ENCODED_CHARACTERS
+) -> Iterator[tuple[list[int], bool]]:
+    """Tokens of a document's stretches, without end_of_text, and whether each decodes to what it was made of.
+
+    Stretches end at a line's end where there is one within `stretch_length` characters.
+    Raises ConfigError, naming the document, for a text that the tokenizer refuses.
+    """
+    for stretch in _line_stretches(document.text, stretch_length):
+        try:
+            tokens = tokenizer.encode(stretch)
+        except ConfigError as error:
+            raise ConfigError(f"document {document.name}: {error}") from error
+        yield tokens, tokenizer.decode(tokens) == stretch
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each id stands for, [V] int64; 0 for end_of_text."""
+    return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
+
+
+def _line_stretches(text: str, length: int) -> Iterator[str]:
+    start = 0
+    while len(text) - start > length:
+        end = text.rfind("\n", start, start + length) + 1
+        end = end if end > start else start + length
+        yield text[start:end]
+        start = end
+    yield text[start:]

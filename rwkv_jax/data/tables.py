@@ -1,0 +1,85 @@
+"""Texts from one column of Parquet and Arrow files, batch by batch; needs the `parquet` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rwkv_jax.config import ConfigError
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+"""Names of tables end so. Arrow files may be of the file format (Feather 2) or the stream format."""
+
+_ROWS_AT_A_TIME = 1024
+_ARROW_FILE = b"ARROW1"
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is a table, going by its name."""
+    return name.endswith(SUFFIXES)
+
+
+def read_table(path: Path, column: str) -> Iterator[str]:
+    """The texts of a column, row by row; a batch of the file is in memory at a time.
+
+    Raises ConfigError without pyarrow, for a file that is damaged or has no such column of text, and for rows that
+    hold no text; it names the row.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(f'{path}: needs the package pyarrow: pip install "rwkv-jax[parquet]"') from error
+    row = 0
+    try:
+        for texts in _column_batches(path, column):
+            if texts.null_count:
+                row += next(index for index, text in enumerate(texts) if not text.is_valid)
+                raise ConfigError(f"{path}: row {row} has no text in its column {column!r} (null); remove it")
+            for text in texts:
+                yield text.as_py()
+                row += 1
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: row {row}, column {column!r} is not UTF-8 at byte {error.start}") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{path}: cannot be read as a table ({error}); make it again") from error
+
+
+def _column_batches(path: Path, column: str) -> Iterator[Any]:
+    """Arrow arrays of the column."""
+    import pyarrow
+    from pyarrow import parquet
+
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            _check_column(file.schema_arrow, column, path)
+            for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column]):
+                yield batch.column(0)
+        return
+    with pyarrow.memory_map(str(path)) as source:
+        if source.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            reader = batches = pyarrow.ipc.open_stream(source)
+        _check_column(reader.schema, column, path)
+        for batch in batches:
+            yield batch.column(column)
+
+
+def _check_column(schema: Any, column: str, path: Path) -> None:
+    from pyarrow import types
+
+    if column not in schema.names:
+        raise ConfigError(f"{path}: has no column {column!r}; set data.text_field to one of {sorted(schema.names)}")
+    if schema.names.count(column) > 1:
+        raise ConfigError(f"{path}: has several columns {column!r}; rename all but one")
+    kind = schema.field(column).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
+        of_text = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+        raise ConfigError(
+            f"{path}: column {column!r} is not text but {kind}; set data.text_field to a column of text"
+            + (f", such as {of_text}" if of_text else "")
+        )

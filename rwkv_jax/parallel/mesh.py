@@ -1,0 +1,167 @@
+"""The mesh: how many devices share the rows, the weights, the heads and the time of a training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from rwkv_jax.config import ConfigError, ParallelConfig, TrainConfig
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+"""The mesh's axes. Devices that follow each other are neighbours along the last one, which has the most to tell."""
+
+BYTES_PER_PARAMETER = 16
+"""Parameter, its gradient and Adam's two moments in float32."""
+
+_SHARE_FOR_STATE = 0.5
+"""Of a device's memory; the rest is for activations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        """As `data 2 x fsdp 4`; axes of one device are left out."""
+        named = [f"{name} {size}" for name, size in dataclasses.asdict(self).items() if size > 1]
+        return " x ".join(named) or "one device"
+
+
+def choose_shape(
+    parallel: ParallelConfig, num_devices: int, *, num_parameters: int, rows: int, device_memory: int | None
+) -> MeshShape:
+    """The shape of the mesh, with a size for each axis that is left to `auto`.
+
+    `fsdp` gets the fewest devices over which parameters, gradients and optimizer take at most half of each device's
+    memory; `data` gets the devices that remain. What cannot be divided over the rows goes to `fsdp` before `data`.
+
+    Args:
+      rows: of a micro-batch, which data and fsdp split between them.
+      device_memory: bytes of one device; None where it is not known, and fsdp is then 1.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices; the nearest that do are named.
+    """
+    given = {name: getattr(parallel, name) for name in AXES}
+    fixed = math.prod(size for size in given.values() if size != "auto")
+    if num_devices % fixed:
+        raise ConfigError(
+            f"parallel: {_listed(given)} take a multiple of {fixed} devices, but there are {num_devices}; sizes that "
+            f"divide it are {', '.join(map(str, divisors(num_devices)))}, or leave parallel.data to auto"
+        )
+    remaining = num_devices // fixed
+    if given["fsdp"] == "auto":
+        if given["data"] != "auto":
+            fsdp = remaining
+        else:
+            shards = 1
+            if device_memory is not None:
+                # What is split over heads is split already.
+                needed = BYTES_PER_PARAMETER * num_parameters / given["tensor"]
+                shards = needed / (_SHARE_FOR_STATE * device_memory)
+            fsdp = next((size for size in divisors(remaining) if size >= shards), remaining)
+        given["fsdp"] = fsdp
+        remaining //= fsdp
+    if given["data"] == "auto":
+        given["data"] = remaining
+        remaining = 1
+    if remaining != 1:
+        raise ConfigError(
+            f"parallel: {_listed(given)} take {num_devices // remaining} devices, but there are {num_devices}; leave "
+            "parallel.data to auto, or let the sizes multiply to their number"
+        )
+    shape = MeshShape(**given)
+    check_rows(shape, rows)
+    return shape
+
+
+def check_rows(shape: MeshShape, rows: int) -> None:
+    """Raises ConfigError where a micro-batch's rows cannot be shared out evenly."""
+    ways = shape.data * shape.fsdp
+    if rows % ways:
+        below = rows // ways * ways
+        nearest = " or ".join(str(size) for size in (below, below + ways) if size)
+        raise ConfigError(
+            f"training.batch_size: {rows} rows at a time (batch_size / accumulation_steps) cannot be shared by "
+            f"data {shape.data} x fsdp {shape.fsdp} = {ways} devices; the nearest sizes are {nearest}, or give "
+            "parallel.sequence or parallel.tensor some of the devices"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
+    """A mesh of a shape on as many devices, neighbours in it being neighbours in the machine where JAX knows how.
+
+    Raises:
+      ConfigError: another number of devices.
+    """
+    if shape.size != len(devices):
+        raise ConfigError(f"parallel: {shape} takes {shape.size} devices, but there are {len(devices)}")
+    sizes = tuple(getattr(shape, name) for name in AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+
+
+def mesh_of(config: TrainConfig, devices: Sequence[Any]) -> Mesh | None:
+    """The mesh of a run on these devices; None for one device.
+
+    Where data and fsdp are left to `auto` and one process has all devices, no more of them are used than share the rows
+    evenly.
+
+    Raises:
+      ConfigError: as `choose_shape`.
+    """
+    parallel = config.parallel
+    rows = config.training.batch_size // config.training.accumulation_steps
+    usable = len(devices)
+    if parallel.data == parallel.fsdp == "auto" and len({device.process_index for device in devices}) == 1:
+        usable = usable_devices(parallel, usable, rows)
+    shape = choose_shape(
+        parallel,
+        usable,
+        num_parameters=config.model.num_parameters(),
+        rows=rows,
+        device_memory=_memory_of(devices[0]),
+    )
+    return make_mesh(shape, devices[:usable]) if usable > 1 else None
+
+
+def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int:
+    """The most devices that share the rows evenly, tensor and sequence given."""
+    each = parallel.tensor * parallel.sequence
+    return next((ways * each for ways in range(num_devices // each, 0, -1) if rows % ways == 0), num_devices)
+
+
+def shape_of(mesh: Mesh) -> MeshShape:
+    """Devices along each axis of a mesh that `make_mesh` made."""
+    return MeshShape(**{name: mesh.shape[name] for name in AXES})
+
+
+def _memory_of(device: Any) -> int | None:
+    """Bytes of a device's memory, where it says so."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (RuntimeError, NotImplementedError, AttributeError):  # a CPU, or a device that is not there
+        return None

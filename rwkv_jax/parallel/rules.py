@@ -1,0 +1,132 @@
+"""The table of what is split over which mesh axes, and what it makes of every parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.models import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """For each meaning of an axis the mesh axes that split it, the first of them outermost."""
+
+    rows: tuple[str, ...] = ("data", "fsdp")
+    """B, of tokens, activations and states."""
+    time: tuple[str, ...] = ("sequence",)
+    """T, of tokens and activations."""
+    vocab: tuple[str, ...] = ("tensor",)
+    """V, of embedding, head and logits."""
+    heads: tuple[str, ...] = ("tensor",)
+    """H, or C where it is cut by heads: projections, per-head parameters, WKV states."""
+    ffn: tuple[str, ...] = ("tensor",)
+    """F."""
+    gate: tuple[str, ...] = ("tensor",)
+    """C of the feed-forward network's gate."""
+    embed: tuple[str, ...] = ("fsdp",)
+    """C where a matrix reads or writes the residual stream; weights are gathered along it when they are used."""
+    low_rank_heads: tuple[str, ...] = ("tensor", "fsdp")
+    """C where a low-rank map writes it for the heads; its other axis is too short to split."""
+
+    def spec(self, axes: tuple[str | None, ...], name: str) -> PartitionSpec:
+        """The partition of an array whose axes have these meanings.
+
+        Raises:
+          ConfigError: two axes of the array would be split over the same mesh axis.
+        """
+        entries = [() if axis is None else getattr(self, axis) for axis in axes]
+        used = [mesh_axis for entry in entries for mesh_axis in entry]
+        for mesh_axis in used:
+            if used.count(mesh_axis) > 1:
+                meanings = [axis for axis, entry in zip(axes, entries, strict=True) if mesh_axis in entry]
+                raise ConfigError(
+                    f"{name}: its axes {' and '.join(map(str, meanings))} would both be split over the mesh axis "
+                    f"{mesh_axis!r}; change one of these rules"
+                )
+        return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+    def on(self, mesh: Mesh) -> Rules:
+        """The same rules without mesh axes of one device, which split nothing."""
+        own = {name: tuple(axis for axis in axes if mesh.shape[axis] > 1) for name, axes in vars(self).items()}
+        return Rules(**own)
+
+
+RULES = Rules()
+"""Megatron's split of each layer over `tensor`, and weights scattered over `fsdp`."""
+
+
+def check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, name: str) -> None:
+    """Raises ConfigError, with the nearest sizes, where a mesh axis does not divide the array axis that it splits."""
+    for axis, entry in enumerate(spec):
+        mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+        ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+        if shape[axis] % ways:
+            below = shape[axis] // ways * ways
+            nearest = " and ".join(str(size) for size in (below, below + ways) if size)
+            over = " x ".join(f"parallel.{mesh_axis} = {mesh.shape[mesh_axis]}" for mesh_axis in mesh_axes)
+            raise ConfigError(
+                f"{name}: size {shape[axis]} of axis {axis} of {list(shape)} is no multiple of {over}; the nearest "
+                f"sizes that are: {nearest}"
+            )
+
+
+def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES) -> Any:
+    """The partition of every parameter.
+
+    Args:
+      kind: the model's class.
+      params: nested dict of the parameters or their shapes; those under "blocks" have a leading axis of layers.
+
+    Raises:
+      ConfigError: as `Rules.spec`.
+    """
+
+    def spec(path: tuple[Any, ...], parameter: Any) -> PartitionSpec:
+        names = tuple(str(entry.key) for entry in path)
+        own = kind.parameter_axes(names)
+        stacked = (None,) if names[0] == "blocks" else ()
+        # The previews of RWKV-5 have one number a head where the others have one a channel.
+        return rules.spec((stacked + own)[: parameter.ndim], ".".join(names))
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def state_axes(generation: str) -> tuple[tuple[str | None, ...], Any]:
+    """What the axes of a model's shifts [L, B, C] and of its WKV state mean."""
+    shift = (None, "rows", None)
+    if generation == "4":
+        return shift, ((None, "rows", "heads"),) * 3
+    return shift, (None, "rows", "heads", None, None)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """The shardings of a tree of partitions."""
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def check_model(
+    kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh, rules: Rules = RULES
+) -> None:
+    """Holds a model's sizes against a mesh.
+
+    Raises:
+      ConfigError: an axis of a parameter that the mesh cannot divide, or heads that would be cut.
+    """
+    ways = mesh.shape["tensor"]
+    if num_heads is not None and num_heads % ways:
+        raise ConfigError(
+            f"parallel.tensor = {ways}: must divide the model's {num_heads} heads; sizes that do are "
+            + ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+        )
+    specs = parameter_specs(kind, params, rules)
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    flat = jax.tree.leaves(specs, is_leaf=is_spec)
+    for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), flat, strict=True):
+        check_divisible(leaf.shape, spec, mesh, ".".join(str(entry.key) for entry in path))

@@ -1,0 +1,106 @@
+"""What a training step reads, from rows of tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rwkv_jax.config import TrainingConfig
+from rwkv_jax.parallel.together import global_array
+
+
+class Batch(NamedTuple):
+    """Rows of text: the tokens to read, the tokens to predict, and where texts begin."""
+
+    tokens: Any
+    """int32 [B, T]."""
+    targets: Any
+    """int32 [B, T], the token after each."""
+    segment_ids: Any = None
+    """int32 [B, T]; a document begins where the number changes along a row. None takes each row for one text."""
+    continues: Any = None
+    """bool [B], whether a row goes on with the text that it stopped in; None where no state is carried."""
+    mask: Any = None
+    """float32 [B, T], 1 where a target counts; None where all do."""
+
+
+def make_batch(
+    rows: np.ndarray,
+    *,
+    end_of_text: int | None,
+    carries_state: bool = False,
+    mask: np.ndarray | None = None,
+) -> Batch:
+    """A batch from int32 rows [B, T + 1].
+
+    Args:
+      end_of_text: the token that begins each document; None lets documents see what stands before them.
+      carries_state: whether rows go on where they stopped a step ago.
+      mask: float32 [B, T], 1 at each position whose next token counts.
+    """
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    segment_ids = continues = None
+    if end_of_text is not None:
+        segment_ids = np.cumsum(tokens == end_of_text, axis=1, dtype=np.int32)
+    if carries_state:
+        continues = np.ones(len(tokens), bool) if end_of_text is None else tokens[:, 0] != end_of_text
+    return Batch(tokens, targets, segment_ids, continues, mask)
+
+
+class _Placement(Protocol):
+    """Where the arrays of a batch lie."""
+
+    @property
+    def tokens_sharding(self) -> Any: ...
+
+    @property
+    def rows_sharding(self) -> Any: ...
+
+
+def batch_loader(placement: _Placement, training: TrainingConfig, end_of_text: int) -> Callable[..., Batch]:
+    """A function that puts a batch on the devices, of which each process reads only its own devices' rows.
+
+    Args:
+      placement: a run's `Trainer`.
+      end_of_text: the token that begins each document.
+
+    Returns:
+      (read, *, mask=None, trains=False) -> Batch, where read takes a slice of the B rows to int32 [n, T + 1], mask is
+      float32 [B, T] or None, and `trains` says that rows go on where those of the step before stopped, if the run
+      carries states.
+    """
+    shape = (training.batch_size, training.sequence_length)
+
+    def load(read: Callable[[slice], np.ndarray], *, mask: np.ndarray | None = None, trains: bool = False) -> Batch:
+        @functools.cache
+        def own(start: int, stop: int) -> Batch:
+            rows = slice(start, stop)
+            return make_batch(
+                read(rows),
+                end_of_text=end_of_text if training.reset_at_documents else None,
+                carries_state=trains and training.carry_state,
+                mask=None if mask is None else mask[rows],
+            )
+
+        def placed(name: str) -> Any:
+            return global_array(
+                placement.tokens_sharding, shape, lambda rows: getattr(own(rows.start, rows.stop), name)
+            )
+
+        continues = None
+        if trains and training.carry_state:
+            continues = global_array(
+                placement.rows_sharding, shape[:1], lambda rows: own(rows.start, rows.stop).continues
+            )
+        return Batch(
+            tokens=placed("tokens"),
+            targets=placed("targets"),
+            segment_ids=placed("segment_ids") if training.reset_at_documents else None,
+            continues=continues,
+            mask=None if mask is None else placed("mask"),
+        )
+
+    return load

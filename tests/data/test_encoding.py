@@ -1,0 +1,41 @@
+"""Documents are encoded in stretches that together are the document."""
+
+from __future__ import annotations
+
+import pytest
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.encoding import encode_document, token_byte_lengths
+from rwkv_jax.data.sources import Document
+from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer
+from tests.data.texts import KINDS
+
+
+def test_stretches_end_at_lines_where_there_are_any(lines: str) -> None:
+    text, tokenizer = lines + "x" * 250 + "\n" + lines, WorldTokenizer()
+    encoded = list(encode_document(tokenizer, Document("x", text), 100))
+    stretches = [tokenizer.decode(tokens) for tokens, _ in encoded]
+    assert "".join(stretches) == text
+    assert max(map(len, stretches)) == 100
+    assert all(stretch.endswith("\n") for stretch in stretches if "x" * 50 not in stretch)
+    assert all(same for _, same in encoded)
+
+
+def test_a_short_document_is_one_stretch(lines: str) -> None:
+    ((tokens, same),) = encode_document(WorldTokenizer(), Document("x", lines))
+    assert tokens == WorldTokenizer().encode(lines)
+    assert same
+
+
+def test_a_document_that_is_refused_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"document a/b\.txt: the text holds a NUL"):
+        list(encode_document(ByteTokenizer(256), Document("a/b.txt", "\x00")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_byte_lengths_add_up_to_the_text(every_kind: dict[str, Tokenizer], kind: str, lines: str) -> None:
+    tokenizer = every_kind[kind]
+    lengths = token_byte_lengths(tokenizer)
+    assert len(lengths) == tokenizer.vocab_size
+    assert lengths[tokenizer.end_of_text] == 0
+    assert int(lengths[tokenizer.encode(lines)].sum()) == len(lines.encode())

@@ -1,0 +1,42 @@
+"""The table of what is where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from rwkv_jax.parallel.picture import held, placement_table
+
+MESH: Any = AbstractMesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def array(shape: tuple[int, ...], *spec: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(MESH, PartitionSpec(*spec)))
+
+
+GROUP = {
+    "matrix": array((8, 16), "tensor", "fsdp"),
+    "low rank": array((3, 16), None, ("tensor", "fsdp")),
+    "v": array((5,)),
+}
+
+
+def test_a_device_holds_its_shards() -> None:
+    found = held("group", GROUP)
+    assert found.whole == 4 * (8 * 16 + 3 * 16 + 5)
+    assert found.per_device == 4 * (2 * 8 + 3 * 2 + 5)
+    assert found.split_over == ("fsdp", "tensor")
+
+
+def test_table_has_a_line_for_each_group_and_one_for_all() -> None:
+    one = jax.ShapeDtypeStruct((1000, 1000), jnp.bfloat16, sharding=SingleDeviceSharding(jax.devices()[0]))
+    table = placement_table({"weights": GROUP, "state": None, "tokens": one})
+    assert table.splitlines() == [
+        "            whole  a device  split over",
+        "  weights   724 B     108 B  fsdp tensor",
+        "  tokens     2 MB      2 MB",
+        "  together   2 MB      2 MB",
+    ]
