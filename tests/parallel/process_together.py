@@ -1,0 +1,125 @@
+"""One of two processes with two fake devices each; prints what it saw as JSON. process_pair.py starts them.
+
+python -m tests.parallel.process_together SCENARIO PORT INDEX
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rwkv_jax.config import ConfigError, DistributedConfig
+from rwkv_jax.parallel.processes import DisagreementError, Processes, join
+from rwkv_jax.parallel.together import StopTogether, agree, first_alone, global_array
+from rwkv_jax.training.stopping import StopRequest
+
+COUNT = 2
+
+
+def split(*axes: str, **mesh: int) -> NamedSharding:
+    """The sharding of an array whose axes are split over those of a mesh with these sizes."""
+    sizes, names = tuple(mesh.values()), tuple(mesh)
+    return NamedSharding(jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(mesh)), PartitionSpec(*axes))
+
+
+def read_array(sharding: NamedSharding) -> dict[str, Any]:
+    """Which rows were read for an array [8, 3] of known values, and the largest error of what the devices hold."""
+    whole, read = np.arange(24).reshape(8, 3), []
+
+    def read_rows(rows: slice) -> np.ndarray:
+        read.append((rows.start, rows.stop))
+        return whole[rows]
+
+    array = global_array(sharding, whole.shape, read_rows)
+    wrong = max(np.abs(np.asarray(shard.data) - whole[shard.index]).max() for shard in array.addressable_shards)
+    return {"read": read, "wrong": int(wrong), "sum": int(jax.jit(jnp.sum)(array))}
+
+
+def steps_until_stop(processes: Processes, signalled: int) -> dict[str, Any]:
+    """The step after which this process stops, if process `signalled` is sent SIGTERM in step 3."""
+    with StopRequest() as request:
+        stop = StopTogether(lambda: request.name, processes)
+        for step in range(20):
+            if step == 3 and processes.index == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            name = stop.name()
+            if name is not None:
+                return {"step": step, "name": name}
+    return {"step": None, "name": None}
+
+
+def all_is_well(processes: Processes) -> dict[str, Any]:
+    """Everything that two processes do together while none fails."""
+    with join(DistributedConfig()) as known:
+        assert known == processes
+    agree(processes, {"seed": 0, "corpus": "abc"}, seconds=30)
+    order: list[str] = []
+    folder = Path(tempfile.gettempdir()) / f"processes-{sys.argv[2]}"
+
+    def work() -> bool:
+        found = folder.exists()
+        folder.mkdir(exist_ok=True)
+        order.append(str(found))
+        return found
+
+    result: dict[str, Any] = {"found": first_alone(processes, "a folder", work)}
+    result["rows"] = read_array(split("data", data=4))
+    result["copies"] = read_array(split("data", "tensor", data=2, tensor=1, copies=2))
+    result["stops"] = [steps_until_stop(processes, signalled) for signalled in range(COUNT)]
+    try:
+        agree(processes, {"seed": 0, "batch": 8 * (1 + processes.index)}, seconds=30, subject="batches")
+    except DisagreementError as error:
+        result["disagreement"] = str(error)
+    agree(processes, {}, seconds=30, subject="end")
+    if processes.is_first:
+        folder.rmdir()
+    return result
+
+
+def wait_in_a_collective() -> None:
+    """Adds over all devices for a long time."""
+    sharding = split("data", data=4)
+    x = global_array(sharding, (4,), lambda rows: np.ones(rows.stop - rows.start, np.float32))
+    add = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
+    for _ in range(600):
+        x = add(x * 0).block_until_ready()
+        time.sleep(0.1)
+
+
+def main(scenario: str, port: str, index: int) -> None:
+    """Joins the other process and does what the scenario says."""
+    config = DistributedConfig(f"127.0.0.1:{port}", COUNT, index)
+    if scenario == "alone":
+        config = dataclasses.replace(config, join_seconds=1)
+    elif scenario == "wait":
+        config = dataclasses.replace(config, heartbeat_seconds=3)
+    with join(config, functools.partial(print, flush=True)) as processes:
+        if scenario == "well":
+            print(json.dumps(all_is_well(processes)))
+        elif scenario == "disagree":
+            agree(processes, {"batch": index}, seconds=30)
+        elif scenario == "fail" and index == 1:
+            time.sleep(0.5)  # long enough for the other to be in its collective
+            raise ConfigError("data.source = 'nothing': no such file")
+        else:
+            wait_in_a_collective()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except ConfigError as error:
+        sys.exit(f"train.py: {error}")

@@ -1,0 +1,147 @@
+"""Real processes over loopback: they join, and end together when one fails or is lost."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from rwkv_jax.config import ConfigError, DistributedConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.parallel.processes import Processes, join, recognised_cluster
+from tests.parallel.process_pair import Ended, end_of, free_port, start
+
+
+def test_a_coordinator_whose_port_is_taken_is_refused() -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start("well", port, 0)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith(f"train.py: distributed.coordinator = '127.0.0.1:{port}': process 0 cannot open that port")
+
+
+@pytest.mark.long
+def test_a_process_that_is_alone_says_so_when_its_time_is_over() -> None:
+    process = start("alone", free_port(), 0)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    last = errors.strip().splitlines()[-1]
+    assert "the processes have not found each other within distributed.join_seconds = 1; start every process" in last
+
+
+def test_an_error_in_one_process_ends_the_other_which_says_why() -> None:
+    waiting, failed = end_of("fail")
+    assert (waiting.status, failed.status) == (1, 1)
+    assert waiting.output == "process 0 of 2: 2 of 4 devices\n"
+    assert failed.output == "process 1 of 2: 2 of 4 devices\n"
+    reason = "process 1 of 2 has stopped: ConfigError: data.source = 'nothing': no such file"
+    assert f"{reason}\nprocess 0 of 2 ends with it" in waiting.errors
+    assert reason in failed.errors
+    assert "train.py: data.source" in failed.errors
+    assert "before its time" not in waiting.errors + failed.errors
+    assert "process 0 of 2 has stopped" not in waiting.errors
+
+
+@functools.cache
+def ends_after_a_loss() -> list[list[Ended]]:
+    """How two processes end when the first is killed, and when the second is; mostly waiting, so both at once."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(functools.partial(end_of, "wait"), range(2)))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_lost_process_ends_the_other_which_says_how_to_resume(killed: int) -> None:
+    survivor = ends_after_a_loss()[killed][1 - killed]
+    assert survivor.status not in (0, None)
+    assert survivor.seconds < 30, "heartbeat_seconds is 3, where JAX waits 100"
+    last = survivor.errors.strip().splitlines()[-1]
+    assert last.startswith(f"process {1 - killed} of 2 has ended before its time")
+    assert "start all processes again with the same command" in last
+    if killed == 1:  # The service, in process 0, has outlived it and knows its number.
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in survivor.errors
+
+
+def test_one_process_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    reports: list[str] = []
+    with join(DistributedConfig(), reports.append) as processes:
+        assert processes == Processes(0, 1)
+        assert processes.is_first
+    assert reports == []
+
+
+def test_an_error_in_the_only_process_stays_what_it_is() -> None:
+    with pytest.raises(ZeroDivisionError), join(DistributedConfig(detect=False)):
+        raise ZeroDivisionError
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "cluster"),
+    [
+        ({}, None),
+        (SLURM, "SLURM"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "TPU pod"),
+        ({"TPU_PROCESS_ADDRESSES": "host-0:1,host-1:1"}, "TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "TPU pod"),
+        ({"TPU_ML_PLATFORM": "JAX"}, "TPU pod"),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
+    ],
+)
+def test_clusters_are_recognised_by_what_they_set(environment: dict[str, str], cluster: str | None) -> None:
+    assert recognised_cluster(environment) == cluster
+
+
+def test_an_open_mpi_that_does_not_name_its_host_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"distributed\.coordinator = None: .* --distributed\.process-id"):
+        recognised_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_distributed_settings_survive_a_trip_through_json() -> None:
+    config = TrainConfig(distributed=DistributedConfig("[::1]:80", 2, 1, heartbeat_seconds=9))
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coordinator": "node0:80"}, r"coordinator = 'node0:80': goes with distributed\.num_processes and "),
+        ({"num_processes": 2}, r"num_processes = 2: goes with distributed\.coordinator and distributed\.process_id"),
+        ({"process_id": 0, "num_processes": 2}, r"num_processes = 2: goes with distributed\.coordinator; give all"),
+        ({"coordinator": "node0", "num_processes": 2, "process_id": 0}, r"coordinator = 'node0': must be HOST:PORT"),
+        ({"coordinator": ":80", "num_processes": 2, "process_id": 0}, r"coordinator = ':80': must be HOST:PORT"),
+        ({"coordinator": "a:0", "num_processes": 2, "process_id": 0}, r"coordinator = 'a:0': .* from 1 to 65535"),
+        (
+            {"coordinator": "a:65536", "num_processes": 2, "process_id": 0},
+            r"coordinator = 'a:65536': .* from 1 to 65535",
+        ),
+        ({"coordinator": "a:80", "num_processes": 0, "process_id": 0}, r"num_processes = 0: must be greater than zero"),
+        ({"coordinator": "a:80", "num_processes": 2, "process_id": 2}, r"process_id = 2: must lie between 0 and 1"),
+        ({"coordinator": "a:80", "num_processes": 2, "process_id": -1}, r"process_id = -1: must lie between 0 and 1"),
+        ({"join_seconds": 0}, r"join_seconds = 0: must be greater than zero"),
+        ({"heartbeat_seconds": 1}, r"heartbeat_seconds = 1: must be at least 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^distributed\.{message}"):
+        DistributedConfig(**values)
