@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from rwkv_jax.parallel.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
 from rwkv_kernels.cases import Shape
 from rwkv_kernels.precision import Precision
 
@@ -33,20 +34,6 @@ SHAPE = Shape(8, 4096, 64, 64, 64)
 """Heads of a model of 7B; sizes are strides and bounds of loops to a kernel, and registers depend on them a little."""
 TPU_SHAPE = Shape(2, 4096, 16, 64, 64)
 """Within the memory of every TPU, and mostly too large for the chip's own, where the compiler would put arrays."""
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""What XLA needs to know of an H100 SXM: GpuTargetConfigProto in its text form."""
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """TPU generations, and a slice of each that has whole hosts."""
@@ -90,11 +77,7 @@ def is_available() -> bool:
 
 def prepare() -> None:
     """Keeps JAX on the CPU, and tells libtpu not to look for a TPU. To be called before JAX is used."""
-    os.environ |= {
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_SKIP_MDS_QUERY": "1",
-    }
+    os.environ.update(TPU_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -111,7 +94,8 @@ def _ptxas() -> Path | None:
 def _sharding(device: str) -> jax.sharding.SingleDeviceSharding:
     """Places arrays on a device that is not there: `h100` or a TPU generation."""
     if device == "h100":
-        described = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
+        target = cuda_target(DEVICES["h100"])
+        described = topologies.get_topology_desc("h100", platform="cuda", target_config=target, topology="1x1x1")
     else:
         described = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[device])
     return jax.sharding.SingleDeviceSharding(described.devices[0])

@@ -1,8 +1,8 @@
 """What the Pallas kernels take on an H100 and on TPUs, compiled where there is neither; makes docs/kernels.md's tables.
 
     make .venv-devices/installed
-    PYTHONPATH=kernels .venv-devices/bin/python benchmarks/kernel_resources.py            # prints the tables
-    PYTHONPATH=kernels .venv-devices/bin/python benchmarks/kernel_resources.py --write    # and puts them into the page
+    .venv-devices/bin/python benchmarks/kernel_resources.py            # prints the tables
+    .venv-devices/bin/python benchmarks/kernel_resources.py --write    # and puts them into the page
 
 Takes some three minutes on two cores. Nothing is run, and nothing here says how fast a kernel is.
 """

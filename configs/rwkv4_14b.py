@@ -1,0 +1,16 @@
+"""RWKV-4 14B (40 x 5120), planned for 64 H100s.
+
+    python train.py configs/rwkv4_14b.py --data.source PATH
+    rwkv plan configs/rwkv4_14b.py --topology h100:8x8
+
+`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 2.50 GiB, peak 19.26 GiB of 79.14 GiB a device; at best
+564,661 tokens/s, MFU 74%. v5p:4x4x4, fsdp 64: fits; arguments 2.50 GiB, peak 14.66 GiB of 95.00 GiB a device;
+at best 264,384 tokens/s, MFU 75%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_14b", "4", 40, 5120, fsdp=64)

@@ -1,0 +1,15 @@
+"""RWKV-4 169M (12 x 768), planned for eight H100s.
+
+    python train.py configs/rwkv4_169m.py --data.source PATH
+    rwkv plan configs/rwkv4_169m.py --topology h100:1x8
+
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 11.29 GiB of 79.14 GiB a device; at best
+6,599,007 tokens/s, MFU 65%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_169m", "4", 12, 768, batch_size=1024, sequence_length=1024, fsdp=1)

@@ -1,0 +1,15 @@
+"""RWKV-4 1.5B (24 x 2048), planned for sixteen H100s.
+
+    python train.py configs/rwkv4_1_5b.py --data.source PATH
+    rwkv plan configs/rwkv4_1_5b.py --topology h100:2x8
+
+`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.12 GiB, peak 18.54 GiB of 79.14 GiB a device;
+at best 1,352,495 tokens/s, MFU 72%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_1_5b", "4", 24, 2048, batch_size=1024, sequence_length=1024, fsdp=8)

@@ -1,0 +1,15 @@
+"""RWKV-4 3B (32 x 2560), planned for 32 H100s.
+
+    python train.py configs/rwkv4_3b.py --data.source PATH
+    rwkv plan configs/rwkv4_3b.py --topology h100:4x8
+
+`rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.18 GiB, peak 18.54 GiB of 79.14 GiB a device;
+at best 1,355,639 tokens/s, MFU 73%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_3b", "4", 32, 2560, fsdp=8)

@@ -1,0 +1,15 @@
+"""RWKV-4 430M (24 x 1024), planned for eight H100s.
+
+    python train.py configs/rwkv4_430m.py --data.source PATH
+    rwkv plan configs/rwkv4_430m.py --topology h100:1x8
+
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 4.81 GiB, peak 21.00 GiB of 79.14 GiB a device; at best
+2,446,701 tokens/s, MFU 70%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_430m", "4", 24, 1024, batch_size=1024, sequence_length=1024, fsdp=1)

@@ -1,0 +1,15 @@
+"""RWKV-4 7B (32 x 4096), planned for 64 H100s.
+
+    python train.py configs/rwkv4_7b.py --data.source PATH
+    rwkv plan configs/rwkv4_7b.py --topology h100:8x8
+
+`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.31 GiB, peak 13.04 GiB of 79.14 GiB a device; at best
+1,086,026 tokens/s, MFU 74%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv4_7b", "4", 32, 4096, fsdp=64)

@@ -1,0 +1,15 @@
+"""RWKV-6 1.6B (24 x 2048), planned for sixteen H100s.
+
+    python train.py configs/rwkv6_1_6b.py --data.source PATH
+    rwkv plan configs/rwkv6_1_6b.py --topology h100:2x8
+
+`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 26.00 GiB of 79.14 GiB a device;
+at best 1,287,851 tokens/s, MFU 72%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv6_1_6b", "6", 24, 2048, fsdp=8)

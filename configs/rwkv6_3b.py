@@ -1,0 +1,15 @@
+"""RWKV-6 3B (32 x 2560), planned for 32 H100s.
+
+    python train.py configs/rwkv6_3b.py --data.source PATH
+    rwkv plan configs/rwkv6_3b.py --topology h100:4x8
+
+`rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.34 GiB, peak 22.64 GiB of 79.14 GiB a device;
+at best 1,309,497 tokens/s, MFU 73%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv6_3b", "6", 32, 2560, fsdp=8)

@@ -1,0 +1,15 @@
+"""RWKV-6 7B (32 x 4096), planned for 64 H100s.
+
+    python train.py configs/rwkv6_7b.py --data.source PATH
+    rwkv plan configs/rwkv6_7b.py --topology h100:8x8
+
+`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.36 GiB, peak 16.97 GiB of 79.14 GiB a device; at best
+1,053,740 tokens/s, MFU 74%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv6_7b", "6", 32, 4096, fsdp=64)

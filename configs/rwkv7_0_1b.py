@@ -1,0 +1,15 @@
+"""RWKV-7 0.1B (12 x 768), planned for eight H100s.
+
+    python train.py configs/rwkv7_0_1b.py --data.source PATH
+    rwkv plan configs/rwkv7_0_1b.py --topology h100:1x8
+
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 2.14 GiB, peak 17.37 GiB of 79.14 GiB a device; at best
+3,954,350 tokens/s, MFU 43%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv7_0_1b", "7", 12, 768, batch_size=240, fsdp=1)

@@ -1,0 +1,15 @@
+"""RWKV-7 0.4B (24 x 1024), planned for eight H100s.
+
+    python train.py configs/rwkv7_0_4b.py --data.source PATH
+    rwkv plan configs/rwkv7_0_4b.py --topology h100:1x8
+
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 5.04 GiB, peak 29.64 GiB of 79.14 GiB a device; at best
+1,556,094 tokens/s, MFU 46%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv7_0_4b", "7", 24, 1024, fsdp=1)

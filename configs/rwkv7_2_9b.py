@@ -1,0 +1,15 @@
+"""RWKV-7 2.9B (32 x 2560), planned for 32 H100s.
+
+    python train.py configs/rwkv7_2_9b.py --data.source PATH
+    rwkv plan configs/rwkv7_2_9b.py --topology h100:4x8
+
+`rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.13 GiB, peak 24.55 GiB of 79.14 GiB a device;
+at best 1,141,598 tokens/s, MFU 61%.
+"""
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.recipes import official_run
+
+
+def config() -> TrainConfig:
+    return official_run("rwkv7_2_9b", "7", 32, 2560, fsdp=8)

@@ -1,0 +1,249 @@
+"""Reads the text of a compiled XLA program: its computations, their instructions, and how often each runs.
+
+The text is that of `compiled.as_text()` for CPUs, GPUs and TPUs. XLA's own cost analysis counts the body of a loop
+once, whatever its trip count; here it counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
+"""Bits of an element whose dtype's name does not say them (a predicate takes a byte)."""
+_ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,<= ]*)\](?P<layout>\{[^{}]*\})?")
+_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
+_OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Dtype, shape and memory of an instruction's result."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    memory_space: int = 0
+    """0 is the device's main memory; others are on the chip, or the host's."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element."""
+        if self.dtype in BITS:
+            return BITS[self.dtype]
+        return int(re.findall(r"\d+", self.dtype)[0])  # f32, s8, u4, f8e4m3fn
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the array, without what a layout pads."""
+        return -(-self.size * self.bits // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    """One array, or those of a tuple and of the tuples in it, in order."""
+    operands: tuple[str, ...]
+    """Names of instructions of the same computation."""
+    arguments: str
+    """The text between the parentheses."""
+    attributes: str
+    """The text after them."""
+
+    def attribute(self, name: str) -> str | None:
+        """The text of an attribute such as `dimensions={0}`, without braces; None where there is none."""
+        found = re.search(rf"\b{name}=(\{{[^{{}}]*\}}|[^\s,]+)", self.attributes)
+        return found[1].strip("{}") if found else None
+
+    def called(self, name: str) -> tuple[str, ...]:
+        """The computations that an attribute such as `calls=%f` or `branch_computations={%f, %g}` names."""
+        text = self.attribute(name)
+        return tuple(part.strip().removeprefix("%") for part in text.split(",")) if text else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of the program."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+    root: str
+
+    def operand_arrays(self, instruction: Instruction) -> tuple[Array, ...]:
+        """The arrays that an instruction reads."""
+        found = (self.instructions[name].results for name in instruction.operands if name in self.instructions)
+        return tuple(array for results in found for array in results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program, as one device runs it."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+    @functools.cached_property
+    def executions(self) -> Mapping[str, int]:
+        """How often each computation runs in one run of the program; see `unknown_loops`."""
+        return self._walk[0]
+
+    @functools.cached_property
+    def unknown_loops(self) -> tuple[str, ...]:
+        """Loops whose trip count the text does not tell; they are counted as if they ran once."""
+        return self._walk[1]
+
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Computations that are the inside of a fusion: their intermediate results never reach memory."""
+        instructions = (x for computation in self.computations.values() for x in computation.instructions.values())
+        return frozenset(name for x in instructions if x.opcode == "fusion" for name in x.called("calls"))
+
+    @functools.cached_property
+    def _walk(self) -> tuple[Mapping[str, int], tuple[str, ...]]:
+        counts: collections.Counter[str] = collections.Counter()
+        unknown: dict[str, None] = {}
+
+        def visit(name: str, times: int) -> None:
+            counts[name] += times
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                trips = 1
+                if instruction.opcode == "while":
+                    found = trip_count(self, computation, instruction)
+                    if found is None:
+                        unknown[instruction.name] = None
+                    trips = 1 if found is None else found
+                for callee in _callees(instruction):
+                    visit(callee, times * trips)
+
+        visit(self.entry, 1)
+        return counts, tuple(unknown)
+
+    def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that runs, with its computation and how often it does."""
+        for name, times in self.executions.items():
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, times
+
+
+def parse_module(text: str) -> Module:
+    """The program of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry = name = root = ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if name:
+            if line.startswith("}"):
+                computations[name] = Computation(name, instructions, root)
+                name, root, instructions = "", "", {}
+            elif found := _INSTRUCTION.fullmatch(line):
+                instruction = _parse_instruction(found["name"], found["rest"])
+                instructions[instruction.name] = instruction
+                root = instruction.name if found["root"] else root
+        elif found := _HEADER.fullmatch(line):
+            name = found["name"]
+            entry = name if found["entry"] else entry
+    if entry not in computations:
+        raise ValueError("no entry computation: this is not the text of a compiled XLA program")
+    return Module(computations, entry)
+
+
+def _parse_instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    found = _OPCODE.match(rest, end)
+    if found is None:
+        raise ValueError(f"instruction {name}: no opcode in {rest[:200]!r}")
+    closing = _closing(rest, found.end() - 1)
+    arguments = rest[found.end() : closing]
+    operands = tuple(_NAME.findall(arguments))
+    return Instruction(name, found["opcode"], parse_arrays(rest[:end]), operands, arguments, rest[closing + 1 :])
+
+
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type such as `(f32[2,3]{1,0}, s32[])`."""
+
+    def array(found: re.Match[str]) -> Array:
+        dims = tuple(int(size.strip("<= ")) for size in found["dims"].split(",") if size.strip())
+        space = re.search(r"S\((\d+)\)", found["layout"] or "")
+        return Array(found["dtype"], dims, int(space[1]) if space else 0)
+
+    return tuple(map(array, _ARRAY.finditer(text)))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError(f"a parenthesis never closes: {text[start : start + 200]!r}")
+
+
+def _callees(instruction: Instruction) -> tuple[str, ...]:
+    """Computations that an instruction runs; not the sums inside reductions, which are no programs of their own."""
+    if instruction.opcode == "while":
+        return instruction.called("body") + instruction.called("condition")
+    if instruction.opcode == "call":
+        return instruction.called("to_apply")
+    if instruction.opcode == "conditional":  # each branch as if it were taken
+        names = ("branch_computations", "true_computation", "false_computation")
+        return tuple(callee for name in names for callee in instruction.called(name))
+    if instruction.opcode in ("fusion", "async-start"):
+        return instruction.called("calls")
+    return ()
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop's body runs; None where the text does not tell.
+
+    XLA writes it down for CPUs and GPUs. For TPUs it is read off the condition, `counter < limit`, and the counter's
+    initial value: JAX's loops count in steps of one.
+    """
+    if found := _TRIP_COUNT.search(loop.attributes):
+        return int(found[1])
+    condition = module.computations[loop.called("condition")[0]]
+    compare = condition.instructions[condition.root]
+    inner = compare
+    if compare.opcode == "fusion":
+        fused = module.computations[compare.called("calls")[0]]
+        inner = fused.instructions[fused.root]
+    if inner.opcode != "compare" or inner.attribute("direction") != "LT" or len(compare.operands) != 2:
+        return None
+    counter = condition.instructions[compare.operands[0]]
+    limit = _constant(condition, compare.operands[1])
+    initial_values = computation.instructions[loop.operands[0]]
+    index = counter.attribute("index")
+    if limit is None or index is None or initial_values.opcode != "tuple":
+        return None
+    initial = _constant(computation, initial_values.operands[int(index)])
+    return None if initial is None else max(limit - initial, 0)
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of an integer constant, through copies of it."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in computation.instructions:
+        instruction = computation.instructions[instruction.operands[0]]
+    is_number = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
+    return int(instruction.arguments) if is_number else None

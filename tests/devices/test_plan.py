@@ -1,0 +1,59 @@
+"""Plans of small runs for an H100 host and a TPU slice, from the compilers that would compile them there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.parallel.devices import parse_topology
+from rwkv_jax.parallel.plan import Plan
+from rwkv_jax.parallel.plan_report import describe
+from rwkv_jax.training.plan import plan_run
+from tests.parallel.planned import small_run
+
+pytestmark = pytest.mark.devices
+
+
+def check(plan: Plan) -> None:
+    assert plan.arguments.compiled == plan.arguments.total + plan.arguments.padding
+    assert plan.program is not None
+    assert plan.program.unknown_loops == ()
+    found = {(total.kind, axis) for total in plan.program.collectives for axis in total.axes}
+    assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "tensor")} <= found
+    by_hand = (plan.work.model_flops + plan.work.recomputed_flops) / 8
+    assert 0.8 * by_hand < sum(plan.program.product_flops.values()) < 4 * by_hand
+    assert plan.fits
+    assert plan.mfu is not None
+    assert 0 < plan.mfu < 1
+
+
+def test_two_hosts_of_h100() -> None:
+    plan = plan_run(small_run("7", fsdp=2, tensor=2), parse_topology("h100:2x4"))
+    check(plan)
+    assert plan.arguments.padding == 0
+    assert plan.program is not None
+    across = {total.axes for total in plan.program.collectives if total.across_hosts}
+    assert ("data",) in across
+    assert ("tensor",) not in across  # neighbours in the mesh are neighbours in a host
+
+
+def test_a_tpu_slice() -> None:
+    plan = plan_run(small_run("4", fsdp=4, tensor=2), parse_topology("v5e:2x4"))
+    check(plan)
+    assert plan.arguments.padding > 0
+    assert plan.program is not None
+    assert plan.program.code > 0
+
+
+@pytest.mark.long
+def test_what_does_not_fit_is_refused_by_a_tpu() -> None:
+    run = small_run("4")
+    wide = dataclasses.replace(run, model=ModelConfig("4", vocab_size=65536, num_layers=2, width=8192))
+    plan = plan_run(wide, parse_topology("v5e:1x1"))
+    assert not plan.fits
+    assert plan.peak is None
+    assert plan.refusal is not None
+    assert "RESOURCE_EXHAUSTED" in plan.refusal
+    assert describe(plan).endswith("verdict: does not fit")
