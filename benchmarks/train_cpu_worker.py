@@ -78,7 +78,8 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
     import jax.numpy as jnp
 
     from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
-    from rwkv_jax.training.step import make_trainer
+    from rwkv_jax.training.batch import Batch
+    from rwkv_jax.training.step import initial_state, make_trainer
 
     config = TrainConfig(
         model=ModelConfig(vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width),
@@ -88,11 +89,9 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
         training=TrainingConfig(batch_size=job.batch_size, sequence_length=job.sequence_length),
     )
     trainer = make_trainer(config)
-    # Copied, because a state fresh from init may hold one array in two places, which cannot be donated.
-    state = jax.tree.map(jnp.copy, trainer.init(jax.random.key(0)))
+    state = initial_state(trainer, 0)
     train_step = jax.jit(trainer.train_step, donate_argnums=0)
-    inputs, targets = batch(job)
-    tokens = jnp.concatenate([jnp.asarray(inputs), jnp.asarray(targets)[:, -1:]], axis=1)
+    tokens = Batch(*map(jnp.asarray, batch(job)))
 
     def step() -> float:
         nonlocal state
