@@ -46,7 +46,7 @@ from rwkv_jax.training.throughput import Throughput
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 LONGEST_PREPARATION = 24 * 3600
-"""Seconds that processes wait for each other to read or build a corpus."""
+"""Seconds that processes wait for each other to build a corpus, or to fetch and load weights."""
 
 
 class TrainResult(NamedTuple):
@@ -138,7 +138,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
                 params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
                 state = state._replace(params=params)
         first_step, best_loss = int(state.step), checkpoints.best_loss()
-        agree(processes, {"step": first_step, "best": best_loss}, seconds=seconds, subject="checkpoints")
+        agree(processes, {"step": first_step, "best": best_loss}, seconds=LONGEST_PREPARATION, subject="checkpoints")
         if first_step > num_steps:
             raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 

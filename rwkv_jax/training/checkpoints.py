@@ -340,10 +340,9 @@ def _load_alone(folder: Path, like: TrainState, processes: Processes) -> TrainSt
 
     Orbax would let them wait at a barrier for a process whose share is damaged.
     """
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=processes.index,
-        active_processes={processes.index},
-        barrier_sync_key_prefix=f"process_{processes.index}",
-    )
-    with ocp.Context(multiprocessing_options=alone):
+    context = ocp.Context()
+    alone: Any = context.multiprocessing
+    alone.primary_host, alone.active_processes = processes.index, {processes.index}
+    alone.barrier_sync_key_prefix = f"process_{processes.index}"
+    with context:
         return TrainState(**ocp.load(str(folder), _as_tree(like)))

@@ -16,6 +16,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
 
@@ -246,6 +247,53 @@ class TestDamage:
 
 
 CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
+
+
+class TestSeveralProcesses:
+    """What the other process says is made up; tests/test_meshes.py has real ones."""
+
+    def test_a_share_that_is_damaged_for_another_process_is_no_checkpoint_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4, 6)
+        other = {"what checkpoint 6 holds": "unexpected end of file"}
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, other.get(subject, text)])
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            restored = checkpoints.restore(LIKE)
+        assert_same(restored, make_state(4))
+        (line,) = said
+        assert line.startswith("checkpoint of step 6 is damaged (unexpected end of file)")
+
+    def test_only_the_first_process_moves_a_damaged_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4)
+        empty_folder(tmp_path / "checkpoints" / "4")
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, text])
+        with ckpt.Checkpoints(tmp_path, 3, pytest.fail, Processes(1, 2)) as checkpoints:
+            assert checkpoints.restore(LIKE) is None
+        assert names(tmp_path / "checkpoints") == ["4"]
+
+    def test_processes_that_see_different_folders_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4, 6)
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, "[]"])
+        with (
+            ckpt.Checkpoints(tmp_path, 3, print) as checkpoints,
+            pytest.raises(
+                ConfigError, match=r"on a disk that all share:\n.*\n  steps  \[6, 4\]  0\n  steps  \[\]      1$"
+            ),
+        ):
+            checkpoints.restore(LIKE)
+
+    def test_the_best_loss_is_what_the_first_process_reads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: ["1.25", text])
+        with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
+            assert checkpoints.best_loss() == 1.25
 
 
 class TestIdentity:
