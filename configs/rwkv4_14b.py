@@ -13,4 +13,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_14b", "4", 40, 5120, fsdp=64)
+    return official_run("rwkv4_14b", fsdp=64)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_169m", "4", 12, 768, batch_size=1024, sequence_length=1024, fsdp=1)
+    return official_run("rwkv4_169m", fsdp=1)

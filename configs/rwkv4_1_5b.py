@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_1_5b", "4", 24, 2048, batch_size=1024, sequence_length=1024, fsdp=8)
+    return official_run("rwkv4_1_5b", fsdp=8)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_3b", "4", 32, 2560, fsdp=8)
+    return official_run("rwkv4_3b", fsdp=8)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_430m", "4", 24, 1024, batch_size=1024, sequence_length=1024, fsdp=1)
+    return official_run("rwkv4_430m", fsdp=1)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv4_7b", "4", 32, 4096, fsdp=64)
+    return official_run("rwkv4_7b", fsdp=64)

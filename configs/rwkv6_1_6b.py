@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv6_1_6b", "6", 24, 2048, fsdp=8)
+    return official_run("rwkv6_1_6b", fsdp=8)

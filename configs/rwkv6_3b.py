@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv6_3b", "6", 32, 2560, fsdp=8)
+    return official_run("rwkv6_3b", fsdp=8)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv7_0_1b", "7", 12, 768, batch_size=240, fsdp=1)
+    return official_run("rwkv7_0_1b", fsdp=1)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv7_0_4b", "7", 24, 1024, fsdp=1)
+    return official_run("rwkv7_0_4b", fsdp=1)

@@ -12,4 +12,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv7_2_9b", "7", 32, 2560, fsdp=8)
+    return official_run("rwkv7_2_9b", fsdp=8)

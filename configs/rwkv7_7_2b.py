@@ -13,4 +13,4 @@ from rwkv_jax.recipes import official_run
 
 
 def config() -> TrainConfig:
-    return official_run("rwkv7_7_2b", "7", 32, 4096, fsdp=64)
+    return official_run("rwkv7_7_2b", fsdp=64)

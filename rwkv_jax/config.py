@@ -317,12 +317,13 @@ class OptimizerConfig:
     """Highest learning rate, reached after the warm-up."""
     final_learning_rate: float = 1e-4
     """Learning rate at the last step."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), constant."""
+    schedule: Literal["cosine", "linear", "wsd", "exponential", "constant"] = "cosine"
+    """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), exponential
+    (likewise, but by the same factor each step), constant."""
     warmup_steps: int = 10
     """Steps over which the rate rises linearly from 1% of its highest value."""
     decay_fraction: float = 0.2
-    """Share of the steps in which a wsd schedule decays."""
+    """Share of the steps, the last ones, in which a wsd or exponential schedule decays."""
     beta1: float = 0.9
     """Adam's decay of the gradient mean."""
     beta2: float = 0.99
@@ -352,10 +353,16 @@ class OptimizerConfig:
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
         _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
         _require(
-            self.schedule in ("cosine", "linear", "wsd", "constant"),
+            self.schedule in ("cosine", "linear", "wsd", "exponential", "constant"),
             "optimizer.schedule",
             self.schedule,
-            "must be cosine, linear, wsd or constant",
+            "must be cosine, linear, wsd, exponential or constant",
+        )
+        _require(
+            self.schedule != "exponential" or self.final_learning_rate > 0,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            "must be greater than zero, which an exponential decay never reaches; or set optimizer.schedule to wsd",
         )
 
 

@@ -1,17 +1,32 @@
 """The official training recipes of released models, for the files of configs/.
 
-Source: the official trainers, BlinkDL/RWKV-LM. Their help text has 6e-4 for 12 x 768, 4e-4 for 24 x 1024 and 3e-4 for
-24 x 2048; none is published there for larger models, which get that of the largest that is. Adam's betas are 0.9 and
-0.99, gradients are clipped at 1. RWKV-4 was trained by plain Adam down to 1e-5; RWKV-7's run on the Pile decays its
-large matrices by 0.1, falls to 3e-5 and has 240 rows of 4096 tokens a step, and RWKV-6 is given the same here.
+What is official, by its source, and what was chosen here; gradients are clipped at 1, as in every official trainer:
+
+RWKV-4, arXiv 2305.13048, appendix G: learning rates, the mini-epochs before they decay, betas, no weight decay, 1024
+tokens a row, one pass over the Pile. Epsilon is the default of the trainer (RWKV-v4neo of BlinkDL/RWKV-LM). Chosen:
+256 rows a step throughout; the paper switches between 128 and 256 and does not say when.
+
+RWKV-6, arXiv 2404.05892, appendix H: learning rates and rows a step (for 7B those of Eagle; the paper has no Finch of
+that size), 4096 tokens a row, warm-up, betas, weight decay. Epsilon is what the trainer's scripts pass. Later,
+against loss spikes, the README of BlinkDL/RWKV-LM advises a final rate of a hundredth, 20 steps of warm-up, weight
+decay 0.1 and beta2 0.95.
+
+RWKV-7, the models trained on the Pile: learning rates, weight decay and rows a step are on their page
+(huggingface.co/BlinkDL/rwkv-7-pile); warm-up, betas, epsilon and 4096 tokens a row in the script of the smallest
+(RWKV-v7/train_temp/demo-training-run-v7-pile.sh). Chosen: corpus and vocabulary of the World models, which themselves
+went on from RWKV-5 and 6 rather than from initial values (arXiv 2503.14456, section 6); 352 rows for 1.5B, not 360,
+so that 16 devices share them evenly; and for 2.9B and 7.2B, of which nothing is published, the rate that the
+trainer's help text has for 24 x 2048, the largest it names, the final rate of 1.5B, and 256 rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from rwkv_jax.config import (
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     EvaluationConfig,
     Generation,
@@ -23,8 +38,42 @@ from rwkv_jax.config import (
     TrainingConfig,
 )
 
-LEARNING_RATES = {768: 6e-4, 1024: 4e-4, 2048: 3e-4}
-"""By width."""
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedModel:
+    """The shape of a released model, and what of its training other sizes have otherwise."""
+
+    generation: Generation
+    num_layers: int
+    width: int
+    learning_rate: float
+    final_learning_rate: float
+    batch_size: int
+    """Rows of a step, over all devices."""
+    constant_mini_epochs: int = 0
+    """RWKV-4 only: mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays."""
+
+
+RELEASED_MODELS = {
+    "rwkv4_169m": ReleasedModel("4", 12, 768, 6e-4, 1e-5, 256, constant_mini_epochs=361),
+    "rwkv4_430m": ReleasedModel("4", 24, 1024, 4e-4, 1e-5, 256, constant_mini_epochs=411),
+    "rwkv4_1_5b": ReleasedModel("4", 24, 2048, 3e-4, 1e-5, 256, constant_mini_epochs=443),
+    "rwkv4_3b": ReleasedModel("4", 32, 2560, 1.5e-4, 1e-5, 256, constant_mini_epochs=451),
+    "rwkv4_7b": ReleasedModel("4", 32, 4096, 1.5e-4, 1e-5, 256, constant_mini_epochs=465),
+    "rwkv4_14b": ReleasedModel("4", 40, 5120, 1e-4, 7e-6, 256, constant_mini_epochs=544),
+    "rwkv6_1_6b": ReleasedModel("6", 24, 2048, 3e-4, 2e-5, 384),
+    "rwkv6_3b": ReleasedModel("6", 32, 2560, 2e-4, 1.5e-5, 192),
+    "rwkv6_7b": ReleasedModel("6", 32, 4096, 1.5e-4, 1e-5, 576),
+    "rwkv7_0_1b": ReleasedModel("7", 12, 768, 8e-4, 3e-5, 240),
+    "rwkv7_0_4b": ReleasedModel("7", 24, 1024, 6e-4, 2e-5, 240),
+    "rwkv7_1_5b": ReleasedModel("7", 24, 2048, 5e-4, 1.5e-5, 352),
+    "rwkv7_2_9b": ReleasedModel("7", 32, 2560, 3e-4, 1.5e-5, 256),
+    "rwkv7_7_2b": ReleasedModel("7", 32, 4096, 3e-4, 1.5e-5, 256),
+}
+"""By the name of the recipe."""
+
+PILE_MINI_EPOCHS = 8043
+"""Mini-epochs, of 40320 rows of 1024 tokens, in one pass over the Pile."""
 
 RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256), 2560: (96, 96, 64, 320), 4096: (128, 128, 96, 480)}
 """Of RWKV-7's low-rank maps for decay, in-context learning rate, value and gate, by width, as released. The present
@@ -34,48 +83,61 @@ TOKENS = {"4": 332_115_325_534, "6": 1_120_000_000_000, "7": 3_100_000_000_000}
 """Of the corpora: the Pile; RWKV World v2 (arXiv 2404.05892); RWKV World v3 (arXiv 2503.14456)."""
 
 
-def official_run(
-    name: str,
-    generation: Generation,
-    num_layers: int,
-    width: int,
-    *,
-    batch_size: int = 256,
-    sequence_length: int = 4096,
-    fsdp: int,
-) -> TrainConfig:
-    """The run that trains a model of a released size from its initial values, once through its corpus.
-
-    The corpus is binidx in the official order, its path for --data.source to give.
-
-    Args:
-      name: of the run's folder.
-      batch_size: rows of a step, over all devices; 256 rather than the official 240 where the devices are a power of 2.
-      fsdp: devices over which the weights are scattered; those that remain go to `data`.
-    """
-    is_pile = generation == "4"
-    names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
-    ranks = dict(zip(names, RANKS[width], strict=True)) if generation == "7" and width in RANKS else {}
-    adam = OptimizerConfig(
-        learning_rate=LEARNING_RATES.get(width, min(LEARNING_RATES.values())),
-        final_learning_rate=1e-5 if is_pile else 3e-5,
+def official_optimizer(model: ReleasedModel) -> OptimizerConfig:
+    """Adam and the learning-rate schedule of a released model, by its generation's recipe."""
+    rates = {"learning_rate": model.learning_rate, "final_learning_rate": model.final_learning_rate}
+    if model.generation == "4":
+        return OptimizerConfig(
+            **rates,
+            schedule="exponential",
+            warmup_steps=0,
+            decay_fraction=1 - model.constant_mini_epochs / PILE_MINI_EPOCHS,
+            beta1=0.9,
+            beta2=0.99,
+            epsilon=1e-8,
+            weight_decay=0.0,
+            clip_norm=1.0,
+        )
+    return OptimizerConfig(
+        **rates,
         schedule="cosine",
         warmup_steps=10,
         beta1=0.9,
         beta2=0.99,
-        epsilon=1e-8 if is_pile else 1e-18,
-        weight_decay=0.0 if is_pile else 0.1,
+        epsilon=1e-18,
+        weight_decay=0.001 if model.generation == "6" else 0.1,
         clip_norm=1.0,
     )
+
+
+def official_run(name: str, *, fsdp: int) -> TrainConfig:
+    """The run that trains a released model from its initial values, once through its corpus.
+
+    The corpus is binidx in the official order, its path for --data.source to give.
+
+    Args:
+      name: of the model, one of RELEASED_MODELS; and of the run's folder.
+      fsdp: devices over which the weights are scattered; those that remain go to `data`.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if name not in RELEASED_MODELS:
+        raise ConfigError(f"name = {name!r}: there is no such recipe; must be one of {', '.join(RELEASED_MODELS)}")
+    model = RELEASED_MODELS[name]
+    is_pile = model.generation == "4"
+    sequence_length = 1024 if is_pile else 4096
+    rank_names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
+    has_ranks = model.generation == "7" and model.width in RANKS
     return TrainConfig(
         run_dir=f"runs/{name}",
         model=ModelConfig(
-            generation=generation,
+            generation=model.generation,
             vocab_size=50277 if is_pile else 65536,
-            num_layers=num_layers,
-            width=width,
+            num_layers=model.num_layers,
+            width=model.width,
             dtype="bfloat16",
-            **ranks,
+            **(dict(zip(rank_names, RANKS[model.width], strict=True)) if has_ranks else {}),
         ),
         data=DataConfig(
             source="data/pile_20B_tokenizer_text_document" if is_pile else "data/world_text_document",
@@ -83,10 +145,10 @@ def official_run(
             order="official",
             held_out=0.0,
         ),
-        optimizer=adam,
+        optimizer=official_optimizer(model),
         training=TrainingConfig(
-            num_steps=math.ceil(TOKENS[generation] / (batch_size * sequence_length)),
-            batch_size=batch_size,
+            num_steps=math.ceil(TOKENS[model.generation] / (model.batch_size * sequence_length)),
+            batch_size=model.batch_size,
             sequence_length=sequence_length,
             reset_at_documents=False,
             remat="full",

@@ -102,7 +102,12 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (OptimizerConfig, {"decay_fraction": 0.0}, r"optimizer.decay_fraction = 0.0: must lie in \(0, 1\]"),
     (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay = -0.1: must not be negative"),
     (OptimizerConfig, {"clip_norm": -1.0}, "optimizer.clip_norm = -1.0: must not be negative"),
-    (OptimizerConfig, {"schedule": "step"}, "optimizer.schedule = 'step': must be cosine, linear, wsd or constant"),
+    (OptimizerConfig, {"schedule": "step"}, "optimizer.schedule = 'step': must be cosine, linear, wsd, exponential"),
+    (
+        OptimizerConfig,
+        {"schedule": "exponential", "final_learning_rate": 0.0},
+        "optimizer.final_learning_rate = 0.0: must be greater than zero, .* set optimizer.schedule to wsd",
+    ),
     *(
         (TrainingConfig, {name: 0}, f"training.{name} = 0: must be greater than zero")
         for name in ("num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps")

@@ -20,13 +20,15 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     """
     peak, final = config.learning_rate, config.final_learning_rate
     rest = max(num_steps - 1 - config.warmup_steps, 1)
+    decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=final / peak)
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "wsd":
-        decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
         after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    elif config.schedule == "exponential":
+        after = optax.exponential_decay(peak, decay, final / peak, transition_begin=rest - decay, end_value=final)
     else:
         after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:

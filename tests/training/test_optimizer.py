@@ -39,11 +39,16 @@ def wsd(step: int) -> float:
     return PEAK + (FINAL - PEAK) * max(0, step - (STEPS - 1 - decay)) / decay
 
 
+def exponential(step: int) -> float:
+    decay = round(0.2 * STEPS)
+    return PEAK * math.exp(math.log(FINAL / PEAK) * max(0, step - (STEPS - 1 - decay)) / decay)
+
+
 def constant(step: int) -> float:
     return PEAK
 
 
-@pytest.mark.parametrize("after", [cosine, linear, wsd, constant], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("after", [cosine, linear, wsd, exponential, constant], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("step", [0, 1, 10, 19, 20, 21, 40, 60, 79, 80, 81, 90, 99, 100])
 def test_learning_rate(after: Any, step: int) -> None:
     config = dataclasses.replace(CONFIG, schedule=after.__name__)
@@ -51,7 +56,7 @@ def test_learning_rate(after: Any, step: int) -> None:
     assert rate(config, step) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "exponential"])
 @pytest.mark.parametrize(("warmup", "steps", "decay_fraction"), [(0, 10, 0.2), (8, 10, 0.2), (5, 10, 1.0), (0, 2, 0.2)])
 def test_the_rate_only_falls_after_the_warmup_and_ends_at_the_final_one(
     schedule: Any, warmup: int, steps: int, decay_fraction: float
@@ -61,6 +66,19 @@ def test_the_rate_only_falls_after_the_warmup_and_ends_at_the_final_one(
     assert rates[-1] == pytest.approx(FINAL, rel=1e-5)
     assert max(rates) == rates[warmup] == pytest.approx(PEAK)
     assert np.all(np.diff(rates[warmup:]) <= 1e-9)
+
+
+def test_an_exponential_decay_multiplies_by_the_same_factor_each_step_and_stops_at_the_final_rate() -> None:
+    config = dataclasses.replace(CONFIG, schedule="exponential", warmup_steps=0, decay_fraction=0.5)
+    rates = [rate(config, step, 21) for step in range(31)]
+    assert rates[:11] == pytest.approx([PEAK] * 11)
+    np.testing.assert_allclose(np.divide(rates[11:21], rates[10:20]), (FINAL / PEAK) ** 0.1, rtol=1e-5)
+    assert rates[20:] == pytest.approx([FINAL] * 11)
+
+
+def test_an_exponential_decay_from_the_peak_to_the_peak_is_constant() -> None:
+    config = dataclasses.replace(CONFIG, schedule="exponential", warmup_steps=0, final_learning_rate=PEAK)
+    assert [rate(config, step) for step in (0, 90, 100)] == pytest.approx([PEAK] * 3)
 
 
 def test_without_warmup_the_first_step_has_the_peak_rate() -> None:
