@@ -59,7 +59,9 @@ def mini_epochs(records: Sequence[dict[str, Any]]) -> Iterator[MiniEpoch]:
     """The mini-epochs that a run has finished, of those that were published.
 
     Args:
-      records: of metrics.jsonl; those of training have the mean loss of the steps since the one before.
+      records: of metrics.jsonl; those of training have the mean loss of the steps since the one before. After a resume
+        at a step that has no line, the next one's mean is of the steps since the resume alone, and stands for the
+        others too: each such resume leaves at most 9 losses out.
 
     Raises:
       ValueError: steps are missing, or a record spans two mini-epochs.

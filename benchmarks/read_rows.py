@@ -6,21 +6,29 @@
 Writes a .bin and .idx of random World tokens into a temporary folder and opens them as train.py does. Each case reads
 batches at steps that it has not read before; all cases take turns, and medians are shown. The file is in the page cache
 unless it is larger than memory: what a disk adds is its own rate, two bytes a token. Opening is timed, too.
+
+A second table holds each recipe of configs/ against the best rate that its docstring has from `rwkv plan`, on H100s:
+one process reads the rows of one host, in the recipe's order and of its length.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from machine import describe_machine
+from rwkv_jax.cli import load_config
+from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import Corpus, corpus_of_binidx, mix
 from rwkv_jax.data.order import RowOrder
@@ -30,6 +38,46 @@ from rwkv_jax.data.tokenizers import WorldTokenizer
 SHAPES = [(8, 512), (32, 512), (8, 4096), (32, 4096)]
 ORDERS: list[RowOrder] = ["windows", "official", "streams"]
 DOCUMENT_TOKENS = 2**14
+CONFIGS = Path(__file__).parents[1] / "configs"
+PLAN = re.compile(r"(h100:(\d+)x\d+)\b.*?at\s+best\s+([\d,]+)\s+tokens/s", re.DOTALL)
+"""What the docstring of a recipe says of its plan for H100s."""
+
+
+class Planned(NamedTuple):
+    """A recipe and its plan."""
+
+    name: str
+    config: TrainConfig
+    topology: str
+    hosts: int
+    tokens_per_second: float
+    """Of all hosts, at best."""
+
+    @property
+    def host_rows(self) -> int:
+        """Rows of a step that one host reads."""
+        return self.config.training.batch_size // self.hosts
+
+
+def planned_recipes(folder: Path) -> Iterator[Planned]:
+    """The recipes of a folder whose docstrings have a plan for H100s."""
+    for path in sorted(folder.glob("*.py")):
+        found = PLAN.search(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        if found:
+            topology, hosts, rate = found.groups()
+            yield Planned(path.stem, load_config(path), topology, int(hosts), float(rate.replace(",", "")))
+
+
+def recipe_rows(corpus: Corpus, recipe: Planned) -> TrainingRows:
+    """The rows of a recipe, from another corpus than its own."""
+    training = recipe.config.training
+    return training_rows(
+        corpus,
+        order=recipe.config.data.order,
+        seed=0,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+    )
 
 
 def write_tokens(target: Path, num_tokens: int) -> tuple[Path, Path]:
@@ -50,12 +98,30 @@ def cases(corpus: Corpus) -> dict[str, Callable[..., TrainingRows]]:
     return made | {"mixture of 3": functools.partial(training_rows, mixture, order="windows", seed=0)}
 
 
-def seconds_per_step(rows: TrainingRows, first: int, steps: int) -> float:
-    """Mean time of reading a batch, over steps that no call has read before."""
+def seconds_per_step(rows: TrainingRows, first: int, steps: int, read: slice = slice(None)) -> float:
+    """Mean time of reading a batch, or some rows of it, over steps that no call has read before."""
     started = time.perf_counter()
     for step in range(first, first + steps):
-        rows.read(step)
+        rows.read(step, read)
     return (time.perf_counter() - started) / steps
+
+
+def compare_with_plans(corpus: Corpus, repetitions: int, steps: int) -> None:
+    """Prints how fast each recipe's rows are read, beside how fast its plan takes them."""
+    rows = {recipe: recipe_rows(corpus, recipe) for recipe in planned_recipes(CONFIGS)}
+    times: dict[Planned, list[float]] = {recipe: [] for recipe in rows}
+    for repetition in range(repetitions):
+        for recipe, reader in rows.items():
+            first = repetition * steps
+            times[recipe].append(seconds_per_step(reader, first, steps, slice(recipe.host_rows)))
+    print("\n| recipe | devices | order | rows of a host | planned of a host | read | times |")
+    print("|---" * 7 + "|")
+    for recipe, seconds in times.items():
+        length, planned = recipe.config.training.sequence_length, recipe.tokens_per_second / recipe.hosts
+        read = recipe.host_rows * length / statistics.median(seconds)
+        shape = f"{recipe.host_rows} x {length}"
+        cells = (recipe.name, recipe.topology, recipe.config.data.order, shape, f"{planned / 1e6:.2f}")
+        print(f"| {' | '.join(cells)} | {read / 1e6:.0f} | {read / planned:.0f} |")
 
 
 def main() -> None:
@@ -85,6 +151,7 @@ def main() -> None:
         for name in cases(corpus):
             rates = [batch * length / statistics.median(times[name, (batch, length)]) for batch, length in SHAPES]
             print(f"{name:16} | " + " | ".join(f"{rate / 1e6:8.1f}" for rate in rates))
+        compare_with_plans(corpus, arguments.repetitions, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import array
 import dataclasses
 import hashlib
 import os
+import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ def fingerprint(opened: Binidx) -> str:
 class BinidxWriter:
     """Writes a pair of files as a stream; a context manager, and the files appear when it ends well.
 
-    Everything goes to files of temporary names beside the target, which are flushed to disk before they are renamed,
+    Everything goes to files of temporary names beside the target, which are flushed to disk before they get their own,
     the .idx last. After an error nothing is left.
     """
 
@@ -183,10 +184,11 @@ class BinidxWriter:
         self._sizes = array.array("i")
         self._size = self._num_tokens = 0
         self._refuse_existing()
-        self._temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths]
+        drawn = secrets.token_hex(8)  # processes of several hosts may write here, and have the same number
+        self._temporary = [path.with_name(f".{path.name}.{drawn}.tmp") for path in self.paths]
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._temporary[0].open("wb")
+            self._bin = self._temporary[0].open("xb")
         except OSError as error:
             raise ConfigError(f"{stem.parent}: cannot be written ({error.strerror}); name another folder") from error
 
@@ -241,7 +243,7 @@ class BinidxWriter:
         if not self._num_tokens:
             raise ConfigError(f"{self.paths[0]}: there is no document to write")
         _flush_to_disk(self._bin)
-        with self._temporary[1].open("wb") as idx:
+        with self._temporary[1].open("xb") as idx:
             items = len(self._sizes)
             idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._dtype], items, items + 1))
             sizes = np.frombuffer(self._sizes, np.intc)
@@ -257,8 +259,12 @@ class BinidxWriter:
                 idx.write(np.arange(start, min(start + _ITEMS_AT_A_TIME, items + 1), dtype="<i8").tobytes())
             _flush_to_disk(idx)
         self._refuse_existing()  # somebody else may have been at it, too
-        for temporary, path in zip(self._temporary, self.paths, strict=True):
-            temporary.rename(path)
+        _publish(self._temporary[0], self.paths[0])
+        try:
+            _publish(self._temporary[1], self.paths[1])
+        except BaseException:
+            self.paths[0].unlink()
+            raise
         folder = os.open(self.paths[0].parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -268,7 +274,23 @@ class BinidxWriter:
     def _refuse_existing(self) -> None:
         for path in self.paths:
             if path.exists():
-                raise ConfigError(f"{path} exists already and is not overwritten; move it away or name another target")
+                raise _already_there(path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name. Raises ConfigError if another file has it."""
+    try:
+        os.link(temporary, path)  # unlike a renaming, never replaces a file
+    except FileExistsError as error:
+        raise _already_there(path) from error
+    except OSError:  # a file system without hard links, on which hours of work must not be lost
+        if path.exists():
+            raise _already_there(path) from None
+        temporary.rename(path)
+
+
+def _already_there(path: Path) -> ConfigError:
+    return ConfigError(f"{path} exists already and is not overwritten; move it away or name another target")
 
 
 def _flush_to_disk(file: Any) -> None:

@@ -93,21 +93,29 @@ def stream_starts(
 def find_magic_prime(num_tokens: int, sequence_length: int) -> int:
     """The prime of the official order, as the official scripts compute it.
 
-    The largest prime p = 3 n + 2 that is at most num_tokens // T - 1. Raises ConfigError where there is none.
+    The largest prime p = 3 n + 2 that is at most num_tokens // T - 1. Raises ConfigError where there is none, or one
+    that the official trainer refuses, which happens with fewer than 228 sequences only.
     Source: RWKV-LM, RWKV-v5/compute_magic_prime.py.
     """
-    for candidate in range(num_tokens // sequence_length - 1, 1, -1):
-        if candidate % 3 == 2 and _is_prime(candidate):
-            return candidate
+    slots = num_tokens // sequence_length
+    prime = _largest_magic_prime(slots)
+    if prime is not None and not _leaves_out_too_many(prime, slots):
+        return prime
+    wrong = "fewer than three" if prime is None else f"{prime} would leave out more than a tenth of {slots}"
     raise ConfigError(
-        f"data.order = 'official': {num_tokens} tokens are fewer than three sequences of training.sequence_length = "
-        f"{sequence_length}, too few for a magic prime; use more text, shorter sequences or data.order = 'windows'"
+        f"data.order = 'official': {num_tokens} tokens are too few sequences of training.sequence_length = "
+        f"{sequence_length} for a magic prime ({wrong}); use more text, shorter sequences or data.order = 'windows'"
     )
 
 
 def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192)) -> dict[int, int]:
-    """The magic prime for each of some sequence lengths; lengths that are too long for so few tokens are left out."""
-    return {length: find_magic_prime(num_tokens, length) for length in sequence_lengths if num_tokens >= 3 * length}
+    """The magic prime for each of some sequence lengths; lengths for which so few tokens have none are left out."""
+    found = {length: _largest_magic_prime(num_tokens // length) for length in sequence_lengths}
+    return {
+        length: prime
+        for length, prime in found.items()
+        if prime is not None and not _leaves_out_too_many(prime, num_tokens // length)
+    }
 
 
 def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -> None:
@@ -120,13 +128,23 @@ def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -
         wrong = f"leaves {magic_prime % 3} when divided by 3, and cubing is a bijection only where 2 is left"
     elif magic_prime > num_slots(num_tokens, sequence_length):
         wrong = f"is more than the {num_slots(num_tokens, sequence_length)} sequences that there are"
-    elif magic_prime <= 0.9 * slots:
+    elif _leaves_out_too_many(magic_prime, slots):
         wrong = f"leaves out more than a tenth of the {slots} sequences that there are"
     if wrong is not None:
         raise ConfigError(
             f"data.magic_prime = {magic_prime}: {wrong} (in {num_tokens} training tokens at training.sequence_length = "
             f"{sequence_length}); leave it out to have it computed, and see whether data.held_out took tokens away"
         )
+
+
+def _largest_magic_prime(slots: int) -> int | None:
+    candidates = range(slots - 1, 1, -1)
+    return next((number for number in candidates if number % 3 == 2 and _is_prime(number)), None)
+
+
+def _leaves_out_too_many(magic_prime: int, slots: int) -> bool:
+    """Whether the official trainer refuses a prime because it reads too few of a corpus' sequences."""
+    return magic_prime <= 0.9 * slots
 
 
 def _is_prime(number: int) -> bool:

@@ -28,6 +28,7 @@ FOREVER = 10**9
 
 _FAILURE = "rwkv_jax/failure"
 _SECONDS_TO_END_BY_ITSELF = 2.0
+_SECONDS_TO_UNWIND = 60.0
 
 
 class DisagreementError(ConfigError):
@@ -144,6 +145,12 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def exception_handled_in(thread: int) -> BaseException | None:
+    """The exception that a thread, by its identifier, is handling, or that is leaving a `with` or `finally` of it."""
+    handled: Any = sys._current_exceptions().get(thread)
+    return handled[1] if isinstance(handled, tuple) else handled  # Python 3.11 gives what sys.exc_info() does.
+
+
 def _initialize(config: DistributedConfig, cluster: str | None, place: str) -> None:
     if config.coordinator is not None and config.process_id == 0:
         _refuse_taken_port(config.coordinator)
@@ -189,6 +196,7 @@ class _Membership:
     def __init__(self, processes: Processes, withdraw_last_words: Callable[[], None]) -> None:
         self._processes, self._client = processes, coordination_client()
         self._withdraw_last_words = withdraw_last_words
+        self._member_thread = threading.get_ident()
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._listener = threading.Thread(target=self._listen, name="failures of other processes", daemon=True)
@@ -219,12 +227,16 @@ class _Membership:
             message = self._client.blocking_key_value_get(_FAILURE, FOREVER)
         except jax.errors.JaxRuntimeError:
             return  # The run is over.
-        # The same may have befallen this process: it then ends by itself, with its own words.
-        self._ending.wait(_SECONDS_TO_END_BY_ITSELF)
+        # The same may have befallen this process: it then ends by itself, with its own words, once it has unwound.
+        for _ in range(round(_SECONDS_TO_UNWIND / _SECONDS_TO_END_BY_ITSELF)):
+            if self._ending.wait(_SECONDS_TO_END_BY_ITSELF) or exception_handled_in(self._member_thread) is None:
+                break
         with self._lock:
             if self._ending.is_set():
                 return
-            print(f"{message}\n{self._processes} ends with it", file=sys.stderr, flush=True)
+            error = exception_handled_in(self._member_thread)
+            own = "" if error is None else f", before it could end by itself after {type(error).__name__}: {error}"
+            print(f"{message}\n{self._processes} ends with it{own}", file=sys.stderr, flush=True)
             self._withdraw_last_words()
             # The main thread may wait for the other process within a collective, where no exception reaches it.
             jax.distributed.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -55,9 +56,24 @@ def gather(processes: Processes, subject: str, text: str, *, seconds: float = FO
     try:
         client.wait_at_barrier(place, int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise LostProcessError(f"{processes}: not all processes came to compare {subject}: {error}") from error
-    texts = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(f"{place}/")}
+        came: dict[int, str] = dict.fromkeys(range(processes.count), "")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # The service may be gone, and cannot say who came.
+            came = _said(client, place)
+        missing = [index for index in range(processes.count) if index not in came]
+        plural = "es" if len(missing) > 1 else ""
+        who = f"process{plural} {_ranges(missing)} did not come" if missing else "not all processes came in time"
+        raise LostProcessError(
+            f"{processes}: {who} to compare {subject}, for which the others wait {seconds:g} seconds "
+            f"({str(error).splitlines()[0]}); see what each printed last, and start all processes again with the same "
+            "command; where the start alone takes long, with a larger --distributed.join-seconds"
+        ) from error
+    texts = _said(client, place)
     return [texts[index] for index in range(processes.count)]
+
+
+def _said(client: Any, place: str) -> dict[int, str]:
+    """What has been said so far, by process."""
+    return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(f"{place}/")}
 
 
 def differences(values: Sequence[Mapping[str, str]]) -> str:

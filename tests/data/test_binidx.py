@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -239,6 +240,43 @@ def test_nothing_that_came_meanwhile_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"x\.idx exists already and is not overwritten"):
         _write_and(tmp_path / "x", come)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.idx"])
+def test_nothing_that_comes_at_the_very_end_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    link = os.link
+
+    def link_too_late(temporary: Path, path: Path) -> None:
+        if path.name == name:
+            path.write_text("precious")
+        link(temporary, path)
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} exists already and is not overwritten"):
+        _write(tmp_path / "x", _DOCUMENTS)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    _write(tmp_path / "x", _DOCUMENTS)
+    assert _open(tmp_path / "x").num_documents == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+def test_several_may_write_beside_each_other(tmp_path: Path) -> None:
+    def write_another() -> None:
+        _write(tmp_path / "x", _DOCUMENTS)
+
+    with pytest.raises(ConfigError, match=r"x\.bin exists already and is not overwritten"):
+        _write_and(tmp_path / "x", write_another)
+    assert _open(tmp_path / "x").num_documents == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -87,10 +87,34 @@ def test_magic_primes_are_the_published_ones(num_tokens: int, sequence_length: i
 
 
 def test_magic_primes_of_short_corpora() -> None:
-    assert [find_magic_prime(slots * 10 + 9, 10) for slots in (3, 5, 6, 12, 13, 18)] == [2, 2, 5, 11, 11, 17]
-    assert magic_primes(6 * 1024, (1024, 2048, 3072, 4096)) == {1024: 5, 2048: 2}
-    with pytest.raises(ConfigError, match=r"data.order = 'official': 29 tokens are fewer than three sequences"):
-        find_magic_prime(29, 10)
+    assert [find_magic_prime(slots * 10 + 9, 10) for slots in (12, 18, 98, 228)] == [11, 17, 89, 227]
+    assert magic_primes(18 * 1024, (512, 1024, 1536, 2048, 9216)) == {1024: 17, 1536: 11}
+    assert magic_primes(2, (1,)) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "reason"),
+    [
+        (29, "fewer than three"),
+        (30, "2 would leave out more than a tenth of 3"),
+        (1000, "89 would leave out more than a tenth of 100"),
+    ],
+)
+def test_too_few_sequences_for_a_magic_prime_are_refused(num_tokens: int, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.order = 'official': {num_tokens} .*= 10 .*\({reason}\); use more"):
+        find_magic_prime(num_tokens, 10)
+
+
+def test_the_prime_that_is_found_would_be_taken_if_it_were_given() -> None:
+    refused = []
+    for slots in range(2, 2000):
+        try:
+            prime = find_magic_prime(slots * 10 + 9, 10)
+        except ConfigError:
+            refused.append(slots)
+        else:
+            check_magic_prime(prime, slots * 10 + 9, 10)
+    assert refused[-1] == 227
 
 
 def test_the_first_rows_of_minipile_are_the_verified_ones() -> None:

@@ -139,7 +139,7 @@ def test_whole_numbers_of_any_type_are_tokens() -> None:
 
 @pytest.mark.parametrize("order", _ORDERS)
 def test_a_corpus_of_just_one_batch_will_do(order: RowOrder) -> None:
-    assert _rows(65, order).read(3).shape == (4, 17)
+    assert _rows(12 * 16 + 1, order, batch_size=12).read(3).shape == (12, 17)
 
 
 @pytest.mark.parametrize("order", _ORDERS)
@@ -162,6 +162,11 @@ def test_a_corpus_shorter_than_one_batch_is_refused(order: RowOrder, num_tokens:
 def test_a_magic_prime_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.magic_prime = 41: leaves out more than a tenth of the 62"):
         _rows(order="official", magic_prime=41)
+
+
+def test_a_corpus_whose_magic_prime_leaves_out_too_much_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.order = 'official': 160 tokens .* leave out more than a tenth of 10"):
+        _rows(160, "official")
 
 
 @pytest.mark.parametrize(("order", "remedy"), [("official", "set data.order to"), ("streams", "switch training.carry")])

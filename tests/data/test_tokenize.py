@@ -77,13 +77,13 @@ def test_a_source_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> Non
 def test_the_command_prints_what_the_official_script_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.txt").write_text("x" * 2999)
+    (tmp_path / "a.txt").write_text("x" * 6143)
     arguments = ["tokenize", str(tmp_path), str(tmp_path / "out" / "x"), "--tokenizer", "bytes", "--vocab-size", "257"]
     _run([*arguments, "--glob", "*.txt"], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"{tmp_path / 'out' / 'x.bin'} and x.idx: 3000 tokens, 1 documents",
-        "magic prime for sequences of 512: 2",
+        f"{tmp_path / 'out' / 'x.bin'} and x.idx: 6144 tokens, 1 documents",
+        "magic prime for sequences of 512: 11",
     ]
     with pytest.raises(SystemExit, match=r"rwkv: .*x\.bin exists already and is not overwritten; move it away"):
         _run(arguments, monkeypatch)

@@ -5,6 +5,7 @@ python -m tests.parallel.process_together SCENARIO PORT INDEX
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,11 +23,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError, DistributedConfig
-from rwkv_jax.parallel.processes import DisagreementError, Processes, join
-from rwkv_jax.parallel.together import StopTogether, agree, first_alone, global_array
+from rwkv_jax.parallel.processes import DisagreementError, LostProcessError, Processes, join
+from rwkv_jax.parallel.together import StopTogether, agree, first_alone, gather, global_array
 from rwkv_jax.training.stopping import StopRequest
 
 COUNT = 2
+FAILURE = ConfigError("data.source = 'nothing': no such file")
 
 
 def split(*axes: str, **mesh: int) -> NamedSharding:
@@ -76,6 +78,14 @@ def all_is_well(processes: Processes) -> dict[str, Any]:
         return found
 
     result: dict[str, Any] = {"found": first_alone(processes, "a folder", work)}
+    result["said"] = gather(processes, "numbers", f"I am {processes.index}")
+    for turn in range(COUNT):  # The second comes when the first has given up.
+        if processes.index == turn:
+            try:
+                gather(processes, "what the other does not say", "", seconds=0.2)
+            except LostProcessError as error:
+                result["lost"] = str(error)
+        agree(processes, {}, seconds=30, subject=f"turn {turn}")
     result["rows"] = read_array(split("data", data=4))
     result["copies"] = read_array(split("data", "tensor", data=2, tensor=1, copies=2))
     result["stops"] = [steps_until_stop(processes, signalled) for signalled in range(COUNT)]
@@ -89,14 +99,21 @@ def all_is_well(processes: Processes) -> dict[str, Any]:
     return result
 
 
-def wait_in_a_collective() -> None:
-    """Adds over all devices for a long time."""
+def wait_in_a_collective(fails_after: int | None = None) -> None:
+    """Adds over all devices for a long time, or fails after some additions, for the next of which the other waits."""
     sharding = split("data", data=4)
     x = global_array(sharding, (4,), lambda rows: np.ones(rows.stop - rows.start, np.float32))
     add = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
-    for _ in range(600):
+    for addition in range(600):
+        if addition == fails_after:
+            raise FAILURE
         x = add(x * 0).block_until_ready()
         time.sleep(0.1)
+
+
+def fail() -> None:
+    """Raises FAILURE."""
+    raise FAILURE
 
 
 def main(scenario: str, port: str, index: int) -> None:
@@ -111,9 +128,16 @@ def main(scenario: str, port: str, index: int) -> None:
             print(json.dumps(all_is_well(processes)))
         elif scenario == "disagree":
             agree(processes, {"batch": index}, seconds=30)
-        elif scenario == "fail" and index == 1:
-            time.sleep(0.5)  # long enough for the other to be in its collective
-            raise ConfigError("data.source = 'nothing': no such file")
+        elif scenario in ("process 0 fails", "process 1 fails"):
+            wait_in_a_collective(fails_after=3 if f"process {index} fails" == scenario else None)
+        elif scenario == "first alone fails":
+            first_alone(processes, "work", fail)
+        elif scenario == "both fail":
+            with contextlib.ExitStack() as stack:
+                if index == 0:
+                    stack.callback(time.sleep, 5)  # as a checkpoint takes that is still being written
+                    raise ValueError("another error")
+                raise FAILURE
         else:
             wait_in_a_collective()
 

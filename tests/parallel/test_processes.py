@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from rwkv_jax.config import ConfigError, DistributedConfig, TrainConfig, from_dict, to_dict
-from rwkv_jax.parallel.processes import Processes, join, recognised_cluster
+from rwkv_jax.parallel.processes import Processes, exception_handled_in, join, recognised_cluster
 from tests.parallel.process_pair import Ended, end_of, free_port, start
 
 
@@ -33,17 +35,54 @@ def test_a_process_that_is_alone_says_so_when_its_time_is_over() -> None:
     assert "the processes have not found each other within distributed.join_seconds = 1; start every process" in last
 
 
-def test_an_error_in_one_process_ends_the_other_which_says_why() -> None:
-    waiting, failed = end_of("fail")
-    assert (waiting.status, failed.status) == (1, 1)
-    assert waiting.output == "process 0 of 2: 2 of 4 devices\n"
-    assert failed.output == "process 1 of 2: 2 of 4 devices\n"
-    reason = "process 1 of 2 has stopped: ConfigError: data.source = 'nothing': no such file"
-    assert f"{reason}\nprocess 0 of 2 ends with it" in waiting.errors
+@functools.cache
+def ends_after_an_error() -> dict[str, list[Ended]]:
+    """How two processes end in each scenario in which one fails or both do; mostly waiting, so all at once."""
+    scenarios = ("process 0 fails", "process 1 fails", "first alone fails", "both fail")
+    with ThreadPoolExecutor(len(scenarios)) as pool:
+        return dict(zip(scenarios, pool.map(end_of, scenarios), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "failing"), [("process 0 fails", 0), ("process 1 fails", 1), ("first alone fails", 0)]
+)
+def test_an_error_in_one_process_ends_the_other_which_says_why(scenario: str, failing: int) -> None:
+    ended = ends_after_an_error()[scenario]
+    failed, waiting = ended[failing], ended[1 - failing]
+    assert [process.status for process in ended] == [1, 1]
+    assert all(one.output.startswith(f"process {index} of 2: 2 of 4 devices\n") for index, one in enumerate(ended))
+    reason = f"process {failing} of 2 has stopped: ConfigError: data.source = 'nothing': no such file"
+    assert f"{reason}\nprocess {1 - failing} of 2 ends with it\n" in waiting.errors
     assert reason in failed.errors
     assert "train.py: data.source" in failed.errors
     assert "before its time" not in waiting.errors + failed.errors
-    assert "process 0 of 2 has stopped" not in waiting.errors
+    assert f"process {1 - failing} of 2 has stopped" not in waiting.errors
+
+
+def test_a_process_that_takes_long_to_unwind_ends_with_its_own_error() -> None:
+    slow, quick = ends_after_an_error()["both fail"]
+    assert (slow.status, quick.status) == (1, 1)
+    assert "process 0 of 2 has stopped: ValueError: another error\n" in slow.errors
+    assert slow.errors.rstrip().endswith("ValueError: another error")
+    assert "process 1 of 2 has stopped: ConfigError: data.source" in quick.errors
+    assert "ends with it" not in slow.errors + quick.errors
+
+
+def test_the_exception_that_a_thread_handles_is_known_until_it_is_handled() -> None:
+    seen: list[BaseException | None] = []
+    thread = threading.get_ident()
+
+    def look() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(exception_handled_in, thread).result())
+
+    look()
+    error = ValueError("leaves a context")
+    with contextlib.suppress(ValueError), contextlib.ExitStack() as stack:
+        stack.callback(look)
+        raise error
+    look()
+    assert seen == [None, error, None]
 
 
 @functools.cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
 from rwkv_jax.parallel.processes import Processes
-from rwkv_jax.parallel.together import StopTogether, agree, differences, first_alone, global_array
+from rwkv_jax.parallel.together import StopTogether, agree, differences, first_alone, gather, global_array
 from tests.parallel.process_pair import end_of
 
 
@@ -25,6 +26,23 @@ def all_is_well() -> list[dict[str, Any]]:
 
 def test_the_first_process_works_alone_and_the_others_find_it_done() -> None:
     assert [seen["found"] for seen in all_is_well()] == [False, True]
+
+
+def test_each_process_hears_what_all_say() -> None:
+    assert [seen["said"] for seen in all_is_well()] == [["I am 0", "I am 1"]] * 2
+
+
+def test_a_process_that_does_not_come_is_named_with_what_to_do() -> None:
+    first, second = all_is_well()
+    assert second["lost"].startswith(
+        "process 1 of 2: not all processes came in time to compare what the other does not say, for which the others "
+    )
+    assert re.fullmatch(
+        r"process 0 of 2: process 1 did not come to compare what the other does not say, for which the others wait "
+        r"0\.2 seconds \(DEADLINE_EXCEEDED: .*\); see what each printed last, and start all processes again with the "
+        r"same command; where the start alone takes long, with a larger --distributed\.join-seconds",
+        first["lost"],
+    ), first["lost"]
 
 
 def test_each_process_reads_the_rows_of_its_own_devices_once() -> None:
@@ -62,6 +80,7 @@ def test_one_process_agrees_takes_its_turn_and_stops_by_itself() -> None:
     alone = Processes()
     agree(alone, {"seed": 0}, seconds=1)
     assert first_alone(alone, "work", lambda: 3) == 3
+    assert gather(alone, "numbers", "3") == ["3"]
     requests = iter([None, "SIGINT"])
     stop = StopTogether(lambda: next(requests), alone)
     assert [stop.name(), stop.name()] == [None, "SIGINT"]
