@@ -28,10 +28,10 @@ from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.generate import Generator
 from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.parallel.mesh import mesh_of, shape_of
+from rwkv_jax.parallel.mesh import memory_of, mesh_of, shape_of
 from rwkv_jax.parallel.picture import placement_table
 from rwkv_jax.parallel.processes import LostProcessError, Processes, join
-from rwkv_jax.parallel.together import StopTogether, agree, first_alone
+from rwkv_jax.parallel.together import StopTogether, agree, first_alone, gather
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.batch import batch_loader
 from rwkv_jax.training.console import Console
@@ -79,7 +79,8 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
     agree(processes, ckpt.shared_settings(config), seconds=seconds)
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
-    mesh = mesh_of(config, jax.devices())
+    memories = gather(processes, "device memory", str(memory_of(jax.local_devices()[0]) or 0), seconds=seconds)
+    mesh = mesh_of(config, jax.devices(), min(map(int, memories)) or None)
     trainer = make_trainer(config, mesh)
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
@@ -233,9 +234,13 @@ def describe(config: TrainConfig, trainer: Trainer, num_tokens: int, resumed_ste
         state = abstract_state(trainer)
         groups = {f"parameters: {name}": part for name, part in state.params.items()}
         groups |= {"optimizer": state.optimizer, "carried state": state.carried}
-        unused = jax.device_count() - mesh.size
-        note = f" ({unused} more cannot share {training.batch_size} rows evenly and stay idle)" if unused else ""
-        lines += [f"mesh: {shape_of(mesh)}{note}", placement_table(groups)]
+        lines += [f"mesh: {shape_of(mesh)}", placement_table(groups)]
+    if idle := jax.device_count() - (1 if mesh is None else mesh.size):
+        rows = training.batch_size // training.accumulation_steps
+        lines.append(
+            f"{idle} of {jax.device_count()} devices stay idle: no more can share {rows} rows at a time evenly "
+            "(training.batch_size / training.accumulation_steps)"
+        )
     return "\n".join(lines)
 
 

@@ -193,7 +193,7 @@ class Plan:
     """Compile a run's training step for devices that need not be there: memory, FLOPs, collectives, best speed."""
 
     config_file: tyro.conf.Positional[Path]
-    """The run, as train.py takes it; its fields can be changed by their flags, such as --parallel.fsdp 64."""
+    """The run, as train.py takes it; comes first, and its fields can be changed by flags such as --parallel.fsdp 64."""
     topology: str
     """HOSTSxGPUS such as h100:8x8 (also h200, a100-80g), a TPU slice such as v5p:4x4x4 or v5e:16x16 (also v4, v6e), or
     a number of CPU devices such as cpu:8."""
@@ -225,14 +225,19 @@ def parse_plan(arguments: Sequence[str]) -> Plan:
     """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`; exits as `parse_train_config` does.
 
     Raises:
-      ConfigError: the file, or a value, cannot work.
+      ConfigError: no file comes first, or the file, or a value, cannot work.
     """
-    place, default = "rwkv plan", Plan(tyro.MISSING, tyro.MISSING)
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments[0])
-        place = f"rwkv plan {path}"
-        default = Plan(path, tyro.MISSING, config=load_config(path))
-    return tyro.cli(Plan, args=arguments, default=default, prog=place)
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        return tyro.cli(Plan, args=arguments, default=Plan(tyro.MISSING, tyro.MISSING), prog="rwkv plan")
+    if not first or first.startswith("-"):  # a file behind flags would be named, but not read
+        raise ConfigError(
+            f"plan: {first!r} stands where the config file does; name that first, since flags change what it says: "
+            "rwkv plan CONFIG_FILE --topology NAME [--field value ...]"
+        )
+    path = Path(first)
+    default = Plan(path, tyro.MISSING, config=load_config(path))
+    return tyro.cli(Plan, args=arguments, default=default, prog=f"rwkv plan {path}")
 
 
 def main() -> None:

@@ -428,7 +428,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor", "sequence"):
             size = getattr(self, name)
-            _require(size == "auto" or size >= 1, f"parallel.{name}", size, "must be at least 1")
+            auto = name in ("data", "fsdp")
+            remedy = "must be a whole number from 1" + (", or auto" if auto else "")
+            _require((auto and size == "auto") or (type(size) is int and size >= 1), f"parallel.{name}", size, remedy)
 
 
 @dataclasses.dataclass(frozen=True)

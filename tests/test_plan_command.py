@@ -47,12 +47,25 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         parse_plan([str(tmp_path / "none.py"), "--topology", "cpu:2"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["--topology", "cpu:2"]])
-def test_a_plan_needs_a_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        ([], "''"),
+        (["--topology", "cpu:2"], "'--topology'"),
+        (["--topology", "cpu:2", "small.py"], "'--topology'"),
+        (["--model.width", "32", "small.py", "--topology", "cpu:2"], "'--model.width'"),
+    ],
+)
+def test_the_config_comes_first(arguments: list[str], first: str) -> None:
+    with pytest.raises(ConfigError, match=rf"plan: {first} stands where .*: rwkv plan CONFIG_FILE --topology NAME"):
         parse_plan(arguments)
-    assert caught.value.code == 2
-    assert "PATH" in capsys.readouterr().err
+
+
+def test_help_needs_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_plan(["--help"])
+    assert caught.value.code == 0
+    assert "--topology" in capsys.readouterr().out
 
 
 def test_a_plan_needs_a_topology(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

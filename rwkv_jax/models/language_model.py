@@ -333,7 +333,7 @@ class LanguageModel(nnx.Module):
                 raise ValueError(
                     f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
                 )
-        return prepare("emb", self.emb)(tokens, axes).astype(self.config.dtype)
+        return prepare("emb", self.emb)(tokens, self.config.dtype, axes)
 
     def _check_state(self, state: State, batch: int, axes: ShardAxes) -> State:
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))

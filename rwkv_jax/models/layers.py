@@ -81,6 +81,21 @@ def summed_linear(x: Array, weight: Array, axis_name: str | None) -> Array:
     return y if axis_name is None else checkpoint_name(sum_over_shards(y, axis_name), KEPT)
 
 
+def gated_linear(gate: Array, x: Array, weight: Array, axis_name: str | None) -> Array:
+    """gate * (x @ weight^T), where x's last axis is split over a mesh axis and each shard has its channels of the gate.
+
+    The sum over shards is scattered, gated and gathered: what travels forward is what a plain sum takes.
+
+    Args:
+      gate: [..., out / shards]; x: [..., in / shards]; weight: [out, in / shards].
+    """
+    y = linear(x, weight)
+    if axis_name is None:
+        return gate * y
+    own = checkpoint_name(lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 1, tiled=True), KEPT)
+    return lax.all_gather(gate * own, axis_name, axis=y.ndim - 1, tiled=True, to="invarying")
+
+
 def token_shift(
     x: Array,
     shift: Array | None,
@@ -152,15 +167,20 @@ class Embedding(nnx.Module):
     def __init__(self, weight: Array) -> None:
         self.weight = nnx.Param(weight)
 
-    def __call__(self, tokens: Array, axes: ShardAxes = WHOLE) -> Array:
-        """[B, T] integers in [0, V) -> [B, T, C]; where `axes.tensor` splits V, each shard looks up its own tokens."""
+    def __call__(self, tokens: Array, dtype: str | None = None, axes: ShardAxes = WHOLE) -> Array:
+        """[B, T] integers in [0, V) -> [B, T, C] in a dtype, or the table's own.
+
+        Where `axes.tensor` splits V, each shard looks up its own tokens.
+        """
         weight = self.weight[...]
         if axes.tensor is None:
-            return weight[tokens]
+            return weight[tokens].astype(dtype or weight.dtype)
         rows = tokens - first_index_here(weight.shape[0], axes.tensor)
         is_here = (rows >= 0) & (rows < weight.shape[0])
         vectors = jnp.where(is_here[..., None], weight[jnp.where(is_here, rows, 0)], 0)
-        return sum_over_shards(vectors, axes.tensor)
+        return sum_over_shards(
+            vectors.astype(dtype or weight.dtype), axes.tensor
+        )  # one shard's and zeros: nothing is rounded away
 
 
 class LayerNorm(nnx.Module):

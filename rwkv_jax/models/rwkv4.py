@@ -22,13 +22,14 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     for_every_token,
+    gated_linear,
     operator_inputs,
     orthogonal,
     summed_linear,
     token_shift,
     vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
+from rwkv_jax.models.shards import WHOLE, ShardAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv4, wkv4_sharded
 from rwkv_kernels.wkv4.scan import empty_state
@@ -145,8 +146,8 @@ class ChannelMix(nnx.Module):
         # (14), (15) r_t, k_t; (18) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
-        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
-        return o, shift
+        k = jnp.square(jax.nn.relu(k))
+        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV4Block(Block):

@@ -23,6 +23,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     for_every_token,
+    gated_linear,
     initial_head_norm,
     operator_inputs,
     orthogonal,
@@ -30,7 +31,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
+from rwkv_jax.models.shards import WHOLE, ShardAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv5, wkv5_sharded
 
@@ -175,8 +176,8 @@ class ChannelMix(nnx.Module):
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
-        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
-        return o, shift
+        k = jnp.square(jax.nn.relu(k))
+        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV5Block(Block):

@@ -20,6 +20,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     for_every_token,
+    gated_linear,
     initial_head_norm,
     linear,
     low_rank,
@@ -30,7 +31,7 @@ from rwkv_jax.models.layers import (
     uniform,
     vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes, gated_sum_over_shards
+from rwkv_jax.models.shards import WHOLE, ShardAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv6, wkv6_sharded
 
@@ -165,8 +166,8 @@ class ChannelMix(nnx.Module):
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(x + xx * for_every_token(self.time_maa_r[...], x))
         k = self.key(x + xx * for_every_token(self.time_maa_k[...], x))
-        o = gated_sum_over_shards(jax.nn.sigmoid(r), self.value(jnp.square(jax.nn.relu(k))), axes.tensor)
-        return o, shift
+        k = jnp.square(jax.nn.relu(k))
+        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV6Block(Block):

@@ -52,20 +52,6 @@ def same_on_shards(x: Array, axis_name: str | None) -> Array:
     return lax.psum(jnp.where(lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x)), axis_name)
 
 
-def gated_sum_over_shards(gate: Array, x: Array, axis_name: str | None) -> Array:
-    """gate * (the sum of the shards' x), where a shard has the whole width of x and only its own channels of the gate.
-
-    The sum is scattered, gated and gathered: what travels is what a plain sum takes.
-
-    Args:
-      gate: [..., C / shards]; x: [..., C], partial results.
-    """
-    if axis_name is None:
-        return gate * x
-    own = lax.psum_scatter(x, axis_name, scatter_dimension=x.ndim - 1, tiled=True)
-    return lax.all_gather(gate * own, axis_name, axis=x.ndim - 1, tiled=True, to="invarying")
-
-
 def first_index_here(size: int, axis_name: str | None) -> Array | int:
     """Global index of a shard's first entry along an axis of which it holds `size` entries."""
     return 0 if axis_name is None else size * lax.axis_index(axis_name)

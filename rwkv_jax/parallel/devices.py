@@ -13,6 +13,9 @@ from rwkv_jax.config import ConfigError
 
 Platform = Literal["cuda", "tpu", "cpu"]
 
+PREALLOCATED = 0.75
+"""Share of a GPU's memory that JAX takes, and says it has, unless it is told another."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -21,6 +24,7 @@ class Device:
     name: str
     platform: Platform
     memory: int
+    """All of it; see `memory_for_jax`."""
     bfloat16: float
     """Matrix products with inputs of 16 bits, dense."""
     float32_default: float
@@ -37,6 +41,13 @@ class Device:
     """Sizes in the name of a slice."""
     max_devices: int
     """Of one slice; for GPUs and CPUs what a plan of this kind still makes sense for."""
+
+    @property
+    def memory_for_jax(self) -> int | None:
+        """Bytes that JAX would say such a device has, by which `auto` sizes are chosen; None for CPUs, which do not."""
+        shares: Mapping[Platform, float | None] = {"cuda": PREALLOCATED, "tpu": 1.0, "cpu": None}
+        share = shares[self.platform]
+        return None if share is None else int(share * self.memory)
 
 
 # NVIDIA: data sheets of H100 SXM, H200 and A100 80GB SXM; NVLink's 900 (600) GB/s are both ways together. A host is

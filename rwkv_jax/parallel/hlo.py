@@ -102,21 +102,28 @@ class Module:
         """How often each computation runs in one run of the program; see `unknown_loops`."""
         return self._walk[0]
 
-    @functools.cached_property
+    @property
     def unknown_loops(self) -> tuple[str, ...]:
         """Loops whose trip count the text does not tell; they are counted as if they ran once."""
         return self._walk[1]
+
+    @property
+    def chosen_loops(self) -> tuple[str, ...]:
+        """Loops whose first or last turn the data choose out of two; the larger number of the two is counted."""
+        return self._walk[2]
 
     @functools.cached_property
     def fused(self) -> frozenset[str]:
         """Computations that are the inside of a fusion: their intermediate results never reach memory."""
         instructions = (x for computation in self.computations.values() for x in computation.instructions.values())
-        return frozenset(name for x in instructions if x.opcode == "fusion" for name in x.called("calls"))
+        fusions = (x for x in instructions if x.opcode in ("fusion", "fusion-start"))
+        return frozenset(name for x in fusions for name in x.called("calls"))
 
     @functools.cached_property
-    def _walk(self) -> tuple[Mapping[str, int], tuple[str, ...]]:
+    def _walk(self) -> tuple[Mapping[str, int], tuple[str, ...], tuple[str, ...]]:
         counts: collections.Counter[str] = collections.Counter()
         unknown: dict[str, None] = {}
+        chosen: dict[str, None] = {}
 
         def visit(name: str, times: int) -> None:
             counts[name] += times
@@ -124,21 +131,23 @@ class Module:
             for instruction in computation.instructions.values():
                 trips = 1
                 if instruction.opcode == "while":
-                    found = trip_count(self, computation, instruction)
+                    found = trip_count(self.computations, computation, instruction)
                     if found is None:
                         unknown[instruction.name] = None
-                    trips = 1 if found is None else found
+                    elif found.chosen_by_data:
+                        chosen[instruction.name] = None
+                    trips = 1 if found is None else found.value
                 for callee in _callees(instruction):
                     visit(callee, times * trips)
 
         visit(self.entry, 1)
-        return counts, tuple(unknown)
+        return counts, tuple(unknown), tuple(chosen)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction that runs, with its computation and how often it does."""
         for name, times in self.executions.items():
             computation = self.computations[name]
-            for instruction in computation.instructions.values():
+            for instruction in computation.instructions.values() if times else ():
                 yield computation, instruction, times
 
 
@@ -204,46 +213,119 @@ def _callees(instruction: Instruction) -> tuple[str, ...]:
     """Computations that an instruction runs; not the sums inside reductions, which are no programs of their own."""
     if instruction.opcode == "while":
         return instruction.called("body") + instruction.called("condition")
-    if instruction.opcode == "call":
+    if instruction.opcode in ("call", "call-start"):
         return instruction.called("to_apply")
     if instruction.opcode == "conditional":  # each branch as if it were taken
         names = ("branch_computations", "true_computation", "false_computation")
         return tuple(callee for name in names for callee in instruction.called(name))
-    if instruction.opcode in ("fusion", "async-start"):
+    if instruction.opcode == "fusion" or instruction.opcode.endswith("-start"):
         return instruction.called("calls")
     return ()
 
 
-def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """An integer that the text of a program tells."""
+
+    value: int
+    chosen_by_data: bool
+    """Whether it is the larger of two between which the data choose."""
+
+
+def trip_count(computations: Mapping[str, Computation], computation: Computation, loop: Instruction) -> Number | None:
     """How often a while loop's body runs; None where the text does not tell.
 
-    XLA writes it down for CPUs and GPUs. For TPUs it is read off the condition, `counter < limit`, and the counter's
-    initial value: JAX's loops count in steps of one.
+    XLA writes it down for most loops on CPUs and GPUs. Elsewhere it is read off the condition, `counter < limit`, what
+    the body adds to the counter, and the values with which the loop starts.
     """
     if found := _TRIP_COUNT.search(loop.attributes):
-        return int(found[1])
-    condition = module.computations[loop.called("condition")[0]]
-    compare = condition.instructions[condition.root]
-    inner = compare
-    if compare.opcode == "fusion":
-        fused = module.computations[compare.called("calls")[0]]
-        inner = fused.instructions[fused.root]
-    if inner.opcode != "compare" or inner.attribute("direction") != "LT" or len(compare.operands) != 2:
+        return Number(int(found[1]), chosen_by_data=False)
+    condition, body = (computations[loop.called(name)[0]] for name in ("condition", "body"))
+    compare = _origin(computations, _Place(condition, condition.instructions[condition.root]))
+    after = _origin(computations, _Place(body, body.instructions[body.root]))
+    before = _origin(computations, _Place(computation, loop).operand(0))
+    is_less_than = compare.instruction.opcode == "compare" and compare.instruction.attribute("direction") == "LT"
+    if not is_less_than or after.instruction.opcode != "tuple" or before.instruction.opcode != "tuple":
         return None
-    counter = condition.instructions[compare.operands[0]]
-    limit = _constant(condition, compare.operands[1])
-    initial_values = computation.instructions[loop.operands[0]]
-    index = counter.attribute("index")
-    if limit is None or index is None or initial_values.opcode != "tuple":
+    counter = _carried_index(computations, compare.operand(0))
+    if counter is None:
         return None
-    initial = _constant(computation, initial_values.operands[int(index)])
-    return None if initial is None else max(limit - initial, 0)
+    step = _step(computations, after.operand(counter), counter)
+    initial = _number(computations, before.operand(counter))
+    limit_index = _carried_index(computations, compare.operand(1))
+    if limit_index is None:
+        limit = _number(computations, compare.operand(1))
+    elif _carried_index(computations, after.operand(limit_index)) == limit_index:  # which the body leaves as it is
+        limit = _number(computations, before.operand(limit_index))
+    else:
+        limit = None
+    if limit is None or initial is None or step is None or step < 1:
+        return None
+    trips = max(-(-(limit.value - initial.value) // step), 0)
+    return Number(trips, limit.chosen_by_data or initial.chosen_by_data)
 
 
-def _constant(computation: Computation, name: str) -> int | None:
-    """The value of an integer constant, through copies of it."""
-    instruction = computation.instructions[name]
-    while instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in computation.instructions:
-        instruction = computation.instructions[instruction.operands[0]]
-    is_number = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
-    return int(instruction.arguments) if is_number else None
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """An instruction, with the fusion that its computation is the inside of, if one was entered on the way to it."""
+
+    computation: Computation
+    instruction: Instruction
+    fusion: _Place | None = None
+
+    def operand(self, index: int) -> _Place:
+        instruction = self.computation.instructions[self.instruction.operands[index]]
+        return dataclasses.replace(self, instruction=instruction)
+
+
+def _origin(computations: Mapping[str, Computation], place: _Place) -> _Place:
+    """Where a value comes from: through copies, tuples and fusions, into them and out again."""
+    while True:
+        instruction = place.instruction
+        if instruction.opcode in ("copy", "bitcast"):
+            place = place.operand(0)
+        elif instruction.opcode == "fusion":
+            inside = computations[instruction.called("calls")[0]]
+            place = _Place(inside, inside.instructions[inside.root], fusion=place)
+        elif instruction.opcode == "parameter" and place.fusion is not None:
+            place = place.fusion.operand(int(instruction.arguments))
+        elif instruction.opcode == "get-tuple-element":
+            whole = _origin(computations, place.operand(0))
+            if whole.instruction.opcode != "tuple":
+                return place
+            place = whole.operand(int(instruction.attribute("index") or 0))
+        else:
+            return place
+
+
+def _carried_index(computations: Mapping[str, Computation], place: _Place) -> int | None:
+    """Which of the values that a loop carries this is, in its condition or body; None where it is none of them."""
+    origin = _origin(computations, place)
+    if origin.instruction.opcode != "get-tuple-element":
+        return None
+    is_carried = _origin(computations, origin.operand(0)).instruction.opcode == "parameter"
+    return int(origin.instruction.attribute("index") or 0) if is_carried else None
+
+
+def _step(computations: Mapping[str, Computation], place: _Place, counter: int) -> int | None:
+    """What a loop's body adds to its counter."""
+    added = _origin(computations, place)
+    if added.instruction.opcode != "add":
+        return None
+    indices = [_carried_index(computations, added.operand(side)) for side in (0, 1)]
+    if counter not in indices:
+        return None
+    step = _number(computations, added.operand(1 - indices.index(counter)))
+    return None if step is None or step.chosen_by_data else step.value
+
+
+def _number(computations: Mapping[str, Computation], place: _Place) -> Number | None:
+    origin = _origin(computations, place)
+    instruction = origin.instruction
+    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments):
+        return Number(int(instruction.arguments), chosen_by_data=False)
+    if instruction.opcode == "select":
+        choices = [_number(computations, origin.operand(side)) for side in (1, 2)]
+        values = [choice.value for choice in choices if choice is not None]
+        return Number(max(values), chosen_by_data=True) if len(values) == 2 else None
+    return None

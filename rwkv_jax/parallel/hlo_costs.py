@@ -17,6 +17,10 @@ from rwkv_jax.parallel.replica_groups import Groups, parse_groups
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all"]
 KINDS: tuple[CollectiveKind, ...] = get_args(CollectiveKind)
 _OPCODES: Mapping[str, CollectiveKind] = {name: kind for kind in KINDS for name in (kind, f"{kind}-start")}
+_OTHER_OPCODES = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
+"""Of what else devices send each other; a training step has none of it, and so it is refused rather than reckoned."""
+_HIGHEST = re.compile(r"operand_precision=\{[^}]*highest|\"operand_precision\":\[[^\]]*HIGHEST")
+"""Full precision, in the words of a product and in those of a call of cuBLAS."""
 
 Precision = Literal["bfloat16", "float32 default", "float32 highest"]
 """Of a matrix product: inputs of at most 16 bits; wider ones with what the platform takes for good enough (TF32, or one
@@ -52,9 +56,15 @@ def find_collectives(module: Module, num_devices: int) -> tuple[Collective, ...]
 
     Args:
       num_devices: those of the mesh, all of which take part in a collective without groups.
+
+    Raises:
+      ValueError: a collective of a kind that is not known here.
     """
     found = []
     for computation, instruction, executions in module.running():
+        is_to_host = "is_host_transfer=true" in instruction.attributes
+        if instruction.opcode.removesuffix("-start") in _OTHER_OPCODES and not is_to_host:
+            raise ValueError(f"{instruction.name}: what a {instruction.opcode} sends is not known here")
         kind = _OPCODES.get(instruction.opcode)
         if kind is None or _is_later_part(computation, instruction):
             continue
@@ -89,8 +99,8 @@ def product_flops(module: Module) -> dict[Precision, int]:
         count = _product_flops(computation, instruction)
         if count:
             wide = any(array.bits > 16 for array in computation.operand_arrays(instruction)[:2])
-            precise = "highest" in (instruction.attribute("operand_precision") or "")
-            precision: Precision = "float32 highest" if precise else "float32 default"
+            is_full = _HIGHEST.search(instruction.attributes) is not None
+            precision: Precision = "float32 highest" if is_full else "float32 default"
             flops[precision if wide else "bfloat16"] += executions * count
     return dict(flops)
 

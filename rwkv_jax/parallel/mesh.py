@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rwkv_jax.config import ConfigError, ParallelConfig, TrainConfig
@@ -48,7 +49,7 @@ def choose_shape(
     """The shape of the mesh, with a size for each axis that is left to `auto`.
 
     `fsdp` gets the fewest devices over which parameters, gradients and optimizer take at most half of each device's
-    memory; `data` gets the devices that remain. What cannot be divided over the rows goes to `fsdp` before `data`.
+    memory; `data` gets the devices that remain.
 
     Args:
       rows: of a micro-batch, which data and fsdp split between them.
@@ -121,14 +122,23 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     if shape.size != len(devices):
         raise ConfigError(f"parallel: {shape} takes {shape.size} devices, but there are {len(devices)}")
     sizes = tuple(getattr(shape, name) for name in AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+    try:
+        placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError) as error:  # whatever JAX makes of a torus that is too odd
+        raise ConfigError(
+            f"parallel: {shape} cannot be laid out on these {len(devices)} devices ({error}); take other sizes"
+        ) from error
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_of(config: TrainConfig, devices: Sequence[Any]) -> Mesh | None:
+def mesh_of(config: TrainConfig, devices: Sequence[Any], device_memory: int | None = None) -> Mesh | None:
     """The mesh of a run on these devices; None for one device.
 
     Where data and fsdp are left to `auto` and one process has all devices, no more of them are used than share the rows
     evenly.
+
+    Args:
+      device_memory: bytes of one device, the same in all processes; None where it is not known.
 
     Raises:
       ConfigError: as `choose_shape`.
@@ -143,7 +153,7 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any]) -> Mesh | None:
         usable,
         num_parameters=config.model.num_parameters(),
         rows=rows,
-        device_memory=_memory_of(devices[0]),
+        device_memory=device_memory,
     )
     return make_mesh(shape, devices[:usable]) if usable > 1 else None
 
@@ -151,6 +161,8 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any]) -> Mesh | None:
 def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int:
     """The most devices that share the rows evenly, tensor and sequence given."""
     each = parallel.tensor * parallel.sequence
+    if num_devices % each:
+        return num_devices  # which `choose_shape` refuses
     return next((ways * each for ways in range(num_devices // each, 0, -1) if rows % ways == 0), num_devices)
 
 
@@ -159,9 +171,16 @@ def shape_of(mesh: Mesh) -> MeshShape:
     return MeshShape(**{name: mesh.shape[name] for name in AXES})
 
 
-def _memory_of(device: Any) -> int | None:
-    """Bytes of a device's memory, where it says so."""
+def memory_of(device: Any) -> int | None:
+    """Bytes that JAX may use of a device of this process, where it says so; a CPU does not."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
-    except (RuntimeError, NotImplementedError, AttributeError):  # a CPU, or a device that is not there
+    except jax.errors.JaxRuntimeError:
         return None
+
+
+def default_device() -> Any:
+    """The device of this process that JAX puts new arrays on."""
+    settings: Any = jax.config  # its type does not know its settings
+    chosen = settings.jax_default_device  # a device, or the name of a platform
+    return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen

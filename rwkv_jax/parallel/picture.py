@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 class Held(NamedTuple):
@@ -57,5 +57,8 @@ def placement_table(groups: dict[str, Any]) -> str:
 
 def _bytes(number: int) -> str:
     """As 12.3 MB."""
-    power = min(len(_UNITS) - 1, max(0, int(math.log(number, 1000)))) if number else 0
-    return f"{number / 1000**power:.3g} {_UNITS[power]}"
+    size, units = float(number), iter(_UNITS)
+    unit = next(units)
+    while size >= 999.5:  # which would be written as 1e+03
+        size, unit = size / 1000, next(units)
+    return f"{size:.3g} {unit}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from rwkv_jax.parallel.devices import Device, Topology
+from rwkv_jax.parallel.devices import Device, Platform, Topology
 from rwkv_jax.parallel.hlo import parse_module
 from rwkv_jax.parallel.hlo_costs import (
     Collective,
@@ -21,10 +21,15 @@ from rwkv_jax.parallel.hlo_costs import (
     memory_traffic,
     product_flops,
 )
+from rwkv_jax.parallel.mesh import MeshShape
 from rwkv_jax.parallel.replica_groups import mesh_axes
 
 ON_HOST = "pinned_host"
 """JAX's name of the memory of a device's host from which it can read."""
+
+USABLE_SHARE: Mapping[Platform, float] = {"cuda": 0.95, "tpu": 1.0, "cpu": 1.0}
+"""Of a device's memory. The rest of a GPU's goes to the driver, to NCCL and to gaps between arrays; a TPU's compiler
+keeps its own share back, and refuses what does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Work:
     recomputed_flops: int
     """Which rematerialisation adds, at most."""
     dtype: str
-    """Of the matrix products: bfloat16, float32 or float64."""
+    """Of the matrix products: bfloat16 or float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +78,23 @@ class CollectiveTotal:
     sent_bytes: int
     """What the device sends, by ring algorithms."""
     seconds: float
-    """The least time for that, over links that do nothing else."""
+    """The time for that over links that do nothing else: an estimate, since some algorithms send less than a ring."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Floors:
-    """Times below which a step cannot get, in seconds, each as if the others cost nothing."""
+    """Least times of a step, in seconds, each as if the others cost nothing; `interconnect` is only an estimate."""
 
     arithmetic: float
     """The model's FLOPs, counted by hand, at the dtype's peak."""
     products: float
     """The compiled program's matrix products, recomputation included, each at its precision's peak."""
     memory: float
-    """Every argument read once and every result written once."""
+    """Every argument in the device's memory read once and every result written once. What an offloaded optimizer
+    costs on its way from the host and back is in none of these."""
     interconnect: float
-    """All collectives, one after the other."""
+    """All collectives, one after the other, by ring algorithms. Better ones exist: hierarchical ones between hosts, and
+    reductions inside the switches."""
 
     @property
     def largest(self) -> tuple[str, float]:
@@ -97,7 +104,10 @@ class Floors:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiled program takes and does on one device in one step, loops counted as often as they run."""
+    """What the compiled program takes and does on one device in one step.
+
+    Loops are counted as often as they run, and of a conditional every branch.
+    """
 
     results: int
     """Bytes of results that do not take an argument's place."""
@@ -111,6 +121,9 @@ class Program:
     collectives: tuple[CollectiveTotal, ...]
     unknown_loops: tuple[str, ...]
     """Loops that were counted once, their trip count being unknown."""
+    chosen_loops: tuple[str, ...]
+    """Loops whose first or last turn the data choose out of two, the larger of which was counted. In the chunked
+    operators of RWKV-5 and 6 that is the faster of two loops, which runs while no decay is strong."""
     floors: Floors
 
 
@@ -127,6 +140,8 @@ class Plan:
     """None where the compiler refused."""
     refusal: str | None = None
     """Why it did: a TPU's compiler does, where the program takes more memory than there is."""
+    idle_devices: int = 0
+    """Of the topology: those that cannot share the rows evenly."""
 
     @property
     def peak(self) -> int | None:
@@ -140,12 +155,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into the device's memory."""
-        return self.peak is not None and self.peak <= self.device.memory
+        """Whether the step fits into what a program can use of the device's memory."""
+        return self.peak is not None and self.peak <= self.usable_memory
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes of a device's memory that a program can use."""
+        return int(USABLE_SHARE[self.device.platform] * self.device.memory)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The most that the highest floor allows, over all devices."""
+        """What the highest floor allows, over all devices."""
         return None if self.program is None else self.work.tokens / self.program.floors.largest[1]
 
     @property
@@ -165,7 +185,7 @@ class Compiled(NamedTuple):
 
 def make_plan(
     topology: Topology,
-    mesh: Mesh,
+    mesh: Mesh | None,
     work: Work,
     arguments: tuple[Any, ...],
     groups: Mapping[str, Any],
@@ -175,12 +195,13 @@ def make_plan(
     """The plan of a compiled step.
 
     Args:
+      mesh: None for one device.
       arguments: the step's arguments as shapes with shardings, as it was lowered with them.
       groups: the same leaves by what they are.
       compiled: None where the compiler refused; `refusal` is its reason.
     """
     bytes_by_group = {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in groups.items()}
-    sizes = dict(mesh.shape)
+    sizes = dataclasses.asdict(MeshShape()) if mesh is None else dict(mesh.shape)
     if compiled is None:
         found, program = Arguments(bytes_by_group), None
     else:
@@ -194,9 +215,10 @@ def make_plan(
             compiled=memory.argument_size_in_bytes + memory.host_argument_size_in_bytes,
             on_host=sum(size for x, size in zip(leaves, padded, strict=True) if x.sharding.memory_kind == ON_HOST),
         )
-        hosts = [device.process_index for device in mesh.devices.flat]
+        hosts = [0] if mesh is None else [device.process_index for device in mesh.devices.flat]
         program = _read_program(compiled, topology.device, sizes, hosts, work)
-    return Plan(str(topology), sizes, topology.device, work, found, program, refusal)
+    idle = topology.num_devices - math.prod(sizes.values())
+    return Plan(str(topology), sizes, topology.device, work, found, program, refusal, idle)
 
 
 def shard_bytes(leaf: Any) -> int:
@@ -239,6 +261,7 @@ def _read_program(
         traffic=memory_traffic(module),
         collectives=collectives,
         unknown_loops=module.unknown_loops,
+        chosen_loops=module.chosen_loops,
         floors=Floors(
             arithmetic=work.model_flops / len(hosts) / peak,
             products=sum(count / peaks[precision] for precision, count in flops.items()),

@@ -6,17 +6,20 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.parallel.plan import Plan, Program
+from rwkv_jax.config import ConfigError
+from rwkv_jax.parallel.devices import PREALLOCATED
+from rwkv_jax.parallel.plan import USABLE_SHARE, Plan, Program
 
-VERSION = 1
+VERSION = 2
 """Of the JSON form; it changes when a field changes its name or its meaning."""
 
-PREALLOCATED = 0.75
-"""Share of a GPU's memory that JAX takes, unless it is told another."""
+CHOSEN_BY_DATA = "the data choose one of two loops; counted as for weak decays"
+"""Of the chunked operators of RWKV-5 and 6, which alone have such loops; initial values have weak decays."""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -30,14 +33,19 @@ def write_json(plan: Plan, path: Path) -> None:
     """Writes the plan to a file, whole or not at all.
 
     Raises:
-      FileExistsError: there is such a file.
+      ConfigError: there is such a file.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
-    try:
-        os.link(partial, path)  # unlike a renaming, never replaces a file
-    finally:
-        partial.unlink()
+    # A folder of its own, so that two who write at once do not meet; beside the file, since no link leaves a disk.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
+        try:
+            os.link(whole, path)  # unlike a renaming, never replaces a file
+        except FileExistsError as error:
+            raise ConfigError(
+                f"json = {str(path)!r}: another wrote this file while the step was compiled; it is left as it is. "
+                "Name another file, and plan again"
+            ) from error
 
 
 def describe(plan: Plan) -> str:
@@ -48,6 +56,8 @@ def describe(plan: Plan) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
     shape = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     yield f"{plan.topology}: {shape}; a step has {plan.work.tokens:,} tokens"
+    if plan.idle_devices:
+        yield f"{plan.idle_devices} devices stay idle: they cannot share a step's rows evenly with the others"
     yield "\nbytes of one device"
     for name, size in plan.arguments.groups.items():
         yield _row(name, _bytes(size))
@@ -81,6 +91,8 @@ def _work_lines(plan: Plan, program: Program) -> Iterator[str]:
     yield _row("memory traffic", _bytes(program.traffic), "as compiled, if nothing stays in a cache")
     if program.unknown_loops:
         yield f"  counted once, trip count unknown: {', '.join(program.unknown_loops)}"
+    if program.chosen_loops:
+        yield f"  {CHOSEN_BY_DATA}: {', '.join(program.chosen_loops)}"
     if program.collectives:
         yield f"\n  {'collectives':<20}{'along':<18}{'devices':>8}{'count':>8}{'bytes':>12}{'sent':>12}{'ms':>9}"
     for total in program.collectives:
@@ -93,12 +105,20 @@ def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
     highest, seconds = program.floors.largest
     yield "\nfloors of a step, ms"
     for name, floor in dataclasses.asdict(program.floors).items():
-        yield _row(name, f"{1e3 * floor:.2f}", "<- the highest" if name == highest else "")
+        notes = ["<- the highest"] if name == highest else []
+        if name == "interconnect" and program.collectives:
+            notes.append("by ring algorithms, an estimate")
+        yield _row(name, f"{1e3 * floor:.2f}", ", ".join(notes))
     yield _row(
         "(memory traffic)", f"{1e3 * program.traffic / plan.device.memory_bandwidth:.2f}", "an estimate, no floor"
     )
     rate, mfu = plan.work.tokens / seconds, program.floors.arithmetic / seconds
-    yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; at best {rate:,.0f} tokens/s, MFU {mfu:.0%}"
+    best = f"at best {rate:,.0f} tokens/s, MFU {mfu:.0%}" + (" while decays are weak" if program.chosen_loops else "")
+    yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; {best}"
+    if program.unknown_loops:
+        yield "the rate is too high: it leaves out all but one turn of the loops named above"
+    if plan.peak is not None and plan.usable_memory < plan.peak <= plan.device.memory:
+        yield f"the driver and NCCL leave about {USABLE_SHARE[plan.device.platform]:.0%} of a GPU's memory"
     if plan.fits and plan.device.platform == "cuda" and (plan.peak or 0) > PREALLOCATED * plan.device.memory:
         yield f"JAX takes {PREALLOCATED:.0%} of a GPU's memory by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 

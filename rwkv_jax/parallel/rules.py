@@ -34,6 +34,26 @@ class Rules:
     low_rank_heads: tuple[str, ...] = ("tensor", "fsdp")
     """C where a low-rank map writes it for the heads; its other axis is too short to split."""
 
+    def __post_init__(self) -> None:
+        own = {name: set(axes) for name, axes in vars(self).items()}
+        if not self.vocab == self.heads == self.ffn == self.gate or len(self.heads) > 1:
+            raise ConfigError(
+                f"rules: vocab {self.vocab}, heads {self.heads}, ffn {self.ffn} and gate {self.gate} must be split "
+                "over the same one mesh axis, along which the model adds up partial results"
+            )
+        if self.embed not in ((), ("fsdp",)) or not own["embed"] <= own["rows"]:
+            raise ConfigError(
+                f"rules: embed {self.embed} must be ('fsdp',) or (), and rows {self.rows} be split over it too: "
+                "weights are gathered along it by devices that have different rows"
+            )
+        if self.low_rank_heads != self.heads + self.embed:
+            raise ConfigError(f"rules: low_rank_heads {self.low_rank_heads} must be {self.heads + self.embed}")
+        if len(self.time) > 1 or own["rows"] & own["time"] or (own["rows"] | own["time"]) & own["heads"]:
+            raise ConfigError(
+                f"rules: rows {self.rows}, time {self.time} and heads {self.heads} must not share mesh axes, and time "
+                "has at most one"
+            )
+
     def spec(self, axes: tuple[str | None, ...], name: str) -> PartitionSpec:
         """The partition of an array whose axes have these meanings.
 
@@ -124,6 +144,12 @@ def check_model(
         raise ConfigError(
             f"parallel.tensor = {ways}: must divide the model's {num_heads} heads; sizes that do are "
             + ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+        )
+    vocab_size = params["emb"]["weight"].shape[0]
+    if vocab_size % ways:
+        raise ConfigError(
+            f"parallel.tensor = {ways}: must divide model.vocab_size = {vocab_size}; the next size that it divides is "
+            f"{-(-vocab_size // ways) * ways}, whose further rows no token names, or split over parallel.fsdp instead"
         )
     specs = parameter_specs(kind, params, rules)
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731

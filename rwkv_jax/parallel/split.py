@@ -1,8 +1,9 @@
 """One model as shards: what each device holds of it, gathers, and adds up, within one `jax.shard_map`.
 
-Every collective of a step is written here, in models/shards.py, in rwkv_kernels/sharded.py or in the loss; none is left
-to the compiler to find. Rows are split over `data` and `fsdp`, weights are scattered over `fsdp` and gathered where a
-block uses them (ZeRO stage 3, arXiv 1910.02054), heads and vocabulary are split over `tensor`, time over `sequence`.
+Every collective of loss and gradient is written here, in models/shards.py, models/layers.py, rwkv_kernels/sharded.py or
+training/loss.py; none is left to the compiler to find. (The optimizer stays outside, and with it the gradient's norm.)
+Rows are split over `data` and `fsdp`, weights are scattered over `fsdp` and gathered where a block uses them (ZeRO
+stage 3, arXiv 1910.02054), heads and vocabulary are split over `tensor`, time over `sequence`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Split:
     """The mesh axes along which devices have different tokens."""
     axes: ShardAxes
     prepare: OfEachPart
-    """Gathers a part's weights, in the compute dtype."""
+    """Gathers a part's weights."""
     keep: OfEachPart
     """This device's share of a part's matrices, which it has whole."""
     kept: Any
@@ -157,8 +158,11 @@ def _gather(x: Array, spec: PartitionSpec, *, dtype: jnp.dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> Array:
-    """A weight whole, in the compute dtype, from the devices of `fsdp`; its gradient is summed in the weight's own."""
-    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+    """A weight whole, rounded to the compute dtype in which it travels, from the devices of `fsdp`.
+
+    In its own dtype again: where its gradient is a sum over tokens or pieces of them, that must not be rounded.
+    """
+    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True).astype(own_dtype)
 
 
 def _gathered_forward(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> tuple[Array, None]:
@@ -168,8 +172,8 @@ def _gathered_forward(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtyp
 def _gathered_backward(
     axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype, saved: None, cotangent: Array
 ) -> tuple[Array]:
-    del dtype, saved
-    return (lax.psum_scatter(cotangent.astype(own_dtype), "fsdp", scatter_dimension=axis, tiled=True),)
+    del dtype, own_dtype, saved
+    return (lax.psum_scatter(cotangent, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

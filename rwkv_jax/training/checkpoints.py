@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.token_file import Corpus
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.parallel.processes import DisagreementError, Processes
@@ -81,6 +81,8 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
     """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
     if "model.generation" in present:
         saved = {"model.generation": "7"} | dict(saved)  # a run of before there were others does not say so
+    if "training.reset_at_documents" in present:
+        saved = {"training.reset_at_documents": False} | dict(saved)  # nor did any of them begin documents anew
     names = sorted(saved.keys() | present.keys())
     rows = [(name, str(saved.get(name, "-")), str(present.get(name, "-"))) for name in names]
     rows = [row for row in rows if row[1] != row[2]]
@@ -288,7 +290,7 @@ def load_model(
       ConfigError: this is no run, it has no such checkpoint, or that is damaged.
     """
     config = from_dict(read_run_file(run_dir)["config"])
-    trainer = make_trainer(config)
+    trainer = make_trainer(dataclasses.replace(config, parallel=ParallelConfig()))
     like = _as_tree(abstract_state(trainer))
     if shardings is not None:
         like["params"] = jax.tree.map(

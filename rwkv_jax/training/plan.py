@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.parallel.devices import Topology, topology_devices
-from rwkv_jax.parallel.mesh import choose_shape, make_mesh
+from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_of
 from rwkv_jax.parallel.plan import Compiled, Plan, Work, make_plan
 from rwkv_jax.training.step import abstract_batch, abstract_state, make_trainer
 
@@ -19,19 +20,22 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     """Compiles the step that `train.py` would run there, and reads what it takes; nothing is allocated.
 
     Raises:
-      ConfigError: a slice that the compiler does not know, or a mesh or sizes that do not go with it.
+      ConfigError: float64, a slice that the compiler does not know, or a mesh or sizes that do not go with it.
     """
-    model, training = config.model, config.training
-    shape = choose_shape(
-        config.parallel,
-        topology.num_devices,
-        num_parameters=model.num_parameters(),
-        rows=training.batch_size // training.accumulation_steps,
-        device_memory=topology.device.memory,
-    )
-    mesh = make_mesh(shape, topology_devices(topology))
+    if config.model.dtype == "float64":
+        raise ConfigError(
+            "model.dtype = 'float64': the rates of devices in float64 are not known here; plan float32 or bfloat16"
+        )
+    devices = topology_devices(topology)
+    mesh = mesh_of(config, devices, topology.device.memory_for_jax)
+    if mesh is None and config.parallel.offload_optimizer:
+        # The step itself then names the devices between whose memories it copies, and without a mesh those of this
+        # machine. A mesh of one device splits nothing either.
+        mesh = make_mesh(MeshShape(), devices[:1])
     trainer = make_trainer(config, mesh)
     state, batch = abstract_state(trainer), abstract_batch(trainer, config)
+    if mesh is None:
+        state, batch = _on(devices[0], (state, batch))
     groups = {
         "parameters": state.params,
         "optimizer": state.optimizer,
@@ -42,6 +46,12 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)
     compiled, refusal = _compile(lowered, topology)
     return make_plan(topology, mesh, work_of(config), (state, batch), groups, compiled, refusal)
+
+
+def _on(device: Any, tree: Any) -> Any:
+    """Shapes of arrays that lie on one device."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:
@@ -72,7 +82,7 @@ def work_of(config: TrainConfig) -> Work:
     tokens = training.batch_size * training.sequence_length
     head = 2 * model.vocab_size * model.width
     recomputed = 0
-    if training.remat == "full":
+    if training.remat != "none":  # for `operator` it is less, by what stood between the kept inputs and results
         recomputed += model.flops_per_token() - head
     if training.loss_chunk is not None:
         recomputed += head

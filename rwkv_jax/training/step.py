@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.models import model_type
+from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.split import Split, split_model
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.loss import TokenLosses, sum_losses
@@ -245,7 +246,7 @@ def abstract_batch(trainer: Trainer, config: TrainConfig) -> Batch:
 
 
 def _sharding(mesh: Mesh | None, spec: PartitionSpec) -> Any:
-    return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+    return SingleDeviceSharding(default_device()) if mesh is None else NamedSharding(mesh, spec)
 
 
 def _state_shardings(split: Split, optimizer: optax.GradientTransformation, params: Any, carried: Any) -> TrainState:

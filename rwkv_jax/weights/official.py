@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 from rwkv_jax.models import model_type
-from rwkv_jax.parallel.mesh import AXES
+from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.split import split_model
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
@@ -261,15 +261,8 @@ def place_params(
 
     params = _abstract_params(config)
     if shardings is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(_default_device()), params)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(default_device()), params)
     return jax.tree.map_with_path(leaf, params, shardings)
-
-
-def _default_device() -> Any:
-    """The device that JAX puts new arrays on."""
-    settings: Any = jax.config  # its type does not know its settings
-    chosen = settings.jax_default_device  # a device, or the name of a platform
-    return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:

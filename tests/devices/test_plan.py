@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from rwkv_jax.cli import load_config
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.parallel.devices import parse_topology
 from rwkv_jax.parallel.plan import Plan
@@ -14,6 +16,8 @@ from rwkv_jax.training.plan import plan_run
 from tests.parallel.planned import small_run
 
 pytestmark = pytest.mark.devices
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def check(plan: Plan) -> None:
@@ -45,6 +49,31 @@ def test_a_tpu_slice() -> None:
     assert plan.arguments.padding > 0
     assert plan.program is not None
     assert plan.program.code > 0
+
+
+def test_one_gpu_is_no_mesh() -> None:
+    plan = plan_run(small_run("6"), parse_topology("h100:1x1"))
+    assert plan.arguments.compiled == plan.arguments.total
+    assert plan.program is not None
+    assert plan.program.collectives == ()
+    assert (plan.program.unknown_loops, bool(plan.program.chosen_loops)) == ((), True)
+    assert plan.fits
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("rwkv7_7_2b", "h100:8x8"), ("rwkv7_7_2b", "v5p:4x4x4"), ("rwkv4_14b", "h100:8x8")],
+)
+def test_large_recipes_fit(name: str, topology: str) -> None:
+    plan = plan_run(load_config(CONFIGS / f"{name}.py"), parse_topology(topology))
+    assert plan.program is not None
+    assert plan.fits
+    assert plan.arguments.compiled == plan.arguments.total + plan.arguments.padding
+    assert (plan.arguments.padding == 0) == topology.startswith("h100")
+    assert plan.program.unknown_loops == plan.program.chosen_loops == ()
+    assert plan.mfu is not None
+    assert 0 < plan.mfu < 1
 
 
 @pytest.mark.long

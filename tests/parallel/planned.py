@@ -68,15 +68,20 @@ def small_run(generation: Generation, **parallel: Any) -> TrainConfig:
 
 
 def plans() -> dict[str, Any]:
-    """Two generations on meshes with every axis, with carried state and with an optimizer in the host's memory."""
-    carried = small_run("4", fsdp=4, sequence=2)
+    """Small runs on meshes with every axis, and each of the switches that make another program of a step."""
+
+    def replaced(config: TrainConfig, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
     runs = {
         "7 data 2 x fsdp 2 x tensor 2": small_run("7", fsdp=2, tensor=2),
-        "4 fsdp 4 x sequence 2, carried": dataclasses.replace(
-            carried, training=dataclasses.replace(carried.training, carry_state=True, reset_at_documents=True)
+        "4 fsdp 4 x sequence 2, carried": replaced(
+            small_run("4", fsdp=4, sequence=2), carry_state=True, reset_at_documents=True
         ),
+        "4 data 8, offloaded": small_run("4", offload_optimizer=True),
+        "6 one row": replaced(small_run("6"), batch_size=1, sequence_length=1024),
+        "4 one row, offloaded": replaced(small_run("4", offload_optimizer=True), batch_size=1),
     }
-    runs |= {"4 data 8, offloaded": small_run("4", offload_optimizer=True)}
     found = {name: plan_run(config, CPU) for name, config in runs.items()}
     return {name: to_json(plan) | {"described": describe(plan)} for name, plan in found.items()}
 

@@ -77,6 +77,16 @@ def test_cpus_need_no_compiler_but_as_many_devices() -> None:
         topology_devices(parse_topology("cpu:512"))
 
 
+@pytest.mark.parametrize(("name", "share"), [("h100", 0.75), ("h200", 0.75), ("v5p", 1.0)])
+def test_memory_is_what_jax_would_say_there(name: str, share: float) -> None:
+    assert DEVICES[name].memory_for_jax == int(share * DEVICES[name].memory)
+
+
+def test_a_cpu_says_no_memory() -> None:
+    assert DEVICES["cpu"].memory_for_jax is None
+    assert not jax.devices("cpu")[0].memory_stats()
+
+
 def test_every_device_is_told_apart() -> None:
     for name, device in DEVICES.items():
         assert device.name == name

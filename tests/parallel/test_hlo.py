@@ -46,11 +46,17 @@ def test_loops_within_loops_multiply() -> None:
 
 def test_fusions_are_known() -> None:
     assert parse_module(text_of("cpu")).fused == {"fused"}
-    assert parse_module(text_of("tpu")).fused == {"start", "beside", "compared"}
+    assert parse_module(text_of("tpu")).fused == {"start", "beside", "compared", "advanced"}
 
 
-def test_trip_count_from_the_condition_and_the_first_value() -> None:
-    assert parse_module(text_of("tpu")).executions["body"] == 7 - 1
+def test_trip_count_from_the_condition_the_step_and_the_first_value() -> None:
+    text = text_of("tpu")
+    assert parse_module(text).executions["body"] == 7 - 1
+    step = "%step = s32[]{:T(128)} constant(1)"
+    assert step in text
+    by_fours = parse_module(text.replace(step, step.replace("(1)", "(4)")))
+    assert by_fours.executions["body"] == 2  # at 1 and at 5
+    assert by_fours.unknown_loops == by_fours.chosen_loops == ()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,16 @@ def test_trip_count_from_the_condition_and_the_first_value() -> None:
         ("direction=LT", "direction=NE"),
         ("constant(7)", "parameter(1)"),
         ("copy(%one)", "negate(%one)"),
-        ("constant(1)", "parameter(3)"),
+        ("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} parameter(3)"),
+        ("%step = s32[]{:T(128)} constant(1)", "%step = s32[]{:T(128)} constant(0)"),
+        ("%step = s32[]{:T(128)} constant(1)", "%step = s32[]{:T(128)} constant(-1)"),
+        ("add(%k, %step)", "multiply(%k, %step)"),
+        ("add(%k, %step)", "add(%k, %k)"),
+        ("tuple(%shard, %next, %left, %right)", "tuple(%shard, %i, %left, %right)"),
+        (
+            "ROOT %again",
+            "%made = (s32[]) custom-call(%c)\n  ROOT %unused = s32[] get-tuple-element(%made), index=0\n  %again",
+        ),
     ],
 )
 def test_a_loop_that_cannot_be_counted_is_named_and_counted_once(old: str, new: str) -> None:
@@ -68,6 +83,54 @@ def test_a_loop_that_cannot_be_counted_is_named_and_counted_once(old: str, new: 
     module = parse_module(text.replace(old, new))
     assert module.unknown_loops == ("loop",)
     assert module.executions["body"] == 1
+
+
+def test_a_loop_whose_turns_the_data_choose_has_the_larger_number_and_the_other_the_rest() -> None:
+    module = parse_module(text_of("chosen"))
+    assert (module.executions["faster"], module.executions["slower"]) == (4, 0)
+    assert (module.chosen_loops, module.unknown_loops) == (("first", "second"), ())
+    # A compiler may as well ask the opposite question.
+    inverted = text_of("chosen").replace("direction=GE", "direction=LT").replace("%all, %none", "%none, %all")
+    assert parse_module(inverted).executions == module.executions
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "unknown"),
+    [
+        ("%none = s32[] constant(0)", "%none = s32[] custom-call(%w)", ("first", "second")),
+        ("tuple(%next, %state, %end.1)", "tuple(%next, %state, %next)", ("first",)),  # a limit that moves
+    ],
+)
+def test_what_the_data_choose_between_must_be_numbers(old: str, new: str, unknown: tuple[str, ...]) -> None:
+    text = text_of("chosen")
+    assert old in text
+    assert parse_module(text.replace(old, new)).unknown_loops == unknown
+
+
+@pytest.mark.parametrize(
+    ("opcode", "callee", "times"),
+    [
+        ("async-start", "calls=%f", 1),
+        ("fusion-start", "kind=kLoop, calls=%f", 1),
+        ("call-start", "to_apply=%f", 1),
+        ("all-reduce-start", "to_apply=%f", 0),  # the sum, which is no program of its own
+    ],
+)
+def test_what_starts_asynchronously_runs(opcode: str, callee: str, times: int) -> None:
+    text = f"""\
+%f (x: f32[]) -> f32[] {{
+  ROOT %x = f32[] parameter(0)
+}}
+
+ENTRY %main (a: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %begun = ((f32[]), f32[]) {opcode}(%a), {callee}
+  ROOT %ended = f32[] {opcode.removesuffix("start")}done(%begun)
+}}
+"""
+    module = parse_module(text)
+    assert module.executions.get("f", 0) == times
+    assert ("f" in module.fused) == (opcode == "fusion-start")
 
 
 def test_async_starts_calls_and_all_branches_run() -> None:
@@ -121,6 +184,6 @@ def test_a_real_program() -> None:
 
 
 def test_every_text_is_read_to_its_end() -> None:
-    for text in map(text_of, ("cpu", "gpu", "tpu")):
+    for text in map(text_of, ("cpu", "gpu", "tpu", "chosen")):
         module = parse_module(text)
         assert sum(len(x.instructions) for x in module.computations.values()) == text.count(" = ")

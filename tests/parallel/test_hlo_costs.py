@@ -36,6 +36,18 @@ def test_a_collective_beside_products_counts_where_it_starts() -> None:
     assert found == Collective("all-gather", ((0, 1, 2, 3),), bytes=8 * 8 * 2, executions=6)
 
 
+@pytest.mark.parametrize("opcode", ["ragged-all-to-all", "ragged-all-to-all-start", "collective-broadcast", "send"])
+def test_a_collective_that_is_not_known_is_refused(opcode: str) -> None:
+    text = text_of("cpu").replace("all-reduce(%x)", f"{opcode}(%x)")
+    with pytest.raises(ValueError, match=f"reduced: what a {opcode} sends is not known"):
+        find_collectives(parse_module(text), 4)
+
+
+def test_what_goes_to_the_host_is_no_collective() -> None:
+    text = text_of("cpu").replace("all-reduce(%x), ", "send(%x), is_host_transfer=true, ")
+    assert find_collectives(parse_module(text), 4) == ()
+
+
 @pytest.mark.parametrize(
     ("kind", "sent"),
     [
@@ -52,7 +64,9 @@ def test_ring_formulas(kind: CollectiveKind, sent: int) -> None:
 
 def test_products_in_the_words_of_each_compiler() -> None:
     assert product_flops(parse_module(text_of("cpu"))) == {"float32 default": 2 * 8 * 4 * 2}
-    assert product_flops(parse_module(text_of("gpu"))) == {"bfloat16": 2 * 16**3}
+    assert product_flops(parse_module(text_of("gpu"))) == {"bfloat16": 2 * 16**3, "float32 highest": 2 * 16**3}
+    text = text_of("gpu").replace('["HIGHEST","HIGHEST"]', '["DEFAULT","DEFAULT"]')
+    assert product_flops(parse_module(text)) == {"bfloat16": 2 * 16**3, "float32 default": 2 * 16**3}
     # Three products [4, 8] x [8, 6], six times; the window of size 3 meets each of the three once.
     assert product_flops(parse_module(text_of("tpu"))) == {"bfloat16": 6 * 3 * 2 * 4 * 8 * 6}
 

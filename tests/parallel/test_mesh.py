@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,12 @@ def test_devices_that_cannot_share_the_rows_stay_idle(rows: int, sizes: dict[str
     assert usable_devices(ParallelConfig(**sizes), 8, rows) == used
 
 
+def test_devices_that_heads_or_time_do_not_divide_are_no_reason_to_leave_some_out() -> None:
+    assert usable_devices(ParallelConfig(tensor=3), 8, 64) == 8
+    with pytest.raises(ConfigError, match="take a multiple of 3 devices, but there are 8"):
+        choose(8, tensor=3)
+
+
 def test_a_mesh_takes_as_many_devices_as_its_shape() -> None:
     with pytest.raises(ConfigError, match="data 2 x tensor 3 takes 6 devices, but there are 1"):
         make_mesh(MeshShape(data=2, tensor=3), [object()])
@@ -82,6 +89,20 @@ def test_one_device_is_no_mesh() -> None:
 
     config = TrainConfig(model=ModelConfig(width=64), training=TrainingConfig(batch_size=4))
     assert mesh_of(config, jax.devices()[:1]) is None
+
+
+@pytest.mark.parametrize(("device_memory", "used"), [(1 << 40, "data 8"), (1 << 20, "fsdp 8"), (None, "data 8")])
+def test_fsdp_is_chosen_by_the_memory_that_is_given(
+    device_memory: int | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shape_alone(shape: MeshShape, devices: list[Any]) -> MeshShape:  # JAX makes no mesh of what is no device
+        assert len(devices) == 8
+        return shape
+
+    monkeypatch.setattr("rwkv_jax.parallel.mesh.make_mesh", shape_alone)
+    config = TrainConfig(model=ModelConfig(width=64), training=TrainingConfig(batch_size=8))
+    devices = [SimpleNamespace(process_index=0)] * 8
+    assert str(mesh_of(config, devices, device_memory)) == used
 
 
 def test_a_sequence_that_its_axis_does_not_divide_is_refused() -> None:

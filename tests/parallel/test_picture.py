@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rwkv_jax.parallel.picture import held, placement_table
@@ -40,3 +41,11 @@ def test_table_has_a_line_for_each_group_and_one_for_all() -> None:
         "  tokens     2 MB      2 MB",
         "  together   2 MB      2 MB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (999_900, "1 MB"), (123_456, "123 kB"), (10**15, "1 PB")]
+)
+def test_sizes_are_written_with_three_digits(size: int, text: str) -> None:
+    whole = jax.ShapeDtypeStruct((size,), jnp.int8, sharding=SingleDeviceSharding(jax.devices()[0]))
+    assert placement_table({"x": whole}).splitlines()[1].split("  ")[-1].strip() == text

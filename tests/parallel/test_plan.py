@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,15 +17,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkv_jax.config import ModelConfig, TrainConfig, TrainingConfig
-from rwkv_jax.parallel.devices import DEVICES
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, TrainingConfig
+from rwkv_jax.parallel.devices import DEVICES, Topology, parse_topology
 from rwkv_jax.parallel.hlo_costs import Collective, CollectiveKind
 from rwkv_jax.parallel.plan import bandwidth, padded_bytes, total_collectives
 from rwkv_jax.parallel.replica_groups import Groups
-from rwkv_jax.training.plan import work_of
+from rwkv_jax.training.plan import plan_run, work_of
 
 ROOT = Path(__file__).parents[2]
-RUNS = ["7 data 2 x fsdp 2 x tensor 2", "4 fsdp 4 x sequence 2, carried", "4 data 8, offloaded"]
+DEVICES_OF_RUNS = {
+    "7 data 2 x fsdp 2 x tensor 2": 8,
+    "4 fsdp 4 x sequence 2, carried": 8,
+    "4 data 8, offloaded": 8,
+    "6 one row": 1,
+    "4 one row, offloaded": 1,
+}
+RUNS = list(DEVICES_OF_RUNS)
 
 
 @functools.cache
@@ -85,14 +93,31 @@ def test_plan_of_a_run(name: str) -> None:
     groups, program = plan["arguments"]["groups"], plan["program"]
     assert groups["optimizer"] == pytest.approx(2 * groups["parameters"], rel=1e-3)  # Adam's two moments
     assert (groups["carried state"] > 0) == name.endswith("carried")
+    num_devices = DEVICES_OF_RUNS[name]
+    assert math.prod(plan["mesh"].values()) == num_devices
+    assert plan["idle_devices"] == 8 - num_devices
+    assert ("stay idle" in plan["described"]) == (num_devices < 8)
     on_device = plan["arguments"]["total"] - plan["arguments"]["on_host"]
     assert plan["peak"] == on_device + sum(program[x] for x in ("results", "temporary", "code"))
     assert plan["arguments"]["on_host"] == (groups["optimizer"] if name.endswith("offloaded") else 0)
     assert plan["fits"]
     assert program["unknown_loops"] == []
     # All products, by hand and as compiled: backward passes gather, recompute and pad a little besides.
-    by_hand = (plan["work"]["model_flops"] + plan["work"]["recomputed_flops"]) / 8
+    by_hand = (plan["work"]["model_flops"] + plan["work"]["recomputed_flops"]) / num_devices
     assert 0.8 * by_hand < sum(program["product_flops"].values()) < 4 * by_hand
+
+
+def test_all_chunks_count_where_the_data_choose_how_they_are_computed() -> None:
+    plan = planned()["6 one row"]
+    program = plan["program"]
+    assert program["chosen_loops"]
+    assert not planned()[RUNS[0]]["program"]["chosen_loops"]
+    # What the recurrence writes into the state and reads from it, forward and twice as much going back. A chunk is 32
+    # of the row's 1024 steps: one turn of the loops would be far less than that.
+    width, head_dim, num_layers = 64, 16, 3
+    assert program["product_flops"]["float32 highest"] > 3 * 1024 * num_layers * 4 * head_dim * width
+    assert "counted as for weak decays: while" in plan["described"]
+    assert plan["described"].endswith("while decays are weak")
 
 
 def test_collectives_of_a_run_lie_along_the_axes_that_split_it() -> None:
@@ -173,5 +198,28 @@ def test_work_by_hand() -> None:
     again = dataclasses.replace(plain, training=dataclasses.replace(plain.training, remat="full"))
     blocks = model.flops_per_token() - 2 * 512 * 64
     assert work_of(again).recomputed_flops == 32 * blocks
+    kept = dataclasses.replace(plain, training=dataclasses.replace(plain.training, remat="operator"))
+    assert work_of(kept).recomputed_flops == 32 * blocks  # at most
     pieces = dataclasses.replace(again, training=dataclasses.replace(again.training, loss_chunk=16))
     assert work_of(pieces).recomputed_flops == 32 * model.flops_per_token()
+
+
+def test_float64_is_refused() -> None:
+    config = TrainConfig(model=ModelConfig(vocab_size=64, num_layers=2, width=64, dtype="float64"))
+    with pytest.raises(ConfigError, match=r"model.dtype = 'float64': .* plan float32 or bfloat16"):
+        plan_run(config, parse_topology("cpu:1"))
+
+
+def test_mesh_of_is_asked_with_the_memory_that_jax_would_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def eight_devices(topology: Topology) -> list[object]:  # of which no compiler has to know
+        return [object()] * topology.num_devices
+
+    def choose(config: TrainConfig, devices: list[object], device_memory: int | None) -> None:
+        raise ConfigError(f"{len(devices)} devices of {device_memory} bytes")
+
+    monkeypatch.setattr("rwkv_jax.training.plan.topology_devices", eight_devices)
+    monkeypatch.setattr("rwkv_jax.training.plan.mesh_of", choose)
+    with pytest.raises(ConfigError, match=f"8 devices of {84_978_434_048 * 3 // 4} bytes"):
+        plan_run(TrainConfig(), parse_topology("h100:1x8"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_jax.config import ConfigError
 from rwkv_jax.parallel.devices import DEVICES
 from rwkv_jax.parallel.plan import Arguments, CollectiveTotal, Floors, Plan, Program, Work
 from rwkv_jax.parallel.plan_report import describe, to_json, write_json
@@ -21,6 +22,7 @@ PROGRAM = Program(
     traffic=10**12,
     collectives=(CollectiveTotal("all-gather", ("fsdp",), True, 8, 33, 2 * GIBIBYTE, GIBIBYTE, 0.25),),
     unknown_loops=(),
+    chosen_loops=(),
     floors=Floors(arithmetic=0.5, products=1.0, memory=0.01, interconnect=0.25),
 )
 PLAN = Plan(
@@ -48,6 +50,10 @@ def test_the_words_of_a_plan() -> None:
     assert line.split() == ["all-gather", "fsdp,", "hosts", "8", "33", "2.00", "GiB", "1.00", "GiB", "250.00"]
     (highest,) = (line for line in words.splitlines() if "<- the highest" in line)
     assert highest.split()[0] == "products"
+    (estimate,) = (line for line in words.splitlines() if "by ring algorithms, an estimate" in line)
+    assert estimate.split()[:2] == ["interconnect", "250.00"]
+    assert "stay idle" not in words
+    assert "weak" not in words
 
 
 def test_a_compiler_that_counts_otherwise_is_shown() -> None:
@@ -59,6 +65,24 @@ def test_too_much_for_the_device() -> None:
     plan = replaced(temporary=80 * GIBIBYTE)
     assert not plan.fits
     assert "verdict: does not fit; at best" in describe(plan)
+
+
+@pytest.mark.parametrize(("name", "share"), [("h100", 0.95), ("v5p", 1.0), ("cpu", 1.0)])
+def test_what_fits_is_what_a_program_can_use(name: str, share: float) -> None:
+    device = DEVICES[name]
+    most = int(share * device.memory)
+
+    def plan_of(peak: int) -> Plan:
+        plan = dataclasses.replace(replaced(temporary=0), device=device)
+        assert plan.peak is not None
+        return dataclasses.replace(plan, program=dataclasses.replace(PROGRAM, temporary=peak - plan.peak))
+
+    assert plan_of(most).peak == most
+    assert plan_of(most).fits
+    assert not plan_of(most + 1).fits
+    assert "verdict: does not fit" in describe(plan_of(most + 1))
+    assert ("leave about 95% of a GPU's memory" in describe(plan_of(most + 1))) == (name == "h100")
+    assert "leave about" not in describe(plan_of(device.memory + 1))
 
 
 def test_more_than_jax_takes_by_itself() -> None:
@@ -74,7 +98,19 @@ def test_what_is_on_the_host_is_not_on_the_device() -> None:
 
 
 def test_loops_that_could_not_be_counted_are_named() -> None:
-    assert "counted once, trip count unknown: while.7" in describe(replaced(unknown_loops=("while.7",)))
+    words = describe(replaced(unknown_loops=("while.7",)))
+    assert "counted once, trip count unknown: while.7" in words
+    assert words.endswith("the rate is too high: it leaves out all but one turn of the loops named above")
+
+
+def test_loops_that_the_data_choose_are_named() -> None:
+    words = describe(replaced(chosen_loops=("while.7", "while.8")))
+    assert "the data choose one of two loops; counted as for weak decays: while.7, while.8" in words
+    assert words.endswith("verdict: fits; at best 4,096 tokens/s, MFU 50% while decays are weak")
+
+
+def test_devices_that_stay_idle_are_counted() -> None:
+    assert "\n5 devices stay idle" in describe(dataclasses.replace(PLAN, idle_devices=5))
 
 
 def test_a_refusal() -> None:
@@ -89,11 +125,11 @@ def test_json_is_written_whole_and_never_over_another_file(tmp_path: Path) -> No
     write_json(PLAN, path)
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(to_json(PLAN)))
-    assert (found["version"], found["fits"], found["mfu"], found["tokens_per_second"]) == (1, True, 0.5, 4096)
+    assert (found["version"], found["fits"], found["mfu"], found["tokens_per_second"]) == (2, True, 0.5, 4096)
     assert found["arguments"]["total"] == PLAN.arguments.total
     assert found["device"]["name"] == "h100"
     path.write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ConfigError, match=r"plan.json': another wrote this file .* Name another file"):
         write_json(PLAN, path)
     assert path.read_text(encoding="utf-8") == "mine"
     assert [x.name for x in tmp_path.iterdir()] == ["plan.json"]

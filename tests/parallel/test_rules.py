@@ -59,10 +59,24 @@ def test_the_table_is_megatrons() -> None:
 
 
 def test_two_axes_over_one_mesh_axis_are_a_collision() -> None:
-    rules = dataclasses.replace(RULES, ffn=("fsdp",))
-    config = small("7")
-    with pytest.raises(ConfigError, match=r"ffn.key.weight: its axes ffn and embed would both .* mesh axis 'fsdp'"):
-        parameter_specs(model_type(config), abstract_model(config)[1], rules)
+    with pytest.raises(ConfigError, match=r"^w: its axes heads and ffn would both .* mesh axis 'tensor'"):
+        RULES.spec(("heads", "ffn"), "w")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ffn": ()}, "vocab .* heads .* ffn .* gate .* the same one mesh axis"),
+        ({"vocab": ("data",)}, "the same one mesh axis"),
+        ({"embed": ("data",)}, r"embed \('data',\) must be \('fsdp',\) or \(\)"),
+        ({"rows": ("data",)}, r"rows \('data',\) be split over it too"),
+        ({"low_rank_heads": ("tensor",)}, r"low_rank_heads .* must be \('tensor', 'fsdp'\)"),
+        ({"time": ("data",)}, "must not share mesh axes"),
+    ],
+)
+def test_rules_that_the_model_does_not_understand_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^rules: .*{message}"):
+        dataclasses.replace(RULES, **changed)
 
 
 def test_rules_on_a_mesh_leave_out_axes_of_one_device() -> None:
@@ -89,7 +103,7 @@ def check(config: ModelConfig, **sizes: int) -> None:
 def test_a_model_that_a_mesh_cannot_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor = 3: must divide the model's 8 heads; .* 1, 2, 4, 8"):
         check(small("7"), tensor=3)
-    with pytest.raises(ConfigError, match=r"^emb.weight: size 97 of axis 0"):
+    with pytest.raises(ConfigError, match=r"parallel.tensor = 2: must divide model.vocab_size = 97; the next .* 98"):
         check(small("7", vocab_size=97), tensor=2)
     with pytest.raises(ConfigError, match=r"^blocks.att.key.weight: size 64 of axis 2"):
         check(small("4"), fsdp=5)

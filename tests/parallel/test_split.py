@@ -45,13 +45,27 @@ def assert_equal_to_one_device(generation: str, dtype: str, meshes: tuple[str, .
     found = errors(generation, dtype, meshes)
     assert len(found) == len(meshes)
     for case, by_result in found.items():
-        assert by_result.keys() == {"loss", "gradients", "carried"}
+        assert by_result.keys() >= {"loss", "gradients", "carried", "worst gradient"}
+        if dtype == "float32":  # in which a parameter may have a gradient that is all rounding
+            del by_result["worst gradient"]
         assert max(by_result.values()) <= BOUNDS[dtype], (case, by_result)
 
 
 @pytest.mark.parametrize("generation", ["4", "6", "7"])
 def test_mixed_meshes_change_nothing(generation: str) -> None:
     assert_equal_to_one_device(generation, "float64", MIXED)
+
+
+@pytest.mark.parametrize(
+    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in ("4", "5.0", "5.2", "6"))]
+)
+def test_recomputation_masks_and_rows_of_their_own_change_nothing(generation: str) -> None:
+    assert_equal_to_one_device(generation, "float64", (f"{MIXED[0]}:other",))
+
+
+def test_gathered_weights_add_up_their_gradients_in_float32() -> None:
+    """Thousands of equal tokens: a sum in bfloat16 would stand still at 256."""
+    assert run_on_eight_devices("gathering") == {"2": 3000.0, "5": 5192.0}
 
 
 @pytest.mark.long

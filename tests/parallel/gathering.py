@@ -1,0 +1,37 @@
+"""Run with eight fake devices: prints, as JSON, the gradient of a gathered bfloat16 table at tokens that come again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rwkv_jax.models.layers import Embedding
+from rwkv_jax.parallel.split import split_model
+from rwkv_jax.training.step import make_trainer
+from tests.parallel.meshes import config_of, mesh_of
+
+
+def main() -> None:
+    config = config_of("7", "bfloat16")
+    shapes = jax.eval_shape(make_trainer(config).init, jax.random.key(0)).params
+    split = split_model(config.model, shapes, mesh_of("fsdp2"))
+    tokens = np.repeat(np.array([2, 5], np.int32), [3000, 5192]).reshape(2, 4096)
+
+    def total(table: Array, tokens: Array) -> Array:
+        embedding = split.prepare("emb", Embedding(table))
+        return split.sum(jnp.sum(embedding(tokens, "bfloat16").astype(jnp.float32)))
+
+    spec: Any = split.params["emb"]["weight"]
+    gradient = split.run(jax.grad(total), (spec, split.tokens), spec)
+    found = jax.jit(gradient)(jnp.ones(shapes["emb"]["weight"].shape), tokens)
+    json.dump({str(token): float(found[token, 0]) for token in (2, 5)}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
