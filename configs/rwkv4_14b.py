@@ -3,9 +3,8 @@
     python train.py configs/rwkv4_14b.py --data.source PATH
     rwkv plan configs/rwkv4_14b.py --topology h100:8x8
 
-`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 2.50 GiB, peak 19.26 GiB of 79.14 GiB a device; at best
-564,661 tokens/s, MFU 74%. v5p:4x4x4, fsdp 64: fits; arguments 2.50 GiB, peak 14.66 GiB of 95.00 GiB a device;
-at best 264,384 tokens/s, MFU 75%.
+`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 2.50 GiB, peak 10.07 GiB of 79.14 GiB a device; at best
+567,265 tokens/s, MFU 75%.
 """
 
 from rwkv_jax.config import TrainConfig

@@ -3,7 +3,7 @@
     python train.py configs/rwkv4_169m.py --data.source PATH
     rwkv plan configs/rwkv4_169m.py --topology h100:1x8
 
-`rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 11.29 GiB of 79.14 GiB a device; at best
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 4.93 GiB of 79.14 GiB a device; at best
 6,599,007 tokens/s, MFU 65%.
 """
 

@@ -3,8 +3,8 @@
     python train.py configs/rwkv6_1_6b.py --data.source PATH
     rwkv plan configs/rwkv6_1_6b.py --topology h100:2x8
 
-`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 26.00 GiB of 79.14 GiB a device;
-at best 1,287,851 tokens/s, MFU 72%.
+`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 37.65 GiB of 79.14 GiB a device;
+at best 1,155,675 tokens/s, MFU 65% while decays are weak.
 """
 
 from rwkv_jax.config import TrainConfig

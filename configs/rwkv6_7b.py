@@ -3,8 +3,8 @@
     python train.py configs/rwkv6_7b.py --data.source PATH
     rwkv plan configs/rwkv6_7b.py --topology h100:8x8
 
-`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.36 GiB, peak 16.97 GiB of 79.14 GiB a device; at best
-1,053,740 tokens/s, MFU 74%.
+`rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.36 GiB, peak 33.24 GiB of 79.14 GiB a device; at best
+991,861 tokens/s, MFU 69% while decays are weak.
 """
 
 from rwkv_jax.config import TrainConfig

@@ -3,7 +3,7 @@
     python train.py configs/rwkv7_0_4b.py --data.source PATH
     rwkv plan configs/rwkv7_0_4b.py --topology h100:1x8
 
-`rwkv plan` said: h100:1x8, data 8: fits; arguments 5.04 GiB, peak 29.64 GiB of 79.14 GiB a device; at best
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 5.04 GiB, peak 28.21 GiB of 79.14 GiB a device; at best
 1,556,094 tokens/s, MFU 46%.
 """
 

@@ -23,7 +23,9 @@ from tests.parallel.meshes import config_of, mesh_of
 def collectives_of(mesh_name: str, length: int) -> dict[str, Any]:
     """Number and bytes by kind; those that hold an axis of tokens are told by their growth with the length."""
     config = config_of("7", "float32")
-    training = dataclasses.replace(config.training, sequence_length=length, loss_chunk=None, carry_state=False)
+    training = dataclasses.replace(
+        config.training, sequence_length=length, loss_chunk=None, carry_state=False, accumulation_steps=1
+    )
     config = dataclasses.replace(config, training=training)
     mesh = mesh_of(mesh_name)
     assert mesh is not None
