@@ -54,7 +54,7 @@ class TrainResult(NamedTuple):
 
     state: TrainState
     held_out: HeldOut | None
-    """The last evaluation, over all held-out text; None if the run was asked to stop before its end."""
+    """The last evaluation, over all held-out text; None without any, or if the run was asked to stop before its end."""
 
 
 def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult:
@@ -152,7 +152,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
             max_bad_steps=training.max_bad_steps,
             bytes_per_token=corpus.bytes_per_token,
             learning_rate=learning_rate_schedule(config.optimizer, num_steps),
-            places=lambda step: rows.places(step),
+            places=rows.places,
             console=console,
             writer=writer,
             throughput=Throughput(training.batch_size * training.sequence_length),
