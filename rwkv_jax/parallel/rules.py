@@ -125,9 +125,13 @@ def state_axes(generation: str) -> tuple[tuple[str | None, ...], Any]:
     return shift, (None, "rows", "heads", None, None)
 
 
+def is_spec(x: Any) -> bool:
+    """Whether this is one partition, in a tree of them."""
+    return isinstance(x, PartitionSpec)
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """The shardings of a tree of partitions."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
@@ -152,7 +156,6 @@ def check_model(
             f"{-(-vocab_size // ways) * ways}, whose further rows no token names, or split over parallel.fsdp instead"
         )
     specs = parameter_specs(kind, params, rules)
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     flat = jax.tree.leaves(specs, is_leaf=is_spec)
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), flat, strict=True):
         check_divisible(leaf.shape, spec, mesh, ".".join(str(entry.key) for entry in path))

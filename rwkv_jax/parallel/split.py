@@ -24,7 +24,7 @@ from rwkv_jax.models import model_type
 from rwkv_jax.models.language_model import OfEachPart, Part, as_it_is
 from rwkv_jax.models.shards import WHOLE, ShardAxes
 from rwkv_jax.models.state import State
-from rwkv_jax.parallel.rules import RULES, Rules, check_model, parameter_specs, state_axes
+from rwkv_jax.parallel.rules import RULES, Rules, check_model, is_spec, parameter_specs, state_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def split_model(config: ModelConfig, params: Any, mesh: Mesh | None, rules: Rule
     # XLA would compute a share of a vector otherwise than the same numbers of the whole, by one rounding; a matrix is
     # drawn in a loop, whose result is cut.
     kept = jax.tree.map(
-        lambda full, spec: spec if "fsdp" in _names_in(full) else PartitionSpec(), full_specs, specs, is_leaf=_is_spec
+        lambda full, spec: spec if "fsdp" in _names_in(full) else PartitionSpec(), full_specs, specs, is_leaf=is_spec
     )
     shift, wkv = state_axes(config.generation)
     shift = rules.spec(shift, "state")
@@ -139,14 +139,10 @@ def _of_each_part(specs: Any, change: Callable[[Array, PartitionSpec], Array]) -
         graphdef, params = nnx.split(part)
         own = specs[name]
         if name == "blocks":  # of which this is one layer
-            own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=_is_spec)
+            own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
         return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own))
 
     return changed
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 def _gather(x: Array, spec: PartitionSpec, *, dtype: jnp.dtype) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import default_device
+from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.split import Split, split_model
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.loss import TokenLosses, sum_losses
@@ -254,19 +254,14 @@ def _state_shardings(split: Split, optimizer: optax.GradientTransformation, para
     whole = _sharding(split.mesh, PartitionSpec())
     moments = jax.eval_shape(optimizer.init, params)
 
-    def placed(specs: Any) -> Any:
-        return jax.tree.map(
-            functools.partial(_sharding, split.mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
-
     if split.mesh is None:
         params, moments, carried = (jax.tree.map(lambda _: whole, tree) for tree in (params, moments, carried))
     else:
-        params = placed(split.params)
+        params = shardings(split.mesh, split.params)
         moments = optax.tree.map_params(
             optimizer, lambda _, sharding: sharding, moments, params, transform_non_params=lambda _: whole
         )
-        carried = None if carried is None else placed(split.state)
+        carried = None if carried is None else shardings(split.mesh, split.state)
     return TrainState(params, moments, whole, whole, whole, whole, carried)
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import AXES, default_device
+from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.split import split_model
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
@@ -195,11 +196,7 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
         return jax.tree.map_with_path(
             lambda path, x: split_over(mesh, x.shape, stacked=str(path[0].key) == "blocks"), params
         )
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        split_model(config, params, mesh).params,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    return shardings(mesh, split_model(config, params, mesh).params)
 
 
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
