@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+from tests.fake_devices import run_on_fake_devices
 from tests.kernels.operators import Way, each_way
-
-ROOT = Path(__file__).parents[2]
 
 
 def run_on_four_devices(program: str) -> Any:
-    """What a program of this folder prints as JSON, in a process with four fake devices."""
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, "-m", program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    """What a program prints as JSON, in a process with four fake devices."""
+    return run_on_fake_devices(4, program)
 
 
 @functools.cache

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.fake_devices import run_on_fake_devices
+
 BOUNDS = {"float64": 1e-12, "float32": 1e-6}
 
 MIXED = ("data2.fsdp2.tensor2", "fsdp2.sequence2.tensor2")
@@ -23,16 +19,7 @@ FURTHER = (*EACH, "data2.sequence4", "data4.tensor2", "data2.fsdp2.sequence2", "
 
 def run_on_eight_devices(program: str, *arguments: str) -> Any:
     """What a program of this folder prints as JSON, in a process with eight fake devices."""
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, "-m", f"tests.parallel.{program}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_on_fake_devices(8, f"tests.parallel.{program}", *arguments)
 
 
 @functools.cache
