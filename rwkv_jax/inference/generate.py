@@ -14,7 +14,16 @@ from jax.sharding import Sharding
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer, fits_model
-from rwkv_jax.inference.sampling import Sampling, sample
+from rwkv_jax.inference.sampling import (
+    Sampling,
+    Settings,
+    bias_of,
+    choose,
+    count,
+    initial_occurrences,
+    occurrence_weights,
+    settings_of,
+)
 
 TOKENS_PER_CALL = 16
 """Tokens for which the device runs on its own; text appears in pieces of as many."""
@@ -29,6 +38,19 @@ class _Cursor(NamedTuple):
     """What the model carries after the tokens before it."""
     key: Array
     """Key of the draws still to come."""
+    occurrences: Array
+    """float32 [1, V], of the tokens drawn so far."""
+
+
+class _Drawing(NamedTuple):
+    """How tokens are drawn."""
+
+    settings: Settings
+    """Of one row."""
+    bias: Any
+    """float32 [1, V], to be added to logits."""
+    weights: Any
+    """float32 [V], what an occurrence of each token weighs."""
 
 
 class Generator:
@@ -51,16 +73,17 @@ class Generator:
         self._tokenizer = tokenizer
         # Embeddings have rows that no tokenizer names, and that no text has trained.
         self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
+        self._weights = occurrence_weights(tokenizer, vocab_size)
         self._begin = jax.jit(self._begin_text, out_shardings=results_on)
         self._advance = jax.jit(self._advance_some, donate_argnums=1, out_shardings=results_on)
 
-    def _begin_text(self, params: Any, seed: Array) -> _Cursor:
+    def _begin_text(self, params: Any, seed: Array, occurrences: Array) -> _Cursor:
         """The start of a text."""
         start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
-        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
+        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed), occurrences)
 
     def _advance_some(
-        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, settings: tuple[Array, Array, Array]
+        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, drawing: _Drawing
     ) -> tuple[_Cursor, Array]:
         """Reads TOKENS_PER_CALL tokens: the first `num_given` successors are given, the others drawn."""
         model = nnx.merge(self._graphdef, params)
@@ -68,9 +91,12 @@ class Generator:
         def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:
             logits, state = model(cursor.token[:, None], cursor.state)
             draw, key = jax.random.split(cursor.key)
-            drawn = sample(jnp.where(self._named, logits[:, -1], -jnp.inf), draw, *settings)
-            token = jnp.where(position < num_given, given[position], drawn)
-            return _Cursor(token, state, key), token[0]
+            logits = logits[:, -1].astype(jnp.float32)
+            drawn = choose(logits, cursor.occurrences, drawing.bias, drawing.settings, draw[None])
+            counted = count(cursor.occurrences, drawn, drawing.settings, drawing.weights)
+            is_given = position < num_given
+            token = jnp.where(is_given, given[position], drawn)
+            return _Cursor(token, state, key, jnp.where(is_given, cursor.occurrences, counted)), token[0]
 
         return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
 
@@ -80,18 +106,15 @@ class Generator:
         The text begins as the training documents do, after an end-of-text token.
         """
         given = np.asarray(self._tokenizer.encode(prompt), np.int32)
-        settings = (
-            np.float32(sampling.temperature),
-            np.float32(sampling.top_p),
-            np.int32(sampling.top_k),
-        )
-        cursor = self._begin(params, np.uint32(seed))
+        drawing = _Drawing(settings_of([sampling]), bias_of(sampling, self._named)[None], self._weights)
+        occurrences = initial_occurrences(sampling, given, self._weights)
+        cursor = self._begin(params, np.uint32(seed), occurrences[None])
         emitted = 0
         while emitted < num_tokens:
             piece = np.zeros((TOKENS_PER_CALL,), np.int32)
             num_given = min(len(given), TOKENS_PER_CALL)
             piece[:num_given], given = given[:num_given], given[num_given:]
-            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), settings)
+            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), drawing)
             for token in np.asarray(tokens)[num_given:]:
                 if token == self._tokenizer.end_of_text or emitted == num_tokens:
                     return

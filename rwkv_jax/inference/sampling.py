@@ -1,51 +1,397 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits: the settings of a text, and functions that apply each row's own inside jit.
+
+Two orders are in use, and `Sampling.order` names one of them. Both begin alike:
+
+    1. repetition penalty: the logit of a token that has occurred is divided by it if positive, else multiplied;
+    2. presence and frequency penalty: it falls by presence + occurrences * frequency;
+    3. logit bias is added, and banned tokens become impossible.
+
+Temperature 0 takes the likeliest token here. Otherwise "openai", the order of transformers and vLLM, goes on with
+
+    4. temperature divides the logits;
+    5. top-k keeps the k likeliest tokens;
+    6. top-p keeps the likeliest of those whose probabilities, out of what step 5 left, add up to p;
+    7. min-p keeps tokens at least min_p times as likely as the likeliest;
+    8. typical keeps, of what is left and by the probabilities there, the tokens whose surprise is nearest to its mean,
+       until they add up to typical_p (Meister et al. 2023, https://arxiv.org/abs/2202.00666);
+
+and "rwkv", the order of the official `rwkv` package, with
+
+    4. top-p, by the probabilities of all tokens at temperature 1;
+    5. top-k, of all tokens, so that whichever of the two keeps fewer decides;
+    6. min-p and typical, which the package does not have, as in the steps 7 and 8 above, at temperature 1;
+    7. probabilities to the power of 1 / temperature.
+
+In both, tokens as likely (or as typical) as the last one kept are kept too, and the likeliest is kept by top-k, top-p
+and min-p whatever they are.
+
+The orders also differ in what counts as an occurrence. In "rwkv" tokens of nothing but digits or white space weigh 0:
+they bear the presence penalty alone. In "openai" each weighs 1. In both, what a token has gathered is multiplied by
+`penalty_decay` at each token, and a token that has occurred once stays one that has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.inference.selection import draw, first_largest, largest_floor
+
+Order = Literal["openai", "rwkv"]
+"""In which order the settings apply; see the module's docstring."""
+
+_WEIGHTLESS = " \t0123456789"
+"""A token whose text is a part of this weighs nothing in the order "rwkv", as in the official package."""
+
+_NEVER = -1.0
+"""Occurrences of a token that has not occurred; 0 is what weightless ones have."""
+
+_LARGEST = 1e9
+"""Settings beyond it, or below its reciprocal where they divide, would leave float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: temperature first, then top-k, then top-p of what is left."""
+    """How the tokens of a text are chosen. Hashable.
+
+    Raises:
+      ConfigError: a value that cannot work, by its name.
+    """
 
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Above 1 evens probabilities out, below 1 sharpens them; 0 always takes the likeliest token."""
     top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities add up to this."""
+    """Keep the likeliest tokens whose probabilities add up to this; 1 keeps all."""
     top_k: int = 0
     """Keep this many of the likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the most typical tokens whose probabilities add up to this; 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that have occurred, multiplies negative ones (Keskar et al. 2019,
+    https://arxiv.org/abs/1909.05858); 1 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that have occurred."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token for each of its occurrences."""
+    penalty_decay: float = 1.0
+    """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
+    penalise_prompt: bool = False
+    """Whether tokens of the prompt count as occurrences, as generated ones do."""
+    order: Order = "openai"
+    """Whether temperature applies before the other settings or after them; see the module's docstring."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids. Kept as pairs in the order of the ids."""
+    banned: Sequence[int] = ()
+    """Ids never to be chosen. Kept as a tuple in their order."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature = {self.temperature!r}: must be a number that is not negative")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p!r}: must lie in (0, 1]")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k = {self.top_k!r}: must not be negative; 0 keeps all tokens")
+        self._require_between("temperature", 0, _LARGEST)
+        self._require_above_zero("top_p", 1)
+        self._require_between("min_p", 0, 1)
+        self._require_above_zero("typical_p", 1)
+        self._require_between("repetition_penalty", 1 / _LARGEST, _LARGEST)
+        self._require_between("presence_penalty", -_LARGEST, _LARGEST)
+        self._require_between("frequency_penalty", -_LARGEST, _LARGEST)
+        self._require_between("penalty_decay", 0, 1)
+        if not _is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
+            raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
+        if type(self.penalise_prompt) is not bool:
+            raise ConfigError(f"penalise_prompt = {self.penalise_prompt!r}: must be True or False")
+        if self.order not in typing.get_args(Order):
+            raise ConfigError(f"order = {self.order!r}: must be one of {', '.join(typing.get_args(Order))}")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        object.__setattr__(self, "banned", _ids("banned", self.banned))
+        if both := sorted(set(self.banned) & dict(self.logit_bias).keys()):
+            raise ConfigError(f"banned and logit_bias both name id {both[0]}: leave it out of one of them")
+
+    def _require_between(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        # NaN lies nowhere.
+        if not (_is_number(value) and least <= value <= most):
+            raise ConfigError(f"{name} = {value!r}: must be a number from {least:g} to {most:g}")
+
+    def _require_above_zero(self, name: str, most: float) -> None:
+        value = getattr(self, name)
+        if not (_is_number(value) and 0 < value <= most):
+            raise ConfigError(f"{name} = {value!r}: must lie in (0, {most:g}]")
+
+    @classmethod
+    def openai(cls, **changes: Any) -> Self:
+        """The defaults of OpenAI's API: temperature 1 and all else off; `changes` are fields."""
+        return cls(**changes)
+
+    @classmethod
+    def rwkv(cls, **changes: Any) -> Self:
+        """The defaults of the official `rwkv` package, in its order; `changes` are fields."""
+        defaults: dict[str, Any] = {
+            "order": "rwkv",
+            "top_p": 0.85,
+            "presence_penalty": 0.2,
+            "frequency_penalty": 0.2,
+            "penalty_decay": 0.996,
+        }
+        return cls(**(defaults | changes))
+
+    @classmethod
+    def greedy(cls, **changes: Any) -> Self:
+        """Always the likeliest token; `changes` are fields."""
+        defaults: dict[str, Any] = {"temperature": 0.0}
+        return cls(**(defaults | changes))
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens have occurred."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises ConfigError for ids that a model of so many has not."""
+        for name, ids in (("logit_bias", tuple(dict(self.logit_bias))), ("banned", self.banned)):
+            if ids and max(ids) >= vocab_size:
+                raise ConfigError(f"{name} names id {max(ids)}: the model's ids are 0 to {vocab_size - 1}")
 
 
-def sample(logits: Array, key: Array, temperature: Array, top_p: Array, top_k: Array) -> Array:
-    """One token for each row of logits [B, V]; the settings are scalars that may be traced.
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _ids(name: str, ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, Sequence | set | frozenset) or isinstance(ids, str | bytes):
+        raise ConfigError(f"{name} = {ids!r}: must be a sequence of token ids")
+    for token in ids:
+        if not _is_whole(token) or token < 0:
+            raise ConfigError(f"{name} names id {token!r}: ids are whole numbers from 0")
+    return tuple(sorted({int(token) for token in ids}))
+
+
+def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        of = dict(biases)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"logit_bias = {biases!r}: must be a mapping from token ids to numbers") from error
+    for token, bias in of.items():
+        if not _is_number(bias) or not abs(bias) <= _LARGEST:
+            raise ConfigError(
+                f"logit_bias of id {token!r} is {bias!r}: must be a number from {-_LARGEST:g} to {_LARGEST:g}; "
+                "`banned` rules a token out"
+            )
+    return tuple((token, float(of[token])) for token in _ids("logit_bias", tuple(of)))
+
+
+class Settings(NamedTuple):
+    """The settings of rows, each [B], so that values are no part of a program. Fields as in `Sampling`."""
+
+    temperature: Any
+    top_p: Any
+    top_k: Any
+    min_p: Any
+    typical_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    penalty_decay: Any
+    rwkv_order: Any
+
+
+def settings_of(rows: Sequence[Sampling]) -> Settings:
+    """NumPy arrays [B]: float32, but int32 for top_k and bool for rwkv_order."""
+
+    def column(name: str) -> np.ndarray:
+        if name == "rwkv_order":
+            return np.array([row.order == "rwkv" for row in rows], np.bool_)
+        return np.array([getattr(row, name) for row in rows], np.int32 if name == "top_k" else np.float32)
+
+    return Settings(*map(column, Settings._fields))
+
+
+def bias_of(sampling: Sampling, is_named: np.ndarray) -> np.ndarray:
+    """float32 [V] to be added to logits: the bias, and -inf for what is banned.
+
+    Args:
+      is_named: bool [V], whether the tokenizer has a text for an id; others are banned too, since no text trained them.
+
+    Raises:
+      ConfigError: an id beyond V, or no token is left.
+    """
+    sampling.check_ids(len(is_named))
+    bias = np.where(is_named, np.float32(0), np.float32(-np.inf))
+    for token, value in dict(sampling.logit_bias).items():
+        bias[token] += value
+    bias[list(sampling.banned)] = -np.inf
+    if np.all(np.isneginf(bias)):
+        raise ConfigError(f"banned names {len(sampling.banned)} ids, and leaves no token to choose; ban fewer")
+    return bias
+
+
+def occurrence_weights(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """float32 [V], weight of an occurrence of each token in the order "rwkv": 0 for digits and white space, else 1."""
+
+    def weight(token: int) -> float:
+        text = tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_named(token) else ""
+        # The package writes end_of_text out, so that it counts; here it has no text.
+        return 0.0 if text and text in _WEIGHTLESS else 1.0
+
+    return np.array([weight(token) for token in range(vocab_size)], np.float32)
+
+
+def no_occurrences(vocab_size: int) -> np.ndarray:
+    """float32 [V] of a text in which no token has occurred."""
+    return np.full(vocab_size, _NEVER, np.float32)
+
+
+def initial_occurrences(sampling: Sampling, prompt_ids: Sequence[int] | np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """float32 [V] after a prompt: none, unless the settings penalise its tokens; then as `count` of each in turn.
+
+    Args:
+      weights: float32 [V], of `occurrence_weights`.
+    """
+    occurrences = no_occurrences(len(weights))
+    if not (sampling.penalise_prompt and sampling.penalises):
+        return occurrences
+    ids = np.asarray(prompt_ids, np.int64)
+    age = np.arange(len(ids))[::-1]
+    sums = np.zeros(len(weights))
+    np.add.at(sums, ids, (weights[ids] if sampling.order == "rwkv" else 1.0) * np.power(sampling.penalty_decay, age))
+    occurrences[ids] = sums[ids]
+    return occurrences
+
+
+def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array) -> Array:
+    """Occurrences [B, V] once tokens [B] have been chosen; those of rows that penalise nothing stay as they are.
+
+    Args:
+      weights: float32 [V], of `occurrence_weights`.
+    """
+    weight = jnp.where(settings.rwkv_order, jnp.asarray(weights)[tokens], 1)[:, None]
+    decayed = jnp.where(occurrences >= 0, occurrences * settings.penalty_decay[:, None], occurrences)
+    is_chosen = jnp.arange(occurrences.shape[-1]) == tokens[:, None]
+    counted = jnp.where(is_chosen, jnp.maximum(decayed, 0) + weight, decayed)
+    return jnp.where(_penalises(settings)[:, None], counted, occurrences)
+
+
+def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
+    """The next token of each row; what a row gets does not depend on the others.
+
+    Args:
+      logits: float32 [B, V].
+      occurrences: float32 [B, V], of `initial_occurrences` and `count`.
+      bias: float32 [B, V], of `bias_of`.
+      settings: arrays [B].
+      keys: random keys [B]; rows of temperature 0 do not use theirs.
 
     Returns:
-      int32 [B]. A token as likely as the last one that is kept is kept too.
+      int32 [B].
     """
-    greedy = jnp.argmax(logits, axis=-1)
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)
-    descending = -jnp.sort(-scaled, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    in_top_k = (top_k == 0) | (rank < top_k)
-    probability = jax.nn.softmax(jnp.where(in_top_k, descending, -jnp.inf), axis=-1)
-    # A token is kept if those before it have not reached top_p yet, so the first always is.
-    kept = in_top_k & (jnp.cumsum(probability, axis=-1) - probability < top_p)
-    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf), axis=-1)
-    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+    arguments = (logits, occurrences, bias, settings, keys)
+    # On a CPU a row at a time stays in the cache through all passes over it; elsewhere the rows of a pass go together.
+    return jax.lax.platform_dependent(*arguments, cpu=choose_one_by_one, default=choose_together)
+
+
+def choose_one_by_one(*arguments: Any) -> Array:
+    """As `choose`, a row after the other."""
+
+    def one(row: Any) -> Array:
+        return choose_together(*jax.tree.map(lambda x: x[None], row))[0]
+
+    return jax.lax.map(one, arguments)
+
+
+def choose_together(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
+    """As `choose`, all rows in each pass; a pass is left out when no row needs it."""
+    adjusted = _penalised(logits, occurrences, settings) + bias
+    likeliest = first_largest(adjusted)
+    is_greedy = settings.temperature <= 0
+    drawn = jax.lax.cond(jnp.all(is_greedy), lambda: likeliest, lambda: draw(_kept(adjusted, settings), keys))
+    return jnp.where(is_greedy, likeliest, drawn)
+
+
+def _penalises(settings: Settings) -> Array:
+    return (
+        (settings.repetition_penalty != 1) | (settings.presence_penalty != 0) | (settings.frequency_penalty != 0)
+    )  # fmt: skip
+
+
+def _penalised(logits: Array, occurrences: Array, settings: Settings) -> Array:
+    """Logits after the penalties."""
+    repetition = settings.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    fall = settings.presence_penalty[:, None] + occurrences * settings.frequency_penalty[:, None]
+    return jnp.where(occurrences >= 0, repeated - fall, logits)
+
+
+def _kept(logits: Array, settings: Settings) -> Array:
+    """Probabilities, up to a factor, of what temperature, top-k, top-p, min-p and typical leave; float32 [B, V]."""
+    top_k, top_p, typical_p = settings.top_k, settings.top_p, settings.typical_p
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)[:, None]
+    is_rwkv = settings.rwkv_order[:, None]
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+
+    # The largest becomes 0, so that no temperature overflows.
+    relative = logits - largest
+    scaled = jnp.where(is_rwkv, relative, relative / temperature)
+    weights = jnp.exp(scaled)
+    everything = jnp.full(top_k.shape, -jnp.inf)
+
+    def top_k_floor() -> Array:
+        floor = largest_floor(lambda floor: _count(logits >= floor), top_k, -jnp.inf, largest[:, 0], lambda floor: 1.0)
+        return jnp.where(top_k > 0, floor, everything)
+
+    in_top_k = logits >= jax.lax.cond(jnp.any(top_k > 0), top_k_floor, lambda: everything)[:, None]
+
+    def top_p_floor() -> Array:
+        summed = jnp.where(is_rwkv | in_top_k, weights, 0)
+        target = jnp.where(top_p < 1, top_p * jnp.sum(summed, axis=-1), 0)
+        # A token between two floors weighs as much as the lower one, at least.
+        floor = largest_floor(lambda floor: _mass(summed, summed >= floor), target, 0.0, 1.0, lambda floor: floor)
+        return jnp.where(top_p < 1, floor, everything)
+
+    in_top_p = weights >= jax.lax.cond(jnp.any(top_p < 1), top_p_floor, lambda: everything)[:, None]
+    kept = jnp.where(in_top_k & in_top_p & (weights >= settings.min_p[:, None]), weights, 0)
+
+    def only_typical() -> Array:
+        total = jnp.sum(kept, axis=-1, keepdims=True)
+        # The surprise without log(total), which its mean has too. -inf * 0 is nan.
+        surprise = jnp.where(kept > 0, -scaled, 0)
+        mean = jnp.sum(kept * surprise, axis=-1, keepdims=True) / total
+        typicality = jnp.where(kept > 0, -jnp.abs(surprise - mean), -jnp.inf)
+        target = jnp.where(typical_p < 1, typical_p * total[:, 0], 0)
+        floor = largest_floor(lambda floor: _mass(kept, typicality >= floor), target, -jnp.inf, 0.0, lambda floor: 0.0)
+        return jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
+
+    kept = jax.lax.cond(jnp.any(typical_p < 1), only_typical, lambda: kept)
+    return jnp.where(is_rwkv & (kept > 0), jnp.exp(relative / temperature), kept)
+
+
+def _mass(weights: Array, where: Array) -> Array:
+    return jnp.sum(jnp.where(where, weights, 0), axis=-1)
+
+
+def _count(where: Array) -> Array:
+    return jnp.sum(where, axis=-1, dtype=jnp.float32)
+
+
+def log_probabilities(logits: Array, tokens: Array) -> Array:
+    """float32 [B]: of tokens [B] by the model's own distribution, logits [B, V], before any setting."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def top_log_probabilities(logits: Array, n: int) -> tuple[Array, Array]:
+    """The n likeliest tokens by the model's own distribution, likeliest first: float32 [B, n] and ids, int32 [B, n]."""
+    values, tokens = jax.lax.top_k(logits, n)
+    return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), tokens

@@ -1,0 +1,170 @@
+"""What is asked of the engine, checked before any of it is run, and what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.snapshot import Snapshot
+
+MOST_TOP_LOG_PROBABILITIES = 20
+"""Likeliest tokens that can be asked for with each token."""
+
+FinishReason = Literal["stop", "length"]
+"""A stop id or stop string was written, or as many tokens as were allowed."""
+
+
+class QueueFullError(RuntimeError):
+    """More requests are waiting than the engine holds; try again when some of them have ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to read and to continue."""
+
+    ids: tuple[int, ...]
+    """Tokens to read first; at least one, unless `start` has read some."""
+    max_tokens: int = 256
+    """Most tokens to write; 0 only reads."""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    """How tokens are chosen."""
+    seed: int = 0
+    """Of the draws: the key of the text's token t is made of seed and t, whatever else is being run."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; neither they nor their first characters are shown."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the text, and are no part of it."""
+    num_top: int = 0
+    """How many of the likeliest tokens are reported with each token."""
+    start: Snapshot | None = None
+    """The text so far; None begins a text."""
+    guidance: float = 1.0
+    """Logits are guidance x these + (1 - guidance) x those after `unguided_ids`."""
+    unguided_ids: tuple[int, ...] = ()
+    """The text to steer away from (classifier-free guidance, arXiv 2306.17806); none where guidance is 1."""
+    keep: bool = False
+    """Whether the state is wanted at the end. Such a text is written no further than its reader has read."""
+    client: str = ""
+    """Who asks: waiting clients take turns."""
+
+    def check(self, vocab_size: int, capacity: int | None) -> None:
+        """Refuses what cannot be run.
+
+        Args:
+          capacity: tokens that a state holds; None where there is no limit.
+
+        Raises:
+          ConfigError: names the value, and what would do.
+        """
+        start = 0 if self.start is None else self.start.num_tokens
+        if not self.ids and not start:
+            raise ConfigError("prompt: is empty; give at least one token (the end-of-text id begins a text)")
+        if not self.ids and self.max_tokens == 0:
+            raise ConfigError("prompt: is empty, and no tokens are asked for; give tokens to read")
+        for name, ids in (("prompt", self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
+            _check_ids(name, ids, vocab_size)
+        if self.max_tokens < 0:
+            raise ConfigError(f"max_tokens = {self.max_tokens}: must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        if not 0 <= self.num_top <= MOST_TOP_LOG_PROBABILITIES:
+            raise ConfigError(f"num_top = {self.num_top}: must lie from 0 to {MOST_TOP_LOG_PROBABILITIES}")
+        if "" in self.stop:
+            raise ConfigError("stop = '': an empty string would end every text; leave it out")
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance = {self.guidance}: must be a number; 1 is no guidance")
+        if (self.guidance != 1) != bool(self.unguided_ids):
+            raise ConfigError(
+                f"guidance = {self.guidance} and an unguided prompt of {len(self.unguided_ids)} tokens: guidance needs "
+                "both, a factor other than 1 and a text to steer away from"
+            )
+        if self.guidance != 1 and (self.keep or self.start is not None):
+            raise ConfigError(f"guidance = {self.guidance}: is for single texts; a conversation has one state, not two")
+        self.sampling.check_ids(vocab_size)
+        longest = max(start + len(self.ids), len(self.unguided_ids)) + self.max_tokens
+        if capacity is not None and longest > capacity:
+            raise ConfigError(
+                f"max_tokens = {self.max_tokens} after {longest - self.max_tokens} tokens: this model's state holds "
+                f"{capacity}; ask for less, or build it with a greater model.context_length"
+            )
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if not ids:
+        return
+    values = np.asarray(tuple(ids))
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ConfigError(f"{name}: must be integers, token ids; these are {values.dtype}")
+    if values.min() < 0 or values.max() >= vocab_size:
+        worst = values.min() if values.min() < 0 else values.max()
+        raise ConfigError(f"{name}: token id {worst} must lie from 0 to V - 1 = {vocab_size - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a text as it is written."""
+
+    index: int
+    """Which of the prompts it continues."""
+    text: str
+    """Whole characters; may be empty while a character, or what may become a stop string, is incomplete."""
+    ids: tuple[int, ...]
+    """The token behind it; none where a stop id, or nothing, was written."""
+    log_probabilities: tuple[float, ...]
+    """Of each of `ids`, by the model alone (after guidance): no temperature, no penalties."""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """With each of `ids`, the likeliest tokens and their log-probabilities, likeliest first."""
+    finish_reason: FinishReason | None = None
+    """Set in a text's last chunk."""
+    stop: int | str | None = None
+    """The stop id or stop string that ended the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A whole continuation."""
+
+    index: int
+    """Which of the prompts it continues."""
+    text: str
+    """Without the prompt and without what stopped it."""
+    ids: tuple[int, ...]
+    """Tokens written, without a stop id; those of a stop string are among them."""
+    log_probabilities: tuple[float, ...]
+    """Of each of `ids`, by the model alone (after guidance)."""
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    """With each of `ids`, the likeliest tokens and their log-probabilities."""
+    finish_reason: FinishReason
+    """Why it ended."""
+    stop: int | str | None
+    """The stop id or stop string that ended it."""
+    num_prompt_tokens: int
+    """Tokens of the prompt."""
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Of a token of the text; 0 for a text without tokens. `best_of` takes the greatest."""
+        return sum(self.log_probabilities) / max(1, len(self.log_probabilities))
+
+
+def join(chunks: Sequence[Chunk], index: int, num_prompt_tokens: int) -> Completion:
+    """The completion of which these are all chunks, in order."""
+    last = chunks[-1]
+    if last.finish_reason is None:
+        raise ValueError("join: the last chunk does not end a text")
+    return Completion(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        ids=tuple(token for chunk in chunks for token in chunk.ids),
+        log_probabilities=tuple(value for chunk in chunks for value in chunk.log_probabilities),
+        top=tuple(one for chunk in chunks for one in chunk.top),
+        finish_reason=last.finish_reason,
+        stop=last.stop,
+        num_prompt_tokens=num_prompt_tokens,
+    )

@@ -1,0 +1,34 @@
+"""Where a text stands: everything a model knows after some tokens, in a size that does not depend on how many."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from rwkv_jax.config import ConfigError
+
+
+class StateError(ConfigError):
+    """A state that belongs to another model, generation or tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """One text's state; nothing changes it, so that texts which begin alike can share it."""
+
+    state: Any
+    """What the model carries, without an axis of rows: a tuple of one `State` (`KeyValueCache`) a layer."""
+    logits: Array
+    """float32 [V], of the token that comes next."""
+    num_tokens: int
+    """Tokens read since the text began."""
+    owner: str | None = None
+    """Checksum of the parameters that made it; None where only a state file says whose it is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves((self.state, self.logits)))
