@@ -1,0 +1,275 @@
+"""Conversations: the state is the context, so a session has one size however long it goes on, and forks for free."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, Self
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.requests import Chunk, Completion, join
+from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.state_file import Identity, load_snapshot, save_snapshot
+
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+
+class SessionBusyError(ConfigError):
+    """A session that is used while something else uses it: its state is not known before that has ended."""
+
+
+class StreamLike(Protocol):
+    """What a session asks of an engine's stream; one that has raised anything but an interrupt has ended."""
+
+    def __next__(self) -> Chunk:
+        """The next chunk; StopIteration from the end on."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends it behind the chunks that were collected; an ended one stays as it is."""
+        ...
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """After the end: the state behind the tokens that were collected, a stop token included."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> tuple[int, ...]:
+        """Tokens of the one prompt."""
+        ...
+
+
+class EngineLike(Protocol):
+    """What a session asks of an engine; `rwkv_jax.inference.engine.Engine` is one."""
+
+    @property
+    def identity(self) -> Identity:
+        """What its states belong to."""
+        ...
+
+    def read(self, snapshot: Snapshot | None, prompt: Prompt, /) -> Snapshot:
+        """The state after a prompt that goes on from a state; None begins a text. Raises ConfigError."""
+        ...
+
+    @property
+    def stream(self) -> Callable[..., StreamLike]:
+        """Called as stream(prompt, start=, keep=True), with whatever else it takes by name."""
+        ...
+
+
+class Session:
+    """One conversation's state, which moves on with what is appended and generated.
+
+    Texts are encoded one by one: two appended texts may be other tokens than both in one. What a call generates is part
+    of the state, down to its last token or its stop token, so that the next call goes on behind it. After an error the
+    session is as it was. Calls from several threads do not wait for each other: the later one raises SessionBusyError.
+    """
+
+    def __init__(self, engine: EngineLike, snapshot: Snapshot | None = None) -> None:
+        """At a snapshot of the engine's model; None is the start of a text."""
+        self._engine = engine
+        self._snapshot = snapshot
+        self._marks: dict[str, Snapshot | None] = {}
+        self._lock = threading.Lock()  # held for a moment at a time
+        self._in_use: str | None = None
+        self._stream: StreamLike | None = None
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The state; None before anything was read. Nothing changes it. Raises SessionBusyError."""
+        with self._alone("snapshot"):
+            return self._snapshot
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read since the text began, without those of a stream that is running."""
+        snapshot = self._snapshot
+        return 0 if snapshot is None else snapshot.num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and of those that are marked, without what a running stream holds."""
+        states = {id(state): state for state in (self._snapshot, *self._marks.copy().values()) if state is not None}
+        return sum(state.nbytes for state in states.values())
+
+    def append(self, prompt: Prompt) -> None:
+        """Reads a text, or token ids as they are.
+
+        Raises ConfigError if it is empty or has ids beyond the vocabulary, SessionBusyError.
+        """
+        with self._alone("append"):
+            self._snapshot = self._engine.read(self._snapshot, prompt)
+
+    def generate(self, prompt: Prompt = "", **arguments: Any) -> Completion:
+        """Goes on, after a prompt if one is given; arguments and errors as `stream` has them."""
+        with self.stream(prompt, **arguments) as stream:
+            return join(list(stream), 0, stream.num_prompt_tokens)
+
+    def stream(self, prompt: Prompt = "", **arguments: Any) -> SessionStream:
+        """Goes on chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
+
+        Args:
+          prompt: read first; empty, if something was read already.
+          arguments: as `rwkv_jax.inference.engine.Engine.stream` has them, for one text.
+
+        Raises:
+          ConfigError: there is nothing to go on from, or a value that the engine refuses.
+          SessionBusyError: the session is in use.
+        """
+        self._claim("stream")
+        try:
+            stream = self._engine.stream(prompt, start=self._snapshot, keep=True, **arguments)
+        except BaseException:
+            self._release()
+            raise
+        self._stream = stream
+        return SessionStream(self, stream)
+
+    def cancel(self) -> None:
+        """Ends the running stream, if there is one, behind the chunks that were collected; from any thread."""
+        if (stream := self._stream) is not None:
+            self._cancel(stream)
+
+    def fork(self) -> Session:
+        """Another session in the same state and with the same marks, which goes its own way. Copies no array."""
+        with self._alone("fork"):
+            other = Session(self._engine, self._snapshot)
+            other._marks = dict(self._marks)
+            return other
+
+    def mark(self, name: str) -> None:
+        """Gives the state a name for `rewind`; a mark of that name moves here."""
+        with self._alone("mark"):
+            self._marks[name] = self._snapshot
+
+    def rewind(self, name: str) -> None:
+        """Goes back, or forth, to the state of a name; all marks stay. Raises ConfigError for an unknown name."""
+        with self._alone("rewind"):
+            if name not in self._marks:
+                names = ", ".join(map(repr, self._marks)) or "none"
+                raise ConfigError(f"mark {name!r}: there is none of that name; the marks of this session are: {names}")
+            self._snapshot = self._marks[name]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state, and no marks, to a file that only the same model and tokenizer read.
+
+        Raises ConfigError if nothing was read yet, and as `rwkv_jax.inference.state_file.save_snapshot`.
+        """
+        with self._alone("save"):
+            if self._snapshot is None:
+                raise ConfigError(f"{path}: the session has read nothing that could be saved; append a text first")
+            save_snapshot(path, self._snapshot, self._engine.identity)
+
+    @classmethod
+    def load(cls, engine: EngineLike, path: str | os.PathLike[str]) -> Self:
+        """A session in a saved state. Raises as `rwkv_jax.inference.state_file.load_snapshot`."""
+        return cls(engine, load_snapshot(path, engine.identity))
+
+    # Of the streams, which are its hands.
+
+    def _cancel(self, stream: StreamLike) -> None:
+        stream.cancel()
+        self._settle(stream)
+
+    def _settle(self, stream: StreamLike) -> None:
+        """Moves on behind a stream that has ended."""
+        if self._take(stream):
+            try:
+                self._snapshot = stream.snapshot
+            finally:
+                self._release()
+
+    def _give_up(self, stream: StreamLike) -> None:
+        """Stays before a stream that has failed."""
+        if self._take(stream):
+            self._release()
+
+    def _take(self, stream: StreamLike) -> bool:
+        """True once: reader and canceller may both find that a stream has ended."""
+        with self._lock:
+            is_running = self._stream is stream
+            self._stream = None if is_running else self._stream
+            return is_running
+
+    def _claim(self, use: str) -> None:
+        with self._lock:
+            if self._in_use is not None:
+                raise SessionBusyError(
+                    f"{use}: the session is in use by a call of {self._in_use}; wait for its end, and of a stream read "
+                    "all chunks or cancel() it (a `with` block does), or fork() the session before"
+                )
+            self._in_use = use
+
+    def _release(self) -> None:
+        with self._lock:
+            self._in_use = None
+
+    @contextlib.contextmanager
+    def _alone(self, use: str) -> Iterator[None]:
+        self._claim(use)
+        try:
+            yield
+        finally:
+            self._release()
+
+
+class SessionStream:
+    """Chunks of what a session says, for `for` and for `async for`; at their end the session stands behind them.
+
+    The end is the last chunk, `cancel` here or of the session, or that of a `with` block. Of a stream that ends before
+    its first chunk the prompt has been read or not, as `Session.num_tokens` says. If the engine fails, the session
+    stands where it stood before.
+    """
+
+    def __init__(self, session: Session, stream: StreamLike) -> None:
+        self._session, self._stream = session, stream
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        try:
+            return next(self._stream)
+        except StopIteration:
+            self._session._settle(self._stream)
+            raise
+        except Exception:
+            # Not of an interrupt, after which a stream can still be cancelled where it is.
+            self._session._give_up(self._stream)
+            raise
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """As `next`, while other tasks run."""
+        chunk = await asyncio.to_thread(next, self, None)
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def cancel(self) -> None:
+        """Ends the stream behind the chunks that were collected, from any thread; an ended one stays as it is."""
+        self._session._cancel(self._stream)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self._stream.num_prompt_tokens[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self.cancel)

@@ -1,0 +1,244 @@
+"""States on disk: one safetensors file a text, which says what it belongs to and is refused everywhere else.
+
+    blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    what layer 3 carries, as `rwkv_jax.models.state` has it
+    blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three in the place of wkv
+    logits                                                  of the token that comes next
+
+The metadata hold the format and its version, generation, digests of the parameters and of the tokenizer, the number of
+tokens read, and the version of this library. Nothing is rounded, so a text goes on elsewhere as it would have here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.inference.snapshot import Snapshot, StateError
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
+
+FORMAT = "rwkv-jax state"
+VERSION = "1"
+"""Of the names and the metadata; a file of another version is refused."""
+
+_LOGITS = "logits"
+_LAYERS = "blocks"  # of states in a file as of parameters in a model
+_WKV4_PARTS = ("numerator", "denominator", "max_exponent")
+_LISTED = 20  # of the tensors that do not fit
+_REMEDIES = {
+    "generation": "load a model of the file's generation",
+    "model": "load the very parameters that it was made with, in the same dtype and quantisation",
+    "tokenizer": "take the tokenizer that it was made with",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a state belongs to: it means nothing to any other model, and its tokens nothing to any other tokenizer."""
+
+    generation: str
+    """Of the model's config."""
+    model: str
+    """Hex digest of all parameters (`parameters_digest`)."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    state: Any
+    """Shape and dtype (`jax.ShapeDtypeStruct`) of each array of a `Snapshot.state`."""
+    logits: jax.ShapeDtypeStruct
+    """Shape and dtype of `Snapshot.logits`."""
+
+
+def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
+    """The identity of the states that a model makes; the same with stacked and unstacked layers, on any devices.
+
+    Reads every parameter once, which takes some seconds a gigabyte: compute it when it is first needed, and keep it.
+    Raises StateError for parameters of which parts are on other hosts.
+    """
+    config = model.config
+    layer = jax.eval_shape(lambda: model.initial_block_state(config, 1))
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer)
+    return Identity(
+        generation=config.generation,
+        model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+        tokenizer=tokenizer.fingerprint,
+        state=(row,) * config.num_layers,
+        logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.float32),
+    )
+
+
+def parameters_digest(params: Any) -> str:
+    """SHA-256 in hex over the official names, shapes, dtypes and bytes of all parameters.
+
+    It does not depend on where they lie nor on whether layers are stacked. Packed matrices count as they are packed:
+    quantised, or in another dtype, a model computes other numbers and is another one.
+
+    Args:
+      params: a nested dict with the names of our models, layers stacked or not; leaves may be any trees of arrays.
+
+    Raises:
+      StateError: parts of a parameter are on other hosts.
+    """
+    lines = []
+    for name, array in _parameters_by_name(params):
+        content = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+        lines.append(f"{name} {list(array.shape)} {array.dtype.name} {content}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _parameters_by_name(params: Any) -> Iterator[tuple[str, NDArray]]:
+    """Layer by layer under official names, one fetched at a time."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        folder, *rest = (jax.tree_util.keystr((entry,), simple=True) for entry in path)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise StateError(
+                f"{'.'.join([folder, *rest])}: parts of it are on other hosts; gather the parameters first"
+            )
+        if folder == "first_block":
+            yield ".".join([_LAYERS, "0", *rest]), _fetched(leaf)
+        elif folder != _LAYERS:
+            yield ".".join([folder, *rest]), _fetched(leaf)
+        elif rest[0].isdecimal():
+            yield ".".join([_LAYERS, str(int(rest[0]) + 1), *rest[1:]]), _fetched(leaf)
+        else:
+            for i in range(leaf.shape[0]):
+                yield ".".join([_LAYERS, str(i + 1), *rest]), np.asarray(leaf[i])
+
+
+def _fetched(leaf: Any) -> NDArray:
+    # JAX keeps what it fetched from a device beside the array for good; of a copy it goes with the copy.
+    return np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf)
+
+
+def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Identity) -> None:
+    """Write a state to a file that appears whole or not at all, and never in the place of another.
+
+    Raises:
+      StateError: the state has not the form of the model's, or holds numbers that are not finite.
+      WeightsError: the file exists already, or cannot be written there.
+    """
+    path = Path(path).expanduser()
+    tensors = {name: np.asarray(x) for name, x in _by_name(snapshot.state, snapshot.logits).items()}
+    _check_tensors(path, tensors, identity)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "producer": _producer(),
+        "generation": identity.generation,
+        "model": identity.model,
+        "tokenizer": identity.tokenizer,
+        "num_tokens": str(snapshot.num_tokens),
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
+    """Read the state that `save_snapshot` wrote, onto the default device; nothing of the file is used afterwards.
+
+    Raises:
+      StateError: there is no such file, it is no state or one of another version, it belongs to another model,
+        generation or tokenizer (each difference is named, and what to do), tensors are missing, not expected, of
+        another shape or dtype, or hold numbers that are not finite.
+      UnsafeFileError: the file is cut short, or holds anything but whole, plain tensors.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise StateError(f"{path}: there is no such file; name one that a session was saved to")
+    found = read_safetensors(path)
+    num_tokens = _check_metadata(path, _metadata(path), identity)
+    _check_tensors(path, found, identity)
+    # Copies, for the file may change; and made by NumPy, for JAX may take over an array of the host as it is.
+    leaves = [jax.device_put(np.array(found[name])) for name in _by_name(identity.state, identity.logits)]
+    *state, logits = leaves
+    return Snapshot(jax.tree.structure(identity.state).unflatten(state), logits, num_tokens)
+
+
+def _by_name(state: Any, logits: Any) -> dict[str, Any]:
+    """Every array of a snapshot under its name in a file, in the order of the tree's leaves and the logits last."""
+    named = {}
+    for path, leaf in jax.tree.leaves_with_path(state):
+        *names, last = (jax.tree_util.keystr((entry,), simple=True) for entry in path)
+        if names[-1:] == ["wkv"] and last.isdecimal():
+            last = _WKV4_PARTS[int(last)]
+        named[".".join([_LAYERS, *names, last])] = leaf
+    return named | {_LOGITS: logits}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity) -> int:
+    """The number of tokens, of metadata that are this identity's."""
+    if metadata.get("format") != FORMAT:
+        raise StateError(
+            f"{path}: is not the state of a text (its format is {_quoted(metadata, 'format')}, not {FORMAT!r}); "
+            "name a file that a session was saved to"
+        )
+    if metadata.get("version") != VERSION:
+        raise StateError(
+            f"{path}: is of version {_quoted(metadata, 'version')}, written by {_quoted(metadata, 'producer')}, "
+            f"where version {VERSION!r} is read; use the rwkv-jax that wrote it, or one that is as new"
+        )
+    differences = [
+        f"{name}: {_quoted(metadata, name)} in the file, {getattr(identity, name)!r} here; {remedy}"
+        for name, remedy in _REMEDIES.items()
+        if metadata.get(name) != getattr(identity, name)
+    ]
+    if differences:
+        first = f"{path}: this state does not belong to the model and tokenizer here:"
+        raise StateError("\n  ".join([first, *differences]))
+    count = metadata.get("num_tokens", "")
+    if not (count.isascii() and count.isdecimal() and len(count) < 19 and int(count) > 0):
+        shown = _quoted(metadata, "num_tokens")
+        raise StateError(f"{path}: num_tokens = {shown} is no number of tokens; save the state again")
+    return int(count)
+
+
+def _quoted(metadata: Mapping[str, str], name: str) -> str:
+    return repr(metadata.get(name))[:80]  # which a hostile file may have made as long as it likes
+
+
+def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity) -> None:
+    expected = _by_name(identity.state, identity.logits)
+    lines = [f"missing      {name} {_described(spec)}" for name, spec in expected.items() if name not in found]
+    lines += [f"not expected {name} {_described(x)}" for name, x in found.items() if name not in expected]
+    lines += [
+        f"different    {name} is {_described(found[name])}, must be {_described(spec)}"
+        for name, spec in expected.items()
+        if name in found and (found[name].shape, found[name].dtype) != (spec.shape, spec.dtype)
+    ]
+    if lines:
+        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        first = f"{path}: these are not the tensors of a state of this model; take one that it made:"
+        raise StateError("\n  ".join([first, *(line[:200] for line in lines[:_LISTED]), *more]))
+    for name in expected:
+        if not np.isfinite(found[name]).all():
+            raise StateError(
+                f"{path}: the tensor {name!r} holds numbers that are not finite, after which a model says nothing; "
+                "go back to an earlier state"
+            )
+
+
+def _described(tensor: Any) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _producer() -> str:
+    try:
+        return f"rwkv-jax {importlib.metadata.version('rwkv-jax')}"
+    except importlib.metadata.PackageNotFoundError:  # run from a clone that is not installed
+        return "rwkv-jax"
