@@ -29,8 +29,9 @@ def _require_positive(config: object, prefix: str, *fields: str) -> None:
         _require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
 
 
-Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
-"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch), RWKV-7 (Goose)."""
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "transformer"]
+"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch), RWKV-7 (Goose), and the Transformer that
+they are compared with."""
 
 Remat = Literal["none", "operator", "full"]
 """What a block's backward pass recomputes."""
@@ -41,13 +42,19 @@ _OWN_FIELDS: dict[str, tuple[Generation, ...]] = {
     "iclr_rank": ("7",),
     "value_rank": ("7",),
     "gate_rank": ("7",),
+    "context_length": ("transformer",),
 }
 """Sizes that not every generation has."""
 
 
+def architecture_name(generation: Generation) -> str:
+    """As in a sentence: RWKV-7, Transformer."""
+    return "Transformer" if generation == "transformer" else f"RWKV-{generation}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The feed-forward width and the ranks of a model, none left open; 0 where the generation has no such map."""
+    """The sizes of a model that a config may leave open, none left open; 0 where the generation has no such size."""
 
     ffn_width: int
     mix_rank: int = 0
@@ -55,14 +62,16 @@ class Sizes:
     iclr_rank: int = 0
     value_rank: int = 0
     gate_rank: int = 0
+    context_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The generation and the shape of an RWKV language model."""
+    """The generation and the shape of a language model."""
 
     generation: Generation = "7"
-    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose)."""
+    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose); or transformer, to compare
+    them with."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
     num_layers: int = 6
@@ -70,7 +79,7 @@ class ModelConfig:
     width: int = 512
     """C: size of the residual stream; a multiple of head_dim."""
     head_dim: int = 64
-    """N: size of one head of the time mixing; 64 in every released model. RWKV-4 has no heads."""
+    """N: size of one head of the time mixing or attention; 64 in every released model. RWKV-4 has no heads."""
     ffn_width: int | None = None
     """F: hidden size of the channel mixing; None is the official function of width: 4 C, or 3.5 C for 5.1, 5.2, 6."""
     mix_rank: int | None = None
@@ -83,6 +92,8 @@ class ModelConfig:
     """D of the value residual's low-rank map (v1, v2) of RWKV-7; None is the official function of width."""
     gate_rank: int | None = None
     """D of the output gate's low-rank map (g1, g2) of RWKV-7; None is the official function of width."""
+    context_length: int | None = None
+    """S: most tokens of one text that a Transformer's state holds; None is 2048. RWKV's states hold any number."""
     exponential_bonus: bool = False
     """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of them, rather than time_faaaa."""
     unused_value_residual: bool = False
@@ -123,20 +134,33 @@ class ModelConfig:
                 value is None or self.generation in owners,
                 f"model.{name}",
                 value,
-                f"RWKV-{self.generation} has no such size, only RWKV-{' and '.join(owners)}; leave it out",
+                f"{self.architecture} has no such size, only {self._named(owners)}; leave it out",
             )
         _require(
             not self.exponential_bonus or self.generation in ("5.0", "5.1"),
             "model.exponential_bonus",
             self.exponential_bonus,
-            f"RWKV-{self.generation} has no such form, only RWKV-5.0 and 5.1; leave it out",
+            f"{self.architecture} has no such form, only RWKV-5.0 and 5.1; leave it out",
         )
         _require(
             not self.unused_value_residual or self.generation == "7",
             "model.unused_value_residual",
             self.unused_value_residual,
-            f"RWKV-{self.generation} has no value residual, only RWKV-7; leave it out",
+            f"{self.architecture} has no value residual, only RWKV-7; leave it out",
         )
+        if self.generation == "transformer":
+            _require(
+                self.head_dim % 2 == 0,
+                "model.head_dim",
+                self.head_dim,
+                "must be even: positions rotate pairs of channels",
+            )
+            _require(
+                self.wkv_implementation is None,
+                "model.wkv_implementation",
+                self.wkv_implementation,
+                "a Transformer has no WKV operator; leave it out",
+            )
         _require(
             self.dtype in ("float32", "bfloat16", "float64"),
             "model.dtype",
@@ -147,6 +171,15 @@ class ModelConfig:
     def _nearest_widths(self) -> tuple[int, int]:
         below = max(self.width // self.head_dim, 1) * self.head_dim
         return below, below + self.head_dim
+
+    @staticmethod
+    def _named(owners: tuple[Generation, ...]) -> str:
+        return "a Transformer" if owners == ("transformer",) else f"RWKV-{' and '.join(owners)}"
+
+    @property
+    def architecture(self) -> str:
+        """The model's name in a sentence: RWKV-7, Transformer."""
+        return architecture_name(self.generation)
 
     @property
     def num_heads(self) -> int:
@@ -166,6 +199,8 @@ class ModelConfig:
         width = self.width
         if self.generation in ("4", "5.0"):
             return Sizes(self.ffn_width or 4 * width)
+        if self.generation == "transformer":
+            return Sizes(self.ffn_width or 4 * width, context_length=self.context_length or 2048)
         # At least 32: the official rounding would leave nothing of a narrow model.
         narrow_ffn_width = self.ffn_width or max(32, 7 * width // 2 // 32 * 32)
         if self.generation in ("5.1", "5.2"):
@@ -192,9 +227,37 @@ class ModelConfig:
             self, **{name: size or None for name, size in dataclasses.asdict(self.sizes()).items()}
         )
 
+    def transformer_of_equal_size(self, context_length: int | None = None) -> ModelConfig:
+        """A Transformer with this model's depth, width, heads and vocabulary, and as many parameters.
+
+        Both have 12 C^2 parameters a layer, or nearly so. What this model has besides, such as RWKV-7's low-rank maps,
+        the Transformer gets as feed-forward width, to the nearest multiple of 32.
+
+        Args:
+          context_length: most tokens of one text that its state holds; None is the default.
+
+        Raises:
+          ConfigError: a width that is no multiple of head_dim, as RWKV-4 may have it, or an odd head_dim.
+        """
+        plain = ModelConfig(
+            generation="transformer",
+            vocab_size=self.vocab_size,
+            num_layers=self.num_layers,
+            width=self.width,
+            head_dim=self.head_dim,
+            context_length=context_length,
+            dtype=self.dtype,
+        )
+        of_one_step = self.num_layers * 2 * self.width * 32
+        steps = round((self.num_parameters() - plain.num_parameters()) / of_one_step)
+        return dataclasses.replace(plain, ffn_width=max(plain.sizes().ffn_width + 32 * steps, 32))
+
     def num_parameters(self) -> int:
         """Number of parameters, in closed form."""
         sizes, width = self.sizes(), self.width
+        if self.generation == "transformer":
+            block = 4 * width * width + 2 * width * sizes.ffn_width + 4 * width
+            return 2 * self.vocab_size * width + self.num_layers * block + 2 * width
         vectors, matrices, ranks = self._time_mix_terms()
         heads = 2 * self.num_heads if self.generation in ("5.0", "5.1") else 0  # a decay and a bonus for each head
         time_mix = vectors * width + heads + matrices * width * width + 2 * width * ranks
@@ -222,13 +285,21 @@ class ModelConfig:
         ranks = sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank
         return 6 + 3 + 3 + 2, 4, ranks  # blends; w0, a0, v0; k_k, k_a, r_k; ln_x; R, K, V, O
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.
 
         Two for each weight of a matrix product, and for the recurrence of each head 9 N^2 in RWKV-7 (decay, rank-one
-        removal, rank-one write, read) and 5 N^2 in RWKV-5 and 6 (decay, write, read); 12 a channel in RWKV-4.
+        removal, rank-one write, read) and 5 N^2 in RWKV-5 and 6 (decay, write, read); 12 a channel in RWKV-4. In a
+        Transformer 4 N for each head and key that a token sees (score, weighted sum of values).
+
+        Args:
+          sequence_length: T of the texts over whose tokens a Transformer's figure is the mean, (T + 1) / 2 keys being
+            seen; None is its context length. RWKV's figure does not depend on it.
         """
         sizes, width = self.sizes(), self.width
+        if self.generation == "transformer":
+            weights = self.num_layers * (4 * width * width + 2 * width * sizes.ffn_width) + self.vocab_size * width
+            return 2 * weights + self.num_layers * 2 * width * ((sequence_length or sizes.context_length) + 1)
         _, matrices, ranks = self._time_mix_terms()
         weights = matrices * width * width + 2 * width * ranks + 2 * width * sizes.ffn_width
         if self.generation != "7":
@@ -571,6 +642,8 @@ class TrainConfig:
             self.training.sequence_length,
             f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
         )
+        if self.model.generation == "transformer":
+            self._check_transformer()
         _require(
             self.optimizer.warmup_steps < self.training.num_steps,
             "optimizer.warmup_steps",
@@ -586,6 +659,34 @@ class TrainConfig:
         if self.profile is not None:
             first, last = self.profile
             _require(0 <= first <= last, "profile", self.profile, "must be FIRST LAST with 0 <= FIRST <= LAST")
+
+    def _check_transformer(self) -> None:
+        _require(
+            self.initial_weights is None,
+            "initial_weights",
+            self.initial_weights,
+            "a Transformer has no official weights; leave it out",
+        )
+        _require(
+            self.parallel.sequence == 1,
+            "parallel.sequence",
+            self.parallel.sequence,
+            "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
+        )
+        _require(
+            not self.training.carry_state,
+            "training.carry_state",
+            self.training.carry_state,
+            "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
+            "switch it off, or train an RWKV",
+        )
+        context_length = self.model.sizes().context_length
+        _require(
+            self.training.sequence_length <= context_length,
+            "training.sequence_length",
+            self.training.sequence_length,
+            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

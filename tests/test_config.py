@@ -86,6 +86,44 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         )
         for generation in ("4", "5.0", "5.1", "5.2", "6")
     ),
+    *(
+        (
+            ModelConfig,
+            {"generation": generation, "context_length": 512},
+            f"model.context_length = 512: RWKV-{generation} has no such size, only a Transformer; leave it out",
+        )
+        for generation in ("4", "5.2", "6", "7")
+    ),
+    (ModelConfig, {"generation": "transformer", "context_length": 0}, "model.context_length = 0: must be positive, or"),
+    (ModelConfig, {"generation": "transformer", "width": 100}, "model.width = 100: must be a multiple of"),
+    (
+        ModelConfig,
+        {"generation": "transformer", "width": 9, "head_dim": 3},
+        "model.head_dim = 3: must be even: positions rotate pairs of channels",
+    ),
+    *(
+        (
+            ModelConfig,
+            {"generation": "transformer", f"{rank}_rank": 8},
+            f"model.{rank}_rank = 8: Transformer has no such size, only RWKV-",
+        )
+        for rank in ("mix", "decay", "iclr", "value", "gate")
+    ),
+    (
+        ModelConfig,
+        {"generation": "transformer", "exponential_bonus": True},
+        "model.exponential_bonus = True: Transformer has no such form, only RWKV-5.0 and 5.1; leave it out",
+    ),
+    (
+        ModelConfig,
+        {"generation": "transformer", "unused_value_residual": True},
+        "model.unused_value_residual = True: Transformer has no value residual, only RWKV-7; leave it out",
+    ),
+    (
+        ModelConfig,
+        {"generation": "transformer", "wkv_implementation": "scan"},
+        "model.wkv_implementation = 'scan': a Transformer has no WKV operator; leave it out",
+    ),
     (ModelConfig, {"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
     (DataConfig, {"source": ""}, "data.source = '': "),
     (DataConfig, {"held_out": -0.1}, "data.held_out = -0.1: must lie in "),
@@ -131,6 +169,30 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
         TrainConfig,
         {"training": TrainingConfig(num_steps=10), "optimizer": OptimizerConfig(warmup_steps=10)},
         "optimizer.warmup_steps = 10: must be less than training.num_steps = 10",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig("transformer"), "training": TrainingConfig(carry_state=True)},
+        "training.carry_state = True: a Transformer's state has room for model.context_length tokens only",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig("transformer"), "parallel": ParallelConfig(sequence=2)},
+        "parallel.sequence = 2: a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig("transformer", context_length=511)},
+        "training.sequence_length = 512: must be at most model.context_length = 511; make one shorter or the other",
+    ),
+    (
+        TrainConfig,
+        {
+            "model": ModelConfig("transformer"),
+            "initial_weights": "model.pth",
+            "data": DataConfig(tokenizer="world"),
+        },
+        "initial_weights = 'model.pth': a Transformer has no official weights; leave it out",
     ),
 ]
 
@@ -227,6 +289,7 @@ def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: i
         ("6", 2048, Sizes(7168, mix_rank=32, decay_rank=64)),
         ("6", 4096, Sizes(14336, mix_rank=64, decay_rank=128)),
         ("6", 64, Sizes(224, mix_rank=32, decay_rank=64)),
+        ("transformer", 768, Sizes(3072, context_length=2048)),
     ],
 )
 def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: Sizes) -> None:
@@ -302,3 +365,35 @@ def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(confi
     if config.generation == "7":
         # What nothing reads costs nothing.
         assert dataclasses.replace(config, unused_value_residual=True).flops_per_token() == 2 * weights + recurrence
+
+
+def test_architectures_have_names() -> None:
+    assert ModelConfig("5.2").architecture == "RWKV-5.2"
+    assert ModelConfig("transformer").architecture == "Transformer"
+
+
+@pytest.mark.parametrize("generation", ["4", "5.0", "5.1", "5.2", "6", "7"])
+@pytest.mark.parametrize(("num_layers", "width", "vocab_size"), [(12, 768, 50304), (4, 192, 2048), (32, 4096, 65536)])
+def test_a_transformer_of_equal_size(generation: Any, num_layers: int, width: int, vocab_size: int) -> None:
+    config = ModelConfig(generation, vocab_size, num_layers, width, dtype="bfloat16")
+    equal = config.transformer_of_equal_size(4096)
+    kept = ("vocab_size", "num_layers", "width", "head_dim", "dtype")
+    assert [getattr(equal, name) for name in kept] == [getattr(config, name) for name in kept]
+    assert (equal.generation, equal.context_length) == ("transformer", 4096)
+    assert equal.num_parameters() == pytest.approx(config.num_parameters(), rel=0.005)
+    assert equal.sizes().ffn_width % 32 == 0
+
+
+def test_a_model_without_heads_has_no_transformer_of_equal_size() -> None:
+    with pytest.raises(ConfigError, match=r"model\.width = 100: must be a multiple of model\.head_dim = 64"):
+        ModelConfig("4", width=100).transformer_of_equal_size()
+
+
+def test_attention_costs_what_its_tokens_see() -> None:
+    config = ModelConfig("transformer", vocab_size=41, num_layers=3, width=32, head_dim=8, context_length=20)
+    weights = 3 * 12 * 32**2 + 41 * 32
+    # Each of H heads: a score of N products and sums for each key that is seen, and as many for its value.
+    seen = [sum(4 * 8 * 4 for _ in range(position + 1)) for position in range(10)]
+    assert config.flops_per_token(10) == 2 * weights + 3 * sum(seen) / 10
+    assert config.flops_per_token() == config.flops_per_token(20) > config.flops_per_token(10)
+    assert ModelConfig().flops_per_token(10) == ModelConfig().flops_per_token()

@@ -1,4 +1,4 @@
-"""The generations of RWKV as Flax NNX modules.
+"""The generations of RWKV, and the Transformer to compare them with, as Flax NNX modules.
 
 Each generation's file is whole, to be read beside its paper: what two papers have in common, such as channel mixing,
 stands in both files. What is no equation of a paper stands once, in layers.py, state.py and language_model.py.
@@ -12,11 +12,12 @@ from rwkv_jax.models.rwkv4 import RWKV4
 from rwkv_jax.models.rwkv5 import RWKV5
 from rwkv_jax.models.rwkv6 import RWKV6
 from rwkv_jax.models.rwkv7 import RWKV7
+from rwkv_jax.models.transformer import Transformer
 
 
 def model_type(config: ModelConfig) -> type[LanguageModel]:
     """The class of a config's generation."""
-    return next(kind for kind in (RWKV4, RWKV5, RWKV6, RWKV7) if config.generation in kind.generations)
+    return next(kind for kind in (RWKV4, RWKV5, RWKV6, RWKV7, Transformer) if config.generation in kind.generations)
 
 
-__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "model_type"]
+__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "Transformer", "model_type"]

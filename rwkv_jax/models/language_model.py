@@ -123,7 +123,7 @@ class LanguageModel(nnx.Module):
     """What the axes of a block's own parameters mean, by official name within the block."""
 
     @staticmethod
-    def initial_block_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
+    def initial_block_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
         """The empty state of one block."""
         raise NotImplementedError
 
@@ -174,9 +174,7 @@ class LanguageModel(nnx.Module):
         # One layer after the other: what it takes to draw one is a multiple of its size.
         self.blocks = jax.lax.map(draw, (layers, keys))
         self.ln_out = keep("ln_out", LayerNorm(config.width, config.parameter_dtype))
-        shape = (config.vocab_size, config.width)
-        head = orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype)
-        self.head = keep("head", Linear(head))
+        self.head = keep("head", Linear(self.initial_head(config, rngs)))
 
     @staticmethod
     def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
@@ -186,15 +184,38 @@ class LanguageModel(nnx.Module):
         """
         return uniform(rngs.params(), (config.vocab_size, config.width), 1e-4, config.parameter_dtype)
 
-    def initial_state(self, batch_size: int, axes: ShardAxes = WHOLE) -> State:
-        """The empty state of `batch_size` texts; every array has a leading axis L."""
+    @staticmethod
+    def initial_head(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+        """Initial output head [V, C]: orthogonal, with the official gain."""
+        shape = (config.vocab_size, config.width)
+        return orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype)
+
+    @staticmethod
+    def alike_on_shards(state: Any, axes: ShardAxes) -> Any:
+        """A state of which JAX knows what all shards of `axes.tensor` hold alike."""
+        att_shift, ffn_shift = (same_on_shards(shift, axes.tensor) for shift in (state.att_shift, state.ffn_shift))
+        return State(att_shift, ffn_shift, state.wkv)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `unstacked`."""
+        return not isinstance(self.blocks, nnx.List)
+
+    def initial_state(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+        """The empty state of `batch_size` texts; arrays have a leading axis L, or (`unstacked`) layers their own."""
         block = self.initial_block_state(self.config, batch_size, axes)
+        if not self.is_stacked:
+            return (block,) * self.config.num_layers
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
+
+    def start_of_text(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+        """What the layers are given where a call is without a state."""
+        return self.initial_state(batch_size, axes)
 
     def hidden(
         self,
         tokens: Array | None,
-        state: State | None = None,
+        state: Any = None,
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
@@ -202,7 +223,7 @@ class LanguageModel(nnx.Module):
         remat: Remat = "none",
         axes: ShardAxes = WHOLE,
         prepare: OfEachPart = as_it_is,
-    ) -> tuple[Array, State]:
+    ) -> tuple[Array, Any]:
         """What the head reads.
 
         Args:
@@ -235,12 +256,12 @@ class LanguageModel(nnx.Module):
     def residual_stream(
         self,
         tokens: Array | None,
-        state: State | None = None,
+        state: Any = None,
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
-    ) -> tuple[Array, State]:
+    ) -> tuple[Array, Any]:
         """The hidden states of every layer: [L, B, T, C], what each block hands on, and the next state; see `hidden`.
 
         The head reads `ln_out` of the last of them.
@@ -255,13 +276,13 @@ class LanguageModel(nnx.Module):
     def __call__(
         self,
         tokens: Array | None,
-        state: State | None = None,
+        state: Any = None,
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
         remat: Remat = "none",
-    ) -> tuple[Array, State]:
+    ) -> tuple[Array, Any]:
         """Logits [B, T, V] of the token after each of tokens [B, T], and the next state; see `hidden`."""
         x, state = self.hidden(
             tokens, state, segment_ids=segment_ids, lengths=lengths, inputs_embeds=inputs_embeds, remat=remat
@@ -272,7 +293,7 @@ class LanguageModel(nnx.Module):
     def _run(
         self,
         tokens: Array | None,
-        state: State | None,
+        state: Any,
         segment_ids: Array | None,
         lengths: Array | None,
         inputs_embeds: Array | None,
@@ -281,13 +302,13 @@ class LanguageModel(nnx.Module):
         axes: ShardAxes = WHOLE,
         prepare: OfEachPart = as_it_is,
         every_layer: bool = False,
-    ) -> tuple[Array, State, Any]:
+    ) -> tuple[Array, Any, Any]:
         x = self._inputs(tokens, inputs_embeds, axes, prepare)
         batch, time = x.shape[:2]
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
         lengths = check_lengths(lengths, batch, whole_time)
-        states = self.initial_state(batch, axes) if state is None else self._check_state(state, batch, axes)
+        states = self.start_of_text(batch, axes) if state is None else self._check_state(state, batch, axes)
         rows = {"segment_ids": segment_ids, "lengths": lengths}
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
@@ -296,6 +317,16 @@ class LanguageModel(nnx.Module):
 
         def run(name: str, **options: Any) -> Any:
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)
+
+        if not self.is_stacked:
+            x, v_first, next_state = run("first_block")(self.first_block, x, states[0], None)
+            next_states, streams = [next_state], [x]
+            for block, block_state in zip(self.blocks, states[1:], strict=True):
+                x, _, next_state = run("blocks")(block, x, block_state, v_first)
+                next_states.append(next_state)
+                streams.append(x)
+            states = tuple(self.alike_on_shards(state, axes) for state in next_states)
+            return x, states, jnp.stack(streams) if every_layer else None
 
         first_state = jax.tree.map(lambda s: s[0], states)
         other_states = jax.tree.map(lambda s: s[1:], states)
@@ -309,8 +340,7 @@ class LanguageModel(nnx.Module):
 
         x, (other_states, streams) = jax.lax.scan(body, x_first, (self.blocks, other_states))
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, other_states)
-        att_shift, ffn_shift = (same_on_shards(shift, axes.tensor) for shift in (states.att_shift, states.ffn_shift))
-        states = State(att_shift, ffn_shift, states.wkv)
+        states = self.alike_on_shards(states, axes)
         return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
 
     def _inputs(self, tokens: Array | None, inputs_embeds: Array | None, axes: ShardAxes, prepare: OfEachPart) -> Array:
@@ -335,14 +365,40 @@ class LanguageModel(nnx.Module):
                 )
         return prepare("emb", self.emb)(tokens, self.config.dtype, axes)
 
-    def _check_state(self, state: State, batch: int, axes: ShardAxes) -> State:
+    def _check_state(self, state: Any, batch: int, axes: ShardAxes) -> Any:
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
         if jax.tree.structure(state) != jax.tree.structure(expected):
             raise ValueError(
-                f"state: is none of RWKV-{self.config.generation}, whose states have the form of "
+                f"state: is none of {self.config.architecture}, whose states have the form of "
                 f"model.initial_state(batch_size={batch})"
             )
         for (path, leaf), like in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
             if leaf.shape != like.shape:
                 raise ValueError(f"state{jax.tree_util.keystr(path)}: shape {leaf.shape} must be {like.shape}")
         return state
+
+
+Model = TypeVar("Model", bound=LanguageModel)
+
+
+def unstacked(model: Model) -> Model:
+    """The same model with arrays of its own for each layer: for decoding, which reads every weight once a token.
+
+    A scan over stacked layers copies each layer's weights out of the stack first, which doubles that. The result is
+    called as before, but its state is a tuple of one `State` a layer. It compiles in time that grows with depth.
+
+    Returns:
+      A new model; embedding, first block, norm and head share their arrays with the old one. `model` itself, if its
+      layers are not stacked.
+    """
+    if not model.is_stacked:
+        return model
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+
+    def layer(params: Any, index: int) -> Any:
+        return jax.tree.map(lambda x: x[index], params)
+
+    layers = jax.jit(lambda params: [layer(params, index) for index in range(model.config.num_layers - 1)])(params)
+    result = nnx.merge(*nnx.split(model))
+    result.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
+    return result

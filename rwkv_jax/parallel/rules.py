@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.state import State
+from rwkv_jax.models.transformer import KeyValueCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +119,17 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def state_axes(generation: str) -> tuple[tuple[str | None, ...], Any]:
-    """What the axes of a model's shifts [L, B, C] and of its WKV state mean."""
-    shift = (None, "rows", None)
-    if generation == "4":
-        return shift, ((None, "rows", "heads"),) * 3
-    return shift, (None, "rows", "heads", None, None)
+def state_specs(generation: str, rules: Rules = RULES) -> Any:
+    """The partition of every array of a model's state."""
+
+    def spec(*axes: str | None) -> Any:
+        return rules.spec((None, "rows", *axes), "state")
+
+    if generation == "transformer":
+        cache = spec("heads", None, None)
+        return KeyValueCache(cache, cache, spec())
+    wkv = (spec("heads"),) * 3 if generation == "4" else spec("heads", None, None)
+    return State(spec(None), spec(None), wkv)
 
 
 def is_spec(x: Any) -> bool:

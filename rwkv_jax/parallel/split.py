@@ -23,8 +23,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.models.language_model import OfEachPart, Part, as_it_is
 from rwkv_jax.models.shards import WHOLE, ShardAxes
-from rwkv_jax.models.state import State
-from rwkv_jax.parallel.rules import RULES, Rules, check_model, is_spec, parameter_specs, state_axes
+from rwkv_jax.parallel.rules import RULES, Rules, check_model, is_spec, parameter_specs, state_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Split:
     mesh: Mesh | None
     params: Any
     """The partition of each parameter, a nested dict under official names."""
-    state: State | None
+    state: Any
     """The partitions of a model's state."""
     tokens: PartitionSpec
     """The partition of what has axes [B, T]."""
@@ -110,14 +109,10 @@ def split_model(config: ModelConfig, params: Any, mesh: Mesh | None, rules: Rule
     kept = jax.tree.map(
         lambda full, spec: spec if "fsdp" in _names_in(full) else PartitionSpec(), full_specs, specs, is_leaf=is_spec
     )
-    shift, wkv = state_axes(config.generation)
-    shift = rules.spec(shift, "state")
-    wkv = tuple(rules.spec(part, "state") for part in wkv) if config.generation == "4" else rules.spec(wkv, "state")
-    of_state: Any = (shift, shift, wkv)
     return Split(
         mesh=mesh,
         params=specs,
-        state=State(*of_state),
+        state=state_specs(config.generation, rules),
         tokens=rules.spec(("rows", "time"), "tokens"),
         rows=rules.spec(("rows",), "rows"),
         token_axes=rules.rows + rules.time,

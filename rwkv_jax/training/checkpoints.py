@@ -40,11 +40,13 @@ BEST = "best"
 def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
     """What must not change between a run and its resumption, by field: the model and all that orders the data.
 
-    Compute dtype and operator implementation are left out: they change rounding, not what the parameters mean. So is
-    the number of steps, so that a run can be made longer.
+    Compute dtype and operator implementation are left out: they change rounding, not what the parameters mean. So are
+    the room of a Transformer's state, which training has none of, and the number of steps, so that a run can be made
+    longer.
     """
     model = dataclasses.asdict(config.model.resolved())
-    fields = {f"model.{name}": value for name, value in model.items() if name not in ("dtype", "wkv_implementation")}
+    others = ("dtype", "wkv_implementation", "context_length")
+    fields = {f"model.{name}": value for name, value in model.items() if name not in others}
     fields |= {"initial_weights": config.initial_weights}
     fields = {name: value for name, value in fields.items() if value not in (None, False)}
     # What is left at its default is not named, so that a run of before it could be changed goes on.

@@ -80,15 +80,16 @@ def work_of(config: TrainConfig) -> Work:
     """What a step of a run does, from its config alone."""
     model, training = config.model, config.training
     tokens = training.batch_size * training.sequence_length
+    flops = model.flops_per_token(training.sequence_length)
     head = 2 * model.vocab_size * model.width
     recomputed = 0
     if training.remat != "none":  # for `operator` it is less, by what stood between the kept inputs and results
-        recomputed += model.flops_per_token() - head
+        recomputed += flops - head
     if training.loss_chunk is not None:
         recomputed += head
     return Work(
         tokens=tokens,
-        model_flops=3 * model.flops_per_token() * tokens,
+        model_flops=3 * flops * tokens,
         recomputed_flops=recomputed * tokens,
         dtype=model.dtype,
     )

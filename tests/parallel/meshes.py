@@ -27,12 +27,16 @@ RANKS = {
     "5.2": {},
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
+    "transformer": {},
 }
 BATCH, TIME = 16, 32
 
 
 def config_of(generation: Any, dtype: Any, *, other: bool = False) -> TrainConfig:
-    """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that."""
+    """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
+
+    (A Transformer's carry none either way.)
+    """
     return TrainConfig(
         model=ModelConfig(generation, dtype=dtype, **SIZES, **RANKS[generation]),
         optimizer=OptimizerConfig(warmup_steps=0),
@@ -40,7 +44,7 @@ def config_of(generation: Any, dtype: Any, *, other: bool = False) -> TrainConfi
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
-            carry_state=not other,
+            carry_state=not other and generation != "transformer",
             reset_at_documents=not other,
             loss_chunk=None if other else 7,
             remat="full" if other else "none",

@@ -50,6 +50,10 @@ def test_recomputation_masks_and_rows_of_their_own_change_nothing(generation: st
     assert_equal_to_one_device(generation, "float64", (f"{MIXED[0]}:other",))
 
 
+def test_meshes_change_nothing_of_a_transformer() -> None:
+    assert_equal_to_one_device("transformer", "float64", (MIXED[0], f"{MIXED[0]}:other"))
+
+
 def test_gathered_weights_add_up_their_gradients_in_float32() -> None:
     """Thousands of equal tokens: a sum in bfloat16 would stand still at 256."""
     assert run_on_eight_devices("gathering") == {"2": 3000.0, "5": 5192.0}
@@ -62,8 +66,14 @@ def test_no_mesh_changes_anything(generation: str, dtype: str) -> None:
     assert_equal_to_one_device(generation, dtype, MIXED + FURTHER)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_no_mesh_changes_anything_of_a_transformer(dtype: str) -> None:
+    assert_equal_to_one_device("transformer", dtype, tuple(m for m in MIXED + FURTHER if "sequence" not in m))
+
+
 @pytest.mark.parametrize(
-    "generation", ["4", "7", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6"))]
+    "generation", ["4", "7", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6", "transformer"))]
 )
 def test_initial_values_are_the_same_bits_on_every_mesh(generation: str) -> None:
     found = run_on_eight_devices("initial_values", generation)

@@ -1,0 +1,402 @@
+"""A Transformer of the plain kind, to compare RWKV with: attention with rotary positions, feed-forward, initial values.
+
+Every block is x + attention(norm(x)), then x + feed_forward(norm(x)), without biases in the matrix products. Sources:
+attention, Vaswani et al. (arXiv 1706.03762); norms before the branches and initial values, GPT-2 (Radford et al.,
+2019); rotary positions, Su et al. (arXiv 2104.09864). The feed-forward activation is the squared ReLU (Primer, arXiv
+2109.08668) of RWKV's channel mixing, so that a comparison is one of attention with a recurrence, and not of
+activations. Shape letters: B batch, T time, C width, H heads, N head size, F feed-forward width, L layers, S positions
+that a state holds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.layers import LayerNorm, Linear, operator_inputs, summed_linear
+from rwkv_jax.models.shards import WHOLE, ShardAxes, enter_shards
+from rwkv_kernels.arguments import is_concrete, number_segments, starts, with_common_axes
+
+ROTARY_BASE = 10000.0
+"""Pair i of a head's N / 2 pairs of channels turns by ROTARY_BASE^(-2 i / N) a position."""
+
+INITIAL_SCALE = 0.02
+"""Standard deviation of the initial matrices, GPT-2's; of those that write the residual stream, over sqrt(2 L)."""
+
+PIECE, MOST_PREFIXES = 128, 8
+"""Queries of a call are taken so many at a time, each time with one of at most so many prefixes of the keys."""
+
+SMALLEST_PREFIX = 256
+"""Keys read of a cache: so many, or twice, four times, ... as many."""
+
+MOST_SCORES = 2**22
+"""Scores of one row and head that exist at one time where a cache is read."""
+
+
+class KeyValueCache(NamedTuple):
+    """What a block's attention has seen of a text; a model's state has a leading axis L on each array."""
+
+    keys: Array
+    """[B, H, S, N] in the compute dtype, rotated; heads before positions, so that a product reads them as they lie."""
+    values: Array
+    """[B, H, S, N] in the compute dtype."""
+    position: Array
+    """int32 [B]: tokens that the text has so far; what lies in the cache from there on means nothing."""
+
+
+def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> KeyValueCache:
+    """The empty state of one block, with room for `config.context_length` tokens."""
+    heads = config.num_heads // axes.num_tensor_shards
+    empty = jnp.zeros((batch_size, heads, config.sizes().context_length, config.head_dim), config.dtype)
+    return KeyValueCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+
+
+class Places(NamedTuple):
+    """Where the tokens of a call stand in their texts."""
+
+    positions: Array
+    """int32 [B, T], from 0 in each text."""
+    segments: Array | None
+    """int32 [B, T]: number of the text within the row; text 0 continues the state's. None where there is one a row."""
+    is_kept: Array
+    """bool [B, T]: tokens of the text with which the row ends, which the next state holds."""
+    next_position: Array
+    """int32 [B]: tokens that the text with which the row ends has after this call."""
+
+
+def places_of(position: Array, time: int, segment_ids: Array | None = None, lengths: Array | None = None) -> Places:
+    """Where `time` tokens after `position` [B] stand; segment_ids and lengths as `LanguageModel.hidden` has them."""
+    step = jnp.arange(time, dtype=jnp.int32)
+    lengths = jnp.full_like(position, time) if lengths is None else lengths
+    is_read = step < lengths[:, None]
+    segments = number_segments(segment_ids, lengths, len(position), time)
+    if segments is None:
+        return Places(position[:, None] + step, None, is_read, position + lengths)
+    begin = lax.cummax(jnp.where(starts(segments), step, 0), axis=1)
+    positions = jnp.where(segments == 0, position[:, None] + step, step - begin)
+    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    is_kept = is_read & (segments == segments[:, -1:])
+    return Places(positions, segments, is_kept, jnp.where(lengths > 0, last + 1, position))
+
+
+def rotate(x: Array, positions: Array) -> Array:
+    """Rotary positions: channels (i, i + N / 2) of each head as a complex number, times e^{j position theta_i}.
+
+    Args:
+      x: [B, T, H, N]; positions: int32 [B, T].
+
+    Returns:
+      [B, T, H, N] in x's dtype, computed in at least float32.
+    """
+    half = x.shape[-1] // 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    theta = jnp.asarray(ROTARY_BASE ** -(np.arange(half) / half), wide)
+    angle = positions[:, :, None, None].astype(wide) * theta
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    real, imaginary = x[..., :half].astype(wide), x[..., half:].astype(wide)
+    return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1).astype(x.dtype)
+
+
+class Attended(NamedTuple):
+    """Attention to some keys, in at least float32, with what it takes to join it with attention to others."""
+
+    y: Array
+    """[B, H, T, N], the mean of the values by the softmax of the scores."""
+    log_total: Array
+    """[B, H, T], the log of the sum of the scores' exponentials."""
+
+
+def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
+    """Softmax attention to the keys that each query sees.
+
+    Args:
+      q: [B, H, T, N]; k, v: [B, H, S, N]; is_visible: bool, broadcasts to [B, H, T, S].
+
+    Returns:
+      Sums in at least float32. Of a query that sees nothing `y` means nothing, and `log_total` is so low that nothing
+      of it remains once it is joined with another.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhtn,bhsn->bhts", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    scores = jnp.where(is_visible, scores, -1e30)
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = jnp.einsum("bhts,bhsn->bhtn", weights.astype(v.dtype), v, preferred_element_type=wide)
+    return Attended(y / total, (largest + jnp.log(total))[..., 0])
+
+
+def join(first: Attended, second: Attended) -> Array:
+    """Attention [B, H, T, N] to the keys of both."""
+    log_total = jnp.logaddexp(first.log_total, second.log_total)
+    first_share, second_share = (jnp.exp(part.log_total - log_total)[..., None] for part in (first, second))
+    return first.y * first_share + second.y * second_share
+
+
+def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Attended:
+    """Causal attention of a call's tokens to each other.
+
+    Queries are taken in pieces, each with a prefix of the keys: nearly half of all scores are never computed, and of a
+    text of more than PIECE * MOST_PREFIXES tokens one piece's exist at one time, in the backward pass too, which
+    computes them again.
+
+    Args:
+      q, k, v: [B, H, T, N]; segments: int32 [B, T], tokens of different segments not seeing each other.
+    """
+    time = q.shape[2]
+    prefix = PIECE * -(-time // (PIECE * MOST_PREFIXES))
+    parts = []
+    for begin in range(0, time, prefix):
+        end = min(begin + prefix, time)
+        keys, values = k[:, :, :end], v[:, :, :end]
+
+        @jax.checkpoint
+        def of_piece(first: Array | int, q: Array, keys: Array = keys, values: Array = values) -> Attended:
+            queries = first + jnp.arange(q.shape[2])
+            is_visible = queries[:, None] >= jnp.arange(keys.shape[2])
+            if segments is not None:
+                own = lax.dynamic_slice_in_dim(segments, first, q.shape[2], axis=1)
+                is_visible = is_visible & (own[:, None, :, None] == segments[:, None, None, : keys.shape[2]])
+            return attend(q, keys, values, is_visible)
+
+        whole = begin + (end - begin) // PIECE * PIECE
+        if whole - begin > PIECE:  # a loop, which keeps XLA from computing all pieces at once
+            pieces = jnp.moveaxis(q[:, :, begin:whole].reshape(*q.shape[:2], -1, PIECE, q.shape[-1]), 2, 0)
+            mapped = lax.map(lambda piece: of_piece(*piece), (jnp.arange(begin, whole, PIECE), pieces))
+            parts += [Attended(*part) for part in zip(*mapped, strict=True)]
+            begin = whole
+        for first in range(begin, end, PIECE):
+            parts.append(of_piece(first, q[:, :, first : min(first + PIECE, end)]))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *parts)
+
+
+def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> Attended:
+    """Attention of a call's tokens to those that a state holds.
+
+    Of the cache the shortest of a few prefixes is read that holds every row's tokens, so that what a token costs grows
+    with the longest text of the batch, and not with the room that there is.
+
+    Args:
+      q: [B, H, T, N]; segments: int32 [B, T], of which segment 0 alone continues the cache's text.
+    """
+    batch, _, time, _ = q.shape
+    capacity = cache.keys.shape[2]
+    continues = jnp.ones((batch, time), bool) if segments is None else segments == 0
+    sizes = [min(SMALLEST_PREFIX, capacity)]
+    while sizes[-1] < capacity:
+        sizes.append(min(2 * sizes[-1], capacity))
+
+    def read(size: int, q: Array, cache: KeyValueCache, continues: Array) -> Attended:
+        k, v = cache.keys[:, :, :size], cache.values[:, :, :size]
+        is_held = jnp.arange(size) < cache.position[:, None]
+
+        def of_some(q: Array, continues: Array) -> Attended:
+            return attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None])
+
+        if time * size <= MOST_SCORES:
+            return of_some(q, continues)
+        one_by_one = (jnp.moveaxis(q, 2, 0)[:, :, :, None], continues.T[:, :, None])
+        parts = lax.map(lambda query: of_some(*query), one_by_one, batch_size=max(MOST_SCORES // size, 1))
+        return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), parts)
+
+    index = jnp.searchsorted(jnp.asarray(sizes), jnp.max(cache.position))
+    return lax.switch(index, [jax.tree_util.Partial(read, size) for size in sizes], q, cache, continues)
+
+
+def store(cache: KeyValueCache, k: Array, v: Array, places: Places) -> KeyValueCache:
+    """The cache after a call's keys and values [B, H, T, N]; what does not fit, or is not kept, is left out."""
+    nowhere = cache.keys.shape[2]
+    index = jnp.where(places.is_kept, places.positions, nowhere)
+    rows = jnp.arange(len(index))[:, None]
+
+    def written(held: Array, new: Array) -> Array:
+        return held.at[rows, :, index].set(new.swapaxes(1, 2).astype(held.dtype), mode="drop")
+
+    return KeyValueCache(written(cache.keys, k), written(cache.values, v), places.next_position)
+
+
+def normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
+    """A random matrix of independent normal entries with this standard deviation."""
+    return scale * jax.random.normal(key, shape, jnp.dtype(dtype))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+
+        def square(scale: float) -> Linear:
+            return Linear(normal(rngs.params(), (config.width, config.width), scale, config.parameter_dtype))
+
+        self.query, self.key, self.value = (square(INITIAL_SCALE) for _ in range(3))
+        self.output = square(INITIAL_SCALE / math.sqrt(2 * config.num_layers))
+
+    def __call__(
+        self,
+        x: Array,
+        state: KeyValueCache | None = None,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        axes: ShardAxes = WHOLE,
+    ) -> tuple[Array, KeyValueCache]:
+        """Attention alone, for use in a model of one's own.
+
+        Args:
+          x: [B, T, C], already normalised.
+          state: what an earlier call returned; None is the start of a text, for which no cache is read.
+          segment_ids, lengths, axes: as `LanguageModel.hidden` has them, but for `axes.sequence`, which must be None.
+
+        Returns:
+          y [B, T, C] and the next state. A token for which a state has no room is seen within its own call only.
+
+        Raises:
+          ConfigError: time that is split over a mesh axis, or more tokens than a new state has room for.
+        """
+        if axes.sequence is not None:
+            raise ConfigError(
+                f"axes.sequence = {axes.sequence!r}: a Transformer's attention is not split over time; use other axes"
+            )
+        config = self.config
+        batch, time, _ = x.shape
+        if state is None and time > config.sizes().context_length:
+            raise ConfigError(
+                f"model.context_length = {config.sizes().context_length}: a state has no room for T = {time} tokens; "
+                "make it larger, or read fewer"
+            )
+        held = initial_state(config, batch, axes) if state is None else state
+        held, _ = with_common_axes(held, x)
+        places = places_of(held.position, time, segment_ids, lengths)
+
+        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
+        q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
+        q, k = rotate(q, places.positions), rotate(k, places.positions)
+        q, k, v = operator_inputs(*(z.swapaxes(1, 2) for z in (q, k, v)))
+        attended = attend_to_call(q, k, v, places.segments)
+        next_state = store(held, k, v, places)
+        if state is None:
+            y = attended.y
+        else:
+            # Read after it is written, or XLA copies the whole cache at each token so as to have it as it was. Only a
+            # packed row may overwrite what an earlier text of the row still reads.
+            before = held if places.segments is not None else next_state._replace(position=held.position)
+            y = join(attended, attend_to_cache(q, before, places.segments))
+        # Kept for the backward pass under the name of what it is to RWKV: the result of what mixes tokens.
+        y = checkpoint_name(y.swapaxes(1, 2).reshape(batch, time, -1).astype(x.dtype), "wkv")
+        return summed_linear(y, self.output.weight[...], axes.tensor), next_state
+
+
+class FeedForward(nnx.Module):
+    """Two matrices with a squared ReLU between them, under the names that they have in RWKV's channel mixing."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
+        self.key = Linear(normal(rngs.params(), (ffn_width, width), INITIAL_SCALE, dtype))
+        scale = INITIAL_SCALE / math.sqrt(2 * config.num_layers)
+        self.value = Linear(normal(rngs.params(), (width, ffn_width), scale, dtype))
+
+    def __call__(self, x: Array, *, axes: ShardAxes = WHOLE) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+        return summed_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], axes.tensor)
+
+
+class TransformerBlock(Block):
+    """A residual block: attention, then the feed-forward network, each behind a layer norm."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        del layer  # all are alike
+        self.ln1 = LayerNorm(config.width, config.parameter_dtype)
+        self.ln2 = LayerNorm(config.width, config.parameter_dtype)
+        self.att = Attention(config, rngs=rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self, x: Array, state: Any, v_first: Array | None, *, axes: ShardAxes = WHOLE, **rows: Array | None
+    ) -> tuple[Array, Array | None, Any]:
+        """As `Block` has it; `v_first` is handed on as it is."""
+        with jax.named_scope("attention"):
+            y, state = self.att(enter_shards(self.ln1(x), axes.tensor), state, axes=axes, **rows)
+            x = x + y
+        with jax.named_scope("feed_forward"):
+            x = x + self.ffn(enter_shards(self.ln2(x), axes.tensor), axes=axes)
+        return x, v_first, state
+
+
+BLOCK_AXES: dict[str, Axes] = {
+    **{f"att.{name}.weight": ("heads", "embed") for name in ("query", "key", "value")},
+    "att.output.weight": ("embed", "heads"),
+    "ffn.key.weight": ("ffn", "embed"),
+    "ffn.value.weight": ("embed", "ffn"),
+}
+"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
+
+
+def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """See `LanguageModel.parameter_group`: all learn alike, and all matrices decay."""
+    return 1.0, path[-1] == "weight" and ndim >= 2
+
+
+class Transformer(LanguageModel):
+    """A Transformer language model: `model(tokens, state) -> (logits, state)`, the state being a key-value cache.
+
+    A state has room for `config.sizes().context_length` tokens of each row. Calls outside jit refuse more; within jit
+    the tokens that do not fit are seen in their own call and forgotten after it, so whoever compiles a loop counts
+    first, or asks `max_tokens` or `check_room`.
+    """
+
+    generations = ("transformer",)
+    block_type = TransformerBlock
+    block_axes = BLOCK_AXES
+    initial_block_state = staticmethod(initial_state)
+    parameter_group = staticmethod(parameter_group)
+
+    @staticmethod
+    def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+        """Initial token vectors [V, C]."""
+        return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
+
+    @staticmethod
+    def initial_head(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+        """Initial output head [V, C]."""
+        return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
+
+    def start_of_text(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+        """No cache, for there is nothing to read in it: a training step then computes none."""
+        del batch_size, axes
+        return None if self.is_stacked else (None,) * self.config.num_layers
+
+    @staticmethod
+    def alike_on_shards(state: Any, axes: ShardAxes) -> Any:
+        """The state as it is: shards share its positions, of which JAX knows that they are alike."""
+        del axes
+        return state
+
+    def max_tokens(self, state: Any) -> Array:
+        """int32 [B]: tokens of each row for which a state still has room; negative where it lacks some already."""
+        position = state.position[0] if self.is_stacked else state[0].position
+        return self.config.sizes().context_length - position
+
+    def _run(self, tokens: Array | None, state: Any, *arguments: Any, **options: Any) -> tuple[Array, Any, Any]:
+        """As `LanguageModel` has it, but refuses, where values are at hand, what the state has no room for."""
+        x, next_state, streams = super()._run(tokens, state, *arguments, **options)
+        self.check_room(next_state)
+        return x, next_state, streams
+
+    def check_room(self, state: Any) -> None:
+        """Raises ConfigError where values are at hand and tokens were read for which a state had no room."""
+        room = self.max_tokens(state)
+        if is_concrete(room) and (least := int(room.min())) < 0:
+            raise ConfigError(
+                f"model.context_length = {self.config.sizes().context_length}: the state has no room for {-least} of "
+                f"the tokens of row {int(room.argmin())}; make it larger, or read fewer"
+            )

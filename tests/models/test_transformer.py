@@ -1,0 +1,523 @@
+"""The Transformer: attention and positions against their definitions, its cache, packing, ragged rows, training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from rwkv_jax.models import Transformer, model_type
+from rwkv_jax.models.language_model import unstacked
+from rwkv_jax.models.shards import ShardAxes
+from rwkv_jax.models.state import State
+from rwkv_jax.models.transformer import (
+    MOST_PREFIXES,
+    PIECE,
+    Attention,
+    KeyValueCache,
+    attend_to_cache,
+    attend_to_call,
+    places_of,
+    rotate,
+)
+from rwkv_jax.training.batch import make_batch
+from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.optimizer import parameter_groups
+from rwkv_jax.training.step import abstract_batch, abstract_state, make_trainer
+from rwkv_jax.weights.tensors import WeightsError
+from tests.golden import QUICK, relative_error
+from tests.models.parameters import abstract, in_dtype, initial_params, merge, random_params
+from train import train
+
+SMALL = ModelConfig(
+    "transformer",
+    vocab_size=41,
+    num_layers=3,
+    width=32,
+    head_dim=8,
+    ffn_width=48,
+    context_length=24,
+    dtype="float64",
+)
+ROWS, TIME = 4, 20
+TOKENS: Any = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)
+
+
+# Programs, each compiled once for all tests
+
+
+@functools.cache
+def program(config: ModelConfig) -> Callable[..., tuple[Array, Any]]:
+    """(params, tokens, state, segment_ids, lengths) -> logits, state."""
+
+    def call(params: Any, tokens: Array, state: Any, segment_ids: Any, lengths: Any) -> tuple[Array, Any]:
+        return merge(config, params)(tokens, state, segment_ids=segment_ids, lengths=lengths)
+
+    return jax.jit(call, compiler_options=QUICK)
+
+
+def run(tokens: NDArray, state: Any = None, segment_ids: Any = None, lengths: Any = None) -> tuple[NDArray, Any]:
+    """Logits and state of the small model with random parameters."""
+    lengths = None if lengths is None else np.asarray(lengths, np.int32)
+    return jax.device_get(program(SMALL)(random_params(SMALL), tokens, state, segment_ids, lengths))
+
+
+def empty_state() -> Any:
+    return merge(SMALL, random_params(SMALL)).initial_state(ROWS)
+
+
+def alone(text: NDArray) -> tuple[NDArray, Any]:
+    """Logits [T, V] and state of one text [T] by itself, in a row of one length for all."""
+    row = np.zeros((1, 24), np.int32)
+    row[0, : text.size] = text
+    logits, state = run(row, None, None, [text.size])
+    return logits[0, : text.size], state
+
+
+def held(state: KeyValueCache, row: int) -> tuple[NDArray, NDArray]:
+    """The keys and values of a row that mean something: [L, H, position, N]."""
+    positions = np.unique(np.asarray(state.position)[:, row])
+    assert positions.size == 1
+    keys, values = (np.asarray(x)[:, row, :, : positions[0]] for x in (state.keys, state.values))
+    return keys, values
+
+
+def assert_same_text(state: KeyValueCache, row: int, expected: KeyValueCache, expected_row: int = 0) -> None:
+    for x, y in zip(held(state, row), held(expected, expected_row), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-11)
+
+
+# Definitions
+
+
+def test_positions_turn_pairs_of_channels_as_complex_numbers(float64: None) -> None:
+    rng = np.random.default_rng(1)
+    x, positions = rng.standard_normal((2, 5, 3, 8)), rng.integers(0, 100_000, (2, 5))
+    theta = 10000.0 ** (-2 * np.arange(4) / 8)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * theta)
+    found = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32))
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), rtol=0, atol=1e-10)
+
+
+def softmax_attention(q: NDArray, k: NDArray, v: NDArray, is_visible: NDArray) -> NDArray:
+    """Attention by its definition, of [T, N] to [S, N]."""
+    scores = np.where(is_visible, q @ k.T / np.sqrt(q.shape[-1]), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def attention_of_one_text(params: Any, x: NDArray) -> NDArray:
+    """The attention layer by its definition, on x [T, C]."""
+    heads = []
+    turn = np.exp(1j * np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(4) / 4))
+    for head in range(4):
+        own = slice(8 * head, 8 * head + 8)
+        q, k, v = (x @ params[name]["weight"][own].T for name in ("query", "key", "value"))
+        q, k = ((z[:, :4] + 1j * z[:, 4:]) * turn for z in (q, k))
+        q, k = (np.concatenate([z.real, z.imag], axis=1) for z in (q, k))
+        heads.append(softmax_attention(q, k, v, np.tril(np.ones((len(x), len(x)), bool))))
+    return np.concatenate(heads, axis=1) @ params["output"]["weight"].T
+
+
+def test_the_model_is_its_definition(float64: None) -> None:
+    params = random_params(SMALL)
+
+    def normalised(x: NDArray, norm: Any) -> NDArray:
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["weight"] + norm[
+            "bias"
+        ]
+
+    x = params["emb"]["weight"][TOKENS[0]]
+    for layer in range(3):
+        block = jax.tree.map(lambda leaf: leaf[layer - 1], params["blocks"]) if layer else params["first_block"]  # noqa: B023  used at once
+        x = x + attention_of_one_text(block["att"], normalised(x, block["ln1"]))
+        hidden = np.maximum(normalised(x, block["ln2"]) @ block["ffn"]["key"]["weight"].T, 0) ** 2
+        x = x + hidden @ block["ffn"]["value"]["weight"].T
+    expected = normalised(x, params["ln_out"]) @ params["head"]["weight"].T
+    np.testing.assert_allclose(run(TOKENS)[0][0], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("time", [PIECE + 1, 3 * PIECE * MOST_PREFIXES - PIECE + 5])
+def test_pieces_of_a_long_text_are_one_attention(float64: None, time: int) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = rng.standard_normal((3, 1, 1, time, 2))
+    segments = np.sort(rng.integers(0, 3, (1, time)), axis=1)
+    is_visible = np.tril(segments[0][:, None] == segments[0])
+    found = jax.jit(attend_to_call, compiler_options=QUICK)(q, k, v, segments).y[0, 0]
+    np.testing.assert_allclose(found, softmax_attention(q[0, 0], k[0, 0], v[0, 0], is_visible), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("longest", [0, 1, 256, 257, 599, 600])
+def test_of_a_cache_what_it_holds_is_read(float64: None, monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """By the shortest prefix that holds it, and with as few scores at a time as are allowed."""
+    monkeypatch.setattr("rwkv_jax.models.transformer.MOST_SCORES", 600)
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((2, 1, 3, 2))
+    k, v = rng.standard_normal((2, 2, 1, 600, 2))
+    position: Any = np.array([longest, longest // 2], np.int32)
+    k[0, 0, longest:] = v[0, 0, longest:] = 1e9  # what an earlier text left there
+    segments = np.array([[0, 0, 1], [0, 0, 0]], np.int32)
+    found = jax.jit(attend_to_cache, compiler_options=QUICK)(q, KeyValueCache(k, v, position), segments)
+    for row, time in np.ndindex(2, 3):
+        if position[row] == 0 or segments[row, time]:
+            assert found.log_total[row, 0, time] < -1e29
+            continue
+        own = slice(0, position[row])
+        expected = softmax_attention(q[row, 0, time : time + 1], k[row, 0, own], v[row, 0, own], np.array(True))
+        np.testing.assert_allclose(found.y[row, 0, time], expected[0], rtol=0, atol=1e-12)
+
+
+# State
+
+
+def test_prefill_and_decoding_are_the_whole_text(float64: None) -> None:
+    expected, end = run(TOKENS)
+    logits, state = run(TOKENS, empty_state(), None, [11] * ROWS)
+    np.testing.assert_allclose(logits[:, :11], expected[:, :11], rtol=0, atol=1e-11)
+    for step in range(11, TIME):
+        one, state = run(TOKENS[:, step : step + 1], state)
+        np.testing.assert_allclose(one[:, 0], expected[:, step], rtol=0, atol=1e-11)
+    for row in range(ROWS):
+        assert_same_text(state, row, end, row)
+
+
+def test_rows_at_positions_of_their_own_are_each_alone(float64: None) -> None:
+    first, second = [7, 0, 12, 3], [2, 9, 0, 8]
+    _, state = run(TOKENS, empty_state(), None, first)
+    following = np.zeros_like(TOKENS)
+    for row in range(ROWS):
+        following[row, : second[row]] = TOKENS[row, first[row] : first[row] + second[row]]
+    logits, state = run(following, state, None, second)
+    for row in range(ROWS):
+        expected, end = alone(TOKENS[row, : first[row] + second[row]])
+        np.testing.assert_allclose(logits[row, : second[row]], expected[first[row] :], rtol=0, atol=1e-11)
+        assert_same_text(state, row, end)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_length_zero_is_untouched(float64: None, packed: bool) -> None:
+    segment_ids = np.arange(TIME) // 2 + np.zeros((ROWS, 1), np.int32) if packed else None
+    _, state = run(TOKENS, empty_state(), None, [9, 3, 0, 6])
+    _, after = run(TOKENS, state, segment_ids, [0, 4, 0, 1])
+    for row in (0, 2):
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(x[:, row], y[:, row])
+
+
+def test_texts_packed_into_a_row_are_each_alone(float64: None) -> None:
+    """The first of them goes on with the state; the state that is left is the last one's."""
+    _, state = run(TOKENS, empty_state(), None, [4] * ROWS)
+    ends, lengths = [(5, 9, 20), (20,), (1, 2, 3), (6, 12, 20)], [20, 20, 3, 14]
+    segment_ids = np.stack([np.searchsorted(own, np.arange(TIME), side="right") for own in ends])
+    logits, after = run(TOKENS, state, segment_ids, lengths)
+    for row, own in enumerate(ends):
+        begin, before, last = 0, TOKENS[row, :4], state
+        for end in (min(end, lengths[row]) for end in own):
+            expected, last = alone(np.concatenate([before, TOKENS[row, begin:end]]))
+            np.testing.assert_allclose(logits[row, begin:end], expected[len(before) :], rtol=0, atol=1e-11)
+            begin, before = end, before[:0]
+        assert_same_text(after, row, last)
+
+
+def test_places_of_packed_ragged_rows() -> None:
+    segment_ids = jnp.array([[3, 3, 1, 1, 1], [0, 0, 0, 2, 5]])
+    places = places_of(jnp.array([10, 4], jnp.int32), 5, segment_ids, jnp.array([4, 3], jnp.int32))
+    np.testing.assert_array_equal(places.positions[0], [10, 11, 0, 1, 2])
+    np.testing.assert_array_equal(places.positions[1, :3], [4, 5, 6])
+    np.testing.assert_array_equal(places.is_kept, [[False, False, True, True, False], [True, True, True, False, False]])
+    np.testing.assert_array_equal(places.next_position, [2, 7])
+
+
+def test_no_token_sees_what_comes_after_it(float64: None) -> None:
+    params = random_params(SMALL)
+
+    def of_inputs(x: Array) -> Array:
+        return jnp.sum(merge(SMALL, params).hidden(None, inputs_embeds=x)[0] ** 2, axis=(0, 2))
+
+    x = params["emb"]["weight"][TOKENS[:1]]
+    influence = np.abs(jax.jit(jax.jacrev(of_inputs), compiler_options=QUICK)(x)).sum(axis=(1, 3))
+    np.testing.assert_array_equal(influence > 0, np.tril(np.ones((TIME, TIME), bool)))
+
+
+def test_every_layer_can_be_seen(float64: None) -> None:
+    params = random_params(SMALL)
+
+    def streams(params: Any) -> tuple[Array, Array]:
+        model = merge(SMALL, params)
+        return model.logits(model.ln_out(model.residual_stream(TOKENS)[0][-1])), model(TOKENS)[0]
+
+    found, expected = jax.jit(streams, compiler_options=QUICK)(params)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_layers_of_their_own_arrays_are_the_same_model(float64: None) -> None:
+    model = merge(SMALL, jax.tree.map(jnp.asarray, random_params(SMALL)))
+    graphdef, params = nnx.split(unstacked(model))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def call(params: Any, tokens: Array, state: Any) -> tuple[Array, Any, Array]:
+        model: Any = nnx.merge(graphdef, params)
+        logits, state = model(tokens, state)
+        return logits, state, model.max_tokens(state)
+
+    expected, _ = run(TOKENS)
+    first, state, room = call(params, TOKENS[:, :15], None)
+    assert len(state) == 3
+    assert all(x.shape[0] == ROWS for x in jax.tree.leaves(state))
+    np.testing.assert_array_equal(room, [9] * ROWS)
+    second, _, room = call(params, TOKENS[:, 15:], state)
+    np.testing.assert_array_equal(room, [4] * ROWS)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=0, atol=1e-11)
+
+
+def test_gradients_pass_through_the_cache(float64: None) -> None:
+    """A text read in two calls has the gradients of the text read in one."""
+    config = dataclasses.replace(SMALL, num_layers=2)
+    params = random_params(config)
+
+    def whole(params: Any) -> Array:
+        return jnp.sum(merge(config, params)(TOKENS)[0] ** 2)
+
+    def in_two(params: Any) -> Array:
+        model = merge(config, params)
+        first, state = model(TOKENS[:, :9])
+        return jnp.sum(first**2) + jnp.sum(model(TOKENS[:, 9:], state)[0] ** 2)
+
+    gradients = [jax.jit(jax.grad(loss), compiler_options=QUICK)(params) for loss in (whole, in_two)]
+    for x, y in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert relative_error(x, y) < 1e-11
+
+
+def test_shapes_dtypes_and_room_of_the_state() -> None:
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    params = in_dtype(random_params(SMALL), config)
+    model = merge(config, params)
+    state = model.initial_state(2)
+    assert state.keys.shape == state.values.shape == (3, 2, 4, 24, 8)
+    assert (state.keys.dtype, state.values.dtype, state.position.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.int32)
+    logits, after = program(config)(params, TOKENS[:2, :7], state, None, None)
+    assert logits.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert isinstance(model, Transformer)
+    np.testing.assert_array_equal(model.max_tokens(after), [17, 17])
+    with jax.enable_x64(True):
+        assert 1e-4 < relative_error(logits, run(TOKENS)[0][:2, :7]) < 3e-2
+
+
+# What does not fit
+
+
+FLOAT32 = dataclasses.replace(SMALL, dtype="float32", num_layers=2)
+
+
+def small_float32() -> Any:
+    return merge(FLOAT32, initial_params(FLOAT32))
+
+
+NO_ROOM = r"model\.context_length = 24: the state has no room for 2 of the tokens of row 1; make it larger, or read"
+
+
+def test_more_tokens_than_a_state_has_room_for_are_refused() -> None:
+    model = small_float32()
+    with pytest.raises(
+        ConfigError, match=r"model\.context_length = 24: a state has no room for T = 25 tokens; make it"
+    ):
+        model(jnp.zeros((1, 25), jnp.int32))
+    tokens = jnp.zeros((2, 20), jnp.int32)
+    _, state = program(FLOAT32)(initial_params(FLOAT32), tokens, model.initial_state(2), None, jnp.array([20, 6]))
+    _, full = program(FLOAT32)(initial_params(FLOAT32), tokens, state, None, jnp.array([4, 18]))
+    _, beyond = program(FLOAT32)(initial_params(FLOAT32), tokens, state, None, jnp.array([0, 20]))
+    model.check_room(full)
+    with pytest.raises(ConfigError, match=NO_ROOM):
+        model.check_room(beyond)
+
+
+@pytest.mark.long  # without jit every operation is compiled by itself
+def test_a_call_outside_jit_refuses_what_does_not_fit() -> None:
+    model = small_float32()
+    tokens = jnp.zeros((2, 13), jnp.int32)
+    _, state = model(tokens)
+    _, full = model(tokens, state, lengths=[0, 11])
+    np.testing.assert_array_equal(model.max_tokens(full), [11, 0])
+    with pytest.raises(ConfigError, match=NO_ROOM):
+        model(tokens, state, lengths=[11, 13])
+
+
+def test_under_jit_what_does_not_fit_is_forgotten_and_told(float64: None) -> None:
+    _, state = run(TOKENS, empty_state(), None, [20, 1, 0, 4])
+    _, state = run(TOKENS, state, None, [5, 20, 20, 20])
+    model = merge(SMALL, random_params(SMALL))
+    assert isinstance(model, Transformer)
+    np.testing.assert_array_equal(model.max_tokens(state), [-1, 3, 4, 0])
+    _, expected = alone(np.concatenate([TOKENS[0], TOKENS[0, :4]]))
+    for x, y in zip((state.keys, state.values), (expected.keys, expected.values), strict=True):
+        np.testing.assert_allclose(x[:, 0], y[:, 0], rtol=0, atol=1e-11)
+
+
+def test_time_that_is_split_is_refused() -> None:
+    attention = Attention(FLOAT32, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"axes\.sequence = 'time': a Transformer's attention is not split over time"):
+        attention(jnp.zeros((1, 2, 32)), axes=ShardAxes(sequence="time"))
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    model = small_float32()
+    shift = jnp.zeros((2, 1, 32))
+    with pytest.raises(ValueError, match=r"state: is none of Transformer, whose states have the form of"):
+        model(jnp.zeros((1, 2), jnp.int32), State(shift, shift, jnp.zeros((2, 1, 4, 8, 8))))
+    with pytest.raises(ValueError, match=r"state\.keys: shape \(2, 3, 4, 24, 8\) must be \(2, 1, 4, 24, 8\)"):
+        model(jnp.zeros((1, 2), jnp.int32), model.initial_state(3))
+
+
+def test_its_weights_have_no_official_names(tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match=r"model\.generation = 'transformer': only RWKV's weights have official names"
+    ):
+        save_pretrained(small_float32(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# Parameters
+
+
+def test_its_class() -> None:
+    assert model_type(SMALL) is Transformer
+
+
+@pytest.mark.parametrize("config", [SMALL, ModelConfig("transformer", 50304, 12, 768)], ids=["small", "0.2B"])
+def test_the_number_of_parameters(config: ModelConfig) -> None:
+    shapes = jax.tree.leaves(abstract(config)[1])
+    assert {x.dtype.name for x in shapes} == {config.parameter_dtype}
+    assert sum(x.size for x in shapes) == config.num_parameters()
+
+
+def test_initial_values() -> None:
+    """Those of GPT-2: normal, of standard deviation 0.02, and less where the residual stream is written."""
+    config = ModelConfig("transformer", vocab_size=512, num_layers=8, width=128, head_dim=32)
+    for path, x in jax.tree.leaves_with_path(initial_params(config)):
+        names = [entry.key for entry in path]
+        if names[-2].startswith("ln"):
+            np.testing.assert_array_equal(x, float(names[-1] == "weight"))
+            continue
+        scale = 0.02 / 4 if names[-2] == "output" or names[-3:-1] == ["ffn", "value"] else 0.02
+        assert x.std() == pytest.approx(scale, rel=0.03), names
+        assert abs(x.mean()) < 0.03 * scale, names
+        assert (np.abs(x) < scale).mean() == pytest.approx(0.6827, abs=0.01), names
+
+
+def test_matrices_decay_and_all_learn_alike() -> None:
+    params = abstract(SMALL)[1]
+    factors, decays = parameter_groups(params, Transformer.parameter_group)
+    assert set(jax.tree.leaves(factors)) == {1.0}
+    for path, is_decayed in jax.tree.leaves_with_path(decays):
+        assert is_decayed != path[-2].key.startswith("ln")
+
+
+# Training
+
+
+def small_run(tmp_path: Path, **changes: Any) -> TrainConfig:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(24):
+        text = "\n".join(f"def f{i}_{j}(x):\n    return x * {j} + {i * j}\n" for j in range(20))
+        (source / f"{i}.py").write_text(text)
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig("transformer", vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64),
+        data=DataConfig(source=str(source), cache_dir=str(tmp_path / "cache"), held_out=0.2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=3),
+        training=TrainingConfig(num_steps=12, batch_size=4, sequence_length=32),
+        evaluation=EvaluationConfig(every=12, batches=2, sample_tokens=4, sample_prompts=("def",)),
+        checkpoint=CheckpointConfig(every=12),
+        logging=LoggingConfig(every=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.long  # tests/test_configs.py has another generation's
+def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    result = train(config)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < losses[0] - 1
+    assert result.held_out is not None
+    assert result.held_out.loss < losses[0] - 1
+    assert all(record["text"] for record in records if record["kind"] == "sample")
+
+    model = from_pretrained(config.run_dir)
+    assert isinstance(model, Transformer)
+    np.testing.assert_array_equal(model.emb.weight[...], result.state.params["emb"]["weight"])
+    # The room of a state is none of the run's business.
+    longer = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, context_length=128),
+        training=dataclasses.replace(config.training, num_steps=14),
+    )
+    assert int(train(longer).state.step) == 14
+
+
+def test_it_learns_to_copy() -> None:
+    """The second half of each row repeats the first, which takes attention to tell."""
+    config = TrainConfig(
+        model=ModelConfig("transformer", vocab_size=8, num_layers=2, width=32, head_dim=16, context_length=16),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
+        training=TrainingConfig(num_steps=100, batch_size=32, sequence_length=11, reset_at_documents=False),
+    )
+    trainer = make_trainer(config)
+    state = jax.jit(trainer.init, compiler_options=QUICK)(jax.random.key(0))
+    step = jax.jit(trainer.train_step, compiler_options=QUICK)
+    draws = np.random.default_rng(4)
+    mask = np.tile((np.arange(11) >= 5).astype(np.float32), (32, 1))
+    losses = []
+    for _ in range(config.training.num_steps):
+        rows = np.tile(draws.integers(0, 8, (32, 6)).astype(np.int32), (1, 2))
+        state, metrics = step(state, make_batch(rows, end_of_text=None, mask=mask))
+        losses.append(float(metrics.loss))
+    assert losses[0] > 2
+    assert losses[-1] < 0.05
+
+
+def lowered_step(context_length: int, sequence_length: int) -> Any:
+    """A training step of the small model, before it is compiled."""
+    config = TrainConfig(
+        model=dataclasses.replace(FLOAT32, context_length=context_length),
+        training=TrainingConfig(batch_size=2, sequence_length=sequence_length),
+    )
+    trainer = make_trainer(config)
+    return jax.jit(trainer.train_step).lower(abstract_state(trainer), abstract_batch(trainer, config))
+
+
+def test_training_has_no_cache() -> None:
+    assert "x654321x" not in lowered_step(654_321, 64).as_text()
+
+
+@pytest.mark.long
+def test_memory_of_training_does_not_hold_all_scores() -> None:
+    longest = 4096
+    compiled = lowered_step(longest, longest).compile(compiler_options=QUICK)
+    scores = 4 * 2 * FLOAT32.num_heads * longest**2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
