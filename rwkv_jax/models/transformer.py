@@ -35,11 +35,8 @@ INITIAL_SCALE = 0.02
 PIECE, MOST_PREFIXES = 128, 8
 """Queries of a call are taken so many at a time, each time with one of at most so many prefixes of the keys."""
 
-SMALLEST_PREFIX = 256
-"""Keys read of a cache: so many, or twice, four times, ... as many."""
-
-MOST_SCORES = 2**22
-"""Scores of one row and head that exist at one time where a cache is read."""
+CACHE_BLOCK = 256
+"""Tokens of a cache that are read at a time: their keys and values stay in a processor's own cache."""
 
 
 class KeyValueCache(NamedTuple):
@@ -135,11 +132,11 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
     return Attended(y / total, (largest + jnp.log(total))[..., 0])
 
 
-def join(first: Attended, second: Attended) -> Array:
-    """Attention [B, H, T, N] to the keys of both."""
+def join(first: Attended, second: Attended) -> Attended:
+    """Attention to the keys of both."""
     log_total = jnp.logaddexp(first.log_total, second.log_total)
     first_share, second_share = (jnp.exp(part.log_total - log_total)[..., None] for part in (first, second))
-    return first.y * first_share + second.y * second_share
+    return Attended(first.y * first_share + second.y * second_share, log_total)
 
 
 def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Attended:
@@ -182,34 +179,30 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
 def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> Attended:
     """Attention of a call's tokens to those that a state holds.
 
-    Of the cache the shortest of a few prefixes is read that holds every row's tokens, so that what a token costs grows
-    with the longest text of the batch, and not with the room that there is.
+    The cache is read a block at a time, and only as far as the longest text of the batch goes: what a token costs grows
+    with that text and not with the room that there is, and each number is read from memory once.
 
     Args:
       q: [B, H, T, N]; segments: int32 [B, T], of which segment 0 alone continues the cache's text.
     """
-    batch, _, time, _ = q.shape
+    batch, heads, time, _ = q.shape
     capacity = cache.keys.shape[2]
+    block = min(CACHE_BLOCK, capacity)
     continues = jnp.ones((batch, time), bool) if segments is None else segments == 0
-    sizes = [min(SMALLEST_PREFIX, capacity)]
-    while sizes[-1] < capacity:
-        sizes.append(min(2 * sizes[-1], capacity))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    nothing = Attended(jnp.zeros(q.shape, wide), jnp.full((batch, heads, time), -1e30, wide))
 
-    def read(size: int, q: Array, cache: KeyValueCache, continues: Array) -> Attended:
-        k, v = cache.keys[:, :, :size], cache.values[:, :, :size]
-        is_held = jnp.arange(size) < cache.position[:, None]
+    def read(attended: Attended, begin: Array) -> tuple[Attended, None]:
+        def with_block() -> Attended:
+            first = jnp.minimum(begin, capacity - block)  # the last block is whole, too
+            k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (cache.keys, cache.values))
+            place = first + jnp.arange(block)
+            is_held = (place >= begin) & (place < cache.position[:, None])
+            return join(attended, attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None]))
 
-        def of_some(q: Array, continues: Array) -> Attended:
-            return attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None])
+        return lax.cond(begin < jnp.max(cache.position), with_block, lambda: attended), None
 
-        if time * size <= MOST_SCORES:
-            return of_some(q, continues)
-        one_by_one = (jnp.moveaxis(q, 2, 0)[:, :, :, None], continues.T[:, :, None])
-        parts = lax.map(lambda query: of_some(*query), one_by_one, batch_size=max(MOST_SCORES // size, 1))
-        return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2), parts)
-
-    index = jnp.searchsorted(jnp.asarray(sizes), jnp.max(cache.position))
-    return lax.switch(index, [jax.tree_util.Partial(read, size) for size in sizes], q, cache, continues)
+    return lax.scan(read, nothing, jnp.arange(0, capacity, block))[0]
 
 
 def store(cache: KeyValueCache, k: Array, v: Array, places: Places) -> KeyValueCache:
@@ -290,7 +283,7 @@ class Attention(nnx.Module):
             # Read after it is written, or XLA copies the whole cache at each token so as to have it as it was. Only a
             # packed row may overwrite what an earlier text of the row still reads.
             before = held if places.segments is not None else next_state._replace(position=held.position)
-            y = join(attended, attend_to_cache(q, before, places.segments))
+            y = join(attended, attend_to_cache(q, before, places.segments)).y
         # Kept for the backward pass under the name of what it is to RWKV: the result of what mixes tokens.
         y = checkpoint_name(y.swapaxes(1, 2).reshape(batch, time, -1).astype(x.dtype), "wkv")
         return summed_linear(y, self.output.weight[...], axes.tensor), next_state

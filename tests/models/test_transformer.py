@@ -33,6 +33,7 @@ from rwkv_jax.models.language_model import unstacked
 from rwkv_jax.models.shards import ShardAxes
 from rwkv_jax.models.state import State
 from rwkv_jax.models.transformer import (
+    CACHE_BLOCK,
     MOST_PREFIXES,
     PIECE,
     Attention,
@@ -170,9 +171,9 @@ def test_pieces_of_a_long_text_are_one_attention(float64: None, time: int) -> No
 
 
 @pytest.mark.parametrize("longest", [0, 1, 256, 257, 599, 600])
-def test_of_a_cache_what_it_holds_is_read(float64: None, monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
-    """By the shortest prefix that holds it, and with as few scores at a time as are allowed."""
-    monkeypatch.setattr("rwkv_jax.models.transformer.MOST_SCORES", 600)
+def test_of_a_cache_what_it_holds_is_read(float64: None, longest: int) -> None:
+    """Block by block, of which the last is not whole."""
+    assert 600 % CACHE_BLOCK
     rng = np.random.default_rng(3)
     q = rng.standard_normal((2, 1, 3, 2))
     k, v = rng.standard_normal((2, 2, 1, 600, 2))
