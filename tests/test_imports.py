@@ -69,8 +69,8 @@ def test_the_walk_sees_imports() -> None:
     assert "numpy" in imports("rwkv_kernels.arguments")
     assert "rwkv_kernels.wkv7" in imports("rwkv_jax.models.rwkv7")
     # Within a function, too.
-    assert "rwkv_jax.inference.generate.Generator" in imports("rwkv_jax.cli")
-    assert "rwkv_jax.inference.generate" not in imports("rwkv_jax.cli", top_level_only=True)
+    assert "rwkv_jax.inference.engine.Engine" in imports("rwkv_jax.cli.generate")
+    assert "rwkv_jax.inference.engine" not in imports("rwkv_jax.cli.generate", top_level_only=True)
 
 
 @pytest.mark.parametrize("module", modules("rwkv_kernels"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
 from rwkv_jax.models.shards import WHOLE, ShardAxes, first_index_here, sum_over_shards
 from rwkv_kernels.arguments import with_common_axes
 from rwkv_kernels.sharded import from_last_shard, from_previous_shard
@@ -34,30 +36,44 @@ def operator_inputs(*inputs: Array) -> tuple[Array, ...]:
     return tuple(checkpoint_name(x, OPERATOR_INPUT) for x in inputs)
 
 
-def linear(x: Array, weight: Array, *, out_dtype: jnp.dtype | None = None) -> Array:
+def linear(
+    x: Array, weight: Array | PackedMatrix, *, out_dtype: jnp.dtype | None = None, in_axis: Literal[0, 1] = 1
+) -> Array:
     """x @ weight^T in x's dtype.
 
     Tokens are flattened to [B * T, C] first: on [B, T, C] XLA's CPU backend writes transposed copies of whole
     activations in the backward pass, which nearly doubles the cost of a training step.
 
     Args:
-      x: [..., in]; weight: [out, in], the official orientation.
+      x: [..., in]; weight: [out, in], the official orientation; packed, or in bfloat16 with x in float32, it is
+        multiplied as it lies in memory.
       out_dtype: dtype of the result; None is x's.
+      in_axis: 0 for a weight [in, out]. (Transposed by the caller, it is copied for every single token on a CPU.)
 
     Returns:
       [..., out].
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(
-        flat, weight.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x.dtype
-    )
-    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[0]), KEPT)
+    out_dtype = out_dtype or x.dtype
+    if isinstance(weight, PackedMatrix):
+        y = product(flat, weight if in_axis == 1 else weight.T).astype(out_dtype)
+    elif weight.dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        y = product_with_bfloat16(flat, weight, in_axis=in_axis).astype(out_dtype)
+    else:
+        weight = weight.astype(x.dtype)
+        y = lax.dot_general(flat, weight, (((1,), (in_axis,)), ((), ())), preferred_element_type=out_dtype)
+    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[1 - in_axis]), KEPT)
 
 
-def low_rank(x: Array, down: Array, up: Array, activation: Callable[[Array], Array] | None = None) -> Array:
+def low_rank(
+    x: Array,
+    down: Array | PackedMatrix,
+    up: Array | PackedMatrix,
+    activation: Callable[[Array], Array] | None = None,
+) -> Array:
     """activation(x @ down) @ up in x's dtype, with down [C, D] and up [D, C] (stored [in, out], unlike `linear`)."""
-    hidden = linear(x, down.T)
-    return linear(hidden if activation is None else activation(hidden), up.T)
+    hidden = linear(x, down, in_axis=0)
+    return linear(hidden if activation is None else activation(hidden), up, in_axis=0)
 
 
 def for_every_token(parameter: Array, x: Array) -> Array:
@@ -75,13 +91,13 @@ def for_every_token(parameter: Array, x: Array) -> Array:
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
-def summed_linear(x: Array, weight: Array, axis_name: str | None) -> Array:
+def summed_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
     """`linear` of an x whose last axis is split over a mesh axis, each shard having its columns of the weight."""
     y = linear(x, weight)
     return y if axis_name is None else checkpoint_name(sum_over_shards(y, axis_name), KEPT)
 
 
-def gated_linear(gate: Array, x: Array, weight: Array, axis_name: str | None) -> Array:
+def gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
     """gate * (x @ weight^T), where x's last axis is split over a mesh axis and each shard has its channels of the gate.
 
     The sum over shards is scattered, gated and gathered: what travels forward is what a plain sum takes.
@@ -174,13 +190,17 @@ class Embedding(nnx.Module):
         """
         weight = self.weight[...]
         if axes.tensor is None:
-            return weight[tokens].astype(dtype or weight.dtype)
+            return _rows(weight, tokens).astype(dtype or weight.dtype)
         rows = tokens - first_index_here(weight.shape[0], axes.tensor)
         is_here = (rows >= 0) & (rows < weight.shape[0])
-        vectors = jnp.where(is_here[..., None], weight[jnp.where(is_here, rows, 0)], 0)
+        vectors = jnp.where(is_here[..., None], _rows(weight, jnp.where(is_here, rows, 0)), 0)
         return sum_over_shards(
             vectors.astype(dtype or weight.dtype), axes.tensor
         )  # one shard's and zeros: nothing is rounded away
+
+
+def _rows(weight: Array | PackedMatrix, index: Array) -> Array:
+    return weight.rows(index) if isinstance(weight, PackedMatrix) else weight[index]
 
 
 class LayerNorm(nnx.Module):

@@ -108,10 +108,10 @@ class TimeMix(nnx.Module):
         x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
         xx = x_prev - x
         z = x + xx * for_every_token(self.time_maa_x[...], x)
-        inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...].T)), 5, axis=-1)
+        inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...], in_axis=0)), 5, axis=-1)
         shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         xw, xk, xv, xr, xg = (
-            x + xx * (for_every_token(share[...], x) + linear(hidden, up.T))
+            x + xx * (for_every_token(share[...], x) + linear(hidden, up, in_axis=0))
             for share, hidden, up in zip(shares, inner, self.time_maa_w2[...], strict=True)
         )
 

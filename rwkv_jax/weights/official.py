@@ -273,10 +273,16 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
 class OfficialTensors(DerivedTensors):
     """A model's parameters under their official names, layer by layer, fetched from the device when they are used.
 
-    Raises WeightsError when it is built, for parameters that are not those of the config's model.
+    Raises WeightsError when it is built, for parameters that are not those of the config's model, and for a model that
+    has no official names.
     """
 
     def __init__(self, config: ModelConfig, params: Any) -> None:
+        if config.generation == "transformer":
+            raise WeightsError(
+                "model.generation = 'transformer': only RWKV's weights have official names; a Transformer stays in its "
+                "run folder, which from_pretrained and the commands read"
+            )
         self._sources: dict[str, tuple[jax.Array, int | None]] = {}
         for path, leaf in jax.tree.leaves_with_path(params):
             names = official_names(path, config.num_layers)

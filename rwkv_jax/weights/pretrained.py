@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,14 @@ from rwkv_jax.weights.official import (
     read_config,
     shardings_on,
 )
+from rwkv_jax.weights.quantised import (
+    QUANTISATIONS,
+    DequantisedTensors,
+    PackedTensors,
+    Quantisation,
+    has_packed,
+    place_quantised_params,
+)
 from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
 from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, tensor_spec
@@ -46,7 +54,11 @@ _NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip") 
 
 
 def from_pretrained(
-    source: str | os.PathLike[str], *, dtype: ComputeDtype | None = None, mesh: Mesh | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: ComputeDtype | None = None,
+    mesh: Mesh | None = None,
+    quantize: Quantisation | None = None,
 ) -> LanguageModel:
     """A model from weights: generation and sizes are read from the names and shapes.
 
@@ -60,32 +72,63 @@ def from_pretrained(
         computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
       mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh.make_mesh`, over
         all of its devices on any other; None is the first device.
+      quantize: "int8", "int4" or "bfloat16" holds matrices in fewer bits and everything else in float32
+        (`rwkv_jax.weights.quantised`); the model then computes in float32, or in `dtype`. None keeps them as they are,
+        so that a file of packed matrices gives a model of packed matrices.
 
     Returns:
       `model(tokens, state) -> (logits, state)`; its `config` says what it is.
 
     Raises:
       WeightsError: there are no such weights, or they are not those of an RWKV model; all tensors that are missing, not
-        expected or misshapen are listed in one message.
+        expected or misshapen are listed in one message. Or options that do not go together.
       UnsafeFileError: the file holds anything but whole, plain tensors.
     """
+    if quantize not in (None, *QUANTISATIONS):
+        raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTISATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
     place = find_weights(source)
     if place.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_model(place, "newest", shardings)
+        if quantize is not None:
+            trained = OfficialTensors(loaded.config.model, loaded.params)
+            return _quantised(trained, loaded.config.model, quantize, dtype, mesh)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
     weights = open_weights(place)
     with naming(place):
         config = read_config(weights.tensors)
+        check_tensors(weights.tensors, config)
+        if isinstance(weights.tensors, DequantisedTensors):
+            present = weights.tensors.quantisation
+            if quantize not in (None, present):
+                raise WeightsError(f"quantize = {quantize!r}: the file is {present} already; leave it out")
+            quantize = present
+        if quantize is not None:
+            return _quantised(weights.tensors, config, quantize, dtype, mesh, weights.release)
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
-        check_tensors(weights.tensors, config)
         shardings = None if mesh is None else shardings_on(mesh, config)
         params = place_params(weights.tensors, config, dtype=dtype, shardings=shardings, release=weights.release)
         return nnx.merge(abstract_model(config)[0], params)
+
+
+def _quantised(
+    tensors: Mapping[str, NDArray],
+    config: ModelConfig,
+    quantize: Quantisation,
+    dtype: ComputeDtype | None,
+    mesh: Mesh | None,
+    release: Callable[[], None] = lambda: None,
+) -> LanguageModel:
+    if mesh is not None:
+        raise WeightsError(f"quantize = {quantize!r}: packed matrices are on one device; leave quantize out, or mesh")
+    if dtype == "float64":
+        raise WeightsError(f"quantize = {quantize!r}: does not go with dtype = 'float64'; leave one of them out")
+    config = dataclasses.replace(config, dtype=dtype or "float32")
+    return nnx.merge(abstract_model(config)[0], place_quantised_params(tensors, config, quantize, release))
 
 
 def _as_asked(params: Any, dtype: str | None) -> Any:
@@ -171,15 +214,27 @@ def save_pretrained(
       dtype: float32, bfloat16, float16 or float64, to which tensors are rounded; None writes them as they are.
       tokenizer: written into the folder, where `load_tokenizer` finds it.
 
+    A model of packed matrices is written as it is held, to safetensors under official names.
+
     Raises:
-      WeightsError: the path exists, or the layout does not have this generation.
+      WeightsError: the path exists, the layout does not have this generation, or packed matrices have no place there.
     """
     if tokenizer is not None and not fits_model(tokenizer, model.config.vocab_size):
         raise WeightsError(
             f"tokenizer: has {tokenizer.vocab_size} entries where the model has {model.config.vocab_size}; use its own"
         )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    _write(OfficialTensors(model.config, params), Path(path), layout, dtype, tokenizer)
+    tensors: Mapping[str, NDArray]
+    if has_packed(params):
+        if layout != "official" or dtype is not None or Path(path).suffix.lower() == ".pth":
+            raise WeightsError(
+                f"{path}: packed matrices are written as they are, to FILE.safetensors or a folder, without layout and "
+                "dtype; for other files load the model without quantize"
+            )
+        tensors = PackedTensors(model.config, params)
+    else:
+        tensors = OfficialTensors(model.config, params)
+    _write(tensors, Path(path), layout, dtype, tokenizer)
 
 
 def convert(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.training.checkpoints import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
+from rwkv_jax.weights.quantised import opened
 from rwkv_jax.weights.safetensors_file import INDEX_SUFFIX, read_safetensors
 from rwkv_jax.weights.tensors import WeightsError, listed
 from rwkv_jax.weights.torch_file import read_torch_file
@@ -30,7 +31,7 @@ class Weights(NamedTuple):
     """An opened file of weights."""
 
     tensors: Mapping[str, NDArray]
-    """Under official names, memory-mapped."""
+    """Under official names, memory-mapped; `DequantisedTensors` of a file that holds packed ones."""
     layout: str
     """Whose names the file has, of `layouts.LAYOUTS`."""
     release: Callable[[], None]
@@ -126,7 +127,8 @@ def open_weights(path: Path) -> Weights:
     else:
         tensors, values = read_torch_file(path)
     with naming(path):
-        layout, official = from_layout(tensors, values)
+        dequantised = opened(tensors)
+        layout, official = from_layout(tensors if dequantised is None else dequantised, values)
     return Weights(official, layout, tensors.release)
 
 

@@ -1,0 +1,296 @@
+"""Matrices held as integers of 8 or 4 bits, and their products with float vectors.
+
+A packed matrix is a pytree that stands where a parameter's array stood: `linear` and `Embedding` know it, so the models
+do not change. A product never writes the matrix out in floating point.
+
+On GPUs and TPUs the integers are converted on their way into the matrix unit, which XLA fuses. XLA's CPU backend does
+not: it writes the converted matrix to memory first, at every call. What it runs well, vectorised and on all threads, is
+int8 x int8 -> int32. So there a vector is written as three rows of int8 (`split_rows`), whose products are exact and
+are added up again: what comes out is the product of the float32 vector, to float32's own rounding. Weights decide the
+time of a product with few rows, so that three rows cost what one does.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+GROUP_SIZE = 32
+"""Neighbours along the input axis that share a multiplier and an offset, in 4 bits."""
+
+NUM_DIGITS = 3
+_DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
+
+_LONG_ROW = 3072  # how `_contract_folded` reads matrices that have many more rows than this
+_MANY_ROWS = 1536
+_TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they stay in a core's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix(abc.ABC):
+    """Integers and a scale for each output channel, in place of a matrix; leading axes are those of stacked layers.
+
+    It is held as [out, in]; `transposed` says that the parameter it stands for is [in, out].
+    """
+
+    codes: Array
+    """The integers, as they lie in memory."""
+    scale: Array
+    """float32 [..., out]."""
+    transposed: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
+
+    @property
+    @abc.abstractmethod
+    def num_inputs(self) -> int:
+        """Length of the input axis."""
+
+    @abc.abstractmethod
+    def integers(self) -> Array:
+        """The matrix in units of `scale`: int8 [..., out, in]."""
+
+    @abc.abstractmethod
+    def times(self, x: Array) -> Array:
+        """x [rows, in] times the matrix, for a single one (no leading axes): float32 [rows, out]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter it stands for."""
+        *leading, out = self.scale.shape
+        own = (self.num_inputs, out) if self.transposed else (out, self.num_inputs)
+        return (*leading, *own)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the parameter it stands for."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the numbers it stands for."""
+        return self.scale.dtype
+
+    @property
+    def T(self) -> Self:  # noqa: N802
+        """The transposed matrix: the same integers, read the other way round."""
+        if self.scale.ndim != 1:
+            raise ValueError(f"a packed parameter of shape {self.shape} is transposed one matrix at a time")
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def __getitem__(self, index: Any) -> Self:
+        """Itself for `...`; an index into the leading axes otherwise."""
+        if index is ...:
+            return self
+        if self.scale.ndim == 1:
+            raise IndexError("a packed matrix has no rows of its own; `rows` looks some up")
+        return jax.tree.map(lambda x: x[index], self)
+
+    def __iter__(self) -> Iterator[Self]:
+        """The matrices along the first leading axis."""
+        return (self[i] for i in range(self.shape[0]))
+
+    def rows(self, index: Array) -> Array:
+        """Rows of a matrix [out, in]: integers of any shape -> float32 [..., in]."""
+        if self.transposed or self.scale.ndim != 1:
+            raise ValueError(f"rows are looked up in one matrix [out, in], not in {self.shape} (transposed)")
+        chosen = jax.tree.map(lambda x: x[index], self)
+        return chosen.integers().astype(self.dtype) * chosen.scale[..., None]
+
+    def dequantised(self) -> Array:
+        """The parameter it stands for, in float32: a copy four to eight times as large."""
+        whole = self.integers().astype(self.dtype) * self.scale[..., None]
+        return jnp.swapaxes(whole, -1, -2) if self.transposed else whole
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Matrix(PackedMatrix):
+    """weight[o, i] = scale[o] codes[o, i], with codes int8 [..., out, in]."""
+
+    @property
+    def num_inputs(self) -> int:
+        """See `PackedMatrix`."""
+        return self.codes.shape[-1]
+
+    def integers(self) -> Array:
+        """See `PackedMatrix`."""
+        return self.codes
+
+    def times(self, x: Array) -> Array:
+        """See `PackedMatrix`."""
+        return self.scale * lax.platform_dependent(x, self.codes, cpu=_times_by_digits, default=_times_converted)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int4Matrix(PackedMatrix):
+    """weight[o, i] = scale[o] (multiplier[o, g] code[o, i] + offset[o, g]) with 4-bit codes and g = i // GROUP_SIZE.
+
+    What stands in brackets lies in [-128, 127], so that unpacking to int8 is exact. Byte j of a group, codes being
+    uint8 [..., out, in / 32, 16], holds code j in its low half and code j + 16 in its high half.
+    """
+
+    multiplier: Array
+    """int8 [..., out, in / 32], from 1 to 17."""
+    offset: Array
+    """int8 [..., out, in / 32]."""
+
+    @property
+    def num_inputs(self) -> int:
+        """See `PackedMatrix`."""
+        return self.codes.shape[-2] * GROUP_SIZE
+
+    def integers(self) -> Array:
+        """See `PackedMatrix`."""
+        halves = jnp.concatenate(_unpacked_halves(self.codes, self.multiplier, self.offset), axis=-1)
+        return halves.reshape(*self.codes.shape[:-2], self.num_inputs)
+
+    def times(self, x: Array) -> Array:
+        """See `PackedMatrix`."""
+        parts = (self.codes, self.multiplier, self.offset)
+        return self.scale * lax.platform_dependent(
+            x, *parts, cpu=_times_int4_by_digits, default=functools.partial(_times_tiles, _times_converted)
+        )
+
+
+def product(x: Array, weight: PackedMatrix) -> Array:
+    """x [rows, in] @ weight^T, for weight [out, in]: float32 [rows, out].
+
+    Differentiable with respect to x; the backward pass does write out the matrix.
+    """
+    if weight.transposed or weight.scale.ndim != 1:
+        raise ValueError(f"a product takes one matrix [out, in], not {weight.shape} (transposed: {weight.transposed})")
+    return _product(x, weight)
+
+
+@jax.custom_jvp
+def _product(x: Array, weight: PackedMatrix) -> Array:
+    return weight.times(x)
+
+
+@_product.defjvp
+def _product_jvp(primals: tuple[Array, PackedMatrix], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    # Rounding to integers has no derivative; what it computes has.
+    x, weight = primals
+    y = _product(x, weight)
+    return y, _contract(tangents[0].astype(y.dtype), weight.dequantised(), y.dtype)
+
+
+def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1) -> Array:
+    """x [rows, in] float32 @ weight^T, for weight bfloat16 [out, in], or [in, out] with in_axis 0: float32 [rows, out].
+
+    Three bfloat16 numbers have all digits of a float32 one, so that x is split instead of the matrix being widened.
+    """
+    parts: list[Array] = []
+    for _ in range(3):
+        # (A cast to bfloat16 and back is one that XLA may leave out.)
+        parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    rows = jnp.concatenate(parts).astype(weight.dtype)
+    y = lax.dot_general(rows, weight, (((1,), (in_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.sum(y.reshape(3, x.shape[0], -1), axis=0)
+
+
+def split_rows(x: Array) -> tuple[Array, Array]:
+    """Rows as sums of int8 rows: x = unit (d_1 + d_2 / 254 + d_3 / 254^2), to 6e-8 of a row's largest number.
+
+    Args:
+      x: [rows, in].
+
+    Returns:
+      The digits, int8 [3 rows, in], first those of every row's largest share; and the unit, float32 [rows, 1].
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    unit = jnp.where(largest == 0, 1, largest / 127)
+    rest = x / unit
+    digits = []
+    for _ in range(NUM_DIGITS):
+        digit = jnp.round(rest)
+        digits.append(digit.astype(jnp.int8))
+        rest = (rest - digit) * _DIGIT_BASE
+    return jnp.concatenate(digits), unit
+
+
+def _contract(x: Array, weight: Array, dtype: Any) -> Array:
+    """x [rows, in] @ weight^T for weight [out, in]."""
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _times_converted(x: Array, integers: Array) -> Array:
+    return _contract(x, integers.astype(x.dtype), jnp.float32)
+
+
+def _times_by_digits(x: Array, integers: Array) -> Array:
+    digits, unit = split_rows(x)
+    return _joined(_contract_folded(digits, integers), unit)
+
+
+def _contract_folded(x: Array, weight: Array) -> Array:
+    """x [rows, in] @ weight^T in int8, some rows of the weight [out, in] being read as one: int32 [rows, out].
+
+    XLA's CPU backend reads long rows up to 1.5 times as fast as short ones. So a large matrix with short rows is read
+    as [out / fold, fold * in], and each x stands in `fold` rows, in a place of its own among zeros.
+    """
+    out, width = weight.shape
+    rows = x.shape[0]
+    fits = (n for n in (4, 3, 2) if out % n == 0 and n * width <= _LONG_ROW and out >= n * _MANY_ROWS)
+    fold = next(fits, 1) if rows <= NUM_DIGITS else 1
+    if fold == 1:
+        return _contract(x, weight, jnp.int32)
+    places = jnp.eye(fold, dtype=x.dtype)[:, None, :, None] * x[None, :, None, :]
+    y = _contract(places.reshape(fold * rows, fold * width), weight.reshape(out // fold, fold * width), jnp.int32)
+    return jnp.moveaxis(y.reshape(fold, rows, -1), 0, 2).reshape(rows, out)
+
+
+def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Array) -> Array:
+    digits, unit = split_rows(x)
+    sums = _times_tiles(functools.partial(_contract, dtype=jnp.int32), digits, codes, multiplier, offset)
+    return _joined(sums, unit)
+
+
+def _joined(sums: Array, unit: Array) -> Array:
+    """The product of rows x from the products int32 [3 rows, out] of their digits."""
+    first, second, third = sums.astype(jnp.float32).reshape(NUM_DIGITS, unit.shape[0], -1)
+    return unit * (first + (second + third / _DIGIT_BASE) / _DIGIT_BASE)
+
+
+def _times_tiles(
+    times: Callable[[Array, Array], Array], x: Array, codes: Array, multiplier: Array, offset: Array
+) -> Array:
+    """x [rows, in] times an unscaled 4-bit matrix, of which some rows are unpacked at a time: [rows, out]."""
+    out, num_groups, half = codes.shape
+    rows = x.shape[0]
+    # The two halves of the bytes are multiplied one after the other, so that they need not be interleaved.
+    x_halves = jnp.moveaxis(x.reshape(rows, num_groups, 2, half), 2, 0).reshape(2, rows, num_groups * half)
+
+    def tile(*parts: Array) -> Array:
+        low, high = (part.reshape(part.shape[0], -1) for part in _unpacked_halves(*parts))
+        return times(x_halves[0], low) + times(x_halves[1], high)
+
+    size = min(out, max(1, _TILE_ELEMENTS // (num_groups * GROUP_SIZE)))
+    num_tiles = math.ceil(out / size)
+    if num_tiles == 1:
+        return tile(codes, multiplier, offset)
+    # The last tile is as large as the others: it begins earlier, and what it does again is left out.
+    starts = jnp.minimum(jnp.arange(num_tiles) * size, out - size)
+    y = lax.map(lambda start: tile(*(_from(start, size, part) for part in (codes, multiplier, offset))), starts)
+    whole = jnp.moveaxis(y[:-1], 0, 1).reshape(rows, -1)
+    return jnp.concatenate([whole, y[-1][:, num_tiles * size - out :]], axis=1)
+
+
+def _from(start: Array, size: int, x: Array) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _unpacked_halves(codes: Array, multiplier: Array, offset: Array) -> tuple[Array, Array]:
+    """Low and high halves of bytes [..., in / 32, 16], as int8 of the same shape in units of the row's scale."""
+    low, high = (half.astype(jnp.int8) * multiplier[..., None] + offset[..., None] for half in (codes & 15, codes >> 4))
+    return low, high

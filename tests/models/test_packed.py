@@ -1,0 +1,151 @@
+"""Products from packed matrices: those of the numbers they stand for, from memory as they lie there."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from rwkv_jax.models.layers import Embedding, linear, low_rank
+from rwkv_jax.models.packed import GROUP_SIZE, PackedMatrix, product, product_with_bfloat16, split_rows
+from rwkv_jax.weights.quantised import Quantisation, pack, packed_matrix
+from tests.golden import relative_error
+
+both = pytest.mark.parametrize("quantisation", ["int8", "int4"])
+
+
+def normal(*shape: int, seed: int = 0) -> NDArray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def packed(matrix: NDArray, quantisation: Quantisation, *, transposed: bool = False) -> PackedMatrix:
+    """A matrix [..., out, in] packed."""
+    return packed_matrix(jax.tree.map(jnp.asarray, pack(matrix, quantisation)), transposed=transposed)
+
+
+def in_float64(x: Array, weight: PackedMatrix) -> NDArray:
+    return np.asarray(x, np.float64) @ np.asarray(weight.dequantised(), np.float64).T
+
+
+@both
+@pytest.mark.parametrize(
+    ("rows", "out", "width"),
+    [
+        (1, 40, 96),
+        (5, 40, 96),
+        (1, 3072, 128),  # rows read as longer ones
+        (2, 3072, 128),
+        (1, 1031, 1024),  # unpacked in tiles, of which the last one overlaps
+        (3, 1031, 1024),
+    ],
+)
+def test_a_product_is_that_of_the_numbers_it_stands_for(
+    quantisation: Quantisation, rows: int, out: int, width: int
+) -> None:
+    x, weight = jnp.asarray(normal(rows, width, seed=1)), packed(normal(out, width), quantisation)
+    assert relative_error(jax.jit(product)(x, weight), in_float64(x, weight)) < 1e-6
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_product_does_not_write_the_matrix_out(quantisation: Quantisation, rows: int) -> None:
+    out, width = 2048, 1024
+    compiled = jax.jit(product).lower(jnp.zeros((rows, width)), packed(normal(out, width), quantisation)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < out * width / 2
+    assert not re.search(rf"(f32|bf16|s32)\[{out},{width}\]", compiled.as_text() or "")
+
+
+def test_rows_are_split_into_int8_without_loss() -> None:
+    x = normal(4, 300) * np.array([[1e-30], [1.0], [1e20], [0.0]], np.float32)
+    digits, unit = split_rows(jnp.asarray(x))
+    assert (digits.dtype, digits.shape) == (jnp.int8, (12, 300))
+    first, second, third = np.asarray(digits, np.float64).reshape(3, 4, 300)
+    again = np.asarray(unit, np.float64) * (first + second / 254 + third / 254**2)
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    assert (np.abs(again - x) <= 2e-7 * largest).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_show_in_the_result(bad: float) -> None:
+    x = normal(2, 64)
+    x[1, 3] = bad
+    y = np.asarray(product(jnp.asarray(x), packed(normal(8, 64), "int8")))
+    assert np.isfinite(y[0]).all()
+    assert not np.isfinite(y[1]).any()
+
+
+@both
+def test_gradients_reach_the_input(quantisation: Quantisation) -> None:
+    x, weight, cotangent = jnp.asarray(normal(2, 64)), packed(normal(24, 64), quantisation), jnp.asarray(normal(2, 24))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(product(x, weight) * cotangent)))(x)
+    assert relative_error(gradient, np.asarray(cotangent @ weight.dequantised())) < 1e-5
+
+
+@pytest.mark.parametrize("in_axis", [0, 1])
+def test_bfloat16_matrices_are_multiplied_with_all_digits_of_float32(in_axis: int) -> None:
+    x, weight = normal(1, 96), jnp.asarray(normal(40, 96), jnp.bfloat16)
+    exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
+    given = weight if in_axis == 1 else weight.T
+    y = jax.jit(product_with_bfloat16, static_argnames="in_axis")(jnp.asarray(x), given, in_axis=in_axis)
+    assert relative_error(y, exact) < 1e-6
+    assert relative_error(linear(jnp.asarray(x), given, in_axis=in_axis), exact) < 1e-6  # pyright: ignore[reportArgumentType]
+
+
+@both
+def test_layers_take_packed_matrices_where_they_took_arrays(quantisation: Quantisation) -> None:
+    x = jnp.asarray(normal(2, 3, 64))
+    weight = packed(normal(32, 64), quantisation)
+    assert relative_error(linear(x, weight), x @ weight.dequantised().T) < 1e-5
+    assert linear(x.astype(jnp.bfloat16), weight).dtype == jnp.bfloat16
+    down, up = (packed(normal(*shape), quantisation, transposed=True) for shape in ((32, 64), (64, 32)))
+    assert down.shape == (64, 32)
+    expected = jnp.tanh(x @ down.dequantised()) @ up.dequantised()
+    assert relative_error(low_rank(x, down, up, jnp.tanh), expected) < 1e-5
+    embedding = Embedding(jnp.zeros((32, 64)))
+    embedding.weight = nnx.Param(weight)  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = jnp.array([[3, 31], [0, 3]])
+    assert relative_error(embedding(tokens), weight.dequantised()[tokens]) == 0
+
+
+@both
+def test_stacked_matrices_are_scanned_and_taken_apart(quantisation: Quantisation) -> None:
+    stack, x = packed(normal(3, 16, 64), quantisation), jnp.asarray(normal(1, 64))
+    assert (stack.shape, stack.ndim, stack[...] is stack) == ((3, 16, 64), 3, True)
+    _, scanned = jax.lax.scan(lambda _, weight: (None, product(x, weight)), None, stack)
+    for y, weight in zip(scanned, stack, strict=True):
+        assert relative_error(y, in_float64(x, weight)) < 1e-6
+        assert (weight.T.shape, weight.T.T.shape) == ((64, 16), (16, 64))
+
+
+def test_what_a_packed_matrix_cannot_do_is_said() -> None:
+    stack = packed(normal(3, 16, 64), "int8")
+    with pytest.raises(ValueError, match=r"a product takes one matrix \[out, in\], not \(64, 16\)"):
+        product(jnp.zeros((1, 64)), stack[0].T)
+    with pytest.raises(ValueError, match="one matrix at a time"):
+        _ = stack.T
+    with pytest.raises(ValueError, match="rows are looked up in one matrix"):
+        stack.rows(jnp.array([0]))
+    with pytest.raises(IndexError, match="no rows of its own"):
+        _ = stack[0][0]
+
+
+def test_unpacked_4_bit_numbers_fit_into_8() -> None:
+    matrix = normal(50, 256) * np.exp(2 * normal(50, 256, seed=2))
+    weight = packed(matrix, "int4")
+    exact = (
+        (np.asarray(weight.codes)[..., None] >> np.array([0, 4], np.uint8) & 15).swapaxes(-1, -2).astype(int)
+        * np.asarray(weight.multiplier, int)[..., None, None]  # pyright: ignore[reportAttributeAccessIssue]
+        + np.asarray(weight.offset, int)[..., None, None]  # pyright: ignore[reportAttributeAccessIssue]
+    ).reshape(50, 256)
+    assert exact.min() >= -128
+    assert exact.max() <= 127
+    np.testing.assert_array_equal(weight.integers(), exact)
+    assert weight.codes.shape == (50, 256 // GROUP_SIZE, 16)

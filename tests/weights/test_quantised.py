@@ -1,0 +1,225 @@
+"""Models in fewer bits: how near they stay, how small they are, in files and back; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.typing import NDArray
+
+from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.weights.official import official_shapes
+from rwkv_jax.weights.pretrained import convert
+from rwkv_jax.weights.quantised import QUANTISATIONS, Quantisation, pack, quantisation_of
+from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
+from rwkv_jax.weights.tensors import WeightsError
+from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
+from tests.weights.files import CONFIGS, random_tensors, tensors_in
+
+SMALLEST_AND_LARGEST_RATIO = {"int8": (0.26, 0.30), "int4": (0.14, 0.20)}
+"""Bytes of a file against those in float32."""
+
+WIDE = {
+    key: dataclasses.replace(CONFIGS[key], width=64, ffn_width=96, head_dim=16 if key != "4" else 64)
+    for key in ("4", "5.2", "6", "7")
+}
+
+
+def source(folder: Path, config: ModelConfig, dtype: str = "float32") -> Path:
+    """A file of random weights."""
+    path = folder / "float.safetensors"
+    write_safetensors(path, random_tensors(config, dtype))
+    return path
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _logits(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens)[0]
+
+
+def logits(model: LanguageModel, tokens: NDArray) -> NDArray:
+    return np.asarray(_logits(*nnx.split(model, nnx.Param), jnp.asarray(tokens)))
+
+
+def packed_names(model: LanguageModel) -> set[str]:
+    leaves = jax.tree.leaves_with_path(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)), is_leaf=lambda x: isinstance(x, PackedMatrix)
+    )
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, x in leaves if isinstance(x, PackedMatrix)}
+
+
+@pytest.mark.parametrize(
+    ("key", "quantize"),
+    [("4", "int8"), ("5.2", "int4"), ("6", "int8"), ("6", "int4"), *(("7", quantize) for quantize in QUANTISATIONS)],
+)
+def test_a_quantised_model_is_that_of_its_rounded_weights(tmp_path: Path, key: str, quantize: Quantisation) -> None:
+    config = WIDE[key]
+    path = source(tmp_path, config)
+    model = from_pretrained(path, quantize=quantize)
+    saved = tmp_path / "packed.safetensors"
+    save_pretrained(model, saved)
+    convert(saved, tmp_path / "rounded.safetensors", dtype="float32")
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 20))
+    found = logits(model, tokens)
+    assert relative_error(found, logits(from_pretrained(tmp_path / "rounded.safetensors"), tokens)) < 1e-4
+    assert model.config.dtype == "float32"
+    # Loaded again, it is the same model; said again, the quantisation is no contradiction.
+    for name, again in (("again", from_pretrained(saved)), ("said", from_pretrained(saved, quantize=quantize))):
+        save_pretrained(again, tmp_path / f"{name}.safetensors")
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == saved.read_bytes()
+    np.testing.assert_array_equal(logits(from_pretrained(saved), tokens), found)
+
+
+def test_vectors_and_norms_stay_in_float32(tmp_path: Path) -> None:
+    model = from_pretrained(source(tmp_path, WIDE["7"], "bfloat16"), quantize="int8")
+    names = packed_names(model)
+    assert {"emb.weight", "head.weight", "blocks.att.key.weight", "first_block.ffn.value.weight"} <= names
+    assert not any(".ln" in name or name.rsplit(".", 1)[1] in ("w0", "a0", "k_k", "r_k", "x_r") for name in names)
+    assert model.blocks.att.w0[...].dtype == model.blocks.ln1.weight[...].dtype == jnp.float32
+
+
+def test_low_ranks_of_a_wide_model_stay_in_float32_and_the_decays_never_has_4_bits() -> None:
+    def chosen(name: str, *shape: int) -> Quantisation | None:
+        return quantisation_of(f"blocks.1.att.{name}", shape, "int4")
+
+    assert chosen("w1", 768, 64) is None
+    assert chosen("g1", 768, 128) == "int4"
+    assert chosen("g2", 128, 768) == "int4"
+    assert chosen("w2", 32, 64) == chosen("time_decay_w1", 64, 64) == "int8"
+    assert chosen("a2", 32, 64) == chosen("time_maa_w2", 5, 32, 64) == "int4"
+    assert chosen("a2", 24, 64) == "int8"  # no groups of 32
+    assert chosen("r_k", 12, 64) is None
+    assert quantisation_of("blocks.1.att.w2", (32, 64), "bfloat16") == "bfloat16"
+
+
+def bytes_in_file(config: ModelConfig, quantize: Quantisation) -> int:
+    """Of all tensors, from their shapes alone."""
+    total = 0
+    for name, shape in official_shapes(config).items():
+        held, numbers = quantisation_of(name, shape, quantize), math.prod(shape)
+        total += int(numbers * {None: 4, "bfloat16": 2, "int8": 1, "int4": (16 + 2) / 32}[held])
+        if held is not None:
+            total += 4 * numbers // (shape[-1] if name.endswith(".weight") else shape[-2])
+    return total
+
+
+@pytest.mark.parametrize("generation", ["4", "5.2", "6", "7"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_files_of_a_real_size_are_as_small_as_they_should_be(generation: str, quantize: Quantisation) -> None:
+    config = ModelConfig(generation=generation, vocab_size=65536, num_layers=12, width=768)  # pyright: ignore[reportArgumentType]
+    ratio = bytes_in_file(config, quantize) / (4 * config.num_parameters())
+    smallest, largest = SMALLEST_AND_LARGEST_RATIO[quantize]
+    # Without low-rank maps there is nothing but matrices, and a file can only be smaller.
+    assert (smallest if generation in ("6", "7") else 0.9 * smallest) <= ratio <= largest
+
+
+TRAINED = {"4v0-660K": "p1", "5v2-730K": "p1", "6v0-1m": "p4"}
+"""Small trained models, and a prompt of each that is like what it was trained on."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_models_lose_little_and_their_files_shrink(tmp_path: Path, name: str) -> None:
+    numbers = load_golden(f"tiny/{name}.golden.npz")
+    tokens = numbers[f"tokens_{TRAINED[name]}"]
+    reference = numbers[f"nll64_{TRAINED[name]}"].mean()
+    path = tmp_path / "float.safetensors"
+    convert(GOLDEN_DIR / "tiny" / f"{name}.safetensors", path, dtype="float32")
+    bounds: dict[Quantisation, float] = {"int8": 0.01, "int4": 0.08}
+    for quantize, bound in bounds.items():
+        model = from_pretrained(path, quantize=quantize)
+        log_probabilities = jax.nn.log_softmax(logits(model, tokens[None])[0])
+        loss = -log_probabilities[np.arange(len(tokens) - 1), tokens[1:]].mean()
+        assert abs(math.exp(loss - reference) - 1) < bound, quantize
+        save_pretrained(model, tmp_path / f"{quantize}.safetensors")
+        ratio = (tmp_path / f"{quantize}.safetensors").stat().st_size / path.stat().st_size
+        smallest, largest = SMALLEST_AND_LARGEST_RATIO[quantize]
+        assert smallest <= ratio <= largest, quantize
+
+
+@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.01), ("int4", 0.08)])
+def test_packing_stays_near(quantize: Quantisation, bound: float) -> None:
+    matrix = np.random.default_rng(0).standard_normal((256, 768)).astype(np.float32)
+    matrix[3], matrix[5, 7] = 0, 30  # a row of zeros, an outlier
+    parts = pack(matrix, quantize)
+    codes = parts["codes"]
+    if quantize == "int4":
+        codes = np.concatenate([codes & 15, codes >> 4], axis=-1).astype(int)
+        codes = (codes * parts["multiplier"][..., None] + parts["offset"][..., None]).reshape(matrix.shape)
+    rounded = codes * parts["scale"][:, None]
+    assert relative_error(np.delete(rounded, 5, 0), np.delete(matrix, 5, 0)) < bound
+    assert np.abs(rounded[3]).max() < 1e-30
+    assert abs(rounded[5, 7] - 30) < 30 * bound
+
+
+# What is refused
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    path = source(tmp_path, WIDE["7"])
+    with pytest.raises(WeightsError, match=r"quantize = 'int2': must be None or one of int8, int4, bfloat16"):
+        from_pretrained(path, quantize="int2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WeightsError, match="does not go with dtype = 'float64'"):
+        from_pretrained(path, quantize="int8", dtype="float64")
+    with pytest.raises(WeightsError, match="packed matrices are on one device"):
+        from_pretrained(path, quantize="int8", mesh=jax.make_mesh((1,), ("x",)))
+    model = from_pretrained(path, quantize="int8")
+    save_pretrained(model, tmp_path / "packed.safetensors")
+    with pytest.raises(WeightsError, match=r"packed\.safetensors: quantize = 'int4': the file is int8 already"):
+        from_pretrained(tmp_path / "packed.safetensors", quantize="int4")
+    for target, options in (("a.pth", {}), ("a", {"layout": "flash-linear-attention"}), ("a", {"dtype": "float32"})):
+        with pytest.raises(WeightsError, match="packed matrices are written as they are"):
+            save_pretrained(model, tmp_path / target, **options)  # pyright: ignore[reportArgumentType]
+        assert not (tmp_path / target).exists()
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = random_tensors(WIDE["7"])
+    tensors["blocks.1.att.key.weight"][3, 4] = np.inf
+    write_safetensors(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(WeightsError, match=r"blocks\.1\.att\.key\.weight: has numbers that are not finite"):
+        from_pretrained(tmp_path / "bad.safetensors", quantize="int4")
+
+
+def test_damaged_packed_files_are_refused_by_name(tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(source(tmp_path, WIDE["7"]), quantize="int4"), tmp_path / "packed.safetensors")
+    whole = dict(tensors_in_file(tmp_path / "packed.safetensors"))
+    head = "head.weight"
+
+    def refused(change: dict[str, NDArray | None], message: str) -> None:
+        changed = {name: x for name, x in (whole | change).items() if x is not None}
+        path = tmp_path / f"{abs(hash(message))}.safetensors"
+        write_safetensors(path, changed)
+        with pytest.raises(WeightsError, match=message):
+            from_pretrained(path)
+
+    refused({f"{head}.offset": None}, r"parts of packed tensors are missing: head\.weight\.offset")
+    refused(
+        {f"{head}.scale": whole[f"{head}.scale"][1:]}, r"head\.weight\.scale is float32 \[28\], must be float32 \[29"
+    )
+    refused({f"{head}.multiplier": whole[f"{head}.multiplier"].astype(np.int32)}, "multiplier is int32")
+    refused({head: np.zeros((29, 64), np.float32)}, r"head\.weight is there twice")
+    refused({name: None for name in whole if name.startswith(head)}, r"missing +head\.weight \[29, 64\]")
+
+
+def tensors_in_file(path: Path) -> dict[str, NDArray]:
+    return dict(read_safetensors(path))
+
+
+def test_a_converted_packed_file_is_a_float32_one(tmp_path: Path) -> None:
+    path = source(tmp_path, WIDE["6"])
+    save_pretrained(from_pretrained(path, quantize="int8"), tmp_path / "packed")
+    convert(tmp_path / "packed", tmp_path / "float.pth")
+    tensors = tensors_in(tmp_path / "float.pth")
+    assert {name: x.shape for name, x in tensors.items()} == official_shapes(WIDE["6"])
+    original = tensors_in(path)
+    assert max(relative_error(tensors[name], original[name]) for name in original) < 0.02
