@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from rwkv_jax.inference.snapshot import Snapshot
 
 MOST_TOP_LOG_PROBABILITIES = 20
 """Likeliest tokens that can be asked for with each token."""
+
+MOST_SEED = 2**32 - 1
+"""Seeds fit in 32 bits."""
 
 FinishReason = Literal["stop", "length"]
 """A stop id or stop string was written, or as many tokens as were allowed."""
@@ -62,6 +66,13 @@ class Request:
         Raises:
           ConfigError: names the value, and what would do.
         """
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling = {self.sampling!r}: must be a Sampling")
+        if not isinstance(self.client, str):
+            raise ConfigError(f"client = {self.client!r}: must be a string")
+        require_whole("max_tokens", self.max_tokens, 0)
+        require_whole("seed", self.seed, 0, MOST_SEED)
+        require_whole("num_top", self.num_top, 0, MOST_TOP_LOG_PROBABILITIES)
         start = 0 if self.start is None else self.start.num_tokens
         if not self.ids and not start:
             raise ConfigError("prompt: is empty; give at least one token (the end-of-text id begins a text)")
@@ -69,16 +80,10 @@ class Request:
             raise ConfigError("prompt: is empty, and no tokens are asked for; give tokens to read")
         for name, ids in (("prompt", self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
             _check_ids(name, ids, vocab_size)
-        if self.max_tokens < 0:
-            raise ConfigError(f"max_tokens = {self.max_tokens}: must not be negative")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
-        if not 0 <= self.num_top <= MOST_TOP_LOG_PROBABILITIES:
-            raise ConfigError(f"num_top = {self.num_top}: must lie from 0 to {MOST_TOP_LOG_PROBABILITIES}")
         if "" in self.stop:
             raise ConfigError("stop = '': an empty string would end every text; leave it out")
-        if not math.isfinite(self.guidance):
-            raise ConfigError(f"guidance = {self.guidance}: must be a number; 1 is no guidance")
+        if not isinstance(self.guidance, numbers.Real) or not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance = {self.guidance!r}: must be a number; 1 is no guidance")
         if (self.guidance != 1) != bool(self.unguided_ids):
             raise ConfigError(
                 f"guidance = {self.guidance} and an unguided prompt of {len(self.unguided_ids)} tokens: guidance needs "
@@ -95,12 +100,21 @@ class Request:
             )
 
 
+def require_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ConfigError for what is no whole number, or not within bounds."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or int(value) < least or (most is not None and int(value) > most):
+        bounds = f"not less than {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} = {value!r}: must be a whole number, {bounds}")
+
+
 def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
     if not ids:
         return
+    if not all(isinstance(token, numbers.Integral) and not isinstance(token, bool) for token in ids):
+        wrong = next(token for token in ids if not isinstance(token, numbers.Integral) or isinstance(token, bool))
+        raise ConfigError(f"{name}: must be integers, token ids; {wrong!r} is {type(wrong).__name__}")
     values = np.asarray(tuple(ids))
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ConfigError(f"{name}: must be integers, token ids; these are {values.dtype}")
     if values.min() < 0 or values.max() >= vocab_size:
         worst = values.min() if values.min() < 0 else values.max()
         raise ConfigError(f"{name}: token id {worst} must lie from 0 to V - 1 = {vocab_size - 1}")

@@ -345,7 +345,7 @@ def _kept(logits: Array, settings: Settings) -> Array:
     relative = logits - largest
     scaled = jnp.where(is_rwkv, relative, relative / temperature)
     weights = jnp.exp(scaled)
-    everything = jnp.full(top_k.shape, -jnp.inf)
+    everything = jnp.full(top_k.shape, -jnp.inf, logits.dtype)
 
     def top_k_floor() -> Array:
         floor = largest_floor(lambda floor: _count(logits >= floor), top_k, -jnp.inf, largest[:, 0], lambda floor: 1.0)

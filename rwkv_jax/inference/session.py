@@ -29,6 +29,10 @@ class StreamLike(Protocol):
         """The next chunk; StopIteration from the end on."""
         ...
 
+    async def __anext__(self) -> Chunk:
+        """The same for tasks; StopAsyncIteration from the end on."""
+        ...
+
     def cancel(self) -> None:
         """Ends it behind the chunks that were collected; an ended one stays as it is."""
         ...
@@ -247,11 +251,15 @@ class SessionStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """As `next`, while other tasks run."""
-        chunk = await asyncio.to_thread(next, self, None)
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
+        """As `next`, while other tasks run. A task that is cancelled meanwhile has collected nothing."""
+        try:
+            return await anext(self._stream)
+        except StopAsyncIteration:
+            await asyncio.to_thread(self._session._settle, self._stream)
+            raise
+        except Exception:
+            self._session._give_up(self._stream)
+            raise
 
     def cancel(self) -> None:
         """Ends the stream behind the chunks that were collected, from any thread; an ended one stays as it is."""

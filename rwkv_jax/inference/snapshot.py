@@ -15,14 +15,14 @@ class StateError(ConfigError):
     """A state that belongs to another model, generation or tokenizer."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
     """One text's state; nothing changes it, so that texts which begin alike can share it."""
 
     state: Any
     """What the model carries, without an axis of rows: a tuple of one `State` (`KeyValueCache`) a layer."""
     logits: Array
-    """float32 [V], of the token that comes next."""
+    """[V] of the token that comes next, in float32; in float64 of a float64 model."""
     num_tokens: int
     """Tokens read since the text began."""
     owner: str | None = None

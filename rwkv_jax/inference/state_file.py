@@ -75,7 +75,7 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
         model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
         tokenizer=tokenizer.fingerprint,
         state=(row,) * config.num_layers,
-        logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.float32),
+        logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.dtype(config.parameter_dtype)),
     )
 
 

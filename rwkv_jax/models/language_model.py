@@ -7,6 +7,7 @@ time therefore does not grow with depth.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -401,4 +402,13 @@ def unstacked(model: Model) -> Model:
     layers = jax.jit(lambda params: [layer(params, index) for index in range(model.config.num_layers - 1)])(params)
     result = nnx.merge(*nnx.split(model))
     result.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
+    return result
+
+
+def with_implementation(model: Model, implementation: str) -> Model:
+    """The same model, its arrays shared, with a named implementation of its WKV operator."""
+    result = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(result):
+        if isinstance(config := getattr(module, "config", None), ModelConfig):
+            module.config = dataclasses.replace(config, wkv_implementation=implementation)  # pyright: ignore[reportAttributeAccessIssue]
     return result

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
@@ -29,8 +28,6 @@ GROUP_SIZE = 32
 NUM_DIGITS = 3
 _DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
 
-_LONG_ROW = 3072  # how `_contract_folded` reads matrices that have many more rows than this
-_MANY_ROWS = 1536
 _TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they stay in a core's cache
 
 
@@ -155,9 +152,7 @@ class Int4Matrix(PackedMatrix):
     def times(self, x: Array) -> Array:
         """See `PackedMatrix`."""
         parts = (self.codes, self.multiplier, self.offset)
-        return self.scale * lax.platform_dependent(
-            x, *parts, cpu=_times_int4_by_digits, default=functools.partial(_times_tiles, _times_converted)
-        )
+        return self.scale * lax.platform_dependent(x, *parts, cpu=_times_int4_by_digits, default=_times_int4_converted)
 
 
 def product(x: Array, weight: PackedMatrix) -> Array:
@@ -230,42 +225,43 @@ def _times_converted(x: Array, integers: Array) -> Array:
 
 def _times_by_digits(x: Array, integers: Array) -> Array:
     digits, unit = split_rows(x)
-    return _joined(_contract_folded(digits, integers), unit)
+    return _joined(_contract_digits(digits, integers), unit)
 
 
-def _contract_folded(x: Array, weight: Array) -> Array:
-    """x [rows, in] @ weight^T in int8, some rows of the weight [out, in] being read as one: int32 [rows, out].
+def _contract_digits(digits: Array, integers: Array) -> Array:
+    """integers [out, in] @ digits^T [in, rows] in int8: int32 [out, rows].
 
-    XLA's CPU backend reads long rows up to 1.5 times as fast as short ones. So a large matrix with short rows is read
-    as [out / fold, fold * in], and each x stands in `fold` rows, in a place of its own among zeros.
+    The matrix stands on the left: XLA's CPU backend brings what stands on the right into another order first, at every
+    call, which for a matrix takes up to three times as long as the product itself. (Transposed right away, the product
+    would be turned round again.)
     """
-    out, width = weight.shape
-    rows = x.shape[0]
-    fits = (n for n in (4, 3, 2) if out % n == 0 and n * width <= _LONG_ROW and out >= n * _MANY_ROWS)
-    fold = next(fits, 1) if rows <= NUM_DIGITS else 1
-    if fold == 1:
-        return _contract(x, weight, jnp.int32)
-    places = jnp.eye(fold, dtype=x.dtype)[:, None, :, None] * x[None, :, None, :]
-    y = _contract(places.reshape(fold * rows, fold * width), weight.reshape(out // fold, fold * width), jnp.int32)
-    return jnp.moveaxis(y.reshape(fold, rows, -1), 0, 2).reshape(rows, out)
+    return lax.dot_general(integers, digits, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def _times_int4_converted(x: Array, codes: Array, multiplier: Array, offset: Array) -> Array:
+    return _times_tiles(lambda x, tile: _times_converted(x, tile).T, x, codes, multiplier, offset).T
 
 
 def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Array) -> Array:
     digits, unit = split_rows(x)
-    sums = _times_tiles(functools.partial(_contract, dtype=jnp.int32), digits, codes, multiplier, offset)
+    sums = _times_tiles(_contract_digits, digits, codes, multiplier, offset)
     return _joined(sums, unit)
 
 
 def _joined(sums: Array, unit: Array) -> Array:
-    """The product of rows x from the products int32 [3 rows, out] of their digits."""
-    first, second, third = sums.astype(jnp.float32).reshape(NUM_DIGITS, unit.shape[0], -1)
-    return unit * (first + (second + third / _DIGIT_BASE) / _DIGIT_BASE)
+    """The product of rows x from the products int32 [out, 3 rows] of their digits: [rows, out]."""
+    first, second, third = jnp.moveaxis(sums.astype(jnp.float32).reshape(-1, NUM_DIGITS, unit.shape[0]), 1, 0)
+    return (unit[:, 0] * (first + (second + third / _DIGIT_BASE) / _DIGIT_BASE)).T
 
 
 def _times_tiles(
     times: Callable[[Array, Array], Array], x: Array, codes: Array, multiplier: Array, offset: Array
 ) -> Array:
-    """x [rows, in] times an unscaled 4-bit matrix, of which some rows are unpacked at a time: [rows, out]."""
+    """An unscaled 4-bit matrix, of which some rows are unpacked at a time, times x [rows, in]: [out, rows].
+
+    Args:
+      times: x and an int8 matrix [out, in] -> [out, rows].
+    """
     out, num_groups, half = codes.shape
     rows = x.shape[0]
     # The two halves of the bytes are multiplied one after the other, so that they need not be interleaved.
@@ -282,8 +278,7 @@ def _times_tiles(
     # The last tile is as large as the others: it begins earlier, and what it does again is left out.
     starts = jnp.minimum(jnp.arange(num_tiles) * size, out - size)
     y = lax.map(lambda start: tile(*(_from(start, size, part) for part in (codes, multiplier, offset))), starts)
-    whole = jnp.moveaxis(y[:-1], 0, 1).reshape(rows, -1)
-    return jnp.concatenate([whole, y[-1][:, num_tiles * size - out :]], axis=1)
+    return jnp.concatenate([y[:-1].reshape(-1, rows), y[-1][num_tiles * size - out :]])
 
 
 def _from(start: Array, size: int, x: Array) -> Array:

@@ -115,6 +115,12 @@ class FakeStream:
             self.has_ended = True
         return Chunk(0, self._said.decode(errors="ignore")[before:], (token,), (-1.0,), (), reason, stop)
 
+    async def __anext__(self) -> Chunk:
+        try:
+            return next(self)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
     def cancel(self) -> None:
         self.has_ended = True
 

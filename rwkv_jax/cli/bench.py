@@ -1,0 +1,236 @@
+"""`rwkv bench`: latency, throughput and memory of a model, or of random weights of a shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rwkv_jax.cli.flags import Quantize, WeightsFlags
+from rwkv_jax.cli.machine import describe_machine
+from rwkv_jax.config import ConfigError, Generation, ModelConfig
+
+if TYPE_CHECKING:
+    from rwkv_jax.data.tokenizers import Tokenizer
+    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.measure import Timing
+    from rwkv_jax.models import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchedModel:
+    """What is measured."""
+
+    source: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="SOURCE")]] = None
+    """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub; or give --random."""
+    random: str | None = None
+    """LAYERSxWIDTH such as 12x768: random weights of that shape, instead."""
+    generation: Generation = "7"
+    """With --random: which RWKV, or transformer."""
+    vocab_size: int = 65536
+    """With --random: V."""
+    tokenizer: str | None = None
+    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """In which to hold weights and compute; None is what the weights are in, float32 with --random."""
+    quantize: Quantize | None = None
+    """Hold matrices in fewer bits, and everything else in float32; None leaves them as they are."""
+
+    def load(self, context_length: int | None = None) -> tuple[LanguageModel, Tokenizer]:
+        """The model and a tokenizer.
+
+        Args:
+          context_length: tokens that a random Transformer's state is to hold.
+
+        Raises:
+          ConfigError: neither of source and random, or both, a shape that cannot be, or as `WeightsFlags.load`.
+        """
+        if (self.source is None) == (self.random is None):
+            raise ConfigError("bench: name weights or give --random LAYERSxWIDTH, one of the two")
+        if self.source is not None:
+            flags = WeightsFlags(self.source, tokenizer=self.tokenizer, dtype=self.dtype, quantize=self.quantize)
+            return flags.load()
+
+        from rwkv_jax.inference.random_model import NumberTokenizer, random_model
+
+        config = self._random_config(context_length)
+        return random_model(config, self.quantize), NumberTokenizer(config.vocab_size)
+
+    def _random_config(self, context_length: int | None) -> ModelConfig:
+        assert self.random is not None
+        shape = re.fullmatch(r"(\d+)x(\d+)", self.random)
+        if shape is None:
+            raise ConfigError(f"random = {self.random!r}: must be LAYERSxWIDTH, such as 12x768")
+        if self.tokenizer is not None:
+            raise ConfigError(f"tokenizer = {self.tokenizer!r}: random weights have one of their own; leave it out")
+        if self.quantize is not None and self.dtype is not None:
+            raise ConfigError(f"dtype = {self.dtype!r}: random weights that are packed are in float32; leave it out")
+        return ModelConfig(
+            generation=self.generation,
+            vocab_size=self.vocab_size,
+            num_layers=int(shape[1]),
+            width=int(shape[2]),
+            dtype=self.dtype or "float32",
+            context_length=context_length if self.generation == "transformer" else None,
+        )
+
+    def describe(self, model: ModelConfig) -> str:
+        """The model in a line."""
+        held = self.quantize or model.dtype
+        return (
+            f"{model.architecture}, {model.num_layers} x {model.width}, vocabulary {model.vocab_size}, "
+            f"{model.num_parameters() / 1e6:.1f}M parameters, {held}{', random weights' if self.random else ''}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Time that a token takes after contexts of several lengths, one text at a time."""
+
+    model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
+    contexts: tuple[int, ...] = (512, 2048, 8192)
+    """Tokens that were read before."""
+    tokens: int = 32
+    """Timed in each repetition, in whole bursts of 8."""
+    repetitions: int = 5
+    """Of which the median is taken; contexts take turns."""
+    json: bool = False
+    """Print JSON rather than a table."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        _require_positive(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        # A Transformer's state must hold what is written, too.
+        room = -(-max(self.contexts) // 256) * 256 + self.tokens + 256
+        model, tokenizer = self.model.load(room)
+
+        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.measure import latency
+
+        engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
+        found = latency(engine, self.contexts, num_tokens=self.tokens, repetitions=self.repetitions)
+        columns = ("tokens before", "ms a token", "lowest - highest")
+        rows = [(f"{context:,}", f"{1e3 * timing.median:.2f}", _spread(timing)) for context, timing in found.items()]
+        values = {str(context): _record(timing) for context, timing in found.items()}
+        _report(self.model.describe(model.config), columns, rows, {"seconds_per_token": values}, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Tokens a second where several texts are written at once."""
+
+    model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    """Texts at once, each number in an engine of as many slots."""
+    tokens: int = 32
+    """Timed of each text in each repetition, in whole bursts of 8."""
+    repetitions: int = 5
+    """Of which the median is taken; numbers of texts take turns."""
+    json: bool = False
+    """Print JSON rather than a table."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        _require_positive(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        model, tokenizer = self.model.load()
+
+        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.measure import throughput
+        from rwkv_jax.models.language_model import unstacked
+
+        model = unstacked(model)  # once, for all engines
+
+        def engine_of(size: int) -> Engine:
+            return Engine(model, tokenizer, EngineOptions(num_slots=size, batch_sizes=(size,), prefix_bytes=0))
+
+        engines = {size: engine_of(size) for size in sorted(set(self.batch_sizes))}
+        found = throughput(engines, num_tokens=self.tokens, repetitions=self.repetitions)
+        columns = ("texts at once", "tokens/s", "ms a token of each", "lowest - highest")
+        rows = [
+            (f"{size}", f"{size / timing.median:,.1f}", f"{1e3 * timing.median:.2f}", _spread(timing))
+            for size, timing in found.items()
+        ]
+        values = {str(size): _record(timing) for size, timing in found.items()}
+        _report(self.model.describe(model.config), columns, rows, {"seconds_per_token_of_each": values}, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of parameters, and of a text's state beside the cache of a Transformer of equal size."""
+
+    model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
+    contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
+    """Tokens of a text."""
+    json: bool = False
+    """Print JSON rather than a table."""
+
+    def run(self) -> None:
+        """Counts and prints."""
+        _require_positive(contexts=self.contexts)
+        model, _ = self.model.load()
+
+        from rwkv_jax.inference.measure import memory
+
+        use = memory(model, self.contexts)
+        held = ", ".join(f"{size / 1e6:,.1f} MB of {name}" for name, size in use.parameters.items())
+        agree = "as" if use.state == use.state_expected else f"NOT {use.state_expected:,} as"
+        lines = (
+            f"parameters: {held}",
+            f"state of a text: {use.state:,} bytes, {agree} in closed form; an engine adds {use.logits:,} of logits",
+            f"Transformer of equal size: {use.transformer}",
+        )
+        columns = ("tokens of a text", "state", "Transformer's keys and values", "ratio")
+        rows = [
+            (f"{context:,}", f"{use.state / 1e6:,.2f} MB", f"{size / 1e6:,.2f} MB", f"{size / use.state:,.1f}")
+            for context, size in use.caches.items()
+        ]
+        _report(
+            "\n".join((self.model.describe(model.config), *lines)), columns, rows, dataclasses.asdict(use), self.json
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure latency, throughput or memory on this machine; leave it alone meanwhile."""
+
+    what: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Latency, tyro.conf.subcommand("latency")]
+        | Annotated[Throughput, tyro.conf.subcommand("throughput")]
+        | Annotated[Memory, tyro.conf.subcommand("memory")]
+    ]
+
+    def run(self) -> None:
+        """Measures and prints."""
+        self.what.run()
+
+
+def _report(
+    model: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], values: dict[str, Any], as_json: bool
+) -> None:
+    if as_json:
+        print(json.dumps({"machine": describe_machine(), "model": model.splitlines()[0]} | values))
+        return
+    print(describe_machine())
+    print(f"{model}\n")
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _record(timing: Timing) -> dict[str, Any]:
+    return {"median": timing.median, "all": timing.seconds}
+
+
+def _spread(timing: Timing) -> str:
+    """Milliseconds."""
+    return f"{1e3 * min(timing.seconds):.2f} - {1e3 * max(timing.seconds):.2f}"
+
+
+def _require_positive(**values: tuple[int, ...]) -> None:
+    """Before weights are loaded."""
+    for name, numbers in values.items():
+        if not numbers or min(numbers) < 1:
+            raise ConfigError(f"{name} = {' '.join(map(str, numbers))}: must be at least 1 each, and one at least")

@@ -1,0 +1,274 @@
+"""`rwkv chat`: a conversation on a terminal, or through pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags
+from rwkv_jax.cli.speed import Speed
+from rwkv_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_jax.inference.chat import ChatFormat
+    from rwkv_jax.inference.dialogue import Dialogue
+
+FIRST_BRANCH = "main"
+"""Name of the conversation with which a chat begins."""
+
+HELP = """\
+/fork NAME     keep a copy of the conversation as it stands under a name, and stay here
+/switch NAME   go on with the conversation of a name; the one you leave stays under its own
+/save FILE     write the state to a file; /load FILE goes on from there, on any machine with the same model
+/load FILE     go on from a saved state
+/retry         take the last reply back and have another one
+/undo          take the last turn back
+/thoughts      what the model thought before its last answer
+/reset         begin anew
+/help          this
+/quit          end, as the end of input does
+Ctrl-C ends a reply; the conversation goes on behind what was shown. Twice, it ends the program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Converse with a model; its state is the history, so that each turn reads nothing but its new text."""
+
+    weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
+    format: Literal["world", "raven", "pile-qa"] = "world"
+    """How the model was taught to converse: world (User and Assistant) for World and G1 models, raven (Bob and Alice)
+    for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
+    system: str | None = None
+    """What the model is told before the first message."""
+    thinking: Literal["none", "think", "think a bit", "think a lot", "closed", "empty"] = "none"
+    """How a G1 model comes to its answer: by thinking, or straight away after thoughts that are closed or empty."""
+    tokens: int = 2048
+    """Most tokens of a reply."""
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: SamplingFlags(preset="rwkv")
+    )
+    seed: int = 0
+    """Seed of the first reply's draws; each reply has the next one."""
+    verbose: bool = False
+    """Say how fast each reply was, on standard error, as it is said on a terminal anyway."""
+
+    def run(self) -> None:
+        """Answers lines of standard input until it ends."""
+        if self.tokens < 1:
+            raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        chat_format, sampling = self._format(), self.sampling.sampling()
+        chat_format.first_turn("message", self.system)
+        model, tokenizer = self.weights.load()
+
+        from rwkv_jax.inference.dialogue import Dialogue
+        from rwkv_jax.inference.engine import Engine, EngineOptions
+
+        engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
+        tells_speed = self.verbose or sys.stderr.isatty()
+        chat = ChatLoop(
+            Dialogue(engine, chat_format, self.system),
+            {"max_tokens": self.tokens, "sampling": sampling},
+            self.seed,
+            tell_speed=(lambda speed: print(f"[{speed}]", file=sys.stderr)) if tells_speed else None,
+            burst_length=engine.options.burst_length,
+        )
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):  # edits lines and remembers them, where there is one
+                import readline  # noqa: F401
+            print("Type /help for what there is besides talking.")
+        converse(chat)
+
+    def _format(self) -> ChatFormat:
+        from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD
+
+        chat_format = {"world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}[self.format]
+        return dataclasses.replace(chat_format, thinking=self.thinking)
+
+
+class ChatLoop:
+    """Lines in, text out: messages, and commands that begin with a slash."""
+
+    def __init__(
+        self,
+        dialogue: Dialogue,
+        arguments: dict[str, Any],
+        seed: int = 0,
+        *,
+        tell_speed: Callable[[Speed], None] | None = None,
+        burst_length: int = 1,
+    ) -> None:
+        """At the start of a conversation.
+
+        Args:
+          arguments: of every reply, as `Engine.stream` has them: max_tokens, sampling.
+          seed: of the first reply; each reply has the next one.
+          tell_speed: called after each reply.
+          burst_length: of the engine.
+        """
+        self._dialogues, self._branch = {FIRST_BRANCH: dialogue}, FIRST_BRANCH
+        self._arguments, self._next_seed = arguments, seed
+        self._tell_speed, self._burst_length = tell_speed, burst_length
+        self.is_over = False
+        """Whether /quit was said."""
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """The conversation that is going on."""
+        return self._dialogues[self._branch]
+
+    def answer(self, line: str) -> Generator[str]:
+        """What there is to say to a line, in pieces, the last of which ends a line; closing it ends the reply.
+
+        Errors of values are told, and change nothing.
+        """
+        try:
+            if line.startswith("/"):
+                yield from self._command(line)
+            elif line.strip():
+                yield from self._reply(line)
+        except ConfigError as error:
+            yield f"! {error}\n"
+
+    def _reply(self, message: str) -> Iterator[str]:
+        seed, self._next_seed = self._next_seed, (self._next_seed + 1) % 2**32
+        speed = Speed(self._burst_length)
+        pieces = self.dialogue.say(message, seed=seed, **self._arguments)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                speed.count(1)
+                yield piece
+        yield "\n"
+        if self._tell_speed is not None:
+            self._tell_speed(speed)
+
+    def _command(self, line: str) -> Iterator[str]:
+        name, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        commands: dict[str, Callable[[str], Iterator[str]]] = {
+            "/fork": self._fork,
+            "/switch": self._switch,
+            "/save": self._save,
+            "/load": self._load,
+        }
+        plain: dict[str, Callable[[], Iterator[str]]] = {
+            "/retry": self._retry,
+            "/undo": self._undo,
+            "/thoughts": self._thoughts,
+            "/reset": self._reset,
+            "/help": self._help,
+            "/quit": self._quit,
+        }
+        if name in commands:
+            if not argument:
+                raise ConfigError(f"{name}: needs a name behind it; /help lists the commands")
+            return commands[name](argument)
+        if name not in plain:
+            raise ConfigError(f"{name}: there is no such command; /help lists them")
+        if argument:
+            raise ConfigError(f"{name}: takes nothing behind it, not {argument!r}")
+        return plain[name]()
+
+    def _fork(self, name: str) -> Iterator[str]:
+        if name in self._dialogues:
+            raise ConfigError(f"/fork {name}: there is a conversation of that name; take another")
+        self._dialogues[name] = self.dialogue.fork()
+        yield f"{name} stands here too; you are still in {self._branch}\n"
+
+    def _switch(self, name: str) -> Iterator[str]:
+        if name not in self._dialogues:
+            raise ConfigError(f"/switch {name}: there is none of that name; there are {', '.join(self._dialogues)}")
+        self._branch = name
+        yield f"in {name}, {self.dialogue.num_tokens} tokens long\n"
+
+    def _save(self, path: str) -> Iterator[str]:
+        self.dialogue.save(path)
+        yield f"saved to {path}\n"
+
+    def _load(self, path: str) -> Iterator[str]:
+        self.dialogue.load(path)
+        yield f"loaded {path}, {self.dialogue.num_tokens} tokens long\n"
+
+    def _retry(self) -> Iterator[str]:
+        before = self.dialogue
+        undone = before.fork()
+        message = undone.undo()
+        self._dialogues[self._branch] = undone
+        try:
+            yield from self._reply(message)
+        except Exception:  # there is no new reply, so the old one stays
+            self._dialogues[self._branch] = before
+            raise
+
+    def _undo(self) -> Iterator[str]:
+        yield f"taken back: {self.dialogue.undo()}\n"
+
+    def _thoughts(self) -> Iterator[str]:
+        yield f"{self.dialogue.thoughts or 'none'}\n"
+
+    def _reset(self) -> Iterator[str]:
+        self.dialogue.reset()
+        yield "a new conversation\n"
+
+    def _help(self) -> Iterator[str]:
+        yield f"{HELP}\n"
+
+    def _quit(self) -> Iterator[str]:
+        self.is_over = True
+        yield from ()
+
+
+def converse(chat: ChatLoop) -> None:
+    """Reads standard input and writes standard output until one of them ends."""
+    while not chat.is_over:
+        try:
+            line = _read_line()
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line is None:
+            return
+        with _interrupts() as is_interrupted, contextlib.closing(chat.answer(line)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if is_interrupted():
+                    print()
+                    break
+
+
+def _read_line() -> str | None:
+    """The next line; None at the end of input."""
+    try:
+        if sys.stdin.isatty():
+            return input("> ")
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: is not UTF-8 ({error}); convert it") from error
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, for whoever asks, so that nothing is torn apart; the second time it interrupts."""
+    pressed = False
+
+    def press(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

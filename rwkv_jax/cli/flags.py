@@ -1,0 +1,136 @@
+"""Flags that several commands have: which model is run, and how its tokens are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rwkv_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rwkv_jax.data.tokenizers import Tokenizer
+    from rwkv_jax.inference.sampling import Sampling
+    from rwkv_jax.models import LanguageModel
+
+Quantize = Literal["int8", "int4", "bfloat16"]
+"""How matrices may be held, as `rwkv_jax.weights.quantised` has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFlags:
+    """A model with its tokenizer."""
+
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+    """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """Which of a run's checkpoints to use."""
+    tokenizer: str | None = None
+    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """In which to hold weights and compute; None is what the weights are in."""
+    quantize: Quantize | None = None
+    """Hold matrices in fewer bits, and everything else in float32; None leaves them as they are."""
+
+    def load(self) -> tuple[LanguageModel, Tokenizer]:
+        """The model and its tokenizer, which is looked at first.
+
+        Raises:
+          ConfigError: flags that do not go together, or as `from_pretrained` and `load_tokenizer`.
+        """
+        from rwkv_jax.weights.pretrained import from_pretrained
+        from rwkv_jax.weights.sources import find_weights
+
+        place = find_weights(self.source)
+        if place.is_dir():
+            return self._load_run(place)
+        if self.checkpoint != "newest":
+            raise ConfigError(
+                f"checkpoint = {self.checkpoint!r}: {place} is no run, it has no checkpoints to choose from"
+            )
+        tokenizer = self._find_tokenizer(place)
+        return from_pretrained(place, dtype=self.dtype, quantize=self.quantize), tokenizer
+
+    def _load_run(self, run_dir: Path) -> tuple[LanguageModel, Tokenizer]:
+        from flax import nnx
+
+        from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
+        from rwkv_jax.weights.pretrained import from_pretrained
+
+        if self.tokenizer is not None or self.dtype is not None:
+            raise ConfigError(f"{run_dir}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
+        if self.quantize is not None and self.checkpoint != "newest":
+            raise ConfigError(
+                f"quantize = {self.quantize!r}: packs a run's newest checkpoint; leave --checkpoint out, or --quantize"
+            )
+        tokenizer = load_run_tokenizer(run_dir)
+        if self.quantize is not None:
+            return from_pretrained(run_dir, quantize=self.quantize), tokenizer
+        loaded = load_model(run_dir, self.checkpoint)
+        return nnx.merge(loaded.graphdef, loaded.params), tokenizer
+
+    def _find_tokenizer(self, place: Path) -> Tokenizer:
+        from rwkv_jax.data.tokenizers import load_tokenizer
+        from rwkv_jax.weights.official import read_config
+        from rwkv_jax.weights.pretrained import find_tokenizer
+        from rwkv_jax.weights.sources import naming, open_weights
+
+        weights = open_weights(place)
+        with naming(place):
+            vocab_size = read_config(weights.tensors).vocab_size
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer, vocab_size)
+        tokenizer = find_tokenizer(place, vocab_size)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{place}: no tokenizer lies beside it; name one with --tokenizer (world for a World model, whose "
+                "vocabulary has 65536 ids, 20B_tokenizer.json for a Pile model with 50277; this one has "
+                f"{vocab_size})"
+            )
+        return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are chosen: a preset, and what is to differ from it."""
+
+    preset: Literal["plain", "openai", "rwkv"] = "plain"
+    """What the flags below are by default. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's own
+    probabilities. rwkv: as the official package, top-p 0.85, both penalties 0.2, decay 0.996, temperature last."""
+    temperature: float | None = None
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_p: float | None = None
+    """Keep the likeliest tokens whose probabilities add up to this; 1 keeps all."""
+    top_k: int | None = None
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    min_p: float | None = None
+    """Keep tokens at least this many times as likely as the likeliest; 0 keeps all."""
+    typical_p: float | None = None
+    """Keep the most typical tokens whose probabilities add up to this; 1 keeps all."""
+    repetition_penalty: float | None = None
+    """Divides positive logits of tokens that have occurred, multiplies negative ones; 1 is none."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that have occurred."""
+    frequency_penalty: float | None = None
+    """Subtracted from the logit of a token for each of its occurrences."""
+    penalty_decay: float | None = None
+    """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
+    penalise_prompt: bool = False
+    """Whether tokens of the prompt count as occurrences, as generated ones do."""
+
+    def sampling(self) -> Sampling:
+        """The settings. Raises ConfigError for a value that cannot work."""
+        from rwkv_jax.inference.sampling import Sampling
+
+        changes: dict[str, Any] = {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None
+        }
+        if self.preset == "rwkv":
+            return Sampling.rwkv(**changes)
+        if self.preset == "openai":
+            return Sampling.openai(**changes)
+        plain: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
+        return Sampling(**(plain | changes))

@@ -1,0 +1,138 @@
+"""`rwkv generate`: text from a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags
+from rwkv_jax.cli.speed import Speed
+from rwkv_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.requests import Completion
+
+_MOST_AT_ONCE = 16
+"""Texts that are written side by side; more wait."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Sample from a training run, or from weights of any generation in any format that `convert` reads."""
+
+    weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
+    prompt: str = ""
+    """Text to continue; none begins a text, and - reads it from standard input."""
+    prompt_file: Path | None = None
+    """A file that holds the prompt, instead."""
+    tokens: int = 256
+    """Most tokens to write; the text ends earlier where the model ends it."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text, and are no part of it."""
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingFlags)
+    seed: int = 0
+    """Seed of the draws: the same seed writes the same text."""
+    num: int = 1
+    """Texts to write, each with draws of its own."""
+    best_of: int = 1
+    """Texts to write for each one that is shown: the one whose tokens are the likeliest on average."""
+    json: bool = False
+    """Print one JSON object a text, on a line of its own, rather than texts."""
+    log_probabilities: bool = False
+    """With --json: each token's id and its log-probability by the model alone."""
+    verbose: bool = False
+    """Say how fast it was, on standard error, as it is said on a terminal anyway."""
+
+    def run(self) -> None:
+        """Loads the model and writes its text to stdout, as it comes if it is one."""
+        arguments = self._arguments()
+        prompt = self._read_prompt()
+        model, tokenizer = self.weights.load()
+
+        from rwkv_jax.inference.engine import Engine, EngineOptions
+
+        engine = Engine(model, tokenizer, EngineOptions(num_slots=min(self.num * self.best_of, _MOST_AT_ONCE)))
+        ids = engine.encode(prompt, begins=True) if prompt else [tokenizer.end_of_text]
+        is_streamed = self.num == self.best_of == 1 and not self.json
+        speed = Speed(engine.options.burst_length if is_streamed else None)
+        if is_streamed:
+            self._stream(engine, prompt, ids, speed, arguments)
+        else:
+            completions = engine.generate([ids] * self.num, best_of=self.best_of, **arguments)
+            speed.count(sum(len(completion.ids) for completion in completions))
+            self._print(completions, prompt)
+        if self.verbose or sys.stderr.isatty():
+            print(speed, file=sys.stderr)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the engine is asked for. Raises ConfigError, before weights are loaded."""
+        from rwkv_jax.inference.text import check_stop_strings
+
+        for name in ("tokens", "num", "best_of"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} = {value}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        if self.log_probabilities and not self.json:
+            raise ConfigError("log_probabilities: are printed with --json only; add it")
+        stop = check_stop_strings(self.stop)
+        return {"max_tokens": self.tokens, "sampling": self.sampling.sampling(), "seed": self.seed, "stop": stop}
+
+    def _read_prompt(self) -> str:
+        """The prompt. Raises ConfigError if it cannot be read, or is no UTF-8."""
+        if self.prompt and self.prompt_file is not None:
+            raise ConfigError("prompt and prompt_file: are both given; leave one of them out")
+        place, prompt = "prompt", self.prompt
+        try:
+            if self.prompt_file is not None:
+                place = f"prompt_file = {str(self.prompt_file)!r}"
+                prompt = self.prompt_file.read_text(encoding="utf-8")
+            elif self.prompt == "-":
+                place = "standard input"
+                prompt = sys.stdin.read()
+            prompt.encode()
+        except OSError as error:
+            raise ConfigError(f"{place}: cannot be read ({error.strerror}); name a file of text") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{place}: is not UTF-8 ({error}); convert it") from error
+        except UnicodeEncodeError as error:  # a command line's stray bytes arrive as lone surrogates
+            raise ConfigError(f"{place} = {prompt!r}: is not UTF-8") from error
+        return prompt
+
+    def _stream(self, engine: Engine, prompt: str, ids: list[int], speed: Speed, arguments: dict[str, Any]) -> None:
+        print(prompt, end="", flush=True)
+        with engine.stream(ids, **arguments) as chunks:
+            for chunk in chunks:
+                speed.count(len(chunk.ids))
+                print(chunk.text, end="", flush=True)
+        print()
+
+    def _print(self, completions: list[Completion], prompt: str) -> None:
+        for number, completion in enumerate(completions, start=1):
+            if self.json:
+                print(json.dumps(self._record(completion, prompt), ensure_ascii=False))
+            else:
+                heading = f"--- {number} of {self.num}\n" if self.num > 1 else ""
+                print(f"{heading}{prompt}{completion.text}")
+
+    def _record(self, completion: Completion, prompt: str) -> dict[str, Any]:
+        """A completion as plain data."""
+        record = {
+            "index": completion.index,
+            "prompt": prompt,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "stop": completion.stop,
+            "num_prompt_tokens": completion.num_prompt_tokens,
+            "num_tokens": len(completion.ids),
+            "mean_log_probability": completion.mean_log_probability,
+        }
+        if self.log_probabilities:
+            record |= {"ids": completion.ids, "log_probabilities": completion.log_probabilities}
+        return record

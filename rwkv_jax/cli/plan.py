@@ -1,0 +1,65 @@
+"""`rwkv plan`: a run's training step, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rwkv_jax.cli.train_config import load_config
+from rwkv_jax.config import ConfigError, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a run's training step for devices that need not be there: memory, FLOPs, collectives, best speed."""
+
+    config_file: tyro.conf.Positional[Path]
+    """The run, as train.py takes it; comes first, and its fields can be changed by flags such as --parallel.fsdp 64."""
+    topology: str
+    """HOSTSxGPUS such as h100:8x8 (also h200, a100-80g), a TPU slice such as v5p:4x4x4 or v5e:16x16 (also v4, v6e), or
+    a number of CPU devices such as cpu:8."""
+    json: Path | None = None
+    """File that gets the plan as JSON, too; must not exist yet."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Compiles, which takes from seconds to minutes, and prints what came of it."""
+        from rwkv_jax.parallel.devices import parse_topology, prepare_compiler
+
+        topology = parse_topology(self.topology)
+        if self.json is not None and self.json.exists():
+            raise ConfigError(f"json = {str(self.json)!r}: is there already; name another file")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ConfigError(f"json = {str(self.json)!r}: there is no folder {str(self.json.parent)!r}; make it first")
+        prepare_compiler(topology)
+
+        from rwkv_jax.parallel.plan_report import describe, write_json
+        from rwkv_jax.training.plan import plan_run
+
+        plan = plan_run(self.config, topology)
+        print(describe(plan))
+        if self.json is not None:
+            write_json(plan, self.json)
+
+
+def parse_plan(arguments: Sequence[str]) -> Plan:
+    """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`; exits as `parse_train_config` does.
+
+    Raises:
+      ConfigError: no file comes first, or the file, or a value, cannot work.
+    """
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        return tyro.cli(Plan, args=arguments, default=Plan(tyro.MISSING, tyro.MISSING), prog="rwkv plan")
+    if not first or first.startswith("-"):  # a file behind flags would be named, but not read
+        raise ConfigError(
+            f"plan: {first!r} stands where the config file does; name that first, since flags change what it says: "
+            "rwkv plan CONFIG_FILE --topology NAME [--field value ...]"
+        )
+    path = Path(first)
+    default = Plan(path, tyro.MISSING, config=load_config(path))
+    return tyro.cli(Plan, args=arguments, default=default, prog=f"rwkv plan {path}")

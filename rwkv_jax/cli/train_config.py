@@ -1,0 +1,46 @@
+"""The config of a run from a file and flags: what train.py and `rwkv plan` are given."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from rwkv_jax.config import ConfigError, TrainConfig
+
+
+def load_config(path: Path) -> TrainConfig:
+    """The TrainConfig that a config file's `config()` returns.
+
+    Raises:
+      ConfigError: there is no such file, or it has no `config()` that returns a TrainConfig.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{str(path)!r}: no such config file; configs/ holds those that come with the project")
+    function = runpy.run_path(str(path)).get("config")
+    config = function() if callable(function) else None
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{str(path)!r}: must define config() -> TrainConfig")
+    return config
+
+
+def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
+    """The config of `train.py [CONFIG_FILE] [--field value ...]`; exits on --help and on fields that do not exist.
+
+    Raises:
+      ConfigError: the file, or a value, cannot work.
+    """
+    arguments = list(arguments)
+    default, place = TrainConfig(), "train.py [CONFIG_FILE]"
+    if arguments and not arguments[0].startswith("-"):
+        place = f"train.py {arguments[0]}"
+        default = load_config(Path(arguments.pop(0)))
+    return tyro.cli(
+        TrainConfig,
+        args=arguments,
+        default=default,
+        prog=place,
+        description="Train a language model. Defaults shown are those of CONFIG_FILE, if one is named.",
+    )

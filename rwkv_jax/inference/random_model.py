@@ -1,0 +1,87 @@
+"""Models of random weights and a tokenizer for them: what speed and memory are measured on where weights are absent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import SavedTokenizer
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.weights.official import abstract_model, official_shapes, place_params
+from rwkv_jax.weights.quantised import Quantisation, place_quantised_params
+
+
+def random_model(config: ModelConfig, quantize: Quantisation | None = None, seed: int = 0) -> LanguageModel:
+    """A model of a config's shape, always alike, as fast as a trained one; what it says means nothing.
+
+    Args:
+      quantize: as `from_pretrained` has it.
+    """
+    tensors = RandomTensors(config, seed)
+    params = place_params(tensors, config) if quantize is None else place_quantised_params(tensors, config, quantize)
+    return nnx.merge(abstract_model(config)[0], params)
+
+
+class RandomTensors(Mapping[str, NDArray]):
+    """float32 tensors of a model under official names, drawn when they are asked for.
+
+    Norms multiply by about 1 and matrices keep the length of vectors, so that no number overflows or vanishes.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self._shapes = official_shapes(config)
+        self._seeds = dict(zip(self._shapes, np.random.SeedSequence(seed).spawn(len(self._shapes)), strict=True))
+
+    def __getitem__(self, name: str) -> NDArray:
+        shape = self._shapes[name]
+        drawn = np.random.default_rng(self._seeds[name]).standard_normal(shape, np.float32)
+        if "ln" in name:
+            return (1 if name.endswith("weight") else 0) + np.float32(0.2) * drawn
+        is_matrix = name.endswith("weight") and len(shape) == 2
+        return drawn * np.float32(0.5 * shape[-1] ** -0.5 if is_matrix else 0.1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberTokenizer:
+    """Token 17 is the text "17 "; token 0 stands between texts. A `rwkv_jax.data.tokenizers.Tokenizer`."""
+
+    vocab_size: int
+
+    end_of_text = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its size."""
+        return f"numbers below {self.vocab_size}"
+
+    @property
+    def saved(self) -> SavedTokenizer:
+        """It is not for saving."""
+        raise NotImplementedError("a NumberTokenizer is made, never loaded")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of numbers that stand between spaces."""
+        return [int(word) for word in text.split()]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The numbers."""
+        return "".join(self.token_bytes(token).decode() for token in tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """One number and a space; nothing for the end of a text."""
+        return f"{token} ".encode() if token != self.end_of_text else b""
+
+    def is_named(self, token: int) -> bool:
+        """Every id of the model is."""
+        return 0 <= token < self.vocab_size

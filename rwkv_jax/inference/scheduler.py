@@ -1,0 +1,398 @@
+"""Continuous batching: which texts hold the slots, and what the device does next.
+
+A tick is at most one call that reads prompts and one that writes, so that a long prompt holds nobody up: texts join and
+leave between ticks. Waiting clients take turns, and so do prompts that are being read. One thread at a time may use a
+scheduler; the engine's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from rwkv_jax.inference.job import Job, Reader, Tail
+from rwkv_jax.inference.prefix_store import PrefixStore
+from rwkv_jax.inference.programs import Burst, Draw, Mark, Programs, Row, Slots, pad
+from rwkv_jax.inference.requests import MOST_TOP_LOG_PROBABILITIES, QueueFullError
+from rwkv_jax.inference.sampling import settings_of
+from rwkv_jax.inference.snapshot import Snapshot
+
+_SHORT_CALLS = 4
+"""Calls of the short kind that are worth more than one long call that is mostly padding."""
+
+
+class NotFiniteError(FloatingPointError):
+    """The model's logits are not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes for which programs are compiled."""
+
+    batch_sizes: tuple[int, ...]
+    """Rows that are written at once, ascending; the last is the number of slots."""
+    long: int
+    """Tokens of one prompt that are read in one call."""
+    short: int
+    """Tokens of each of several prompts, or of one's rest, that are read in one call."""
+
+
+class Scheduler:
+    """Runs jobs on slots, a tick at a time."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        shapes: Shapes,
+        *,
+        most_waiting: int,
+        prefixes: PrefixStore | None,
+        fewest_prefix_tokens: int,
+    ) -> None:
+        """Allocates the slots.
+
+        Args:
+          most_waiting: jobs that may wait for a slot.
+          prefixes: where states of prompts are kept and found; None keeps none.
+          fewest_prefix_tokens: shorter prompts are not kept.
+        """
+        self._programs, self._shapes = programs, shapes
+        self._most_waiting, self._prefixes, self._fewest_prefix_tokens = most_waiting, prefixes, fewest_prefix_tokens
+        self._waiting: dict[str, collections.deque[Job]] = {}
+        self._reading: collections.deque[Job] = collections.deque()
+        self._writing: list[Job] = []
+        self._away: list[Job] = []  # gave their slots up while their readers paused
+        self.params = programs.params
+        self._allocate()
+        self.empty_row = self._row(self._slots, 0)
+        """The row of a text that has not begun."""
+
+    def _allocate(self) -> None:
+        self._free = list(range(self._programs.num_slots))[::-1]
+        self._slots, self._mark, checksum = self._programs.make(self.params)
+        self._owner = bytes(np.asarray(checksum)).hex()
+
+    # What the engine calls.
+
+    @property
+    def owner(self) -> str:
+        """Checksum of the model's parameters, by which its snapshots are told from others."""
+        return self._owner
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs without a slot."""
+        return sum(len(jobs) for jobs in self._waiting.values())
+
+    @property
+    def num_running(self) -> int:
+        """Jobs with a slot."""
+        return len(self._reading) + len(self._writing)
+
+    def submit(self, jobs: Sequence[Job], *, in_front: bool = False) -> None:
+        """Lets jobs wait for slots, all of them or none.
+
+        Raises:
+          QueueFullError: more than `most_waiting` would wait.
+        """
+        if not in_front and self.num_waiting + len(jobs) > self._most_waiting:
+            raise QueueFullError(
+                f"queue: {self.num_waiting} texts wait, and {len(jobs)} more would pass most_waiting = "
+                f"{self._most_waiting}; collect some first, or build the engine with more"
+            )
+        for job in jobs:
+            client = job.request.client
+            queue = self._waiting.setdefault(client, collections.deque())
+            if in_front:
+                queue.appendleft(job)
+                self._waiting = {client: queue} | self._waiting
+            else:
+                queue.append(job)
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job at what its reader has collected of it; others go on."""
+        if job.is_done:
+            return
+        if job in self._away:
+            self._away.remove(job)
+        elif job.slots:
+            self._keep(job)
+            self._release(job)
+        else:
+            self._waiting[job.request.client].remove(job)
+        job.is_done = True
+
+    def tick(self) -> bool:
+        """One turn: texts join, a prompt is read on, texts are written on.
+
+        Returns:
+          Whether there was anything to do.
+
+        An error that one job has caused is that job's. Where the device fails, or the turn is interrupted, all jobs
+        with a slot end with that error, and those that wait go on in new slots.
+        """
+        try:
+            for job in [*self._reading, *self._writing, *self._away]:
+                if job.is_abandoned:
+                    self.cancel(job)
+            for job in [job for job in self._away if not job.is_paused]:
+                self._away.remove(job)
+                self.submit([job], in_front=True)
+            joined = self._join()
+            read = self._read()
+            return self._write() or read or joined
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+            return True
+
+    # Joining and leaving.
+
+    def _join(self) -> bool:
+        joined, lacks_slots = False, False
+        while self._free and not lacks_slots and (job := self._next_job()) is not None:
+            if job.is_abandoned:
+                job.is_done = True
+            elif len(job.readers) > len(self._free):
+                self.submit([job], in_front=True)
+                lacks_slots = True
+            else:
+                self._admit(job)
+                joined = True
+        lacks_slots = lacks_slots or (not self._free and self.num_waiting > 0)
+        if lacks_slots and not joined:
+            # A text whose reader pauses makes room: its state is small, and comes back as it was.
+            paused = next((job for job in self._writing if job.is_paused), None)
+            if paused is not None:
+                self._send_away(paused)
+                return self._join()
+        return joined
+
+    def _next_job(self) -> Job | None:
+        """The first job of the client whose turn it is, but for those that had better wait for another's prompt."""
+        for client, queue in list(self._waiting.items()):
+            job = next((job for job in queue if not self._is_being_read(job)), None)
+            if job is None and queue:
+                continue
+            del self._waiting[client]
+            if job is not None:
+                queue.remove(job)
+                if queue:
+                    self._waiting[client] = queue  # behind the others
+                return job
+        return None
+
+    def _is_being_read(self, job: Job) -> bool:
+        """Whether someone is reading a prompt that will be of use to this job."""
+        if self._prefixes is None or job.request.start is not None or job.num_written:
+            return False
+        ids = job.request.ids
+        return any(
+            other.request.start is None
+            and self._fewest_prefix_tokens <= len(other.request.ids) <= len(ids)
+            and ids[: len(other.request.ids)] == other.request.ids
+            for other in self._reading
+        )
+
+    def _admit(self, job: Job) -> None:
+        self._reading.append(job)  # before the device is asked, so that what fails there is this text's failure too
+        for reader in job.readers:
+            if self._prefixes is not None and job.request.start is None and not reader.num_read and not job.num_written:
+                found = self._prefixes.longest(reader.ids)
+                if found is not None:
+                    reader.num_read, prefix = found
+                    assert reader.row is not None
+                    reader.row = Row(prefix.state, prefix.logits, reader.row.occurrences)
+            reader.slot = self._free.pop()
+            assert reader.row is not None
+            self._slots = self._programs.put(self._slots, np.int32(reader.slot), reader.row, job.bias, job.stops)
+            reader.row = None
+        if not job.is_reading:
+            self._start_writing(job)
+
+    def _start_writing(self, job: Job) -> None:
+        self._reading.remove(job)
+        if job.request.max_tokens == 0:
+            job.write_nothing()
+            self._keep(job)
+            self._release(job)
+            job.is_done = True
+        else:
+            self._writing.append(job)
+
+    def _release(self, job: Job) -> None:
+        if job in self._reading:
+            self._reading.remove(job)
+        if job in self._writing:
+            self._writing.remove(job)
+        self._free += job.slots
+        for reader in job.readers:
+            reader.slot = None
+
+    def _send_away(self, job: Job) -> None:
+        self._keep(job)
+        for reader in job.readers:
+            reader.row = self._row(self._slots, reader.slot)
+        self._release(job)
+        self._away.append(job)
+
+    def _fail(self, error: BaseException) -> None:
+        reason = (
+            error if isinstance(error, Exception) else RuntimeError("interrupted while this text was being written")
+        )
+        for job in [*self._reading, *self._writing]:
+            job.error, job.is_done = reason, True
+            for reader in job.readers:
+                reader.slot = None
+        self._reading.clear()
+        self._writing.clear()
+        self._allocate()
+
+    # States on their way out.
+
+    def _row(self, source: Slots | Mark, slot: int | None) -> Row:
+        assert slot is not None
+        return self._programs.take(source.state, source.logits, self._slots.occurrences, np.int32(slot))
+
+    def _snapshot(self, source: Slots | Mark, slot: int | None, num_tokens: int) -> Snapshot:
+        row = self._row(source, slot)
+        return Snapshot(row.state, row.logits, num_tokens, self._owner)
+
+    def _keep(self, job: Job) -> None:
+        """Takes out what a job's reader may ask for: the state now, and before the last burst."""
+        if not job.request.keep or job.is_reading:
+            return
+        slot = job.readers[0].slot
+        if job.burst_was_whole:
+            job.snapshot = self._snapshot(self._slots, slot, job.num_tokens)
+        if job.burst:
+            before = self._snapshot(self._mark, slot, job.num_tokens - len(job.burst))
+            job.tail = Tail(before, tuple(job.burst))
+
+    # Reading.
+
+    def _read(self) -> bool:
+        """Reads on: a long piece of the prompt whose turn it is, or short pieces of as many as there are."""
+        readers = [(job, reader) for job in self._reading for reader in job.readers if reader.remaining]
+        if not readers:
+            return False
+        shapes, num_slots = self._shapes, self._programs.num_slots
+        job, reader = readers[0]
+        most = _SHORT_CALLS * shapes.short
+        if reader.remaining > most:
+            self._read_rows([(reader, min(reader.remaining, shapes.long))], shapes.long, alone=True)
+        else:
+            short = [reader for _, reader in readers if reader.remaining <= most]
+            pieces = [(reader, min(reader.remaining, shapes.short)) for reader in short]
+            alone = len(pieces) == 1 or num_slots == 1
+            self._read_rows(pieces[:1] if alone else pieces, shapes.short, alone=alone)
+        self._reading.rotate(-1)
+        for job in [job for job in self._reading if not job.is_reading]:
+            self._start_writing(job)
+        return True
+
+    def _read_rows(self, pieces: Sequence[tuple[Reader, int]], length: int, *, alone: bool) -> None:
+        num_rows = 1 if alone else self._programs.num_slots
+        tokens = np.zeros((num_rows, length), np.int32)
+        lengths = np.zeros(num_rows, np.int32)
+        for reader, size in pieces:
+            assert reader.slot is not None
+            row = 0 if alone else reader.slot
+            tokens[row, :size] = reader.ids[reader.num_read : reader.num_read + size]
+            lengths[row] = size
+        ends = any(reader.remaining == size for reader, size in pieces)
+        kept = [reader for reader, size in pieces if self._is_worth_keeping(reader, size)]
+        rows = np.array([pieces[0][0].slot], np.int32) if alone and self._programs.num_slots > 1 else None
+        self._slots = self._programs.read(self.params, self._slots, rows, tokens, lengths, np.bool_(ends or bool(kept)))
+        for reader, size in pieces:
+            reader.num_read += size
+        for reader in kept:
+            assert self._prefixes is not None
+            snapshot = self._snapshot(self._slots, reader.slot, reader.num_read)
+            self._prefixes.put(reader.ids[: reader.num_read], snapshot)
+
+    def _is_worth_keeping(self, reader: Reader, size: int) -> bool:
+        """Whether the state after `size` more tokens is stored: at a prompt's end, or after a long piece."""
+        if self._prefixes is None or not any(
+            reader in job.readers and job.request.start is None for job in self._reading
+        ):
+            return False
+        num_tokens = reader.num_read + size
+        return num_tokens >= self._fewest_prefix_tokens and (reader.remaining == size or size == self._shapes.long)
+
+    # Writing.
+
+    def _write(self) -> bool:
+        """Writes on in every text that does not wait for its reader."""
+        jobs = [job for job in self._writing if not job.is_paused]
+        if not jobs:
+            return False
+        jobs, rows, draw = self._rows_to_write(jobs)
+        num_top = MOST_TOP_LOG_PROBABILITIES if any(job.request.num_top for job in jobs) else 0
+        self._slots, self._mark, burst = self._programs.write(
+            self.params,
+            self._slots,
+            self._mark,
+            rows,
+            draw,
+            np.int32(self._programs.burst_length),
+            num_top=num_top,
+        )
+        burst: Burst = jax.device_get(burst)
+        places = {slot: place for place, slot in enumerate(range(self._programs.num_slots) if rows is None else rows)}
+        for job in jobs:
+            self._take_burst(job, burst, places[job.slots[0]])
+        return True
+
+    def _rows_to_write(self, jobs: list[Job]) -> tuple[list[Job], np.ndarray | None, Draw]:
+        """The rows of the next burst: all slots in order, or the fewest that are compiled for and hold these jobs."""
+        num_slots = self._programs.num_slots
+        used = [slot for job in jobs for slot in job.slots]
+        size = next(size for size in self._shapes.batch_sizes if size >= len(used))
+        rows = None if size == num_slots else pad(used, size, num_slots, np.int32)
+        places = {slot: slot if rows is None else place for place, slot in enumerate(used)}
+        draws: dict[int, tuple[Job, int, int]] = {}  # place -> job, its leader, what guides it
+        for job in jobs:
+            own, *others = (places[slot] for slot in job.slots)
+            draws[own] = (job, own, others[0] if others else own)
+            draws |= {other: (job, own, other) for other in others}
+        positions, allowed = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        seeds, guidance = np.zeros(size, np.uint32), np.ones(size, np.float32)
+        leader, guide = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)
+        samplings = [jobs[0].request.sampling] * size
+        for place, (job, own, other) in draws.items():
+            samplings[place], seeds[place] = job.request.sampling, job.request.seed
+            positions[place], allowed[place] = job.num_tokens, job.request.max_tokens - job.num_written
+            leader[place], guide[place] = own, other
+            guidance[place] = job.request.guidance if place == own else 1
+        return jobs, rows, Draw(settings_of(samplings), seeds, positions, allowed, leader, guide, guidance)
+
+    def _take_burst(self, job: Job, burst: Burst, place: int) -> None:
+        size = int(burst.counts[place])
+        values = burst.log_probabilities[:size, place]
+        if np.isnan(values).any():
+            job.error = NotFiniteError(
+                "the model's logits are not finite: its weights are broken, or the state from which this text went on"
+            )
+            self._release(job)
+            job.is_done = True
+            return
+        num_top = job.request.num_top
+        top = [
+            tuple(zip(ids.tolist(), likely.tolist(), strict=True))
+            for ids, likely in zip(
+                burst.top_tokens[:size, place, :num_top],
+                burst.top_log_probabilities[:size, place, :num_top],
+                strict=True,
+            )
+        ]
+        job.write(burst.tokens[:size, place].tolist(), values.tolist(), top if num_top else ())
+        if job.finish_reason is not None:
+            self._keep(job)
+            self._release(job)
+            job.is_done = True

@@ -1,0 +1,151 @@
+"""Texts as they are written: chunks for `for` and for `async for`, which can be cancelled at any token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from threading import Lock, RLock
+from types import TracebackType
+from typing import Self
+
+from rwkv_jax.inference.job import Job
+from rwkv_jax.inference.requests import Chunk
+from rwkv_jax.inference.scheduler import Scheduler
+from rwkv_jax.inference.snapshot import Snapshot
+
+
+class Stream:
+    """Chunks of one text or of several, in the order in which they are written.
+
+    Whoever waits for a chunk runs the engine until there is one, for everybody: no thread of ours is in the background.
+    Any number of threads and tasks may read streams of one engine, each stream being read by one of them. Leaving a
+    `with` block, `cancel()` and forgetting a stream all end what it has not written yet.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        scheduler: Scheduler,
+        lock: RLock,
+        read_again: Callable[[Snapshot, tuple[int, ...]], Snapshot],
+    ) -> None:
+        """For jobs that have been submitted.
+
+        Args:
+          read_again: a state and tokens -> the state after them.
+        """
+        self._jobs = tuple(jobs)
+        self._open = list(jobs)
+        self._open_lock = Lock()  # held for a moment, so that a task that collects never waits for the device
+        self._scheduler, self._lock, self._read_again = scheduler, lock, read_again
+        self._snapshot: Snapshot | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next chunk; raises what ended a text that could not be written."""
+        while (chunk := self._collect()) is None:
+            self._run()
+        return chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """As `next`, while other tasks run. A task that is cancelled meanwhile has collected nothing."""
+        try:
+            while (chunk := self._collect()) is None:
+                await asyncio.to_thread(self._run)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        return chunk
+
+    def cancel(self) -> None:
+        """Ends the texts where their reader stands; chunks that were not collected are dropped."""
+        with self._lock:
+            for job in tuple(self._open):
+                self._scheduler.cancel(job)
+            with self._open_lock:
+                self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.cancel)
+
+    def __del__(self) -> None:
+        for job in getattr(self, "_open", ()):
+            job.is_abandoned = True
+
+    @property
+    def num_prompt_tokens(self) -> tuple[int, ...]:
+        """Tokens of each prompt."""
+        return tuple(len(job.request.ids) for job in self._jobs)
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The state after exactly what was collected, of a stream that has ended and was asked to keep it.
+
+        A text that was cancelled while its prompt was being read is where it was before: None, if it had not begun.
+        """
+        (job,) = self._jobs
+        if not job.request.keep or self._open:
+            raise RuntimeError("snapshot: of a stream that has ended, and for which keep=True was given")
+        with self._lock:  # the turn in which the text ended may not be over
+            if self._snapshot is None:
+                self._snapshot = self._after_collected(job)
+            return self._snapshot
+
+    def _after_collected(self, job: Job) -> Snapshot | None:
+        num_collected = max(0, len(job.burst) - len(job.chunks))
+        if job.error is None and job.snapshot is not None and num_collected == len(job.burst):
+            return job.snapshot
+        if job.error is None and job.tail is not None:
+            collected = job.tail.ids[:num_collected]
+            return self._read_again(job.tail.before, collected) if collected else job.tail.before
+        return job.request.start
+
+    def _run(self) -> None:
+        """Runs the engine until there is something to collect."""
+        while not self._has_news():
+            with self._lock:
+                if not self._has_news() and not self._scheduler.tick() and not self._has_news():
+                    raise RuntimeError(
+                        "the engine has nothing to do, and this text is not finished: this is our mistake"
+                    )
+
+    def _has_news(self) -> bool:
+        jobs = self._open
+        return not jobs or any(job.chunks or job.is_done for job in jobs)
+
+    def _collect(self) -> Chunk | None:
+        """A chunk if there is one; forgets jobs that are done and empty. Raises StopIteration after the last."""
+        with self._open_lock:
+            for job in list(self._open):
+                is_done = job.is_done  # asked first: chunks come before it
+                if job.chunks:
+                    chunk = job.chunks.popleft()
+                    # The others' turn next; a text whose last chunk this was is done.
+                    self._open.remove(job)
+                    if chunk.finish_reason is None:
+                        self._open.append(job)
+                    return chunk
+                if is_done:
+                    self._open.remove(job)
+                    if job.error is not None:
+                        raise job.error
+            if not self._open:
+                raise StopIteration
+        return None

@@ -1,0 +1,82 @@
+"""The `rwkv` command in this process, and a run for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from rwkv_jax import cli
+from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
+from rwkv_jax.data.corpus import prepare_corpus
+from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.step import make_trainer
+from tests.cli.commands import Command, Printed
+from tests.golden import QUICK
+
+CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles quickly and keeps programs on disk: every command would compile the same ones again, for seconds."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),  # for all modules
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that messages are not broken into lines."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture
+def rwkv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command."""
+
+    def rwkv(*arguments: object, stdin: str = "") -> Printed:
+        monkeypatch.setattr(sys, "argv", ["rwkv", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        cli.main()
+        printed = capsys.readouterr()
+        return Printed(printed.out, printed.err)
+
+    return rwkv
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, the best and the newest, of different random parameters."""
+    folder = tmp_path_factory.mktemp("generate")
+    source = folder / "source.py"
+    source.write_text("".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200)))
+    data = DataConfig(source=str(source), cache_dir=str(folder / "cache"))
+    corpus = prepare_corpus(data, 300, lambda line: None)
+    run_dir = folder / "run"
+    ckpt.prepare_run_dir(run_dir)
+    ckpt.write_run(run_dir, dataclasses.replace(CONFIG, data=data), {}, corpus)
+    init = jax.jit(make_trainer(CONFIG).init)
+    with ckpt.Checkpoints(run_dir, 2, print) as checkpoints:
+        checkpoints.save_best(init(jax.random.key(1)), 4, 2.0)
+        checkpoints.save(init(jax.random.key(2)), 8)
+    return run_dir

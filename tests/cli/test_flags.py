@@ -1,0 +1,35 @@
+"""Flags of sampling: presets, and what differs from them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rwkv_jax.cli.flags import SamplingFlags
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.sampling import Sampling
+
+
+def test_presets() -> None:
+    assert SamplingFlags().sampling() == Sampling(temperature=0.8, top_p=0.9)
+    assert SamplingFlags("openai").sampling() == Sampling.openai()
+    assert SamplingFlags("rwkv").sampling() == Sampling.rwkv()
+
+
+def test_flags_override_a_preset() -> None:
+    flags = SamplingFlags("rwkv", temperature=0.5, top_p=1, presence_penalty=0, penalise_prompt=True)
+    expected = Sampling.rwkv(temperature=0.5, top_p=1, presence_penalty=0, penalise_prompt=True)
+    assert flags.sampling() == expected
+    assert SamplingFlags(temperature=0).sampling() == Sampling(temperature=0, top_p=0.9)
+
+
+def test_every_flag_is_a_setting() -> None:
+    settings = {field.name for field in dataclasses.fields(Sampling)}
+    flags = {field.name for field in dataclasses.fields(SamplingFlags)} - {"preset"}
+    assert flags == settings - {"order", "logit_bias", "banned"}
+
+
+def test_values_that_cannot_work_are_named() -> None:
+    with pytest.raises(ConfigError, match="typical_p = 0"):
+        SamplingFlags(typical_p=0).sampling()

@@ -1,0 +1,227 @@
+"""`rwkv generate`: what it prints for runs and weights, its flags, and what is wrong with some."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from rwkv_jax import from_pretrained
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import load_tokenizer
+from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.weights.pretrained import convert
+from rwkv_jax.weights.torch_file import write_torch_file
+from tests.cli.commands import Command
+from tests.golden import GOLDEN_DIR, load_golden
+from tests.weights.files import random_tensors
+
+
+@pytest.fixture(scope="module")
+def engine(run_dir: Path) -> Engine:
+    """What the command should run."""
+    loaded = ckpt.load_model(run_dir, "newest")
+    model = nnx.merge(loaded.graphdef, loaded.params)
+    return Engine(model, ckpt.load_run_tokenizer(run_dir), EngineOptions(num_slots=4, batch_sizes=(1, 4)))
+
+
+@pytest.mark.parametrize("prompt", ["", "def f1(x):", "x" * 40, "é日本"])
+def test_prints_the_prompt_and_what_the_model_makes_of_it(
+    rwkv: Command, engine: Engine, run_dir: Path, prompt: str
+) -> None:
+    ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
+    text = engine.generate(ids, max_tokens=20, sampling=Sampling(0.8, 0.9), seed=5).text
+    assert text
+    printed = rwkv("generate", run_dir, "--prompt", prompt, "--tokens", 20, "--seed", 5)
+    assert printed == (prompt + text + "\n", "")
+
+
+def test_settings_and_checkpoint(rwkv: Command, run_dir: Path) -> None:
+    def generate(*arguments: object) -> str:
+        return rwkv("generate", run_dir, "--prompt", "def", "--tokens", 20, *arguments).out
+
+    assert generate("--seed", 0) != generate("--seed", 1)
+    greedy = generate("--temperature", 0)
+    assert greedy == generate("--top-k", 1, "--temperature", 2, "--preset", "openai")
+    assert generate("--temperature", 0, "--checkpoint", "best") != greedy
+
+
+def test_prompts_from_a_file_and_from_standard_input(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("def\n    é", encoding="utf-8")
+    short = ("generate", run_dir, "--tokens", 5)
+    expected = rwkv(*short, "--prompt", "def\n    é")
+    assert rwkv(*short, "--prompt-file", tmp_path / "prompt.txt") == expected
+    assert rwkv(*short, "--prompt", "-", stdin="def\n    é") == expected
+
+
+def test_stop_strings(rwkv: Command, run_dir: Path) -> None:
+    short = ("generate", run_dir, "--prompt", "def", "--tokens", 20, "--temperature", 0)
+    whole = rwkv(*short).out
+    stop = whole[8:10]
+    assert rwkv(*short, "--stop", "never", stop).out == whole[: whole.index(stop, 3)] + "\n"
+
+
+def test_several_texts(rwkv: Command, engine: Engine, run_dir: Path) -> None:
+    short = ("generate", run_dir, "--prompt", "def", "--tokens", 6, "--num", 2)
+    texts = [text.text for text in engine.generate(["def"] * 2, max_tokens=6, sampling=Sampling(0.8, 0.9))]
+    assert rwkv(*short).out == f"--- 1 of 2\ndef{texts[0]}\n--- 2 of 2\ndef{texts[1]}\n"
+    best = engine.generate(["def"] * 2, best_of=2, max_tokens=6, sampling=Sampling(0.8, 0.9))
+    printed = rwkv(*short, "--best-of", 2, "--json", "--log-probabilities")
+    records = [json.loads(line) for line in printed.out.splitlines()]
+    for record, expected in zip(records, best, strict=True):
+        assert (record["prompt"], record["text"], record["ids"]) == ("def", expected.text, list(expected.ids))
+        assert record["log_probabilities"] == pytest.approx(expected.log_probabilities, abs=1e-5)
+        assert (record["num_prompt_tokens"], record["num_tokens"]) == (expected.num_prompt_tokens, len(expected.ids))
+        assert (record["finish_reason"], record["stop"]) == (expected.finish_reason, expected.stop)
+    assert [record["index"] for record in records] == [0, 1]
+
+
+def test_says_how_fast_it_was_if_it_is_to(rwkv: Command, run_dir: Path) -> None:
+    printed = rwkv("generate", run_dir, "--tokens", 20, "--verbose")
+    assert "20 tokens, " in printed.err
+    assert " tokens/s; the first 8 took " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "tokens = 0: must be at least 1"),
+        (["--num", "0"], "num = 0: must be at least 1"),
+        (["--best-of", "0"], "best_of = 0: must be at least 1"),
+        (["--temperature", "-1"], "temperature = -1.0"),
+        (["--temperature", "nan"], "temperature = nan"),
+        (["--top-p", "0"], "top_p = 0.0"),
+        (["--top-p", "1.5"], "top_p = 1.5"),
+        (["--top-k", "-3"], "top_k = -3"),
+        (["--penalty-decay", "2"], "penalty_decay = 2.0"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--seed", str(2**64)], f"seed = {2**64}"),
+        (["--prompt", "caf\udce9"], r"prompt = 'caf\udce9': is not UTF-8"),
+        (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file: are both given"),
+        (["--prompt-file", "nowhere.txt"], "prompt_file = 'nowhere.txt': cannot be read (No such file"),
+        (["--stop", "a", ""], "stop string 1 = ''"),
+        (["--log-probabilities"], "log_probabilities: are printed with --json only"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_named_before_weights_are_looked_for(
+    rwkv: Command, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        rwkv("generate", "nowhere", *arguments)
+    assert str(exit_.value.code).startswith(f"rwkv: {message}")
+
+
+def test_a_prompt_that_is_no_text(rwkv: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit, match=r"prompt\.txt': is not UTF-8 .*; convert it"):
+        rwkv("generate", "nowhere", "--prompt-file", tmp_path / "prompt.txt")
+
+
+def test_folders_that_are_no_run_or_have_no_checkpoint(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="nothing: no such file or folder, and no name on the Hugging Face hub"):
+        rwkv("generate", tmp_path / "nothing")
+    for name in ("run.json", "tokenizer.model"):
+        shutil.copy(run_dir / name, tmp_path)
+    with pytest.raises(SystemExit, match="holds no checkpoint yet; train the run first"):
+        rwkv("generate", tmp_path)
+
+
+def test_unknown_checkpoint_is_named(rwkv: Command, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        rwkv("generate", run_dir, "--checkpoint", "worst")
+    assert exit_.value.code not in (0, None)
+    assert "worst" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("4v0-660K", '"ins the the the the th\n'),
+        pytest.param("5v2-730K", '"in the stress and the \n', marks=pytest.mark.long),
+        # It has learned that a zero byte, here the end of the text, follows each byte.
+        pytest.param("6v0-1m", '"in\n', marks=pytest.mark.long),
+    ],
+)
+def test_official_weights_of_other_generations(rwkv: Command, name: str, expected: str) -> None:
+    load_golden(f"tiny/{name}.golden.npz")  # skips where they are absent
+    short = ("--tokenizer", "bytes", "--prompt", '"in', "--tokens", 20, "--temperature", 0)
+    assert rwkv("generate", GOLDEN_DIR / "tiny" / f"{name}.pth", *short).out == expected
+
+
+@pytest.mark.parametrize(
+    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in ("4", "5.2", "6"))]
+)
+def test_a_world_model_of_each_generation(rwkv: Command, tmp_path: Path, generation: Any) -> None:
+    config = ModelConfig(generation=generation, vocab_size=65536, num_layers=2, width=32, head_dim=16)
+    write_torch_file(tmp_path / "world.pth", random_tensors(config, "bfloat16"))
+    short = ("--tokenizer", "world", "--prompt", "The Eiffel tower", "--tokens", 4, "--temperature", 0)
+    printed = rwkv("generate", tmp_path / "world.pth", *short).out
+    # The likeliest token of the whole text so far, read in parallel each time.
+    model, tokenizer = from_pretrained(tmp_path / "world.pth"), load_tokenizer("world", 65536)
+    graphdef, params = nnx.split(model, nnx.Param)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0])
+    text = [0, *tokenizer.encode("The Eiffel tower")]
+    for _ in range(4):
+        padded = np.array([text + [0] * (16 - len(text))])
+        named = np.asarray(forward(params, padded))[0, len(text) - 1, :65530]
+        text.append(int(named.argmax()))
+    assert printed == tokenizer.decode(text) + "\n"
+
+
+def test_official_weights_with_the_tokenizer_beside_them(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    convert(run_dir, tmp_path / "weights")
+    short = ("--prompt", "def", "--tokens", 20, "--seed", 3)
+    expected = rwkv("generate", run_dir, *short)
+    assert rwkv("generate", tmp_path / "weights", *short) == expected
+    assert rwkv("generate", tmp_path / "weights" / "model.safetensors", *short) == expected
+
+
+@pytest.mark.long
+def test_weights_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    convert(run_dir, tmp_path / "weights")
+    short = ("--prompt", "def", "--tokens", 20, "--temperature", 0)
+    assert rwkv("generate", tmp_path / "weights", *short, "--dtype", "bfloat16").out.startswith("def")
+    for quantize in ("int8", "int4", "bfloat16"):
+        packed = rwkv("generate", run_dir, *short, "--quantize", quantize)
+        assert packed.out.startswith("def")
+        assert packed == rwkv("generate", tmp_path / "weights", *short, "--quantize", quantize)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"weights\.pth: no tokenizer lies beside it; name one with --tokenizer .*this one has 300\)"),
+        (["--tokenizer", "world"], "'world': does not match, it has 65536 entries and the model has .* 300"),
+        (["--tokenizer", "nowhere.model"], r"nowhere\.model"),
+        (["--checkpoint", "best"], r"checkpoint = 'best': .*weights\.pth is no run"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_weights_is_named(
+    rwkv: Command, run_dir: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    convert(run_dir, tmp_path / "weights.pth")
+    with pytest.raises(SystemExit, match=message):
+        rwkv("generate", tmp_path / "weights.pth", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokenizer", "bytes"], "a run has its own tokenizer and dtype; leave --tokenizer and --dtype out"),
+        (["--quantize", "int8", "--checkpoint", "best"], "quantize = 'int8': packs a run's newest checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_a_run_is_named(rwkv: Command, run_dir: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        rwkv("generate", run_dir, *arguments)

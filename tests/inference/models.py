@@ -1,0 +1,115 @@
+"""Engines of tiny random models, and what the model itself says when it reads a whole text at once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.requests import Chunk, Completion
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.stream import Stream
+from rwkv_jax.models import LanguageModel
+from tests.golden import QUICK, relative_error
+from tests.models.parameters import in_dtype, merge, random_params
+
+VOCAB_SIZE = 256
+GREEDY = Sampling.greedy()
+OPTIONS: dict[str, Any] = {"num_slots": 4, "prefill_length": 16, "short_prefill_length": 4, "burst_length": 4}
+
+_SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "width": 16, "head_dim": 8, "ffn_width": 32}
+CONFIGS: dict[str, ModelConfig] = {
+    "4": ModelConfig("4", **_SIZES),
+    "5.0": ModelConfig("5.0", **_SIZES),
+    "5.2": ModelConfig("5.2", **_SIZES),
+    "6": ModelConfig("6", mix_rank=4, decay_rank=4, **_SIZES),
+    "7": ModelConfig("7", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, **_SIZES),
+    "transformer": ModelConfig("transformer", context_length=640, **_SIZES),
+}
+"""By generation."""
+
+
+@functools.cache
+def random_model(config: ModelConfig) -> LanguageModel:
+    """A model all of whose parts matter."""
+    return merge(config, jax.tree.map(jnp.asarray, in_dtype(random_params(config), config)))
+
+
+def quick_engine(model: LanguageModel, mesh: Mesh | None = None, **options: Any) -> Engine:
+    """An engine whose programs compile in a third of the time that users' take."""
+    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+        return Engine(model, ByteTokenizer(VOCAB_SIZE), EngineOptions(**(OPTIONS | options)), mesh=mesh)
+
+
+@functools.cache
+def _whole(config: ModelConfig, quick: bool) -> Any:
+    def run(params: Any, tokens: Any) -> Any:
+        return merge(config, params)(tokens)[0][0]
+
+    return jax.jit(run, compiler_options=QUICK if quick else None)
+
+
+def whole_logits(config: ModelConfig, ids: Sequence[int], *, room: int = 64, quick: bool = True) -> NDArray[Any]:
+    """Logits [T, V] after each of T tokens, by one parallel forward pass of the stacked model without a state.
+
+    Args:
+      room: the pass has so many tokens, of which those behind the text are nobody's past.
+    """
+    tokens = np.zeros((1, room), np.int32)
+    tokens[0, : len(ids)] = ids
+    return np.asarray(_whole(config, quick)(in_dtype(random_params(config), config), tokens))[: len(ids)]
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """float64, of the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def arrays(snapshot: Snapshot) -> list[NDArray[Any]]:
+    """The state and the logits."""
+    return [np.asarray(x) for x in jax.tree.leaves((snapshot.state, snapshot.logits))]
+
+
+def assert_same(found: Snapshot | None, expected: Snapshot | None, bound: float = 1e-4) -> None:
+    """Fails where two states are further apart than rounding explains; at the next token they are by far."""
+    assert found is not None
+    assert expected is not None
+    assert found.num_tokens == expected.num_tokens
+    errors = [relative_error(x, y) for x, y in zip(arrays(found), arrays(expected), strict=True)]
+    assert max(errors) < bound
+
+
+def texts_of(chunks: Sequence[Chunk]) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of chunks of one text."""
+    return "".join(chunk.text for chunk in chunks), tuple(token for chunk in chunks for token in chunk.ids)
+
+
+def what_was_read(said: Sequence[Chunk] | Completion) -> tuple[int, ...]:
+    """Ids written, with the stop id."""
+    stop = said.stop if isinstance(said, Completion) else said[-1].stop if said else None
+    ids = said.ids if isinstance(said, Completion) else texts_of(said)[1]
+    return (*ids, stop) if isinstance(stop, int) else ids
+
+
+def some(stream: Stream, count: int) -> list[Chunk]:
+    """The next chunks, at most so many."""
+    return [chunk for _, chunk in zip(range(count), stream, strict=False)]
+
+
+def prompts(seed: int, count: int, longest: int = 40) -> Iterator[tuple[int, ...]]:
+    """Random prompts of random lengths."""
+    draws = np.random.default_rng(seed)
+    for _ in range(count):
+        yield tuple(draws.integers(1, VOCAB_SIZE, draws.integers(1, longest + 1)).tolist())

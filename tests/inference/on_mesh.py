@@ -1,0 +1,55 @@
+"""Run with four fake devices: prints, as JSON, what engines on one device and on meshes of four have written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.inference.engine import Engine
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.parallel.mesh import MeshShape, make_mesh
+from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
+
+
+def written(engine: Engine) -> dict[str, Any]:
+    """Ids of ragged prompts, alone and together, and of a conversation that was left and taken up."""
+    each = list(prompts(8, 6))
+    session = engine.session()
+    session.append("Hello")
+    with session.stream(max_tokens=9, sampling=GREEDY) as stream:
+        first = [*next(stream).ids, *next(stream).ids]
+    return {
+        "together": [text.ids for text in engine.generate(each, max_tokens=9, sampling=GREEDY)],
+        "alone": [engine.generate(prompt, max_tokens=9, sampling=GREEDY).ids for prompt in each],
+        "drawn": [text.ids for text in engine.generate(each, max_tokens=9, sampling=Sampling(top_p=0.9))],
+        "guided": engine.generate(each[1], max_tokens=9, sampling=GREEDY, guidance=2.0, unguided="x").ids,
+        "conversation": [first, session.generate(max_tokens=5, sampling=GREEDY).ids],
+    }
+
+
+def main() -> None:
+    generation, *shapes = sys.argv[1:]
+    model = random_model(CONFIGS[generation])
+    report: dict[str, Any] = {"one": written(quick_engine(model))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_pretrained(model, path)
+        for shape in shapes:
+            data, fsdp, tensor = map(int, shape.split("x"))
+            mesh = make_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
+            engine = quick_engine(from_pretrained(path, dtype="float32", mesh=mesh), mesh)
+            report[shape] = written(engine)
+            leaves = jax.tree.leaves(engine._scheduler._slots)
+            report[f"devices of {shape}"] = sorted({len(x.sharding.device_set) for x in leaves})
+            report[f"rows of {shape}"] = sorted({x.addressable_shards[0].data.shape[0] for x in leaves})
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

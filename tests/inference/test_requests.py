@@ -1,0 +1,95 @@
+"""Requests are checked by themselves, and chunks joined to completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.requests import Chunk, Request, join, require_whole
+from rwkv_jax.inference.snapshot import Snapshot
+
+START = Snapshot((), np.zeros(9, np.float32), num_tokens=90)  # pyright: ignore[reportArgumentType]
+
+
+def request(fields: dict[str, Any]) -> Request:
+    asked: dict[str, Any] = {"max_tokens": 5, **fields}
+    return Request(**asked)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ids": (0, 9)},
+        {"ids": (np.int32(3), np.int64(4)), "max_tokens": np.int64(5), "seed": np.uint32(7)},
+        {"ids": (), "start": START},
+        {"ids": (1,), "max_tokens": 0},
+        {"ids": (1,), "seed": 2**32 - 1, "num_top": 20},
+        {"ids": (1,), "guidance": 0, "unguided_ids": (2,)},
+        {"ids": (1,) * 90, "max_tokens": 10},
+    ],
+)
+def test_what_can_be_run(fields: dict[str, Any]) -> None:
+    request(fields).check(10, 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ids": ()}, "prompt: is empty; give at least one token"),
+        ({"ids": (), "start": START, "max_tokens": 0}, "prompt: is empty, and no tokens are asked for; give tokens"),
+        ({"ids": (10,)}, "prompt: token id 10 must lie from 0 to V - 1 = 9"),
+        ({"ids": (1, -5)}, "prompt: token id -5 must lie from 0 to V - 1 = 9"),
+        ({"ids": (1.0,)}, "prompt: must be integers, token ids; 1.0 is float"),
+        ({"ids": (1,), "stop_ids": frozenset([99])}, "stop_ids: token id 99 must lie"),
+        ({"ids": (1,), "stop": ("a", "")}, "stop = '': an empty string would end every text; leave it out"),
+        ({"ids": (1,), "guidance": 2.0, "unguided_ids": (10,)}, "unguided: token id 10 must lie"),
+        ({"ids": (1,), "guidance": 2.0}, "guidance = 2.0 and an unguided prompt of 0 tokens: guidance needs both"),
+        ({"ids": (1,), "unguided_ids": (2,)}, "guidance = 1.0 and an unguided prompt of 1 tokens: guidance needs both"),
+        ({"ids": (1,), "guidance": float("nan"), "unguided_ids": (2,)}, "guidance = nan: must be a number"),
+        ({"ids": (1,), "guidance": 2.0, "unguided_ids": (2,), "start": START}, "guidance = 2.0: is for single texts"),
+        ({"ids": (1,), "guidance": 2.0, "unguided_ids": (2,), "keep": True}, "guidance = 2.0: is for single texts"),
+        ({"ids": (1,), "sampling": None}, "sampling = None: must be a Sampling"),
+        ({"ids": (1,), "client": 5}, "client = 5: must be a string"),
+        ({"ids": (1,) * 91, "max_tokens": 10}, "max_tokens = 10 after 91 tokens: this model's state holds 100"),
+        ({"ids": (1,), "start": START, "max_tokens": 10}, "max_tokens = 10 after 91 tokens: this model's state holds"),
+        (
+            {"ids": (1,), "guidance": 2.0, "unguided_ids": (2,) * 95, "max_tokens": 6},
+            "max_tokens = 6 after 95 tokens: this model's state holds 100",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        request(fields).check(10, 100)
+
+
+def test_without_a_capacity_any_length_will_do() -> None:
+    Request(ids=(1,), max_tokens=10**9).check(10, None)
+
+
+@pytest.mark.parametrize("value", [0, 11, True, 2.0, "3", None, float("nan"), [4]])
+def test_whole_numbers_within_bounds(value: Any) -> None:
+    require_whole("x", np.int8(1), 1, 10)
+    require_whole("x", 10, 1, 10)
+    with pytest.raises(ConfigError, match=r"^x = .*: must be a whole number, from 1 to 10$"):
+        require_whole("x", value, 1, 10)
+
+
+def test_chunks_are_joined() -> None:
+    top = ((3, -0.5), (4, -1.5))
+    chunks = [
+        Chunk(2, "a", (3,), (-0.5,), (top,)),
+        Chunk(2, "", (5,), (-2.5,), (top,)),
+        Chunk(2, "b", (), (), (), "stop", 0),
+    ]
+    completion = join(chunks, 1, 7)
+    assert (completion.text, completion.ids, completion.log_probabilities) == ("ab", (3, 5), (-0.5, -2.5))
+    assert (completion.top, completion.finish_reason, completion.stop) == ((top, top), "stop", 0)
+    assert (completion.index, completion.num_prompt_tokens) == (1, 7)
+    assert completion.mean_log_probability == -1.5
+    assert join(chunks[2:], 1, 7).mean_log_probability == 0
+    with pytest.raises(ValueError, match="the last chunk does not end a text"):
+        join(chunks[:2], 0, 7)

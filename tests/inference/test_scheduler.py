@@ -1,0 +1,437 @@
+"""Texts that share slots: each is what it would be alone, whoever comes, goes, waits, fails or is refused beside it."""
+
+from __future__ import annotations
+
+import copy
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rwkv_jax.inference.engine import Engine
+from rwkv_jax.inference.requests import QueueFullError
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.scheduler import NotFiniteError
+from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.stream import Stream
+from tests.inference.bad_requests import bad_requests
+from tests.inference.models import (
+    CONFIGS,
+    GREEDY,
+    VOCAB_SIZE,
+    assert_same,
+    prompts,
+    quick_engine,
+    random_model,
+    some,
+    texts_of,
+    what_was_read,
+)
+
+IDS = (1, 40, 41, 42, 43)
+LONG_IDS = tuple(range(1, 61))
+OURS = {"jit(_make)", "jit(_put)", "jit(_take)", "jit(_read)", "jit(_write)"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[list[str]]:
+    """Names of the programs that have been compiled since the module began."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
+        del duration_secs
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def engine(compiled: list[str]) -> Engine:
+    return quick_engine(random_model(CONFIGS["7"]), most_waiting=60)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Engine:
+    """With one slot."""
+    return quick_engine(random_model(CONFIGS["7"]), num_slots=1, most_waiting=4)
+
+
+def slots_of(engine: Engine) -> list[Any]:
+    """Copies of all that the slots hold, rows first."""
+    return [np.array(x) for x in jax.tree.leaves(engine._scheduler._slots)]
+
+
+def count_ticks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows with every turn of the scheduler."""
+    ticks: list[bool] = []
+    tick = engine._scheduler.tick
+    monkeypatch.setattr(engine._scheduler, "tick", lambda: ticks.append(tick()) or ticks[-1])
+    return ticks
+
+
+# Coming and going
+
+
+def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[str]) -> None:
+    for i, prompt in enumerate(prompts(0, 60, 90)):
+        engine.generate(prompt, max_tokens=1 + i % 7, seed=i)
+    shapes = [x.shape for x in slots_of(engine)]
+    slots = engine._scheduler._slots
+    some_of_them = list(prompts(1, 40, 90))
+    engine.generate(some_of_them, max_tokens=5, sampling=Sampling.rwkv(top_k=4, min_p=0.01, typical_p=0.9))
+    engine.generate(some_of_them[:5], max_tokens=5, guidance=1.5, unguided="x", stop=["a"], best_of=2)
+    assert set(compiled) >= OURS
+    assert sum(name in OURS for name in compiled) <= 8
+
+    compiled.clear()
+    engine.generate(some_of_them[::-1], max_tokens=9, sampling=[GREEDY, Sampling(temperature=2.0)] * 20)
+    with engine.stream("", start=engine.read(None, "a"), keep=True) as stream:
+        some(stream, 5)
+    assert stream.snapshot is not None
+    assert compiled == []
+    assert [x.shape for x in slots_of(engine)] == shapes
+    assert all(x.is_deleted() for x in jax.tree.leaves(slots))  # their memory is what the next ones have
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    samplings = (GREEDY, Sampling(temperature=1.3), Sampling.rwkv(penalise_prompt=True))
+    settings: list[dict[str, Any]] = [
+        {
+            "prompts": prompt,
+            "max_tokens": int(draws.integers(1, 20)),
+            "sampling": samplings[draws.integers(3)],
+            "seed": i,
+            "keep": bool(draws.integers(2)),
+            "client": "xyz"[draws.integers(3)],
+        }
+        for i, prompt in enumerate(prompts(seed, 40))
+    ]
+    found: dict[int, list[Any]] = {}
+    running: dict[int, tuple[Stream, int]] = {}
+    states: dict[int, Snapshot | None] = {}
+    while len(found) < len(settings) or running:
+        if len(found) < len(settings) and (not running or draws.random() < 0.2):
+            i = len(found)
+            found[i] = []
+            running[i] = (engine.stream(**settings[i]), int(draws.integers(1, 30)))
+        i = draws.choice(list(running))
+        stream, most = running[i]
+        found[i] += some(stream, int(draws.integers(1, 4)))
+        if len(found[i]) >= min(most, settings[i]["max_tokens"]) or found[i][-1].finish_reason:
+            stream.cancel()
+            del running[i]
+            states[i] = stream.snapshot if settings[i]["keep"] else None
+    assert any(chunks[-1].finish_reason is None for chunks in found.values())
+    for i, chunks in found.items():
+        options: dict[str, Any] = settings[i] | {"keep": False}
+        alone = engine.generate(options.pop("prompts"), **options)
+        _, ids = texts_of(chunks)
+        assert ids == alone.ids[: len(ids)]
+        if settings[i]["keep"]:
+            assert_same(states[i], engine.read(None, settings[i]["prompts"] + what_was_read(chunks)))
+
+
+def test_rows_that_take_no_part_are_untouched(engine: Engine) -> None:
+    """Of a paused text, and of slots that nobody has, down to the last bit."""
+    paused = engine.stream(IDS, keep=True, max_tokens=50, sampling=Sampling.rwkv())
+    next(paused)
+    (own,) = paused._jobs[0].slots
+    before = slots_of(engine)
+    with engine.stream([LONG_IDS[::-1], (5,), IDS], max_tokens=1000, stop_ids=()) as others:
+        some(others, 90)
+        used = {slot for job in others._jobs for slot in job.slots}
+        after = slots_of(engine)
+    engine.generate((7, *LONG_IDS), max_tokens=3)  # on its own
+    assert used == set(range(4)) - {own}
+    for x, y, z in zip(before, after, slots_of(engine), strict=True):
+        np.testing.assert_array_equal(x[own], y[own])
+        np.testing.assert_array_equal(x[own], z[own])
+    assert any(not np.array_equal(x[slot], y[slot]) for x, y in zip(before, after, strict=True) for slot in used)
+    paused.cancel()
+
+    free = engine._scheduler._free[0]
+    before = slots_of(engine)
+    engine.generate([IDS, (9, 8)], max_tokens=9)
+    for x, y in zip(before, slots_of(engine), strict=True):
+        np.testing.assert_array_equal(x[free], y[free])
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_prompt = np.random.default_rng(0).integers(1, VOCAB_SIZE, 10_000).tolist()
+    with engine.stream(long_prompt) as long, engine.stream(IDS[:4]) as short:
+        ticks = count_ticks(engine, monkeypatch)
+        next(short)
+        assert len(ticks) <= 3
+        assert long._jobs[0].is_reading
+        with engine.stream(long_prompt[::-1]) as other:
+            some(short, 8)
+            assert 0 < long._jobs[0].readers[0].num_read < 1000
+            assert 0 < other._jobs[0].readers[0].num_read < 1000
+
+
+# Waiting
+
+
+def test_a_full_queue_refuses_and_goes_on(narrow: Engine) -> None:
+    streams = [narrow.stream([IDS, IDS], max_tokens=3, sampling=GREEDY) for _ in range(2)]
+    with pytest.raises(QueueFullError, match=r"^queue: 4 texts wait, and 1 more would pass most_waiting = 4; collect"):
+        narrow.stream(IDS)
+    next(streams[0])
+    with pytest.raises(QueueFullError, match=r"^queue: 3 texts wait, and 2 more would pass most_waiting = 4; collect"):
+        narrow.stream([IDS, IDS])
+    # Of a list what does not fit waits outside the queue.
+    alone = narrow.generate([IDS] * 9, max_tokens=3, sampling=GREEDY)
+    assert len({completion.ids for completion in alone}) == 1
+    assert len(list(streams[0])) == 2 * 3 - 1
+    assert len(list(streams[1])) == 2 * 3
+
+
+def test_clients_take_turns(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    admit = narrow._scheduler._admit
+
+    def noted(job: Any) -> None:
+        order.append(f"{job.request.client}{job.index}")
+        admit(job)
+
+    monkeypatch.setattr(narrow._scheduler, "_admit", noted)
+    first = narrow.stream([IDS] * 3, max_tokens=2, client="a")
+    second = narrow.stream([IDS], max_tokens=2, client="b")
+    list(first)
+    list(second)
+    assert order == ["a0", "b0", "a1", "a2"]
+
+
+def test_texts_whose_readers_pause_share_one_slot(narrow: Engine) -> None:
+    samplings = (Sampling.rwkv(temperature=2.0), GREEDY, Sampling.rwkv(penalise_prompt=True))
+    options = [{"max_tokens": 11, "sampling": sampling, "stop_ids": ()} for sampling in samplings]
+    alone = [narrow.generate(IDS, **each) for each in options]
+    streams = [narrow.stream(IDS, keep=True, **each) for each in options]
+    found: list[list[Any]] = [[], [], []]
+    for _ in range(10):
+        for stream, chunks in zip(streams, found, strict=True):
+            chunks.append(next(stream))
+    for stream, chunks, expected in zip(streams, found, alone, strict=True):
+        stream.cancel()
+        _, ids = texts_of(chunks)
+        assert ids == expected.ids[:10]
+        assert_same(stream.snapshot, narrow.read(None, IDS + ids))
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_text_without_its_slot_can_be_cancelled_anywhere(narrow: Engine, count: int) -> None:
+    stream = narrow.stream(IDS, max_tokens=9, keep=True, sampling=GREEDY, stop_ids=())
+    chunks = some(stream, count)
+    narrow.generate((3, 4), max_tokens=2)
+    stream.cancel()
+    assert narrow._scheduler.num_waiting == 0
+    assert_same(stream.snapshot, narrow.read(None, IDS + texts_of(chunks)[1]))
+
+
+def test_paused_texts_make_room_for_one_that_needs_two_slots(engine: Engine) -> None:
+    expected = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x")
+    streams = [engine.stream((i, *IDS), keep=True, max_tokens=20, seed=i) for i in range(2, 6)]
+    chunks = [some(stream, 1) for stream in streams]
+    assert engine._scheduler.num_running == 4
+    found = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x")
+    assert found.ids == expected.ids
+    streams.pop().cancel()
+    assert engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x").ids == expected.ids
+    for i, stream in enumerate(streams):
+        _, ids = texts_of(chunks[i] + list(stream))
+        assert ids == engine.generate((i + 2, *IDS), max_tokens=20, seed=i + 2).ids
+
+
+def test_two_prompts_of_which_one_begins_the_other_can_both_be_left(engine: Engine) -> None:
+    """The second waits for the first to be read, which never is, and nobody else waits for either."""
+    first = engine.stream((200, *LONG_IDS), max_tokens=3)
+    second = engine.stream((200, *LONG_IDS, 7), max_tokens=3, sampling=GREEDY)
+    engine.generate((5,), max_tokens=1)
+    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (1, 1)
+    first.cancel()
+    assert len(list(second)) == 3
+
+
+# Sessions
+
+
+def test_fifty_sessions_never_mix(engine: Engine) -> None:
+    draws = np.random.default_rng(1)
+    each = list(prompts(7, 50, 20))
+    sessions = [engine.session() for _ in each]
+    for session, prompt in zip(sessions, each, strict=True):
+        session.append(prompt)
+    texts = [list(prompt) for prompt in each]
+    for turn in range(2):
+        streams = {
+            i: session.stream((turn + 1, i + 1), max_tokens=7, seed=i, stop_ids=())
+            for i, session in enumerate(sessions)
+        }
+        for i in streams:
+            texts[i] += [turn + 1, i + 1]
+        while streams:
+            i = draws.choice(list(streams))
+            chunk = next(streams[i], None)
+            if chunk is None:
+                del streams[i]
+            else:
+                texts[i] += chunk.ids
+    for i, (session, prompt) in enumerate(zip(sessions, each, strict=True)):
+        assert session.num_tokens == len(texts[i]) == len(prompt) + 2 * (2 + 7)
+        assert_same(session.snapshot, engine.read(None, texts[i]))
+        alone = engine.generate((*prompt, 1, i + 1), max_tokens=7, seed=i, stop_ids=())
+        assert list(alone.ids) == texts[i][len(prompt) + 2 : len(prompt) + 9]
+
+
+def test_sessions_with_equal_requests_at_different_states(narrow: Engine) -> None:
+    """They pause, queue and are cancelled beside each other, and nothing compares their states."""
+    begun = narrow.session()
+    begun.append(IDS)
+    other = begun.fork()
+    other.append((9,))
+    streams = [session.stream(max_tokens=9, sampling=GREEDY, stop_ids=()) for session in (begun, other)]
+    ids = [[*next(streams[i]).ids, *next(streams[i]).ids] for i in range(2)]
+    for stream in streams:
+        stream.cancel()
+    assert_same(begun.snapshot, narrow.read(None, (*IDS, *ids[0])))
+    assert_same(other.snapshot, narrow.read(None, (*IDS, 9, *ids[1])))
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("num_tokens", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_a_session_that_goes_on_takes_no_more_memory(narrow: Engine, num_tokens: int) -> None:
+    session = narrow.session()
+    session.append(IDS)
+    options: dict[str, Any] = {"max_tokens": 500, "stop_ids": ()}
+
+    def speak(count: int) -> None:
+        for seed in range(count // options["max_tokens"]):
+            for chunk in session.stream(seed=seed, **options):
+                assert len(chunk.ids) == 1
+
+    speak(1_000)
+    before = resident_bytes()
+    size = session.nbytes
+    speak(num_tokens)
+    assert resident_bytes() - before < 5e6
+    assert session.nbytes == size
+    assert session.num_tokens == len(IDS) + 1_000 + num_tokens
+
+
+# Failures
+
+
+@pytest.mark.parametrize("program", ["put", "read", "write", "take"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_a_failure_of_the_device_ends_what_is_running(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, program: str, kind: type[BaseException]
+) -> None:
+    """What waits and what pauses elsewhere goes on, in new slots."""
+    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
+    session = engine.session()
+    session.append(IDS)
+    programs = engine._scheduler._programs
+    works = getattr(programs, program)
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(programs, program, works)
+        jax.tree.map(lambda x: x.delete(), engine._scheduler._slots)  # as donation leaves them
+        raise kind("the device is gone")
+
+    # Three that run, one that is about to, and three that wait.
+    running = [engine.stream((i, *LONG_IDS), max_tokens=1000, stop_ids=()) for i in range(2, 5)]
+    for stream in running:
+        next(stream)
+    last = engine.stream((100, *LONG_IDS[::-1]), max_tokens=9, keep=True)
+    waiting = [engine.stream(IDS, max_tokens=9, sampling=GREEDY) for _ in range(3)]
+    monkeypatch.setattr(programs, program, fails)
+    with pytest.raises(kind, match="the device is gone"):
+        list(last)
+    for stream in running:
+        with pytest.raises((kind, RuntimeError), match=r"the device is gone|interrupted while this text was being"):
+            list(stream)
+        assert next(stream, None) is None
+    if kind is KeyboardInterrupt:
+        last.cancel()
+    assert last.snapshot is None
+    for stream in waiting:
+        assert texts_of(list(stream))[1] == expected.ids
+    assert session.generate(max_tokens=9, sampling=GREEDY).ids == expected.ids
+    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert len(engine._scheduler._free) == 4
+
+
+def test_a_text_without_a_slot_outlives_a_failure(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = narrow.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
+    away = narrow.stream(IDS, max_tokens=9, keep=True, sampling=GREEDY, stop_ids=())
+    chunks = some(away, 2)
+    programs = narrow._scheduler._programs
+    write = programs.write
+
+    def fails(*_: Any, **__: Any) -> Any:
+        monkeypatch.setattr(programs, "write", write)
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(programs, "write", fails)
+    with pytest.raises(OSError, match="the device is gone"):
+        narrow.generate((3,), max_tokens=2)
+    assert texts_of(chunks + list(away))[1] == expected.ids
+
+
+def test_logits_that_are_not_finite_end_their_text_alone(engine: Engine) -> None:
+    snapshot = engine.read(None, IDS)
+    broken = copy.copy(snapshot)
+    object.__setattr__(broken, "logits", snapshot.logits.at[3].set(np.nan))
+    streams = [engine.stream("", start=start, max_tokens=6, seed=2, stop_ids=()) for start in (broken, snapshot)]
+    with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite"):
+        list(streams[0])
+    alone = engine.generate(IDS, max_tokens=6, seed=2, stop_ids=())
+    assert texts_of(list(streams[1]))[1] == alone.ids
+    assert next(streams[0], None) is None
+    assert engine.generate(IDS, max_tokens=6, seed=2, stop_ids=()).ids == alone.ids
+
+
+# Bad requests among good ones
+
+
+def test_bad_requests_harm_nobody(engine: Engine) -> None:
+    """Two hundred, of which more than half are refused, among texts and sessions that are under way."""
+    draws = np.random.default_rng(2)
+    bad = bad_requests(engine)
+    assert len(bad) > 90
+    asked = [*bad, *(bad[i] for i in draws.integers(len(bad), size=130 - len(bad)))]
+    good: list[tuple[dict[str, Any], Any]] = []
+    sessions = [engine.session() for _ in range(5)]
+    written: list[list[int]] = [list(prompt) for prompt in prompts(3, 5)]
+    for session, ids in zip(sessions, written, strict=True):
+        session.append(ids)
+    under_way = {i: session.stream(max_tokens=200, seed=i, stop_ids=()) for i, session in enumerate(sessions)}
+    pieces = list(prompts(11, 70))
+    for kind in draws.permutation(200):
+        if kind < 130:
+            asked[kind]()
+        else:
+            settings = {"prompts": pieces[kind - 130], "max_tokens": int(draws.integers(1, 6)), "seed": int(kind)}
+            good.append((settings, engine.generate(**settings)))
+        i = int(draws.integers(5))
+        written[i] += next(under_way[i]).ids
+    for stream in under_way.values():
+        stream.cancel()
+    for session, ids in zip(sessions, written, strict=True):
+        assert_same(session.snapshot, engine.read(None, ids))
+    assert len(good) == 70
+    for settings, completion in good:
+        assert engine.generate(**settings).ids == completion.ids
+    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
