@@ -26,7 +26,7 @@ from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.rows import training_rows
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
-from rwkv_jax.inference.generate import Generator
+from rwkv_jax.inference.samples import Sampler
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.parallel.mesh import memory_of, mesh_of, shape_of
 from rwkv_jax.parallel.picture import placement_table
@@ -119,7 +119,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
         train_step = jax.jit(trainer.train_step, donate_argnums=0)
         eval_step = jax.jit(trainer.eval_step)
         whole = trainer.state_shardings.step
-        generate = Generator(trainer.graphdef, config.model, corpus.tokenizer, results_on=whole).generate
+        sample = Sampler(trainer.graphdef, config.model, corpus.tokenizer, results_on=whole).text
         sampling = Sampling(evaluation.sample_temperature, evaluation.sample_top_p)
 
         def held_out_loss(params: Any, num_batches: int | None = None) -> HeldOut | None:
@@ -182,7 +182,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
                             best_loss = held_out.loss
                             checkpoints.save_best(state, done, best_loss)
                     for seed, prompt in enumerate(prompts_after(done, config), start=done):
-                        text = generate(state.params, prompt, evaluation.sample_tokens, sampling, seed)
+                        text = sample(state.params, prompt, evaluation.sample_tokens, sampling, seed)
                         journal.sample(done, prompt, text)
 
             # Save.

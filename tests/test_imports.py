@@ -105,6 +105,16 @@ def test_parallel_knows_models_and_nothing_that_trains_or_runs_them(module: str)
     assert not {name for name in ours if not is_under(name, "rwkv_jax.config", "rwkv_jax.models", "rwkv_jax.parallel")}
 
 
+@pytest.mark.parametrize("module", [name for name in modules("rwkv_jax") if not is_under(name, "rwkv_jax.cli")])
+def test_only_commands_know_commands(module: str) -> None:
+    assert not [name for name in imports(module) if is_under(name, "rwkv_jax.cli")]
+
+
+@pytest.mark.parametrize("module", modules("rwkv_jax.training", "rwkv_jax.weights", "rwkv_jax.evaluation"))
+def test_what_trains_and_stores_does_not_know_what_runs(module: str) -> None:
+    assert not [name for name in imports(module) if is_under(name, "rwkv_jax.inference")]
+
+
 def test_the_folder_of_kernels_is_no_package() -> None:
     # An importable `kernels` would shadow the package of that name which transformers looks for.
     assert not (ROOT / "kernels" / "__init__.py").exists()

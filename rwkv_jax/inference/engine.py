@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import numbers
+import functools
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -16,25 +17,21 @@ from jax.sharding import Mesh
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
-from rwkv_jax.inference.job import Job, Reader
+from rwkv_jax.inference.job import Job, Reader, Tables
 from rwkv_jax.inference.prefix_store import PrefixStore
-from rwkv_jax.inference.programs import Programs, Row
-from rwkv_jax.inference.requests import MOST_SEED, Completion, Request, join, require_whole
-from rwkv_jax.inference.sampling import Sampling, bias_of, initial_occurrences, occurrence_weights
+from rwkv_jax.inference.programs import Programs
+from rwkv_jax.inference.prompts import MOST_COPIES, is_one, requests_of
+from rwkv_jax.inference.requests import Chunk, Completion, Prompt, Request, join, require_whole
+from rwkv_jax.inference.sampling import bias_of, initial_occurrences, occurrence_weights
 from rwkv_jax.inference.scheduler import Scheduler, Shapes
 from rwkv_jax.inference.session import Session
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.inference.state_file import Identity, model_identity
 from rwkv_jax.inference.stores import SessionStore
-from rwkv_jax.inference.stream import Stream
+from rwkv_jax.inference.stream import Stream, uninterrupted
 from rwkv_jax.inference.text import TextStream
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.language_model import unstacked, with_implementation
-
-Prompt = str | Sequence[int]
-"""A text, or token ids."""
-
-ModelT = TypeVar("ModelT", bound=LanguageModel)
+from rwkv_jax.models.decoding import implementation_for_reading, unstacked, with_implementation
 
 _MIB = 2**20
 
@@ -121,13 +118,18 @@ class Engine:
         if mesh is not None:
             options = dataclasses.replace(options, batch_sizes=(options.num_slots,))
         self.options, self.config, self.tokenizer = options, config, tokenizer
-        self.model = _for_reading(unstacked(model))
+        self.model = unstacked(model)
+        device = next(iter(jax.tree.leaves(nnx.state(self.model, nnx.Param))[0].devices()))
+        implementation, _ = implementation_for_reading(config, device.platform)
+        if implementation is not None:
+            self.model = with_implementation(self.model, implementation)
         self._capacity = config.sizes().context_length or None
         # Embeddings have rows that no tokenizer names, and that no text has trained.
         self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])
         self._weights = occurrence_weights(tokenizer, config.vocab_size)
         self._lock = threading.RLock()
         self._identity: Identity | None = None
+        self._identity_lock = threading.Lock()  # its own: hashing weights takes seconds, in which others are written
         self.prefixes = PrefixStore(options.prefix_bytes) if options.prefix_bytes else None
         self.sessions: SessionStore[Session] = SessionStore(options.session_bytes, options.session_idle_seconds)
         programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh)
@@ -166,21 +168,16 @@ class Engine:
         Raises:
           ConfigError: a value that cannot work; nothing has been run then.
         """
-        one = _is_one(prompts)
+        one = is_one(prompts)
         if conversation is not None:
             if not one or best_of != 1:
                 raise ConfigError(
                     f"conversation = {conversation!r}: goes on with one prompt and one continuation; leave best_of and "
                     "further prompts out"
                 )
-            session = self.conversation(conversation)
-            try:
-                return session.generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
-            finally:
-                self.sessions.put(conversation, session)  # anew, since its bytes have changed
-        require_whole("best_of", best_of, 1)
-        requests = self._requests(prompts, copies=best_of, **arguments)
-        completions = self._run(requests)
+            return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
+        require_whole("best_of", best_of, 1, MOST_COPIES)
+        completions = self._run(self._requests(prompts, best_of, arguments))
         best = [
             dataclasses.replace(
                 max(completions[i : i + best_of], key=lambda completion: completion.mean_log_probability),
@@ -210,18 +207,22 @@ class Engine:
           ConfigError: a value that cannot work.
           QueueFullError: too many texts wait already.
         """
-        jobs = [self._job(request, index) for index, request in enumerate(self._requests(prompts, **arguments))]
-        with self._lock:
-            self._scheduler.submit(jobs)
-        return Stream(jobs, self._scheduler, self._lock, self._read_again)
+        requests = self._requests(prompts, 1, arguments)
+        return self._submitted([self._job(request, index) for index, request in enumerate(requests)])
 
     submit = stream
     """The same: what is submitted is run whenever anybody waits for anything, and is collected when it is iterated."""
 
     def read(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
         """The state after a prompt that goes on from a state; None begins a text."""
-        (request,) = self._requests(prompt, max_tokens=0, start=snapshot, keep=True)
-        return self._read_now(request)
+        (request,) = self._requests(prompt, 1, {"max_tokens": 0, "start": snapshot, "keep": True})
+        while True:
+            with self._lock:
+                if self._scheduler.room:
+                    stream = self._submitted([self._job(request, 0)])
+                    break
+            self._wait()
+        return _end_of(stream)
 
     # Conversations.
 
@@ -234,19 +235,26 @@ class Engine:
         return Session.load(self, path)
 
     def conversation(self, name: str) -> Session:
-        """The conversation of a name, kept in `sessions`; one that has not begun, if there is none.
-
-        The store counts a session's bytes when it is looked up here, or put again.
-        """
+        """The conversation of a name, kept in `sessions`; one that has not begun, if there is none."""
+        if not isinstance(name, str):
+            raise ConfigError(f"conversation = {name!r}: must be a string")
         with self._lock:
-            session = self.sessions.get(name) or Session(self)
-            self.sessions.put(name, session)
+            session = self.sessions.get(name)
+            if session is None:
+                session = Session(self, on_change=functools.partial(self._keep, name))
+                self.sessions.put(name, session)
             return session
+
+    def _keep(self, name: str, session: Session) -> None:
+        """Counts a conversation's bytes anew; one that went to make room comes back, unless another has its name."""
+        with self._lock:
+            if self.sessions.get(name) in (None, session):
+                self.sessions.put(name, session)
 
     @property
     def identity(self) -> Identity:
         """What states of this engine belong to; reads all parameters when it is first asked for."""
-        with self._lock:
+        with self._identity_lock:
             if self._identity is None:
                 self._identity = model_identity(self.model, self.tokenizer)
             return self._identity
@@ -267,65 +275,14 @@ class Engine:
 
     # From what is asked to what is run.
 
-    def _requests(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        copies: int = 1,
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        seed: int | Sequence[int] = 0,
-        stop: str | Iterable[str] = (),
-        stop_ids: Iterable[int] | None = None,
-        unguided: Prompt | None = None,
-        start: Snapshot | None = None,
-        **fields: Any,
-    ) -> list[Request]:
-        each: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
-        if not each and start is not None:
-            each = [""]  # no ids: nothing to read before going on
-        if not each:
-            raise ConfigError("prompts: there are none; give at least one")
-        if start is not None:
-            self._check_state(start)
-        if (start is not None or fields.get("keep")) and len(each) > 1:
-            raise ConfigError(f"start and keep are for one text; there are {len(each)} prompts")
-        unknown = fields.keys() - {field.name for field in dataclasses.fields(Request)}
-        if unknown:
-            raise ConfigError(f"{', '.join(sorted(unknown))}: no such argument; Engine.stream lists them")
-        samplings = _one_each("sampling", sampling or Sampling(), Sampling, len(each))
-        if isinstance(seed, numbers.Integral):
-            firsts: Sequence[int] = range(int(seed), int(seed) + len(each) * copies, copies)
-        else:
-            firsts = _made(tuple, "seed", seed)
-            for first in firsts:
-                require_whole("seed", first, 0, MOST_SEED)
-        if len(firsts) != len(each):
-            raise ConfigError(f"seed: {len(firsts)} for {len(each)} prompts; give one, or one for each prompt")
-        strings: tuple[str, ...] = (stop,) if isinstance(stop, str) else _made(tuple, "stop", stop)
-        ends = _made(frozenset, "stop_ids", [self.tokenizer.end_of_text] if stop_ids is None else stop_ids)
-        requests = []
-        for i, prompt in enumerate(each):
-            if isinstance(prompt, str):
-                # After a state there may be nothing to read.
-                ids = self.encode(prompt, begins=start is None) if prompt or start is None else []
-            else:
-                ids = _made(tuple, f"prompt {i}", prompt)
-            request = Request(
-                ids=tuple(ids),
-                sampling=samplings[i],
-                stop=strings,
-                stop_ids=ends,
-                start=start,
-                unguided_ids=()
-                if unguided is None
-                else _made(
-                    tuple, "unguided", self.encode(unguided, begins=True) if isinstance(unguided, str) else unguided
-                ),
-                **fields,
-            )
-            requests += [dataclasses.replace(request, seed=firsts[i] + copy) for copy in range(copies)]
+    def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
+        """Requests that can be run; see `requests_of`."""
+        requests = requests_of(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
         for request in requests:
+            if request.start is not None:
+                self._check_state(request.start)
             request.check(self.config.vocab_size, self._capacity)
+            bias_of(request.sampling, self._named)  # refuses bans that leave nothing
             if request.unguided_ids and self.options.num_slots < 2:
                 raise ConfigError(
                     f"guidance = {request.guidance}: needs two slots; build the engine with num_slots >= 2"
@@ -333,58 +290,56 @@ class Engine:
         return requests
 
     def _job(self, request: Request, index: int) -> Job:
-        empty = self._scheduler.empty_row
-        occurrences = initial_occurrences(request.sampling, request.ids, self._weights)
-        start = request.start
-        row = Row(*((empty.state, empty.logits) if start is None else (start.state, start.logits)), occurrences)
-        readers = [Reader(tuple(map(int, request.ids)), row)]
-        if request.unguided_ids:
-            readers.append(Reader(tuple(map(int, request.unguided_ids)), row))
+        texts = [request.ids, request.unguided_ids] if request.unguided_ids else [request.ids]
+        readers = [Reader(tuple(map(int, ids))) for ids in texts]
+        return Job(
+            request, index, readers, functools.partial(self._tables, request), TextStream(self.tokenizer, request.stop)
+        )
+
+    def _tables(self, request: Request) -> Tables:
+        """Made when a text gets its slot, not while it waits: each has an entry for every token."""
         stops = np.zeros(self.config.vocab_size, np.bool_)
         stops[list(request.stop_ids)] = True
-        bias = bias_of(request.sampling, self._named)
-        return Job(request, index, readers, bias, stops, TextStream(self.tokenizer, request.stop))
+        occurrences = initial_occurrences(request.sampling, request.ids, self._weights)
+        return Tables(occurrences, bias_of(request.sampling, self._named), stops)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs texts to their ends, no more of them waiting at a time than may wait."""
-        jobs = [self._job(request, index) for index, request in enumerate(requests)]
-        pending = list(jobs[::-1])
-        chunks: list[list[Any]] = [[] for _ in jobs]
-        streams: list[Stream] = []
+        """Runs texts to their ends; those that find no room in the queue wait here."""
+        pending = collections.deque(enumerate(requests))
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        streams: collections.deque[Stream] = collections.deque()
         try:
             while pending or streams:
                 with self._lock:
-                    room = max(0, self.options.most_waiting - self._scheduler.num_waiting)
-                    if pending and (room or not streams):
-                        ready = [pending.pop() for _ in range(min(len(pending), max(room, 1)))]
-                        self._scheduler.submit(ready, in_front=not room)
-                        streams += [Stream([job], self._scheduler, self._lock, self._read_again) for job in ready]
-                stream = streams[0]
-                chunks_of_first = list(stream)
-                if chunks_of_first:
-                    chunks[chunks_of_first[0].index] += chunks_of_first
-                streams.pop(0)
+                    while pending and self._scheduler.room:
+                        index, request = pending.popleft()
+                        streams.append(self._submitted([self._job(request, index)]))
+                if not streams:
+                    self._wait()
+                elif (chunk := next(streams[0], None)) is None:
+                    streams.popleft()
+                else:
+                    chunks[chunk.index].append(chunk)
         finally:
             for stream in streams:
                 stream.cancel()
         return [join(own, index, len(requests[index].ids)) for index, own in enumerate(chunks)]
 
-    def _read_now(self, request: Request) -> Snapshot:
-        job = self._job(request, 0)
+    def _submitted(self, jobs: Sequence[Job], *, in_front: bool = False) -> Stream:
         with self._lock:
-            self._scheduler.submit([job], in_front=True)
-        stream = Stream([job], self._scheduler, self._lock, self._read_again)
-        for _ in stream:
-            pass
-        assert stream.snapshot is not None
-        return stream.snapshot
+            self._scheduler.submit(jobs, in_front=in_front)
+        return Stream(jobs, self._scheduler, self._lock, self._read_again)
+
+    def _wait(self) -> None:
+        """Runs what others have submitted, one turn."""
+        with self._lock, uninterrupted():
+            self._scheduler.tick()
 
     def _read_again(self, snapshot: Snapshot, ids: tuple[int, ...]) -> Snapshot:
-        return self._read_now(Request(ids=ids, max_tokens=0, start=snapshot, keep=True))
+        job = self._job(Request(ids=ids, max_tokens=0, start=snapshot, keep=True), 0)
+        return _end_of(self._submitted([job], in_front=True))
 
     def _check_state(self, snapshot: Snapshot) -> None:
-        if not isinstance(snapshot, Snapshot):
-            raise ConfigError(f"start = {snapshot!r}: must be a Snapshot, such as Session.snapshot")
         like = self._scheduler.empty_row
         expected, found = (
             jax.tree.map(lambda x: (tuple(x.shape), np.dtype(x.dtype).name), (row.state, row.logits))
@@ -398,40 +353,9 @@ class Engine:
             )
 
 
-def _for_reading(model: ModelT) -> ModelT:
-    """A model whose operator is the fastest where nothing is differentiated.
-
-    On a CPU RWKV-7's recurrence, whose state stays in the cache, reads a prompt in 0.9 times the time that its chunks
-    take (benchmarks/README.md); the other generations' chunks are as fast as their recurrences or faster.
-    """
-    config = model.config
-    device = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param))[0].devices()))
-    if config.generation == "7" and config.wkv_implementation is None and device.platform == "cpu":
-        return with_implementation(model, "scan")
-    return model
-
-
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt: a text, or ids."""
-    if isinstance(prompts, str):
-        return True
-    if not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts = {prompts!r}: must be a text, token ids, or several of these")
-    first = next(iter(prompts), None)
-    return first is not None and not isinstance(first, str | Sequence | np.ndarray)
-
-
-def _made(kind: type[Any], name: str, values: Any) -> Any:
-    try:
-        return kind(values)
-    except TypeError as error:
-        raise ConfigError(f"{name} = {values!r}: must be a sequence; {error}") from error
-
-
-def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
-    if isinstance(values, kind):
-        return [values] * count
-    values = _made(list, name, values)
-    if len(values) != count:
-        raise ConfigError(f"{name}: {len(values)} for {count} prompts; give one, or one for each prompt")
-    return values
+def _end_of(stream: Stream) -> Snapshot:
+    """The state after a stream that only reads."""
+    for _ in stream:
+        pass
+    assert stream.snapshot is not None
+    return stream.snapshot

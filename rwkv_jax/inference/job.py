@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +22,32 @@ class Reader:
 
     ids: tuple[int, ...]
     """Tokens to read."""
-    row: Row | None
-    """With what its slot begins; None where the slot holds it already."""
+    row: Row | None = None
+    """What its slot held when it was given up; None of a text that never gave one up."""
     num_read: int = 0
     """How many of `ids` its slot has read."""
     slot: int | None = None
     """None while it has none."""
+    parting: int = 0
+    """How many of `ids` another known text has, too: worth keeping the state there."""
+
+    @property
+    def next_remaining(self) -> int:
+        """Tokens to be read before a state is kept or the text ends."""
+        return (self.parting if self.num_read < self.parting else len(self.ids)) - self.num_read
 
     @property
     def remaining(self) -> int:
         """Tokens still to be read."""
         return len(self.ids) - self.num_read
+
+
+class Tables(NamedTuple):
+    """What a slot is told of each token, [V]; see `programs.Slots`."""
+
+    occurrences: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    stops: NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +67,8 @@ class Job:
     """Which of the prompts of a call it is."""
     readers: list[Reader]
     """The text's own, and behind it that of the text which guides it."""
-    bias: NDArray[np.float32]
-    stops: NDArray[np.bool_]
+    tables: Callable[[], Tables]
+    """Makes what its slots are told of each token."""
     text: TextStream
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
     """Written, and not yet collected."""

@@ -93,6 +93,27 @@ class PrefixStore:
             self._count(hits=1, tokens_found=found.snapshot.num_tokens)
             return found.snapshot.num_tokens, found.snapshot
 
+    @property
+    def max_bytes(self) -> int:
+        """What it holds at most."""
+        return self._max_bytes
+
+    def parting(self, tokens: Sequence[int] | NDArray[Any]) -> int:
+        """How many tokens the longest beginning has that some stored text begins with, too."""
+        wanted = _as_tokens(tokens)
+        with self._lock:
+            node, position = self._root, 0
+            while position < len(wanted):
+                child = node.children.get(int(wanted[position]))
+                if child is None:
+                    break
+                common = _common_length(child.edge, wanted[position:])
+                position += common
+                if common < len(child.edge):
+                    break
+                node = child
+            return position
+
     def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot, *, pinned: bool = False) -> bool:
         """Keep the snapshot after some tokens, in the place of one that is there already.
 

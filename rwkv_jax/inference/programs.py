@@ -1,9 +1,10 @@
-"""What runs on the device: a fixed array of slots, each the state of one text, and five programs that change it.
+"""What runs on the device: a fixed array of slots, each the state of one text, and the programs that change them.
 
 A slot is one row of every array. Its `logits` are those after the last token that it has read, so writing is: choose a
 token from them, then read it. Every token that comes out has therefore been read, the last one and a stop token too,
 and a text can be left and taken up at any of them. No shape depends on the length of a text, of a prompt, or on how
-many texts there are, so that the number of programs is fixed when the engine is built.
+many texts there are, so that the number of programs is known when the engine is built: three that make, fill and copy
+slots, three shapes of reading, and one of writing for each batch size (two, where likeliest tokens are asked for).
 """
 
 from __future__ import annotations
@@ -123,7 +124,6 @@ class Programs:
             donate_argnums=(1, 2),
             out_shardings=None if mesh is None else (slots_on, mark_on, whole),
         )
-        self.row_like: Row = jax.eval_shape(self._take, slots.state, slots.logits, slots.occurrences, 0)
 
     def _model(self, params: Any) -> LanguageModel:
         return nnx.merge(self.graphdef, params)
@@ -208,7 +208,6 @@ class Programs:
         mark: Mark,
         rows: Array | None,
         draw: Draw,
-        num_steps: Array,
         *,
         num_top: int,
     ) -> tuple[Slots, Mark, Burst]:
@@ -216,7 +215,7 @@ class Programs:
 
         Args:
           rows: int32 [b], slots; None is all of them in order; S stands for no slot.
-          num_steps: most tokens in this burst, at most `burst_length`.
+          num_top: likeliest tokens to report with each; each number is a program of its own.
         """
         model = self._model(params)
         if rows is None:
@@ -240,7 +239,7 @@ class Programs:
 
         def goes_on(carry: tuple[Array, Array, Any, Array, Array, Burst]) -> Array:
             step, active, *_ = carry
-            return (step < num_steps) & jnp.any(active)
+            return (step < self.burst_length) & jnp.any(active)
 
         def advance(carry: tuple[Array, Array, Any, Array, Array, Burst]) -> tuple[Any, ...]:
             step, active, state, logits, occurrences, burst = carry

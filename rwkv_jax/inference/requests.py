@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -13,6 +12,12 @@ import numpy as np
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.text import check_stop_strings
+
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+_MOST_GUIDANCE = 1e6
 
 MOST_TOP_LOG_PROBABILITIES = 20
 """Likeliest tokens that can be asked for with each token."""
@@ -80,10 +85,11 @@ class Request:
             raise ConfigError("prompt: is empty, and no tokens are asked for; give tokens to read")
         for name, ids in (("prompt", self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
             _check_ids(name, ids, vocab_size)
-        if "" in self.stop:
-            raise ConfigError("stop = '': an empty string would end every text; leave it out")
-        if not isinstance(self.guidance, numbers.Real) or not math.isfinite(self.guidance):
-            raise ConfigError(f"guidance = {self.guidance!r}: must be a number; 1 is no guidance")
+        check_stop_strings(self.stop)
+        if not isinstance(self.guidance, numbers.Real) or not abs(float(self.guidance)) <= _MOST_GUIDANCE:
+            raise ConfigError(
+                f"guidance = {self.guidance!r}: must be a number of at most {_MOST_GUIDANCE:g}; 1 is no guidance"
+            )
         if (self.guidance != 1) != bool(self.unguided_ids):
             raise ConfigError(
                 f"guidance = {self.guidance} and an unguided prompt of {len(self.unguided_ids)} tokens: guidance needs "

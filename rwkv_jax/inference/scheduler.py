@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from rwkv_jax.inference.job import Job, Reader, Tail
+from rwkv_jax.inference.job import Job, Reader, Tables, Tail
 from rwkv_jax.inference.prefix_store import PrefixStore
 from rwkv_jax.inference.programs import Burst, Draw, Mark, Programs, Row, Slots, pad
 from rwkv_jax.inference.requests import MOST_TOP_LOG_PROBABILITIES, QueueFullError
@@ -70,6 +70,9 @@ class Scheduler:
         self._allocate()
         self.empty_row = self._row(self._slots, 0)
         """The row of a text that has not begun."""
+        size = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
+        if prefixes is not None and size > prefixes.max_bytes:
+            self._prefixes = None  # not one of its states would fit
 
     def _allocate(self) -> None:
         self._free = list(range(self._programs.num_slots))[::-1]
@@ -86,7 +89,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Jobs without a slot."""
-        return sum(len(jobs) for jobs in self._waiting.values())
+        return sum(len(jobs) for jobs in self._waiting.values()) + len(self._away)
+
+    @property
+    def room(self) -> int:
+        """Jobs that may still be submitted."""
+        return max(0, self._most_waiting - self.num_waiting)
 
     @property
     def num_running(self) -> int:
@@ -99,7 +107,11 @@ class Scheduler:
         Raises:
           QueueFullError: more than `most_waiting` would wait.
         """
-        if not in_front and self.num_waiting + len(jobs) > self._most_waiting:
+        for queue in self._waiting.values():
+            for job in [job for job in queue if job.is_abandoned]:
+                queue.remove(job)
+                job.is_done = True
+        if not in_front and len(jobs) > self.room:
             raise QueueFullError(
                 f"queue: {self.num_waiting} texts wait, and {len(jobs)} more would pass most_waiting = "
                 f"{self._most_waiting}; collect some first, or build the engine with more"
@@ -201,19 +213,27 @@ class Scheduler:
 
     def _admit(self, job: Job) -> None:
         self._reading.append(job)  # before the device is asked, so that what fails there is this text's failure too
+        tables = job.tables()
         for reader in job.readers:
-            if self._prefixes is not None and job.request.start is None and not reader.num_read and not job.num_written:
-                found = self._prefixes.longest(reader.ids)
-                if found is not None:
-                    reader.num_read, prefix = found
-                    assert reader.row is not None
-                    reader.row = Row(prefix.state, prefix.logits, reader.row.occurrences)
+            row = reader.row or self._first_row(job, reader, tables)
             reader.slot = self._free.pop()
-            assert reader.row is not None
-            self._slots = self._programs.put(self._slots, np.int32(reader.slot), reader.row, job.bias, job.stops)
+            self._slots = self._programs.put(self._slots, np.int32(reader.slot), row, tables.bias, tables.stops)
             reader.row = None
         if not job.is_reading:
             self._start_writing(job)
+
+    def _first_row(self, job: Job, reader: Reader, tables: Tables) -> Row:
+        """Where a text begins: at its request's state, or at the longest beginning of its prompt that is known."""
+        start = job.request.start
+        if start is not None:
+            return Row(start.state, start.logits, tables.occurrences)
+        if self._prefixes is not None:
+            if (found := self._prefixes.longest(reader.ids)) is not None:
+                reader.num_read, prefix = found
+                return Row(prefix.state, prefix.logits, tables.occurrences)
+            parting = self._prefixes.parting(reader.ids)
+            reader.parting = parting if parting >= self._fewest_prefix_tokens else 0
+        return Row(self.empty_row.state, self.empty_row.logits, tables.occurrences)
 
     def _start_writing(self, job: Job) -> None:
         self._reading.remove(job)
@@ -278,17 +298,17 @@ class Scheduler:
 
     def _read(self) -> bool:
         """Reads on: a long piece of the prompt whose turn it is, or short pieces of as many as there are."""
-        readers = [(job, reader) for job in self._reading for reader in job.readers if reader.remaining]
+        readers = [reader for job in self._reading for reader in job.readers if reader.remaining]
         if not readers:
             return False
         shapes, num_slots = self._shapes, self._programs.num_slots
-        job, reader = readers[0]
+        reader = readers[0]
         most = _SHORT_CALLS * shapes.short
-        if reader.remaining > most:
-            self._read_rows([(reader, min(reader.remaining, shapes.long))], shapes.long, alone=True)
+        if reader.next_remaining > most:
+            self._read_rows([(reader, min(reader.next_remaining, shapes.long))], shapes.long, alone=True)
         else:
-            short = [reader for _, reader in readers if reader.remaining <= most]
-            pieces = [(reader, min(reader.remaining, shapes.short)) for reader in short]
+            short = [reader for reader in readers if reader.next_remaining <= most]
+            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short]
             alone = len(pieces) == 1 or num_slots == 1
             self._read_rows(pieces[:1] if alone else pieces, shapes.short, alone=alone)
         self._reading.rotate(-1)
@@ -317,13 +337,13 @@ class Scheduler:
             self._prefixes.put(reader.ids[: reader.num_read], snapshot)
 
     def _is_worth_keeping(self, reader: Reader, size: int) -> bool:
-        """Whether the state after `size` more tokens is stored: at a prompt's end, or after a long piece."""
+        """Whether the state after `size` more tokens is stored: at a prompt's end, or where it parts from another."""
         if self._prefixes is None or not any(
             reader in job.readers and job.request.start is None for job in self._reading
         ):
             return False
         num_tokens = reader.num_read + size
-        return num_tokens >= self._fewest_prefix_tokens and (reader.remaining == size or size == self._shapes.long)
+        return num_tokens >= self._fewest_prefix_tokens and (reader.remaining == size or reader.parting == num_tokens)
 
     # Writing.
 
@@ -340,7 +360,6 @@ class Scheduler:
             self._mark,
             rows,
             draw,
-            np.int32(self._programs.burst_length),
             num_top=num_top,
         )
         burst: Burst = jax.device_get(burst)
@@ -367,7 +386,9 @@ class Scheduler:
         samplings = [jobs[0].request.sampling] * size
         for place, (job, own, other) in draws.items():
             samplings[place], seeds[place] = job.request.sampling, job.request.seed
-            positions[place], allowed[place] = job.num_tokens, job.request.max_tokens - job.num_written
+            # (The key of a draw takes a position of 31 bits.)
+            positions[place] = job.num_tokens % 2**31
+            allowed[place] = min(job.request.max_tokens - job.num_written, self._programs.burst_length)
             leader[place], guide[place] = own, other
             guidance[place] = job.request.guidance if place == own else 1
         return jobs, rows, Draw(settings_of(samplings), seeds, positions, allowed, leader, guide, guidance)
@@ -391,7 +412,13 @@ class Scheduler:
                 strict=True,
             )
         ]
-        job.write(burst.tokens[:size, place].tolist(), values.tolist(), top if num_top else ())
+        try:
+            job.write(burst.tokens[:size, place].tolist(), values.tolist(), top if num_top else ())
+        except Exception as error:  # its tokenizer's, say: nobody else's business
+            job.error = error
+            self._release(job)
+            job.is_done = True
+            return
         if job.finish_reason is not None:
             self._keep(job)
             self._release(job)

@@ -6,20 +6,21 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.requests import Chunk, Completion, join
+from rwkv_jax.inference.requests import Chunk, Completion, Prompt, join
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.state_file import Identity, load_snapshot, save_snapshot
-
-Prompt = str | Sequence[int]
-"""A text, or token ids."""
 
 
 class SessionBusyError(ConfigError):
     """A session that is used while something else uses it: its state is not known before that has ended."""
+
+
+class SessionCancelledError(RuntimeError):
+    """Somebody cancelled what another call was waiting for."""
 
 
 class StreamLike(Protocol):
@@ -70,12 +71,23 @@ class Session:
     """One conversation's state, which moves on with what is appended and generated.
 
     Texts are encoded one by one: two appended texts may be other tokens than both in one. What a call generates is part
-    of the state, down to its last token or its stop token, so that the next call goes on behind it. After an error the
-    session is as it was. Calls from several threads do not wait for each other: the later one raises SessionBusyError.
+    of the state, down to its last token or its stop token, so that the next call goes on behind it. Penalties count
+    what one call writes, as in the official package: each begins anew. After an error the session is as it was. Calls
+    from several threads do not wait for each other: the later one raises SessionBusyError.
     """
 
-    def __init__(self, engine: EngineLike, snapshot: Snapshot | None = None) -> None:
-        """At a snapshot of the engine's model; None is the start of a text."""
+    def __init__(
+        self,
+        engine: EngineLike,
+        snapshot: Snapshot | None = None,
+        on_change: Callable[[Session], None] = lambda session: None,
+    ) -> None:
+        """At a snapshot of the engine's model; None is the start of a text.
+
+        Args:
+          on_change: called when the state or the marks have changed.
+        """
+        self._on_change = on_change
         self._engine = engine
         self._snapshot = snapshot
         self._marks: dict[str, Snapshot | None] = {}
@@ -108,11 +120,17 @@ class Session:
         """
         with self._alone("append"):
             self._snapshot = self._engine.read(self._snapshot, prompt)
+        self._on_change(self)
 
     def generate(self, prompt: Prompt = "", **arguments: Any) -> Completion:
         """Goes on, after a prompt if one is given; arguments and errors as `stream` has them."""
         with self.stream(prompt, **arguments) as stream:
-            return join(list(stream), 0, stream.num_prompt_tokens)
+            chunks = list(stream)
+        if not chunks or chunks[-1].finish_reason is None:
+            raise SessionCancelledError(
+                f"generate: was cancelled after {len(chunks)} tokens; the session stands at {self.num_tokens} tokens"
+            )
+        return join(chunks, 0, stream.num_prompt_tokens)
 
     def stream(self, prompt: Prompt = "", **arguments: Any) -> SessionStream:
         """Goes on chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
@@ -150,6 +168,7 @@ class Session:
         """Gives the state a name for `rewind`; a mark of that name moves here."""
         with self._alone("mark"):
             self._marks[name] = self._snapshot
+        self._on_change(self)
 
     def rewind(self, name: str) -> None:
         """Goes back, or forth, to the state of a name; all marks stay. Raises ConfigError for an unknown name."""
@@ -187,6 +206,7 @@ class Session:
                 self._snapshot = stream.snapshot
             finally:
                 self._release()
+            self._on_change(self)
 
     def _give_up(self, stream: StreamLike) -> None:
         """Stays before a stream that has failed."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock, RLock
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from rwkv_jax.inference.job import Job
@@ -118,13 +121,13 @@ class Stream:
         return job.request.start
 
     def _run(self) -> None:
-        """Runs the engine until there is something to collect."""
-        while not self._has_news():
-            with self._lock:
-                if not self._has_news() and not self._scheduler.tick() and not self._has_news():
-                    raise RuntimeError(
-                        "the engine has nothing to do, and this text is not finished: this is our mistake"
-                    )
+        """Runs the engine for one turn, unless there is something to collect.
+
+        One, so that a task gives its thread back to those that wait for one.
+        """
+        with self._lock, uninterrupted():
+            if not self._has_news() and not self._scheduler.tick() and not self._has_news():
+                raise RuntimeError("the engine has nothing to do, and this text is not finished: this is our mistake")
 
     def _has_news(self) -> bool:
         jobs = self._open
@@ -149,3 +152,20 @@ class Stream:
             if not self._open:
                 raise StopIteration
         return None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off until the end: a turn of the engine is everybody's, and who interrupts it means his own text."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        before(*caught[0])

@@ -2,12 +2,11 @@
 
 The first layer differs from the others (it owns ln0, and in RWKV-7 it has no value residual), so it stands alone as
 `first_block`; layers 1 to L - 1 are one block whose parameters have a leading axis, run by `jax.lax.scan`. Compile
-time therefore does not grow with depth.
+time therefore does not grow with depth. For decoding there is a form with arrays for each layer (decoding.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -199,14 +198,15 @@ class LanguageModel(nnx.Module):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `unstacked`."""
+        """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `decoding.unstacked`."""
         return not isinstance(self.blocks, nnx.List)
 
     def initial_state(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
-        """The empty state of `batch_size` texts; arrays have a leading axis L, or (`unstacked`) layers their own."""
+        """The empty state of `batch_size` texts; arrays have a leading axis L, or `unstacked` layers their own."""
         block = self.initial_block_state(self.config, batch_size, axes)
         if not self.is_stacked:
-            return (block,) * self.config.num_layers
+            # Arrays of their own, or they could not be donated.
+            return tuple(jax.tree.map(jnp.copy, block) for _ in range(self.config.num_layers))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
 
     def start_of_text(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
@@ -377,38 +377,3 @@ class LanguageModel(nnx.Module):
             if leaf.shape != like.shape:
                 raise ValueError(f"state{jax.tree_util.keystr(path)}: shape {leaf.shape} must be {like.shape}")
         return state
-
-
-Model = TypeVar("Model", bound=LanguageModel)
-
-
-def unstacked(model: Model) -> Model:
-    """The same model with arrays of its own for each layer: for decoding, which reads every weight once a token.
-
-    A scan over stacked layers copies each layer's weights out of the stack first, which doubles that. The result is
-    called as before, but its state is a tuple of one `State` a layer. It compiles in time that grows with depth.
-
-    Returns:
-      A new model; embedding, first block, norm and head share their arrays with the old one. `model` itself, if its
-      layers are not stacked.
-    """
-    if not model.is_stacked:
-        return model
-    graphdef, params = nnx.split(model.blocks, nnx.Param)
-
-    def layer(params: Any, index: int) -> Any:
-        return jax.tree.map(lambda x: x[index], params)
-
-    layers = jax.jit(lambda params: [layer(params, index) for index in range(model.config.num_layers - 1)])(params)
-    result = nnx.merge(*nnx.split(model))
-    result.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
-    return result
-
-
-def with_implementation(model: Model, implementation: str) -> Model:
-    """The same model, its arrays shared, with a named implementation of its WKV operator."""
-    result = nnx.merge(*nnx.split(model))
-    for _, module in nnx.iter_modules(result):
-        if isinstance(config := getattr(module, "config", None), ModelConfig):
-            module.config = dataclasses.replace(config, wkv_implementation=implementation)  # pyright: ignore[reportAttributeAccessIssue]
-    return result

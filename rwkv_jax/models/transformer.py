@@ -374,7 +374,7 @@ class Transformer(LanguageModel):
         del axes
         return state
 
-    def max_tokens(self, state: Any) -> Array:
+    def room(self, state: Any) -> Array:
         """int32 [B]: tokens of each row for which a state still has room; negative where it lacks some already."""
         position = state.position[0] if self.is_stacked else state[0].position
         return self.config.sizes().context_length - position
@@ -387,7 +387,7 @@ class Transformer(LanguageModel):
 
     def check_room(self, state: Any) -> None:
         """Raises ConfigError where values are at hand and tokens were read for which a state had no room."""
-        room = self.max_tokens(state)
+        room = self.room(state)
         if is_concrete(room) and (least := int(room.min())) < 0:
             raise ConfigError(
                 f"model.context_length = {self.config.sizes().context_length}: the state has no room for {-least} of "

@@ -15,9 +15,17 @@ from rwkv_jax.inference.sampling import Sampling
 from tests.inference.models import GREEDY, VOCAB_SIZE
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "prompts that come once": ({"prompts": (text for text in ("a", "b"))}, "^prompts = <generator"),
+    "bytes": ({"prompts": b"abc"}, "^prompts = b'abc': must be a text"),
+    "bytes among others": ({"prompts": ["a", b"b"]}, "^prompt 1 = b'b': must be a text"),
+    "a set": ({"prompts": {1, 2}}, "^prompts = {1, 2}: must be a text"),
+    "huge guidance": ({"guidance": 1e300, "unguided": "x"}, "^guidance = 1e.300: must be a number of at most"),
+    "ids by name": ({"ids": (1,)}, "^ids: no such argument"),
+    "copies": ({"copies": 2}, "^copies: no such argument"),
+    "a true seed": ({"seed": True}, "^seed = True: must be a sequence"),
     "nothing": ({"prompts": []}, "^prompts: there are none"),
-    "no prompt": ({"prompts": None}, "^prompts = None: must be a text, token ids, or several"),
-    "a number": ({"prompts": 3}, "^prompts = 3: must be a text, token ids, or several"),
+    "no prompt": ({"prompts": None}, "^prompts = None: must be a text, a sequence of token ids"),
+    "a number": ({"prompts": 3}, "^prompts = 3: must be a text, a sequence of token ids"),
     "an empty text": ({"prompts": ""}, "^prompt = '': is empty"),
     "an empty text among others": ({"prompts": ["a", ""]}, "^prompt = '': is empty"),
     "empty ids among others": ({"prompts": [[1], []]}, "^prompt: is empty; give at least one token"),
@@ -41,7 +49,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half of the likeliest": ({"num_top": 0.5}, "^num_top = 0.5: must be a whole number"),
     "samplings for others": ({"sampling": [GREEDY] * 2}, "^sampling: 2 for 1 prompts"),
     "no sampling": ({"sampling": {"temperature": 1.0}}, "^sampling = 'temperature': must be a Sampling"),
-    "an empty stop": ({"stop": ["a", ""]}, "^stop = '': an empty string would end every text"),
+    "an empty stop": ({"stop": ["a", ""]}, "^stop string 1 = '': must be a string with at least one"),
     "a stop in numbers": ({"stop": [5]}, "^stop string 0 = 5: must be a string"),
     "a number for stops": ({"stop": 5}, "^stop = 5: must be a sequence"),
     "a number for stop ids": ({"stop_ids": 5}, "^stop_ids = 5: must be a sequence"),
@@ -87,7 +95,7 @@ def bad_requests(engine: Engine) -> list[Callable[[], None]]:
         requests += [functools.partial(ask, method, arguments, message) for method in (engine.generate, engine.stream)]
     requests += [functools.partial(ask_sampling, settings) for settings in BAD_SAMPLING]
     for best_of in (0, 1.5):
-        message = f"^best_of = {best_of}: must be a whole number, not less than 1"
+        message = f"^best_of = {best_of}: must be a whole number, from 1 to 1024"
         requests.append(functools.partial(ask, engine.generate, {"best_of": best_of}, message))
 
     def overfill() -> None:

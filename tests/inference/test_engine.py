@@ -20,7 +20,7 @@ from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.inference.requests import Completion
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.inference.snapshot import StateError
-from rwkv_jax.models.language_model import unstacked
+from rwkv_jax.models.decoding import unstacked
 from tests.golden import QUICK
 from tests.inference.models import (
     CONFIGS,
@@ -337,6 +337,16 @@ def test_a_shared_beginning_is_read_once(engine: Engine, forgetful: Engine, read
     reads.clear()
     assert engine.generate(beginning + "x", max_tokens=7, sampling=GREEDY).ids == expected[0]
     assert sum(reads) == 0
+
+
+def test_prompts_that_part_leave_the_state_where_they_do(engine: Engine, forgetful: Engine, reads: list[int]) -> None:
+    """The first two read all of their prompts, the second keeping what they share; the third reads its own end."""
+    shared = list(range(60, 130))
+    for i, end in enumerate(([200] * 9, [201] * 9, [202] * 9)):
+        reads.clear()
+        found = engine.generate([*shared, *end], max_tokens=5, sampling=GREEDY)
+        assert sum(reads) == (len(end) if i == 2 else len(shared) + len(end))
+        assert found.ids == forgetful.generate([*shared, *end], max_tokens=5, sampling=GREEDY).ids
 
 
 def test_equal_prompts_that_come_together_are_read_once(engine: Engine, reads: list[int]) -> None:

@@ -44,7 +44,7 @@ def test_what_can_be_run(fields: dict[str, Any]) -> None:
         ({"ids": (1, -5)}, "prompt: token id -5 must lie from 0 to V - 1 = 9"),
         ({"ids": (1.0,)}, "prompt: must be integers, token ids; 1.0 is float"),
         ({"ids": (1,), "stop_ids": frozenset([99])}, "stop_ids: token id 99 must lie"),
-        ({"ids": (1,), "stop": ("a", "")}, "stop = '': an empty string would end every text; leave it out"),
+        ({"ids": (1,), "stop": ("a", "")}, "stop string 1 = '': must be a string with at least one character"),
         ({"ids": (1,), "guidance": 2.0, "unguided_ids": (10,)}, "unguided: token id 10 must lie"),
         ({"ids": (1,), "guidance": 2.0}, "guidance = 2.0 and an unguided prompt of 0 tokens: guidance needs both"),
         ({"ids": (1,), "unguided_ids": (2,)}, "guidance = 1.0 and an unguided prompt of 1 tokens: guidance needs both"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import resource
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -331,6 +333,64 @@ def test_a_session_that_goes_on_takes_no_more_memory(narrow: Engine, num_tokens:
 
 
 # Failures
+
+
+def test_a_number_of_tokens_without_end_harms_nobody(engine: Engine) -> None:
+    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
+    with (
+        engine.stream(IDS, max_tokens=2**70, stop_ids=()) as endless,
+        engine.stream(IDS, max_tokens=9, sampling=GREEDY) as other,
+    ):
+        assert next(endless).ids
+        assert texts_of(list(other))[1] == expected.ids
+
+
+def test_a_tokenizer_that_fails_ends_one_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
+    fails, goes_on = (engine.stream(IDS, max_tokens=9, sampling=GREEDY) for _ in range(2))
+    monkeypatch.setattr(fails._jobs[0].text, "push", lambda token: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(fails)
+    assert texts_of(list(goes_on))[1] == expected.ids
+
+
+def test_a_queue_of_forgotten_texts_has_room(narrow: Engine) -> None:
+    streams = [narrow.stream(IDS, max_tokens=9) for _ in range(4)]
+    with pytest.raises(QueueFullError):
+        narrow.stream(IDS)
+    del streams
+    gc.collect()
+    narrow.stream(IDS).cancel()
+
+
+def test_more_prompts_than_may_wait_are_all_written(narrow: Engine) -> None:
+    expected = narrow.generate(IDS, max_tokens=3, sampling=GREEDY)
+    waiting = [narrow.stream(IDS, max_tokens=2) for _ in range(4)]  # others have filled the queue
+    assert [done.ids for done in narrow.generate([IDS] * 7, max_tokens=3, sampling=GREEDY)] == [expected.ids] * 7
+    assert narrow.read(None, IDS).num_tokens == len(IDS)
+    for stream in waiting:
+        assert len(list(stream)) == 2
+
+
+def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody's text is lost; whose it was can still be cancelled where its reader stood."""
+    session = engine.session()
+    stream = session.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
+    other = engine.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
+    ids = [*next(stream).ids, *next(stream).ids]
+    tick = engine._scheduler.tick
+
+    def interrupted() -> bool:
+        monkeypatch.setattr(engine._scheduler, "tick", tick)
+        signal.raise_signal(signal.SIGINT)
+        return tick()
+
+    monkeypatch.setattr(engine._scheduler, "tick", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ids.extend(token for chunk in stream for token in chunk.ids)
+    session.cancel()
+    assert session.num_tokens == len(IDS) + len(ids)
+    assert texts_of(list(other))[1] == engine.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=()).ids
 
 
 @pytest.mark.parametrize("program", ["put", "read", "write", "take"])

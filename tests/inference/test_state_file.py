@@ -32,7 +32,7 @@ from rwkv_jax.inference.state_file import (
     save_snapshot,
 )
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.language_model import unstacked
+from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.weights.safetensors_file import write_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError
 from tests.fake_devices import run_on_fake_devices

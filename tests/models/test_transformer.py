@@ -29,7 +29,7 @@ from rwkv_jax.config import (
     TrainingConfig,
 )
 from rwkv_jax.models import Transformer, model_type
-from rwkv_jax.models.language_model import unstacked
+from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.shards import ShardAxes
 from rwkv_jax.models.state import State
 from rwkv_jax.models.transformer import (
@@ -281,7 +281,7 @@ def test_layers_of_their_own_arrays_are_the_same_model(float64: None) -> None:
     def call(params: Any, tokens: Array, state: Any) -> tuple[Array, Any, Array]:
         model: Any = nnx.merge(graphdef, params)
         logits, state = model(tokens, state)
-        return logits, state, model.max_tokens(state)
+        return logits, state, model.room(state)
 
     expected, _ = run(TOKENS)
     first, state, room = call(params, TOKENS[:, :15], None)
@@ -322,7 +322,7 @@ def test_shapes_dtypes_and_room_of_the_state() -> None:
     assert logits.dtype == jnp.float32
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert isinstance(model, Transformer)
-    np.testing.assert_array_equal(model.max_tokens(after), [17, 17])
+    np.testing.assert_array_equal(model.room(after), [17, 17])
     with jax.enable_x64(True):
         assert 1e-4 < relative_error(logits, run(TOKENS)[0][:2, :7]) < 3e-2
 
@@ -361,7 +361,7 @@ def test_a_call_outside_jit_refuses_what_does_not_fit() -> None:
     tokens = jnp.zeros((2, 13), jnp.int32)
     _, state = model(tokens)
     _, full = model(tokens, state, lengths=[0, 11])
-    np.testing.assert_array_equal(model.max_tokens(full), [11, 0])
+    np.testing.assert_array_equal(model.room(full), [11, 0])
     with pytest.raises(ConfigError, match=NO_ROOM):
         model(tokens, state, lengths=[11, 13])
 
@@ -371,7 +371,7 @@ def test_under_jit_what_does_not_fit_is_forgotten_and_told(float64: None) -> Non
     _, state = run(TOKENS, state, None, [5, 20, 20, 20])
     model = merge(SMALL, random_params(SMALL))
     assert isinstance(model, Transformer)
-    np.testing.assert_array_equal(model.max_tokens(state), [-1, 3, 4, 0])
+    np.testing.assert_array_equal(model.room(state), [-1, 3, 4, 0])
     _, expected = alone(np.concatenate([TOKENS[0], TOKENS[0, :4]]))
     for x, y in zip((state.keys, state.values), (expected.keys, expected.values), strict=True):
         np.testing.assert_allclose(x[:, 0], y[:, 0], rtol=0, atol=1e-11)

@@ -1,8 +1,12 @@
-"""Text from a model, some tokens at a time, with one compiled program and a state that does not grow."""
+"""Samples of a model that is being trained: from its parameters as they lie, stacked and split over hosts.
+
+What texts are written with otherwise is the engine. It holds arrays of its own for each layer and compiles programs
+for prompts, which a look at a run now and then is not worth: a second copy of the weights beside an optimizer's state,
+and half a minute. Here is one program that reads prompts token by token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +17,11 @@ from jax import Array
 from jax.sharding import Sharding
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer, fits_model
-from rwkv_jax.inference.sampling import (
-    Sampling,
-    Settings,
-    bias_of,
-    choose,
-    count,
-    initial_occurrences,
-    occurrence_weights,
-    settings_of,
-)
+from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.inference.sampling import Sampling, Settings, bias_of, choose, no_occurrences, settings_of
 
 TOKENS_PER_CALL = 16
-"""Tokens for which the device runs on its own; text appears in pieces of as many."""
+"""Tokens for which the device runs on its own."""
 
 
 class _Cursor(NamedTuple):
@@ -38,8 +33,6 @@ class _Cursor(NamedTuple):
     """What the model carries after the tokens before it."""
     key: Array
     """Key of the draws still to come."""
-    occurrences: Array
-    """float32 [1, V], of the tokens drawn so far."""
 
 
 class _Drawing(NamedTuple):
@@ -49,11 +42,9 @@ class _Drawing(NamedTuple):
     """Of one row."""
     bias: Any
     """float32 [1, V], to be added to logits."""
-    weights: Any
-    """float32 [V], what an occurrence of each token weighs."""
 
 
-class Generator:
+class Sampler:
     """Continues texts with a model; holds one compiled program for prompts and samples of any length."""
 
     def __init__(
@@ -73,63 +64,55 @@ class Generator:
         self._tokenizer = tokenizer
         # Embeddings have rows that no tokenizer names, and that no text has trained.
         self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
-        self._weights = occurrence_weights(tokenizer, vocab_size)
+        self._room = config.sizes().context_length or None
         self._begin = jax.jit(self._begin_text, out_shardings=results_on)
         self._advance = jax.jit(self._advance_some, donate_argnums=1, out_shardings=results_on)
 
-    def _begin_text(self, params: Any, seed: Array, occurrences: Array) -> _Cursor:
+    def _begin_text(self, params: Any, seed: Array) -> _Cursor:
         """The start of a text."""
         start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
-        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed), occurrences)
+        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
 
     def _advance_some(
         self, params: Any, cursor: _Cursor, given: Array, num_given: Array, drawing: _Drawing
     ) -> tuple[_Cursor, Array]:
         """Reads TOKENS_PER_CALL tokens: the first `num_given` successors are given, the others drawn."""
         model = nnx.merge(self._graphdef, params)
+        occurrences = jnp.asarray(no_occurrences(len(self._named)))[None]
 
         def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:
             logits, state = model(cursor.token[:, None], cursor.state)
             draw, key = jax.random.split(cursor.key)
             logits = logits[:, -1].astype(jnp.float32)
-            drawn = choose(logits, cursor.occurrences, drawing.bias, drawing.settings, draw[None])
-            counted = count(cursor.occurrences, drawn, drawing.settings, drawing.weights)
-            is_given = position < num_given
-            token = jnp.where(is_given, given[position], drawn)
-            return _Cursor(token, state, key, jnp.where(is_given, cursor.occurrences, counted)), token[0]
+            drawn = choose(logits, occurrences, drawing.bias, drawing.settings, draw[None])
+            token = jnp.where(position < num_given, given[position], drawn)
+            return _Cursor(token, state, key), token[0]
 
         return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
 
-    def stream_tokens(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
+    def tokens(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> list[int]:
         """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
 
-        The text begins as the training documents do, after an end-of-text token.
+        The text begins as the training documents do, after an end-of-text token. It ends early where a Transformer's
+        state is full. Penalties are not for samples: none are taken.
         """
         given = np.asarray(self._tokenizer.encode(prompt), np.int32)
-        drawing = _Drawing(settings_of([sampling]), bias_of(sampling, self._named)[None], self._weights)
-        occurrences = initial_occurrences(sampling, given, self._weights)
-        cursor = self._begin(params, np.uint32(seed), occurrences[None])
-        emitted = 0
-        while emitted < num_tokens:
+        if self._room is not None:
+            num_tokens = min(num_tokens, self._room - len(given) - 1)
+        drawing = _Drawing(settings_of([sampling]), bias_of(sampling, self._named)[None])
+        cursor = self._begin(params, np.uint32(seed))
+        drawn: list[int] = []
+        while len(drawn) < num_tokens:
             piece = np.zeros((TOKENS_PER_CALL,), np.int32)
             num_given = min(len(given), TOKENS_PER_CALL)
             piece[:num_given], given = given[:num_given], given[num_given:]
             cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), drawing)
             for token in np.asarray(tokens)[num_given:]:
-                if token == self._tokenizer.end_of_text or emitted == num_tokens:
-                    return
-                emitted += 1
-                yield int(token)
+                if token == self._tokenizer.end_of_text or len(drawn) == num_tokens:
+                    return drawn
+                drawn.append(int(token))
+        return drawn
 
-    def stream(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
-        """The continuation's text in pieces that never end inside a character; the prompt is not repeated."""
-        decoder = StreamingDecoder(self._tokenizer)
-        for token in self.stream_tokens(params, prompt, num_tokens, sampling, seed):
-            if text := decoder.push(token):
-                yield text
-        if text := decoder.flush():
-            yield text
-
-    def generate(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> str:
-        """The continuation's whole text."""
-        return "".join(self.stream(params, prompt, num_tokens, sampling, seed))
+    def text(self, params: Any, prompt: str, num_tokens: int, sampling: Sampling, seed: int) -> str:
+        """The continuation's text, without the prompt."""
+        return self._tokenizer.decode(self.tokens(params, prompt, num_tokens, sampling, seed))

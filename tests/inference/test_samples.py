@@ -1,4 +1,4 @@
-"""The generator writes what the model says, token by token, with one program and a state of constant size."""
+"""The sampler writes what the model says, token by token, with one program and a state of constant size."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 from flax import nnx
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
-from rwkv_jax.inference.generate import TOKENS_PER_CALL, Generator
+from rwkv_jax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from rwkv_jax.inference.samples import TOKENS_PER_CALL, Sampler
 from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.models import RWKV7
+from rwkv_jax.models import RWKV7, Transformer
 
 CONFIG = ModelConfig(vocab_size=300, num_layers=3, width=32, head_dim=8)
 GREEDY = Sampling(temperature=0.0)
 LONGEST = 96
 
 
-class CountedGenerator(Generator):
+class CountedSampler(Sampler):
     """Counts how often its program is traced, and keeps the shapes of all that it carries between calls."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -42,7 +42,7 @@ class CountedGenerator(Generator):
 class Small(NamedTuple):
     params: Any
     tokenizer: SentencePieceTokenizer
-    generator: CountedGenerator
+    sampler: CountedSampler
     greedy: Callable[[str, int], list[int]]
     """Continues a prompt by the likeliest token of the whole text so far, read in parallel each time."""
 
@@ -70,7 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
             text.append(int(jnp.argmax(forward(params, padded)[0, len(text) - 1])))
         return text[-num_tokens:]
 
-    return Small(params, tokenizer, CountedGenerator(graphdef, CONFIG, tokenizer), greedy)
+    return Small(params, tokenizer, CountedSampler(graphdef, CONFIG, tokenizer), greedy)
 
 
 # Shorter than what is read in one call, exactly as long, longer, and three times as long.
@@ -84,7 +84,7 @@ PROMPTS = [
 
 
 def tokens_of(small: Small, prompt: str, num_tokens: int, sampling: Sampling, seed: int = 0) -> list[int]:
-    return list(small.generator.stream_tokens(small.params, prompt, num_tokens, sampling, seed))
+    return small.sampler.tokens(small.params, prompt, num_tokens, sampling, seed)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -130,8 +130,8 @@ def test_asking_for_less_gives_the_beginning_of_the_same_text(small: Small) -> N
 def test_one_program_and_a_state_of_constant_size_for_all_texts(small: Small) -> None:
     for prompt, count in (("", 1), ("def" * 30, 3), ("x", 70)):
         tokens_of(small, prompt, count, Sampling(0.5, 0.9, 7))
-    assert small.generator.traced == 1
-    before, after = small.generator.carried
+    assert small.sampler.traced == 1
+    before, after = small.sampler.carried
     assert before == after
 
 
@@ -140,29 +140,28 @@ def test_ends_before_an_end_of_text_token(small: Small) -> None:
     end = small.tokenizer.end_of_text
     head = small.params["head"]["weight"]
     params = small.params | {"head": {"weight": head.at[end].set(3 * head.sum(0))}}
-    texts = [list(small.generator.stream_tokens(params, "def", 50, Sampling(), seed)) for seed in range(20)]
+    texts = [small.sampler.tokens(params, "def", 50, Sampling(), seed) for seed in range(20)]
     assert all(end not in text for text in texts)
     assert any(len(text) < 50 for text in texts)
 
 
-def test_pieces_of_the_stream_add_up_to_the_text_and_never_break_a_character(small: Small) -> None:
-    sampling = Sampling(3.0)  # hot enough for bytes of many characters
-    pieces = list(small.generator.stream(small.params, "def", 60, sampling, 0))
-    tokens = tokens_of(small, "def", 60, sampling)
-    assert len(pieces) > 3
-    assert "".join(pieces) == small.tokenizer.decode(tokens)
-    assert "".join(pieces) == small.generator.generate(small.params, "def", 60, sampling, 0)
+def test_a_transformer_stops_where_its_state_is_full() -> None:
+    config = ModelConfig("transformer", vocab_size=257, num_layers=2, width=16, head_dim=8, context_length=12)
+    graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+    sampler = Sampler(graphdef, config, ByteTokenizer())
+    assert len(sampler.tokens(params, "abc", 50, Sampling(), 0)) <= 8
+    assert sampler.tokens(params, "a" * 30, 50, Sampling(), 0) == []
 
 
 def test_the_prompt_is_not_repeated(small: Small) -> None:
     prompt = "def f1(x):\n"
-    text = small.generator.generate(small.params, prompt, 20, GREEDY, 0)
+    text = small.sampler.text(small.params, prompt, 20, GREEDY, 0)
     assert text == small.tokenizer.decode(small.greedy(prompt, 20))
 
 
 def test_tokenizer_of_another_size_is_refused(small: Small) -> None:
     with pytest.raises(ConfigError, match="300 tokens where the model has 301"):
-        Generator(None, dataclasses.replace(CONFIG, vocab_size=301), small.tokenizer)
+        Sampler(None, dataclasses.replace(CONFIG, vocab_size=301), small.tokenizer)
 
 
 def test_parameters_are_left_as_they_were(small: Small) -> None:

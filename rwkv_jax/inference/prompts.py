@@ -1,0 +1,129 @@
+"""From what the engine is asked, in any of the forms that are convenient, to one request for each text."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.requests import MOST_SEED, Request, require_whole
+from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.snapshot import Snapshot
+
+MOST_COPIES = 1024
+"""Continuations of one prompt."""
+
+_ARGUMENTS = {
+    "unguided",
+    *(field.name for field in dataclasses.fields(Request) if field.name not in ("ids", "unguided_ids")),
+}
+
+
+def is_one(prompts: Any) -> bool:
+    """Whether this is one prompt, a text or token ids, and not several.
+
+    Raises:
+      ConfigError: it is neither, or gives its prompts only once.
+    """
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, bytes | bytearray | memoryview) or not isinstance(prompts, Sequence | np.ndarray):
+        raise ConfigError(
+            f"prompts = {prompts!r}: must be a text, a sequence of token ids, or a list of several such prompts"
+        )
+    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | np.ndarray)
+
+
+def requests_of(
+    encode: Callable[..., list[int]], end_of_text: int, prompts: Any, copies: int, arguments: Mapping[str, Any]
+) -> list[Request]:
+    """One request for each prompt and copy, copies beside each other.
+
+    Args:
+      encode: encode(text, begins=) -> ids.
+      arguments: as `Engine.stream` has them.
+
+    Raises:
+      ConfigError: what does not go together, or has no such name; values are checked by `Request.check`.
+    """
+    if unknown := sorted(arguments.keys() - _ARGUMENTS):
+        raise ConfigError(f"{', '.join(unknown)}: no such argument; Engine.stream lists them")
+    given = dict(arguments)
+    start: Snapshot | None = given.pop("start", None)
+    if start is not None and not isinstance(start, Snapshot):
+        raise ConfigError(f"start = {start!r}: must be a Snapshot, such as Session.snapshot")
+    each: list[Any] = [prompts] if is_one(prompts) else list(prompts)
+    if not each and start is not None:
+        each = [""]  # no ids: nothing to read before going on
+    if not each:
+        raise ConfigError("prompts: there are none; give at least one")
+    if (start is not None or given.get("keep")) and len(each) * copies > 1:
+        raise ConfigError(f"start and keep are for one text; there are {len(each) * copies}")
+    samplings = _one_each("sampling", given.pop("sampling", None) or Sampling(), Sampling, len(each))
+    seeds = _seeds(given.pop("seed", 0), len(each), copies)
+    stop, stop_ids, unguided = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("unguided", None)
+    strings = (stop,) if isinstance(stop, str) else _made(tuple, "stop", stop)
+    ends = _made(frozenset, "stop_ids", [end_of_text] if stop_ids is None else stop_ids)
+    steering = () if unguided is None else _ids("unguided", unguided, encode, begins=True)
+    requests = []
+    for i, prompt in enumerate(each):
+        # After a state there may be nothing to read.
+        is_nothing = start is not None and isinstance(prompt, str) and not prompt
+        ids = () if is_nothing else _ids(f"prompt {i}", prompt, encode, begins=start is None)
+        for seed in seeds[i * copies : (i + 1) * copies]:
+            requests.append(
+                Request(
+                    ids,
+                    sampling=samplings[i],
+                    seed=seed,
+                    stop=strings,
+                    stop_ids=ends,
+                    start=start,
+                    unguided_ids=steering,
+                    **given,
+                )
+            )
+    return requests
+
+
+def _seeds(seed: Any, count: int, copies: int) -> list[int]:
+    """Of one number on, or of a number for each prompt on."""
+    if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
+        require_whole("seed", seed, 0, MOST_SEED)
+        return [int(seed) + i for i in range(count * copies)]
+    firsts = _made(list, "seed", seed)
+    if len(firsts) != count:
+        raise ConfigError(f"seed: {len(firsts)} for {count} prompts; give one, or one for each prompt")
+    for first in firsts:
+        require_whole("seed", first, 0, MOST_SEED)
+    return [int(first) + copy for first in firsts for copy in range(copies)]
+
+
+def _ids(name: str, prompt: Any, encode: Callable[..., list[int]], *, begins: bool) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return tuple(encode(prompt, begins=begins))
+    if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
+        raise ConfigError(f"{name} = {prompt!r}: must be a text, or a sequence of token ids")
+    return _made(tuple, name, prompt)
+
+
+def _made(kind: type[Any], name: str, values: Any) -> Any:
+    if not isinstance(values, Iterable):
+        raise ConfigError(f"{name} = {values!r}: must be a sequence")
+    try:
+        return kind(values)
+    except TypeError as error:
+        raise ConfigError(f"{name} = {values!r}: {error}") from error
+
+
+def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
+    if isinstance(values, kind):
+        return [values] * count
+    values = _made(list, name, values)
+    if len(values) != count:
+        raise ConfigError(f"{name}: {len(values)} for {count} prompts; give one, or one for each prompt")
+    return values

@@ -1,0 +1,65 @@
+"""Models in the form in which they are run, not trained: layers apart, and the operator that is fastest forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.language_model import LanguageModel
+
+Model = TypeVar("Model", bound=LanguageModel)
+
+
+def unstacked(model: Model) -> Model:
+    """The same model with arrays of its own for each layer: for decoding, which reads every weight once a token.
+
+    A scan over stacked layers copies each layer's weights out of the stack first, which doubles that. The result is
+    called as before, but its state is a tuple of one `State` a layer. It compiles in time that grows with depth.
+
+    Returns:
+      A new model; embedding, first block, norm and head share their arrays with the old one. `model` itself, if its
+      layers are not stacked.
+    """
+    if not model.is_stacked:
+        return model
+    graphdef, params = nnx.split(model.blocks, nnx.Param)
+
+    def layer(params: Any, index: int) -> Any:
+        return jax.tree.map(lambda x: x[index], params)
+
+    layers = jax.jit(lambda params: [layer(params, index) for index in range(model.config.num_layers - 1)])(params)
+    result = nnx.merge(*nnx.split(model))
+    result.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
+    return result
+
+
+def with_implementation(model: Model, implementation: str) -> Model:
+    """The same model, its arrays shared, with a named implementation of its WKV operator."""
+    result = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(result):
+        if isinstance(config := getattr(module, "config", None), ModelConfig):
+            module.config = dataclasses.replace(config, wkv_implementation=implementation)  # pyright: ignore[reportAttributeAccessIssue]
+    return result
+
+
+def implementation_for_reading(config: ModelConfig, platform: str) -> tuple[str | None, str]:
+    """The WKV implementation with which a model reads prompts where nothing is differentiated, and why.
+
+    Returns:
+      Its name, None for the one that training takes too; and the reason, in a sentence.
+    """
+    if config.generation == "transformer":
+        return None, "a Transformer has no such operator"
+    if config.wkv_implementation is not None:
+        return None, "the model's config names one"
+    if config.generation == "7" and platform == "cpu":
+        # Measured in benchmarks/README.md, of decode_cpu.py.
+        return (
+            "scan",
+            "on a CPU, forward alone, RWKV-7's recurrence is faster than its chunks: its state stays in the cache",
+        )
+    return None, "it is the fastest forward, too"
