@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -31,10 +32,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from machine import describe_machine
 from peers_processes import PeerError, PeerProcess
 from peers_protocol import Job, Request
 from peers_weights import RandomWeights
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.safetensors_file import write_safetensors
 from rwkv_jax.weights.torch_file import write_torch_file
@@ -211,22 +212,50 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A ratio of two rates, and what it is to be."""
+
+    text: str
+    of: tuple[str, Measurement]
+    to: tuple[str, Measurement]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def line(self, value: float) -> str:
+        """The ratio, and whether it is what it is to be."""
+        line = f"{self.text}: {value:.2f}"
+        if self.at_most is not None:
+            line += f" (at most {self.at_most}: {'yes' if value <= self.at_most else 'NO'})"
+        if self.at_least is not None:
+            line += f" (at least {self.at_least}: {'yes' if value >= self.at_least else 'NO'})"
+        return line
+
+
+FIGURES = (
+    Figure("decode, float32: our time against llama.cpp's f32", ("llama", DECODE), ("ours", DECODE), at_most=1.1),
+    Figure("decode, float32: our time against rwkv's", ("rwkv", DECODE), ("ours", DECODE)),
+    Figure("decode: our int8 is faster than our float32 by", ("ours_int8", DECODE), ("ours", DECODE), at_least=1.6),
+    Figure("decode: our int4 is faster than our float32 by", ("ours_int4", DECODE), ("ours", DECODE)),
+    Figure("decode: our int8's time against llama.cpp's q8_0", ("llama_q8_0", DECODE), ("ours_int8", DECODE)),
+    Figure("decode: our int4's time against llama.cpp's q4_0", ("llama_q4_0", DECODE), ("ours_int4", DECODE)),
+    Figure("decode, float32: tokens/s of 8 texts against one", ("ours", DECODE_8), ("ours", DECODE), at_least=3),
+    Figure(
+        "prompt of 512: our tokens/s against llama.cpp's f32", ("ours", PROMPT_512), ("llama", PROMPT_512), at_least=1.4
+    ),
+    Figure("prompt of 2048: our tokens/s against llama.cpp's f32", ("ours", PROMPT_2048), ("llama", PROMPT_2048)),
+    Figure("prompt of 2048: our tokens/s against decoding", ("ours", PROMPT_2048), ("ours", DECODE), at_least=10),
+)
+
+
 def figures(results: Sequence[Result]) -> list[str]:
     """The ratios that say how good ours is, for what has been measured."""
     rates = {(r.name, m): r.rates[m] for r in results for m in r.rates if r.error is None}
-    wanted = [
-        ("decode, float32: our time against llama.cpp's f32", ("llama", DECODE), ("ours", DECODE)),
-        ("decode, float32: our time against rwkv's", ("rwkv", DECODE), ("ours", DECODE)),
-        ("decode: our int8 is faster than our float32 by", ("ours_int8", DECODE), ("ours", DECODE)),
-        ("decode: our int4 is faster than our float32 by", ("ours_int4", DECODE), ("ours", DECODE)),
-        ("decode: our int8's time against llama.cpp's q8_0", ("llama_q8_0", DECODE), ("ours_int8", DECODE)),
-        ("decode: our int4's time against llama.cpp's q4_0", ("llama_q4_0", DECODE), ("ours_int4", DECODE)),
-        ("decode, float32: tokens/s of 8 texts against one", ("ours", DECODE_8), ("ours", DECODE)),
-        ("prompt of 512: our tokens/s against llama.cpp's f32", ("ours", PROMPT_512), ("llama", PROMPT_512)),
-        ("prompt of 2048: our tokens/s against llama.cpp's f32", ("ours", PROMPT_2048), ("llama", PROMPT_2048)),
-        ("prompt of 2048: our tokens/s against decoding", ("ours", PROMPT_2048), ("ours", DECODE)),
+    return [
+        figure.line(ratio(rates[figure.of], rates[figure.to]))
+        for figure in FIGURES
+        if figure.of in rates and figure.to in rates
     ]
-    return [f"{text}: {ratio(rates[a], rates[b]):.2f}" for text, a, b in wanted if a in rates and b in rates]
 
 
 def report(results: Sequence[Result], measurements: Sequence[Measurement], about: str, missing: Sequence[str]) -> str:
@@ -321,8 +350,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=768, help="a multiple of 64")
     parser.add_argument("--vocab-size", type=int, default=65536)
     parser.add_argument("--scratch", type=Path, help="folder for the weights' files, some 3 GB")
-    parser.add_argument("--json", type=Path, help="also write every repetition to this file")
+    parser.add_argument("--json", type=Path, help="also write every repetition to this new file")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None and (problem := refuses_output(arguments.json)):
+        parser.error(f"--json: {problem}")
+    for peer in ("rwkv", "llama"):
+        python = getattr(arguments, f"{peer}_python")
+        if python is not None and shutil.which(python) is None:
+            parser.error(
+                f"--{peer}-python: {python} is no program that can be run; peers_{peer}.py says how to make its "
+                "environment"
+            )
 
     given = {"ours": sys.executable, "rwkv": arguments.rwkv_python, "llama": arguments.llama_python}
     pythons = {peer: python for peer, python in given.items() if python is not None}
@@ -340,10 +378,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"(lowest - highest) of {arguments.repetitions} repetitions in turn"
         + (f"; the machine was not idle: load {load:.1f} before the start" if load > 0.5 else "")
     )
+    print(report(results, MEASUREMENTS, about, missing), flush=True)  # first, whatever becomes of the file
     if arguments.json is not None:
-        arguments.json.write_text(as_json(results, about, missing), encoding="utf-8")
-    print(report(results, MEASUREMENTS, about, missing))
+        with arguments.json.open("x", encoding="utf-8") as file:
+            file.write(as_json(results, about, missing))
     return int(any(result.error is not None for result in results))
+
+
+def refuses_output(path: Path) -> str | None:
+    """Why a new file cannot be written there, if it cannot."""
+    if path.exists():
+        return f"{path} exists, and nothing is overwritten; name another file"
+    if not path.parent.is_dir():
+        return f"{path.parent} is no folder; make it, or name another file"
+    if not os.access(path.parent, os.W_OK):
+        return f"{path.parent} cannot be written to; name another file"
+    return None
 
 
 def as_json(results: Sequence[Result], about: str, missing: Sequence[str]) -> str:

@@ -26,8 +26,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from machine import describe_machine
 from rwkv_jax import from_pretrained
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.torch_file import write_torch_file

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from number_tokenizer import NumberTokenizer
 from peers_protocol import Job, Peer, serve
 from rwkv_jax import from_pretrained
 from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.random_model import NumberTokenizer
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.stream import Stream

@@ -1,6 +1,8 @@
 """Weights on which peers are compared: random, and of the sizes that training gives them.
 
 With the official initial values every block's output is zero, and a peer that had half of the model wrong would pass.
+They are not those of `rwkv_jax.inference.random_model`, on which speed alone is measured in any generation: here mixes,
+decays and biases of RWKV-7 are spread as training spreads them, so that each tensor shows in the logits.
 """
 
 from __future__ import annotations

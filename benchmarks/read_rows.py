@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machine import describe_machine
 from rwkv_jax.cli import load_config
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import Corpus, corpus_of_binidx, mix

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import train
-from machine import describe_machine
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import (
     CheckpointConfig,
     DataConfig,

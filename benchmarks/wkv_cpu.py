@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_kernels
-from machine import describe_machine
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels import dispatch
 from rwkv_kernels.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs, medians, with_backward

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rwkv_kernels
-from machine import describe_machine
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels import dispatch
 from rwkv_kernels.cases import Shape
 from rwkv_kernels.products import Products, Rounding, emulated

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rwkv_kernels
-from machine import describe_machine
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs, with_backward
 

@@ -7,25 +7,20 @@ import dataclasses
 import jax
 import pytest
 
-from decode_context import RWKVColumn, TransformerColumn, cache_bytes, report, rwkv_state_bytes
+from decode_context import RWKVColumn, TransformerColumn, bytes_of, bytes_with_room_for, report
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.models import model_type
 
 CONFIG = ModelConfig(vocab_size=11, num_layers=3, width=128)
 
 
-def bytes_of_initial_state(config: ModelConfig) -> int:
-    kind: type[LanguageModel] = model_type(config)
-    state = jax.eval_shape(lambda: kind.initial_block_state(config, 1))
-    return config.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def test_states_weigh_what_the_formulas_say() -> None:
-    assert rwkv_state_bytes(CONFIG) == bytes_of_initial_state(CONFIG) == 4 * 3 * (2 * 128 + 2 * 64 * 64)
+def test_a_cache_weighs_a_key_and_a_value_a_position() -> None:
     transformer = CONFIG.transformer_of_equal_size(512)
-    assert cache_bytes(transformer, 512) == bytes_of_initial_state(transformer) == 4 * 3 * (2 * 512 * 128 + 1)
-    longer = dataclasses.replace(transformer, context_length=1024)
-    assert cache_bytes(longer, 1024) == bytes_of_initial_state(longer)
+    for positions in (512, 1024):
+        config = dataclasses.replace(transformer, context_length=positions)
+        shapes = jax.eval_shape(lambda config=config: model_type(config).initial_block_state(config, 1))
+        expected = 4 * 3 * (2 * positions * 128 + 1)
+        assert bytes_with_room_for(transformer, positions) == 3 * bytes_of(shapes) == expected
 
 
 def test_the_table_says_how_far_times_are_apart() -> None:
@@ -38,7 +33,9 @@ def test_the_table_says_how_far_times_are_apart() -> None:
     lines = report(columns, [512, 1024], found).splitlines()  # pyright: ignore[reportArgumentType]
     assert lines[2] == "| 512 | **11.0** (10.0 - 50.0) | 2.50 MB |"
     assert lines[3] == "| 1,024 | **21.0** (20.0 - 22.0) | 5.00 MB |"
-    assert lines[-1] == "Transformer: the slowest median is 90.9% above the fastest"
+    assert lines[-1] == "Transformer: the slowest median is 90.9% above the fastest; within 10%: NO"
+    found = {("Transformer", 512): [0.010], ("Transformer", 1024): [0.0105]}
+    assert report(columns, [512, 1024], found).endswith("5.0% above the fastest; within 10%: yes")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.long
@@ -49,4 +46,4 @@ def test_both_models_are_timed_after_each_context() -> None:
             assert column.seconds_after(context, calls=1) > 0
         again = column.seconds_after(512, calls=1)  # the state was not used up
         assert again > 0
-    assert column.bytes_after(1024) == cache_bytes(CONFIG.transformer_of_equal_size(1024), 1024)
+    assert column.bytes_after(1024) == bytes_with_room_for(CONFIG.transformer_of_equal_size(), 1024)

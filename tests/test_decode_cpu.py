@@ -14,8 +14,20 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
-from decode_cpu import DECODE, DECODE_8, PROMPT_512, PROMPT_2048, Measurement, Result, as_json, check, figures, report
-from number_tokenizer import NumberTokenizer
+import decode_cpu
+from decode_cpu import (
+    DECODE,
+    DECODE_8,
+    PROMPT_512,
+    PROMPT_2048,
+    Measurement,
+    Result,
+    as_json,
+    check,
+    figures,
+    main,
+    report,
+)
 from peers_llama import gguf_tensors
 from peers_ours import Ours
 from peers_processes import PeerError, PeerProcess
@@ -23,6 +35,7 @@ from peers_protocol import WARM_UP_TOKENS, Job, Peer, Request, answer, outputs
 from peers_weights import RandomWeights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.random_model import NumberTokenizer
 from rwkv_jax.models import RWKV7
 from rwkv_jax.weights.official import abstract_model, place_params
 from tests.golden import QUICK
@@ -129,12 +142,59 @@ def results() -> list[Result]:
 
 
 def test_ratios_are_taken_within_each_round() -> None:
-    lines = dict(line.rsplit(": ", 1) for line in figures(results()))
+    lines = dict(line.split(" against ", 1) for line in figures(results()))
     # 1.1, 1 and 1.05, though the machine was half as fast in the last round.
-    assert lines["decode, float32: our time against llama.cpp's f32"] == "1.05"
-    assert lines["decode, float32: tokens/s of 8 texts against one"] == "4.00"
-    assert lines["prompt of 2048: our tokens/s against decoding"] == "20.00"
+    assert lines["decode, float32: our time"] == "llama.cpp's f32: 1.05 (at most 1.1: yes)"
+    assert lines["decode, float32: tokens/s of 8 texts"] == "one: 4.00 (at least 3: yes)"
+    assert lines["prompt of 2048: our tokens/s"] == "decoding: 20.00 (at least 10: yes)"
     assert len(lines) == 3  # nothing of a row that was refused, or not measured
+
+
+def test_targets_that_are_missed_are_said() -> None:
+    slow = [Result("ours", {DECODE: [10.0], DECODE_8: [29.0], PROMPT_512: [139.0], PROMPT_2048: [99.0]})]
+    peers = [Result("llama", {DECODE: [11.2], PROMPT_512: [100.0]}), Result("ours_int8", {DECODE: [15.9]})]
+    targets = [line.partition(" (")[2] for line in figures(slow + peers) if "(" in line]
+    assert targets == [
+        "at most 1.1: NO)",
+        "at least 1.6: NO)",
+        "at least 3: NO)",
+        "at least 1.4: NO)",
+        "at least 10: NO)",
+    ]
+
+
+def never_run(*arguments: object) -> list[Result]:
+    raise AssertionError("measured before the command line was looked at")
+
+
+def test_a_file_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(decode_cpu, "run", lambda *arguments: results())
+    assert main(["--json", str(path)]) == 1  # a row has failed
+    assert capsys.readouterr().out.splitlines()[2].startswith("| | decode, batch 1, ms a token |")
+    assert json.loads(path.read_text())["results"][0]["name"] == "ours"
+    monkeypatch.setattr(decode_cpu, "run", never_run)
+    before = path.read_text()
+    with pytest.raises(SystemExit):
+        main(["--json", str(path)])
+    assert f"--json: {path} exists, and nothing is overwritten" in capsys.readouterr().err
+    assert path.read_text() == before
+    with pytest.raises(SystemExit):
+        main(["--json", str(tmp_path / "nowhere" / "found.json")])
+    assert "nowhere is no folder; make it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("peer", ["rwkv", "llama"])
+def test_a_missing_interpreter_is_said(
+    peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode_cpu, "run", never_run)
+    with pytest.raises(SystemExit):
+        main([f"--{peer}-python", str(tmp_path / "python")])
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"--{peer}-python: {tmp_path / 'python'} is no program that can be run; peers_{peer}.py says how" in error
 
 
 def test_the_table_has_times_rates_and_what_failed() -> None:

@@ -39,11 +39,8 @@ class BenchedModel:
     quantize: Quantize | None = None
     """Hold matrices in fewer bits, and everything else in float32; None leaves them as they are."""
 
-    def load(self, context_length: int | None = None) -> tuple[LanguageModel, Tokenizer]:
+    def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer.
-
-        Args:
-          context_length: tokens that a random Transformer's state is to hold.
 
         Raises:
           ConfigError: neither of source and random, or both, a shape that cannot be, or as `WeightsFlags.load`.
@@ -56,10 +53,10 @@ class BenchedModel:
 
         from rwkv_jax.inference.random_model import NumberTokenizer, random_model
 
-        config = self._random_config(context_length)
+        config = self._random_config()
         return random_model(config, self.quantize), NumberTokenizer(config.vocab_size)
 
-    def _random_config(self, context_length: int | None) -> ModelConfig:
+    def _random_config(self) -> ModelConfig:
         assert self.random is not None
         shape = re.fullmatch(r"(\d+)x(\d+)", self.random)
         if shape is None:
@@ -74,15 +71,17 @@ class BenchedModel:
             num_layers=int(shape[1]),
             width=int(shape[2]),
             dtype=self.dtype or "float32",
-            context_length=context_length if self.generation == "transformer" else None,
         )
 
-    def describe(self, model: ModelConfig) -> str:
+    def describe(self, model: LanguageModel) -> str:
         """The model in a line."""
-        held = self.quantize or model.dtype
+        from rwkv_jax.inference.measure import held_in
+
+        config = model.config
         return (
-            f"{model.architecture}, {model.num_layers} x {model.width}, vocabulary {model.vocab_size}, "
-            f"{model.num_parameters() / 1e6:.1f}M parameters, {held}{', random weights' if self.random else ''}"
+            f"{config.architecture}, {config.num_layers} x {config.width}, vocabulary {config.vocab_size}, "
+            f"{config.num_parameters() / 1e6:.1f}M parameters in {held_in(model)}"
+            f"{', random weights' if self.random else ''}"
         )
 
 
@@ -102,20 +101,22 @@ class Latency:
 
     def run(self) -> None:
         """Measures and prints."""
-        _require_positive(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
-        # A Transformer's state must hold what is written, too.
-        room = -(-max(self.contexts) // 256) * 256 + self.tokens + 256
-        model, tokenizer = self.model.load(room)
-
         from rwkv_jax.inference.engine import Engine, EngineOptions
-        from rwkv_jax.inference.measure import latency
+        from rwkv_jax.inference.measure import latency, require_positive
+
+        require_positive(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        if self.model.random is not None:
+            _require_constant_state(self.model.generation)
+        model, tokenizer = self.model.load()
+        _require_constant_state(model.config.generation)
 
         engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
+        del model  # the engine has layers of its own
         found = latency(engine, self.contexts, num_tokens=self.tokens, repetitions=self.repetitions)
         columns = ("tokens before", "ms a token", "lowest - highest")
         rows = [(f"{context:,}", f"{1e3 * timing.median:.2f}", _spread(timing)) for context, timing in found.items()]
         values = {str(context): _record(timing) for context, timing in found.items()}
-        _report(self.model.describe(model.config), columns, rows, {"seconds_per_token": values}, self.json)
+        _report(self.model.describe(engine.model), columns, rows, {"seconds_per_token": values}, self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +135,12 @@ class Throughput:
 
     def run(self) -> None:
         """Measures and prints."""
-        _require_positive(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
-        model, tokenizer = self.model.load()
-
         from rwkv_jax.inference.engine import Engine, EngineOptions
-        from rwkv_jax.inference.measure import throughput
-        from rwkv_jax.models.language_model import unstacked
+        from rwkv_jax.inference.measure import require_positive, throughput
+        from rwkv_jax.models.decoding import unstacked
+
+        require_positive(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        model, tokenizer = self.model.load()
 
         model = unstacked(model)  # once, for all engines
 
@@ -154,7 +155,7 @@ class Throughput:
             for size, timing in found.items()
         ]
         values = {str(size): _record(timing) for size, timing in found.items()}
-        _report(self.model.describe(model.config), columns, rows, {"seconds_per_token_of_each": values}, self.json)
+        _report(self.model.describe(model), columns, rows, {"seconds_per_token_of_each": values}, self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,10 +170,10 @@ class Memory:
 
     def run(self) -> None:
         """Counts and prints."""
-        _require_positive(contexts=self.contexts)
-        model, _ = self.model.load()
+        from rwkv_jax.inference.measure import memory, require_positive
 
-        from rwkv_jax.inference.measure import memory
+        require_positive(contexts=self.contexts)
+        model, _ = self.model.load()
 
         use = memory(model, self.contexts)
         held = ", ".join(f"{size / 1e6:,.1f} MB of {name}" for name, size in use.parameters.items())
@@ -187,9 +188,7 @@ class Memory:
             (f"{context:,}", f"{use.state / 1e6:,.2f} MB", f"{size / 1e6:,.2f} MB", f"{size / use.state:,.1f}")
             for context, size in use.caches.items()
         ]
-        _report(
-            "\n".join((self.model.describe(model.config), *lines)), columns, rows, dataclasses.asdict(use), self.json
-        )
+        _report("\n".join((self.model.describe(model), *lines)), columns, rows, dataclasses.asdict(use), self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +228,13 @@ def _spread(timing: Timing) -> str:
     return f"{1e3 * min(timing.seconds):.2f} - {1e3 * max(timing.seconds):.2f}"
 
 
-def _require_positive(**values: tuple[int, ...]) -> None:
-    """Before weights are loaded."""
-    for name, numbers in values.items():
-        if not numbers or min(numbers) < 1:
-            raise ConfigError(f"{name} = {' '.join(map(str, numbers))}: must be at least 1 each, and one at least")
+def _require_constant_state(generation: Generation) -> None:
+    """Refuses a Transformer, of whose latency an engine would not tell the truth.
+
+    Its cache has the length of the longest context after every context, and bursts copy whole rows of it.
+    """
+    if generation == "transformer":
+        raise ConfigError(
+            "bench latency: a Transformer's cache in an engine is as long after a short context as after the longest; "
+            "run benchmarks/decode_context.py of the source code, where each context has a cache of its own"
+        )

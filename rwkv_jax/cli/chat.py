@@ -14,6 +14,7 @@ import tyro
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.chat import Thinking
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat import ChatFormat
@@ -25,7 +26,7 @@ FIRST_BRANCH = "main"
 HELP = """\
 /fork NAME     keep a copy of the conversation as it stands under a name, and stay here
 /switch NAME   go on with the conversation of a name; the one you leave stays under its own
-/save FILE     write the state to a file; /load FILE goes on from there, on any machine with the same model
+/save FILE     write the state to a file, for any machine with the same model
 /load FILE     go on from a saved state
 /retry         take the last reply back and have another one
 /undo          take the last turn back
@@ -33,7 +34,7 @@ HELP = """\
 /reset         begin anew
 /help          this
 /quit          end, as the end of input does
-Ctrl-C ends a reply; the conversation goes on behind what was shown. Twice, it ends the program."""
+Ctrl-C ends a reply; the conversation goes on behind what was shown. Twice in a row, it ends the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Chat:
     for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
     system: str | None = None
     """What the model is told before the first message."""
-    thinking: Literal["none", "think", "think a bit", "think a lot", "closed", "empty"] = "none"
+    thinking: Thinking = "none"
     """How a G1 model comes to its answer: by thinking, or straight away after thoughts that are closed or empty."""
     tokens: int = 2048
     """Most tokens of a reply."""
@@ -66,12 +67,12 @@ class Chat:
             raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
         chat_format, sampling = self._format(), self.sampling.sampling()
         chat_format.first_turn("message", self.system)
-        model, tokenizer = self.weights.load()
 
         from rwkv_jax.inference.dialogue import Dialogue
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
+        options = EngineOptions(num_slots=1, prefix_bytes=0)
+        engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
         tells_speed = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(
             Dialogue(engine, chat_format, self.system),
@@ -127,24 +128,30 @@ class ChatLoop:
     def answer(self, line: str) -> Generator[str]:
         """What there is to say to a line, in pieces, the last of which ends a line; closing it ends the reply.
 
-        Errors of values are told, and change nothing.
+        Errors of values, and logits that are not finite, are told, and change nothing.
         """
         try:
             if line.startswith("/"):
                 yield from self._command(line)
             elif line.strip():
                 yield from self._reply(line)
-        except ConfigError as error:
+        except (ConfigError, FloatingPointError) as error:
             yield f"! {error}\n"
 
     def _reply(self, message: str) -> Iterator[str]:
         seed, self._next_seed = self._next_seed, (self._next_seed + 1) % 2**32
-        speed = Speed(self._burst_length)
+        speed, is_in_line = Speed(self._burst_length), False
         pieces = self.dialogue.say(message, seed=seed, **self._arguments)
         with contextlib.closing(pieces):
-            for piece in pieces:
-                speed.count(1)
-                yield piece
+            try:
+                for piece in pieces:
+                    speed.count(1)
+                    is_in_line |= bool(piece)
+                    yield piece
+            except FloatingPointError:
+                if is_in_line:  # what is told of the error begins a line
+                    yield "\n"
+                raise
         yield "\n"
         if self._tell_speed is not None:
             self._tell_speed(speed)
@@ -226,13 +233,18 @@ class ChatLoop:
 
 
 def converse(chat: ChatLoop) -> None:
-    """Reads standard input and writes standard output until one of them ends."""
+    """Reads standard input and writes standard output until one of them ends, or a second Ctrl-C in a row."""
+    interrupted = False
     while not chat.is_over:
         try:
             line = _read_line()
         except KeyboardInterrupt:
             print()
+            if interrupted:
+                raise
+            interrupted = True
             continue
+        interrupted = False
         if line is None:
             return
         with _interrupts() as is_interrupted, contextlib.closing(chat.answer(line)) as pieces:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rwkv_jax.cli.machine import processor
+from rwkv_jax.config import Generation, ModelConfig
 
 if TYPE_CHECKING:
     from rwkv_kernels.cases import Shape
@@ -41,6 +42,8 @@ class Check(NamedTuple):
 
     operator: str
     implementation: str
+    what: str
+    """`prompts` or `single tokens`."""
     error: float
     """|result - definition| / |definition| in the L2 norm; infinite for NaN."""
 
@@ -55,34 +58,63 @@ class Doctor:
     """Say what this machine has, which implementation of each operator runs on it and why, and whether it is right."""
 
     def run(self) -> None:
-        """Prints the report; exits with 1 if an operator computes what it should not."""
-        print("\n".join(describe_system()))
-        print("\noperators, for prompts and single tokens of a model with 12 heads of 64")
-        print("\n".join(describe_operators()))
+        """Prints the report; exits with 1 if there is no device, or an operator computes what it should not."""
+        problem = None
+        _tell(describe_platform())
+        try:
+            _tell(describe_devices())
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())
+            print(f"devices: none ({problem})")
+        _tell(describe_packages())
+        if problem is not None:
+            sys.exit(
+                f"rwkv: JAX finds no device: {problem}; mend the driver or the plugin, or set JAX_PLATFORMS=cpu to do "
+                "without"
+            )
+        print("\noperators as training takes them, for prompts and single tokens of a model with 12 heads of 64")
+        _tell(describe_operators())
+        print("\noperators as the engine takes them, and with it generate, chat and bench")
+        _tell(describe_engine())
         print("\nself-check: float32 against the definition in float64")
         checks = check_operators()
         for check in checks:
             verdict = "good" if check.passes else f"WRONG: at most {BOUND:.0e}"
-            print(f"  {check.operator:<6} {check.implementation:<16} relative error {check.error:.1e}  {verdict}")
-        if failed := [check.operator for check in checks if not check.passes]:
+            print(
+                f"  {check.operator:<6} {check.implementation:<16} {check.what:<14} relative error {check.error:.1e}  "
+                f"{verdict}"
+            )
+        if failed := list(dict.fromkeys(check.operator for check in checks if not check.passes)):
             sys.exit(
                 f"rwkv: {', '.join(failed)}: wrong on this machine; report it with what is above, and try another "
                 "version of jax meanwhile"
             )
 
 
-def describe_system() -> Iterator[str]:
-    """Machine, devices, versions and optional packages, a line each."""
-    import jax
-
+def describe_platform() -> Iterator[str]:
+    """Platform, processor and memory, a line each."""
     yield f"platform: {platform.platform()}, {platform.machine()}"
     yield f"processor: {processor()}; {_available_cores()} of {os.cpu_count()} cores are ours, and so many threads run"
     if hasattr(os, "sysconf"):
         yield f"memory: {_gibibytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
-    for device in jax.devices():
+
+
+def describe_devices() -> Iterator[str]:
+    """Devices of JAX, a line each. Raises RuntimeError if it has none, or none of the platforms asked for."""
+    import jax
+
+    try:
+        devices = jax.devices()
+    except AssertionError as error:  # what a plugin without a driver comes to, where no other platform is asked for
+        raise RuntimeError(str(error) or "no platform that is asked for has one") from error
+    for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {_gibibytes(limit)} for JAX" if limit else ""
         yield f"device {device.id}: {device.platform} ({device.device_kind}){memory}"
+
+
+def describe_packages() -> Iterator[str]:
+    """Versions, what is set in the environment, and optional packages, a line each."""
     yield f"python {platform.python_version()}"
     for name in NEEDED:
         yield f"{name} {_version(name) or 'not installed, but run from its folder'}"
@@ -95,18 +127,26 @@ def describe_system() -> Iterator[str]:
 
 
 def describe_operators() -> Iterator[str]:
-    """Which implementation runs where, and why the others do not."""
+    """Which implementation training takes, and why the others do not run or are not taken."""
     import rwkv_kernels
 
     for name in rwkv_kernels.OPERATORS:
-        of_prompts, of_tokens = (
-            rwkv_kernels.explain(name, (1, time, 768) if name == "wkv4" else (1, time, 12, 64)) for time in (256, 1)
-        )
+        of_prompts, of_tokens = (rwkv_kernels.explain(name, _shape(name, time)) for time in (256, 1))
         yield f"{of_prompts}\n  single tokens    {of_tokens.chosen}"
 
 
+def describe_engine() -> Iterator[str]:
+    """Which implementation the engine takes, where nothing is differentiated, and why."""
+    import rwkv_kernels
+
+    for name in rwkv_kernels.OPERATORS:
+        named, reason = _reading(name)
+        of_prompts, of_tokens = (named or rwkv_kernels.explain(name, _shape(name, time)).chosen for time in (256, 1))
+        yield f"  {name:<6} prompts: {of_prompts}, single tokens: {of_tokens}; {reason}"
+
+
 def check_operators() -> list[Check]:
-    """Runs every operator on a small problem, as it would run here, and in float64 by its definition."""
+    """Runs every operator on a small problem, as training and the engine would here, and in float64 by definition."""
     import jax
     import numpy as np
 
@@ -124,34 +164,60 @@ def check_operators() -> list[Check]:
         "wkv6": (wkv6, wkv6_inputs),
         "wkv7": (wkv7, wkv7_inputs),
     }
-    shape = Shape(batch=2, time=80, heads=2, key_dim=16, value_dim=16)
     checks = []
     for name, (operator, make_inputs) in operators.items():
-        inputs = make_inputs("realistic", shape)
-        half = (shape.batch, shape.time // 2)
-        sizes = (*half, shape.heads * shape.key_dim) if name == "wkv4" else (*half, *shape[2:])
-        with jax.enable_x64(True):
-            expected = _in_two_calls(operator, inputs, "scan")
-        found = _in_two_calls(operator, jax.tree.map(np.float32, inputs), None)
-        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-        checks.append(Check(name, rwkv_kernels.explain(name, sizes).chosen, error if np.isfinite(error) else math.inf))
+        named, _ = _reading(name)
+        # Two calls, and one for each of a few tokens: it shows what the state between them is.
+        for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
+            shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
+            inputs = make_inputs("realistic", shape)
+            with jax.enable_x64(True):
+                expected = _in_calls(operator, inputs, "scan", num_calls)
+            in_float32 = jax.tree.map(np.float32, inputs)
+            sizes = (2, num_steps // num_calls, 32) if name == "wkv4" else (2, num_steps // num_calls, 2, 16)
+            chosen = rwkv_kernels.explain(name, sizes).chosen
+            for implementation in dict.fromkeys((chosen, named or chosen)):
+                found = _in_calls(operator, in_float32, implementation, num_calls)
+                error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                checks.append(Check(name, implementation, what, error if np.isfinite(error) else math.inf))
     return checks
 
 
-def _in_two_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implementation: str | None) -> Any:
-    """y [B, T, ...] of one half of the steps after the other, so that it shows what the state between them is."""
+def _in_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implementation: str, num_calls: int) -> Any:
+    """y [B, T, ...] of equal parts of the steps, one after the other."""
     import jax
     import numpy as np
 
     run = jax.jit(functools.partial(operator, implementation=implementation))
-    time = inputs["v"].shape[1]
+    time = inputs["v"].shape[1] // num_calls
     state, ys = inputs["state"], []
-    for steps in (slice(0, time // 2), slice(time // 2, time)):
+    for begin in range(0, num_calls * time, time):
         # Others are [H, N] or [C], the same at each step.
-        over_time = {name: x[:, steps] for name, x in inputs.items() if name != "state" and x.ndim > 2}
+        over_time = {name: x[:, begin : begin + time] for name, x in inputs.items() if name != "state" and x.ndim > 2}
         y, state = run(**(dict(inputs) | over_time | {"state": state}))
         ys.append(np.asarray(y))
     return np.concatenate(ys, axis=1)
+
+
+def _reading(operator: str) -> tuple[str | None, str]:
+    """What the engine takes for models of an operator's newest generation, None being what training takes; and why."""
+    import jax
+
+    from rwkv_jax.models.decoding import implementation_for_reading
+
+    generations: Mapping[str, Generation] = {"wkv4": "4", "wkv5": "5.2", "wkv6": "6", "wkv7": "7"}
+    return implementation_for_reading(ModelConfig(generations[operator]), jax.default_backend())
+
+
+def _shape(operator: str, time: int) -> tuple[int, ...]:
+    """Of one text of a model with 12 heads of 64."""
+    return (1, time, 768) if operator == "wkv4" else (1, time, 12, 64)
+
+
+def _tell(lines: Iterator[str]) -> None:
+    """Prints each line as it comes: what comes after may hang, or fail."""
+    for line in lines:
+        print(line, flush=True)
 
 
 def _version(name: str) -> str | None:

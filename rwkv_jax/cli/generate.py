@@ -53,12 +53,12 @@ class Generate:
         """Loads the model and writes its text to stdout, as it comes if it is one."""
         arguments = self._arguments()
         prompt = self._read_prompt()
-        model, tokenizer = self.weights.load()
 
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        engine = Engine(model, tokenizer, EngineOptions(num_slots=min(self.num * self.best_of, _MOST_AT_ONCE)))
-        ids = engine.encode(prompt, begins=True) if prompt else [tokenizer.end_of_text]
+        options = EngineOptions(num_slots=min(self.num * self.best_of, _MOST_AT_ONCE))
+        engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
+        ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json
         speed = Speed(engine.options.burst_length if is_streamed else None)
         if is_streamed:

@@ -92,8 +92,11 @@ class ChatFormat:
         return self._split(text)[1].removeprefix(" ").lstrip("\n").rstrip()
 
     def thoughts(self, text: str) -> str:
-        """What the model thought before its answer; all of the reply if it has not ended its thoughts."""
-        return self._split(text)[0].removeprefix(">").strip()
+        """What the model thought before its answer; all of the reply if it has not ended its thoughts.
+
+        Before a reply, with no text, there are none: what the prompt has begun is no thought of the model.
+        """
+        return self._split(text)[0].removeprefix(">").strip() if text else ""
 
     def clean(self, text: str) -> str:
         """A message without blank lines, which separate turns, and without space around it."""

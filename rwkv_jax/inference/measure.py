@@ -23,6 +23,7 @@ from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.sampling import Sampling
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.packed import Int4Matrix, Int8Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def latency(
     Raises:
       ConfigError: no context, one below 1, or fewer than one token or repetition; or as `Engine.stream`.
     """
-    _require_positive(contexts=min(contexts, default=0), num_tokens=num_tokens, repetitions=repetitions)
+    require_positive(contexts=contexts, num_tokens=(num_tokens,), repetitions=(repetitions,))
     lengths = sorted(set(contexts))
     tokens = np.random.default_rng(seed).integers(1, engine.config.vocab_size, lengths[-1]).tolist()
     snapshot: Snapshot | None = None
@@ -75,7 +76,7 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
     Raises:
       ConfigError: fewer than one text, token or repetition, or too few slots.
     """
-    _require_positive(batch_sizes=min(engines, default=0), num_tokens=num_tokens, repetitions=repetitions)
+    require_positive(batch_sizes=tuple(engines), num_tokens=(num_tokens,), repetitions=(repetitions,))
     for size, engine in engines.items():
         if size > engine.options.num_slots:
             raise ConfigError(f"batch size {size}: the engine has {engine.options.num_slots} slots; build it with more")
@@ -131,7 +132,7 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
     Raises:
       ConfigError: a context below 1, or a model that no Transformer equals in size.
     """
-    _require_positive(contexts=min(contexts, default=0))
+    require_positive(contexts=contexts)
     config = model.config
     state = jax.eval_shape(lambda: model.initial_state(1))
     peer = config if config.generation == "transformer" else config.transformer_of_equal_size()
@@ -172,7 +173,19 @@ def _bytes_by_dtype(tree: Any) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _require_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"{name}: must be at least 1, and there must be one; the least is {value}")
+def held_in(model: LanguageModel) -> str:
+    """How a model's matrices are held: `int8`, `int4`, or the dtype of most bytes of its parameters."""
+    params = nnx.state(model, nnx.Param)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix | Int4Matrix))
+    if any(isinstance(leaf, Int4Matrix) for leaf in leaves):  # besides matrices in 8 bits, of those too small for 4
+        return "int4"
+    if any(isinstance(leaf, Int8Matrix) for leaf in leaves):
+        return "int8"
+    return next(iter(_bytes_by_dtype(params)))
+
+
+def require_positive(**values: Sequence[int]) -> None:
+    """Raises ConfigError for a number below 1, or none at all, by its name."""
+    for name, numbers in values.items():
+        if not numbers or min(numbers) < 1:
+            raise ConfigError(f"{name} = {' '.join(map(str, numbers))}: must be at least 1 each, and one at least")

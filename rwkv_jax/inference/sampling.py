@@ -277,11 +277,15 @@ def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array)
     Args:
       weights: float32 [V], of `occurrence_weights`.
     """
-    weight = jnp.where(settings.rwkv_order, jnp.asarray(weights)[tokens], 1)[:, None]
-    decayed = jnp.where(occurrences >= 0, occurrences * settings.penalty_decay[:, None], occurrences)
-    is_chosen = jnp.arange(occurrences.shape[-1]) == tokens[:, None]
-    counted = jnp.where(is_chosen, jnp.maximum(decayed, 0) + weight, decayed)
-    return jnp.where(_penalises(settings)[:, None], counted, occurrences)
+
+    def counted() -> Array:
+        weight = jnp.where(settings.rwkv_order, jnp.asarray(weights)[tokens], 1)[:, None]
+        decayed = jnp.where(occurrences >= 0, occurrences * settings.penalty_decay[:, None], occurrences)
+        is_chosen = jnp.arange(occurrences.shape[-1]) == tokens[:, None]
+        one_more = jnp.where(is_chosen, jnp.maximum(decayed, 0) + weight, decayed)
+        return jnp.where(_penalises(settings)[:, None], one_more, occurrences)
+
+    return jax.lax.cond(jnp.any(_penalises(settings)), counted, lambda: occurrences)
 
 
 def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_jax import save_pretrained
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.inference.random_model import random_model
 from tests.cli.commands import Command
 
 SMALL = ("--random", "2x64", "--vocab-size", 50)
@@ -52,11 +55,12 @@ def test_throughput(rwkv: Command) -> None:
         assert float(rate.replace(",", "")) == pytest.approx(1e3 * int(size) / float(milliseconds), rel=0.1)
 
 
-@pytest.mark.long
-def test_a_transformer_has_room_for_its_context(rwkv: Command) -> None:
-    short = ("--contexts", 600, "--tokens", 8, "--repetitions", 1, "--json")
-    values = json.loads(rwkv("bench", "latency", *SMALL, "--generation", "transformer", *short).out)
-    assert values["seconds_per_token"]["600"]["median"] > 0
+def test_a_packed_file_is_named_as_what_it_holds(rwkv: Command, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    config = ModelConfig(vocab_size=256, num_layers=2, width=64)
+    save_pretrained(random_model(config, "int8"), path)
+    values = json.loads(rwkv("bench", "memory", path, "--tokenizer", "bytes", "--json").out)
+    assert values["model"].endswith("M parameters in int8")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,7 @@ def test_a_transformer_has_room_for_its_context(rwkv: Command) -> None:
         (["latency", "nowhere", "--contexts"], "contexts = : must be at least 1"),
         (["latency", "nowhere", "--tokens", "0"], "tokens = 0: must be at least 1"),
         (["throughput", "nowhere", "--batch-sizes", "1", "0"], "batch_sizes = 1 0: must be at least 1"),
+        (["latency", "--random", "2x64", "--generation", "transformer"], "bench latency: a Transformer's cache in an"),
         (["throughput", "nowhere", "--repetitions", "0"], "repetitions = 0: must be at least 1"),
     ],
     ids=str,

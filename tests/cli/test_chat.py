@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import signal
 import sys
@@ -17,6 +18,7 @@ from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat import WORLD
 from rwkv_jax.inference.dialogue import Dialogue
 from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.scheduler import NotFiniteError
 from tests.cli.commands import Command
 from tests.inference.fake_engine import FakeEngine
 
@@ -65,6 +67,23 @@ def test_a_retry_that_fails_keeps_the_reply() -> None:
     with pytest.raises(RuntimeError, match="the device is gone"):
         answers(chat, "/retry")
     assert (chat.dialogue.num_tokens, chat.dialogue.last_message) == (num_tokens, "a")
+
+
+@pytest.mark.parametrize("pieces", [["o", "ne"], [], [""]])
+def test_a_reply_that_is_not_finite_ends_alone(monkeypatch: pytest.MonkeyPatch, pieces: list[str]) -> None:
+    def say(message: str, **arguments: Any) -> Generator[str]:
+        yield from pieces
+        raise NotFiniteError("the model's logits are not finite: its weights are broken")
+
+    chat = new_chat()
+    answers(chat, "a")
+    num_tokens = chat.dialogue.num_tokens
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.dialogue, "say", say)
+        shown = "one\n" if pieces == ["o", "ne"] else ""
+        assert answers(chat, "b") == [f"{shown}! the model's logits are not finite: its weights are broken\n"]
+    assert (chat.dialogue.num_tokens, chat.dialogue.last_message) == (num_tokens, "a")
+    assert len(answers(chat, "c")[0]) > 1
 
 
 def test_forks_have_names() -> None:
@@ -121,9 +140,12 @@ def test_help_names_every_command() -> None:
     chat = new_chat()
     assert answers(chat, "/help") == [f"{HELP}\n"]
     commands = {line.split()[0] for line in HELP.splitlines() if line.startswith("/")}
+    assert all(HELP.count(f"{command} ") == 1 for command in commands)
     for command in commands - {"/quit"}:
         assert "no such command" not in answers(chat, command)[0]
-    assert answers(chat, "/thoughts") == ["none\n"]
+    for thinking in ("none", "closed", "empty"):
+        new = ChatLoop(Dialogue(FakeEngine(), dataclasses.replace(WORLD, thinking=thinking)), {})
+        assert answers(new, "/thoughts") == ["none\n"]
     assert not chat.is_over
     assert answers(chat, "/quit") == [""]
     assert chat.is_over
@@ -185,6 +207,25 @@ def test_two_interrupts_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         chat_module.converse(Interrupted(times=2))
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("lines", [[None, None], [None, "again", None, None]])
+def test_two_interrupts_in_a_row_at_the_prompt_end_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str | None]
+) -> None:
+    coming = iter(lines)
+
+    def read_line() -> str:
+        line = next(coming)
+        if line is None:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(chat_module, "_read_line", read_line)
+    with pytest.raises(KeyboardInterrupt):
+        chat_module.converse(Interrupted(times=0))
+    assert next(coming, "none left") == "none left"
+    assert capsys.readouterr().out.count("answered") == lines.count("again")
 
 
 def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ def test_every_operator_is_right_here(rwkv: Command) -> None:
     printed = rwkv("doctor")
     assert printed.err == ""
     for name, operator in OPERATORS.items():
-        assert len(re.findall(rf"^  {name}   {'chunked':<16} relative error [\d.e-]+  good$", printed.out, re.M)) == 1
+        for implementation, what in (("chunked", "prompts"), ("scan", "single tokens")):
+            line = rf"^  {name}   {implementation:<16} {what:<14} relative error [\d.e-]+  good$"
+            assert len(re.findall(line, printed.out, re.M)) == 1
         for implementation in operator.implementations:
             assert f"\n  {implementation:<16} " in printed.out
     assert f"\njax {jax.__version__}\n" in printed.out
@@ -42,10 +44,9 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, fac
         "chunked",
         dispatch.Implementation(broken, dispatch.anything),
     )
-    for check in doctor.check_operators():
-        assert check.passes == (check.operator != "wkv6")
-        if check.operator == "wkv6":
-            assert check.error == pytest.approx(error, rel=1e-3)
+    failed = [check for check in doctor.check_operators() if not check.passes]
+    assert [check[:3] for check in failed] == [("wkv6", "chunked", "prompts")]
+    assert failed[0].error == pytest.approx(error, rel=1e-3)
 
 
 def test_a_state_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,13 +60,74 @@ def test_a_state_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         "chunked",
         dispatch.Implementation(broken, dispatch.anything),
     )
-    assert [check.operator for check in doctor.check_operators() if not check.passes] == ["wkv7"]
+    failed = [check[:3] for check in doctor.check_operators() if not check.passes]
+    assert failed == [("wkv7", "chunked", "prompts")]
+
+
+def test_single_tokens_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*inputs: Any, **options: Any) -> Any:
+        y, state = whole.run(*inputs, **options)
+        # The definition, which is run in float64, stays.
+        return (2 * y if y.shape[1] == 1 and y.dtype == jnp.float32 else y), state
+
+    whole = OPERATORS["wkv5"].implementations["scan"]
+    monkeypatch.setitem(
+        OPERATORS["wkv5"].implementations,  # pyright: ignore[reportArgumentType]
+        "scan",
+        dispatch.Implementation(broken, dispatch.anything),
+    )
+    failed = [check[:3] for check in doctor.check_operators() if not check.passes]
+    assert failed == [("wkv5", "scan", "single tokens")]
+
+
+def test_what_the_engine_takes_is_said_with_its_reason() -> None:
+    lines = list(doctor.describe_engine())
+    assert len(lines) == len(OPERATORS)
+    for name, line in zip(OPERATORS, lines, strict=True):
+        prompts = "scan" if name == "wkv7" else "chunked"
+        assert line.startswith(f"  {name}   prompts: {prompts}, single tokens: scan; ")
+        assert len(line.partition("; ")[2]) > 10
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'cuda':\n no driver"),
+            "Unable to initialize backend 'cuda': no driver",
+        ),
+        (AssertionError(), "no platform that is asked for has one"),
+    ],
+    ids=["told", "asserted"],
+)
+def test_a_machine_without_devices_is_described(
+    rwkv: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    message: str,
+) -> None:
+    def devices() -> Any:
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(SystemExit, match=f"rwkv: JAX finds no device: {message}; mend the driver"):
+        rwkv("doctor")
+    printed = capsys.readouterr().out
+    assert printed.startswith("platform: ")
+    assert f"\ndevices: none ({message})\n" in printed
+    assert f"\njax {jax.__version__}\n" in printed
+    assert "self-check" not in printed
 
 
 def test_a_failed_check_is_the_exit_status(
     rwkv: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checks = [Check("wkv4", "chunked", BOUND / 2), Check("wkv5", "chunked", 2 * BOUND)]
+    checks = [
+        Check("wkv4", "chunked", "prompts", BOUND / 2),
+        Check("wkv5", "chunked", "prompts", 2 * BOUND),
+        Check("wkv5", "scan", "single tokens", 2 * BOUND),
+    ]
     monkeypatch.setattr(doctor, "check_operators", lambda: checks)
     with pytest.raises(SystemExit, match="rwkv: wkv5: wrong on this machine"):
         rwkv("doctor")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import from_pretrained
+from rwkv_jax.cli.flags import WeightsFlags
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
@@ -42,6 +45,30 @@ def test_prints_the_prompt_and_what_the_model_makes_of_it(
     assert text
     printed = rwkv("generate", run_dir, "--prompt", prompt, "--tokens", 20, "--seed", 5)
     assert printed == (prompt + text + "\n", "")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_stacked_model_is_not_kept(
+    rwkv: Command, run_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load, stream = WeightsFlags.load, Engine.stream
+
+    def noted(flags: WeightsFlags) -> Any:
+        model, tokenizer = load(flags)
+        assert model.is_stacked
+        loaded.append(weakref.ref(jax.tree.leaves(nnx.state(model.blocks, nnx.Param))[0]))
+        return model, tokenizer
+
+    def checked(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        gc.collect()
+        assert [kept() for kept in loaded] == [None]
+        return stream(engine, *arguments, **options)
+
+    monkeypatch.setattr(WeightsFlags, "load", noted)
+    monkeypatch.setattr(Engine, "stream", checked)
+    rwkv(command, run_dir, "--tokens", 1, stdin="hello\n")
+    assert len(loaded) == 1
 
 
 def test_settings_and_checkpoint(rwkv: Command, run_dir: Path) -> None:

@@ -75,6 +75,9 @@ def test_ways_of_thinking(thinking: Thinking, prompt: str) -> None:
         ("think", ">\nOne and", "One and", ""),
         ("closed", ">\nIt is 2.", "", "It is 2."),
         ("empty", ">It is 2.", "", "It is 2."),
+        ("closed", "", "", ""),
+        ("empty", "", "", ""),
+        ("think", "", "", ""),
     ],
 )
 def test_thoughts_and_answers_are_told_apart(thinking: Thinking, text: str, thoughts: str, answer: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.inference import measure
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.measure import Timing, cache_bytes, latency, memory, state_bytes, throughput
+from rwkv_jax.inference.measure import Timing, cache_bytes, held_in, latency, memory, state_bytes, throughput
 from rwkv_jax.inference.random_model import NumberTokenizer, random_model
 from rwkv_jax.models import model_type
 from tests.golden import QUICK
@@ -100,14 +100,29 @@ def test_memory_of_packed_weights() -> None:
     np.testing.assert_equal(use.state, use.state_expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "held"),
+    [
+        ("float32", None, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "int8", "int8"),
+        ("float32", "int4", "int4"),
+    ],
+)
+def test_how_matrices_are_held_is_seen_from_the_parameters(dtype: Any, quantize: Any, held: str) -> None:
+    config = ModelConfig(vocab_size=50, num_layers=2, width=64, dtype=dtype)
+    assert held_in(random_model(config, quantize)) == held
+
+
 def test_what_cannot_be_measured_is_said(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="contexts: must be at least 1"):
+    with pytest.raises(ConfigError, match="contexts = : must be at least 1"):
         latency(engine, [])
-    with pytest.raises(ConfigError, match=r"contexts: must be at least 1.*the least is 0"):
+    with pytest.raises(ConfigError, match="contexts = 4 0: must be at least 1"):
         memory(engine.model, [4, 0])
-    with pytest.raises(ConfigError, match="num_tokens: must be at least 1"):
+    with pytest.raises(ConfigError, match="num_tokens = 0: must be at least 1"):
         latency(engine, [1], num_tokens=0)
-    with pytest.raises(ConfigError, match="repetitions: must be at least 1"):
+    with pytest.raises(ConfigError, match="repetitions = 0: must be at least 1"):
         throughput({1: engine}, repetitions=0)
     with pytest.raises(ConfigError, match="batch size 3: the engine has 2 slots; build it with more"):
         throughput({1: engine, 3: engine})
