@@ -20,10 +20,14 @@ def random_model(config: ModelConfig, quantize: Quantisation | None = None, seed
     """A model of a config's shape, always alike, as fast as a trained one; what it says means nothing.
 
     Args:
+      config: parameters are held in its dtype, in which the model computes.
       quantize: as `from_pretrained` has it.
     """
     tensors = RandomTensors(config, seed)
-    params = place_params(tensors, config) if quantize is None else place_quantised_params(tensors, config, quantize)
+    if quantize is None:
+        params = place_params(tensors, config, dtype=config.dtype)
+    else:
+        params = place_quantised_params(tensors, config, quantize)
     return nnx.merge(abstract_model(config)[0], params)
 
 

@@ -30,6 +30,8 @@ KEPT = "matrix product"
 OPERATOR_INPUT = "operator input"
 """Name of what the recurrence reads: a choice of what else to keep."""
 
+_FEW_ROWS = 64  # as decoding has them; in training the copy of a matrix is small beside the activations
+
 
 def operator_inputs(*inputs: Array) -> tuple[Array, ...]:
     """What the recurrence reads, under the name by which a block can keep it."""
@@ -61,8 +63,26 @@ def linear(
         y = product_with_bfloat16(flat, weight, in_axis=in_axis).astype(out_dtype)
     else:
         weight = weight.astype(x.dtype)
-        y = lax.dot_general(flat, weight, (((1,), (in_axis,)), ((), ())), preferred_element_type=out_dtype)
+        multiply = functools.partial(_multiply, in_axis=in_axis, out_dtype=out_dtype)
+        if x.dtype == jnp.bfloat16 and flat.shape[0] <= _FEW_ROWS:
+            on_cpu = functools.partial(_multiply_few_on_cpu, in_axis=in_axis, out_dtype=out_dtype)
+            y = lax.platform_dependent(flat, weight, cpu=on_cpu, default=multiply)
+        else:
+            y = multiply(flat, weight)
     return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[1 - in_axis]), KEPT)
+
+
+def _multiply(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp.dtype) -> Array:
+    return lax.dot_general(x, weight, (((1,), (in_axis,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def _multiply_few_on_cpu(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp.dtype) -> Array:
+    """`_multiply` of bfloat16 as XLA's CPU backend does it without writing the matrix out in float32 at every call.
+
+    That takes a result in float32, and two rows at least.
+    """
+    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
+    return _multiply(rows, weight, in_axis=in_axis, out_dtype=jnp.dtype(jnp.float32))[: x.shape[0]].astype(out_dtype)
 
 
 def low_rank(
@@ -200,7 +220,14 @@ class Embedding(nnx.Module):
 
 
 def _rows(weight: Array | PackedMatrix, index: Array) -> Array:
-    return weight.rows(index) if isinstance(weight, PackedMatrix) else weight[index]
+    if isinstance(weight, PackedMatrix):
+        return weight.rows(index)
+    if weight.dtype != jnp.bfloat16:
+        return weight[index]
+    # XLA's CPU backend looks rows up in the table converted to float32, which a loop of decoding would write out before
+    # its first step. Where the table is tied to the ids of each step, the rows alone are converted.
+    table, index = lax.optimization_barrier((weight, index))
+    return table[index]
 
 
 class LayerNorm(nnx.Module):

@@ -1,11 +1,12 @@
 """Matrices held as integers of 8 or 4 bits, and their products with float vectors.
 
 A packed matrix is a pytree that stands where a parameter's array stood: `linear` and `Embedding` know it, so the models
-do not change. A product never writes the matrix out in floating point.
+do not change. On CPUs a product never writes the matrix out in floating point.
 
-On GPUs and TPUs the integers are converted on their way into the matrix unit, which XLA fuses. XLA's CPU backend does
-not: it writes the converted matrix to memory first, at every call. What it runs well, vectorised and on all threads, is
-int8 x int8 -> int32. So there a vector is written as three rows of int8 (`split_rows`), whose products are exact and
+On GPUs and TPUs the integers are converted right before a floating-point product; that XLA fuses the two, so that the
+converted matrix is never in memory, is left to it and has not been tried there. XLA's CPU backend does not: it writes
+the converted matrix to memory first, at every call. What it runs well, vectorised and on all threads, is int8 x int8 ->
+int32. So there a vector is written as three rows of int8 (`split_rows`), whose products are exact and
 are added up again: what comes out is the product of the float32 vector, to float32's own rounding. Weights decide the
 time of a product with few rows, so that three rows cost what one does.
 """

@@ -64,7 +64,8 @@ def from_pretrained(
 
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
     layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
-    copied straight to the devices that hold it. Of a run of train.py the newest checkpoint is taken.
+    copied straight to the devices that hold it; one that is to be packed is packed first, and all layers of a parameter
+    are copied together. Of a run of train.py the newest checkpoint is taken.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
@@ -93,6 +94,11 @@ def from_pretrained(
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_model(place, "newest", shardings)
         if quantize is not None:
+            if loaded.config.model.generation == "transformer":
+                raise WeightsError(
+                    f"quantize = {quantize!r}: {place} is a run of a Transformer, and only RWKV's matrices are packed; "
+                    "leave it out"
+                )
             trained = OfficialTensors(loaded.config.model, loaded.params)
             return _quantised(trained, loaded.config.model, quantize, dtype, mesh)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)

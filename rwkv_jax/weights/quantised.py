@@ -41,6 +41,7 @@ _PACKED = re.compile(r"(?P<name>.+)\.(?P<kind>int8|int4)")
 _SMALL_RANK = 12  # the width is as many ranks or more
 _CODES_OF_4_BITS = 15
 _LARGEST = 127
+_LARGEST_MULTIPLIER = 17  # 15 steps of 17 reach from -128 to 127
 _ROWS_AT_A_TIME = 2**21  # numbers packed at a time: what it takes to pack them is a multiple of their size
 
 
@@ -108,7 +109,7 @@ def _pack_int4(rows: NDArray) -> Parts:
     multiplier, offset = np.ones(exact.shape, np.int8), np.zeros(exact.shape, np.int8)
     # A step finer than the range asks for cuts off its ends, and is often the better one.
     for step in (np.ceil(exact), np.floor(exact), np.floor(exact) - 1):
-        step = np.clip(step, 1, 17).astype(np.float32)
+        step = np.clip(step, 1, _LARGEST_MULTIPLIER).astype(np.float32)
         # What the step leaves over, or lacks, is shared between both ends.
         start = np.rint((low + high - _CODES_OF_4_BITS * step) / 2)
         start = np.clip(start, -_LARGEST - 1, _LARGEST - _CODES_OF_4_BITS * step).astype(np.float32)
@@ -184,11 +185,21 @@ class DequantisedTensors(DerivedTensors):
         return TensorSpec(own, np.dtype(np.float32))
 
     def parts(self, name: str) -> Parts | None:
-        """The parts of a packed tensor as they lie in the file; None for one that is not packed."""
+        """The parts of a packed tensor as they lie in the file; None for one that is not packed.
+
+        Raises:
+          WeightsError: numbers that `pack` does not make: of some the products would not be those of any matrix.
+        """
         kind = self._kinds[name]
         if kind is None:
             return None
-        return {part: self._tensors[file_name] for part, file_name in _part_names(name, kind).items()}
+        parts = {part: self._tensors[file_name] for part, file_name in _part_names(name, kind).items()}
+        _check_numbers(name, parts)
+        return parts
+
+    def kind(self, name: str) -> Quantisation | None:
+        """In what a tensor is packed; None for one that is not."""
+        return self._kinds[name]
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -215,6 +226,24 @@ class DequantisedTensors(DerivedTensors):
                     f"{_part_names(name, kind)[part]} is {found[part].dtype} {list(found[part].shape)}, must be "
                     f"{dtype} {list(shape)}; get the file again"
                 )
+
+
+def _check_numbers(name: str, parts: Parts) -> None:
+    if not np.isfinite(parts["scale"]).all():
+        raise WeightsError(f"{name}.scale has numbers that are not finite; get the file again")
+    if "multiplier" not in parts:
+        return
+    multiplier, offset = (parts[part].astype(np.int16) for part in ("multiplier", "offset"))
+    if multiplier.size and not 1 <= multiplier.min() <= multiplier.max() <= _LARGEST_MULTIPLIER:
+        raise WeightsError(
+            f"{name}.multiplier has numbers from {multiplier.min()} to {multiplier.max()}, must be from 1 to "
+            f"{_LARGEST_MULTIPLIER}; get the file again"
+        )
+    if (offset + _CODES_OF_4_BITS * multiplier > _LARGEST).any():
+        raise WeightsError(
+            f"{name}.offset has numbers with which codes unpack to more than {_LARGEST}, the largest of 8 bits; get "
+            "the file again"
+        )
 
 
 def _part_names(name: str, kind: Quantisation) -> dict[str, str]:
@@ -247,7 +276,8 @@ def place_quantised_params(
     """Our tree of parameters from official tensors, with matrices packed, on the first device.
 
     Args:
-      tensors: as `check_tensors` has found them right; those of a packed file are taken as they are.
+      tensors: as `check_tensors` has found them right; those of a packed file are taken as they are, but for those that
+        a model holds in float32.
       release: gives back the memory of what was read; called after each tensor.
 
     Raises:
@@ -260,12 +290,14 @@ def place_quantised_params(
         names = official_names(path, config.num_layers)
         own = like.shape[1:] if stacked else like.shape
         kind = quantisation_of(names[0], own, quantisation)
-        layers = [_held(tensors, name, kind) for name in names]
-        release()
-        parts = {
-            part: np.stack([layer[part] for layer in layers]) if stacked else layers[0][part] for part in layers[0]
-        }
-        placed = jax.device_put(parts, device)
+        parts: Parts = {}
+        for layer, name in enumerate(names):
+            for part, values in _held(tensors, name, kind).items():
+                if layer == 0:
+                    parts[part] = np.empty((len(names), *values.shape), values.dtype)
+                parts[part][layer] = values
+            release()
+        placed = jax.device_put(parts if stacked else {part: values[0] for part, values in parts.items()}, device)
         return (
             placed["codes"] if kind in (None, "bfloat16") else packed_matrix(placed, transposed=is_transposed(names[0]))
         )
@@ -275,14 +307,13 @@ def place_quantised_params(
 
 def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantisation | None) -> Parts:
     """The parts of one tensor as a model holds it; one that is not packed is all `codes`."""
-    present = tensors.parts(name) if isinstance(tensors, DequantisedTensors) else None
-    if present is not None:
-        if ("multiplier" in present) != (kind == "int4"):
-            raise WeightsError(f"{name}: the file has it packed otherwise than {kind}; get the file again")
+    if kind in (None, "bfloat16"):
+        return {"codes": tensors[name].astype(np.float32 if kind is None else BFLOAT16, copy=False)}
+    if isinstance(tensors, DequantisedTensors) and (present := tensors.parts(name)) is not None:
+        if tensors.kind(name) != kind:
+            raise WeightsError(f"{name}: the file has it in {tensors.kind(name)} instead of {kind}; get the file again")
         return present
     tensor = tensors[name]
-    if kind in (None, "bfloat16"):
-        return {"codes": tensor.astype(np.float32 if kind is None else BFLOAT16)}
     try:
         return pack(np.swapaxes(tensor, -1, -2) if is_transposed(name) else tensor, kind)
     except WeightsError as error:
@@ -292,10 +323,16 @@ def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantisation | None) 
 class PackedTensors(DerivedTensors):
     """A model's parameters as a file of packed weights has them, fetched from the device when they are used.
 
-    Raises WeightsError when it is built, for parameters that are not those of the config's model.
+    Raises WeightsError when it is built, for parameters that are not those of the config's model, and for a model that
+    has no official names.
     """
 
     def __init__(self, config: ModelConfig, params: Any) -> None:
+        if config.generation == "transformer":
+            raise WeightsError(
+                "model.generation = 'transformer': only RWKV's weights have official names; a packed Transformer is "
+                "not written, and what it was packed from stays in its run folder"
+            )
         sources: dict[str, dict[str, tuple[Any, int | None]]] = {}
         for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
             stacked = str(path[0].key) == "blocks"

@@ -37,6 +37,12 @@ def test_always_alike_and_packed_if_asked() -> None:
     assert has_packed(nnx.to_pure_dict(nnx.state(random_model(config, "int8"), nnx.Param)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_held_in_the_dtype_of_the_computation(dtype: Any) -> None:
+    model = random_model(ModelConfig(vocab_size=50, num_layers=2, width=64, dtype=dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype(dtype)}
+
+
 def test_tokens_are_their_numbers() -> None:
     tokenizer = NumberTokenizer(50)
     assert tokenizer.encode("17 3") == [17, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +53,37 @@ def test_a_product_is_that_of_the_numbers_it_stands_for(
     assert relative_error(jax.jit(product)(x, weight), in_float64(x, weight)) < 1e-6
 
 
-@both
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_product_does_not_write_the_matrix_out(quantisation: Quantisation, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("x_dtype", "held"),
+    [("float32", "int8"), ("float32", "int4"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_a_product_does_not_write_the_matrix_out(x_dtype: str, held: Quantisation, rows: int) -> None:
     out, width = 2048, 1024
-    compiled = jax.jit(product).lower(jnp.zeros((rows, width)), packed(normal(out, width), quantisation)).compile()
+    matrix = normal(out, width)
+    weight = jnp.asarray(matrix, jnp.bfloat16) if held == "bfloat16" else packed(matrix, held)
+    compiled = jax.jit(linear).lower(jnp.zeros((rows, width), x_dtype), weight).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < out * width / 2
-    assert not re.search(rf"(f32|bf16|s32)\[{out},{width}\]", compiled.as_text() or "")
+    wider = "f32" if held == "bfloat16" else "f32|bf16|s32"
+    assert not re.search(rf"({wider})\[{out},{width}\]", compiled.as_text() or "")
+
+
+@pytest.mark.parametrize("in_axis", [0, 1])
+@pytest.mark.parametrize("shape", [(96,), (1, 1, 96), (1, 3, 96), (80, 96)])
+def test_few_rows_of_bfloat16_give_what_many_do(shape: tuple[int, ...], in_axis: Literal[0, 1]) -> None:
+    x, weight = jnp.asarray(normal(*shape), jnp.bfloat16), jnp.asarray(normal(40, 96, seed=1), jnp.bfloat16)
+    given = weight if in_axis == 1 else weight.T
+    for out_dtype in (None, jnp.dtype("float32")):
+        y = linear(x, given, in_axis=in_axis, out_dtype=out_dtype)
+        assert (y.dtype, y.shape) == (out_dtype or jnp.bfloat16, (*shape[:-1], 40))
+        exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+        assert relative_error(y, exact) < (0.01 if out_dtype is None else 1e-6)
+    gradient = jax.grad(lambda x, weight: jnp.sum(linear(x, weight, in_axis=in_axis)), argnums=(0, 1))(x, given)
+    assert relative_error(gradient[0], np.broadcast_to(np.asarray(weight, np.float64).sum(0), shape)) < 0.01
+    expected = np.broadcast_to(np.asarray(x, np.float64).reshape(-1, 96).sum(0), (40, 96))
+    assert relative_error(gradient[1], expected if in_axis == 1 else expected.T) < 0.01
 
 
 def test_rows_are_split_into_int8_without_loss() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from rwkv_jax import from_pretrained, save_pretrained
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.inference.random_model import RandomTensors, random_model
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.packed import PackedMatrix
-from rwkv_jax.weights.official import official_shapes
+from rwkv_jax.training.checkpoints import RUN_FILE, LoadedModel
+from rwkv_jax.weights.official import abstract_model, official_shapes
 from rwkv_jax.weights.pretrained import convert
-from rwkv_jax.weights.quantised import QUANTISATIONS, Quantisation, pack, quantisation_of
+from rwkv_jax.weights.quantised import QUANTISATIONS, Quantisation, pack, place_quantised_params, quantisation_of
 from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import WeightsError
 from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
@@ -161,6 +165,30 @@ def test_packing_stays_near(quantize: Quantisation, bound: float) -> None:
     assert abs(rounded[5, 7] - 30) < 30 * bound
 
 
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("int8", "float32"), ("int4", "float32"), ("bfloat16", "float32"), (None, "bfloat16")]
+)
+def test_decoding_a_single_text_writes_neither_embedding_nor_head_out(
+    quantize: Quantisation | None, dtype: Any
+) -> None:
+    config = ModelConfig(vocab_size=8192, num_layers=2, width=256, dtype=dtype)
+    model = unstacked(random_model(config, quantize))
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    @jax.jit
+    def decode(params: nnx.State, token: jax.Array, state: Any) -> Any:
+        def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], None]:
+            logits, state = nnx.merge(graphdef, params)(carry[0], carry[1])
+            return (jnp.argmax(logits, -1).astype(jnp.int32), state), None
+
+        return jax.lax.scan(step, (token, state), None, length=4)[0]
+
+    program = decode.lower(params, jnp.zeros((1, 1), jnp.int32), model.initial_state(1)).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2 * config.vocab_size * config.width  # half a matrix in float32
+
+
 # What is refused
 
 
@@ -209,6 +237,84 @@ def test_damaged_packed_files_are_refused_by_name(tmp_path: Path) -> None:
     refused({f"{head}.multiplier": whole[f"{head}.multiplier"].astype(np.int32)}, "multiplier is int32")
     refused({head: np.zeros((29, 64), np.float32)}, r"head\.weight is there twice")
     refused({name: None for name in whole if name.startswith(head)}, r"missing +head\.weight \[29, 64\]")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scale", np.nan, r"head\.weight\.scale has numbers that are not finite"),
+        ("multiplier", 0, r"head\.weight\.multiplier has numbers from 0 to \d+, must be from 1 to 17"),
+        ("multiplier", 18, r"head\.weight\.multiplier has numbers from \d+ to 18, must be from 1 to 17"),
+        ("offset", 127, r"head\.weight\.offset has numbers with which codes unpack to more than 127"),
+    ],
+)
+def test_numbers_that_packing_does_not_make_are_refused(tmp_path: Path, part: str, change: float, message: str) -> None:
+    save_pretrained(from_pretrained(source(tmp_path, WIDE["7"]), quantize="int4"), tmp_path / "packed.safetensors")
+    tensors = {name: x.copy() for name, x in tensors_in_file(tmp_path / "packed.safetensors").items()}
+    tensors[f"head.weight.{part}"].flat[3] = change
+    write_safetensors(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(WeightsError, match=message):
+        from_pretrained(tmp_path / "bad.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        convert(tmp_path / "bad.safetensors", tmp_path / "rounded.safetensors")
+    assert not (tmp_path / "rounded.safetensors").exists()
+
+
+def test_a_packed_vector_is_read_as_the_numbers_it_stands_for(tmp_path: Path) -> None:
+    name = "blocks.1.att.r_k"
+    path = source(tmp_path, WIDE["7"])
+    save_pretrained(from_pretrained(path, quantize="int8"), tmp_path / "packed.safetensors")
+    tensors = tensors_in_file(tmp_path / "packed.safetensors")
+    parts = pack(tensors.pop(name), "int8")
+    tensors |= {f"{name}.int8": parts["codes"], f"{name}.scale": parts["scale"]}
+    write_safetensors(tmp_path / "more.safetensors", tensors)
+    model = from_pretrained(tmp_path / "more.safetensors")
+    r_k = np.asarray(model.blocks.att.r_k[...])[0]
+    assert r_k.dtype == np.float32
+    np.testing.assert_array_equal(r_k, parts["codes"] * parts["scale"][:, None])
+
+
+def test_a_matrix_that_is_packed_in_other_bits_is_refused(tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(source(tmp_path, WIDE["7"]), quantize="int4"), tmp_path / "packed.safetensors")
+    tensors = tensors_in_file(tmp_path / "packed.safetensors")
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.weight")}
+    parts = pack(np.ones((29, 64), np.float32), "int8")
+    assert len(head) == 4
+    tensors |= {"head.weight.int8": parts["codes"], "head.weight.scale": parts["scale"]}
+    write_safetensors(tmp_path / "mixed.safetensors", tensors)
+    with pytest.raises(WeightsError, match=r"head\.weight: the file has it in int8 instead of int4"):
+        from_pretrained(tmp_path / "mixed.safetensors")
+
+
+@pytest.mark.parametrize("quantize", QUANTISATIONS)
+def test_what_was_read_is_given_back_after_each_tensor(quantize: Quantisation) -> None:
+    events: list[str] = []
+
+    class Recording(dict[str, NDArray]):
+        def __getitem__(self, name: str) -> NDArray:
+            events.append(name)
+            return super().__getitem__(name)
+
+    tensors = Recording(random_tensors(WIDE["7"]))
+    place_quantised_params(tensors, WIDE["7"], quantize, lambda: events.append("release"))
+    assert events[1::2] == ["release"] * len(tensors)
+    assert sorted(events[::2]) == sorted(tensors)
+
+
+def test_a_transformer_is_not_packed_and_a_packed_one_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig("transformer", vocab_size=29, num_layers=2, width=64, head_dim=16)
+    params = place_quantised_params(RandomTensors(config), config, "int8")
+    model = nnx.merge(abstract_model(config)[0], params)
+    with pytest.raises(WeightsError, match=r"model\.generation = 'transformer'.*a packed Transformer is not written"):
+        save_pretrained(model, tmp_path / "packed.safetensors")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / RUN_FILE).touch()
+    run = LoadedModel(TrainConfig(model=config), None, params, 0)
+    monkeypatch.setattr("rwkv_jax.weights.pretrained.load_model", lambda *_: run)
+    with pytest.raises(WeightsError, match=r"quantize = 'int8': .* is a run of a Transformer.*; leave it out"):
+        from_pretrained(tmp_path, quantize="int8")
 
 
 def tensors_in_file(path: Path) -> dict[str, NDArray]:
