@@ -29,6 +29,7 @@ GROUP_SIZE = 32
 NUM_DIGITS = 3
 _DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
 
+_FEW_ROWS = 16  # of x, for which the matrix decides how long a product takes
 _TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they stay in a core's cache
 
 
@@ -147,8 +148,7 @@ class Int4Matrix(PackedMatrix):
 
     def integers(self) -> Array:
         """See `PackedMatrix`."""
-        halves = jnp.concatenate(_unpacked_halves(self.codes, self.multiplier, self.offset), axis=-1)
-        return halves.reshape(*self.codes.shape[:-2], self.num_inputs)
+        return _unpacked(self.codes, self.multiplier, self.offset)
 
     def times(self, x: Array) -> Array:
         """See `PackedMatrix`."""
@@ -226,7 +226,17 @@ def _times_converted(x: Array, integers: Array) -> Array:
 
 def _times_by_digits(x: Array, integers: Array) -> Array:
     digits, unit = split_rows(x)
+    if x.shape[0] > _FEW_ROWS:
+        return unit * _times_many(digits, integers)
     return _joined(_contract_digits(digits, integers), unit)
+
+
+def _times_many(digits: Array, integers: Array) -> Array:
+    """The product, in units, of so many rows that arithmetic takes the time, not the matrix: float32 [rows, out].
+
+    (Turned round as `_contract_digits` has it, so large a result would take longer than the product.)
+    """
+    return _added_up(*_contract(digits, integers, jnp.int32).astype(jnp.float32).reshape(NUM_DIGITS, -1, len(integers)))
 
 
 def _contract_digits(digits: Array, integers: Array) -> Array:
@@ -244,6 +254,8 @@ def _times_int4_converted(x: Array, codes: Array, multiplier: Array, offset: Arr
 
 
 def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Array) -> Array:
+    if x.shape[0] > _FEW_ROWS:  # unpacked as a whole: in tiles, XLA keeps far more of them at a time than one matrix is
+        return _times_by_digits(x, _unpacked(codes, multiplier, offset))
     digits, unit = split_rows(x)
     sums = _times_tiles(_contract_digits, digits, codes, multiplier, offset)
     return _joined(sums, unit)
@@ -251,8 +263,12 @@ def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Arr
 
 def _joined(sums: Array, unit: Array) -> Array:
     """The product of rows x from the products int32 [out, 3 rows] of their digits: [rows, out]."""
-    first, second, third = jnp.moveaxis(sums.astype(jnp.float32).reshape(-1, NUM_DIGITS, unit.shape[0]), 1, 0)
-    return (unit[:, 0] * (first + (second + third / _DIGIT_BASE) / _DIGIT_BASE)).T
+    shares = jnp.moveaxis(sums.astype(jnp.float32).reshape(-1, NUM_DIGITS, unit.shape[0]), 1, 0)
+    return (unit[:, 0] * _added_up(*shares)).T
+
+
+def _added_up(first: Array, second: Array, third: Array) -> Array:
+    return first + (second + third / _DIGIT_BASE) / _DIGIT_BASE
 
 
 def _times_tiles(
@@ -284,6 +300,12 @@ def _times_tiles(
 
 def _from(start: Array, size: int, x: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _unpacked(codes: Array, multiplier: Array, offset: Array) -> Array:
+    """int8 [..., in] of bytes [..., in / 32, 16], in units of the row's scale."""
+    halves = jnp.concatenate(_unpacked_halves(codes, multiplier, offset), axis=-1)
+    return halves.reshape(*codes.shape[:-2], codes.shape[-2] * GROUP_SIZE)
 
 
 def _unpacked_halves(codes: Array, multiplier: Array, offset: Array) -> tuple[Array, Array]:
