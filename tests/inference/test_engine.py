@@ -384,6 +384,17 @@ def test_named_conversations_go_on(engine: Engine) -> None:
         engine.generate(["a", "b"], conversation="x")
 
 
+def test_bytes_of_a_conversation_count_however_it_goes_on(engine: Engine) -> None:
+    before = engine.sessions.nbytes
+    list(engine.conversation("streamed").stream("Hello.", max_tokens=3))
+    size = engine.sessions.nbytes - before
+    assert size == engine.conversation("streamed").nbytes > 0
+    engine.conversation("streamed").mark("here")
+    engine.conversation("streamed").append("More.")
+    assert engine.sessions.nbytes - before == engine.conversation("streamed").nbytes == 2 * size
+    engine.sessions.pop("streamed")
+
+
 def test_conversations_have_so_many_bytes_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(x.nbytes for x in arrays(engine.read(None, "a")))
     monkeypatch.setattr(engine, "sessions", type(engine.sessions)(5 * size // 2))

@@ -374,6 +374,7 @@ def test_more_prompts_than_may_wait_are_all_written(narrow: Engine) -> None:
 
 def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nobody's text is lost; whose it was can still be cancelled where its reader stood."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
     session = engine.session()
     stream = session.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
     other = engine.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
@@ -386,8 +387,11 @@ def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch:
         return tick()
 
     monkeypatch.setattr(engine._scheduler, "tick", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ids.extend(token for chunk in stream for token in chunk.ids)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ids.extend(token for chunk in stream for token in chunk.ids)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     session.cancel()
     assert session.num_tokens == len(IDS) + len(ids)
     assert texts_of(list(other))[1] == engine.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=()).ids

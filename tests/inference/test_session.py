@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.inference.session import Session, SessionBusyError, SessionStream
+from rwkv_jax.inference.session import Session, SessionBusyError, SessionCancelledError, SessionStream
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from tests.inference.fake_engine import VOCAB_SIZE, FakeEngine
 from tests.inference.operations import Operations, assert_identical
@@ -215,6 +215,23 @@ def test_an_interrupt_of_the_engine_can_still_be_cancelled(
         with pytest.raises(SessionBusyError):
             session.append("x")
     _assert_read(session, engine, [*engine.encode("once", begins=True), *said])
+
+
+def test_what_another_thread_cancels_is_named_as_such(
+    engine: FakeEngine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an error of what was never said; the session stands behind what was."""
+    opened = engine.stream
+
+    def stream(*arguments: Any, **options: Any) -> Any:
+        stream = opened(*arguments, **options)
+        monkeypatch.setattr(stream, "_draw", lambda: session.cancel() or 65)
+        return stream
+
+    monkeypatch.setattr(engine, "stream", stream)
+    before = session.num_tokens
+    with pytest.raises(SessionCancelledError, match=rf"cancelled after 1 tokens; the session stands at {before}"):
+        session.generate(max_tokens=5, sampling=GREEDY)
 
 
 def test_a_stream_that_was_lost_is_cancelled_by_the_session(engine: FakeEngine, session: Session) -> None:
