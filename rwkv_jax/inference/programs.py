@@ -141,10 +141,10 @@ class Programs:
     # Rows of the state, whose axis of rows comes after that of stacked layers.
 
     def _rows(self, state: Any, rows: Array) -> Any:
-        return jax.tree.map(lambda x: x.at[self._at(rows)].get(mode="clip"), state)
+        return jax.tree.map(functools.partial(_taken, rows, self._rows_axis), state)
 
     def _with_rows(self, state: Any, rows: Array, new: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.at[self._at(rows)].set(y, mode="drop"), state, new)
+        return jax.tree.map(functools.partial(_put_back, rows, self._rows_axis), state, new)
 
     def _at(self, rows: Any) -> Any:
         return (slice(None), rows) if self._rows_axis == 1 else rows
@@ -187,7 +187,7 @@ class Programs:
         """
         model = self._model(params)
         state = slots.state if rows is None else self._rows(slots.state, rows)
-        logits = slots.logits if rows is None else slots.logits.at[rows].get(mode="clip")
+        logits = slots.logits if rows is None else _taken(rows, 0, slots.logits)
         hidden, state = model.hidden(tokens, state, lengths=lengths)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         logits = jax.lax.cond(
@@ -198,7 +198,7 @@ class Programs:
         if rows is None:
             return slots._replace(state=state, logits=logits)
         return slots._replace(
-            state=self._with_rows(slots.state, rows, state), logits=slots.logits.at[rows].set(logits, mode="drop")
+            state=self._with_rows(slots.state, rows, state), logits=_put_back(rows, 0, slots.logits, logits)
         )
 
     def _write(
@@ -224,9 +224,9 @@ class Programs:
                 *_where_rows(jnp.asarray(draw.allowed) > 0, (slots.state, slots.logits), tuple(mark), self._rows_axis)
             )
         else:
-            row = {name: x.at[rows].get(mode="clip") for name, x in slots._asdict().items() if name != "state"}
+            row = {name: _taken(rows, 0, x) for name, x in slots._asdict().items() if name != "state"}
             own = Slots(self._rows(slots.state, rows), **row)
-            mark = Mark(self._with_rows(mark.state, rows, own.state), mark.logits.at[rows].set(own.logits, mode="drop"))
+            mark = Mark(self._with_rows(mark.state, rows, own.state), _put_back(rows, 0, mark.logits, own.logits))
         num_rows = own.logits.shape[0]
         base_keys = jax.vmap(jax.random.key)(draw.seeds)
         burst = Burst(
@@ -270,12 +270,26 @@ class Programs:
         return (
             slots._replace(
                 state=self._with_rows(slots.state, rows, state),
-                logits=slots.logits.at[rows].set(logits, mode="drop"),
-                occurrences=slots.occurrences.at[rows].set(occurrences, mode="drop"),
+                logits=_put_back(rows, 0, slots.logits, logits),
+                occurrences=_put_back(rows, 0, slots.occurrences, occurrences),
             ),
             mark,
             burst,
         )
+
+
+def _taken(rows: Array, axis: int, x: Array) -> Array:
+    """Rows of an array, in this order."""
+    if len(rows) == 1:
+        return jax.lax.dynamic_slice_in_dim(x, rows[0], 1, axis)
+    return jnp.take(x, rows, axis, mode="clip")
+
+
+def _put_back(rows: Array, axis: int, x: Array, new: Array) -> Array:
+    """The array with new rows; a row beyond the last is none. (A single row, always a real one, is put in place.)"""
+    if len(rows) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(x, new, rows[0], axis)
+    return x.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
 
 
 def _checksum(params: Any) -> Array:
