@@ -240,10 +240,14 @@ class Scheduler:
         if job.request.max_tokens == 0:
             job.write_nothing()
             self._keep(job)
-            self._release(job)
-            job.is_done = True
+            self._finish(job)
         else:
             self._writing.append(job)
+
+    def _finish(self, job: Job, error: Exception | None = None) -> None:
+        """Takes a job's slots from it for good."""
+        self._release(job)
+        job.error, job.is_done = error, True
 
     def _release(self, job: Job) -> None:
         if job in self._reading:
@@ -397,11 +401,10 @@ class Scheduler:
         size = int(burst.counts[place])
         values = burst.log_probabilities[:size, place]
         if np.isnan(values).any():
-            job.error = NotFiniteError(
+            broken = (
                 "the model's logits are not finite: its weights are broken, or the state from which this text went on"
             )
-            self._release(job)
-            job.is_done = True
+            self._finish(job, NotFiniteError(broken))
             return
         num_top = job.request.num_top
         top = [
@@ -415,11 +418,8 @@ class Scheduler:
         try:
             job.write(burst.tokens[:size, place].tolist(), values.tolist(), top if num_top else ())
         except Exception as error:  # its tokenizer's, say: nobody else's business
-            job.error = error
-            self._release(job)
-            job.is_done = True
+            self._finish(job, error)
             return
         if job.finish_reason is not None:
             self._keep(job)
-            self._release(job)
-            job.is_done = True
+            self._finish(job)
