@@ -226,7 +226,15 @@ class Programs:
         else:
             row = {name: _taken(rows, 0, x) for name, x in slots._asdict().items() if name != "state"}
             own = Slots(self._rows(slots.state, rows), **row)
-            mark = Mark(self._with_rows(mark.state, rows, own.state), _put_back(rows, 0, mark.logits, own.logits))
+            # In a branch, which takes rows and not slots: fused with what reads them, XLA would copy the slots, twice.
+            mark = jax.lax.cond(
+                jnp.any(draw.allowed > 0),
+                lambda mark: Mark(
+                    self._with_rows(mark.state, rows, own.state), _put_back(rows, 0, mark.logits, own.logits)
+                ),
+                lambda mark: mark,
+                mark,
+            )
         num_rows = own.logits.shape[0]
         base_keys = jax.vmap(jax.random.key)(draw.seeds)
         burst = Burst(
