@@ -34,6 +34,7 @@ from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import implementation_for_reading, unstacked, with_implementation
 
 _MIB = 2**20
+_SHORT_ROWS = 8  # prompts whose short pieces are read in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,13 @@ class Engine:
         programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh)
         self._scheduler = Scheduler(
             programs,
-            Shapes(options.sizes, options.prefill_length, options.short_prefill_length),
+            Shapes(
+                options.sizes,
+                options.prefill_length,
+                options.short_prefill_length,
+                # Rows that are split over devices are read as they lie.
+                options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
+            ),
             most_waiting=options.most_waiting,
             prefixes=self.prefixes,
             fewest_prefix_tokens=options.fewest_prefix_tokens,

@@ -24,6 +24,9 @@ from rwkv_jax.inference.snapshot import Snapshot
 _SHORT_CALLS = 4
 """Calls of the short kind that are worth more than one long call that is mostly padding."""
 
+_LEAST_SHARE = 1 / 4
+"""Of a call's rows that several prompts must pass to be read together: padding takes as long as they do."""
+
 
 class NotFiniteError(FloatingPointError):
     """The model's logits are not finite."""
@@ -39,6 +42,8 @@ class Shapes:
     """Tokens of one prompt that are read in one call."""
     short: int
     """Tokens of each of several prompts, or of one's rest, that are read in one call."""
+    short_rows: int
+    """Prompts of which such a call reads; all slots in order, if there are no more."""
 
 
 class Scheduler:
@@ -305,33 +310,34 @@ class Scheduler:
         readers = [reader for job in self._reading for reader in job.readers if reader.remaining]
         if not readers:
             return False
-        shapes, num_slots = self._shapes, self._programs.num_slots
+        shapes = self._shapes
         reader = readers[0]
         most = _SHORT_CALLS * shapes.short
         if reader.next_remaining > most:
             self._read_rows([(reader, min(reader.next_remaining, shapes.long))], shapes.long, alone=True)
         else:
-            short = [reader for reader in readers if reader.next_remaining <= most]
-            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short]
-            alone = len(pieces) == 1 or num_slots == 1
-            self._read_rows(pieces[:1] if alone else pieces, shapes.short, alone=alone)
+            short = [reader for reader in readers if reader.next_remaining <= most][: shapes.short_rows]
+            alone = len(short) <= max(1, _LEAST_SHARE * shapes.short_rows)
+            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short[: 1 if alone else None]]
+            self._read_rows(pieces, shapes.short, alone=alone)
         self._reading.rotate(-1)
         for job in [job for job in self._reading if not job.is_reading]:
             self._start_writing(job)
         return True
 
     def _read_rows(self, pieces: Sequence[tuple[Reader, int]], length: int, *, alone: bool) -> None:
-        num_rows = 1 if alone else self._programs.num_slots
+        num_rows, num_slots = 1 if alone else self._shapes.short_rows, self._programs.num_slots
+        slots = [reader.slot for reader, _ in pieces]
+        rows = None if num_rows == num_slots else pad(slots, num_rows, num_slots, np.int32)
         tokens = np.zeros((num_rows, length), np.int32)
         lengths = np.zeros(num_rows, np.int32)
-        for reader, size in pieces:
+        for place, (reader, size) in enumerate(pieces):
             assert reader.slot is not None
-            row = 0 if alone else reader.slot
+            row = reader.slot if rows is None else place
             tokens[row, :size] = reader.ids[reader.num_read : reader.num_read + size]
             lengths[row] = size
         ends = any(reader.remaining == size for reader, size in pieces)
         kept = [reader for reader, size in pieces if self._is_worth_keeping(reader, size)]
-        rows = np.array([pieces[0][0].slot], np.int32) if alone and self._programs.num_slots > 1 else None
         self._slots = self._programs.read(self.params, self._slots, rows, tokens, lengths, np.bool_(ends or bool(kept)))
         for reader, size in pieces:
             reader.num_read += size

@@ -175,6 +175,24 @@ def test_a_batch_of_ragged_prompts_is_each_alone(engine: Engine, sampling: Sampl
         np.testing.assert_allclose(found.log_probabilities, alone.log_probabilities, rtol=0, atol=1e-4)
 
 
+def test_few_prompts_do_not_have_all_slots_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an engine with more slots than one call reads of: some together, then the last few one by one."""
+    wide = quick_engine(random_model(CONFIG), num_slots=10, batch_sizes=(10,), prefix_bytes=0)
+    programs, shapes = wide._scheduler._programs, []
+    read = programs.read
+
+    def recorded(params: Any, slots: Any, rows: Any, tokens: Any, *rest: Any) -> Any:
+        shapes.append(tokens.shape)
+        return read(params, slots, rows, tokens, *rest)
+
+    monkeypatch.setattr(programs, "read", recorded)
+    texts = list(prompts(11, 12, 12))
+    together = wide.generate(texts, max_tokens=5, sampling=GREEDY)
+    assert set(shapes) == {(8, 4), (1, 4)}
+    for ids, found in zip(texts, together, strict=True):
+        assert found.ids == engine.generate(ids, max_tokens=5, sampling=GREEDY).ids
+
+
 def test_a_text_begins_with_the_end_of_one_and_ids_are_taken_as_they_are(engine: Engine) -> None:
     as_ids = [[0, *prompt.encode()] for prompt in PROMPTS]
     found = engine.generate(PROMPTS, max_tokens=5, sampling=GREEDY)
