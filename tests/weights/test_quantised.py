@@ -15,8 +15,18 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
+import train
 from rwkv_jax import from_pretrained, save_pretrained
-from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from rwkv_jax.data.batches import evaluation_windows
+from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.inference.random_model import RandomTensors, random_model
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked
@@ -148,6 +158,36 @@ def test_trained_models_lose_little_and_their_files_shrink(tmp_path: Path, name:
         ratio = (tmp_path / f"{quantize}.safetensors").stat().st_size / path.stat().st_size
         smallest, largest = SMALLEST_AND_LARGEST_RATIO[quantize]
         assert smallest <= ratio <= largest, quantize
+
+
+@pytest.mark.long
+def test_a_trained_rwkv7_loses_little_too(tmp_path: Path) -> None:
+    """Nobody has published a small trained one: 150 steps on the standard library, and held-out files."""
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(vocab_size=1024, num_layers=4, width=128, head_dim=64),
+        data=DataConfig(source="python-stdlib", cache_dir=str(tmp_path / "cache")),
+        optimizer=OptimizerConfig(learning_rate=4e-3, final_learning_rate=2e-4, warmup_steps=20),
+        training=TrainingConfig(num_steps=150, batch_size=8, sequence_length=256),
+        evaluation=EvaluationConfig(every=150, batches=8, sample_prompts=()),
+    )
+    train.train(config)
+    held_out = prepare_corpus(config.data, config.model.vocab_size, lambda _: None).held_out
+    assert held_out is not None
+    windows = list(evaluation_windows(held_out.tokens, batch_size=8, sequence_length=256, num_batches=8))
+
+    def loss(model: LanguageModel) -> float:
+        losses = []
+        for tokens, mask in windows:
+            log_probabilities = jax.nn.log_softmax(logits(model, tokens[:, :-1]))
+            losses.append(-np.take_along_axis(log_probabilities, tokens[:, 1:, None], -1)[..., 0][mask > 0].mean())
+        return float(np.mean(losses))
+
+    reference = loss(from_pretrained(tmp_path / "run"))
+    assert reference < 4.5  # of log(1024) = 6.9: it has learnt something
+    for quantize, bound in {"bfloat16": 0.01, "int8": 0.01, "int4": 0.08}.items():
+        changed = loss(from_pretrained(tmp_path / "run", quantize=quantize))  # pyright: ignore[reportArgumentType]
+        assert abs(math.exp(changed - reference) - 1) < bound, quantize
 
 
 @pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.01), ("int4", 0.08)])
