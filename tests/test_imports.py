@@ -78,8 +78,9 @@ def test_kernels_know_nothing_but_jax_and_numpy(module: str) -> None:
     assert not foreign(module, "rwkv_kernels", "jax", "numpy")
 
 
-def test_the_config_needs_the_standard_library_only() -> None:
-    assert not foreign("rwkv_jax.config")
+@pytest.mark.parametrize("module", modules("rwkv_jax.config"))
+def test_the_config_needs_the_standard_library_only(module: str) -> None:
+    assert not foreign(module, "rwkv_jax.config")
 
 
 @pytest.mark.parametrize("module", modules("rwkv_jax"))

@@ -1,0 +1,80 @@
+"""The data of a run: sources, their order, the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from rwkv_jax.config.checks import require
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "python-stdlib"
+    """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
+    folder, of a JSON-lines file (.jsonl), of a table (.parquet, .arrow, .feather), or of tokens (binidx: PATH.bin with
+    PATH.idx beside it, by either name or by PATH)."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Several sources and the share of the rows that each gives, as PATH 0.7 PATH 0.3, instead of data.source."""
+    glob: str = "**/*"
+    """Which files of a folder are read."""
+    text_field: str = "text"
+    """Field of a JSON-lines record, or column of a table, that holds its text."""
+    held_out: float = 0.05
+    """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated; of binidx
+    the last ones. 0 trains on all."""
+    order: Literal["windows", "official"] = "windows"
+    """Which tokens each row of a step reads: windows in an order of each epoch's own, or the official trainer's order
+    (cubes modulo the magic prime)."""
+    magic_prime: int | None = None
+    """Prime of the official order; None takes the largest that the official scripts would give for these tokens."""
+    tokenizer: str | None = None
+    """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder that holds one;
+    None trains a sentencepiece model of model.vocab_size entries on the training documents."""
+    cache_dir: str = "runs/corpora"
+    """Folder in which token files and trained tokenizers are kept, one sub-folder a corpus."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "name a file, a folder or python-stdlib")
+        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "must lie in [0, 1); 0 holds out nothing")
+        require(self.order in ("windows", "official"), "data.order", self.order, "must be windows or official")
+        require(
+            self.magic_prime is None or self.order == "official",
+            "data.magic_prime",
+            self.magic_prime,
+            f"data.order = {self.order!r} has no such number; leave it out, or set data.order to official",
+        )
+        if self.mixture:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        sources = [source for source, _ in self.mixture]
+        for source, weight in self.mixture:
+            place = f"data.mixture, weight of {source!r}"
+            require(0 < weight < math.inf, place, weight, "must be positive; leave out what is not to be read")
+        require(all(sources), "data.mixture", self.mixture, "each source needs a path")
+        require(
+            len(set(sources)) == len(sources), "data.mixture", self.mixture, "names a source twice; add its weights"
+        )
+        default = type(self).source
+        require(
+            self.source == default,
+            "data.source",
+            self.source,
+            "data.mixture names the sources; leave this out, or name it in data.mixture with its weight",
+        )
+        require(
+            self.tokenizer is not None,
+            "data.tokenizer",
+            self.tokenizer,
+            "the sources of data.mixture share one tokenizer; name it",
+        )
+        require(
+            self.order == "windows",
+            "data.order",
+            self.order,
+            "the official order is one of a single source; leave out data.order or data.mixture",
+        )

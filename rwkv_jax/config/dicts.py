@@ -1,0 +1,44 @@
+"""Configs as nested dicts, the form in which a run folder keeps its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv_jax.config.checks import require
+from rwkv_jax.config.run import TrainConfig
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The config that `to_dict`, after a trip through JSON, came from; fields that are missing take their default.
+
+    Raises:
+      ConfigError: a field that this version does not have, or a value that cannot work.
+    """
+    return _from_dict(TrainConfig, values, "")
+
+
+def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    require(not unknown, prefix + ", ".join(unknown), [values[name] for name in unknown], "no such field")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _from_dict(types[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        if name == "remat" and isinstance(value, bool):  # as runs of before there were three kinds have it
+            value = "full" if value else "none"
+        arguments[name] = _tuples(value)
+    return kind(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, at any depth, as the tuples that JSON has not."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,58 @@
+"""What a run reports and saves as it goes: evaluations, checkpoints, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rwkv_jax.config.checks import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss and samples."""
+
+    every: int = 200
+    """Steps between evaluations; the last step is always evaluated."""
+    batches: int = 16
+    """Batches of held-out text in an evaluation during the run; the last evaluation reads all of it."""
+    sample_prompts: tuple[str, ...] = ("def", "class", "import")
+    """Texts to continue; one is sampled at each evaluation, all of them at the end."""
+    sample_tokens: int = 128
+    """Tokens in a sample."""
+    sample_temperature: float = 0.8
+    """Sampling temperature."""
+    sample_top_p: float = 0.9
+    """Nucleus of the sampling distribution."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "evaluation", "every", "batches", "sample_tokens")
+        require(self.sample_temperature >= 0, "evaluation.sample_temperature", self.sample_temperature, "must be >= 0")
+        require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p", self.sample_top_p, "must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best one stays beside them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "checkpoint", "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where figures go besides the console and metrics.jsonl."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl; their losses are means over these steps."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl (needs the `tensorboard` extra)."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs the `wandb` extra)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "logging", "every")

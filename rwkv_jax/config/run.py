@@ -1,0 +1,98 @@
+"""A whole run: its sections, and what they ask of each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rwkv_jax.config.checks import require
+from rwkv_jax.config.data import DataConfig
+from rwkv_jax.config.model import ModelConfig
+from rwkv_jax.config.outputs import CheckpointConfig, EvaluationConfig, LoggingConfig
+from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
+from rwkv_jax.config.training import OptimizerConfig, TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed."""
+    seed: int = 0
+    """Seed of the initial parameters, of the order of the data and of the samples."""
+    initial_weights: str | None = None
+    """Weights to start from, to fine-tune them: a file, a folder, a run or a name on the hub, as `rwkv convert` reads
+    them; data.tokenizer names their tokenizer. None starts from the official initial values. A run that was begun goes
+    on from its own checkpoints."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    profile: tuple[int, int] | None = None
+    """First and last step to trace; the trace is written to RUN_DIR/profile."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
+        require(
+            self.initial_weights is None or self.data.tokenizer is not None,
+            "data.tokenizer",
+            self.data.tokenizer,
+            f"initial_weights = {self.initial_weights!r} were trained with a tokenizer; name it, or its folder",
+        )
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
+        require(
+            self.training.sequence_length % self.parallel.sequence == 0,
+            "training.sequence_length",
+            self.training.sequence_length,
+            f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
+        )
+        if self.model.generation == "transformer":
+            self._check_transformer()
+        require(
+            self.optimizer.warmup_steps < self.training.num_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"must be less than training.num_steps = {self.training.num_steps}",
+        )
+        require(
+            not self.training.carry_state or self.data.order == "windows",
+            "data.order",
+            self.data.order,
+            "training.carry_state reads each row on from where it stopped; leave data.order out, or switch it off",
+        )
+        if self.profile is not None:
+            first, last = self.profile
+            require(0 <= first <= last, "profile", self.profile, "must be FIRST LAST with 0 <= FIRST <= LAST")
+
+    def _check_transformer(self) -> None:
+        require(
+            self.initial_weights is None,
+            "initial_weights",
+            self.initial_weights,
+            "a Transformer has no official weights; leave it out",
+        )
+        require(
+            self.parallel.sequence == 1,
+            "parallel.sequence",
+            self.parallel.sequence,
+            "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
+        )
+        require(
+            not self.training.carry_state,
+            "training.carry_state",
+            self.training.carry_state,
+            "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
+            "switch it off, or train an RWKV",
+        )
+        context_length = self.model.sizes().context_length
+        require(
+            self.training.sequence_length <= context_length,
+            "training.sequence_length",
+            self.training.sequence_length,
+            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
+        )
