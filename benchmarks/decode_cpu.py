@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peers_processes import PeerError, PeerProcess
+from peers_processes import PeerError, PeerProcess, progress
 from peers_protocol import Job, Request
-from peers_weights import RandomWeights
-from rwkv_jax.cli.machine import describe_machine
+from rwkv_jax.cli.machine import available_cores, describe_machine
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.inference.random_model import RandomTensors
 from rwkv_jax.weights.safetensors_file import write_safetensors
 from rwkv_jax.weights.torch_file import write_torch_file
 
@@ -158,7 +158,7 @@ class Bench:
         result = self.results[index]
         if result.error is None:
             try:
-                answer = self.processes[index].ask(request)
+                answer = self.processes[index].ask(dataclasses.asdict(request))
             except PeerError as error:
                 result.error = str(error)
             else:
@@ -289,11 +289,6 @@ def report(results: Sequence[Result], measurements: Sequence[Measurement], about
     return "\n".join(lines)
 
 
-def progress(text: str) -> None:
-    """Tell who waits what goes on; the table alone goes to standard output."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def run(
     rows: Sequence[str],
     pythons: Mapping[str, str],
@@ -313,20 +308,26 @@ def run(
         # The first clean-up to be asked for is the last to be done: processes end before their folder goes.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         progress("writing weights")
-        write_torch_file(scratch / "weights.pth", RandomWeights(config))
+        write_torch_file(scratch / "weights.pth", RandomTensors(config))
         if "llama" in pythons:
-            write_safetensors(scratch / "weights.safetensors", RandomWeights(config))
+            write_safetensors(scratch / "weights.safetensors", RandomTensors(config))
         max_length = max(measurement.num_tokens for measurement in measurements)
         np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, max_length, np.int32))
         bench = Bench([Result(name) for name in rows], [], scratch / "tokens.npy")
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = available_cores()
         for result in bench.results:
             row = ROWS[result.name]
             progress(f"opening {row.title}")
             job = Job(
                 str(scratch / "weights.pth"), row.precision, row.max_batch_size, max_length, threads, str(scratch)
             )
-            process = PeerProcess(pythons[row.peer], PROGRAMS[row.peer], job, scratch / f"{result.name}.log")
+            process = PeerProcess(
+                pythons[row.peer],
+                PROGRAMS[row.peer],
+                dataclasses.asdict(job),
+                scratch / f"{result.name}.log",
+                {"OMP_NUM_THREADS": str(threads)},
+            )
             stack.callback(process.close)
             bench.processes.append(process)
             try:

@@ -1,4 +1,4 @@
-"""What each program beside benchmarks/decode_cpu.py is: a model that reads tokens, asked by JSON lines.
+"""What each program beside benchmarks/decode_cpu.py is: a model that reads tokens, asked what `Request` says.
 
 Needs NumPy only, so that it can be imported in every peer's own environment.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
-import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+import peers_processes
 
 WARM_UP_TOKENS = 16
 """Decoded before the clock starts, in a turn: another process has had the caches since the last one."""
@@ -68,7 +66,7 @@ class Peer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a worker is asked for."""
+    """What a peer is asked for."""
 
     task: str
     """`check`, `decode` or `prefill`."""
@@ -139,12 +137,9 @@ def serve(open_peer: Callable[[Job], tuple[Peer, dict[str, str]]]) -> None:
     Args:
       open_peer: makes the peer, and says which versions of which packages it is.
     """
-    # Libraries print what they like; only answers may reach the driver.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    peer, versions = open_peer(Job(**json.loads(sys.argv[1])))
-    print(json.dumps({"versions": versions}), file=answers)
-    for line in sys.stdin:
-        found = answer(peer, Request(**json.loads(line)))
-        found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(found), file=answers)
+
+    def open_job(job: dict[str, Any]) -> tuple[dict[str, Any], peers_processes.Answer]:
+        peer, versions = open_peer(Job(**job))
+        return {"versions": versions}, lambda request: answer(peer, Request(**request))
+
+    peers_processes.serve(open_job)

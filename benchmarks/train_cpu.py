@@ -23,16 +23,16 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
+from peers_processes import PeerError, PeerProcess, progress
+from rwkv_jax.cli.machine import available_cores, processor
 from train_cpu_worker import WARMUP_STEPS, Job
 
-HERE = Path(__file__).resolve().parent
 TITLES = {
     "ours": "RWKV-7, this library",
     "rwkv_ops": "the same model, recurrence of rwkv_ops",
@@ -41,66 +41,10 @@ TITLES = {
 }
 # One sequence a step at T = 4096, for every row: rwkv_ops keeps the state of each token for the backward pass.
 BATCH_SIZES = {512: 4, 4096: 1}
+RWKV_OPS_ENVIRONMENT = {"KERNEL_BACKEND": "jax", "KERAS_BACKEND": "jax", "KERNEL_TYPE": "native"}
+"""Read by rwkv_ops and Keras when they are imported."""
 # The share by which rounding may move the losses of the warm-up; without a recurrence they move by ten times that.
 LOSS_TOLERANCE = 1e-4
-
-
-class WorkerError(RuntimeError):
-    """A worker has ended; the message has its last words."""
-
-
-class Worker:
-    """A process that trains one job and, between repetitions, waits without using a core."""
-
-    def __init__(self, python: str, job: Job, scratch: Path) -> None:
-        self._log = (scratch / f"{job.row}-{job.sequence_length}.log").open("w+b")
-        search_path = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in search_path if path),
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            # Read by rwkv_ops and Keras when they are imported; without KERAS_HOME, Keras writes to the user's home.
-            "KERNEL_BACKEND": "jax",
-            "KERAS_BACKEND": "jax",
-            "KERNEL_TYPE": "native",
-            "KERAS_HOME": str(scratch),
-        }
-        self._process = subprocess.Popen(
-            [python, str(HERE / "train_cpu_worker.py"), json.dumps(dataclasses.asdict(job))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-            text=True,
-        )
-        self._requests = cast(IO[str], self._process.stdin)
-        self._answers = cast(IO[str], self._process.stdout)
-
-    def answer(self) -> dict[str, Any]:
-        """Wait for what the worker says next; raises WorkerError when it has ended instead."""
-        line = self._answers.readline()
-        if line:
-            return json.loads(line)
-        status = self._process.wait()
-        self._log.seek(0)
-        words = self._log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise WorkerError(f"ended with status {status}, saying: {words[-1]}")
-
-    def repeat(self) -> dict[str, Any]:
-        """Run one repetition; raises WorkerError when the worker has ended."""
-        with contextlib.suppress(BrokenPipeError):
-            self._requests.write("repeat\n")
-            self._requests.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """End the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._requests.close()
-        self._process.terminate()
-        self._process.wait()
-        self._answers.close()
-        self._log.close()
 
 
 @dataclasses.dataclass
@@ -127,27 +71,30 @@ def measure(pythons: dict[str, str], jobs: Sequence[Job], repetitions: int) -> l
     """Warm every job up, one after the other, then let their repetitions take turns."""
     results = [Result(job.row, job.batch_size, job.sequence_length) for job in jobs]
     with contextlib.ExitStack() as stack:
-        # The first clean-up to be asked for is the last to be done: workers end before their folder goes.
+        # The first clean-up to be asked for is the last to be done: processes end before their folder goes.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers: list[Worker] = []
+        # Without KERAS_HOME, Keras writes to the user's home.
+        environment = RWKV_OPS_ENVIRONMENT | {"KERAS_HOME": str(scratch)}
+        processes: list[PeerProcess] = []
         for job, result in zip(jobs, results, strict=True):
             progress(f"T = {job.sequence_length}: warming up  {TITLES[job.row]}")
-            worker = Worker(pythons[job.row], job, scratch)
-            stack.callback(worker.close)
-            workers.append(worker)
+            log = scratch / f"{job.row}-{job.sequence_length}.log"
+            process = PeerProcess(pythons[job.row], "train_cpu_worker.py", dataclasses.asdict(job), log, environment)
+            stack.callback(process.close)
+            processes.append(process)
             try:
-                ready = worker.answer()
+                ready = process.answer()
                 result.parameters, result.versions = ready["parameters"], ready["versions"]
                 result.losses = ready["losses"]
-            except WorkerError as error:
+            except PeerError as error:
                 result.error = str(error)
         for repetition in range(1, repetitions + 1):
-            for job, result, worker in zip(jobs, results, workers, strict=True):
+            for job, result, process in zip(jobs, results, processes, strict=True):
                 if result.error is not None:
                     continue
                 try:
-                    answer = worker.repeat()
-                except WorkerError as error:
+                    answer = process.ask({})
+                except PeerError as error:
                     result.error = str(error)
                     continue
                 result.tokens_per_second.append(job.tokens / answer["seconds"])
@@ -175,15 +122,8 @@ def check(results: Sequence[Result]) -> None:
 
 def machine() -> dict[str, Any]:
     """What this runs on; nothing that names the machine or its user."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": model, "cores": cores, "system": platform.system(), "load_before": load}
+    return {"cpu": processor(), "cores": available_cores(), "system": platform.system(), "load_before": load}
 
 
 def report(results: Sequence[Result], about: dict[str, Any], missing: Sequence[str], arguments: Any) -> str:
@@ -223,11 +163,6 @@ def report(results: Sequence[Result], about: dict[str, Any], missing: Sequence[s
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"\nNot measured: {line}" for line in missing]
     return "\n".join(lines)
-
-
-def progress(text: str) -> None:
-    """Tell who waits what goes on; the table alone goes to standard output."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,6 +214,6 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # As an exception, so that the workers are ended with the driver.
+    # As an exception, so that the processes are ended with the driver.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""One row of benchmarks/train_cpu.py: builds a model, then runs a repetition for each line that it reads.
+"""One row of benchmarks/train_cpu.py: builds a model, then runs a repetition each time that it is asked.
 
-Started by the driver, in the interpreter that has what the row needs; standard input and output are JSON lines.
+Started by the driver, in the interpreter that has what the row needs.
 """
 
 # pyright: reportMissingImports=false
@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
-import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from peers_processes import Answer, serve
 
 LEARNING_RATE, CLIP_NORM, WARMUP_STEPS = 1e-3, 1.0, 3
 PACKAGES = {
@@ -144,12 +142,9 @@ def versions(packages: list[str]) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Serve repetitions until standard input closes."""
-    job = Job(**json.loads(sys.argv[1]))
-    # Libraries print what they like; only answers may reach the driver.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+def open_job(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
+    """Build a job's model and warm it up; what runs a repetition, whatever it is asked."""
+    job = Job(**arguments)
     if job.row in ("rwkv_ops", "usual"):
         use_rwkv_ops()
     if job.row == "usual":
@@ -157,17 +152,16 @@ def main() -> None:
     step, parameters = build_gpt(job) if job.row == "gpt" else build_rwkv(job)
     # The first step compiles, the next ones meet memory that the system has not handed out yet.
     losses = [step() for _ in range(WARMUP_STEPS)]
-    ready = {"losses": losses, "parameters": parameters, "versions": versions(PACKAGES[job.row])}
-    print(json.dumps(ready), file=answers)
-    for _ in sys.stdin:
+
+    def repeat(_request: dict[str, Any]) -> dict[str, Any]:
         step()  # not timed: another process has had the caches since our last turn
         began = time.perf_counter()
         for _ in range(job.steps):
             losses.append(step())
-        seconds = time.perf_counter() - began
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes}), file=answers)
+        return {"seconds": time.perf_counter() - began, "losses": losses}
+
+    return {"losses": losses, "parameters": parameters, "versions": versions(PACKAGES[job.row])}, repeat
 
 
 if __name__ == "__main__":
-    main()
+    serve(open_job)

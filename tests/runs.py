@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from rwkv_jax.cli import load_config
@@ -23,6 +21,7 @@ from rwkv_jax.training.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
 from tests.golden import QUICK
 from tests.parallel.process_pair import free_port
+from tests.small_runs import assert_same_bits, write_corpus
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 300  # seconds; a process that has not done by then what is waited for has failed
@@ -51,11 +50,7 @@ class Workplace:
     def __init__(self, folder: Path, programs: Path, config: str) -> None:
         """`config` is the file's text, in which {source!r} and {cache!r} stand for the folders of the corpus."""
         self.folder, self.config = folder, folder / "config.py"
-        source = folder / "source"
-        source.mkdir()
-        for i in range(24):
-            lines = [f"def f{i}_{j}(x):\n    return x * {j} + {i * j}\n" for j in range(20)]
-            (source / f"{i}.py").write_text("\n".join(lines))
+        source = write_corpus(folder / "source")
         self.config.write_text(config.format(source=str(source), cache=str(folder / "cache")))
         # A restarted run loads the programs that the first one, or another module's, compiled.
         self.environment = os.environ | {
@@ -132,10 +127,7 @@ class Workplace:
 
     def assert_same_end(self, left: Path, right: Path) -> None:
         """Parameters, optimizer and counters bit for bit; every figure and sample; which step is the best."""
-        states = [self.final_state(run_dir) for run_dir in (left, right)]
-        for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-            assert a.dtype == b.dtype
-            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert_same_bits(self.final_state(left), self.final_state(right))
         assert read_figures(left) == read_figures(right)
         for folder in ("checkpoints", "best"):
             assert steps_in(left / folder) == steps_in(right / folder)

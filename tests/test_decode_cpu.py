@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from numpy.typing import NDArray
 
 import decode_cpu
@@ -30,15 +26,10 @@ from decode_cpu import (
 )
 from peers_llama import gguf_tensors
 from peers_ours import Ours
-from peers_processes import PeerError, PeerProcess
-from peers_protocol import WARM_UP_TOKENS, Job, Peer, Request, answer, outputs
-from peers_weights import RandomWeights
+from peers_protocol import WARM_UP_TOKENS, Peer, Request, answer, outputs
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.random_model import NumberTokenizer
-from rwkv_jax.models import RWKV7
-from rwkv_jax.weights.official import abstract_model, place_params
-from tests.golden import QUICK
+from rwkv_jax.inference.random_model import NumberTokenizer, RandomTensors, random_model
 
 VOCAB_SIZE = 11
 
@@ -218,7 +209,7 @@ CONFIG = ModelConfig(
 
 
 def test_tensors_have_the_shapes_that_llama_cpp_reads() -> None:
-    official = RandomWeights(CONFIG)
+    official = RandomTensors(CONFIG)
     found = dict(gguf_tensors(official))
     shapes = {name: tensor.shape for name, tensor in found.items()}
     assert all(name.endswith((".weight", ".bias")) for name in shapes)
@@ -235,23 +226,9 @@ def test_tensors_have_the_shapes_that_llama_cpp_reads() -> None:
     assert len(found) == len(official) - 2 * 5 + 3
 
 
-def test_random_weights_are_the_same_each_time_and_give_logits_of_size_one() -> None:
-    config = dataclasses.replace(CONFIG, vocab_size=97)
-    weights = RandomWeights(config)
-    assert np.array_equal(weights["head.weight"], RandomWeights(config)["head.weight"])
-    assert not np.array_equal(weights["head.weight"], RandomWeights(config, seed=1)["head.weight"])
-    model = model_of(config)
-    logits, _ = jax.jit(lambda tokens: model(tokens), compiler_options=QUICK)(np.arange(40, dtype=np.int32)[None])
-    assert 0.5 < float(np.std(np.asarray(logits))) < 2
-
-
-def model_of(config: ModelConfig) -> RWKV7:
-    return nnx.merge(abstract_model(config)[0], place_params(RandomWeights(config), config))
-
-
 @pytest.mark.long
 def test_our_row_writes_what_it_reads() -> None:
-    engine = Engine(model_of(CONFIG), NumberTokenizer(VOCAB_SIZE), EngineOptions(num_slots=2, prefix_bytes=0))
+    engine = Engine(random_model(CONFIG), NumberTokenizer(VOCAB_SIZE), EngineOptions(num_slots=2, prefix_bytes=0))
     peer = Ours(engine)
     found = outputs(peer, np.array([3, 1, 4, 1, 5], np.int32), batch_size=2)
     np.testing.assert_allclose(found["decode"][-1], found["prefill"], atol=1e-4)
@@ -260,16 +237,3 @@ def test_our_row_writes_what_it_reads() -> None:
     first = peer.write(8)
     assert np.array_equal(first, found["greedy"])
     assert peer.write(16).shape == (2, 16)
-
-
-def test_a_peer_that_ends_says_why(tmp_path: Path) -> None:
-    program = tmp_path / "peer.py"
-    program.write_text("import sys\nprint('{}', flush=True)\nsys.stdin.readline()\nsys.exit('no such model')\n")
-    job = Job("weights.pth", "float32", 1, 8, 1, str(tmp_path))
-    process = PeerProcess(sys.executable, str(program), job, tmp_path / "peer.log")
-    try:
-        assert process.answer() == {}
-        with pytest.raises(PeerError, match="ended with status 1, saying: no such model"):
-            process.ask(Request("check", "tokens.npy"))
-    finally:
-        process.close()

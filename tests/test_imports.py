@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import rwkv_jax
+import rwkv_jax.cli
+import rwkv_jax.inference
+
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("rwkv_jax.cli", "rwkv_jax.__main__")
 PACKAGES = {"rwkv_kernels": ROOT / "kernels" / "rwkv_kernels", "rwkv_jax": ROOT / "rwkv_jax"}
 
 
@@ -106,7 +114,7 @@ def test_parallel_knows_models_and_nothing_that_trains_or_runs_them(module: str)
     assert not {name for name in ours if not is_under(name, "rwkv_jax.config", "rwkv_jax.models", "rwkv_jax.parallel")}
 
 
-@pytest.mark.parametrize("module", [name for name in modules("rwkv_jax") if not is_under(name, "rwkv_jax.cli")])
+@pytest.mark.parametrize("module", [name for name in modules("rwkv_jax") if not is_under(name, *COMMANDS)])
 def test_only_commands_know_commands(module: str) -> None:
     assert not [name for name in imports(module) if is_under(name, "rwkv_jax.cli")]
 
@@ -147,3 +155,31 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+@pytest.mark.parametrize("module", ["rwkv_jax", "rwkv_jax.config", "rwkv_jax.cli.command", "rwkv_jax.inference.chat"])
+def test_what_help_and_errors_of_values_need_does_not_load_jax(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", [rwkv_jax, rwkv_jax.inference, rwkv_jax.cli], ids=lambda package: package.__name__)
+def test_every_name_of_a_lazy_package_is_there(package: types.ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_the_version_is_that_of_the_package_or_says_that_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    installed = {"rwkv-jax": "1.2.3"}
+    assert rwkv_jax.__version__ == "1.2.3"
+    installed = {}
+    assert rwkv_jax.__version__ == "0+unknown"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_jax.cli import parse_plan
+from rwkv_jax.cli.plan import write_json
 from rwkv_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,21 @@ def test_a_json_file_that_is_there_or_has_no_place_is_refused_first(config_file:
     with pytest.raises(ConfigError, match="there is no folder"):
         parse_plan([str(config_file), "--topology", "cpu:2", "--json", str(tmp_path / "no" / "plan.json")]).run()
     assert taken.read_text(encoding="utf-8") == "mine"
+    nowhere = tmp_path / "nowhere.json"
+    nowhere.symlink_to(tmp_path / "on a disk that is not there")
+    with pytest.raises(ConfigError, match="is there already; name another file"):
+        parse_plan([str(config_file), "--topology", "cpu:2", "--json", str(nowhere)]).run()
+
+
+def test_json_is_written_whole_and_never_over_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_json({"version": 2, "peak": None}, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"version": 2, "peak": None}
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"plan.json': another wrote this file .* Name another file"):
+        write_json({"version": 2}, path)
+    assert path.read_text(encoding="utf-8") == "mine"
+    assert [x.name for x in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_plan_from_beginning_to_end(config_file: Path, tmp_path: Path) -> None:

@@ -5,45 +5,48 @@ What a command needs of JAX is imported when it runs, so that help and errors of
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from rwkv_jax.cli.bench import Bench
-from rwkv_jax.cli.chat import Chat
-from rwkv_jax.cli.convert import Convert
-from rwkv_jax.cli.doctor import Doctor
-from rwkv_jax.cli.generate import Generate
-from rwkv_jax.cli.plan import Plan, parse_plan
-from rwkv_jax.cli.tokenize import Tokenize
-from rwkv_jax.cli.train_config import load_config, parse_train_config
 from rwkv_jax.config import ConfigError
 
-_COMMANDS = {
-    "generate": Generate,
-    "chat": Chat,
-    "convert": Convert,
-    "tokenize": Tokenize,
-    "plan": Plan,
-    "bench": Bench,
-    "doctor": Doctor,
-}
+if TYPE_CHECKING:
+    from rwkv_jax.cli.plan import parse_plan
+    from rwkv_jax.cli.train_config import load_config, parse_train_config
+
+__all__ = ["load_config", "main", "parse_plan", "parse_train_config"]
+
+_MODULES = {"load_config": "train_config", "parse_plan": "plan", "parse_train_config": "train_config"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for, so that whoever interrupts `rwkv` while it starts sees no traceback.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
     """The `rwkv` command."""
+    arguments = sys.argv[1:]
     try:
-        if sys.argv[1:2] == ["plan"]:  # its defaults are those of the file that it names
-            return parse_plan(sys.argv[2:]).run()
-        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="rwkv", description="RWKV in JAX.").run()
+        from rwkv_jax.cli.command import run
+
+        run(arguments)
     except BrokenPipeError:  # whoever read has had enough, such as head; nothing is left to be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ConfigError, OSError, FloatingPointError) as error:  # a full disk, say, or weights that are not finite
-        sys.exit(f"rwkv: {error}")
+        from rwkv_jax.cli.messages import with_flags
+
+        sys.exit(f"rwkv: {with_flags(str(error), arguments)}")
+    except (RuntimeError, MemoryError) as error:
+        from rwkv_jax.cli.messages import out_of_memory
+
+        if (message := out_of_memory(error)) is None:
+            raise
+        sys.exit(f"rwkv: {message}")
     except KeyboardInterrupt:
         sys.exit(130)  # what shells make of it
-
-
-__all__ = ["load_config", "main", "parse_plan", "parse_train_config"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rwkv_jax.cli.flags import Quantize, WeightsFlags
-from rwkv_jax.cli.machine import describe_machine
+from rwkv_jax.cli.machine import describe_machine, find_devices
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class BenchedModel:
     """What is measured."""
 
-    source: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="SOURCE")]] = None
+    source: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[SOURCE]")]] = None
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub; or give --random."""
     random: str | None = None
     """LAYERSxWIDTH such as 12x768: random weights of that shape, instead."""
@@ -43,7 +43,8 @@ class BenchedModel:
         """The model and a tokenizer.
 
         Raises:
-          ConfigError: neither of source and random, or both, a shape that cannot be, or as `WeightsFlags.load`.
+          ConfigError: neither of source and random, or both, a shape that cannot be, no device, or as
+            `WeightsFlags.load`.
         """
         if (self.source is None) == (self.random is None):
             raise ConfigError("bench: name weights or give --random LAYERSxWIDTH, one of the two")
@@ -54,6 +55,7 @@ class BenchedModel:
         from rwkv_jax.inference.random_model import NumberTokenizer, random_model
 
         config = self._random_config()
+        find_devices()
         return random_model(config, self.quantize), NumberTokenizer(config.vocab_size)
 
     def _random_config(self) -> ModelConfig:
@@ -195,10 +197,11 @@ class Memory:
 class Bench:
     """Measure latency, throughput or memory on this machine; leave it alone meanwhile."""
 
-    what: tyro.conf.OmitSubcommandPrefixes[
+    what: Annotated[
         Annotated[Latency, tyro.conf.subcommand("latency")]
         | Annotated[Throughput, tyro.conf.subcommand("throughput")]
-        | Annotated[Memory, tyro.conf.subcommand("memory")]
+        | Annotated[Memory, tyro.conf.subcommand("memory")],
+        tyro.conf.arg(name=""),
     ]
 
     def run(self) -> None:

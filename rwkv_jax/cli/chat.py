@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags
+from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat import Thinking
@@ -34,6 +34,7 @@ HELP = """\
 /reset         begin anew
 /help          this
 /quit          end, as the end of input does
+A line that ends with a backslash goes on in the next one.
 Ctrl-C ends a reply; the conversation goes on behind what was shown. Twice in a row, it ends the program."""
 
 
@@ -48,7 +49,10 @@ class Chat:
     system: str | None = None
     """What the model is told before the first message."""
     thinking: Thinking = "none"
-    """How a G1 model comes to its answer: by thinking, or straight away after thoughts that are closed or empty."""
+    """How a G1 model comes to its answer. none: nothing is said of thinking. think: it thinks first, as long as it
+    likes; think a bit, think a lot: for a shorter or a longer time (models from September 2025 on). closed, empty: it
+    answers straight away, since its thoughts are there already with nothing in them, on two lines or on one; take the
+    one with which its answers are better. /thoughts shows what it thought."""
     tokens: int = 2048
     """Most tokens of a reply."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(
@@ -65,6 +69,8 @@ class Chat:
             raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        if self.system is not None:
+            require_text(f"system = {self.system!r}", self.system)
         chat_format, sampling = self._format(), self.sampling.sampling()
         chat_format.first_turn("message", self.system)
 
@@ -73,17 +79,21 @@ class Chat:
 
         options = EngineOptions(num_slots=1, prefix_bytes=0)
         engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
-        tells_speed = self.verbose or sys.stderr.isatty()
+        tells = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(
             Dialogue(engine, chat_format, self.system),
             {"max_tokens": self.tokens, "sampling": sampling},
             self.seed,
-            tell_speed=(lambda speed: print(f"[{speed}]", file=sys.stderr)) if tells_speed else None,
+            tell_speed=(lambda speed: _tell(f"[{speed}]")) if tells else None,
+            tell_thinking=(lambda: _tell("[thinking ...]")) if tells and self.thinking.startswith("think") else None,
             burst_length=engine.options.burst_length,
         )
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):  # edits lines and remembers them, where there is one
-                import readline  # noqa: F401
+                import readline
+
+                # What is pasted comes as one message, whatever its lines; libedit, in its place on macOS, ignores it.
+                readline.parse_and_bind("set enable-bracketed-paste on")
             print("Type /help for what there is besides talking.")
         converse(chat)
 
@@ -104,6 +114,7 @@ class ChatLoop:
         seed: int = 0,
         *,
         tell_speed: Callable[[Speed], None] | None = None,
+        tell_thinking: Callable[[], None] | None = None,
         burst_length: int = 1,
     ) -> None:
         """At the start of a conversation.
@@ -112,11 +123,12 @@ class ChatLoop:
           arguments: of every reply, as `Engine.stream` has them: max_tokens, sampling.
           seed: of the first reply; each reply has the next one.
           tell_speed: called after each reply.
+          tell_thinking: called where a reply begins with tokens that show nothing.
           burst_length: of the engine.
         """
         self._dialogues, self._branch = {FIRST_BRANCH: dialogue}, FIRST_BRANCH
         self._arguments, self._next_seed = arguments, seed
-        self._tell_speed, self._burst_length = tell_speed, burst_length
+        self._tell_speed, self._tell_thinking, self._burst_length = tell_speed, tell_thinking, burst_length
         self.is_over = False
         """Whether /quit was said."""
 
@@ -139,13 +151,17 @@ class ChatLoop:
             yield f"! {error}\n"
 
     def _reply(self, message: str) -> Iterator[str]:
+        require_text(f"message {message!r}", message)
         seed, self._next_seed = self._next_seed, (self._next_seed + 1) % 2**32
-        speed, is_in_line = Speed(self._burst_length), False
+        speed, is_in_line, is_first = Speed(self._burst_length), False, True
         pieces = self.dialogue.say(message, seed=seed, **self._arguments)
         with contextlib.closing(pieces):
             try:
                 for piece in pieces:
                     speed.count(1)
+                    if is_first and not piece and self._tell_thinking is not None:
+                        self._tell_thinking()
+                    is_first = False
                     is_in_line |= bool(piece)
                     yield piece
             except FloatingPointError:
@@ -237,15 +253,18 @@ def converse(chat: ChatLoop) -> None:
     interrupted = False
     while not chat.is_over:
         try:
-            line = _read_line()
+            line = _read_message()
         except KeyboardInterrupt:
             print()
             if interrupted:
                 raise
             interrupted = True
+            print("Ctrl-C again, or /quit, ends the chat.")
             continue
         interrupted = False
         if line is None:
+            if sys.stdin.isatty():
+                print()  # for the prompt of the shell
             return
         with _interrupts() as is_interrupted, contextlib.closing(chat.answer(line)) as pieces:
             for piece in pieces:
@@ -255,17 +274,31 @@ def converse(chat: ChatLoop) -> None:
                     break
 
 
-def _read_line() -> str | None:
+def _read_message() -> str | None:
+    """The next line, with those in which it goes on behind a backslash; None at the end of input."""
+    lines: list[str] = []
+    while (line := _read_line("... " if lines else "> ")) is not None:
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            break
+    return "\n".join(lines) if lines else None
+
+
+def _read_line(prompt: str) -> str | None:
     """The next line; None at the end of input."""
     try:
         if sys.stdin.isatty():
-            return input("> ")
+            return input(prompt)
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
     except EOFError:
         return None
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: is not UTF-8 ({error}); convert it") from error
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+from rwkv_jax.cli.flags import Quantize, tokenizer_for
+from rwkv_jax.cli.machine import find_devices
+from rwkv_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_jax.config import ModelConfig
+    from rwkv_jax.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +30,60 @@ class Convert:
     """Whose names the tensors get: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """To which tensors are rounded; None leaves every bit as it is."""
+    quantize: Quantize | None = None
+    """Write matrices in fewer bits, and everything else in float32; None leaves them as they are. Files in 8 and 4
+    bits are safetensors under official names, which generate, chat and bench read as they are."""
     tokenizer: str | None = None
     """To write beside the weights: world, bytes or a file; None takes the one beside the source."""
 
     def run(self) -> None:
-        """Converts tensor by tensor and says what was written."""
+        """Converts, tensor by tensor if none is to be quantised, and says what was written."""
         from rwkv_jax.weights.pretrained import convert
 
-        model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
+        if self.quantize is not None:
+            model = self._quantise(self.quantize)
+        else:
+            model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
         print(
             f"{self.target}: {model.architecture} {model.num_layers} x {model.width}, "
             f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
+            f"{f', matrices in {self.quantize}' if self.quantize else ''}"
         )
+
+    def _quantise(self, quantize: Quantize) -> ModelConfig:
+        """Writes a model that is held as it is to be written; what cannot be written is said before it is loaded."""
+        from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
+
+        if self.dtype is not None or self.layout != "official":
+            raise ConfigError(
+                f"quantize = {quantize!r}: decides what tensors are in, and takes official names; leave --dtype and "
+                "--layout out"
+            )
+        if quantize != "bfloat16" and self.target.suffix.lower() == ".pth":
+            raise ConfigError(
+                f"quantize = {quantize!r}: .pth files have no place for packed matrices; name FILE.safetensors or a "
+                "folder"
+            )
+        if os.path.lexists(self.target.expanduser()):
+            raise ConfigError(f"{self.target}: exists already and is not overwritten; move it away or name another")
+        find_devices()
+        tokenizer = self._tokenizer_of_folder()  # looked at before what takes minutes
+        model = from_pretrained(self.source, quantize=quantize)
+        save_pretrained(model, self.target, tokenizer=tokenizer)
+        return model.config
+
+    def _tokenizer_of_folder(self) -> Tokenizer | None:
+        """What is to be written beside the weights: nothing where the target is a file."""
+        from rwkv_jax.training.checkpoints import load_run_tokenizer
+        from rwkv_jax.weights.sources import find_weights
+
+        place = find_weights(self.source)
+        if self.target.suffix.lower() in (".pth", ".safetensors"):
+            if self.tokenizer is not None:
+                raise ConfigError(f"{self.target}: a tokenizer is written beside the weights; name a folder")
+            return None
+        if not place.is_dir():
+            return tokenizer_for(place, self.tokenizer)[0]
+        if self.tokenizer is not None:
+            raise ConfigError(f"{place}: a run has its own tokenizer; leave --tokenizer out")
+        return load_run_tokenizer(place)

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rwkv_jax.cli.machine import processor
-from rwkv_jax.config import Generation, ModelConfig
+from rwkv_jax.cli.machine import available_cores, find_devices, processor
+from rwkv_jax.cli.program_cache import describe_program_cache
+from rwkv_jax.config import ConfigError, Generation, ModelConfig
 
 if TYPE_CHECKING:
     from rwkv_kernels.cases import Shape
@@ -58,20 +59,22 @@ class Doctor:
     """Say what this machine has, which implementation of each operator runs on it and why, and whether it is right."""
 
     def run(self) -> None:
-        """Prints the report; exits with 1 if there is no device, or an operator computes what it should not."""
+        """Prints the report; exits with 1 if an operator computes what it should not.
+
+        Raises:
+          ConfigError: there is no device; behind what can be told without.
+        """
         problem = None
         _tell(describe_platform())
         try:
             _tell(describe_devices())
-        except RuntimeError as error:
-            problem = " ".join(str(error).split())
-            print(f"devices: none ({problem})")
+        except ConfigError as error:
+            problem = error
+            print("devices: none")
+        print(describe_program_cache())
         _tell(describe_packages())
         if problem is not None:
-            sys.exit(
-                f"rwkv: JAX finds no device: {problem}; mend the driver or the plugin, or set JAX_PLATFORMS=cpu to do "
-                "without"
-            )
+            raise problem
         print("\noperators as training takes them, for prompts and single tokens of a model with 12 heads of 64")
         _tell(describe_operators())
         print("\noperators as the engine takes them, and with it generate, chat and bench")
@@ -94,20 +97,14 @@ class Doctor:
 def describe_platform() -> Iterator[str]:
     """Platform, processor and memory, a line each."""
     yield f"platform: {platform.platform()}, {platform.machine()}"
-    yield f"processor: {processor()}; {_available_cores()} of {os.cpu_count()} cores are ours, and so many threads run"
+    yield f"processor: {processor()}; {available_cores()} of {os.cpu_count()} cores are ours, and so many threads run"
     if hasattr(os, "sysconf"):
         yield f"memory: {_gibibytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
 
 
 def describe_devices() -> Iterator[str]:
-    """Devices of JAX, a line each. Raises RuntimeError if it has none, or none of the platforms asked for."""
-    import jax
-
-    try:
-        devices = jax.devices()
-    except AssertionError as error:  # what a plugin without a driver comes to, where no other platform is asked for
-        raise RuntimeError(str(error) or "no platform that is asked for has one") from error
-    for device in devices:
+    """Devices of JAX, a line each. Raises ConfigError if it has none, or none of the platforms asked for."""
+    for device in find_devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {_gibibytes(limit)} for JAX" if limit else ""
         yield f"device {device.id}: {device.platform} ({device.device_kind}){memory}"
@@ -225,10 +222,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gibibytes(size: int) -> str:

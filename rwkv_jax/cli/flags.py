@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class WeightsFlags:
         """The model and its tokenizer, which is looked at first.
 
         Raises:
-          ConfigError: flags that do not go together, or as `from_pretrained` and `load_tokenizer`.
+          ConfigError: no device, flags that do not go together, or as `from_pretrained` and `load_tokenizer`.
         """
         from rwkv_jax.weights.pretrained import from_pretrained
         from rwkv_jax.weights.sources import find_weights
 
+        find_devices()
         place = find_weights(self.source)
         if place.is_dir():
             return self._load_run(place)
@@ -73,17 +75,7 @@ class WeightsFlags:
         return nnx.merge(loaded.graphdef, loaded.params), tokenizer
 
     def _find_tokenizer(self, place: Path) -> Tokenizer:
-        from rwkv_jax.data.tokenizers import load_tokenizer
-        from rwkv_jax.weights.official import read_config
-        from rwkv_jax.weights.pretrained import find_tokenizer
-        from rwkv_jax.weights.sources import naming, open_weights
-
-        weights = open_weights(place)
-        with naming(place):
-            vocab_size = read_config(weights.tensors).vocab_size
-        if self.tokenizer is not None:
-            return load_tokenizer(self.tokenizer, vocab_size)
-        tokenizer = find_tokenizer(place, vocab_size)
+        tokenizer, vocab_size = tokenizer_for(place, self.tokenizer)
         if tokenizer is None:
             raise ConfigError(
                 f"{place}: no tokenizer lies beside it; name one with --tokenizer (world for a World model, whose "
@@ -93,6 +85,41 @@ class WeightsFlags:
         return tokenizer
 
 
+def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int]:
+    """The tokenizer of a file of weights, and V: the one that is named, or else the one beside the file, if any.
+
+    Raises:
+      ConfigError: as `load_tokenizer`, or the file is none of weights.
+    """
+    from rwkv_jax.data.tokenizers import load_tokenizer
+    from rwkv_jax.weights.official import read_config
+    from rwkv_jax.weights.pretrained import find_tokenizer
+    from rwkv_jax.weights.sources import naming, open_weights
+
+    weights = open_weights(place)
+    with naming(place):
+        vocab_size = read_config(weights.tensors).vocab_size
+    tokenizer = find_tokenizer(place, vocab_size) if named is None else load_tokenizer(named, vocab_size)
+    return tokenizer, vocab_size
+
+
+def require_text(place: str, text: str) -> None:
+    """Refuses what a terminal or a command line has given as text and is none.
+
+    Raises:
+      ConfigError: bytes that are not UTF-8, which arrive as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place}: is not UTF-8; convert it, or set the terminal to UTF-8") from error
+
+
+def _preset_of(metavar: str) -> Any:
+    """For flags whose default is another one with each preset."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
     """How tokens are chosen: a preset, and what is to differ from it."""
@@ -100,23 +127,23 @@ class SamplingFlags:
     preset: Literal["plain", "openai", "rwkv"] = "plain"
     """What the flags below are by default. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's own
     probabilities. rwkv: as the official package, top-p 0.85, both penalties 0.2, decay 0.996, temperature last."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, _preset_of("FLOAT")] = None
     """Divides the logits; 0 always takes the likeliest token."""
-    top_p: float | None = None
+    top_p: Annotated[float | None, _preset_of("FLOAT")] = None
     """Keep the likeliest tokens whose probabilities add up to this; 1 keeps all."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, _preset_of("INT")] = None
     """Keep this many of the likeliest tokens; 0 keeps all."""
-    min_p: float | None = None
+    min_p: Annotated[float | None, _preset_of("FLOAT")] = None
     """Keep tokens at least this many times as likely as the likeliest; 0 keeps all."""
-    typical_p: float | None = None
+    typical_p: Annotated[float | None, _preset_of("FLOAT")] = None
     """Keep the most typical tokens whose probabilities add up to this; 1 keeps all."""
-    repetition_penalty: float | None = None
+    repetition_penalty: Annotated[float | None, _preset_of("FLOAT")] = None
     """Divides positive logits of tokens that have occurred, multiplies negative ones; 1 is none."""
-    presence_penalty: float | None = None
+    presence_penalty: Annotated[float | None, _preset_of("FLOAT")] = None
     """Subtracted from the logits of tokens that have occurred."""
-    frequency_penalty: float | None = None
+    frequency_penalty: Annotated[float | None, _preset_of("FLOAT")] = None
     """Subtracted from the logit of a token for each of its occurrences."""
-    penalty_decay: float | None = None
+    penalty_decay: Annotated[float | None, _preset_of("FLOAT")] = None
     """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
     penalise_prompt: bool = False
     """Whether tokens of the prompt count as occurrences, as generated ones do."""

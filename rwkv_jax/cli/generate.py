@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags
+from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.config import ConfigError
 
@@ -29,7 +29,7 @@ class Generate:
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     prompt: str = ""
     """Text to continue; none begins a text, and - reads it from standard input."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file that holds the prompt, instead."""
     tokens: int = 256
     """Most tokens to write; the text ends earlier where the model ends it."""
@@ -79,6 +79,11 @@ class Generate:
                 raise ConfigError(f"{name} = {value}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        if self.seed > (most := 2**32 - self.num * self.best_of):
+            raise ConfigError(
+                f"seed = {self.seed}: {self.num * self.best_of} texts take as many seeds from it on, which must all "
+                f"fit in 32 bits; give at most {most}"
+            )
         if self.log_probabilities and not self.json:
             raise ConfigError("log_probabilities: are printed with --json only; add it")
         stop = check_stop_strings(self.stop)
@@ -87,7 +92,7 @@ class Generate:
     def _read_prompt(self) -> str:
         """The prompt. Raises ConfigError if it cannot be read, or is no UTF-8."""
         if self.prompt and self.prompt_file is not None:
-            raise ConfigError("prompt and prompt_file: are both given; leave one of them out")
+            raise ConfigError("prompt: is given, and --prompt-file too; leave one of them out")
         place, prompt = "prompt", self.prompt
         try:
             if self.prompt_file is not None:
@@ -96,13 +101,11 @@ class Generate:
             elif self.prompt == "-":
                 place = "standard input"
                 prompt = sys.stdin.read()
-            prompt.encode()
         except OSError as error:
             raise ConfigError(f"{place}: cannot be read ({error.strerror}); name a file of text") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{place}: is not UTF-8 ({error}); convert it") from error
-        except UnicodeEncodeError as error:  # a command line's stray bytes arrive as lone surrogates
-            raise ConfigError(f"{place} = {prompt!r}: is not UTF-8") from error
+        require_text(f"{place} = {prompt!r}", prompt)
         return prompt
 
     def _stream(self, engine: Engine, prompt: str, ids: list[int], speed: Speed, arguments: dict[str, Any]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
+
+from rwkv_jax.config import ConfigError
 
 
 def processor() -> str:
@@ -14,6 +17,28 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or not x86
         return platform.processor() or platform.machine()
+
+
+def find_devices() -> list[Any]:
+    """JAX's devices.
+
+    Raises:
+      ConfigError: it has none, or none of the platforms asked for.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter if only a plugin without a driver is asked for
+        problem = " ".join(str(error).split()) or "no platform that is asked for has one"
+        raise ConfigError(
+            f"JAX finds no device: {problem}; mend the driver or the plugin, or set JAX_PLATFORMS=cpu to do without"
+        ) from error
+
+
+def available_cores() -> int:
+    """How many of the machine's cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine() -> str:

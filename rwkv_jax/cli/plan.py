@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from rwkv_jax.cli.train_config import load_config
 from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.data.files import publish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +35,38 @@ class Plan:
         from rwkv_jax.parallel.devices import parse_topology, prepare_compiler
 
         topology = parse_topology(self.topology)
-        if self.json is not None and self.json.exists():
+        if self.json is not None and os.path.lexists(self.json):
             raise ConfigError(f"json = {str(self.json)!r}: is there already; name another file")
         if self.json is not None and not self.json.parent.is_dir():
             raise ConfigError(f"json = {str(self.json)!r}: there is no folder {str(self.json.parent)!r}; make it first")
         prepare_compiler(topology)
 
-        from rwkv_jax.parallel.plan_report import describe, write_json
+        from rwkv_jax.parallel.plan_report import describe, to_json
         from rwkv_jax.training.plan import plan_run
 
         plan = plan_run(self.config, topology)
         print(describe(plan))
         if self.json is not None:
-            write_json(plan, self.json)
+            write_json(to_json(plan), self.json)
+
+
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """Writes plain data to a file, whole or not at all.
+
+    Raises:
+      ConfigError: there is such a file.
+    """
+    # A folder of its own, so that two who write at once do not meet; beside the file, since no link leaves a disk.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        try:
+            publish(whole, path)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"json = {str(path)!r}: another wrote this file while the step was compiled; it is left as it is. "
+                "Name another file, and plan again"
+            ) from error
 
 
 def parse_plan(arguments: Sequence[str]) -> Plan:

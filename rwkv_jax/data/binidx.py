@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.files import publish
 from rwkv_jax.data.token_file import first_wrong_token
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -259,9 +260,9 @@ class BinidxWriter:
                 idx.write(np.arange(start, min(start + _ITEMS_AT_A_TIME, items + 1), dtype="<i8").tobytes())
             _flush_to_disk(idx)
         self._refuse_existing()  # somebody else may have been at it, too
-        _publish(self._temporary[0], self.paths[0])
+        self._publish(0)
         try:
-            _publish(self._temporary[1], self.paths[1])
+            self._publish(1)
         except BaseException:
             self.paths[0].unlink()
             raise
@@ -273,20 +274,14 @@ class BinidxWriter:
 
     def _refuse_existing(self) -> None:
         for path in self.paths:
-            if path.exists():
+            if os.path.lexists(path):  # a link that leads nowhere is the user's, too
                 raise _already_there(path)
 
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Gives a finished file its name. Raises ConfigError if another file has it."""
-    try:
-        os.link(temporary, path)  # unlike a renaming, never replaces a file
-    except FileExistsError as error:
-        raise _already_there(path) from error
-    except OSError:  # a file system without hard links, on which hours of work must not be lost
-        if path.exists():
-            raise _already_there(path) from None
-        temporary.rename(path)
+    def _publish(self, place: int) -> None:
+        try:
+            publish(self._temporary[place], self.paths[place])
+        except FileExistsError as error:
+            raise _already_there(self.paths[place]) from error
 
 
 def _already_there(path: Path) -> ConfigError:

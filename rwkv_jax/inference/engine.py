@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.job import Job, Reader, Tables
+from rwkv_jax.inference.options import EngineOptions
 from rwkv_jax.inference.prefix_store import PrefixStore
 from rwkv_jax.inference.programs import Programs
-from rwkv_jax.inference.prompts import MOST_COPIES, is_one, requests_of
-from rwkv_jax.inference.requests import Chunk, Completion, Prompt, Request, join, require_whole
+from rwkv_jax.inference.prompts import MOST_COPIES, Arguments, is_one, requests_of
+from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join, require_whole
 from rwkv_jax.inference.sampling import bias_of, initial_occurrences, occurrence_weights
 from rwkv_jax.inference.scheduler import Scheduler, Shapes
 from rwkv_jax.inference.session import Session
@@ -33,54 +34,9 @@ from rwkv_jax.inference.text import TextStream
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import implementation_for_reading, unstacked, with_implementation
 
-_MIB = 2**20
 _SHORT_ROWS = 8  # prompts whose short pieces are read in one call
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """The sizes of an engine. What is compiled depends on the first four alone, never on what is asked for."""
-
-    num_slots: int = 8
-    """Texts that are held on the device at once; others wait."""
-    batch_sizes: tuple[int, ...] | None = None
-    """How many texts are written at once: the least of these that holds them. None is 1 and all slots."""
-    prefill_length: int = 512
-    """Tokens of a long prompt that are read at once."""
-    short_prefill_length: int = 64
-    """Tokens of short prompts, and of the ends of long ones, that are read at once."""
-    burst_length: int = 8
-    """Most tokens that the device writes on its own before the host sees them."""
-    most_waiting: int = 1024
-    """Texts that may wait for a slot; one more is refused."""
-    prefix_bytes: int = 256 * _MIB
-    """For the states of prompts, so that one that begins like another is read from there on; 0 keeps none."""
-    fewest_prefix_tokens: int = 16
-    """Shorter prompts are not kept."""
-    session_bytes: int = 1024 * _MIB
-    """For the states of named conversations; the least recently used go first."""
-    session_idle_seconds: float = 3600.0
-    """After which a named conversation is forgotten."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length", "most_waiting"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} = {value}: must be at least 1")
-        if self.short_prefill_length > self.prefill_length:
-            raise ConfigError(
-                f"short_prefill_length = {self.short_prefill_length}: must not exceed prefill_length = "
-                f"{self.prefill_length}"
-            )
-        sizes = self.sizes
-        if sizes[0] < 1 or sizes[-1] != self.num_slots:
-            raise ConfigError(
-                f"batch_sizes = {self.batch_sizes}: must lie from 1 to num_slots = {self.num_slots}, and have that too"
-            )
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Batch sizes, ascending."""
-        return tuple(sorted(set(self.batch_sizes or (1, self.num_slots))))
+_MOST_UNCOLLECTED = 1024  # chunks of a stream, behind which it waits for its reader
+_LEAST_CONVERSATION_BYTES = 1024  # that one counts with before it has a state, or names alone would fill the memory
 
 
 class Engine:
@@ -110,6 +66,10 @@ class Engine:
         Raises:
           ConfigError: the tokenizer is not the model's.
         """
+        if not isinstance(model, LanguageModel) or not hasattr(tokenizer, "vocab_size"):
+            raise ConfigError(
+                f"Engine({type(model).__name__}, {type(tokenizer).__name__}): must be a model, and then its tokenizer"
+            )
         config = model.config
         if not fits_model(tokenizer, config.vocab_size):
             raise ConfigError(
@@ -132,7 +92,12 @@ class Engine:
         self._identity: Identity | None = None
         self._identity_lock = threading.Lock()  # its own: hashing weights takes seconds, in which others are written
         self.prefixes = PrefixStore(options.prefix_bytes) if options.prefix_bytes else None
-        self.sessions: SessionStore[Session] = SessionStore(options.session_bytes, options.session_idle_seconds)
+        self.sessions: SessionStore[Session] = SessionStore(
+            options.session_bytes,
+            options.session_idle_seconds,
+            least_bytes=_LEAST_CONVERSATION_BYTES,
+            may_go=lambda session: not session.is_in_use,
+        )
         programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh)
         self._scheduler = Scheduler(
             programs,
@@ -151,13 +116,27 @@ class Engine:
     # Texts.
 
     @overload
-    def generate(self, prompts: Prompt, **arguments: Any) -> Completion: ...
+    def generate(
+        self,
+        prompts: Prompt,
+        *,
+        best_of: int = 1,
+        conversation: str | None = None,
+        **arguments: Unpack[Arguments],
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompts: Sequence[Prompt], **arguments: Any) -> list[Completion]: ...
+    def generate(
+        self, prompts: Sequence[Prompt], *, best_of: int = 1, **arguments: Unpack[Arguments]
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, best_of: int = 1, conversation: str | None = None, **arguments: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        best_of: int = 1,
+        conversation: str | None = None,
+        **arguments: Unpack[Arguments],
     ) -> Completion | list[Completion]:
         """Continues one prompt, or many of any lengths at once.
 
@@ -173,7 +152,10 @@ class Engine:
           One completion for one prompt, a list for several, in their order.
 
         Raises:
-          ConfigError: a value that cannot work; nothing has been run then.
+          ConfigError: a value that cannot work, a state of another model among them (StateError); nothing has been run
+            then.
+          QueueFullError: there is no room before others collect what they have asked for.
+          NotFiniteError: the model's logits are not finite.
         """
         one = is_one(prompts)
         if conversation is not None:
@@ -187,14 +169,14 @@ class Engine:
         completions = self._run(self._requests(prompts, best_of, arguments))
         best = [
             dataclasses.replace(
-                max(completions[i : i + best_of], key=lambda completion: completion.mean_log_probability),
+                max(completions[i : i + best_of], key=lambda completion: completion.score),
                 index=i // best_of,
             )
             for i in range(0, len(completions), best_of)
         ]
         return best[0] if one else best
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **arguments: Any) -> Stream:
+    def stream(self, prompts: Prompt | Sequence[Prompt], **arguments: Unpack[Arguments]) -> Stream:
         """Continues one prompt or many, chunk by chunk: an iterator, and an async iterator.
 
         Args:
@@ -210,18 +192,25 @@ class Engine:
           keep: whether `Stream.snapshot` will be asked for.
           client: who asks; clients with waiting texts take turns.
 
+        A text of which a thousand chunks have not been collected is written on when they are.
+
         Raises:
           ConfigError: a value that cannot work.
           QueueFullError: too many texts wait already.
         """
         requests = self._requests(prompts, 1, arguments)
-        return self._submitted([self._job(request, index) for index, request in enumerate(requests)])
+        return self._submitted([self._job(request, index, _MOST_UNCOLLECTED) for index, request in enumerate(requests)])
 
     submit = stream
     """The same: what is submitted is run whenever anybody waits for anything, and is collected when it is iterated."""
 
     def read(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
-        """The state after a prompt that goes on from a state; None begins a text."""
+        """The state after a prompt that goes on from a state; None begins a text.
+
+        Raises:
+          ConfigError: a value that cannot work.
+          QueueFullError: there is no room before others collect what they have asked for.
+        """
         (request,) = self._requests(prompt, 1, {"max_tokens": 0, "start": snapshot, "keep": True})
         while True:
             with self._lock:
@@ -242,9 +231,18 @@ class Engine:
         return Session.load(self, path)
 
     def conversation(self, name: str) -> Session:
-        """The conversation of a name, kept in `sessions`; one that has not begun, if there is none."""
+        """The conversation of a name, kept in `sessions`; one that has not begun, if there is none.
+
+        Raises:
+          ConfigError: the name is no string, or a single state is more than `session_bytes`.
+        """
         if not isinstance(name, str):
             raise ConfigError(f"conversation = {name!r}: must be a string")
+        if (one := self._scheduler.state_bytes) > self.options.session_bytes:
+            raise ConfigError(
+                f"session_bytes = {self.options.session_bytes}: a state of this model has {one}; build the engine with "
+                "more, or use a session() of your own"
+            )
         with self._lock:
             session = self.sessions.get(name)
             if session is None:
@@ -255,8 +253,17 @@ class Engine:
     def _keep(self, name: str, session: Session) -> None:
         """Counts a conversation's bytes anew; one that went to make room comes back, unless another has its name."""
         with self._lock:
-            if self.sessions.get(name) in (None, session):
+            if self.sessions.get(name) not in (None, session):
+                return
+            try:
                 self.sessions.put(name, session)
+            except ConfigError:  # with all that it has marked it is larger than the store; its user still has it
+                self.sessions.pop(name)
+
+    @property
+    def owner(self) -> str:
+        """Checksum of the model's parameters: what its snapshots are marked with."""
+        return self._scheduler.owner
 
     @property
     def identity(self) -> Identity:
@@ -285,10 +292,11 @@ class Engine:
     def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
         """Requests that can be run; see `requests_of`."""
         requests = requests_of(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
-        for request in requests:
+        for i, request in enumerate(requests):
             if request.start is not None:
                 self._check_state(request.start)
-            request.check(self.config.vocab_size, self._capacity)
+            name = "prompt" if len(requests) == copies else f"prompt {i // copies}"
+            request.check(self.config.vocab_size, self._capacity, name=name)
             bias_of(request.sampling, self._named)  # refuses bans that leave nothing
             if request.unguided_ids and self.options.num_slots < 2:
                 raise ConfigError(
@@ -296,12 +304,11 @@ class Engine:
                 )
         return requests
 
-    def _job(self, request: Request, index: int) -> Job:
+    def _job(self, request: Request, index: int, most_uncollected: int | None = None) -> Job:
         texts = [request.ids, request.unguided_ids] if request.unguided_ids else [request.ids]
         readers = [Reader(tuple(map(int, ids))) for ids in texts]
-        return Job(
-            request, index, readers, functools.partial(self._tables, request), TextStream(self.tokenizer, request.stop)
-        )
+        tables, text = functools.partial(self._tables, request), TextStream(self.tokenizer, request.stop)
+        return Job(request, index, readers, tables, text, most_uncollected)
 
     def _tables(self, request: Request) -> Tables:
         """Made when a text gets its slot, not while it waits: each has an entry for every token."""
@@ -311,16 +318,20 @@ class Engine:
         return Tables(occurrences, bias_of(request.sampling, self._named), stops)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs texts to their ends; those that find no room in the queue wait here."""
+        """Runs texts to their ends. No more of them are in the queue than may soon begin: it is for others, too."""
         pending = collections.deque(enumerate(requests))
         chunks: list[list[Chunk]] = [[] for _ in requests]
         streams: collections.deque[Stream] = collections.deque()
+        waiting: collections.deque[Job] = collections.deque()
         try:
             while pending or streams:
                 with self._lock:
-                    while pending and self._scheduler.room:
+                    while waiting and waiting[0].has_begun:
+                        waiting.popleft()
+                    while pending and self._scheduler.room and len(waiting) < self.options.num_slots:
                         index, request = pending.popleft()
-                        streams.append(self._submitted([self._job(request, index)]))
+                        waiting.append(self._job(request, index))
+                        streams.append(self._submitted([waiting[-1]]))
                 if not streams:
                     self._wait()
                 elif (chunk := next(streams[0], None)) is None:
@@ -332,19 +343,19 @@ class Engine:
                 stream.cancel()
         return [join(own, index, len(requests[index].ids)) for index, own in enumerate(chunks)]
 
-    def _submitted(self, jobs: Sequence[Job], *, in_front: bool = False) -> Stream:
-        with self._lock:
-            self._scheduler.submit(jobs, in_front=in_front)
-        return Stream(jobs, self._scheduler, self._lock, self._read_again)
+    def _submitted(self, jobs: Sequence[Job]) -> Stream:
+        with self._lock, uninterrupted():
+            self._scheduler.submit(jobs)
+            return Stream(jobs, self._scheduler, self._lock)
 
     def _wait(self) -> None:
-        """Runs what others have submitted, one turn."""
+        """Runs what others have submitted, one turn. Raises QueueFullError where all of it waits for its readers."""
         with self._lock, uninterrupted():
-            self._scheduler.tick()
-
-    def _read_again(self, snapshot: Snapshot, ids: tuple[int, ...]) -> Snapshot:
-        job = self._job(Request(ids=ids, max_tokens=0, start=snapshot, keep=True), 0)
-        return _end_of(self._submitted([job], in_front=True))
+            if not self._scheduler.tick() and not self._scheduler.room:
+                raise QueueFullError(
+                    f"queue: most_waiting = {self.options.most_waiting}, and as many texts are half collected; "
+                    "collect or cancel some first, or build the engine with more"
+                )
 
     def _check_state(self, snapshot: Snapshot) -> None:
         like = self._scheduler.empty_row

@@ -70,6 +70,10 @@ class Job:
     tables: Callable[[], Tables]
     """Makes what its slots are told of each token."""
     text: TextStream
+    most_uncollected: int | None = None
+    """Chunks at which it waits for its reader; None for texts that are collected as a whole."""
+    waits_for: Job | None = None
+    """One whose prompt, which this one's goes on from, is being read."""
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
     """Written, and not yet collected."""
     num_written: int = 0
@@ -100,9 +104,16 @@ class Job:
         return [reader.slot for reader in self.readers if reader.slot is not None]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has left the queue for the first time."""
+        return self.is_done or bool(self.slots) or self.num_written > 0
+
+    @property
     def is_paused(self) -> bool:
-        """Whether it waits for its reader, so that the state stays within one burst of what has been read."""
-        return self.request.keep and bool(self.chunks)
+        """Whether it waits for its reader: so that a state stays within one burst of what has been read, and the chunks
+        of a reader who stays away do not pile up."""
+        most = 1 if self.request.keep else self.most_uncollected
+        return most is not None and len(self.chunks) >= most
 
     @property
     def num_tokens(self) -> int:

@@ -32,7 +32,7 @@ class PrefixStatistics(NamedTuple):
     evictions: int = 0
     """Entries that went to make room."""
     refusals: int = 0
-    """Entries for which there was no room beside the pinned ones."""
+    """Entries larger than the whole store."""
 
 
 class _Node:
@@ -41,7 +41,7 @@ class _Node:
     Every node but the root has a snapshot or two children.
     """
 
-    __slots__ = ("children", "edge", "is_pinned", "num_bytes", "parent", "snapshot")
+    __slots__ = ("children", "edge", "num_bytes", "parent", "snapshot")
 
     def __init__(self, edge: Tokens, parent: _Node | None) -> None:
         # A copy: a view would keep all the tokens that it was taken from.
@@ -50,7 +50,6 @@ class _Node:
         self.children: dict[int, _Node] = {}
         self.snapshot: Snapshot | None = None
         self.num_bytes = 0
-        self.is_pinned = False
 
 
 class PrefixStore:
@@ -69,7 +68,6 @@ class PrefixStore:
         self._root = _Node(np.empty(0, np.int32), None)
         self._entries: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
-        self._num_pinned_bytes = 0
         self._statistics = PrefixStatistics()
 
     def longest(self, tokens: Sequence[int] | NDArray[Any]) -> tuple[int, Snapshot] | None:
@@ -114,19 +112,17 @@ class PrefixStore:
                 node = child
             return position
 
-    def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot, *, pinned: bool = False) -> bool:
+    def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot) -> bool:
         """Keep the snapshot after some tokens, in the place of one that is there already.
 
         Args:
           tokens: all that the snapshot has read since its text began.
-          pinned: it stays until `unpin`, whatever else comes. What is pinned already stays so.
 
         Returns:
-          Whether it is kept; not, where it has no room beside what is pinned.
+          Whether it is kept; not, where it is larger than the whole store, which then stays as it is.
 
         Raises:
-          ConfigError: no tokens, or not as many as the snapshot has read; or a pinned entry for which there is no room.
-            The store then stays as it is.
+          ConfigError: no tokens, or not as many as the snapshot has read.
         """
         path = _as_tokens(tokens)
         if len(path) == 0 or len(path) != snapshot.num_tokens:
@@ -136,37 +132,16 @@ class PrefixStore:
             )
         num_bytes = snapshot.nbytes + path.nbytes
         with self._lock:
-            present = self._find(path)
-            pinned_beside = self._num_pinned_bytes
-            if present is not None and present.is_pinned:
-                pinned, pinned_beside = True, pinned_beside - present.num_bytes
-            if pinned_beside + num_bytes > self._max_bytes:
-                if pinned:
-                    raise ConfigError(
-                        f"an entry of {num_bytes} bytes cannot be pinned where the store holds {self._max_bytes}, of "
-                        f"which {pinned_beside} are pinned; raise max_bytes, or unpin others"
-                    )
+            if num_bytes > self._max_bytes:
                 self._count(refusals=1)
                 return False
-            node = present or self._insert(path)
-            self._release_bytes(node)
-            node.snapshot, node.num_bytes, node.is_pinned = snapshot, num_bytes, pinned
-            self._num_bytes += num_bytes
-            self._num_pinned_bytes += num_bytes if pinned else 0
+            node = self._node_at(path)
+            self._num_bytes += num_bytes - node.num_bytes
+            node.snapshot, node.num_bytes = snapshot, num_bytes
             self._entries[node] = None
             self._entries.move_to_end(node)
-            self._make_room(node)
+            self._make_room()
             return True
-
-    def unpin(self, tokens: Sequence[int] | NDArray[Any]) -> None:
-        """Let an entry go again when it is the least recently used. Raises ConfigError where there is no such entry."""
-        path = _as_tokens(tokens)
-        with self._lock:
-            node = self._find(path)
-            if node is None:
-                raise ConfigError(f"tokens: no entry ends after these {len(path)} tokens; give those that were put")
-            self._num_pinned_bytes -= node.num_bytes if node.is_pinned else 0
-            node.is_pinned = False
 
     def __len__(self) -> int:
         with self._lock:
@@ -184,17 +159,7 @@ class PrefixStore:
         with self._lock:
             return self._statistics
 
-    def _find(self, path: Tokens) -> _Node | None:
-        """The node of an entry that ends exactly there."""
-        node, position = self._root, 0
-        while position < len(path):
-            node = _next_node(node, path, position)
-            if node is None:
-                return None
-            position += len(node.edge)
-        return node if node.snapshot is not None else None
-
-    def _insert(self, path: Tokens) -> _Node:
+    def _node_at(self, path: Tokens) -> _Node:
         """The node that ends exactly there, made if need be; an edge from which the path parts is cut in two."""
         node, position = self._root, 0
         while position < len(path):
@@ -209,22 +174,13 @@ class PrefixStore:
             node, position = child, position + len(child.edge)
         return node
 
-    def _make_room(self, newest: _Node) -> None:
-        candidates = iter(tuple(self._entries)) if self._num_bytes > self._max_bytes else iter(())
-        for node in candidates:
-            if self._num_bytes <= self._max_bytes:
-                return
-            if not node.is_pinned and node is not newest:
-                self._release_bytes(node)
-                del self._entries[node]
-                node.snapshot = None
-                _prune(node)
-                self._count(evictions=1)
-
-    def _release_bytes(self, node: _Node) -> None:
-        self._num_bytes -= node.num_bytes
-        self._num_pinned_bytes -= node.num_bytes if node.is_pinned else 0
-        node.num_bytes = 0
+    def _make_room(self) -> None:
+        while self._num_bytes > self._max_bytes:
+            node, _ = self._entries.popitem(last=False)
+            self._num_bytes -= node.num_bytes
+            node.snapshot, node.num_bytes = None, 0
+            _prune(node)
+            self._count(evictions=1)
 
     def _count(self, **more: int) -> None:
         self._statistics = PrefixStatistics(

@@ -85,7 +85,7 @@ class Burst(NamedTuple):
     log_probabilities: Array
     """float32 [k, b]."""
     top_tokens: Array
-    """int32 [k, b, n]."""
+    """int32 [k, b, n], n = num_top or, if that is less, V."""
     top_log_probabilities: Array
     """float32 [k, b, n]."""
 
@@ -109,12 +109,13 @@ class Programs:
         self._rows_axis = 1 if model.is_stacked else 0
         self._weights = weights
         self._logits_dtype = model.config.parameter_dtype
-        slots, mark, _ = jax.eval_shape(self._make, self.params)
+        slots, mark = jax.eval_shape(self._make, self.params)
         whole, slots_on, mark_on = None, None, None
         if mesh is not None:
             whole = NamedSharding(mesh, PartitionSpec())
             slots_on, mark_on = (self._split_rows(tree, mesh) for tree in (slots, mark))
-        self.make = jax.jit(self._make, out_shardings=None if mesh is None else (slots_on, mark_on, whole))
+        self.make = jax.jit(self._make, out_shardings=None if mesh is None else (slots_on, mark_on))
+        self._checksum = jax.jit(_checksum, out_shardings=whole)
         self.put = jax.jit(self._put, donate_argnums=0, out_shardings=slots_on)
         self.take = jax.jit(self._take, out_shardings=whole)
         self.read = jax.jit(self._read, donate_argnums=1, out_shardings=slots_on)
@@ -149,16 +150,26 @@ class Programs:
     def _at(self, rows: Any) -> Any:
         return (slice(None), rows) if self._rows_axis == 1 else rows
 
+    def checksum(self) -> bytes:
+        """8 bytes that tell models of one shape apart, and prove nothing: of all parameters' bits, in order.
+
+        A program for each shape of parameters: one for all of them takes XLA a minute to compile for 24 layers.
+        """
+        total = np.zeros(2, np.uint32)
+        for of_leaf in jax.device_get([self._checksum(leaf) for leaf in jax.tree.leaves(self.params)]):
+            total = total * np.uint32(0x01000193) + of_leaf
+        return total.tobytes()
+
     # The programs.
 
-    def _make(self, params: Any) -> tuple[Slots, Mark, Array]:
-        """Slots of texts that have not begun, and a checksum of the parameters (uint32 [2])."""
+    def _make(self, params: Any) -> tuple[Slots, Mark]:
+        """Slots of texts that have not begun."""
         size, vocab = self.num_slots, self.vocab_size
         state = self._model(params).initial_state(size)
         logits = jnp.zeros((size, vocab), self._logits_dtype)
         zeros = jnp.zeros((size, vocab), jnp.float32)
         slots = Slots(state, logits, zeros, zeros, jnp.zeros((size, vocab), bool))
-        return slots, Mark(jax.tree.map(jnp.copy, state), logits), _checksum(params)
+        return slots, Mark(jax.tree.map(jnp.copy, state), logits)
 
     def _put(self, slots: Slots, slot: Array, row: Row, bias: Array, stops: Array) -> Slots:
         """Begins or takes up a text in a slot."""
@@ -215,9 +226,10 @@ class Programs:
 
         Args:
           rows: int32 [b], slots; None is all of them in order; S stands for no slot.
-          num_top: likeliest tokens to report with each; each number is a program of its own.
+          num_top: likeliest tokens to report with each, all V if there are fewer; each number is a program of its own.
         """
         model = self._model(params)
+        num_top = min(num_top, self.vocab_size)
         if rows is None:
             own = slots
             mark = Mark(
@@ -300,21 +312,14 @@ def _put_back(rows: Array, axis: int, x: Array, new: Array) -> Array:
     return x.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
 
 
-def _checksum(params: Any) -> Array:
-    """uint32 [2] of all parameters' bits, in order: tells models of one shape apart, and proves nothing."""
-
-    def of_leaf(x: Array) -> Array:
-        bits = (
-            x if jnp.issubdtype(x.dtype, jnp.integer) else jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
-        )
-        words = bits.astype(jnp.uint32).reshape(-1)
-        place = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-        return jnp.stack([jnp.sum(words * place), jnp.sum(words * (place * place + 2))]).astype(jnp.uint32)
-
-    total = jnp.zeros(2, jnp.uint32)
-    for leaf in jax.tree.leaves(params):
-        total = total * jnp.uint32(0x01000193) + of_leaf(leaf)
-    return total
+def _checksum(parameter: Array) -> Array:
+    """uint32 [2] of a parameter's bits."""
+    is_whole = jnp.issubdtype(parameter.dtype, jnp.integer)
+    unsigned = _UNSIGNED[parameter.dtype.itemsize]
+    bits = parameter if is_whole else jax.lax.bitcast_convert_type(parameter, unsigned)
+    words = bits.astype(jnp.uint32).reshape(-1)
+    place = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return jnp.stack([jnp.sum(words * place), jnp.sum(words * (place * place + 2))]).astype(jnp.uint32)
 
 
 def _steer(draw: Draw, logits: Array) -> Array:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
+import jax
 import numpy as np
 
 from rwkv_jax.config import ConfigError
@@ -17,10 +17,34 @@ from rwkv_jax.inference.snapshot import Snapshot
 MOST_COPIES = 1024
 """Continuations of one prompt."""
 
-_ARGUMENTS = {
-    "unguided",
-    *(field.name for field in dataclasses.fields(Request) if field.name not in ("ids", "unguided_ids")),
+_ELSEWHERE = {
+    "conversation": "engine.generate has it, and engine.conversation(name).stream",
+    "best_of": "engine.generate has it, of texts that are not streamed and belong to no session",
 }
+
+
+class SessionArguments(TypedDict, total=False):
+    """What can be said of a continuation; `Engine.stream` says what each means."""
+
+    max_tokens: int
+    sampling: Sampling | Sequence[Sampling]
+    seed: int | Sequence[int]
+    stop: str | Sequence[str]
+    stop_ids: Iterable[int] | None
+    num_top: int
+    guidance: float
+    unguided: str | Sequence[int] | None
+    client: str
+
+
+class Arguments(SessionArguments, total=False):
+    """The same, and where it begins and whether its state is kept: which a session says itself."""
+
+    start: Snapshot | None
+    keep: bool
+
+
+_ARGUMENTS = frozenset(Arguments.__annotations__)  # those of its base, too
 
 
 def is_one(prompts: Any) -> bool:
@@ -31,6 +55,8 @@ def is_one(prompts: Any) -> bool:
     """
     if isinstance(prompts, str):
         return True
+    if isinstance(prompts, jax.Array):
+        return prompts.ndim == 1 and prompts.size > 0
     if isinstance(prompts, bytes | bytearray | memoryview) or not isinstance(prompts, Sequence | np.ndarray):
         raise ConfigError(
             f"prompts = {prompts!r}: must be a text, a sequence of token ids, or a list of several such prompts"
@@ -51,7 +77,8 @@ def requests_of(
       ConfigError: what does not go together, or has no such name; values are checked by `Request.check`.
     """
     if unknown := sorted(arguments.keys() - _ARGUMENTS):
-        raise ConfigError(f"{', '.join(unknown)}: no such argument; Engine.stream lists them")
+        remedy = _ELSEWHERE.get(unknown[0], "Engine.stream lists them")
+        raise ConfigError(f"{', '.join(unknown)}: no such argument; {remedy}")
     given = dict(arguments)
     start: Snapshot | None = given.pop("start", None)
     if start is not None and not isinstance(start, Snapshot):
@@ -63,7 +90,7 @@ def requests_of(
         raise ConfigError("prompts: there are none; give at least one")
     if (start is not None or given.get("keep")) and len(each) * copies > 1:
         raise ConfigError(f"start and keep are for one text; there are {len(each) * copies}")
-    samplings = _one_each("sampling", given.pop("sampling", None) or Sampling(), Sampling, len(each))
+    samplings = _one_each("sampling", given.pop("sampling", Sampling()), Sampling, len(each))
     seeds = _seeds(given.pop("seed", 0), len(each), copies)
     stop, stop_ids, unguided = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("unguided", None)
     strings = (stop,) if isinstance(stop, str) else _made(tuple, "stop", stop)
@@ -108,7 +135,7 @@ def _ids(name: str, prompt: Any, encode: Callable[..., list[int]], *, begins: bo
         return tuple(encode(prompt, begins=begins))
     if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
         raise ConfigError(f"{name} = {prompt!r}: must be a text, or a sequence of token ids")
-    return _made(tuple, name, prompt)
+    return _made(tuple, name, np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt)
 
 
 def _made(kind: type[Any], name: str, values: Any) -> Any:

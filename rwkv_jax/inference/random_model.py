@@ -1,4 +1,4 @@
-"""Models of random weights and a tokenizer for them: what speed and memory are measured on where weights are absent."""
+"""Models of random weights and a tokenizer for them, to measure where weights are absent, and to hold against peers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def random_model(config: ModelConfig, quantize: Quantisation | None = None, seed
 
 
 class RandomTensors(Mapping[str, NDArray]):
-    """float32 tensors of a model under official names, drawn when they are asked for.
+    """float32 tensors of a model under official names, drawn when they are asked for, always alike.
 
-    Norms multiply by about 1 and matrices keep the length of vectors, so that no number overflows or vanishes.
+    They are spread as training spreads them, so that each shows in the logits, which are neither constant nor chaotic.
+    With the official initial values every block's output is zero: a peer that had half of the model wrong would pass.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
@@ -43,17 +44,33 @@ class RandomTensors(Mapping[str, NDArray]):
 
     def __getitem__(self, name: str) -> NDArray:
         shape = self._shapes[name]
-        drawn = np.random.default_rng(self._seeds[name]).standard_normal(shape, np.float32)
-        if "ln" in name:
-            return (1 if name.endswith("weight") else 0) + np.float32(0.2) * drawn
-        is_matrix = name.endswith("weight") and len(shape) == 2
-        return drawn * np.float32(0.5 * shape[-1] ** -0.5 if is_matrix else 0.1)
+        normal = np.random.default_rng(self._seeds[name]).standard_normal(shape, np.float32)
+        mean, deviation = _mean_and_deviation(name, shape)
+        return np.float32(mean) + np.float32(deviation) * normal
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Of a tensor's numbers, by its official name."""
+    *module, parameter = name.split(".")
+    if module[-1].startswith("ln"):
+        return (1.0 if parameter == "weight" else 0.0), 0.2
+    if name == "emb.weight":
+        return 0.0, 1.0
+    if parameter == "weight":  # [out, in]
+        # Blocks add less to the residual stream than it has, or rounding would grow from layer to layer.
+        writes = module[-1] == "output" or module[-2:] == ["ffn", "value"]
+        return 0.0, (0.3 if writes else 1.0) * shape[-1] ** -0.5
+    if parameter.endswith(("1", "2")):  # of low rank, [in, out]
+        return 0.0, shape[-2] ** -0.5
+    if parameter.startswith(("x_", "time_mix_", "time_maa_")):
+        return 0.5, 0.3
+    return (-1.0, 1.0) if parameter in ("w0", "time_decay") else (0.0, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)

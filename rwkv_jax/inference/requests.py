@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -62,11 +63,12 @@ class Request:
     client: str = ""
     """Who asks: waiting clients take turns."""
 
-    def check(self, vocab_size: int, capacity: int | None) -> None:
+    def check(self, vocab_size: int, capacity: int | None, *, name: str = "prompt") -> None:
         """Refuses what cannot be run.
 
         Args:
           capacity: tokens that a state holds; None where there is no limit.
+          name: of the prompt, among others.
 
         Raises:
           ConfigError: names the value, and what would do.
@@ -77,16 +79,16 @@ class Request:
             raise ConfigError(f"client = {self.client!r}: must be a string")
         require_whole("max_tokens", self.max_tokens, 0)
         require_whole("seed", self.seed, 0, MOST_SEED)
-        require_whole("num_top", self.num_top, 0, MOST_TOP_LOG_PROBABILITIES)
+        require_whole("num_top", self.num_top, 0, min(MOST_TOP_LOG_PROBABILITIES, vocab_size))
         start = 0 if self.start is None else self.start.num_tokens
         if not self.ids and not start:
-            raise ConfigError("prompt: is empty; give at least one token (the end-of-text id begins a text)")
+            raise ConfigError(f"{name}: is empty; give at least one token (the end-of-text id begins a text)")
         if not self.ids and self.max_tokens == 0:
-            raise ConfigError("prompt: is empty, and no tokens are asked for; give tokens to read")
-        for name, ids in (("prompt", self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
-            _check_ids(name, ids, vocab_size)
+            raise ConfigError(f"{name}: is empty, and no tokens are asked for; give tokens to read")
+        for whose, ids in ((name, self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
+            _check_ids(whose, ids, vocab_size)
         check_stop_strings(self.stop)
-        if not isinstance(self.guidance, numbers.Real) or not abs(float(self.guidance)) <= _MOST_GUIDANCE:
+        if not isinstance(self.guidance, numbers.Real) or not abs(self.guidance) <= _MOST_GUIDANCE:
             raise ConfigError(
                 f"guidance = {self.guidance!r}: must be a number of at most {_MOST_GUIDANCE:g}; 1 is no guidance"
             )
@@ -169,8 +171,13 @@ class Completion:
 
     @property
     def mean_log_probability(self) -> float:
-        """Of a token of the text; 0 for a text without tokens. `best_of` takes the greatest."""
+        """Of a token of the text; 0 for a text without tokens."""
         return sum(self.log_probabilities) / max(1, len(self.log_probabilities))
+
+    @property
+    def score(self) -> float:
+        """What `best_of` takes the greatest of: the mean log-probability, but -inf for a text that says nothing."""
+        return self.mean_log_probability if self.text else -math.inf
 
 
 def join(chunks: Sequence[Chunk], index: int, num_prompt_tokens: int) -> Completion:

@@ -23,11 +23,12 @@ and "rwkv", the order of the official `rwkv` package, with
     7. probabilities to the power of 1 / temperature.
 
 In both, tokens as likely (or as typical) as the last one kept are kept too, and the likeliest is kept by top-k, top-p
-and min-p whatever they are.
+and min-p whatever they are. Typical may drop it, and keeps at least one token.
 
-The orders also differ in what counts as an occurrence. In "rwkv" tokens of nothing but digits or white space weigh 0:
-they bear the presence penalty alone. In "openai" each weighs 1. In both, what a token has gathered is multiplied by
-`penalty_decay` at each token, and a token that has occurred once stays one that has.
+The orders also differ in what counts as an occurrence. In "rwkv" space, tab, single digits and ascending runs of them,
+such as 12, weigh 0: they bear the presence penalty alone, as in the package. In "openai" each weighs 1. In both, what a
+token has gathered is multiplied by `penalty_decay` at each token, and a token that has occurred once stays one that
+has.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def bias_of(sampling: Sampling, is_named: np.ndarray) -> np.ndarray:
 
 
 def occurrence_weights(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """float32 [V], weight of an occurrence of each token in the order "rwkv": 0 for digits and white space, else 1."""
+    """float32 [V], weight of an occurrence of each token in the order "rwkv": 0 for parts of `_WEIGHTLESS`, else 1."""
 
     def weight(token: int) -> float:
         text = tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_named(token) else ""
@@ -339,7 +340,10 @@ def _penalised(logits: Array, occurrences: Array, settings: Settings) -> Array:
 
 
 def _kept(logits: Array, settings: Settings) -> Array:
-    """Probabilities, up to a factor, of what temperature, top-k, top-p, min-p and typical leave; float32 [B, V]."""
+    """Probabilities, up to a factor, of what temperature, top-k, top-p, min-p and typical leave; float32 [B, V].
+
+    A row with a finite logit is left a token, and the likeliest one has the weight 1.
+    """
     top_k, top_p, typical_p = settings.top_k, settings.top_p, settings.typical_p
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)[:, None]
     is_rwkv = settings.rwkv_order[:, None]
@@ -367,18 +371,21 @@ def _kept(logits: Array, settings: Settings) -> Array:
     in_top_p = weights >= jax.lax.cond(jnp.any(top_p < 1), top_p_floor, lambda: everything)[:, None]
     kept = jnp.where(in_top_k & in_top_p & (weights >= settings.min_p[:, None]), weights, 0)
 
-    def only_typical() -> Array:
+    def only_typical() -> tuple[Array, Array]:
         total = jnp.sum(kept, axis=-1, keepdims=True)
         # The surprise without log(total), which its mean has too. -inf * 0 is nan.
         surprise = jnp.where(kept > 0, -scaled, 0)
         mean = jnp.sum(kept * surprise, axis=-1, keepdims=True) / total
         typicality = jnp.where(kept > 0, -jnp.abs(surprise - mean), -jnp.inf)
-        target = jnp.where(typical_p < 1, typical_p * total[:, 0], 0)
+        # A target that underflows would be reached without any token.
+        target = jnp.maximum(jnp.where(typical_p < 1, typical_p * total[:, 0], 0), jnp.finfo(kept.dtype).tiny)
         floor = largest_floor(lambda floor: _mass(kept, typicality >= floor), target, -jnp.inf, 0.0, lambda floor: 0.0)
-        return jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
+        left = jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
+        # The likeliest may be gone: the largest that is left becomes 0 in its place, so that it has a weight again.
+        return left, relative - jnp.max(jnp.where(left > 0, relative, -jnp.inf), axis=-1, keepdims=True)
 
-    kept = jax.lax.cond(jnp.any(typical_p < 1), only_typical, lambda: kept)
-    return jnp.where(is_rwkv & (kept > 0), jnp.exp(relative / temperature), kept)
+    kept, relative = jax.lax.cond(jnp.any(typical_p < 1), only_typical, lambda: (kept, relative))
+    return jnp.where(kept > 0, jnp.exp(relative / temperature), 0)
 
 
 def _mass(weights: Array, where: Array) -> Array:

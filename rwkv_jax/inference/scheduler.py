@@ -8,8 +8,10 @@ scheduler; the engine's lock sees to that.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,18 +73,20 @@ class Scheduler:
         self._reading: collections.deque[Job] = collections.deque()
         self._writing: list[Job] = []
         self._away: list[Job] = []  # gave their slots up while their readers paused
+        self._is_in_turn = False
         self.params = programs.params
+        self._owner = programs.checksum().hex()
         self._allocate()
         self.empty_row = self._row(self._slots, 0)
         """The row of a text that has not begun."""
-        size = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
-        if prefixes is not None and size > prefixes.max_bytes:
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
+        """Of one snapshot."""
+        if prefixes is not None and self.state_bytes > prefixes.max_bytes:
             self._prefixes = None  # not one of its states would fit
 
     def _allocate(self) -> None:
         self._free = list(range(self._programs.num_slots))[::-1]
-        self._slots, self._mark, checksum = self._programs.make(self.params)
-        self._owner = bytes(np.asarray(checksum)).hex()
+        self._slots, self._mark = self._programs.make(self.params)
 
     # What the engine calls.
 
@@ -92,21 +96,26 @@ class Scheduler:
         return self._owner
 
     @property
+    def is_in_turn(self) -> bool:
+        """Whether the slots are being changed: asked, under the lock, by a finalizer that runs in the midst of it."""
+        return self._is_in_turn
+
+    @property
     def num_waiting(self) -> int:
-        """Jobs without a slot."""
-        return sum(len(jobs) for jobs in self._waiting.values()) + len(self._away)
+        """Jobs that wait for a slot."""
+        return sum(len(jobs) for jobs in self._waiting.values())
 
     @property
     def room(self) -> int:
-        """Jobs that may still be submitted."""
-        return max(0, self._most_waiting - self.num_waiting)
+        """Jobs that may still be submitted; none while as many as may wait gave their slots up for slow readers."""
+        return 0 if len(self._away) >= self._most_waiting else max(0, self._most_waiting - self.num_waiting)
 
     @property
     def num_running(self) -> int:
         """Jobs with a slot."""
         return len(self._reading) + len(self._writing)
 
-    def submit(self, jobs: Sequence[Job], *, in_front: bool = False) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Lets jobs wait for slots, all of them or none.
 
         Raises:
@@ -116,32 +125,40 @@ class Scheduler:
             for job in [job for job in queue if job.is_abandoned]:
                 queue.remove(job)
                 job.is_done = True
-        if not in_front and len(jobs) > self.room:
+        if len(jobs) > self.room:
+            half_collected = f" ({len(self._away)} others are half collected)" if self._away else ""
             raise QueueFullError(
-                f"queue: {self.num_waiting} texts wait, and {len(jobs)} more would pass most_waiting = "
+                f"queue: {self.num_waiting} texts wait{half_collected}, and {len(jobs)} more would pass most_waiting = "
                 f"{self._most_waiting}; collect some first, or build the engine with more"
             )
         for job in jobs:
-            client = job.request.client
-            queue = self._waiting.setdefault(client, collections.deque())
-            if in_front:
-                queue.appendleft(job)
-                self._waiting = {client: queue} | self._waiting
-            else:
-                queue.append(job)
+            self._wait_for_slot(job)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job at what its reader has collected of it; others go on."""
-        if job.is_done:
-            return
-        if job in self._away:
-            self._away.remove(job)
-        elif job.slots:
-            self._keep(job)
-            self._release(job)
-        else:
-            self._waiting[job.request.client].remove(job)
-        job.is_done = True
+        """Ends a job at what its reader has collected of it; others go on. In a turn it is marked, and ends later."""
+        if self._is_in_turn:
+            job.is_abandoned = True
+        elif not job.is_done:
+            with self._turn():
+                self._cancel(job)
+
+    def read_on(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
+        """The state after some tokens more, at once: in a slot that is free, or lent by a text for the moment."""
+        with self._turn():
+            slot = self._free[-1] if self._free else 0
+            lender = next((job for job in [*self._reading, *self._writing] if slot in job.slots), None)
+            lent = self._row(self._slots, slot)
+            nothing = np.zeros(self._programs.vocab_size, np.float32)
+            self._put(slot, Row(snapshot.state, snapshot.logits, nothing), nothing, nothing > 0)
+            reader = Reader(tuple(ids), slot=slot)
+            while reader.remaining:
+                piece = (reader, min(reader.remaining, self._shapes.short))
+                self._read_rows([piece], self._shapes.short, alone=True)
+            state = self._snapshot(self._row(self._slots, slot), snapshot.num_tokens + len(ids))
+            if lender is not None:
+                tables = lender.tables()
+                self._put(slot, lent, tables.bias, tables.stops)
+            return state
 
     def tick(self) -> bool:
         """One turn: texts join, a prompt is read on, texts are written on.
@@ -152,23 +169,54 @@ class Scheduler:
         An error that one job has caused is that job's. Where the device fails, or the turn is interrupted, all jobs
         with a slot end with that error, and those that wait go on in new slots.
         """
+        with self._turn():
+            try:
+                for job in [*self._reading, *self._writing, *self._away]:
+                    if job.is_abandoned:
+                        self._cancel(job)
+                for job in [job for job in self._away if not job.is_paused]:
+                    self._away.remove(job)
+                    self._wait_for_slot(job)
+                joined = self._join()
+                read = self._read()
+                return self._write() or read or joined
+            except BaseException as error:
+                self._fail(error)
+                if not isinstance(error, Exception):
+                    raise
+                return True
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """In which nobody else changes slots: a thread's own finalizers may run at any moment, lock or no lock."""
+        if self._is_in_turn:
+            raise RuntimeError("the engine is in the midst of a turn: a finalizer (`__del__`) cannot run it")
+        self._is_in_turn = True
         try:
-            for job in [*self._reading, *self._writing, *self._away]:
-                if job.is_abandoned:
-                    self.cancel(job)
-            for job in [job for job in self._away if not job.is_paused]:
-                self._away.remove(job)
-                self.submit([job], in_front=True)
-            joined = self._join()
-            read = self._read()
-            return self._write() or read or joined
-        except BaseException as error:
-            self._fail(error)
-            if not isinstance(error, Exception):
-                raise
-            return True
+            yield
+        finally:
+            self._is_in_turn = False
 
     # Joining and leaving.
+
+    def _wait_for_slot(self, job: Job) -> None:
+        self._waiting.setdefault(job.request.client, collections.deque()).append(job)
+
+    def _wait_in_front(self, job: Job) -> None:
+        client = job.request.client
+        queue = self._waiting.pop(client, collections.deque())
+        queue.appendleft(job)
+        self._waiting = {client: queue} | self._waiting
+
+    def _cancel(self, job: Job) -> None:
+        if job in self._away:
+            self._away.remove(job)
+        elif job.slots:
+            self._keep(job)
+            self._release(job)
+        else:
+            self._waiting[job.request.client].remove(job)
+        job.is_done = True
 
     def _join(self) -> bool:
         joined, lacks_slots = False, False
@@ -176,7 +224,7 @@ class Scheduler:
             if job.is_abandoned:
                 job.is_done = True
             elif len(job.readers) > len(self._free):
-                self.submit([job], in_front=True)
+                self._wait_in_front(job)
                 lacks_slots = True
             else:
                 self._admit(job)
@@ -208,32 +256,52 @@ class Scheduler:
         """Whether someone is reading a prompt that will be of use to this job."""
         if self._prefixes is None or job.request.start is not None or job.num_written:
             return False
-        ids = job.request.ids
-        return any(
-            other.request.start is None
-            and self._fewest_prefix_tokens <= len(other.request.ids) <= len(ids)
-            and ids[: len(other.request.ids)] == other.request.ids
-            for other in self._reading
-        )
+        if job.waits_for not in self._reading:  # prompts are compared once, not at every turn
+            ids = job.request.ids
+            job.waits_for = next(
+                (
+                    other
+                    for other in self._reading
+                    if other.request.start is None
+                    and self._fewest_prefix_tokens <= len(other.request.ids) <= len(ids)
+                    and ids[: len(other.request.ids)] == other.request.ids
+                ),
+                None,
+            )
+        return job.waits_for is not None
 
     def _admit(self, job: Job) -> None:
         self._reading.append(job)  # before the device is asked, so that what fails there is this text's failure too
-        tables = job.tables()
-        for reader in job.readers:
-            row = reader.row or self._first_row(job, reader, tables)
-            reader.slot = self._free.pop()
-            self._slots = self._programs.put(self._slots, np.int32(reader.slot), row, tables.bias, tables.stops)
-            reader.row = None
+        try:
+            tables = job.tables()
+            for reader in job.readers:
+                row = reader.row or self._first_row(job, reader, tables)
+                reader.slot = self._free.pop()
+                self._put(reader.slot, row, tables.bias, tables.stops)
+                reader.row = None
+        except Exception as error:
+            if any(x.is_deleted() for x in jax.tree.leaves(self._slots)):
+                raise
+            self._finish(job, error)  # what it brought along is at fault, a state that was deleted, say
+            return
         if not job.is_reading:
             self._start_writing(job)
+
+    def _put(self, slot: int, row: Row, bias: Any, stops: Any) -> None:
+        self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
     def _first_row(self, job: Job, reader: Reader, tables: Tables) -> Row:
         """Where a text begins: at its request's state, or at the longest beginning of its prompt that is known."""
         start = job.request.start
         if start is not None:
-            return Row(start.state, start.logits, tables.occurrences)
+            state, logits = start.state, start.logits
+            if getattr(logits, "sharding", None) != self.empty_row.logits.sharding:
+                # An engine of the same weights on other devices made it: by way of the host.
+                state, logits = jax.device_get((state, logits))
+            return Row(state, logits, tables.occurrences)
         if self._prefixes is not None:
-            if (found := self._prefixes.longest(reader.ids)) is not None:
+            found = self._prefixes.longest(reader.ids)
+            if found is not None and found[1].owner == self._owner:
                 reader.num_read, prefix = found
                 return Row(prefix.state, prefix.logits, tables.occurrences)
             parting = self._prefixes.parting(reader.ids)
@@ -264,9 +332,10 @@ class Scheduler:
             reader.slot = None
 
     def _send_away(self, job: Job) -> None:
-        self._keep(job)
         for reader in job.readers:
+            assert reader.slot is not None
             reader.row = self._row(self._slots, reader.slot)
+        self._keep(job)
         self._release(job)
         self._away.append(job)
 
@@ -284,23 +353,24 @@ class Scheduler:
 
     # States on their way out.
 
-    def _row(self, source: Slots | Mark, slot: int | None) -> Row:
-        assert slot is not None
+    def _row(self, source: Slots | Mark, slot: int) -> Row:
         return self._programs.take(source.state, source.logits, self._slots.occurrences, np.int32(slot))
 
-    def _snapshot(self, source: Slots | Mark, slot: int | None, num_tokens: int) -> Snapshot:
-        row = self._row(source, slot)
+    def _snapshot(self, row: Row, num_tokens: int) -> Snapshot:
         return Snapshot(row.state, row.logits, num_tokens, self._owner)
 
     def _keep(self, job: Job) -> None:
         """Takes out what a job's reader may ask for: the state now, and before the last burst."""
         if not job.request.keep or job.is_reading:
             return
-        slot = job.readers[0].slot
+        reader = job.readers[0]
+        assert reader.slot is not None
+        job.snapshot, job.tail = None, None
         if job.burst_was_whole:
-            job.snapshot = self._snapshot(self._slots, slot, job.num_tokens)
-        if job.burst:
-            before = self._snapshot(self._mark, slot, job.num_tokens - len(job.burst))
+            job.snapshot = self._snapshot(reader.row or self._row(self._slots, reader.slot), job.num_tokens)
+        # All that was written may have been collected; a text that came back then has no burst in its new slot yet.
+        if job.burst and (job.chunks or not job.burst_was_whole):
+            before = self._snapshot(self._row(self._mark, reader.slot), job.num_tokens - len(job.burst))
             job.tail = Tail(before, tuple(job.burst))
 
     # Reading.
@@ -343,7 +413,8 @@ class Scheduler:
             reader.num_read += size
         for reader in kept:
             assert self._prefixes is not None
-            snapshot = self._snapshot(self._slots, reader.slot, reader.num_read)
+            assert reader.slot is not None
+            snapshot = self._snapshot(self._row(self._slots, reader.slot), reader.num_read)
             self._prefixes.put(reader.ids[: reader.num_read], snapshot)
 
     def _is_worth_keeping(self, reader: Reader, size: int) -> bool:

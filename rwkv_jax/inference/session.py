@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from typing import Protocol, Self, Unpack
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.prompts import SessionArguments, is_one
 from rwkv_jax.inference.requests import Chunk, Completion, Prompt, join
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.state_file import Identity, load_snapshot, save_snapshot
@@ -55,6 +57,11 @@ class EngineLike(Protocol):
     @property
     def identity(self) -> Identity:
         """What its states belong to."""
+        ...
+
+    @property
+    def owner(self) -> str:
+        """What it marks its own snapshots with, to tell them from another model's."""
         ...
 
     def read(self, snapshot: Snapshot | None, prompt: Prompt, /) -> Snapshot:
@@ -108,6 +115,11 @@ class Session:
         return 0 if snapshot is None else snapshot.num_tokens
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether a call, or a stream that has not ended, is using it."""
+        return self._in_use is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the state and of those that are marked, without what a running stream holds."""
         states = {id(state): state for state in (self._snapshot, *self._marks.copy().values()) if state is not None}
@@ -122,17 +134,24 @@ class Session:
             self._snapshot = self._engine.read(self._snapshot, prompt)
         self._on_change(self)
 
-    def generate(self, prompt: Prompt = "", **arguments: Any) -> Completion:
-        """Goes on, after a prompt if one is given; arguments and errors as `stream` has them."""
+    def generate(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> Completion:
+        """Goes on, after a prompt if one is given; arguments and errors as `stream` has them.
+
+        Interrupted, the session stays where it was: nobody has seen what was written.
+        """
         with self.stream(prompt, **arguments) as stream:
-            chunks = list(stream)
+            try:
+                chunks = list(stream)
+            except BaseException:
+                self._give_up(stream._stream)
+                raise
         if not chunks or chunks[-1].finish_reason is None:
             raise SessionCancelledError(
                 f"generate: was cancelled after {len(chunks)} tokens; the session stands at {self.num_tokens} tokens"
             )
         return join(chunks, 0, stream.num_prompt_tokens)
 
-    def stream(self, prompt: Prompt = "", **arguments: Any) -> SessionStream:
+    def stream(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> SessionStream:
         """Goes on chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
 
         Args:
@@ -143,6 +162,11 @@ class Session:
           ConfigError: there is nothing to go on from, or a value that the engine refuses.
           SessionBusyError: the session is in use.
         """
+        if not is_one(prompt) and len(prompt):
+            raise ConfigError("prompt: a session goes on with one text at a time; there are several")
+        for name in ("start", "keep"):
+            if name in arguments:
+                raise ConfigError(f"{name}: a session goes on from its own state, which it keeps; leave {name} out")
         self._claim("stream")
         try:
             stream = self._engine.stream(prompt, start=self._snapshot, keep=True, **arguments)
@@ -177,6 +201,7 @@ class Session:
                 names = ", ".join(map(repr, self._marks)) or "none"
                 raise ConfigError(f"mark {name!r}: there is none of that name; the marks of this session are: {names}")
             self._snapshot = self._marks[name]
+        self._on_change(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state, and no marks, to a file that only the same model and tokenizer read.
@@ -191,7 +216,7 @@ class Session:
     @classmethod
     def load(cls, engine: EngineLike, path: str | os.PathLike[str]) -> Self:
         """A session in a saved state. Raises as `rwkv_jax.inference.state_file.load_snapshot`."""
-        return cls(engine, load_snapshot(path, engine.identity))
+        return cls(engine, dataclasses.replace(load_snapshot(path, engine.identity), owner=engine.owner))
 
     # Of the streams, which are its hands.
 
@@ -201,11 +226,16 @@ class Session:
 
     def _settle(self, stream: StreamLike) -> None:
         """Moves on behind a stream that has ended."""
+        if self._stream is not stream:
+            return
+        try:
+            snapshot = stream.snapshot  # before anything changes: an interrupted session can still be cancelled
+        except Exception:
+            self._give_up(stream)
+            raise
         if self._take(stream):
-            try:
-                self._snapshot = stream.snapshot
-            finally:
-                self._release()
+            self._snapshot = snapshot
+            self._release()
             self._on_change(self)
 
     def _give_up(self, stream: StreamLike) -> None:

@@ -2,6 +2,7 @@
 
     blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    what layer 3 carries, as `rwkv_jax.models.state` has it
     blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three in the place of wkv
+    blocks.3.keys, .values, .position                       a Transformer's cache
     logits                                                  of the token that comes next
 
 The metadata hold the format and its version, generation, digests of the parameters and of the tokenizer, the number of
@@ -59,6 +60,8 @@ class Identity:
     """Shape and dtype (`jax.ShapeDtypeStruct`) of each array of a `Snapshot.state`."""
     logits: jax.ShapeDtypeStruct
     """Shape and dtype of `Snapshot.logits`."""
+    capacity: int | None = None
+    """Most tokens that a state holds; None where there is no limit."""
 
 
 def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
@@ -76,6 +79,7 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
         tokenizer=tokenizer.fingerprint,
         state=(row,) * config.num_layers,
         logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.dtype(config.parameter_dtype)),
+        capacity=config.sizes().context_length or None,
     )
 
 
@@ -126,12 +130,14 @@ def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Id
     """Write a state to a file that appears whole or not at all, and never in the place of another.
 
     Raises:
-      StateError: the state has not the form of the model's, or holds numbers that are not finite.
+      StateError: the state has not the form of the model's, holds numbers that are not finite, or a cache of another
+        number of tokens.
       WeightsError: the file exists already, or cannot be written there.
     """
     path = Path(path).expanduser()
     tensors = {name: np.asarray(x) for name, x in _by_name(snapshot.state, snapshot.logits).items()}
     _check_tensors(path, tensors, identity)
+    _check_positions(path, tensors, identity, snapshot.num_tokens)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -150,7 +156,7 @@ def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
     Raises:
       StateError: there is no such file, it is no state or one of another version, it belongs to another model,
         generation or tokenizer (each difference is named, and what to do), tensors are missing, not expected, of
-        another shape or dtype, or hold numbers that are not finite.
+        another shape or dtype, or hold numbers that are not finite; a cache is of another number of tokens.
       UnsafeFileError: the file is cut short, or holds anything but whole, plain tensors.
     """
     path = Path(path).expanduser()
@@ -159,6 +165,7 @@ def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
     found = read_safetensors(path)
     num_tokens = _check_metadata(path, _metadata(path), identity)
     _check_tensors(path, found, identity)
+    _check_positions(path, found, identity, num_tokens)
     # Copies, for the file may change; and made by NumPy, for JAX may take over an array of the host as it is.
     leaves = [jax.device_put(np.array(found[name])) for name in _by_name(identity.state, identity.logits)]
     *state, logits = leaves
@@ -230,6 +237,21 @@ def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity)
             raise StateError(
                 f"{path}: the tensor {name!r} holds numbers that are not finite, after which a model says nothing; "
                 "go back to an earlier state"
+            )
+
+
+def _check_positions(path: Path, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:
+    """Refuses a cache of another number of tokens, in which a text would go on as if it were shorter or longer."""
+    if identity.capacity is not None and num_tokens > identity.capacity:
+        raise StateError(
+            f"{path}: num_tokens = {num_tokens}: a state of this model holds {identity.capacity}; go back to an "
+            "earlier state"
+        )
+    for name in _by_name(identity.state, identity.logits):
+        if name.endswith(".position") and int(tensors[name]) != num_tokens:
+            raise StateError(
+                f"{path}: the tensor {name!r} is {int(tensors[name])} after num_tokens = {num_tokens}, and must be the "
+                "same; go back to an earlier state"
             )
 
 

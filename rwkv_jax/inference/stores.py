@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -48,7 +49,8 @@ class SessionStore(Generic[Kept]):
     """Conversation ids to sessions or snapshots: the least recently used goes first, and idle ones expire.
 
     Any number of threads may use it. An entry counts with the bytes it had when it was put, whether or not it shares
-    arrays with others; put a session again after it has read more.
+    arrays with others; put a session again after it has read more. What may not go, since it is in use, stays even
+    where there are more bytes than there should be.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class SessionStore(Generic[Kept]):
         max_bytes: int,
         max_idle_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        least_bytes: int = 0,
+        may_go: Callable[[Kept], bool] = lambda kept: True,
     ) -> None:
         """Empty.
 
@@ -63,6 +68,8 @@ class SessionStore(Generic[Kept]):
           max_bytes: that all entries have together at most.
           max_idle_seconds: after which an entry that was neither put nor got is gone; None keeps it.
           clock: seconds that never go back.
+          least_bytes: what an entry counts with even if it has fewer.
+          may_go: whether an entry may be removed just now.
 
         Raises:
           ConfigError: a bound that is not positive.
@@ -74,6 +81,7 @@ class SessionStore(Generic[Kept]):
         self._max_bytes = max_bytes
         self._max_idle_seconds = math.inf if max_idle_seconds is None else max_idle_seconds
         self._clock = clock
+        self._least_bytes, self._may_go = least_bytes, may_go
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry[Kept]] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
@@ -84,7 +92,7 @@ class SessionStore(Generic[Kept]):
 
         Raises ConfigError for one that is larger than the whole store, which then stays as it is.
         """
-        num_bytes = kept.nbytes
+        num_bytes = max(kept.nbytes, self._least_bytes)
         if num_bytes > self._max_bytes:
             raise ConfigError(
                 f"conversation {conversation!r}: has {num_bytes} bytes where the store holds {self._max_bytes}; "
@@ -93,8 +101,10 @@ class SessionStore(Generic[Kept]):
         with self._lock:
             self._expire()
             self._remove(conversation)
-            while self._num_bytes + num_bytes > self._max_bytes:
-                self._remove(next(iter(self._entries)))
+            for other in [other for other, entry in self._entries.items() if self._may_go(entry.kept)]:
+                if self._num_bytes + num_bytes <= self._max_bytes:
+                    break
+                self._remove(other)
                 self._count(evictions=1)
             self._entries[conversation] = _Entry(kept, num_bytes, self._clock())
             self._num_bytes += num_bytes
@@ -143,10 +153,8 @@ class SessionStore(Generic[Kept]):
 
     def _expire(self) -> None:
         oldest_allowed = self._clock() - self._max_idle_seconds
-        while self._entries:
-            conversation, entry = next(iter(self._entries.items()))
-            if entry.used_at > oldest_allowed:
-                return
+        stale = itertools.takewhile(lambda item: item[1].used_at <= oldest_allowed, self._entries.items())
+        for conversation in [conversation for conversation, entry in stale if self._may_go(entry.kept)]:
             self._remove(conversation)
             self._count(expirations=1)
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from threading import Lock, RLock
 from types import FrameType, TracebackType
 from typing import Self
@@ -23,24 +23,17 @@ class Stream:
     Whoever waits for a chunk runs the engine until there is one, for everybody: no thread of ours is in the background.
     Any number of threads and tasks may read streams of one engine, each stream being read by one of them. Leaving a
     `with` block, `cancel()` and forgetting a stream all end what it has not written yet.
+
+    A `with` block may also be left by the garbage collector (a generator that nobody refers to), which may come in the
+    midst of a turn of the engine. The state is then the one from which the stream went on.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        scheduler: Scheduler,
-        lock: RLock,
-        read_again: Callable[[Snapshot, tuple[int, ...]], Snapshot],
-    ) -> None:
-        """For jobs that have been submitted.
-
-        Args:
-          read_again: a state and tokens -> the state after them.
-        """
+    def __init__(self, jobs: Sequence[Job], scheduler: Scheduler, lock: RLock) -> None:
+        """For jobs that have been submitted."""
         self._jobs = tuple(jobs)
         self._open = list(jobs)
         self._open_lock = Lock()  # held for a moment, so that a task that collects never waits for the device
-        self._scheduler, self._lock, self._read_again = scheduler, lock, read_again
+        self._scheduler, self._lock = scheduler, lock
         self._snapshot: Snapshot | None = None
 
     def __iter__(self) -> Self:
@@ -66,7 +59,7 @@ class Stream:
 
     def cancel(self) -> None:
         """Ends the texts where their reader stands; chunks that were not collected are dropped."""
-        with self._lock:
+        with self._lock, uninterrupted():
             for job in tuple(self._open):
                 self._scheduler.cancel(job)
             with self._open_lock:
@@ -103,21 +96,23 @@ class Stream:
 
         A text that was cancelled while its prompt was being read is where it was before: None, if it had not begun.
         """
-        (job,) = self._jobs
+        job = self._jobs[0]
         if not job.request.keep or self._open:
-            raise RuntimeError("snapshot: of a stream that has ended, and for which keep=True was given")
-        with self._lock:  # the turn in which the text ended may not be over
+            raise RuntimeError("snapshot: is that of a single text, given keep=True, whose stream has ended")
+        with self._lock, uninterrupted():  # the turn in which the text ended may not be over
             if self._snapshot is None:
                 self._snapshot = self._after_collected(job)
             return self._snapshot
 
     def _after_collected(self, job: Job) -> Snapshot | None:
+        if job.error is not None or self._scheduler.is_in_turn:
+            return job.request.start
         num_collected = max(0, len(job.burst) - len(job.chunks))
-        if job.error is None and job.snapshot is not None and num_collected == len(job.burst):
+        if job.snapshot is not None and num_collected == len(job.burst):
             return job.snapshot
-        if job.error is None and job.tail is not None:
+        if job.tail is not None:
             collected = job.tail.ids[:num_collected]
-            return self._read_again(job.tail.before, collected) if collected else job.tail.before
+            return self._scheduler.read_on(job.tail.before, collected) if collected else job.tail.before
         return job.request.start
 
     def _run(self) -> None:
@@ -147,6 +142,8 @@ class Stream:
                     return chunk
                 if is_done:
                     self._open.remove(job)
+                    if isinstance(job.error, StopIteration):  # which would pass for the text's end
+                        raise RuntimeError("the text could not be written") from job.error
                     if job.error is not None:
                         raise job.error
             if not self._open:

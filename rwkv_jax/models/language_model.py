@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from rwkv_jax.config import ModelConfig, Remat
+from rwkv_jax.config import ConfigError, ModelConfig, Remat
 from rwkv_jax.models.layers import (
     KEPT,
     OPERATOR_INPUT,
@@ -155,9 +155,12 @@ class LanguageModel(nnx.Module):
 
         Args:
           keep: what of each part is kept as soon as it is drawn: a device's share, where the whole would not fit.
+
+        Raises:
+          ConfigError: the config is of a generation that this class does not serve.
         """
         if config.generation not in self.generations:
-            raise ValueError(
+            raise ConfigError(
                 f"model.generation = {config.generation!r}: {type(self).__name__} is {', '.join(self.generations)}; "
                 "rwkv_jax.models.model_type(config) is the class of a generation"
             )

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from rwkv_jax.config import ConfigError
 from rwkv_jax.parallel.devices import PREALLOCATED
 from rwkv_jax.parallel.plan import USABLE_SHARE, Plan, Program
 
@@ -27,25 +22,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
     values = dataclasses.asdict(plan) | {"version": VERSION, "peak": plan.peak, "fits": plan.fits}
     values["arguments"]["total"] = plan.arguments.total
     return values | {"tokens_per_second": plan.tokens_per_second, "mfu": plan.mfu}
-
-
-def write_json(plan: Plan, path: Path) -> None:
-    """Writes the plan to a file, whole or not at all.
-
-    Raises:
-      ConfigError: there is such a file.
-    """
-    # A folder of its own, so that two who write at once do not meet; beside the file, since no link leaves a disk.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
-        try:
-            os.link(whole, path)  # unlike a renaming, never replaces a file
-        except FileExistsError as error:
-            raise ConfigError(
-                f"json = {str(path)!r}: another wrote this file while the step was compiled; it is left as it is. "
-                "Name another file, and plan again"
-            ) from error
 
 
 def describe(plan: Plan) -> str:

@@ -23,7 +23,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.models.language_model import OfEachPart, Part, as_it_is
 from rwkv_jax.models.shards import WHOLE, ShardAxes
-from rwkv_jax.parallel.rules import RULES, Rules, check_model, is_spec, parameter_specs, state_specs
+from rwkv_jax.parallel.rules import RULES, check_model, is_spec, parameter_specs, state_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _names_in(spec: PartitionSpec) -> set[str]:
 ONE_DEVICE = Split(None, None, None, PartitionSpec(), PartitionSpec(), (), WHOLE, as_it_is, as_it_is, None)
 
 
-def split_model(config: ModelConfig, params: Any, mesh: Mesh | None, rules: Rules = RULES) -> Split:
+def split_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> Split:
     """How a model is split over a mesh.
 
     Args:
@@ -101,9 +101,9 @@ def split_model(config: ModelConfig, params: Any, mesh: Mesh | None, rules: Rule
     if mesh is None:
         return ONE_DEVICE
     kind = model_type(config)
-    check_model(kind, params, None if config.generation == "4" else config.num_heads, mesh, rules)
-    full_specs, rules = parameter_specs(kind, params, rules), rules.on(mesh)
-    specs = parameter_specs(kind, params, rules)
+    check_model(kind, params, None if config.generation == "4" else config.num_heads, mesh)
+    rules = RULES.on(mesh)
+    full_specs, specs = parameter_specs(kind, params), parameter_specs(kind, params, rules)
     # XLA would compute a share of a vector otherwise than the same numbers of the whole, by one rounding; a matrix is
     # drawn in a loop, whose result is cut.
     kept = jax.tree.map(

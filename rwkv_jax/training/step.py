@@ -82,10 +82,6 @@ class Trainer:
         """Where arrays with the axis [B] of a batch lie."""
         return _sharding(self.split.mesh, self.split.rows)
 
-    def batch_shardings(self, batch: Batch) -> Batch:
-        """Where each array of such a batch lies."""
-        return jax.tree.map(lambda x: self.tokens_sharding if x.ndim == 2 else self.rows_sharding, batch)
-
 
 def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
     """Builds a config's pure functions; nothing is allocated or compiled.

@@ -270,20 +270,47 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class OfficialTensors(DerivedTensors):
-    """A model's parameters under their official names, layer by layer, fetched from the device when they are used.
+class FetchedTensors(DerivedTensors):
+    """A model's parameters as a file has them, layer by layer, fetched from the device when they are used.
 
-    Raises WeightsError when it is built, for parameters that are not those of the config's model, and for a model that
-    has no official names.
+    Raises WeightsError when it is built, for a model that has no official names.
     """
 
-    def __init__(self, config: ModelConfig, params: Any) -> None:
+    def __init__(self, config: ModelConfig) -> None:
+        """Without tensors; whoever derives from it fills `_sources`."""
         if config.generation == "transformer":
             raise WeightsError(
                 "model.generation = 'transformer': only RWKV's weights have official names; a Transformer stays in its "
                 "run folder, which from_pretrained and the commands read"
             )
         self._sources: dict[str, tuple[jax.Array, int | None]] = {}
+        """An array, and which of the layers stacked in it, by name; None is all of an array."""
+
+    def __getitem__(self, name: str) -> NDArray:
+        array, layer = self._sources[name]
+        return np.asarray(array if layer is None else array[layer])
+
+    def spec(self, name: str) -> TensorSpec:
+        """See `DerivedTensors`."""
+        array, layer = self._sources[name]
+        return TensorSpec(array.shape if layer is None else array.shape[1:], np.dtype(array.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class OfficialTensors(FetchedTensors):
+    """A model's parameters under their official names.
+
+    Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
+    `FetchedTensors`.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any) -> None:
+        super().__init__(config)
         for path, leaf in jax.tree.leaves_with_path(params):
             names = official_names(path, config.num_layers)
             if not leaf.is_fully_addressable:
@@ -293,18 +320,3 @@ class OfficialTensors(DerivedTensors):
         # A user may have changed the model.
         _check_shapes({name: self.spec(name).shape for name in self._sources}, config)
         self._sources = {name: self._sources[name] for name in official_shapes(config)}
-
-    def __getitem__(self, name: str) -> NDArray:
-        leaf, layer = self._sources[name]
-        return np.asarray(leaf if layer is None else leaf[layer])
-
-    def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
-        leaf, layer = self._sources[name]
-        return TensorSpec(leaf.shape if layer is None else leaf.shape[1:], np.dtype(leaf.dtype))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)

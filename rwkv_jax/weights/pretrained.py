@@ -309,8 +309,9 @@ def _write(
     if suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
     path = path.expanduser()
+    exists = f"{path}: exists already and is not overwritten; move it away or name another"
     if os.path.lexists(path):  # said before anything is fetched from a device
-        raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another")
+        raise WeightsError(exists)
     if suffix in _FILES:
         if layout != "official":
             raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
@@ -334,7 +335,12 @@ def _write(
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)  # a folder takes the place of nothing but an empty folder
+        except OSError as error:
+            if os.path.lexists(path):
+                raise WeightsError(exists) from error
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 from rwkv_jax.parallel.mesh import default_device
-from rwkv_jax.weights.official import abstract_model, check_tensors, official_names, official_shapes
+from rwkv_jax.weights.official import FetchedTensors, abstract_model, check_tensors, official_names, official_shapes
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
 
 Quantisation = Literal["int8", "int4", "bfloat16"]
@@ -320,19 +320,15 @@ def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantisation | None) 
         raise WeightsError(f"{name}: {error}") from error
 
 
-class PackedTensors(DerivedTensors):
-    """A model's parameters as a file of packed weights has them, fetched from the device when they are used.
+class PackedTensors(FetchedTensors):
+    """A model's parameters as a file of packed weights has them.
 
-    Raises WeightsError when it is built, for parameters that are not those of the config's model, and for a model that
-    has no official names.
+    Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
+    `FetchedTensors`.
     """
 
     def __init__(self, config: ModelConfig, params: Any) -> None:
-        if config.generation == "transformer":
-            raise WeightsError(
-                "model.generation = 'transformer': only RWKV's weights have official names; a packed Transformer is "
-                "not written, and what it was packed from stays in its run folder"
-            )
+        super().__init__(config)
         sources: dict[str, dict[str, tuple[Any, int | None]]] = {}
         for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
             stacked = str(path[0].key) == "blocks"
@@ -350,21 +346,6 @@ class PackedTensors(DerivedTensors):
         self._sources = {file_name: source for name in shapes for file_name, source in sources[name].items()}
         # A user may have changed the model.
         check_tensors(DequantisedTensors(self), config)
-
-    def __getitem__(self, name: str) -> NDArray:
-        leaf, layer = self._sources[name]
-        return np.asarray(leaf if layer is None else leaf[layer])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
-        leaf, layer = self._sources[name]
-        return TensorSpec(leaf.shape if layer is None else leaf.shape[1:], np.dtype(leaf.dtype))
 
 
 def has_packed(params: Any) -> bool:

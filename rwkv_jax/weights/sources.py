@@ -24,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 
 # No part begins with a dot: ./NAME and ../NAME are paths.
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
+_RUNS = "runs"  # where train.py puts runs by default
+_OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # ends of names that no repository has
 _IN_ORDER = ("model.safetensors.index.json", "model.safetensors", "*.safetensors", "*.pth", "pytorch_model.bin")
 
 
@@ -43,7 +45,7 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
 
     A folder stands for its model.safetensors.index.json, model.safetensors, or its only .safetensors or .pth file. What
     is no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging Face hub, or found in what
-    was fetched before.
+    was fetched before, unless OWNER is a folder here or `runs`, or NAME ends like that of a file.
 
     Raises:
       WeightsError: nothing is there, or more than one thing; the message says what was looked for.
@@ -60,6 +62,16 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     match = _HUB_ID.fullmatch(os.fspath(source))
     if match is None:
         raise WeightsError(f"{path}: no such file or folder, and no name on the Hugging Face hub (OWNER/NAME)")
+    owner, _, name = match["name"].partition("/")
+    if owner == _RUNS:
+        raise WeightsError(
+            f"{path}: no such run folder; train the run first (train.py --run-dir {path}), or name one that is there"
+        )
+    if name.endswith(_OF_FILES) or Path(owner).is_dir():
+        raise WeightsError(
+            f"{path}: no such file or run folder; name one that is there, or OWNER/NAME on the Hugging Face hub from "
+            "where no folder is called OWNER"
+        )
     return _fetch(match["name"], match["file"], path)
 
 
@@ -83,10 +95,12 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
             f'{looked_for}, for which huggingface_hub is missing: pip install "rwkv-jax[hub]", or name a local folder'
         ) from error
     try:
-        chosen = file or _choose(huggingface_hub.list_repo_files(name), name)
-        shards = [chosen.removesuffix(INDEX_SUFFIX) + "-*.safetensors"] if chosen.endswith(INDEX_SUFFIX) else []
-        wanted = [chosen, *TOKENIZER_FILES, *shards]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted)) / chosen
+        list_files, download = huggingface_hub.list_repo_files, huggingface_hub.snapshot_download
+        with _without_warnings_of_retries():
+            chosen = file or _choose(list_files(name), name)
+            shards = [chosen.removesuffix(INDEX_SUFFIX) + "-*.safetensors"] if chosen.endswith(INDEX_SUFFIX) else []
+            wanted = [chosen, *TOKENIZER_FILES, *shards]
+            return Path(download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise
     except Exception as error:  # of the hub, of the network or of the disk, by whatever library speaks to them
@@ -104,6 +118,18 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
             ) from error
         _LOG.warning("%s: the hub cannot be reached (%s); taking what was fetched before, in %s", name, reason, folder)
         return folder / (file or _choose([entry.name for entry in folder.iterdir()], str(folder)))
+
+
+@contextlib.contextmanager
+def _without_warnings_of_retries() -> Iterator[None]:
+    """Has huggingface_hub, once it is loaded, say nothing of each attempt: what came of the last one we tell."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

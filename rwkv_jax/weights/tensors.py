@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.files import publish
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -102,12 +103,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
       WeightsError: the file exists already, or its folder cannot be written.
       OSError: as it comes, of a disk that is full and of whatever the tensors are read from.
     """
-
-    def refuse_existing() -> None:
-        if os.path.lexists(path):  # a link that leads nowhere is the user's, too
-            raise WeightsError(f"{path}: exists already and is not overwritten; move it away or name another file")
-
-    refuse_existing()
+    exists = f"{path}: exists already and is not overwritten; move it away or name another file"
+    if os.path.lexists(path):  # a link that leads nowhere is the user's, too
+        raise WeightsError(exists)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +117,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        refuse_existing()
-        temporary.rename(path)
+        try:
+            publish(temporary, path)
+        except FileExistsError as error:
+            raise WeightsError(exists) from error
     finally:
         temporary.unlink(missing_ok=True)

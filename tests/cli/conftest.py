@@ -12,7 +12,6 @@ from unittest import mock
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from rwkv_jax import cli
 from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
@@ -21,6 +20,8 @@ from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.step import make_trainer
 from tests.cli.commands import Command, Printed
 from tests.golden import QUICK
+from tests.programs import kept_on_disk
+from tests.small_runs import CODE
 
 CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
 
@@ -28,20 +29,10 @@ CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, h
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiles quickly and keeps programs on disk: every command would compile the same ones again, for seconds."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),  # for all modules
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+    programs = tmp_path_factory.getbasetemp() / "programs"  # for all modules
+    quick = mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+    with kept_on_disk(programs), quick:
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +60,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two checkpoints, the best and the newest, of different random parameters."""
     folder = tmp_path_factory.mktemp("generate")
     source = folder / "source.py"
-    source.write_text("".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200)))
+    source.write_text(CODE)
     data = DataConfig(source=str(source), cache_dir=str(folder / "cache"))
     corpus = prepare_corpus(data, 300, lambda line: None)
     run_dir = folder / "run"

@@ -63,25 +63,37 @@ def test_a_packed_file_is_named_as_what_it_holds(rwkv: Command, tmp_path: Path) 
     assert values["model"].endswith("M parameters in int8")
 
 
+def test_help_shows_what_may_be_left_out(
+    rwkv: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as exit_:
+        rwkv("bench", "memory", "--help")
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: rwkv bench memory [-h] [MEMORY OPTIONS] [SOURCE]\n")
+    assert "what options" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["memory"], "bench: name weights or give --random LAYERSxWIDTH, one of the two"),
         (["memory", "weights.pth", "--random", "2x64"], "bench: name weights or give --random"),
-        (["memory", "--random", "2,64"], "random = '2,64': must be LAYERSxWIDTH, such as 12x768"),
+        (["memory", "--random", "2,64"], "--random '2,64': must be LAYERSxWIDTH, such as 12x768"),
         (["memory", "--random", "2x65"], "model.width = 65: must be a multiple of"),
-        (["memory", "--random", "2x64", "--tokenizer", "world"], "tokenizer = 'world': random weights have one"),
+        (["memory", "--random", "2x64", "--tokenizer", "world"], "--tokenizer 'world': random weights have one"),
         (
             ["memory", "--random", "2x64", "--quantize", "int8", "--dtype", "bfloat16"],
-            "dtype = 'bfloat16': random weights that are packed",
+            "--dtype 'bfloat16': random weights that are packed",
         ),
         (["memory", "nowhere"], "nowhere: no such file or folder"),
-        (["latency", "nowhere", "--contexts", "0"], "contexts = 0: must be at least 1"),
-        (["latency", "nowhere", "--contexts"], "contexts = : must be at least 1"),
-        (["latency", "nowhere", "--tokens", "0"], "tokens = 0: must be at least 1"),
-        (["throughput", "nowhere", "--batch-sizes", "1", "0"], "batch_sizes = 1 0: must be at least 1"),
+        (["latency", "nowhere", "--contexts", "0"], "--contexts 0: must be at least 1"),
+        (["latency", "nowhere", "--contexts"], "--contexts : must be at least 1"),
+        (["latency", "nowhere", "--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["throughput", "nowhere", "--batch-sizes", "1", "0"], "--batch-sizes 1 0: must be at least 1"),
         (["latency", "--random", "2x64", "--generation", "transformer"], "bench latency: a Transformer's cache in an"),
-        (["throughput", "nowhere", "--repetitions", "0"], "repetitions = 0: must be at least 1"),
+        (["throughput", "nowhere", "--repetitions", "0"], "--repetitions 0: must be at least 1"),
     ],
     ids=str,
 )

@@ -215,7 +215,7 @@ def test_two_interrupts_in_a_row_at_the_prompt_end_the_chat(
 ) -> None:
     coming = iter(lines)
 
-    def read_line() -> str:
+    def read_line(prompt: str) -> str:
         line = next(coming)
         if line is None:
             raise KeyboardInterrupt
@@ -225,7 +225,73 @@ def test_two_interrupts_in_a_row_at_the_prompt_end_the_chat(
     with pytest.raises(KeyboardInterrupt):
         chat_module.converse(Interrupted(times=0))
     assert next(coming, "none left") == "none left"
-    assert capsys.readouterr().out.count("answered") == lines.count("again")
+    printed = capsys.readouterr().out
+    assert printed.count("answered") == lines.count("again")
+    assert printed.count("\nCtrl-C again, or /quit, ends the chat.\n") == 1 + lines.count("again")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Repeating(ChatLoop):
+    """Says what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(Dialogue(FakeEngine(), WORLD), {})
+
+    def answer(self, line: str) -> Generator[str]:
+        yield f"{line!r}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "piped", "typed"),
+    [
+        (
+            "one\\\ntwo\\\n\nthree\n",
+            "'one\\ntwo\\n'\n'three'\n",
+            "> ... ... 'one\\ntwo\\n'\n> 'three'\n> \n",
+        ),
+        ("one\\\n", "'one'\n", "> ... 'one'\n> \n"),
+        ("a\\b\n", "'a\\\\b'\n", "> 'a\\\\b'\n> \n"),
+        ("", "", "> \n"),
+    ],
+)
+def test_a_backslash_at_its_end_continues_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, piped: str, typed: str
+) -> None:
+    for stdin, printed in ((io.StringIO(lines), piped), (Terminal(lines), typed)):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        chat_module.converse(Repeating())
+        assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(("pieces", "times"), [(["", "", "yes", "", "!"], 1), (["yes", "", "!"], 0), ([], 0)])
+def test_thinking_is_told_once_and_only_where_nothing_is_shown(
+    monkeypatch: pytest.MonkeyPatch, pieces: list[str], times: int
+) -> None:
+    told: list[str] = []
+    chat = new_chat(tell_thinking=lambda: told.append("thinking"))
+    monkeypatch.setattr(chat.dialogue, "say", lambda message, **arguments: (piece for piece in pieces))
+    answers(chat, "a")
+    assert len(told) == times
+
+
+@pytest.mark.parametrize(("thinking", "is_told"), [("think a bit", True), ("closed", False)])
+def test_a_chat_with_thoughts_says_that_the_model_thinks(
+    rwkv: Command, run_dir: Path, thinking: str, is_told: bool
+) -> None:
+    printed = rwkv("chat", run_dir, "--tokens", 3, "--thinking", thinking, "--verbose", stdin="hello\n")
+    assert printed.err.startswith("[thinking ...]\n[3 tokens in ") == is_told
+    assert "thinking ..." not in rwkv("chat", run_dir, "--tokens", 3, "--thinking", thinking, stdin="hello\n").err
+
+
+def test_a_message_that_is_no_text_is_shown_without_what_is_around_it() -> None:
+    chat = new_chat()
+    (said,) = answers(chat, "caf\udce9")
+    assert said == "! message 'caf\\udce9': is not UTF-8; convert it, or set the terminal to UTF-8\n"
+    assert len(answers(chat, "hello")[0]) > 1
 
 
 def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
@@ -241,11 +307,12 @@ def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "tokens = 0: must be at least 1"),
-        (["--seed", "-1"], "seed = -1"),
-        (["--top-p", "2"], "top_p = 2.0"),
-        (["--format", "raven", "--system", "be brief"], "system = 'be brief': this chat format has no system message"),
-        (["--system", " "], "system = ' ': is empty"),
+        (["--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--top-p", "2"], "--top-p 2.0"),
+        (["--format", "raven", "--system", "be brief"], "--system 'be brief': this chat format has no system message"),
+        (["--system", " "], "--system ' ': is empty"),
+        (["--system", "caf\udce9"], r"--system 'caf\udce9': is not UTF-8; convert it"),
         ([], "nowhere: no such file or folder"),
     ],
     ids=str,

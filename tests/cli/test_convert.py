@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,15 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import from_pretrained
+from rwkv_jax.models import LanguageModel
 from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.weights import pretrained
+from rwkv_jax.weights.quantised import Quantisation
 from tests.cli.commands import Command
+
+
+def params_of(model: LanguageModel) -> Any:
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
@@ -24,6 +32,62 @@ def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path
     ours = from_pretrained(tmp_path / "b.pth", dtype="float32")
     expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), newest.params)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours, nnx.Param)), expected)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "bfloat16"])
+def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, quantize: Quantisation) -> None:
+    printed = rwkv("convert", run_dir, tmp_path / "folder", "--quantize", quantize).out
+    assert printed.endswith(f"vocabulary 300, official names, matrices in {quantize}\n")
+    assert {"model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "folder").iterdir()}
+    rwkv("convert", run_dir, tmp_path / "a.pth")
+    rwkv("convert", tmp_path / "a.pth", tmp_path / "file.safetensors", "--quantize", quantize)
+    expected = params_of(from_pretrained(run_dir, quantize=quantize))
+    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        jax.tree.map(np.testing.assert_array_equal, params_of(from_pretrained(path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "message"),
+    [
+        ("a.safetensors", ["--dtype", "float16"], "rwkv: --quantize 'int8': decides what tensors are in"),
+        ("a", ["--layout", "flash-linear-attention"], "rwkv: --quantize 'int8': decides what tensors are in"),
+        (
+            "a.pth",
+            [],
+            r"rwkv: --quantize 'int8': \.pth files have no place for packed matrices; name",
+        ),
+        ("there", [], "there: exists already and is not overwritten"),
+        ("a.safetensors", ["--tokenizer", "world"], r"a\.safetensors: a tokenizer is written beside the weights"),
+        ("a", ["--tokenizer", "world"], "a run has its own tokenizer; leave --tokenizer out"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_quantised_is_said_before_it_is_loaded(
+    rwkv: Command,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    def load(*arguments: object, **options: object) -> None:
+        raise AssertionError("is loaded")
+
+    monkeypatch.setattr(pretrained, "from_pretrained", load)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(SystemExit, match=message):
+        rwkv("convert", run_dir, tmp_path / target, "--quantize", "int8", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_tokenizer_that_does_not_fit_is_said_before_weights_are_quantised(
+    rwkv: Command, run_dir: Path, tmp_path: Path
+) -> None:
+    rwkv("convert", run_dir, tmp_path / "a.pth")
+    with pytest.raises(SystemExit, match="--tokenizer 'bytes': does not match, it has 257 entries"):
+        rwkv("convert", tmp_path / "a.pth", tmp_path / "b", "--quantize", "int8", "--tokenizer", "bytes")
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_cannot_be_done_is_said(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:

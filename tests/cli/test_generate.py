@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -120,22 +121,27 @@ def test_says_how_fast_it_was_if_it_is_to(rwkv: Command, run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "tokens = 0: must be at least 1"),
-        (["--num", "0"], "num = 0: must be at least 1"),
-        (["--best-of", "0"], "best_of = 0: must be at least 1"),
-        (["--temperature", "-1"], "temperature = -1.0"),
-        (["--temperature", "nan"], "temperature = nan"),
-        (["--top-p", "0"], "top_p = 0.0"),
-        (["--top-p", "1.5"], "top_p = 1.5"),
-        (["--top-k", "-3"], "top_k = -3"),
-        (["--penalty-decay", "2"], "penalty_decay = 2.0"),
-        (["--seed", "-1"], "seed = -1"),
-        (["--seed", str(2**64)], f"seed = {2**64}"),
-        (["--prompt", "caf\udce9"], r"prompt = 'caf\udce9': is not UTF-8"),
-        (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file: are both given"),
-        (["--prompt-file", "nowhere.txt"], "prompt_file = 'nowhere.txt': cannot be read (No such file"),
+        (["--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--num", "0"], "--num 0: must be at least 1"),
+        (["--best-of", "0"], "--best-of 0: must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (["--top-k", "-3"], "--top-k -3"),
+        (["--penalty-decay", "2"], "--penalty-decay 2.0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**64)], f"--seed {2**64}"),
+        (
+            ["--seed", str(2**32 - 5), "--num", "2", "--best-of", "3"],
+            f"--seed {2**32 - 5}: 6 texts take as many seeds from it on, which must all fit in 32 bits; give at most "
+            f"{2**32 - 6}",
+        ),
+        (["--prompt", "caf\udce9"], r"--prompt 'caf\udce9': is not UTF-8; convert it"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt: is given, and --prompt-file too; leave one"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file 'nowhere.txt': cannot be read (No such file"),
         (["--stop", "a", ""], "stop string 1 = ''"),
-        (["--log-probabilities"], "log_probabilities: are printed with --json only"),
+        (["--log-probabilities"], "--log-probabilities: are printed with --json only"),
     ],
     ids=str,
 )
@@ -145,6 +151,23 @@ def test_values_that_cannot_work_are_named_before_weights_are_looked_for(
     with pytest.raises(SystemExit) as exit_:
         rwkv("generate", "nowhere", *arguments)
     assert str(exit_.value.code).startswith(f"rwkv: {message}")
+
+
+def test_the_last_seed_is_one(rwkv: Command) -> None:
+    with pytest.raises(SystemExit, match="nowhere: no such file or folder"):
+        rwkv("generate", "nowhere", "--seed", 2**32 - 1)
+
+
+def test_help_does_not_call_the_values_of_a_preset_none(
+    rwkv: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        rwkv("generate", "--help")
+    assert exit_.value.code == 0
+    words = " ".join(re.sub("[─-╿]", " ", capsys.readouterr().out).split())
+    sampled = words[words.index("--temperature FLOAT") : words.index("--penalise-prompt")]
+    assert sampled.count("(default: the preset's)") == sampled.count(" --") + 1 == 9
 
 
 def test_a_prompt_that_is_no_text(rwkv: Command, tmp_path: Path) -> None:
@@ -229,7 +252,7 @@ def test_weights_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path) -> 
         ([], r"weights\.pth: no tokenizer lies beside it; name one with --tokenizer .*this one has 300\)"),
         (["--tokenizer", "world"], "'world': does not match, it has 65536 entries and the model has .* 300"),
         (["--tokenizer", "nowhere.model"], r"nowhere\.model"),
-        (["--checkpoint", "best"], r"checkpoint = 'best': .*weights\.pth is no run"),
+        (["--checkpoint", "best"], r"--checkpoint 'best': .*weights\.pth is no run"),
     ],
     ids=str,
 )
@@ -245,7 +268,7 @@ def test_what_does_not_go_with_weights_is_named(
     ("arguments", "message"),
     [
         (["--tokenizer", "bytes"], "a run has its own tokenizer and dtype; leave --tokenizer and --dtype out"),
-        (["--quantize", "int8", "--checkpoint", "best"], "quantize = 'int8': packs a run's newest checkpoint"),
+        (["--quantize", "int8", "--checkpoint", "best"], "--quantize 'int8': packs a run's newest checkpoint"),
     ],
     ids=str,
 )

@@ -225,6 +225,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_that_leads_nowhere_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "x.idx").symlink_to(tmp_path / "on a disk that is not there")
+    with pytest.raises(ConfigError, match=r"x\.idx exists already and is not overwritten"):
+        BinidxWriter(tmp_path / "x", 65536)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.idx"]
+
+
 def _write_and(target: Path, at_the_end: Callable[[], None]) -> None:
     with BinidxWriter(target, 65536) as writer:
         writer.write([1, 0])

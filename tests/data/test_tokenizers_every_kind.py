@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,6 +173,21 @@ def test_another_tokenizer_is_not_overwritten(
     assert path.read_bytes() == content
 
 
+def test_a_tokenizer_that_comes_at_the_very_end_is_not_overwritten(
+    every_kind: dict[str, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def link_too_late(temporary: Path, path: Path) -> None:
+        path.write_text("precious")
+        link(temporary, path)
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    with pytest.raises(ConfigError, match="exists already and is not overwritten"):
+        save_tokenizer(every_kind["257 bytes"], tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_saving_is_whole_or_not_at_all(
     every_kind: dict[str, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +197,7 @@ def test_saving_is_whole_or_not_at_all(
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_tokenizer(every_kind["257 bytes"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="holds no tokenizer"):
         load_tokenizer(tmp_path, 257)
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.devices
 
 KERNELS: dict[str, list[str]] = {"forward": ["forward"], "gradient": ["backward", "forward, storing"]}
 
-each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+each_generation = pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name == "v5p" else pytest.mark.long) for name in GENERATIONS]
+)
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 

@@ -27,6 +27,7 @@ class FakeEngine:
     def __init__(self, model: int = 0) -> None:
         self.tokenizer = ByteTokenizer()
         self.model = model
+        self.owner = str(model)
         self.streams: list[FakeStream] = []
         self.identity = Identity(
             generation="7",

@@ -26,6 +26,8 @@ from tests.models.parameters import in_dtype, merge, random_params
 
 VOCAB_SIZE = 256
 GREEDY = Sampling.greedy()
+IDS = (1, 40, 41, 42, 43)
+LONG_IDS = tuple(range(1, 61))
 OPTIONS: dict[str, Any] = {"num_slots": 4, "prefill_length": 16, "short_prefill_length": 4, "burst_length": 4}
 
 _SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "width": 16, "head_dim": 8, "ffn_width": 32}

@@ -237,11 +237,11 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_slots": 0}, "num_slots = 0: must be at least 1"),
-        ({"most_waiting": 0}, "most_waiting = 0: must be at least 1"),
+        ({"num_slots": 0}, "num_slots = 0: must be a whole number, not less than 1"),
+        ({"most_waiting": 0}, "most_waiting = 0: must be a whole number, not less than 1"),
         ({"short_prefill_length": 600}, "short_prefill_length = 600: must not exceed prefill_length = 512"),
-        ({"batch_sizes": (1, 2)}, r"batch_sizes = \(1, 2\): must lie from 1 to num_slots = 8"),
-        ({"batch_sizes": (0, 8)}, r"batch_sizes = \(0, 8\): must lie from 1 to num_slots = 8"),
+        ({"batch_sizes": (1, 2)}, r"batch_sizes = \(1, 2\): must have num_slots = 8, too"),
+        ({"batch_sizes": (0, 8)}, "batch_sizes = 0: must be a whole number, from 1 to 8"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
@@ -324,7 +324,7 @@ def test_a_seed_says_what_is_drawn(engine: Engine) -> None:
     assert len({each.ids for each in first}) == 3
     same = engine.generate(["a", "a"], max_tokens=8, seed=[6, 6])
     assert same[0].ids == same[1].ids == first[1].ids
-    assert engine.generate("a", max_tokens=8, seed=np.int64(6)).ids == first[1].ids
+    assert engine.generate("a", max_tokens=8, seed=np.int64(6)).ids  # pyright: ignore[reportCallIssue, reportArgumentType] == first[1].ids
 
 
 def test_a_text_does_not_depend_on_where_bursts_end(engine: Engine) -> None:
@@ -399,7 +399,7 @@ def test_named_conversations_go_on(engine: Engine) -> None:
     assert second.ids == engine.generate(ids, max_tokens=5, sampling=GREEDY).ids
     assert engine.conversation("x").num_tokens == len(ids) + len(what_was_read(second))
     with pytest.raises(ConfigError, match=r"^conversation = 'x': goes on with one prompt and one continuation"):
-        engine.generate(["a", "b"], conversation="x")
+        engine.generate(["a", "b"], conversation="x")  # pyright: ignore[reportArgumentType]
 
 
 def test_bytes_of_a_conversation_count_however_it_goes_on(engine: Engine) -> None:

@@ -1,12 +1,12 @@
-"""The longest stored beginning is found, whatever was put, evicted and pinned before; held against a dict."""
+"""The longest stored beginning is found, whatever was put and evicted before; held against a dict."""
 
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ def snapshot(num_tokens: int, num_bytes: int = STATE_BYTES) -> Snapshot:
     return Snapshot((), logits, num_tokens)
 
 
-def put(store: PrefixStore, *tokens: int, pinned: bool = False) -> Snapshot:
+def put(store: PrefixStore, *tokens: int) -> Snapshot:
     state = snapshot(len(tokens))
-    assert store.put(tokens, state, pinned=pinned)
+    assert store.put(tokens, state)
     return state
 
 
@@ -100,55 +100,14 @@ def test_a_beginning_goes_and_what_follows_stays() -> None:
     assert check_tree(store) == 2
 
 
-def test_pinned_entries_stay_until_they_are_unpinned() -> None:
-    store = PrefixStore(2 * (STATE_BYTES + 4))
-    system = put(store, 1, pinned=True)
-    for token in range(2, 20):
-        put(store, token)
-        assert store.longest([1]) == (1, system)
-        assert len(store) == 2
-    put(store, 1)  # another state of the same tokens is pinned as well
-    for token in range(2, 20):
-        put(store, token)
-    assert store.longest([1]) is not None
-    store.unpin([1])
-    put(store, 20)
-    put(store, 21)
-    assert store.longest([1]) is None
-
-
-def test_what_is_not_there_cannot_be_unpinned() -> None:
-    store = PrefixStore(PLENTY)
-    put(store, 1, 2, 3)
-    put(store, 1, 2, 4)
-    for tokens in ([], [1], [1, 2], [1, 2, 3, 4], [7]):
-        with pytest.raises(ConfigError, match=f"no entry ends after these {len(tokens)} tokens"):
-            store.unpin(tokens)
-
-
-def test_without_room_beside_the_pinned_an_entry_is_not_kept() -> None:
-    store = PrefixStore(2 * (STATE_BYTES + 4))
-    put(store, 1, pinned=True)
-    put(store, 2)
-    assert not store.put([3, 4], snapshot(2))
-    assert store.longest([3, 4]) is None
-    assert (len(store), check_tree(store)) == (2, 2)
-    assert store.statistics == PrefixStatistics(misses=1, refusals=1)
-    with pytest.raises(ConfigError, match=r"of 108 bytes cannot be pinned where the store holds 208, of which 104 are"):
-        store.put([3, 4], snapshot(2), pinned=True)
-    assert len(store) == 2
-    put(store, 5, pinned=True)  # exactly
-    with pytest.raises(ConfigError, match="cannot be pinned"):
-        store.put([1], snapshot(1, STATE_BYTES + 1))
-    assert len(store) == 2
-
-
-def test_a_pinned_entry_may_be_replaced_by_one_that_needs_its_room() -> None:
+def test_an_entry_larger_than_the_store_is_not_kept() -> None:
     store = PrefixStore(STATE_BYTES + 4)
-    put(store, 1, pinned=True)
-    again = put(store, 1)
-    assert store.longest([1]) == (1, again)
-    assert store.nbytes == STATE_BYTES + 4
+    first = put(store, 1)
+    for tokens in ([1], [3, 4]):
+        assert not store.put(tokens, snapshot(len(tokens), STATE_BYTES + 1))
+    assert store.longest([1]) == (1, first)
+    assert (len(store), check_tree(store)) == (1, 1)
+    assert store.statistics == PrefixStatistics(hits=1, tokens_found=1, refusals=2)
 
 
 @pytest.mark.parametrize(
@@ -181,70 +140,54 @@ class Plain:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.entries: OrderedDict[tuple[int, ...], tuple[Snapshot, bool]] = OrderedDict()
+        self.entries: OrderedDict[tuple[int, ...], Snapshot] = OrderedDict()
 
-    def num_bytes(self, *, pinned_only: bool = False) -> int:
-        kept = ((tokens, state) for tokens, (state, pinned) in self.entries.items() if pinned or not pinned_only)
-        return sum(state.nbytes + 4 * len(tokens) for tokens, state in kept)
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes + 4 * len(tokens) for tokens, state in self.entries.items())
 
-    def put(self, tokens: tuple[int, ...], state: Snapshot, pinned: bool) -> bool | None:
-        """None where the store must refuse with an error."""
-        before = self.entries.pop(tokens, None)
-        stays = pinned or (before is not None and before[1])
-        if self.num_bytes(pinned_only=True) + state.nbytes + 4 * len(tokens) > self.max_bytes:
-            assert before is None
-            return None if stays else False
-        self.entries[tokens] = state, stays
-        for other in tuple(self.entries):
-            if self.num_bytes() <= self.max_bytes:
-                break
-            if other != tokens and not self.entries[other][1]:
-                del self.entries[other]
+    def put(self, tokens: tuple[int, ...], state: Snapshot) -> bool:
+        if state.nbytes + 4 * len(tokens) > self.max_bytes:
+            return False
+        self.entries.pop(tokens, None)
+        self.entries[tokens] = state
+        while self.nbytes > self.max_bytes:
+            self.entries.popitem(last=False)
         return True
 
     def longest(self, tokens: tuple[int, ...]) -> tuple[int, Snapshot] | None:
         for length in range(len(tokens), 0, -1):
             if tokens[:length] in self.entries:
                 self.entries.move_to_end(tokens[:length])
-                return length, self.entries[tokens[:length]][0]
+                return length, self.entries[tokens[:length]]
         return None
 
 
 PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
-ENTRIES = st.lists(st.tuples(st.sampled_from(["put", "put", "pin", "unpin", "find"]), PATHS), max_size=50)
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["put", "put", "find"]), PATHS, st.sampled_from([STATE_BYTES, 5 * STATE_BYTES])),
+    max_size=50,
+)
 
 
 @settings(max_examples=300)
-@given(ENTRIES)
-def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...]]]) -> None:
-    # Entries of the same tokens have one size, so that what is there is never refused in its own place.
-    size = 5 * (STATE_BYTES + 4 * 7)
+@given(OPERATIONS)
+def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...], int]]) -> None:
+    size = 5 * (STATE_BYTES + 4)  # the larger states fit after up to five tokens, and not after more
     store, plain = PrefixStore(size), Plain(size)
-    for operation, tokens in operations:
-        state = snapshot(len(tokens))
+    for operation, tokens, num_bytes in operations:
         if operation == "find":
             assert store.longest(tokens) == plain.longest(tokens)
-        elif operation == "unpin":
-            if tokens in plain.entries:
-                plain.entries[tokens] = plain.entries[tokens][0], False
-                store.unpin(tokens)
-            else:
-                with pytest.raises(ConfigError):
-                    store.unpin(tokens)
         else:
-            expected = plain.put(tokens, state, operation == "pin")
-            if expected is None:
-                with pytest.raises(ConfigError):
-                    store.put(tokens, state, pinned=operation == "pin")
-            else:
-                assert store.put(tokens, state, pinned=operation == "pin") is expected
+            state = snapshot(len(tokens), num_bytes)
+            assert store.put(tokens, state) is plain.put(tokens, state)
         assert len(store) == len(plain.entries)
-        assert store.nbytes == plain.num_bytes() <= size
+        assert store.nbytes == plain.nbytes <= size
         check_tree(store)
-    for tokens in plain.entries:
+    for tokens, state in plain.entries.items():
         found = store.longest(tokens)
         assert found is not None
-        assert found[1] is plain.entries[tokens][0]
+        assert found[1] is state
 
 
 def test_long_prompts_cost_nodes_by_the_entry_and_little_time() -> None:
@@ -301,11 +244,8 @@ def test_many_threads_use_it_at_once() -> None:
             if found is not None and (found[0] != found[1].num_tokens or found[0] > len(tokens)):
                 wrong.append(found)
 
-    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(use, range(8)))
     assert not wrong
     check_tree(store)
     assert store.nbytes == sum(node.num_bytes for node in store._entries)

@@ -17,15 +17,15 @@ from tests.golden import QUICK
 
 
 @pytest.mark.parametrize("generation", ["4", "5.2", "6", "7", "transformer"])
-def test_numbers_neither_overflow_nor_vanish(generation: Any) -> None:
+def test_logits_are_of_size_one_and_differ(generation: Any) -> None:
     config = ModelConfig(generation=generation, vocab_size=50, num_layers=3, width=32, head_dim=16)
     model = random_model(config)
     graphdef, params = nnx.split(model, nnx.Param)
     run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0], compiler_options=QUICK)
     logits = np.asarray(run(params, np.random.default_rng(0).integers(0, 50, (1, 64), np.int32)))
     assert np.isfinite(logits).all()
-    assert 0.05 < logits.std() < 20
-    assert len(set(logits.argmax(-1).ravel().tolist())) > 3
+    assert 0.5 < logits.std() < 2
+    assert len(set(logits.argmax(-1).ravel().tolist())) > 10
 
 
 def test_always_alike_and_packed_if_asked() -> None:

@@ -26,7 +26,7 @@ def request(fields: dict[str, Any]) -> Request:
         {"ids": (np.int32(3), np.int64(4)), "max_tokens": np.int64(5), "seed": np.uint32(7)},
         {"ids": (), "start": START},
         {"ids": (1,), "max_tokens": 0},
-        {"ids": (1,), "seed": 2**32 - 1, "num_top": 20},
+        {"ids": (1,), "seed": 2**32 - 1, "num_top": 10},
         {"ids": (1,), "guidance": 0, "unguided_ids": (2,)},
         {"ids": (1,) * 90, "max_tokens": 10},
     ],
@@ -48,7 +48,12 @@ def test_what_can_be_run(fields: dict[str, Any]) -> None:
         ({"ids": (1,), "guidance": 2.0, "unguided_ids": (10,)}, "unguided: token id 10 must lie"),
         ({"ids": (1,), "guidance": 2.0}, "guidance = 2.0 and an unguided prompt of 0 tokens: guidance needs both"),
         ({"ids": (1,), "unguided_ids": (2,)}, "guidance = 1.0 and an unguided prompt of 1 tokens: guidance needs both"),
-        ({"ids": (1,), "guidance": float("nan"), "unguided_ids": (2,)}, "guidance = nan: must be a number"),
+        *(
+            ({"ids": (1,), "guidance": value, "unguided_ids": (2,)}, f"guidance = {value!r}: must be a number")
+            for value in (float("nan"), float("inf"), -(10**7), 10**400, "2")
+        ),
+        ({"ids": (1,), "num_top": 11}, "num_top = 11: must be a whole number, from 0 to 10"),
+        ({"ids": (1,), "num_top": -1}, "num_top = -1: must be a whole number, from 0 to 10"),
         ({"ids": (1,), "guidance": 2.0, "unguided_ids": (2,), "start": START}, "guidance = 2.0: is for single texts"),
         ({"ids": (1,), "guidance": 2.0, "unguided_ids": (2,), "keep": True}, "guidance = 2.0: is for single texts"),
         ({"ids": (1,), "sampling": None}, "sampling = None: must be a Sampling"),
@@ -64,6 +69,12 @@ def test_what_can_be_run(fields: dict[str, Any]) -> None:
 def test_what_cannot_be_run_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         request(fields).check(10, 100)
+
+
+def test_no_more_likeliest_tokens_than_are_kept() -> None:
+    request({"ids": (1,), "num_top": 20}).check(256, None)
+    with pytest.raises(ConfigError, match=r"^num_top = 21: must be a whole number, from 0 to 20$"):
+        request({"ids": (1,), "num_top": 21}).check(256, None)
 
 
 def test_without_a_capacity_any_length_will_do() -> None:
@@ -91,5 +102,13 @@ def test_chunks_are_joined() -> None:
     assert (completion.index, completion.num_prompt_tokens) == (1, 7)
     assert completion.mean_log_probability == -1.5
     assert join(chunks[2:], 1, 7).mean_log_probability == 0
+    assert completion.score == -1.5
     with pytest.raises(ValueError, match="the last chunk does not end a text"):
         join(chunks[:2], 0, 7)
+
+
+@pytest.mark.parametrize("ids", [(), (5,)], ids=["no tokens", "those of a stop string"])
+def test_a_text_that_says_nothing_has_the_lowest_score(ids: tuple[int, ...]) -> None:
+    empty = join([Chunk(0, "", ids, (-0.1,) * len(ids), finish_reason="stop", stop="a")], 0, 1)
+    other = join([Chunk(0, "b", (6,), (-100.0,), finish_reason="length")], 0, 1)
+    assert empty.score < other.score == -100

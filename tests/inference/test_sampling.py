@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,115 +12,18 @@ import numpy as np
 import pytest
 from jax import Array
 
-from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
 from rwkv_jax.inference.sampling import (
     Sampling,
     bias_of,
     choose,
     choose_together,
     count,
-    initial_occurrences,
     log_probabilities,
     no_occurrences,
-    occurrence_weights,
     settings_of,
     top_log_probabilities,
 )
-
-DRAWS = 4000
-LOGITS = np.random.default_rng(0).normal(0, 2, 12)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits[np.isfinite(logits)].max())
-    return weights / weights.sum()
-
-
-def smallest_set(badness: np.ndarray, probabilities: np.ndarray, mass: float) -> np.ndarray:
-    """Whether a token is kept: the least bad ones until their probabilities reach the mass, and what ties with them."""
-    if mass >= 1:
-        return np.ones(len(badness), bool)
-    total = 0.0
-    for token in np.argsort(badness, kind="stable"):
-        total += probabilities[token]
-        if total >= mass:
-            return badness <= badness[token]
-    raise AssertionError(f"all tokens together have {total} < {mass}")
-
-
-def renormalised(probabilities: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    return np.where(kept, probabilities, 0) / probabilities[kept].sum()
-
-
-def expected(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probability of each token, by the numbered steps of the module's docstring that follow the penalties."""
-    in_top_k = np.ones(len(logits), bool)
-    if sampling.top_k:
-        in_top_k = logits >= np.sort(logits)[-min(sampling.top_k, len(logits))]
-    if sampling.order == "openai":
-        probabilities = renormalised(softmax(logits / sampling.temperature), in_top_k)
-        kept = in_top_k & smallest_set(-probabilities, probabilities, sampling.top_p)
-    else:
-        probabilities = softmax(logits)
-        kept = in_top_k & smallest_set(-probabilities, probabilities, sampling.top_p)
-    kept &= probabilities >= sampling.min_p * probabilities.max()
-    probabilities = renormalised(probabilities, kept)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        surprise = -np.log(probabilities)
-        distance = np.abs(surprise - np.nansum(probabilities * surprise))
-    probabilities = renormalised(probabilities, kept & smallest_set(distance, probabilities, sampling.typical_p))
-    if sampling.order == "rwkv":
-        probabilities = probabilities ** (1 / sampling.temperature)
-    return probabilities / probabilities.sum()
-
-
-@functools.cache
-def compiled() -> Any:
-    return jax.jit(choose)
-
-
-def draw(
-    logits: np.ndarray,
-    rows: Sequence[Sampling],
-    seed: int = 0,
-    occurrences: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
-) -> np.ndarray:
-    """One token for each row, of logits [V]; rows and tokens are filled up, so that few programs serve all tests."""
-    num_rows, size = DRAWS * -(-len(rows) // DRAWS), len(logits)
-    width = size if size in (1, 12) else 12 if size < 12 else 1000
-
-    def filled(values: np.ndarray, rest: float) -> np.ndarray:
-        wide = np.concatenate([values, np.full(width - size, rest)]).astype(np.float32)
-        return np.broadcast_to(wide, (DRAWS, width))
-
-    arguments = (
-        filled(logits, -np.inf),
-        filled(no_occurrences(size) if occurrences is None else occurrences, -1),
-        filled(np.zeros(size) if bias is None else bias, 0),
-    )
-    settings = settings_of([*rows, *[Sampling.greedy()] * (num_rows - len(rows))])
-    keys = jax.random.split(jax.random.key(seed), num_rows)
-    tokens = []
-    for start in range(0, num_rows, DRAWS):
-        own = slice(start, start + DRAWS)
-        drawn = compiled()(*arguments, jax.tree.map(lambda x: x[own], settings), keys[own])  # noqa: B023  used at once
-        assert drawn.dtype == jnp.int32
-        tokens.append(drawn)
-    return np.concatenate(tokens)[: len(rows)]
-
-
-def agrees(tokens: np.ndarray, probabilities: np.ndarray) -> bool:
-    """Whether no token without probability was drawn, and the others as often as chance allows."""
-    counts = np.bincount(tokens, minlength=len(probabilities))
-    if counts[probabilities == 0].any():
-        return False
-    likely = probabilities * len(tokens) > 8
-    terms = (counts[likely] - probabilities[likely] * len(tokens)) ** 2 / (probabilities[likely] * len(tokens))
-    # Chi-square: its mean is the number of terms and its variance twice that; six deviations away is no chance.
-    return bool(terms.sum() < len(terms) + 6 * math.sqrt(2 * len(terms)))
-
+from tests.inference.drawing import DRAWS, LOGITS, agrees, compiled, draw, expected, softmax
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -303,103 +204,6 @@ def test_other_settings_do_not_compile_again() -> None:
     assert len(traced) == 1
 
 
-class OfficialPenalties:
-    """What the loop of the official `rwkv` package does to logits, with its dictionary of occurrences."""
-
-    def __init__(self, presence: float, frequency: float, decay: float) -> None:
-        self.presence, self.frequency, self.decay = presence, frequency, decay
-        self.occurrence: dict[int, float] = {}
-
-    def apply(self, logits: np.ndarray) -> np.ndarray:
-        logits = logits.copy()
-        for token, times in self.occurrence.items():
-            logits[token] -= self.presence + times * self.frequency
-        return logits
-
-    def add(self, token: int, weight: float) -> None:
-        for known in self.occurrence:
-            self.occurrence[known] *= self.decay
-        self.occurrence[token] = self.occurrence.get(token, 0) + weight
-
-
-def test_a_sequence_is_that_of_the_official_penalties() -> None:
-    """Greedy, so that each token depends on all penalties before it; the logits are close, so that they decide."""
-    rng = np.random.default_rng(3)
-    sampling = Sampling.rwkv(temperature=0.0)
-    weights = np.where(np.arange(40) % 4, 1, 0).astype(np.float32)
-    official = OfficialPenalties(0.2, 0.2, 0.996)
-    occurrences = jnp.asarray(no_occurrences(40)[None])
-    zero, settings = jnp.zeros((1, 40)), settings_of([sampling])
-    keys = jax.random.split(jax.random.key(0), 1)
-    counted = jax.jit(count)
-    tokens, unpenalised = [], []
-    for logits in rng.normal(0, 0.5, (200, 40)).astype(np.float32):
-        wanted = int(official.apply(logits).argmax())
-        token = compiled()(logits[None], occurrences, zero, settings, keys)
-        assert int(token[0]) == wanted
-        official.add(wanted, float(weights[wanted]))
-        occurrences = counted(occurrences, token, settings, weights)
-        tokens.append(wanted)
-        unpenalised.append(int(logits.argmax()))
-    assert tokens != unpenalised
-    known = np.array([official.occurrence.get(token, -1) for token in range(40)])
-    np.testing.assert_allclose(occurrences[0], known, rtol=1e-5)
-    assert any(value == 0 for value in official.occurrence.values())  # weightless ones have occurred
-
-    prompted = initial_occurrences(dataclasses.replace(sampling, penalise_prompt=True), tokens, weights)
-    np.testing.assert_allclose(prompted, known, rtol=1e-5)
-    np.testing.assert_array_equal(initial_occurrences(sampling, tokens, weights), no_occurrences(40))
-
-
-def test_repetition_presence_and_frequency_in_the_openai_order() -> None:
-    """Every token weighs 1; positive logits are divided and negative ones multiplied before anything is subtracted."""
-    sampling = Sampling(
-        repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.25, penalise_prompt=True, temperature=0.7
-    )
-    weights = np.zeros(12, np.float32)
-    occurrences = initial_occurrences(sampling, [7, 6, 6, 2, 6], weights)
-    assert occurrences.tolist() == [-1, -1, 1, -1, -1, -1, 3, 1, -1, -1, -1, -1]
-    logits = np.where(np.arange(12) == 2, -0.5, LOGITS)
-    penalised = logits.copy()
-    for token, times in ((7, 1), (6, 3), (2, 1)):
-        logit = penalised[token] / 1.5 if penalised[token] > 0 else penalised[token] * 1.5
-        penalised[token] = logit - 0.3 - 0.25 * times
-    bias = np.linspace(3, -1, 12)
-    rows = [sampling] * DRAWS
-    assert agrees(draw(logits, rows, occurrences=occurrences, bias=bias), expected(penalised + bias, sampling))
-    assert not agrees(draw(logits, rows, bias=bias), expected(penalised + bias, sampling))
-
-
-def test_rows_that_penalise_nothing_count_nothing() -> None:
-    occurrences = jnp.asarray([[-1.0, 2.0, 0.5]] * 2)
-    settings = settings_of([Sampling(penalty_decay=0.5), Sampling(frequency_penalty=0.1, penalty_decay=0.5)])
-    after = count(occurrences, jnp.array([0, 0]), settings, jnp.ones(3))
-    assert after.tolist() == [[-1.0, 2.0, 0.5], [1.0, 1.0, 0.25]]
-
-
-def test_digits_and_white_space_weigh_nothing() -> None:
-    tokenizer = WorldTokenizer()
-    weights = occurrence_weights(tokenizer, tokenizer.vocab_size)
-    assert weights.dtype == np.float32
-    for text, weight in ((" ", 0), ("\t", 0), ("7", 0), ("\n", 1), ("a", 1), (" a", 1), ("-", 1), ("  ", 1)):
-        (token,) = tokenizer.encode(text)
-        assert weights[token] == weight, text
-    assert weights[tokenizer.end_of_text] == 1
-    assert weights[65535] == 1
-    assert occurrence_weights(ByteTokenizer(), 300)[[48, 57, 32, 65, 200, 299]].tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_bias_bans_and_ids_without_a_name() -> None:
-    named = np.array([True, True, False, True])
-    bias = bias_of(Sampling(logit_bias={3: 1.5, 0: -2}, banned=(1,)), named)
-    assert bias.dtype == np.float32
-    assert bias.tolist() == [-2, -math.inf, -math.inf, 1.5]
-    with pytest.raises(ConfigError, match="banned names 3 ids, and leaves no token"):
-        bias_of(Sampling(banned=(0, 1, 3)), named)
-    with pytest.raises(ConfigError, match="banned names id 4: the model's ids are 0 to 3"):
-        bias_of(Sampling(banned=(4,)), named)
-
-
 def test_log_probabilities_are_those_of_the_model() -> None:
     logits = np.stack([LOGITS, LOGITS[::-1]]).astype(np.float32)
     logits[1, 3] = -np.inf
@@ -412,75 +216,3 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     order = np.argsort(-wanted, axis=-1)[:, :3]
     np.testing.assert_array_equal(tokens, order)
     np.testing.assert_allclose(values, np.take_along_axis(wanted, order, -1), rtol=1e-5)
-
-
-def test_presets() -> None:
-    assert Sampling.openai() == Sampling() == Sampling(1.0, 1.0, 0)
-    rwkv = Sampling.rwkv(top_k=5)
-    assert (rwkv.order, rwkv.temperature, rwkv.top_p, rwkv.top_k) == ("rwkv", 1.0, 0.85, 5)
-    assert (rwkv.presence_penalty, rwkv.frequency_penalty, rwkv.penalty_decay) == (0.2, 0.2, 0.996)
-    assert Sampling.rwkv(top_p=0.5).top_p == 0.5
-    assert Sampling.greedy().temperature == 0
-    assert rwkv.penalises
-    assert not Sampling().penalises
-
-
-def test_settings_are_values() -> None:
-    biases = {5: 1, 2: -1.0}
-    sampling = Sampling(logit_bias=biases, banned=[7, 3, 7])
-    biases[9] = 1
-    assert sampling.logit_bias == ((2, -1.0), (5, 1.0))
-    assert sampling.banned == (3, 7)
-    same = Sampling(logit_bias=((2, -1.0), (5, 1.0)), banned=(3, 7))
-    assert same == sampling == dataclasses.replace(sampling)
-    assert len({sampling, same, Sampling()}) == 2
-    sampling.check_ids(8)
-    with pytest.raises(ConfigError, match="logit_bias names id 5: the model's ids are 0 to 4"):
-        sampling.check_ids(5)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -0.1}, "temperature = -0.1: must be a number from 0 to"),
-        ({"temperature": math.nan}, "temperature = nan"),
-        ({"temperature": math.inf}, "temperature = inf"),
-        ({"temperature": "1"}, "temperature = '1'"),
-        ({"temperature": True}, "temperature = True"),
-        ({"temperature": None}, "temperature = None"),
-        ({"top_p": 0.0}, r"top_p = 0.0: must lie in \(0, 1\]"),
-        ({"top_p": 1.1}, "top_p = 1.1"),
-        ({"top_p": math.nan}, "top_p = nan"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"top_k": 2.0}, "top_k = 2.0"),
-        ({"top_k": 2**31}, "top_k = 2147483648"),
-        ({"top_k": True}, "top_k = True"),
-        ({"min_p": -0.1}, "min_p = -0.1"),
-        ({"min_p": 1.01}, "min_p = 1.01"),
-        ({"typical_p": 0}, "typical_p = 0"),
-        ({"typical_p": math.nan}, "typical_p = nan"),
-        ({"repetition_penalty": 0}, "repetition_penalty = 0"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
-        ({"presence_penalty": math.nan}, "presence_penalty = nan"),
-        ({"presence_penalty": 1e10}, "presence_penalty = 1"),
-        ({"frequency_penalty": -math.inf}, "frequency_penalty = -inf"),
-        ({"penalty_decay": 1.001}, "penalty_decay = 1.001"),
-        ({"penalty_decay": -0.1}, "penalty_decay = -0.1"),
-        ({"penalise_prompt": 1}, "penalise_prompt = 1"),
-        ({"order": "vllm"}, "order = 'vllm': must be one of openai, rwkv"),
-        ({"logit_bias": {1: math.nan}}, "logit_bias of id 1 is nan"),
-        ({"logit_bias": {1: -math.inf}}, "logit_bias of id 1 is -inf.*`banned` rules a token out"),
-        ({"logit_bias": {1: "2"}}, "logit_bias of id 1 is '2'"),
-        ({"logit_bias": {-1: 1.0}}, "logit_bias names id -1"),
-        ({"logit_bias": {"50256": 1.0}}, "logit_bias names id '50256'"),
-        ({"logit_bias": 3}, "logit_bias = 3: must be a mapping"),
-        ({"banned": [1.5]}, "banned names id 1.5"),
-        ({"banned": [-1]}, "banned names id -1"),
-        ({"banned": 5}, "banned = 5: must be a sequence"),
-        ({"banned": "57"}, "banned = '57': must be a sequence"),
-        ({"banned": [3, 4], "logit_bias": {4: 1.0}}, "banned and logit_bias both name id 4"),
-    ],
-)
-def test_values_that_cannot_work_are_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Sampling(**values)

@@ -1,12 +1,8 @@
-"""Texts that share slots: each is what it would be alone, whoever comes, goes, waits, fails or is refused beside it."""
+"""Texts that share slots: each is what it would be alone, whoever comes, goes or waits beside it."""
 
 from __future__ import annotations
 
-import copy
-import gc
 import resource
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,52 +12,21 @@ import pytest
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import QueueFullError
 from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.inference.scheduler import NotFiniteError
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.stream import Stream
-from tests.inference.bad_requests import bad_requests
 from tests.inference.models import (
-    CONFIGS,
     GREEDY,
+    IDS,
+    LONG_IDS,
     VOCAB_SIZE,
     assert_same,
     prompts,
-    quick_engine,
-    random_model,
     some,
     texts_of,
     what_was_read,
 )
 
-IDS = (1, 40, 41, 42, 43)
-LONG_IDS = tuple(range(1, 61))
 OURS = {"jit(_make)", "jit(_put)", "jit(_take)", "jit(_read)", "jit(_write)"}
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[list[str]]:
-    """Names of the programs that have been compiled since the module began."""
-    names: list[str] = []
-
-    def listen(event: str, duration_secs: float, **details: Any) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(details.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.fixture(scope="module")
-def engine(compiled: list[str]) -> Engine:
-    return quick_engine(random_model(CONFIGS["7"]), most_waiting=60)
-
-
-@pytest.fixture(scope="module")
-def narrow() -> Engine:
-    """With one slot."""
-    return quick_engine(random_model(CONFIGS["7"]), num_slots=1, most_waiting=4)
 
 
 def slots_of(engine: Engine) -> list[Any]:
@@ -330,172 +295,3 @@ def test_a_session_that_goes_on_takes_no_more_memory(narrow: Engine, num_tokens:
     assert resident_bytes() - before < 5e6
     assert session.nbytes == size
     assert session.num_tokens == len(IDS) + 1_000 + num_tokens
-
-
-# Failures
-
-
-def test_a_number_of_tokens_without_end_harms_nobody(engine: Engine) -> None:
-    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
-    with (
-        engine.stream(IDS, max_tokens=2**70, stop_ids=()) as endless,
-        engine.stream(IDS, max_tokens=9, sampling=GREEDY) as other,
-    ):
-        assert next(endless).ids
-        assert texts_of(list(other))[1] == expected.ids
-
-
-def test_a_tokenizer_that_fails_ends_one_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
-    fails, goes_on = (engine.stream(IDS, max_tokens=9, sampling=GREEDY) for _ in range(2))
-    monkeypatch.setattr(fails._jobs[0].text, "push", lambda token: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(fails)
-    assert texts_of(list(goes_on))[1] == expected.ids
-
-
-def test_a_queue_of_forgotten_texts_has_room(narrow: Engine) -> None:
-    streams = [narrow.stream(IDS, max_tokens=9) for _ in range(4)]
-    with pytest.raises(QueueFullError):
-        narrow.stream(IDS)
-    del streams
-    gc.collect()
-    narrow.stream(IDS).cancel()
-
-
-def test_more_prompts_than_may_wait_are_all_written(narrow: Engine) -> None:
-    expected = narrow.generate(IDS, max_tokens=3, sampling=GREEDY)
-    waiting = [narrow.stream(IDS, max_tokens=2) for _ in range(4)]  # others have filled the queue
-    assert [done.ids for done in narrow.generate([IDS] * 7, max_tokens=3, sampling=GREEDY)] == [expected.ids] * 7
-    assert narrow.read(None, IDS).num_tokens == len(IDS)
-    for stream in waiting:
-        assert len(list(stream)) == 2
-
-
-def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nobody's text is lost; whose it was can still be cancelled where its reader stood."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
-    session = engine.session()
-    stream = session.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
-    other = engine.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
-    ids = [*next(stream).ids, *next(stream).ids]
-    tick = engine._scheduler.tick
-
-    def interrupted() -> bool:
-        monkeypatch.setattr(engine._scheduler, "tick", tick)
-        signal.raise_signal(signal.SIGINT)
-        return tick()
-
-    monkeypatch.setattr(engine._scheduler, "tick", interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            ids.extend(token for chunk in stream for token in chunk.ids)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    session.cancel()
-    assert session.num_tokens == len(IDS) + len(ids)
-    assert texts_of(list(other))[1] == engine.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=()).ids
-
-
-@pytest.mark.parametrize("program", ["put", "read", "write", "take"])
-@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-def test_a_failure_of_the_device_ends_what_is_running(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, program: str, kind: type[BaseException]
-) -> None:
-    """What waits and what pauses elsewhere goes on, in new slots."""
-    expected = engine.generate(IDS, max_tokens=9, sampling=GREEDY)
-    session = engine.session()
-    session.append(IDS)
-    programs = engine._scheduler._programs
-    works = getattr(programs, program)
-
-    def fails(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(programs, program, works)
-        jax.tree.map(lambda x: x.delete(), engine._scheduler._slots)  # as donation leaves them
-        raise kind("the device is gone")
-
-    # Three that run, one that is about to, and three that wait.
-    running = [engine.stream((i, *LONG_IDS), max_tokens=1000, stop_ids=()) for i in range(2, 5)]
-    for stream in running:
-        next(stream)
-    last = engine.stream((100, *LONG_IDS[::-1]), max_tokens=9, keep=True)
-    waiting = [engine.stream(IDS, max_tokens=9, sampling=GREEDY) for _ in range(3)]
-    monkeypatch.setattr(programs, program, fails)
-    with pytest.raises(kind, match="the device is gone"):
-        list(last)
-    for stream in running:
-        with pytest.raises((kind, RuntimeError), match=r"the device is gone|interrupted while this text was being"):
-            list(stream)
-        assert next(stream, None) is None
-    if kind is KeyboardInterrupt:
-        last.cancel()
-    assert last.snapshot is None
-    for stream in waiting:
-        assert texts_of(list(stream))[1] == expected.ids
-    assert session.generate(max_tokens=9, sampling=GREEDY).ids == expected.ids
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
-    assert len(engine._scheduler._free) == 4
-
-
-def test_a_text_without_a_slot_outlives_a_failure(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = narrow.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
-    away = narrow.stream(IDS, max_tokens=9, keep=True, sampling=GREEDY, stop_ids=())
-    chunks = some(away, 2)
-    programs = narrow._scheduler._programs
-    write = programs.write
-
-    def fails(*_: Any, **__: Any) -> Any:
-        monkeypatch.setattr(programs, "write", write)
-        raise OSError("the device is gone")
-
-    monkeypatch.setattr(programs, "write", fails)
-    with pytest.raises(OSError, match="the device is gone"):
-        narrow.generate((3,), max_tokens=2)
-    assert texts_of(chunks + list(away))[1] == expected.ids
-
-
-def test_logits_that_are_not_finite_end_their_text_alone(engine: Engine) -> None:
-    snapshot = engine.read(None, IDS)
-    broken = copy.copy(snapshot)
-    object.__setattr__(broken, "logits", snapshot.logits.at[3].set(np.nan))
-    streams = [engine.stream("", start=start, max_tokens=6, seed=2, stop_ids=()) for start in (broken, snapshot)]
-    with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite"):
-        list(streams[0])
-    alone = engine.generate(IDS, max_tokens=6, seed=2, stop_ids=())
-    assert texts_of(list(streams[1]))[1] == alone.ids
-    assert next(streams[0], None) is None
-    assert engine.generate(IDS, max_tokens=6, seed=2, stop_ids=()).ids == alone.ids
-
-
-# Bad requests among good ones
-
-
-def test_bad_requests_harm_nobody(engine: Engine) -> None:
-    """Two hundred, of which more than half are refused, among texts and sessions that are under way."""
-    draws = np.random.default_rng(2)
-    bad = bad_requests(engine)
-    assert len(bad) > 90
-    asked = [*bad, *(bad[i] for i in draws.integers(len(bad), size=130 - len(bad)))]
-    good: list[tuple[dict[str, Any], Any]] = []
-    sessions = [engine.session() for _ in range(5)]
-    written: list[list[int]] = [list(prompt) for prompt in prompts(3, 5)]
-    for session, ids in zip(sessions, written, strict=True):
-        session.append(ids)
-    under_way = {i: session.stream(max_tokens=200, seed=i, stop_ids=()) for i, session in enumerate(sessions)}
-    pieces = list(prompts(11, 70))
-    for kind in draws.permutation(200):
-        if kind < 130:
-            asked[kind]()
-        else:
-            settings = {"prompts": pieces[kind - 130], "max_tokens": int(draws.integers(1, 6)), "seed": int(kind)}
-            good.append((settings, engine.generate(**settings)))
-        i = int(draws.integers(5))
-        written[i] += next(under_way[i]).ids
-    for stream in under_way.values():
-        stream.cancel()
-    for session, ids in zip(sessions, written, strict=True):
-        assert_same(session.snapshot, engine.read(None, ids))
-    assert len(good) == 70
-    for settings, completion in good:
-        assert engine.generate(**settings).ids == completion.ids
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)

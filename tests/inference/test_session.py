@@ -303,7 +303,7 @@ def test_chunks_come_to_other_tasks_as_well(engine: FakeEngine, session: Session
 
 def test_a_failed_stream_leaves_the_session_as_it_was(engine: FakeEngine, session: Session) -> None:
     before = session.snapshot
-    stream = session.stream("!", max_tokens=9, sampling=GREEDY, fails_after=2)
+    stream = session.stream("!", max_tokens=9, sampling=GREEDY, fails_after=2)  # pyright: ignore[reportCallIssue]
     next(stream)
     next(stream)
     with pytest.raises(RuntimeError, match="the device is gone"):
@@ -318,7 +318,7 @@ def test_a_refused_stream_leaves_the_session_free(session: Session) -> None:
     with pytest.raises(ConfigError, match="beyond the vocabulary"):
         session.stream([VOCAB_SIZE], max_tokens=9, sampling=GREEDY)
     with pytest.raises(TypeError, match="colour"):
-        session.stream(max_tokens=9, sampling=GREEDY, colour="red")
+        session.stream(max_tokens=9, sampling=GREEDY, colour="red")  # pyright: ignore[reportCallIssue]
     assert session.snapshot is before
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -188,11 +188,8 @@ def test_many_threads_use_it_at_once() -> None:
             if (found is not None and found.name != f"{i % 17}") or store.nbytes > 50:
                 wrong.append(name)
 
-    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(use, range(8)))
     assert not wrong
     assert store.statistics.hits + store.statistics.misses == 8 * 400
 

@@ -16,6 +16,8 @@ from rwkv_jax.inference.sampling import Sampling
 from tests.inference.models import (
     CONFIGS,
     GREEDY,
+    IDS,
+    LONG_IDS,
     assert_same,
     prompts,
     quick_engine,
@@ -25,8 +27,6 @@ from tests.inference.models import (
     what_was_read,
 )
 
-IDS = (1, 40, 41, 42, 43)
-LONG_IDS = tuple(range(1, 61))
 DRAWN: dict[str, Any] = {"sampling": Sampling(temperature=1.2), "seed": 3, "stop_ids": ()}
 PIECES_OF_CHARACTERS = Sampling(logit_bias=dict.fromkeys([*b"a\xc3\xa9\xe6\x97\xa5\xf0\x9f\x91\xa9"], 100.0))
 
@@ -80,7 +80,8 @@ def test_a_stop_id_ends_a_text_and_is_no_part_of_it(engine: Engine) -> None:
     for place in range(12):
         stop = whole.ids[place]
         expected = whole.ids[: whole.ids.index(stop)]
-        stream = engine.stream(IDS, max_tokens=12, keep=True, **(DRAWN | {"stop_ids": [stop]}))
+        options: dict[str, Any] = DRAWN | {"stop_ids": [stop]}
+        stream = engine.stream(IDS, max_tokens=12, keep=True, **options)
         chunks = list(stream)
         assert texts_of(chunks) == (engine.tokenizer.decode(expected), expected)
         assert (chunks[-1].finish_reason, chunks[-1].stop, chunks[-1].ids) == ("stop", stop, ())
@@ -125,8 +126,8 @@ def test_chunks_of_several_texts_name_theirs(engine: Engine) -> None:
 
 @pytest.mark.parametrize("count", range(11))
 def test_a_cancelled_text_stands_behind_what_was_collected(engine: Engine, count: int) -> None:
-    start = engine.read(None, IDS)
-    for prompt, options in ((IDS, {}), ("", {"start": start})):
+    going_on: dict[str, Any] = {"start": engine.read(None, IDS)}
+    for prompt, options in ((IDS, {}), ("", going_on)):
         stream = engine.stream(prompt, max_tokens=9, keep=True, **DRAWN, **options)
         chunks = some(stream, count)
         stream.cancel()
@@ -166,8 +167,8 @@ def test_a_text_that_pauses_is_not_moved_by_others(engine: Engine, count: int, n
 
 
 def test_a_text_that_is_being_read_stands_where_it_was(engine: Engine) -> None:
-    start = engine.read(None, IDS)
-    for options in ({}, {"start": start}):
+    going_on: dict[str, Any] = {"start": engine.read(None, IDS)}
+    for options in ({}, going_on):
         stream = engine.stream(LONG_IDS, keep=True, **options)
         engine.generate(IDS, max_tokens=1)
         assert engine._scheduler.num_running == 1
@@ -187,14 +188,15 @@ def test_equal_texts_in_the_queue_are_told_apart(engine: Engine) -> None:
 
 def test_a_state_is_asked_for_at_the_end_only(engine: Engine) -> None:
     stream = engine.stream(IDS, max_tokens=3, keep=True)
-    with pytest.raises(RuntimeError, match="of a stream that has ended, and for which keep=True was given"):
+    expected = "single text, given keep=True, whose stream has ended"
+    with pytest.raises(RuntimeError, match=expected):
         _ = stream.snapshot
     chunks = some(stream, 3)
     assert chunks[-1].finish_reason == "length"
     assert_same(stream.snapshot, engine.read(None, IDS + what_was_read(chunks)))
     without = engine.stream(IDS, max_tokens=3)
     list(without)
-    with pytest.raises(RuntimeError, match="of a stream that has ended, and for which keep=True was given"):
+    with pytest.raises(RuntimeError, match=expected):
         _ = without.snapshot
 
 

@@ -35,15 +35,15 @@ KERNEL_SHAPES = tuple(
 """For interpreted kernels, which run slowly: what SHAPES goes through, smaller."""
 
 
-def marks(way: Way, shape: Shape) -> tuple[pytest.MarkDecorator, ...]:
+def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]:
     """`long`, or nothing: compiling for all shapes takes minutes."""
     sizes = (shape.batch, shape.time)
     if not way.is_pallas:
         always = sizes in {(3, 1), (3, 257)}
     elif way.operator.name == "wkv4":  # compiles slowly
-        always = sizes in {(2, 1), (3, 70)}
+        always = sizes == (3, 70)
     else:
-        always = sizes in {(2, 1), (2, 17), (3, 70)}
+        always = sizes == (3, 70) or (sizes == (2, 1) and case == "realistic")
     return () if always else (pytest.mark.long,)
 
 
@@ -58,7 +58,7 @@ def rows(*, definition: bool) -> list:
             case,
             shape,
             id=f"{way}-{case}-{shape}",
-            marks=marks(way, shape),
+            marks=marks(way, case, shape),
         )
         for way in WAYS
         if definition or not way.is_definition

@@ -57,7 +57,7 @@ def test_leaving_the_implementation_open_takes_one_of_them(float64: None, operat
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
     inputs, cotangents = way.problem("realistic", SHAPE)
     mapped = jax.tree.map(lambda x: np.stack([x, x[::-1]]), {name: inputs[name] for name in ("k", "v", "state")})

@@ -1,103 +1,36 @@
-"""The whole model of every generation: state in and out, packing, ragged rows, causality, precision, arguments."""
+"""The whole model of every generation: state in and out, packing, ragged rows, precision, what is drawn."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ModelConfig, Remat
-from rwkv_jax.models import RWKV4, RWKV5, RWKV6, RWKV7, model_type
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
-from rwkv_jax.training.loss import sum_losses
-from tests.golden import QUICK, assert_close, relative_error
-from tests.models.parameters import SMALL, abstract, in_dtype, initial_params, merge, random_params, to_official
-
-ROWS, TIME = 4, 20
-TOKENS = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)
-FLOAT32 = {name: dataclasses.replace(config, dtype="float32") for name, config in SMALL.items()}
-
-# The previews differ from 5.2 in shapes only, which test_modules.py looks at each time.
-every_generation = pytest.mark.parametrize(
-    "generation",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("5.0", "5.1") else name for name in SMALL],
+from tests.golden import assert_close, relative_error
+from tests.models.parameters import SMALL, abstract, in_dtype, initial_params, merge, random_params
+from tests.models.small_models import (
+    PACKED,
+    ROWS,
+    TIME,
+    TOKENS,
+    every_generation,
+    one_by_one,
+    run_rows,
+    segments_of,
+    streams,
+    token_program,
 )
-every_class = pytest.mark.parametrize("generation", ["4", "5.2", "6", "7"])
 
 
 def in_compute_dtype(name: str, dtype: Literal["float32", "bfloat16", "float64"]) -> ModelConfig:
     return dataclasses.replace(SMALL[name], dtype=dtype)
-
-
-# Programs, each compiled once for all tests
-
-
-@functools.cache
-def streams(config: ModelConfig) -> Callable[..., tuple[Array, Array, State]]:
-    """(params, inputs_embeds) -> every layer's hidden states, logits, state; nothing else is given."""
-
-    def call(params: Any, inputs_embeds: Array) -> tuple[Array, Array, State]:
-        model = merge(config, params)
-        hidden, state = model.residual_stream(None, inputs_embeds=inputs_embeds)
-        return hidden, model.logits(model.ln_out(hidden[-1])), state
-
-    return jax.jit(call, compiler_options=QUICK)
-
-
-@functools.cache
-def token_program(config: ModelConfig) -> Callable[..., tuple[Array, State]]:
-    """(params, tokens [B, 1], state) -> logits, state."""
-    return jax.jit(lambda params, tokens, state: merge(config, params)(tokens, state), compiler_options=QUICK)
-
-
-@functools.cache
-def rows_program(config: ModelConfig) -> Callable[..., tuple[Array, State]]:
-    """(params, tokens [B, T], state, segment_ids, lengths) -> logits, state."""
-
-    def call(params: Any, tokens: Array, state: State, segment_ids: Array, lengths: Array) -> tuple[Array, State]:
-        return merge(config, params)(tokens, state, segment_ids=segment_ids, lengths=lengths)
-
-    return jax.jit(call, compiler_options=QUICK)
-
-
-def run_rows(
-    generation: str,
-    tokens: NDArray = TOKENS,
-    state: State | None = None,
-    segment_ids: NDArray | None = None,
-    lengths: Any = TIME,
-) -> tuple[NDArray, State]:
-    """Logits and states of the small model with random parameters, in float64."""
-    config = SMALL[generation]
-    state = empty_state(config) if state is None else state
-    segments = np.zeros_like(tokens) if segment_ids is None else segment_ids
-    ends = np.broadcast_to(np.asarray(lengths, np.int32), (ROWS,))
-    return jax.device_get(rows_program(config)(random_params(config), tokens, state, segments, ends))
-
-
-def empty_state(config: ModelConfig) -> State:
-    return merge(config, random_params(config)).initial_state(ROWS)
-
-
-@functools.cache
-def one_by_one(generation: str) -> tuple[NDArray, list[State]]:
-    """Logits [B, T, V] token by token, and the states before each token and after the last."""
-    config = SMALL[generation]
-    states, logits = [empty_state(config)], []
-    for token in TOKENS.T:
-        one, state = token_program(config)(random_params(config), token[:, None], states[-1])
-        logits.append(one)
-        states.append(state)
-    return np.concatenate(logits, axis=1), jax.device_get(states)
 
 
 def named(state: State) -> dict[str, Any]:
@@ -187,15 +120,6 @@ def test_rows_of_a_batch_do_not_see_each_other(float64: None, generation: str) -
 # Packed and ragged rows
 
 
-def segments_of(*lengths: int) -> NDArray:
-    """Ids that neither rise nor begin at zero, and come again."""
-    assert sum(lengths) == TIME
-    return np.repeat(np.array([7, 2, 7, 0][: len(lengths)], np.int32), lengths)
-
-
-PACKED = ((7, 1, 12), (20,), (3, 16, 1), (9, 5, 2, 4))
-
-
 @every_generation
 def test_texts_packed_in_a_row_are_as_each_alone(float64: None, generation: str) -> None:
     segment_ids = np.stack([segments_of(*lengths) for lengths in PACKED])
@@ -253,109 +177,6 @@ def test_packed_and_ragged_at_once(float64: None, generation: str) -> None:
         if rest[row]:
             assert relative_error(logits[row, whole : whole + rest[row]], rest_logits[row, : rest[row]]) < 1e-12
         assert_close(row_of(state, row), row_of(rest_state if rest[row] else first_state, row), 1e-12)
-
-
-# Gradients
-
-
-@functools.cache
-def gradients_program(config: ModelConfig, remat: Remat = "none", chunk: int | None = None) -> Callable[..., Any]:
-    """(params, state, added [B, T, C], tokens, targets, mask, segment_ids, lengths) -> loss, gradients of the first 3.
-
-    `added` is added to the embeddings, for their gradient.
-    """
-
-    def loss(
-        params: Any, state: State, added: Array, tokens: Array, targets: Array, mask: Array, ids: Array, lengths: Array
-    ) -> Array:
-        model = merge(config, params)
-        embeds = model.emb(tokens) + added
-        hidden, final = model.hidden(None, state, inputs_embeds=embeds, remat=remat, segment_ids=ids, lengths=lengths)
-        total = sum_losses(model.logits, hidden, targets, mask, chunk)
-        return total.nll + 1e-2 * total.peak + 1e-3 * sum(jnp.sum(x) for x in (final.att_shift, final.ffn_shift))
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)
-
-
-def gradients(generation: str, mask: NDArray, segment_ids: NDArray, lengths: Any) -> tuple[Any, Any]:
-    """Sizes of the gradients of a masked loss: of embeddings [B, T], and of the state [B], nested as it is."""
-    config = SMALL[generation]
-    ends = np.asarray(lengths, np.int32)
-    inputs = (TOKENS, np.roll(TOKENS, -1, axis=1), mask.astype(np.float32), segment_ids, ends)
-    state = one_by_one(generation)[1][9]
-    program = gradients_program(config)
-    added = np.zeros((ROWS, TIME, 32))
-    _, (_, dstate, dadded) = jax.device_get(program(random_params(config), state, added, *inputs))
-    largest = jax.tree.map(lambda x: np.abs(x).reshape((*x.shape[:2], -1)).max(axis=(0, 2)), dstate)
-    return np.abs(dadded).max(axis=-1), largest
-
-
-@every_generation
-def test_nothing_reaches_where_it_must_not(float64: None, generation: str) -> None:
-    """By gradient: of one token's loss with respect to every embedding and to the state, which are exactly zero.
-
-    Row 0 is one text, row 1 holds three, row 2 ends early, row 3 is three texts and ends within the second.
-    """
-    segment_ids = np.stack([segments_of(20), segments_of(6, 5, 9), segments_of(20), segments_of(6, 5, 9)])
-    lengths = np.array([20, 20, 11, 9])
-    begin = np.array([[0] * 20, [0] * 6 + [6] * 5 + [11] * 9, [0] * 20, [0] * 6 + [6] * 5 + [11] * 9])
-    positions = np.arange(TIME)
-    # Without the loss of any token only the final shifts are left, a function of each row's last segment.
-    base, base_state = gradients(generation, np.zeros((ROWS, TIME)), segment_ids, lengths)
-    for position in (0, 5, 6, 7, 8, 10, 11, 19):
-        mask = np.zeros((ROWS, TIME))
-        mask[:, position] = position < lengths
-        size, of_state = gradients(generation, mask, segment_ids, lengths)
-        for row in range(ROWS):
-            counts = position < lengths[row]
-            seen = (positions >= begin[row, position]) & (positions <= position) & counts
-            ending = (positions >= begin[row, lengths[row] - 1]) & (positions < lengths[row])
-            np.testing.assert_array_equal(base[row] > 0, ending, err_msg=f"{row=}")
-            np.testing.assert_array_equal(size[row] > 0, seen | ending, err_msg=f"{row=} {position=}")
-            first = counts and begin[row, position] == 0
-            for leaf, base_leaf in zip(jax.tree.leaves(of_state), jax.tree.leaves(base_state), strict=True):
-                assert (base_leaf[row] > 0) == (begin[row, lengths[row] - 1] == 0)
-                assert (leaf[row] > 0) == (first or begin[row, lengths[row] - 1] == 0)
-
-
-@every_class
-def test_loss_and_gradients_do_not_depend_on_how_they_are_computed(float64: None, generation: str) -> None:
-    """By chunks with all kept and all logits at once, or step by step with each block and logits recomputed."""
-    config = SMALL[generation]
-    params, state = random_params(config), one_by_one(generation)[1][9]
-    segment_ids = np.stack([segments_of(*lengths) for lengths in PACKED])
-    rng = np.random.default_rng(1)
-    mask = rng.integers(0, 2, (ROWS, TIME)).astype(np.float32)
-    lengths = np.array([20, 7, 20, 18], np.int32)
-    targets = np.roll(TOKENS, -1, axis=1)
-    inputs = (params, state, np.zeros((ROWS, TIME, 32)), TOKENS, targets, mask, segment_ids, lengths)
-    loss, (gradient, *others) = gradients_program(config)(*inputs)
-    scan = dataclasses.replace(config, wkv_implementation="scan")
-    other_loss, (other_gradient, *other_others) = gradients_program(scan, "full", 16)(*inputs)
-    assert relative_error(other_loss, loss) < 1e-12
-    assert_close(to_official(config, other_gradient), to_official(config, gradient), 1e-11)
-    for x, expected in zip(jax.tree.leaves(other_others), jax.tree.leaves(others), strict=True):
-        assert relative_error(x, expected) < 1e-11
-    assert all(np.any(x) for x in to_official(config, gradient).values())
-
-
-@every_generation
-def test_remat_keeps_less_for_the_backward_pass(generation: str) -> None:
-    config = dataclasses.replace(FLOAT32[generation], num_layers=12)
-    tokens = jnp.zeros((8, 256), jnp.int32)
-
-    def kept(remat: Remat) -> int:
-        def hidden(params: Any) -> Array:
-            return merge(config, params).hidden(tokens, remat=remat)[0]
-
-        return sum(
-            x.size for x in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(hidden, p)[1], abstract(config)[1]))
-        )
-
-    block_inputs = config.num_layers * tokens.size * config.width
-    full, operator, none = (kept(remat) for remat in ("full", "operator", "none"))
-    assert block_inputs < full < 2 * block_inputs
-    assert 2 * full < operator < none
 
 
 # Precision
@@ -434,109 +255,3 @@ def test_the_number_of_parameters(config: ModelConfig, published: int | None) ->
         vocab_size, layers, width, sizes = config.vocab_size, config.num_layers, config.width, config.sizes()
         ranks = sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank
         assert count == 2 * vocab_size * width + 4 * width + layers * (19 * width + 12 * width**2 + 2 * width * ranks)
-
-
-# Arguments
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (np.zeros((2, 3), np.float32), r"tokens: float32 of shape \(2, 3\) must be integers of shape \[B, T\]"),
-        (np.zeros(3, np.int32), r"tokens: int32 of shape \(3,\) must be integers of shape \[B, T\]"),
-        (np.zeros((1, 2, 3), np.int32), r"tokens: int32 of shape \(1, 2, 3\) must be integers"),
-        (np.zeros((1, 0), np.int32), r"tokens: int32 of shape \(1, 0\) must be integers of shape \[B, T\], T from 1"),
-        (np.array([[3, 41]]), r"tokens: from 3 to 41 must lie from 0 to V - 1 = 40"),
-        (np.array([[-1, 4]]), r"tokens: from -1 to 4 must lie from 0 to V - 1 = 40"),
-    ],
-)
-def test_wrong_tokens_are_named(tokens: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small_float32("7")(jnp.asarray(tokens))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"segment_ids": np.zeros((4, 21), int)}, r"segment_ids: shape \(4, 21\) must be \(4, 20\), \[B, T\]"),
-        ({"segment_ids": np.zeros((4, 20))}, "segment_ids: dtype .* must be an integer one"),
-        ({"lengths": [20, 1, 2, 21]}, "lengths: values from 1 to 21 must lie from 0 to T = 20"),
-        ({"lengths": np.zeros((1, 2), int)}, r"lengths: shape \(1, 2\) must be \(4,\), \[B\]"),
-        ({"lengths": [1.0, 2.0, 3.0, 4.0]}, "lengths: dtype .* must be an integer one"),
-    ],
-    ids=["too long", "no integers", "out of range", "no vector", "fractions"],
-)
-def test_wrong_rows_are_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small_float32("7")(jnp.asarray(TOKENS), **arguments)
-
-
-def test_a_state_of_another_model_or_batch_is_refused() -> None:
-    model, other = small_float32("7"), small_float32("4")
-    tokens = jnp.asarray(TOKENS)
-    with pytest.raises(
-        ValueError, match=r"state: is none of RWKV-7, whose states have the form of model\.initial_state"
-    ):
-        model(tokens, other.initial_state(4))
-    with pytest.raises(ValueError, match=r"state\.att_shift: shape \(3, 1, 32\) must be \(3, 4, 32\)"):
-        model(tokens, model.initial_state(1))
-    shallow = jax.tree.map(lambda x: x[:2], model.initial_state(4))
-    with pytest.raises(ValueError, match=r"state\.att_shift: shape \(2, 4, 32\) must be \(3, 4, 32\)"):
-        model(tokens, shallow)
-
-
-def small_float32(generation: str) -> Any:
-    config = FLOAT32[generation]
-    return merge(config, in_dtype(random_params(config), config))
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 31), (1, 2, 3, 32)], ids=str)
-def test_wrong_embeddings_are_named(shape: tuple[int, ...]) -> None:
-    named_shape = str(shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=rf"inputs_embeds: shape {named_shape} must be \[B, T, C = 32\]"):
-        small_float32("4")(None, inputs_embeds=jnp.zeros(shape))
-
-
-@pytest.mark.parametrize("method", ["__call__", "hidden", "residual_stream"])
-def test_tokens_and_embeddings_are_one_or_the_other(method: str) -> None:
-    call = getattr(small_float32("6"), method)
-    for arguments in ((None, {}), (jnp.zeros((1, 2), jnp.int32), {"inputs_embeds": jnp.zeros((1, 2, 32))})):
-        with pytest.raises(ValueError, match="give tokens, or inputs_embeds in their place, and not both"):
-            call(arguments[0], **arguments[1])
-
-
-@every_class
-def test_an_unknown_implementation_is_refused(generation: str) -> None:
-    config = dataclasses.replace(FLOAT32[generation], wkv_implementation="cuda")
-    with pytest.raises(ValueError, match=f"implementation = 'cuda': wkv{generation[0]} has .*scan"):
-        jax.eval_shape(lambda params: merge(config, params)(jnp.asarray(TOKENS)), abstract(config)[1])
-
-
-@pytest.mark.parametrize(
-    ("kind", "generation", "remedy"),
-    [
-        (RWKV4, "5.2", "RWKV4 is 4;"),
-        (RWKV5, "6", r"RWKV5 is 5.0, 5.1, 5.2;"),
-        (RWKV6, "7", "RWKV6 is 6;"),
-        (RWKV7, "4", "RWKV7 is 7;"),
-    ],
-)
-def test_a_class_refuses_other_generations(kind: Any, generation: str, remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"model.generation = '{generation}': {remedy} .*model_type\(config\)"):
-        kind(SMALL[generation], rngs=nnx.Rngs(0))
-
-
-def test_every_generation_has_its_class() -> None:
-    expected = {"4": RWKV4, "5.0": RWKV5, "5.1": RWKV5, "5.2": RWKV5, "6": RWKV6, "7": RWKV7}
-    assert {name: model_type(config) for name, config in SMALL.items()} == expected
-
-
-@pytest.mark.long  # without jit every operation is compiled by itself
-@every_generation
-def test_a_model_is_a_module_that_can_be_called(generation: str) -> None:
-    config = dataclasses.replace(FLOAT32[generation], num_layers=2)
-    model = model_type(config)(config, rngs=nnx.Rngs(0))
-    logits, state = model(jnp.asarray(TOKENS[:, :3]))
-    more, _ = model(jnp.asarray(TOKENS[:, 3:4]), state)
-    whole, _ = model(jnp.asarray(TOKENS[:, :4]))
-    np.testing.assert_allclose(jnp.concatenate([logits, more], axis=1), whole, rtol=0, atol=1e-5)

@@ -1,11 +1,9 @@
-"""The Transformer: attention and positions against their definitions, its cache, packing, ragged rows, training."""
+"""The Transformer: attention and positions against their definitions, its cache, packing, ragged rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,85 +14,21 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax import from_pretrained, save_pretrained
-from rwkv_jax.config import (
-    CheckpointConfig,
-    ConfigError,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    TrainingConfig,
-)
-from rwkv_jax.models import Transformer, model_type
+from rwkv_jax.models import Transformer
 from rwkv_jax.models.decoding import unstacked
-from rwkv_jax.models.shards import ShardAxes
-from rwkv_jax.models.state import State
 from rwkv_jax.models.transformer import (
     CACHE_BLOCK,
     MOST_PREFIXES,
     PIECE,
-    Attention,
     KeyValueCache,
     attend_to_cache,
     attend_to_call,
     places_of,
     rotate,
 )
-from rwkv_jax.training.batch import make_batch
-from rwkv_jax.training.metrics import read_metrics
-from rwkv_jax.training.optimizer import parameter_groups
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_trainer
-from rwkv_jax.weights.tensors import WeightsError
 from tests.golden import QUICK, relative_error
-from tests.models.parameters import abstract, in_dtype, initial_params, merge, random_params
-from train import train
-
-SMALL = ModelConfig(
-    "transformer",
-    vocab_size=41,
-    num_layers=3,
-    width=32,
-    head_dim=8,
-    ffn_width=48,
-    context_length=24,
-    dtype="float64",
-)
-ROWS, TIME = 4, 20
-TOKENS: Any = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)
-
-
-# Programs, each compiled once for all tests
-
-
-@functools.cache
-def program(config: ModelConfig) -> Callable[..., tuple[Array, Any]]:
-    """(params, tokens, state, segment_ids, lengths) -> logits, state."""
-
-    def call(params: Any, tokens: Array, state: Any, segment_ids: Any, lengths: Any) -> tuple[Array, Any]:
-        return merge(config, params)(tokens, state, segment_ids=segment_ids, lengths=lengths)
-
-    return jax.jit(call, compiler_options=QUICK)
-
-
-def run(tokens: NDArray, state: Any = None, segment_ids: Any = None, lengths: Any = None) -> tuple[NDArray, Any]:
-    """Logits and state of the small model with random parameters."""
-    lengths = None if lengths is None else np.asarray(lengths, np.int32)
-    return jax.device_get(program(SMALL)(random_params(SMALL), tokens, state, segment_ids, lengths))
-
-
-def empty_state() -> Any:
-    return merge(SMALL, random_params(SMALL)).initial_state(ROWS)
-
-
-def alone(text: NDArray) -> tuple[NDArray, Any]:
-    """Logits [T, V] and state of one text [T] by itself, in a row of one length for all."""
-    row = np.zeros((1, 24), np.int32)
-    row[0, : text.size] = text
-    logits, state = run(row, None, None, [text.size])
-    return logits[0, : text.size], state
+from tests.models.parameters import in_dtype, merge, random_params
+from tests.models.small_transformers import ROWS, SMALL, TIME, TOKENS, alone, empty_state, program, run
 
 
 def held(state: KeyValueCache, row: int) -> tuple[NDArray, NDArray]:
@@ -325,200 +259,3 @@ def test_shapes_dtypes_and_room_of_the_state() -> None:
     np.testing.assert_array_equal(model.room(after), [17, 17])
     with jax.enable_x64(True):
         assert 1e-4 < relative_error(logits, run(TOKENS)[0][:2, :7]) < 3e-2
-
-
-# What does not fit
-
-
-FLOAT32 = dataclasses.replace(SMALL, dtype="float32", num_layers=2)
-
-
-def small_float32() -> Any:
-    return merge(FLOAT32, initial_params(FLOAT32))
-
-
-NO_ROOM = r"model\.context_length = 24: the state has no room for 2 of the tokens of row 1; make it larger, or read"
-
-
-def test_more_tokens_than_a_state_has_room_for_are_refused() -> None:
-    model = small_float32()
-    with pytest.raises(
-        ConfigError, match=r"model\.context_length = 24: a state has no room for T = 25 tokens; make it"
-    ):
-        model(jnp.zeros((1, 25), jnp.int32))
-    tokens = jnp.zeros((2, 20), jnp.int32)
-    _, state = program(FLOAT32)(initial_params(FLOAT32), tokens, model.initial_state(2), None, jnp.array([20, 6]))
-    _, full = program(FLOAT32)(initial_params(FLOAT32), tokens, state, None, jnp.array([4, 18]))
-    _, beyond = program(FLOAT32)(initial_params(FLOAT32), tokens, state, None, jnp.array([0, 20]))
-    model.check_room(full)
-    with pytest.raises(ConfigError, match=NO_ROOM):
-        model.check_room(beyond)
-
-
-@pytest.mark.long  # without jit every operation is compiled by itself
-def test_a_call_outside_jit_refuses_what_does_not_fit() -> None:
-    model = small_float32()
-    tokens = jnp.zeros((2, 13), jnp.int32)
-    _, state = model(tokens)
-    _, full = model(tokens, state, lengths=[0, 11])
-    np.testing.assert_array_equal(model.room(full), [11, 0])
-    with pytest.raises(ConfigError, match=NO_ROOM):
-        model(tokens, state, lengths=[11, 13])
-
-
-def test_under_jit_what_does_not_fit_is_forgotten_and_told(float64: None) -> None:
-    _, state = run(TOKENS, empty_state(), None, [20, 1, 0, 4])
-    _, state = run(TOKENS, state, None, [5, 20, 20, 20])
-    model = merge(SMALL, random_params(SMALL))
-    assert isinstance(model, Transformer)
-    np.testing.assert_array_equal(model.room(state), [-1, 3, 4, 0])
-    _, expected = alone(np.concatenate([TOKENS[0], TOKENS[0, :4]]))
-    for x, y in zip((state.keys, state.values), (expected.keys, expected.values), strict=True):
-        np.testing.assert_allclose(x[:, 0], y[:, 0], rtol=0, atol=1e-11)
-
-
-def test_time_that_is_split_is_refused() -> None:
-    attention = Attention(FLOAT32, rngs=nnx.Rngs(0))
-    with pytest.raises(ConfigError, match=r"axes\.sequence = 'time': a Transformer's attention is not split over time"):
-        attention(jnp.zeros((1, 2, 32)), axes=ShardAxes(sequence="time"))
-
-
-def test_a_state_of_another_kind_is_refused() -> None:
-    model = small_float32()
-    shift = jnp.zeros((2, 1, 32))
-    with pytest.raises(ValueError, match=r"state: is none of Transformer, whose states have the form of"):
-        model(jnp.zeros((1, 2), jnp.int32), State(shift, shift, jnp.zeros((2, 1, 4, 8, 8))))
-    with pytest.raises(ValueError, match=r"state\.keys: shape \(2, 3, 4, 24, 8\) must be \(2, 1, 4, 24, 8\)"):
-        model(jnp.zeros((1, 2), jnp.int32), model.initial_state(3))
-
-
-def test_its_weights_have_no_official_names(tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match=r"model\.generation = 'transformer': only RWKV's weights have official names"
-    ):
-        save_pretrained(small_float32(), tmp_path / "model.safetensors")
-    assert not list(tmp_path.iterdir())
-
-
-# Parameters
-
-
-def test_its_class() -> None:
-    assert model_type(SMALL) is Transformer
-
-
-@pytest.mark.parametrize("config", [SMALL, ModelConfig("transformer", 50304, 12, 768)], ids=["small", "0.2B"])
-def test_the_number_of_parameters(config: ModelConfig) -> None:
-    shapes = jax.tree.leaves(abstract(config)[1])
-    assert {x.dtype.name for x in shapes} == {config.parameter_dtype}
-    assert sum(x.size for x in shapes) == config.num_parameters()
-
-
-def test_initial_values() -> None:
-    """Those of GPT-2: normal, of standard deviation 0.02, and less where the residual stream is written."""
-    config = ModelConfig("transformer", vocab_size=512, num_layers=8, width=128, head_dim=32)
-    for path, x in jax.tree.leaves_with_path(initial_params(config)):
-        names = [entry.key for entry in path]
-        if names[-2].startswith("ln"):
-            np.testing.assert_array_equal(x, float(names[-1] == "weight"))
-            continue
-        scale = 0.02 / 4 if names[-2] == "output" or names[-3:-1] == ["ffn", "value"] else 0.02
-        assert x.std() == pytest.approx(scale, rel=0.03), names
-        assert abs(x.mean()) < 0.03 * scale, names
-        assert (np.abs(x) < scale).mean() == pytest.approx(0.6827, abs=0.01), names
-
-
-def test_matrices_decay_and_all_learn_alike() -> None:
-    params = abstract(SMALL)[1]
-    factors, decays = parameter_groups(params, Transformer.parameter_group)
-    assert set(jax.tree.leaves(factors)) == {1.0}
-    for path, is_decayed in jax.tree.leaves_with_path(decays):
-        assert is_decayed != path[-2].key.startswith("ln")
-
-
-# Training
-
-
-def small_run(tmp_path: Path, **changes: Any) -> TrainConfig:
-    source = tmp_path / "source"
-    source.mkdir()
-    for i in range(24):
-        text = "\n".join(f"def f{i}_{j}(x):\n    return x * {j} + {i * j}\n" for j in range(20))
-        (source / f"{i}.py").write_text(text)
-    config = TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        model=ModelConfig("transformer", vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64),
-        data=DataConfig(source=str(source), cache_dir=str(tmp_path / "cache"), held_out=0.2),
-        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=3),
-        training=TrainingConfig(num_steps=12, batch_size=4, sequence_length=32),
-        evaluation=EvaluationConfig(every=12, batches=2, sample_tokens=4, sample_prompts=("def",)),
-        checkpoint=CheckpointConfig(every=12),
-        logging=LoggingConfig(every=2),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-@pytest.mark.long  # tests/test_configs.py has another generation's
-def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path) -> None:
-    config = small_run(tmp_path)
-    result = train(config)
-    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
-    assert losses[-1] < losses[0] - 1
-    assert result.held_out is not None
-    assert result.held_out.loss < losses[0] - 1
-    assert all(record["text"] for record in records if record["kind"] == "sample")
-
-    model = from_pretrained(config.run_dir)
-    assert isinstance(model, Transformer)
-    np.testing.assert_array_equal(model.emb.weight[...], result.state.params["emb"]["weight"])
-    # The room of a state is none of the run's business.
-    longer = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, context_length=128),
-        training=dataclasses.replace(config.training, num_steps=14),
-    )
-    assert int(train(longer).state.step) == 14
-
-
-def test_it_learns_to_copy() -> None:
-    """The second half of each row repeats the first, which takes attention to tell."""
-    config = TrainConfig(
-        model=ModelConfig("transformer", vocab_size=8, num_layers=2, width=32, head_dim=16, context_length=16),
-        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
-        training=TrainingConfig(num_steps=100, batch_size=32, sequence_length=11, reset_at_documents=False),
-    )
-    trainer = make_trainer(config)
-    state = jax.jit(trainer.init, compiler_options=QUICK)(jax.random.key(0))
-    step = jax.jit(trainer.train_step, compiler_options=QUICK)
-    draws = np.random.default_rng(4)
-    mask = np.tile((np.arange(11) >= 5).astype(np.float32), (32, 1))
-    losses = []
-    for _ in range(config.training.num_steps):
-        rows = np.tile(draws.integers(0, 8, (32, 6)).astype(np.int32), (1, 2))
-        state, metrics = step(state, make_batch(rows, end_of_text=None, mask=mask))
-        losses.append(float(metrics.loss))
-    assert losses[0] > 2
-    assert losses[-1] < 0.05
-
-
-def lowered_step(context_length: int, sequence_length: int) -> Any:
-    """A training step of the small model, before it is compiled."""
-    config = TrainConfig(
-        model=dataclasses.replace(FLOAT32, context_length=context_length),
-        training=TrainingConfig(batch_size=2, sequence_length=sequence_length),
-    )
-    trainer = make_trainer(config)
-    return jax.jit(trainer.train_step).lower(abstract_state(trainer), abstract_batch(trainer, config))
-
-
-def test_training_has_no_cache() -> None:
-    assert "x654321x" not in lowered_step(654_321, 64).as_text()
-
-
-@pytest.mark.long
-def test_memory_of_training_does_not_hold_all_scores() -> None:
-    longest = 4096
-    compiled = lowered_step(longest, longest).compile(compiler_options=QUICK)
-    scores = 4 * 2 * FLOAT32.num_heads * longest**2
-    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2

@@ -97,9 +97,8 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
     shapes = jax.eval_shape(trainer.init, jax.random.key(0)).carried
     carried = jax.tree.map(lambda x: np.abs(draws.standard_normal(x.shape)).astype(x.dtype), shapes)
     where = trainer.state_shardings
-    params, batch, carried = jax.device_put(
-        (params, batch, carried), (where.params, trainer.batch_shardings(batch), where.carried)
-    )
+    of_batch = jax.tree.map(lambda x: trainer.tokens_sharding if x.ndim == 2 else trainer.rows_sharding, batch)
+    params, batch, carried = jax.device_put((params, batch, carried), (where.params, of_batch, where.carried))
     # In float32 rounding is the question, so that is compiled as users do.
     options = QUICK if config.model.dtype == "float64" else None
     loss, gradients, carried = jax.jit(trainer.loss_and_gradients, compiler_options=options)(params, batch, carried)

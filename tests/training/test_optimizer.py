@@ -174,7 +174,7 @@ class Adam:
             self.params[name] = self.params[name] - rate * update
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("clip_norm", [pytest.param(0.0, marks=pytest.mark.long), 1.0])
 def test_steps_equal_adam_written_out(float64: None, clip_norm: float) -> None:
     config = dataclasses.replace(CONFIG, clip_norm=clip_norm, weight_decay=0.5, warmup_steps=2)
     rng = np.random.default_rng(0)

@@ -13,13 +13,12 @@ from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.step import abstract_state, make_trainer
-
-TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200))
+from tests.small_runs import CODE
 
 
 def make_run(tmp_path: Path, tokenizer: str, vocab_size: int) -> Path:
     """A run with a checkpoint, whose corpus was made with a given tokenizer."""
-    (tmp_path / "source.py").write_text(TEXT)
+    (tmp_path / "source.py").write_text(CODE)
     data = DataConfig(source=str(tmp_path / "source.py"), tokenizer=tokenizer, cache_dir=str(tmp_path / "cache"))
     corpus = prepare_corpus(data, vocab_size, lambda line: None)
     model = ModelConfig(vocab_size=vocab_size, num_layers=2, width=16, head_dim=8)
@@ -39,19 +38,19 @@ def make_run(tmp_path: Path, tokenizer: str, vocab_size: int) -> Path:
 def test_a_run_has_its_tokenizer(tmp_path: Path, tokenizer: str, vocab_size: int, file: str) -> None:
     if tokenizer == "model":
         tokenizer = str(tmp_path / "given.model")
-        train_sentencepiece([TEXT], vocab_size, tokenizer)
+        train_sentencepiece([CODE], vocab_size, tokenizer)
     run_dir = make_run(tmp_path, tokenizer, vocab_size)
     assert sorted(path.name for path in run_dir.iterdir()) == ["best", "checkpoints", "run.json", file]
     loaded = ckpt.load_run_tokenizer(run_dir)
     assert loaded.vocab_size == vocab_size
-    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert loaded.decode(loaded.encode(CODE)) == CODE
 
 
 def test_another_tokenizer_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     """It would give text, but not what the model means."""
-    train_sentencepiece([TEXT], 300, tmp_path / "given.model")
+    train_sentencepiece([CODE], 300, tmp_path / "given.model")
     run_dir = make_run(tmp_path, str(tmp_path / "given.model"), 300)
-    train_sentencepiece([TEXT.upper()], 300, tmp_path / "other.model")
+    train_sentencepiece([CODE.upper()], 300, tmp_path / "other.model")
     (run_dir / "tokenizer.model").write_bytes((tmp_path / "other.model").read_bytes())
     with pytest.raises(ConfigError, match=r"tokenizer\.model: has changed since the run was begun; put back"):
         ckpt.load_run_tokenizer(run_dir)

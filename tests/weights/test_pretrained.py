@@ -179,6 +179,21 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+def test_a_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_torch_file(tmp_path / "a.pth", random_tensors(dataclasses.replace(CONFIGS["4"], vocab_size=257)))
+    model = from_pretrained(tmp_path / "a.pth")
+
+    def come(*_: Any, **__: Any) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "model").write_text("precious")
+
+    monkeypatch.setattr("rwkv_jax.weights.pretrained.save_tokenizer", come)
+    with pytest.raises(WeightsError, match="b: exists already and is not overwritten"):
+        save_pretrained(model, tmp_path / "b", tokenizer=ByteTokenizer())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.pth", "b", "model"]
+    assert (tmp_path / "b" / "model").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

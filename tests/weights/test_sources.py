@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from pathlib import Path
@@ -79,6 +80,32 @@ def test_what_is_nowhere_is_said_to_be(source: str) -> None:
         find_weights(source)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "runs/mine",
+            r"^runs/mine: no such run folder; train the run first \(train\.py --run-dir runs/mine\)",
+        ),
+        ("runs/mine/a.pth", "^runs/mine/a.pth: no such run folder"),
+        ("folder/mine", "^folder/mine: no such file or run folder; name one that is there, or OWNER/NAME on the"),
+        ("owner/a.pth", "^owner/a.pth: no such file or run folder"),
+        ("owner/a.safetensors", "^owner/a.safetensors: no such file or run folder"),
+        ("./mine", "no such file or folder"),
+    ],
+)
+def test_what_is_meant_to_be_here_is_not_looked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    hub = Hub(tmp_path, online=False, fetched=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WeightsError, match=message):
+        find_weights(source)
+    assert hub.asked == 0
+
+
 def test_damaged_files_name_themselves(tmp_path: Path) -> None:
     for name, content in {"a.safetensors": b"", "b.pth": b"", "c.pth": b"PK\3\4....", "d.json": b"{}"}.items():
         (tmp_path / name).write_bytes(content)
@@ -94,8 +121,11 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.folder, self.online, self.fetched = folder, online, fetched
         self.patterns: list[str] = []
+        self.asked = 0
 
     def list_repo_files(self, name: str) -> list[str]:
+        self.asked += 1
+        logging.getLogger("huggingface_hub.utils").warning("retrying")
         if not self.online:
             raise ConnectionError("no network")
         assert name == "owner/name"
@@ -141,6 +171,9 @@ def test_offline_what_was_fetched_before_serves_and_is_said_to(
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(repository, online=False, fetched=True))
     assert find_weights(source).parent == repository
     assert "owner/name: the hub cannot be reached (no network); taking what was fetched before" in caplog.text
+    assert "retrying" not in caplog.text
+    logging.getLogger("huggingface_hub.utils").warning("speaks again")
+    assert "speaks again" in caplog.text
 
 
 def test_what_the_hub_answers_is_not_passed_over(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

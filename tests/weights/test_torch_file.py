@@ -28,7 +28,7 @@ from rwkv_jax.weights.safetensors_file import read_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, UnsafeFileError, WeightsError
 from rwkv_jax.weights.torch_file import read_torch_file, write_torch_file
 from tests.golden import GOLDEN_DIR
-from tests.weights import forged, hostile
+from tests.weights import forged, hostile_files, hostile_pickles
 
 _DTYPES = [BFLOAT16, *map(np.dtype, ("f2", "f4", "f8", "?", "u1", "i1", "i2", "i4", "i8"))]
 _MIB = 2**20
@@ -297,12 +297,12 @@ def test_the_files_below_differ_from_one_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(forged.torch_file())
     _assert_same(read_torch_file(path).tensors, {"w": forged.NUMBERS.reshape(2, 3)})
-    assert len(hostile.RUNNING) + len(hostile.PICKLES) + len(hostile.FILES) > 150
+    assert len(hostile_pickles.RUNNING) + len(hostile_pickles.PICKLES) + len(hostile_files.FILES) > 150
 
 
-@pytest.mark.parametrize("name", hostile.RUNNING)
+@pytest.mark.parametrize("name", hostile_pickles.RUNNING)
 def test_nothing_runs(tmp_path: Path, name: str) -> None:
-    build, message = hostile.RUNNING[name]
+    build, message = hostile_pickles.RUNNING[name]
     canary = tmp_path / "canary"
     pickled = build(f"touch {shlex.quote(str(canary))}")
 
@@ -336,17 +336,17 @@ def _refused(path: Path, content: bytes, message: str, memory: int) -> None:
     assert peak < memory + _MIB // 4
 
 
-@pytest.mark.parametrize("name", hostile.PICKLES)
+@pytest.mark.parametrize("name", hostile_pickles.PICKLES)
 def test_hostile_pickles_are_refused(tmp_path: Path, name: str) -> None:
-    build, message = hostile.PICKLES[name]
+    build, message = hostile_pickles.PICKLES[name]
     pickled = build()
     big = [forged.Entry("x/data/big", bytes(400_000))] if name == "many times the same memory" else []
     _refused(tmp_path / "x.pth", forged.torch_file(pickled, *big), message, memory=100 * len(pickled))
 
 
-@pytest.mark.parametrize("name", hostile.FILES)
+@pytest.mark.parametrize("name", hostile_files.FILES)
 def test_hostile_files_are_refused(tmp_path: Path, name: str) -> None:
-    build, message = hostile.FILES[name]
+    build, message = hostile_files.FILES[name]
     content = build()
     _refused(tmp_path / "x.pth", content, message, memory=4 * len(content))
 

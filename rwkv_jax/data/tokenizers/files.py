@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.files import publish
 
 KINDS = (
     "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
@@ -24,11 +26,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a new file, whole or not at all. Raises ConfigError if it is there already."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already and is not overwritten; move it away or name another file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists already and is not overwritten; move it away or name another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)

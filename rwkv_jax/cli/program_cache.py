@@ -1,0 +1,76 @@
+"""Where compiled programs are kept between starts, so that only the first one with a model waits for the compiler."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SHORTEST_COMPILATION = 0.5
+"""Seconds; what was compiled faster is compiled anew."""
+
+
+def default_folder(environment: Mapping[str, str]) -> Path:
+    """The folder `rwkv-jax/programs` in the user's cache folder.
+
+    Source: the XDG Base Directory Specification, by which relative paths in XDG_CACHE_HOME count for nothing.
+    """
+    given = environment.get("XDG_CACHE_HOME", "")
+    root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
+    return root / "rwkv-jax" / "programs"
+
+
+def keep_programs() -> None:
+    """Has JAX keep compiled programs in the default folder, unless its user has chosen one or switched that off.
+
+    A folder that cannot be written is told on standard error, and does no harm.
+    """
+    if _is_chosen_by_user():
+        return
+
+    import jax
+
+    folder = default_folder(os.environ)
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(
+            f"rwkv: {folder}: cannot be written ({error.strerror}), so that each start compiles anew; set "
+            "JAX_COMPILATION_CACHE_DIR to a folder that can",
+            file=sys.stderr,
+        )
+        return
+    if is_new and sys.stderr.isatty():
+        print(
+            f"rwkv: the first start with a model compiles it, which takes up to minutes; {folder} keeps what was "
+            "compiled for later ones",
+            file=sys.stderr,
+        )
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_COMPILATION)
+
+
+def describe_program_cache() -> str:
+    """Where the programs of generate, chat and bench are kept, in a line."""
+    if not _setting("jax_enable_compilation_cache"):
+        return "compiled programs: not kept, by JAX_ENABLE_COMPILATION_CACHE"
+    if _is_chosen_by_user():
+        return f"compiled programs: kept in {_setting('jax_compilation_cache_dir')}, by JAX_COMPILATION_CACHE_DIR"
+    return f"compiled programs: generate, chat and bench keep them in {default_folder(os.environ)}"
+
+
+def _is_chosen_by_user() -> bool:
+    """Whether JAX has been told where to keep programs, or not to."""
+    return _setting("jax_compilation_cache_dir") is not None or not _setting("jax_enable_compilation_cache")
+
+
+def _setting(name: str) -> Any:
+    import jax
+
+    return getattr(jax.config, name)

@@ -1,0 +1,106 @@
+"""Where compiled programs are kept, and that a second start finds them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rwkv_jax.cli.program_cache import SHORTEST_COMPILATION, default_folder, describe_program_cache, keep_programs
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def setting(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
+@pytest.fixture
+def as_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """JAX's settings as they are before anyone has changed them, and the user's own folder for caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
+    before = {name: setting(name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path / "caches"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_folder_is_in_the_users_cache() -> None:
+    assert default_folder({"XDG_CACHE_HOME": "/caches"}) == Path("/caches/rwkv-jax/programs")
+    expected = Path("~/.cache/rwkv-jax/programs").expanduser()
+    assert default_folder({}) == default_folder({"XDG_CACHE_HOME": "relative"}) == expected
+
+
+def test_programs_are_kept_there(as_at_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_programs()
+    folder = as_at_start / "rwkv-jax" / "programs"
+    assert setting("jax_compilation_cache_dir") == str(folder)
+    assert setting("jax_persistent_cache_min_compile_time_secs") == SHORTEST_COMPILATION
+    assert list(folder.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_person_is_told_of_a_new_folder(
+    as_at_start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    keep_programs()
+    assert f"; {as_at_start}/rwkv-jax/programs keeps what was compiled for later ones" in capsys.readouterr().err
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_programs()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_compilation_cache_dir", "/chosen"), ("jax_enable_compilation_cache", False)]
+)
+def test_what_the_user_has_set_stays(as_at_start: Path, name: str, value: object) -> None:
+    jax.config.update(name, value)
+    before = setting("jax_compilation_cache_dir")
+    keep_programs()
+    assert setting("jax_compilation_cache_dir") == before
+    assert not as_at_start.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(as_at_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_at_start.write_text("a file")
+    keep_programs()
+    assert setting("jax_compilation_cache_dir") is None
+    error = capsys.readouterr().err
+    assert error.startswith(f"rwkv: {as_at_start}/rwkv-jax/programs: cannot be written (Not a directory), so that each")
+    assert error.count("\n") == 1
+
+
+def test_doctor_says_which_folder_it_is(as_at_start: Path) -> None:
+    assert describe_program_cache().endswith(f"generate, chat and bench keep them in {as_at_start}/rwkv-jax/programs")
+    jax.config.update("jax_compilation_cache_dir", "/chosen")
+    assert describe_program_cache() == "compiled programs: kept in /chosen, by JAX_COMPILATION_CACHE_DIR"
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert describe_program_cache() == "compiled programs: not kept, by JAX_ENABLE_COMPILATION_CACHE"
+
+
+@pytest.mark.long
+def test_a_second_start_compiles_less(tmp_path: Path) -> None:
+    shape = ("--random", "6x64", "--vocab-size", "50", "--contexts", "64", "--tokens", "8", "--repetitions", "1")
+    command = [sys.executable, "-m", "rwkv_jax", "bench", "latency", *shape, "--json"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def start() -> str:
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "Persistent compilation cache hit" not in start()
+    kept = sorted((tmp_path / "rwkv-jax" / "programs").glob("*-cache"))
+    assert kept
+    assert start().count("Persistent compilation cache hit") >= len(kept)
+    assert sorted((tmp_path / "rwkv-jax" / "programs").glob("*-cache")) == kept

@@ -1,0 +1,84 @@
+"""`train(config)` where the loss is not a number."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from rwkv_jax.config import CheckpointConfig, TrainConfig
+from rwkv_jax.data.rows import TrainingRows, training_rows
+from rwkv_jax.training import step as step_module
+from rwkv_jax.training.journal import NonFiniteError
+from rwkv_jax.training.loss import TokenLosses, sum_losses
+from rwkv_jax.training.metrics import read_metrics
+from tests.small_runs import assert_same_bits, names_in
+from tests.train.in_process import restore, run
+
+BAD_TOKEN = 7
+
+
+@pytest.fixture
+def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Steps whose loss, and so whose gradient, is not a number; to be filled by the test."""
+    steps: set[int] = set()
+    read_rows = TrainingRows.read
+
+    def read(self: TrainingRows, step: int, rows: slice = slice(None)) -> np.ndarray:
+        tokens = read_rows(self, step, rows)
+        return np.full_like(tokens, BAD_TOKEN) if step in steps else tokens
+
+    def losses(logits_of: Any, hidden: Any, targets: Any, *options: Any) -> TokenLosses:
+        total = sum_losses(logits_of, hidden, targets, *options)
+        return total._replace(nll=total.nll * jnp.where(jnp.all(targets == BAD_TOKEN), jnp.nan, 1))
+
+    monkeypatch.setattr(TrainingRows, "read", read)
+    monkeypatch.setattr(step_module, "sum_losses", losses)
+    return steps
+
+
+def test_bad_step_is_skipped_and_counted(config: TrainConfig, tmp_path: Path, bad_steps: set[int]) -> None:
+    bad_steps |= {3, 4}
+    every_step = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep=9), profile=None)
+    done = run(every_step, tmp_path / "run")
+    state = done.result.state
+    assert (int(state.step), int(state.skipped_steps), int(state.bad_steps)) == (8, 2, 0)
+    assert "step 3: loss nan" in done.output
+    lines = [record for record in read_metrics(done.folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert {record["step"]: record["skipped_steps"] for record in lines} == {2: 0, 4: 1, 6: 1, 8: 0}
+    assert all(record["loss"] is not None for record in lines)
+    # Nothing that trains moves in a skipped step.
+    before, skipped, after = (restore(done.config, done.folder, step) for step in (3, 5, 6))
+    assert_same_bits((before.params, before.optimizer), (skipped.params, skipped.optimizer))
+    assert (int(skipped.step), int(skipped.bad_steps)) == (5, 2)
+    assert not np.array_equal(skipped.params["head"]["weight"], after.params["head"]["weight"])
+
+
+@pytest.mark.parametrize("evaluate_every", [pytest.param(100, marks=pytest.mark.long), 7])
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_state_saved(
+    config: TrainConfig, tmp_path: Path, bad_steps: set[int], evaluate_every: int
+) -> None:
+    """Whether the last of them is looked at when the next step is taken, or at once since it is evaluated."""
+    bad_steps |= {4, 5, 6, 7}
+    bad = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, max_bad_steps=3),
+        evaluation=dataclasses.replace(config.evaluation, every=evaluate_every),
+        profile=None,
+    )
+    with pytest.raises(NonFiniteError) as error:
+        run(bad, tmp_path / "run")
+    corpus = train.prepare_corpus(config.data, 300, lambda line: None)
+    rows = training_rows(corpus, order="windows", seed=config.seed, batch_size=4, sequence_length=32)
+    for step in (4, 5, 6):
+        assert f"step {step}: {'; '.join(rows.places(step))}" in str(error.value)
+    last = 8 if evaluate_every == 100 else 7
+    assert names_in(tmp_path / "run" / "checkpoints") == ["4", str(last)]
+    good, saved = (restore(bad, tmp_path / "run", step) for step in (4, last))
+    assert_same_bits((good.params, good.optimizer), (saved.params, saved.optimizer))
+    assert (int(saved.step), int(saved.skipped_steps)) == (last, last - 4)

@@ -1,0 +1,85 @@
+"""`train(config)`: what a run leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+import train
+from rwkv_jax.evaluation.held_out import compressed_bits_per_byte
+from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.metrics import read_metrics
+from tests.small_runs import assert_same_bits, names_in
+from tests.train.in_process import Run, restore, steps_of
+
+
+def test_folder_holds_all_that_a_run_leaves(finished: Run) -> None:
+    expected = ["best", "checkpoints", "loss.png", "metrics.jsonl", "profile", "run.json", "tokenizer.model"]
+    assert names_in(finished.folder) == expected
+    assert names_in(finished.folder / "checkpoints") == ["4", "8"]
+
+
+def test_metrics_have_every_interval_evaluation_and_sample(finished: Run) -> None:
+    assert steps_of(finished.folder, "train") == [2, 4, 6, 8]
+    assert steps_of(finished.folder, "evaluation") == [3, 6, 8]
+    samples = [record for record in read_metrics(finished.folder / "metrics.jsonl") if record["kind"] == "sample"]
+    # One prompt in turn at each evaluation, all of them at the end.
+    assert [(record["step"], record["prompt"]) for record in samples] == [
+        (3, "x"),
+        (6, "def"),
+        (8, "def"),
+        (8, "x"),
+    ]
+    assert all(record["text"] for record in samples)
+
+
+def test_model_learns(finished: Run) -> None:
+    losses = [record["loss"] for record in read_metrics(finished.folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_best_checkpoint_is_of_the_lowest_held_out_loss(finished: Run) -> None:
+    records = read_metrics(finished.folder / "metrics.jsonl")
+    losses = {record["step"]: record["loss"] for record in records if record["kind"] == "evaluation"}
+    (best,) = names_in(finished.folder / "best")
+    assert losses[int(best)] == min(losses.values())
+    with ckpt.Checkpoints(finished.folder, 2, pytest.fail) as checkpoints:
+        assert checkpoints.best_loss() == min(losses.values())
+
+
+def test_result_is_the_saved_state_and_the_loss_of_all_held_out_text(finished: Run) -> None:
+    assert_same_bits(restore(finished.config, finished.folder), finished.result.state)
+    held_out = finished.result.held_out
+    assert held_out is not None
+    assert f"all held-out text: loss {held_out.loss:.4f} nats" in finished.output
+    assert f"this model {held_out.bits_per_byte:.3f}" in finished.output
+
+
+def test_compressors_are_measured_on_the_held_out_text(finished: Run) -> None:
+    corpus = train.prepare_corpus(finished.config.data, 300, lambda line: None)
+    for name, value in compressed_bits_per_byte(corpus.held_out_bytes()).items():
+        assert f"{name} {value:.3f}" in finished.output
+
+
+@pytest.mark.parametrize("function", ["train_step", "eval_step", "_advance_some", "init"])
+def test_each_program_is_compiled_once(finished: Run, function: str) -> None:
+    compiled = {name: count for name, count in finished.compiled.items() if function in name}
+    assert list(compiled.values()) == [1], finished.compiled
+
+
+def test_the_steps_asked_for_are_traced(finished: Run) -> None:
+    assert "trace of steps (2, 3) written to" in finished.output
+    traces = [path for path in (finished.folder / "profile").rglob("*") if path.is_file()]
+    assert traces
+    assert all(path.stat().st_size > 0 for path in traces)
+
+
+def test_run_file_tells_the_config(finished: Run) -> None:
+    saved = json.loads((finished.folder / "run.json").read_text())
+    assert train.to_dict(finished.config) == train.to_dict(
+        dataclasses.replace(finished.config, **{"profile": tuple(saved["config"]["profile"])})
+    )
+    assert saved["config"]["model"]["width"] == 32
+    assert saved["config"]["run_dir"] == str(finished.folder)

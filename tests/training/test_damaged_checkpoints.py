@@ -1,0 +1,142 @@
+"""Damaged checkpoints are stepped over and kept aside, by one process and by several."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.parallel.processes import Processes
+from rwkv_jax.training import checkpoints as ckpt
+from tests.small_runs import assert_same_bits, names_in
+from tests.training.saved import LIKE, make_state, save, truncate_data
+
+# Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def flip_bits(folder: Path) -> None:
+    for path in (folder / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+
+
+def delete_data(folder: Path) -> None:
+    for path in (folder / "state").rglob("d/*"):
+        path.unlink()
+
+
+def delete_metadata(folder: Path) -> None:
+    (folder / "state" / "_METADATA").unlink()
+
+
+def empty_manifest(folder: Path) -> None:
+    (folder / "state" / "manifest.ocdbt").write_bytes(b"")
+
+
+def empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = [truncate_data, flip_bits, delete_data, delete_metadata, empty_manifest, empty_folder]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+        self, tmp_path: Path, damage: Callable[[Path], None]
+    ) -> None:
+        save(tmp_path, 4, 6, 8)
+        damage(tmp_path / "checkpoints" / "8")
+        left = sorted(path.name for path in (tmp_path / "checkpoints" / "8").rglob("*"))
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            restored = checkpoints.restore(LIKE)
+        assert_same_bits(restored, make_state(6))
+        (line,) = said
+        assert line.startswith("checkpoint of step 8 is damaged")
+        (aside,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("damaged-8"))
+        assert str(aside) in line
+        assert sorted(path.name for path in aside.rglob("*")) == left
+
+    def test_the_step_of_a_damaged_checkpoint_is_saved_again(self, tmp_path: Path) -> None:
+        save(tmp_path, 6, 8)
+        empty_folder(tmp_path / "checkpoints" / "8")
+        with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
+            checkpoints.restore(LIKE)
+            checkpoints.save(make_state(8), 8)
+        with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
+            restored = checkpoints.restore(LIKE)
+        assert_same_bits(restored, make_state(8))
+
+    def test_two_damaged_checkpoints_are_both_stepped_over(self, tmp_path: Path) -> None:
+        save(tmp_path, 4, 6, 8)
+        truncate_data(tmp_path / "checkpoints" / "8")
+        empty_folder(tmp_path / "checkpoints" / "6")
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            restored = checkpoints.restore(LIKE)
+        assert_same_bits(restored, make_state(4))
+        assert len(said) == 2
+
+    def test_if_the_only_checkpoint_is_damaged_there_is_none(self, tmp_path: Path) -> None:
+        save(tmp_path, 8)
+        truncate_data(tmp_path / "checkpoints" / "8")
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            assert checkpoints.restore(LIKE) is None
+            checkpoints.save(make_state(2), 2)
+        assert len(said) == 1
+        assert [name for name in names_in(tmp_path / "checkpoints") if not name.startswith("damaged")] == ["2"]
+
+
+class TestSeveralProcesses:
+    """What the other process says is made up; tests/test_meshes.py has real ones."""
+
+    def test_a_share_that_is_damaged_for_another_process_is_no_checkpoint_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4, 6)
+        other = {"what checkpoint 6 holds": "unexpected end of file"}
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, other.get(subject, text)])
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            restored = checkpoints.restore(LIKE)
+        assert_same_bits(restored, make_state(4))
+        (line,) = said
+        assert line.startswith("checkpoint of step 6 is damaged (unexpected end of file)")
+
+    def test_only_the_first_process_moves_a_damaged_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4)
+        empty_folder(tmp_path / "checkpoints" / "4")
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, text])
+        with ckpt.Checkpoints(tmp_path, 3, pytest.fail, Processes(1, 2)) as checkpoints:
+            assert checkpoints.restore(LIKE) is None
+        assert names_in(tmp_path / "checkpoints") == ["4"]
+
+    def test_processes_that_see_different_folders_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4, 6)
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, "[]"])
+        with (
+            ckpt.Checkpoints(tmp_path, 3, print) as checkpoints,
+            pytest.raises(
+                ConfigError, match=r"on a disk that all share:\n.*\n  steps  \[6, 4\]  0\n  steps  \[\]      1$"
+            ),
+        ):
+            checkpoints.restore(LIKE)
+
+    def test_the_best_loss_is_what_the_first_process_reads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: ["1.25", text])
+        with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
+            assert checkpoints.best_loss() == 1.25
