@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from rwkv_jax.inference.sampling import Settings, choose, count, log_probabilities, top_log_probabilities
@@ -109,12 +109,14 @@ class Programs:
         self._rows_axis = 1 if model.is_stacked else 0
         self._weights = weights
         self._logits_dtype = model.config.parameter_dtype
-        slots, mark = jax.eval_shape(self._make, self.params)
-        whole, slots_on, mark_on = None, None, None
-        if mesh is not None:
+        if mesh is None:
+            # Said outright: arrays that nobody has put anywhere and those that were put are arguments of two programs.
+            device = next(iter(jax.tree.leaves(self.params)[0].devices()))
+            whole = slots_on = mark_on = SingleDeviceSharding(device)
+        else:
             whole = NamedSharding(mesh, PartitionSpec())
-            slots_on, mark_on = (self._split_rows(tree, mesh) for tree in (slots, mark))
-        self.make = jax.jit(self._make, out_shardings=None if mesh is None else (slots_on, mark_on))
+            slots_on, mark_on = (self._split_rows(x, mesh) for x in jax.eval_shape(self._make, self.params))
+        self.make = jax.jit(self._make, out_shardings=(slots_on, mark_on))
         self._checksum = jax.jit(_checksum, out_shardings=whole)
         self.put = jax.jit(self._put, donate_argnums=0, out_shardings=slots_on)
         self.take = jax.jit(self._take, out_shardings=whole)
@@ -123,7 +125,7 @@ class Programs:
             self._write,
             static_argnames="num_top",
             donate_argnums=(1, 2),
-            out_shardings=None if mesh is None else (slots_on, mark_on, whole),
+            out_shardings=(slots_on, mark_on, whole),
         )
 
     def _model(self, params: Any) -> LanguageModel:

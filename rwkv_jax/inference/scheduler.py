@@ -288,17 +288,15 @@ class Scheduler:
             self._start_writing(job)
 
     def _put(self, slot: int, row: Row, bias: Any, stops: Any) -> None:
+        # It may come from the host, or from other devices, if an engine of the same weights made it there.
+        row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
         self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
     def _first_row(self, job: Job, reader: Reader, tables: Tables) -> Row:
         """Where a text begins: at its request's state, or at the longest beginning of its prompt that is known."""
         start = job.request.start
         if start is not None:
-            state, logits = start.state, start.logits
-            if getattr(logits, "sharding", None) != self.empty_row.logits.sharding:
-                # An engine of the same weights on other devices made it: by way of the host.
-                state, logits = jax.device_get((state, logits))
-            return Row(state, logits, tables.occurrences)
+            return Row(start.state, start.logits, tables.occurrences)
         if self._prefixes is not None:
             found = self._prefixes.longest(reader.ids)
             if found is not None and found[1].owner == self._owner:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import QueueFullError
@@ -21,6 +23,7 @@ from tests.inference.models import (
     VOCAB_SIZE,
     assert_same,
     prompts,
+    quick_engine,
     some,
     texts_of,
     what_was_read,
@@ -64,6 +67,18 @@ def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[st
     assert compiled == []
     assert [x.shape for x in slots_of(engine)] == shapes
     assert all(x.is_deleted() for x in jax.tree.leaves(slots))  # their memory is what the next ones have
+
+
+def test_weights_that_were_put_on_a_device_take_no_more_programs(engine: Engine, compiled: list[str]) -> None:
+    """As those from files are; those of other tests come from a program."""
+    placed = quick_engine(nnx.merge(*jax.device_put(nnx.split(engine.model), jax.devices()[0])), num_slots=2)
+    compiled.clear()
+    for seed in range(2):
+        placed.generate("a", max_tokens=3, seed=seed)
+    snapshot = placed.read(None, "b")
+    placed.generate("c", start=dataclasses.replace(snapshot, state=jax.device_get(snapshot.state)), max_tokens=3)
+    ours = [name for name in compiled if name in OURS]
+    assert len(ours) == len(set(ours))
 
 
 @pytest.mark.parametrize("seed", range(3))
