@@ -113,7 +113,7 @@ def test_a_plan_from_beginning_to_end(config_file: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--topology", "b200:1x8"), "rwkv: topology = 'b200:1x8': no device is called 'b200'"),
+        (("--topology", "b200:1x8"), "rwkv: --topology 'b200:1x8': no device is called 'b200'"),
         (("--topology", "cpu:8", "--parallel.fsdp", "3"), "rwkv: parallel: data auto, fsdp 3"),
     ],
 )

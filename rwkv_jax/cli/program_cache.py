@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SHORTEST_COMPILATION = 0.5
-"""Seconds; what was compiled faster is compiled anew."""
+"""Seconds; what was compiled faster is compiled anew, unless JAX is told to keep that too."""
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:
@@ -53,7 +53,8 @@ def keep_programs() -> None:
             file=sys.stderr,
         )
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_COMPILATION)
+    shortest = min(SHORTEST_COMPILATION, _setting("jax_persistent_cache_min_compile_time_secs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 def describe_program_cache() -> str:

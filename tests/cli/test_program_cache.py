@@ -28,6 +28,7 @@ def as_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
     before = {name: setting(name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     yield tmp_path / "caches"
     for name, value in before.items():
         jax.config.update(name, value)
@@ -45,6 +46,10 @@ def test_programs_are_kept_there(as_at_start: Path, capsys: pytest.CaptureFixtur
     assert setting("jax_compilation_cache_dir") == str(folder)
     assert setting("jax_persistent_cache_min_compile_time_secs") == SHORTEST_COMPILATION
     assert list(folder.iterdir()) == []
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs()
+    assert setting("jax_persistent_cache_min_compile_time_secs") == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -91,7 +96,11 @@ def test_doctor_says_which_folder_it_is(as_at_start: Path) -> None:
 def test_a_second_start_compiles_less(tmp_path: Path) -> None:
     shape = ("--random", "6x64", "--vocab-size", "50", "--contexts", "64", "--tokens", "8", "--repetitions", "1")
     command = [sys.executable, "-m", "rwkv_jax", "bench", "latency", *shape, "--json"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_EXPLAIN_CACHE_MISSES": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # however fast this machine is
+    }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def start() -> str:
@@ -99,8 +108,10 @@ def test_a_second_start_compiles_less(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    assert "Persistent compilation cache hit" not in start()
-    kept = sorted((tmp_path / "rwkv-jax" / "programs").glob("*-cache"))
+    first = start()
+    kept = list((tmp_path / "rwkv-jax" / "programs").glob("*-cache"))
     assert kept
-    assert start().count("Persistent compilation cache hit") >= len(kept)
-    assert sorted((tmp_path / "rwkv-jax" / "programs").glob("*-cache")) == kept
+    second = start()
+    for path in kept:
+        name = path.name.partition("-")[0]
+        assert second.count(f"MISS for '{name}'") < first.count(f"MISS for '{name}'")

@@ -87,7 +87,7 @@ def test_the_command_prints_what_the_official_script_does(
     ]
     with pytest.raises(SystemExit, match=r"rwkv: .*x\.bin exists already and is not overwritten; move it away"):
         _run(arguments, monkeypatch)
-    with pytest.raises(SystemExit, match=r"rwkv: tokenizer = 'bytes': does not match"):
+    with pytest.raises(SystemExit, match=r"rwkv: --tokenizer 'bytes': does not match"):
         _run([*arguments[:-1], "65536"], monkeypatch)
 
 

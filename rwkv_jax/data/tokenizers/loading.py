@@ -42,8 +42,8 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     if not fits_model(tokenizer, vocab_size):
         raise ConfigError(
             f"tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and the model has "
-            f"vocab_size = {vocab_size}; name the model's own tokenizer, or to train a new model set model.vocab_size "
-            f"to {tokenizer.vocab_size} or leave data.tokenizer unset to have one trained"
+            f"vocab_size = {vocab_size}; name the model's own tokenizer; for a model that is yet to be trained, set "
+            f"model.vocab_size to {tokenizer.vocab_size} or leave data.tokenizer unset to have one trained"
         )
     return tokenizer
 
