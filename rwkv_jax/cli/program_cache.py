@@ -9,18 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.cli.machine import instruction_sets
+
 SHORTEST_COMPILATION = 0.5
 """Seconds; what was compiled faster is compiled anew, unless JAX is told to keep that too."""
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:
-    """The folder `rwkv-jax/programs` in the user's cache folder.
+    """A folder in `rwkv-jax/programs` in the user's cache folder.
+
+    Each kind of processor has its own: machines of several kinds may share the user's folders, and what JAX keeps for a
+    CPU does not say which instructions it needs.
 
     Source: the XDG Base Directory Specification, by which relative paths in XDG_CACHE_HOME count for nothing.
     """
     given = environment.get("XDG_CACHE_HOME", "")
     root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
-    return root / "rwkv-jax" / "programs"
+    return root / "rwkv-jax" / "programs" / instruction_sets()
 
 
 def keep_programs() -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD, ChatFormat
     from rwkv_jax.inference.dialogue import Dialogue
-    from rwkv_jax.inference.engine import Engine, EngineOptions
+    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.options import EngineOptions
     from rwkv_jax.inference.requests import Chunk, Completion, QueueFullError
     from rwkv_jax.inference.sampling import Sampling
     from rwkv_jax.inference.scheduler import NotFiniteError
@@ -46,7 +47,7 @@ _MODULES = {
     "Completion": "requests",
     "Dialogue": "dialogue",
     "Engine": "engine",
-    "EngineOptions": "engine",
+    "EngineOptions": "options",
     "NotFiniteError": "scheduler",
     "QueueFullError": "requests",
     "Sampling": "sampling",

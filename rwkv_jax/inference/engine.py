@@ -144,7 +144,7 @@ class Engine:
           prompts: a text or token ids, or several of them. A text begins with the end-of-text token, as the training
             documents do; ids are taken as they are.
           best_of: how many continuations to write of each prompt, with seeds of their own, of which the one with the
-            greatest mean log-probability is returned.
+            greatest mean log-probability is returned; one without text only if none has any.
           conversation: the name of a conversation that one prompt goes on; its state is kept in `sessions`.
           arguments: as `stream` has them.
 
@@ -186,7 +186,7 @@ class Engine:
           seed: of the draws. With one number, prompt i has seed + i; or a number for each prompt.
           stop: strings that end a text; neither they nor their first characters are shown.
           stop_ids: tokens that end a text; None is the end-of-text token alone.
-          num_top: how many of the likeliest tokens to report with each token, at most 20.
+          num_top: how many of the likeliest tokens to report with each token, at most 20 and at most V.
           guidance, unguided: classifier-free guidance away from what the model says after the prompt `unguided`.
           start: the `Snapshot` that the prompt goes on from; None begins a text.
           keep: whether `Stream.snapshot` will be asked for.

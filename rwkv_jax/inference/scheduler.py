@@ -143,21 +143,28 @@ class Scheduler:
                 self._cancel(job)
 
     def read_on(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
-        """The state after some tokens more, at once: in a slot that is free, or lent by a text for the moment."""
+        """The state after some tokens more, at once: in a slot that is free, or lent by a text for the moment.
+
+        Where the device fails, all jobs with a slot end with that error.
+        """
         with self._turn():
             slot = self._free[-1] if self._free else 0
             lender = next((job for job in [*self._reading, *self._writing] if slot in job.slots), None)
             lent = self._row(self._slots, slot)
             nothing = np.zeros(self._programs.vocab_size, np.float32)
-            self._put(slot, Row(snapshot.state, snapshot.logits, nothing), nothing, nothing > 0)
             reader = Reader(tuple(ids), slot=slot)
-            while reader.remaining:
-                piece = (reader, min(reader.remaining, self._shapes.short))
-                self._read_rows([piece], self._shapes.short, alone=True)
-            state = self._snapshot(self._row(self._slots, slot), snapshot.num_tokens + len(ids))
-            if lender is not None:
-                tables = lender.tables()
-                self._put(slot, lent, tables.bias, tables.stops)
+            try:
+                self._put(slot, Row(snapshot.state, snapshot.logits, nothing), nothing, nothing > 0)
+                while reader.remaining:
+                    piece = (reader, min(reader.remaining, self._shapes.short))
+                    self._read_rows([piece], self._shapes.short, alone=True)
+                state = self._snapshot(self._row(self._slots, slot), snapshot.num_tokens + len(ids))
+                if lender is not None:
+                    tables = lender.tables()
+                    self._put(slot, lent, tables.bias, tables.stops)
+            except BaseException as error:
+                self._fail(error)  # whatever the lender's slot holds now, it is not its text
+                raise
             return state
 
     def tick(self) -> bool:

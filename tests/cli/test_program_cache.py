@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 
+from rwkv_jax.cli.machine import instruction_sets
 from rwkv_jax.cli.program_cache import SHORTEST_COMPILATION, default_folder, describe_program_cache, keep_programs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,14 +36,14 @@ def as_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 def test_the_folder_is_in_the_users_cache() -> None:
-    assert default_folder({"XDG_CACHE_HOME": "/caches"}) == Path("/caches/rwkv-jax/programs")
-    expected = Path("~/.cache/rwkv-jax/programs").expanduser()
+    assert default_folder({"XDG_CACHE_HOME": "/caches"}) == Path("/caches/rwkv-jax/programs") / instruction_sets()
+    expected = Path("~/.cache/rwkv-jax/programs").expanduser() / instruction_sets()
     assert default_folder({}) == default_folder({"XDG_CACHE_HOME": "relative"}) == expected
 
 
 def test_programs_are_kept_there(as_at_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep_programs()
-    folder = as_at_start / "rwkv-jax" / "programs"
+    folder = as_at_start / "rwkv-jax" / "programs" / instruction_sets()
     assert setting("jax_compilation_cache_dir") == str(folder)
     assert setting("jax_persistent_cache_min_compile_time_secs") == SHORTEST_COMPILATION
     assert list(folder.iterdir()) == []
@@ -58,7 +59,10 @@ def test_a_person_is_told_of_a_new_folder(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     keep_programs()
-    assert f"; {as_at_start}/rwkv-jax/programs keeps what was compiled for later ones" in capsys.readouterr().err
+    assert (
+        f"; {as_at_start}/rwkv-jax/programs/{instruction_sets()} keeps what was compiled for later ones"
+        in capsys.readouterr().err
+    )
     jax.config.update("jax_compilation_cache_dir", None)
     keep_programs()
     assert capsys.readouterr().err == ""
@@ -80,12 +84,16 @@ def test_a_folder_that_cannot_be_written_is_no_error(as_at_start: Path, capsys: 
     keep_programs()
     assert setting("jax_compilation_cache_dir") is None
     error = capsys.readouterr().err
-    assert error.startswith(f"rwkv: {as_at_start}/rwkv-jax/programs: cannot be written (Not a directory), so that each")
+    assert error.startswith(
+        f"rwkv: {as_at_start}/rwkv-jax/programs/{instruction_sets()}: cannot be written (Not a directory), so that each"
+    )
     assert error.count("\n") == 1
 
 
 def test_doctor_says_which_folder_it_is(as_at_start: Path) -> None:
-    assert describe_program_cache().endswith(f"generate, chat and bench keep them in {as_at_start}/rwkv-jax/programs")
+    assert describe_program_cache().endswith(
+        f"generate, chat and bench keep them in {as_at_start}/rwkv-jax/programs/{instruction_sets()}"
+    )
     jax.config.update("jax_compilation_cache_dir", "/chosen")
     assert describe_program_cache() == "compiled programs: kept in /chosen, by JAX_COMPILATION_CACHE_DIR"
     jax.config.update("jax_enable_compilation_cache", False)
@@ -109,7 +117,7 @@ def test_a_second_start_compiles_less(tmp_path: Path) -> None:
         return done.stderr
 
     first = start()
-    kept = list((tmp_path / "rwkv-jax" / "programs").glob("*-cache"))
+    kept = list((tmp_path / "rwkv-jax" / "programs").rglob("*-cache"))
     assert kept
     second = start()
     for path in kept:

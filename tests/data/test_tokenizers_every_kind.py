@@ -252,7 +252,7 @@ def test_a_tokenizer_of_another_size_is_refused(every_kind: dict[str, Tokenizer]
         with pytest.raises(
             ConfigError,
             match=f"does not match, it has {size} entries and the model has vocab_size = {other}; "
-            f"name the model's own tokenizer, or .* set model.vocab_size to {size} or leave",
+            f"name the model's own tokenizer; .* set model.vocab_size to {size} or leave",
         ):
             load_tokenizer(path, other)
 

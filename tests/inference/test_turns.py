@@ -94,6 +94,29 @@ def test_the_end_of_a_reply_waits_for_nobodys_slot(
     assert_same(snapshot, engine.read(None, IDS + texts_of(chunks)[1]))
 
 
+def test_a_device_that_fails_while_a_slot_is_lent_ends_the_texts_with_slots(
+    engine: Engine, stopped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = engine.stream(IDS, keep=True, **stopped)
+    list(stream)
+    others = [engine.stream(ids, max_tokens=30, **PLAIN) for ids in (OTHER, IDS)]
+    for other in others:
+        next(other)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as context:
+        context.setattr(engine._scheduler._programs, "read", broken)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            _ = stream.snapshot
+    for other in others:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            list(other)
+    assert stream.snapshot is not None
+    assert stream.snapshot.num_tokens == len(IDS) + 6
+
+
 # Finalizers and interrupts
 
 
