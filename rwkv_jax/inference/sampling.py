@@ -371,7 +371,7 @@ def _kept(logits: Array, settings: Settings) -> Array:
     in_top_p = weights >= jax.lax.cond(jnp.any(top_p < 1), top_p_floor, lambda: everything)[:, None]
     kept = jnp.where(in_top_k & in_top_p & (weights >= settings.min_p[:, None]), weights, 0)
 
-    def only_typical() -> tuple[Array, Array]:
+    def only_typical() -> Array:
         total = jnp.sum(kept, axis=-1, keepdims=True)
         # The surprise without log(total), which its mean has too. -inf * 0 is nan.
         surprise = jnp.where(kept > 0, -scaled, 0)
@@ -382,10 +382,13 @@ def _kept(logits: Array, settings: Settings) -> Array:
         floor = largest_floor(lambda floor: _mass(kept, typicality >= floor), target, -jnp.inf, 0.0, lambda floor: 0.0)
         left = jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
         # The likeliest may be gone: the largest that is left becomes 0 in its place, so that it has a weight again.
-        return left, relative - jnp.max(jnp.where(left > 0, relative, -jnp.inf), axis=-1, keepdims=True)
+        largest = jnp.max(jnp.where(left > 0, relative, -jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(left > 0, jnp.exp((relative - largest) / temperature), 0)
 
-    kept, relative = jax.lax.cond(jnp.any(typical_p < 1), only_typical, lambda: (kept, relative))
-    return jnp.where(kept > 0, jnp.exp(relative / temperature), 0)
+    def all_of_them() -> Array:
+        return jnp.where(is_rwkv & (kept > 0), jnp.exp(relative / temperature), kept)
+
+    return jax.lax.cond(jnp.any(typical_p < 1), only_typical, all_of_them)
 
 
 def _mass(weights: Array, where: Array) -> Array:

@@ -381,7 +381,7 @@ class Scheduler:
     # Reading.
 
     def _read(self) -> bool:
-        """Reads on: a long piece of the prompt whose turn it is, or short pieces of as many as there are."""
+        """Reads on: a long piece of the prompt whose turn it is, or a short piece of each that has no long one."""
         readers = [reader for job in self._reading for reader in job.readers if reader.remaining]
         if not readers:
             return False
@@ -391,10 +391,13 @@ class Scheduler:
         if reader.next_remaining > most:
             self._read_rows([(reader, min(reader.next_remaining, shapes.long))], shapes.long, alone=True)
         else:
-            short = [reader for reader in readers if reader.next_remaining <= most][: shapes.short_rows]
-            alone = len(short) <= max(1, _LEAST_SHARE * shapes.short_rows)
-            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short[: 1 if alone else None]]
-            self._read_rows(pieces, shapes.short, alone=alone)
+            short = [reader for reader in readers if reader.next_remaining <= most]
+            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short]
+            while pieces:
+                alone = len(pieces) <= max(1, _LEAST_SHARE * shapes.short_rows)
+                count = 1 if alone else shapes.short_rows
+                self._read_rows(pieces[:count], shapes.short, alone=alone)
+                pieces = pieces[count:]
         self._reading.rotate(-1)
         for job in [job for job in self._reading if not job.is_reading]:
             self._start_writing(job)
