@@ -80,7 +80,12 @@ class Engine:
             options = dataclasses.replace(options, batch_sizes=(options.num_slots,))
         self.options, self.config, self.tokenizer = options, config, tokenizer
         self.model = unstacked(model)
-        device = next(iter(jax.tree.leaves(nnx.state(self.model, nnx.Param))[0].devices()))
+        devices = jax.tree.leaves(nnx.state(self.model, nnx.Param))[0].devices()
+        if mesh is None and len(devices) > 1:
+            raise ConfigError(
+                f"mesh = None: the model lies on {len(devices)} devices; give the mesh it was loaded with"
+            )
+        device = next(iter(devices))
         implementation, _ = implementation_for_reading(config, device.platform)
         if implementation is not None:
             self.model = with_implementation(self.model, implementation)

@@ -121,24 +121,27 @@ class Scheduler:
         Raises:
           QueueFullError: more than `most_waiting` would wait.
         """
-        for queue in self._waiting.values():
-            for job in [job for job in queue if job.is_abandoned]:
-                queue.remove(job)
-                job.is_done = True
-        if len(jobs) > self.room:
-            half_collected = f" ({len(self._away)} others are half collected)" if self._away else ""
-            raise QueueFullError(
-                f"queue: {self.num_waiting} texts wait{half_collected}, and {len(jobs)} more would pass most_waiting = "
-                f"{self._most_waiting}; collect some first, or build the engine with more"
-            )
-        for job in jobs:
-            self._wait_for_slot(job)
+        with self._turn():
+            for queue in self._waiting.values():
+                for job in [job for job in queue if job.is_abandoned]:
+                    queue.remove(job)
+                    job.is_done = True
+            if len(jobs) > self.room:
+                away = f" ({len(self._away)} others are half collected)" if self._away else ""
+                raise QueueFullError(
+                    f"queue: {self.num_waiting} texts wait{away}, and {len(jobs)} more would pass most_waiting = "
+                    f"{self._most_waiting}; collect some first, or build the engine with more"
+                )
+            for job in jobs:
+                self._wait_for_slot(job)
 
     def cancel(self, job: Job) -> None:
         """Ends a job at what its reader has collected of it; others go on. In a turn it is marked, and ends later."""
+        if job.is_done:
+            return
         if self._is_in_turn:
             job.is_abandoned = True
-        elif not job.is_done:
+        else:
             with self._turn():
                 self._cancel(job)
 
@@ -279,6 +282,7 @@ class Scheduler:
 
     def _admit(self, job: Job) -> None:
         self._reading.append(job)  # before the device is asked, so that what fails there is this text's failure too
+        job.snapshot = job.tail = None  # of when it gave its slot up
         try:
             tables = job.tables()
             for reader in job.readers:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self, Unpack
 
@@ -100,7 +101,8 @@ class Session:
         self._marks: dict[str, Snapshot | None] = {}
         self._lock = threading.Lock()  # held for a moment at a time
         self._in_use: str | None = None
-        self._stream: StreamLike | None = None
+        # A stream that its reader forgets ends by itself, and must not be kept alive from here.
+        self._stream: weakref.ref[StreamLike] | None = None
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -117,7 +119,7 @@ class Session:
     @property
     def is_in_use(self) -> bool:
         """Whether a call, or a stream that has not ended, is using it."""
-        return self._in_use is not None
+        return self._in_use is not None and not self._is_forgotten()
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +156,8 @@ class Session:
     def stream(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> SessionStream:
         """Goes on chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
 
+        A stream that is forgotten before its end leaves the session where it was.
+
         Args:
           prompt: read first; empty, if something was read already.
           arguments: as `rwkv_jax.inference.engine.Engine.stream` has them, for one text.
@@ -173,12 +177,12 @@ class Session:
         except BaseException:
             self._release()
             raise
-        self._stream = stream
+        self._stream = weakref.ref(stream)
         return SessionStream(self, stream)
 
     def cancel(self) -> None:
         """Ends the running stream, if there is one, behind the chunks that were collected; from any thread."""
-        if (stream := self._stream) is not None:
+        if (stream := self._running()) is not None:
             self._cancel(stream)
 
     def fork(self) -> Session:
@@ -226,38 +230,43 @@ class Session:
 
     def _settle(self, stream: StreamLike) -> None:
         """Moves on behind a stream that has ended."""
-        if self._stream is not stream:
+        if self._running() is not stream:
             return
         try:
             snapshot = stream.snapshot  # before anything changes: an interrupted session can still be cancelled
         except Exception:
             self._give_up(stream)
             raise
-        if self._take(stream):
-            self._snapshot = snapshot
-            self._release()
+        if self._end(stream, snapshot):
             self._on_change(self)
 
     def _give_up(self, stream: StreamLike) -> None:
         """Stays before a stream that has failed."""
-        if self._take(stream):
-            self._release()
+        self._end(stream, self._snapshot)
 
-    def _take(self, stream: StreamLike) -> bool:
-        """True once: reader and canceller may both find that a stream has ended."""
+    def _end(self, stream: StreamLike, snapshot: Snapshot | None) -> bool:
+        """Frees the session, at a state. True once: reader and canceller may both find that a stream has ended."""
         with self._lock:
-            is_running = self._stream is stream
-            self._stream = None if is_running else self._stream
-            return is_running
+            if self._running() is not stream:
+                return False
+            self._snapshot, self._stream, self._in_use = snapshot, None, None
+            return True
+
+    def _running(self) -> StreamLike | None:
+        return None if self._stream is None else self._stream()
+
+    def _is_forgotten(self) -> bool:
+        """Whether it was in use by a stream that nobody has any more."""
+        return self._stream is not None and self._stream() is None
 
     def _claim(self, use: str) -> None:
         with self._lock:
-            if self._in_use is not None:
+            if self._in_use is not None and not self._is_forgotten():
                 raise SessionBusyError(
                     f"{use}: the session is in use by a call of {self._in_use}; wait for its end, and of a stream read "
                     "all chunks or cancel() it (a `with` block does), or fork() the session before"
                 )
-            self._in_use = use
+            self._in_use, self._stream = use, None
 
     def _release(self) -> None:
         with self._lock:

@@ -35,6 +35,7 @@ class Stream:
         self._open_lock = Lock()  # held for a moment, so that a task that collects never waits for the device
         self._scheduler, self._lock = scheduler, lock
         self._snapshot: Snapshot | None = None
+        self._is_given_up = False
 
     def __iter__(self) -> Self:
         return self
@@ -60,7 +61,8 @@ class Stream:
     def cancel(self) -> None:
         """Ends the texts where their reader stands; chunks that were not collected are dropped."""
         with self._lock, uninterrupted():
-            for job in tuple(self._open):
+            self._is_given_up = self._is_given_up or (self._scheduler.is_in_turn and bool(self._open))
+            for job in self._jobs:
                 self._scheduler.cancel(job)
             with self._open_lock:
                 self._open.clear()
@@ -105,7 +107,7 @@ class Stream:
             return self._snapshot
 
     def _after_collected(self, job: Job) -> Snapshot | None:
-        if job.error is not None or self._scheduler.is_in_turn:
+        if job.error is not None or self._is_given_up or self._scheduler.is_in_turn:
             return job.request.start
         num_collected = max(0, len(job.burst) - len(job.chunks))
         if job.snapshot is not None and num_collected == len(job.burst):

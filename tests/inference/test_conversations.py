@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_one_in_use_stays(engine: Engine, size: int) -> None:
     for name in "bc":
         small.generate("Hi", conversation=name, max_tokens=1)
     assert small.conversation("a").num_tokens == 0
+
+
+def test_a_forgotten_stream_frees_its_session(engine: Engine, size: int) -> None:
+    other = like(engine, session_bytes=2 * size + size // 2)
+    session = other.conversation("a")
+    session.append(IDS)
+    for _ in session.stream(max_tokens=50, stop_ids=()):
+        break
+    gc.collect()
+    assert not session.is_in_use
+    assert session.num_tokens == len(IDS)
+    assert session.generate(max_tokens=3, sampling=GREEDY, stop_ids=()).finish_reason == "length"
+    assert other._scheduler.num_running == 0
+    for name in "bcd":
+        other.generate("Hi", conversation=name, max_tokens=1)
+    assert other.conversation("a").num_tokens == 0
 
 
 def test_names_alone_do_not_fill_the_memory(engine: Engine, size: int) -> None:
