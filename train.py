@@ -21,28 +21,28 @@ import jax
 
 from rwkv_jax.cli import parse_train_config
 from rwkv_jax.config import ConfigError, TrainConfig, to_dict
-from rwkv_jax.data.batches import evaluation_windows
 from rwkv_jax.data.corpus import prepare_corpus
-from rwkv_jax.data.rows import training_rows
 from rwkv_jax.data.tokenizers import load_tokenizer
+from rwkv_jax.data.tokens.batches import evaluation_windows
+from rwkv_jax.data.tokens.rows import training_rows
 from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
-from rwkv_jax.inference.samples import Sampler
-from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.parallel.mesh import memory_of, mesh_of, shape_of
-from rwkv_jax.parallel.picture import placement_table
+from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, run_on_first_process
+from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
+from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import LostProcessError, Processes, join
-from rwkv_jax.parallel.together import StopTogether, agree, first_alone, gather
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.batch import batch_loader
-from rwkv_jax.training.console import Console
-from rwkv_jax.training.journal import Journal, NonFiniteError
-from rwkv_jax.training.metrics import MetricsWriter, require_loggers
 from rwkv_jax.training.optimizer import learning_rate_schedule
-from rwkv_jax.training.plots import plot_losses
-from rwkv_jax.training.profiling import StepProfiler
-from rwkv_jax.training.step import Trainer, TrainState, abstract_state, initial_state, make_trainer
+from rwkv_jax.training.reporting.console import Console
+from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
+from rwkv_jax.training.reporting.plots import plot_losses
+from rwkv_jax.training.reporting.profiling import StepProfiler
+from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
+from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.sample import Sampler
+from rwkv_jax.training.step import TrainFunctions, TrainState, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.stopping import StopRequest
-from rwkv_jax.training.throughput import Throughput
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 LONGEST_PREPARATION = 24 * 3600
@@ -76,12 +76,14 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
     """`train` in one of the run's processes, which have joined."""
     training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
     num_steps, seconds = training.num_steps, config.distributed.join_seconds
-    agree(processes, ckpt.shared_settings(config), seconds=seconds)
+    assert_same(processes, ckpt.shared_settings(config), seconds=seconds)
     require_loggers(config.logging)
     saved_run = ckpt.prepare_run_dir(run_dir)
-    memories = gather(processes, "device memory", str(memory_of(jax.local_devices()[0]) or 0), seconds=seconds)
-    mesh = mesh_of(config, jax.devices(), min(map(int, memories)) or None)
-    trainer = make_trainer(config, mesh)
+    memories = allgather_text(
+        processes, "device memory", str(device_memory(jax.local_devices()[0]) or 0), seconds=seconds
+    )
+    mesh = make_mesh(config, jax.devices(), min(map(int, memories)) or None)
+    trainer = make_train_functions(config, mesh)
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
         check_initial_weights(config.initial_weights, config.model, tokenizer)
@@ -93,7 +95,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
 
         # Data: every batch is a function of the step.
         prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
-        corpus = first_alone(processes, "corpus", prepare)
+        corpus = run_on_first_process(processes, "corpus", prepare)
         rows = training_rows(
             corpus,
             order="streams" if training.carry_state else config.data.order,
@@ -104,14 +106,14 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
         )
         load = batch_loader(trainer, training, corpus.tokenizer.end_of_text)
         identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
-        agree(processes, identity, seconds=LONGEST_PREPARATION, subject="corpus")
+        assert_same(processes, identity, seconds=LONGEST_PREPARATION, subject="corpus")
         if saved_run is not None:
             ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
         if processes.is_first:
             ckpt.write_run(run_dir, config, identity, corpus)
 
         stack.enter_context(console)
-        stop = StopTogether(stack.enter_context(StopRequest()).requested, processes)
+        stop = SyncedStop(stack.enter_context(StopRequest()).requested, processes)
         checkpoints = stack.enter_context(ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
         profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 
@@ -120,7 +122,7 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
         eval_step = jax.jit(trainer.eval_step)
         whole = trainer.state_shardings.step
         sample = Sampler(trainer.graphdef, config.model, corpus.tokenizer, results_on=whole).text
-        sampling = Sampling(evaluation.sample_temperature, evaluation.sample_top_p)
+        sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
         def held_out_loss(params: Any, num_batches: int | None = None) -> HeldOut | None:
             if corpus.held_out is None:
@@ -139,20 +141,22 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
                 params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
                 state = state._replace(params=params)
         first_step, best_loss = int(state.step), checkpoints.best_loss()
-        agree(processes, {"step": first_step, "best": best_loss}, seconds=LONGEST_PREPARATION, subject="checkpoints")
+        assert_same(
+            processes, {"step": first_step, "best": best_loss}, seconds=LONGEST_PREPARATION, subject="checkpoints"
+        )
         if first_step > num_steps:
             raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 
         writer = None
         if processes.is_first:
             writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
-        journal = Journal(
+        logger = StepLogger(
             num_steps=num_steps,
             every=config.logging.every,
             max_bad_steps=training.max_bad_steps,
             bytes_per_token=corpus.bytes_per_token,
             learning_rate=learning_rate_schedule(config.optimizer, num_steps),
-            places=rows.places,
+            row_locations=rows.row_locations,
             console=console,
             writer=writer,
             throughput=Throughput(training.batch_size * training.sequence_length),
@@ -167,27 +171,27 @@ def train_together(config: TrainConfig, processes: Processes, command: str) -> T
             evaluates = done % evaluation.every == 0 or done == num_steps
             saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
             try:
-                journal.step(step, metrics, wait=evaluates or saves)
+                logger.step(step, metrics, wait=evaluates or saves)
             except NonFiniteError:
                 checkpoints.save(state, done)
                 raise
 
             # Evaluate and sample.
             if evaluates:
-                with journal.throughput.pause():
+                with logger.throughput.pause():
                     held_out = held_out_loss(state.params, evaluation.batches)
                     if held_out is not None:
-                        journal.held_out(done, held_out)
+                        logger.held_out(done, held_out)
                         if held_out.loss < best_loss:
                             best_loss = held_out.loss
                             checkpoints.save_best(state, done, best_loss)
                     for seed, prompt in enumerate(prompts_after(done, config), start=done):
                         text = sample(state.params, prompt, evaluation.sample_tokens, sampling, seed)
-                        journal.sample(done, prompt, text)
+                        logger.sample(done, prompt, text)
 
             # Save.
             if saves:
-                with journal.throughput.pause():
+                with logger.throughput.pause():
                     checkpoints.save(state, done)
             if stopping:
                 checkpoints.wait()
@@ -217,7 +221,7 @@ def prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
     return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
 
 
-def describe(config: TrainConfig, trainer: Trainer, num_tokens: int, resumed_step: int | None) -> str:
+def describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
     """What is about to run, and on several devices what lies where."""
     model, training, mesh = config.model, config.training, trainer.split.mesh
     tokens_per_step = training.batch_size * training.sequence_length
@@ -233,8 +237,8 @@ def describe(config: TrainConfig, trainer: Trainer, num_tokens: int, resumed_ste
     if mesh is not None:
         state = abstract_state(trainer)
         groups = {f"parameters: {name}": part for name, part in state.params.items()}
-        groups |= {"optimizer": state.optimizer, "carried state": state.carried}
-        lines += [f"mesh: {shape_of(mesh)}", placement_table(groups)]
+        groups |= {"optimizer": state.optimizer, "carried state": state.recurrent_state}
+        lines += [f"mesh: {mesh_shape(mesh)}", memory_table(groups)]
     if idle := jax.device_count() - (1 if mesh is None else mesh.size):
         rows = training.batch_size // training.accumulation_steps
         lines.append(

@@ -26,9 +26,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from rwkv_jax.bench.measure import state_bytes
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.measure import state_bytes
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.models.decoding import unstacked
 
@@ -80,7 +80,7 @@ class Decoder:
         return (time.perf_counter() - began) / (calls * TOKENS_PER_CALL)
 
 
-def initialised(config: ModelConfig) -> LanguageModel:
+def initialized(config: ModelConfig) -> LanguageModel:
     """A model with its initial parameters."""
     return nnx.jit(lambda: model_type(config)(config, rngs=nnx.Rngs(0)))()
 
@@ -99,7 +99,7 @@ class RWKVColumn:
     """RWKV-7 after contexts that it has read."""
 
     def __init__(self, config: ModelConfig, contexts: Sequence[int]) -> None:
-        self._decoder = Decoder(initialised(config))
+        self._decoder = Decoder(initialized(config))
         self.config = config
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, contexts[-1], np.int32)
         state = self._decoder.initial_state()
@@ -125,7 +125,7 @@ class TransformerColumn:
 
     def __init__(self, config: ModelConfig, contexts: Sequence[int], calls: int) -> None:
         room = TOKENS_PER_CALL * (calls + 1)
-        model = initialised(config.transformer_of_equal_size(contexts[0] + room))
+        model = initialized(config.transformer_of_equal_size(contexts[0] + room))
         graphdef, params = nnx.split(model, nnx.Param)
         self._decoders: dict[int, Decoder] = {}
         for context in contexts:

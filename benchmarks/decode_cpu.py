@@ -34,16 +34,16 @@ from numpy.typing import NDArray
 
 from peers_processes import PeerError, PeerProcess, progress
 from peers_protocol import Job, Request
+from rwkv_jax.bench.random_model import RandomTensors
 from rwkv_jax.cli.machine import available_cores, describe_machine
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.random_model import RandomTensors
-from rwkv_jax.weights.safetensors_file import write_safetensors
-from rwkv_jax.weights.torch_file import write_torch_file
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors
 
 CHECKED_TOKENS = 32
 FLOAT32_TOLERANCE = 1e-3
 """By which a float32 row's logits may differ from ours, whose standard deviation is about 1."""
-QUANTISED_TOLERANCE = 0.5
+QUANTIZED_TOLERANCE = 0.5
 """By which those of a row in fewer bits may, as a share of their standard deviation; for another model it is 1.4."""
 
 
@@ -137,7 +137,7 @@ def check(found: Mapping[str, NDArray], reference: Mapping[str, NDArray], precis
         largest = float(np.abs(difference).max())
         if precision == "float32" and largest > FLOAT32_TOLERANCE:
             return error, f"its logits differ from ours by {largest:.1e} ({name})"
-    if error > QUANTISED_TOLERANCE:
+    if error > QUANTIZED_TOLERANCE:
         return error, f"its logits are {error:.0%} off ours"
     if not np.array_equal(found["greedy"], found["greedy_by_reading"]):
         return error, "decoding chooses other tokens than reading one after the other"

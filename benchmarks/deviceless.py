@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from rwkv_jax.parallel.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
+from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
 from rwkv_kernels.cases import Shape
 from rwkv_kernels.precision import Precision
 
@@ -119,7 +119,7 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
 
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
-    """An operator's function for `pallas_triton` or `pallas_tpu`, which does not ask what machine it is on."""
+    """An operator's function for `pallas_triton` or `pallas_mosaic_tpu`, which does not ask what machine it is on."""
     return getattr(importlib.import_module(f"rwkv_kernels.{operator}.{backend}"), f"{operator}_{backend}")
 
 
@@ -134,7 +134,7 @@ def _compile(
     options: dict[str, Any],
     compiler_options: dict[str, Any] | None = None,
 ) -> Any:
-    run = implementation(operator, "pallas_triton" if device == "h100" else "pallas_tpu")
+    run = implementation(operator, "pallas_triton" if device == "h100" else "pallas_mosaic_tpu")
     if "precision" in inspect.signature(run).parameters:
         options = options | {"precision": precision}
 
@@ -224,7 +224,7 @@ def compile_tpu(
     segments: bool = False,
     **options: Any,
 ) -> list[TpuResources]:
-    """An operator's `pallas_tpu` kernels compiled for a TPU generation."""
+    """An operator's `pallas_mosaic_tpu` kernels compiled for a TPU generation."""
     compiled = _compile(generation, operator, direction, dtype, precision, shape, segments, options)
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     return sorted((TpuResources(_label(direction, _name(line)), _vmem(line)) for line in calls), key=lambda x: x.kernel)

@@ -3,7 +3,7 @@
     python benchmarks/engine_throughput.py
     python benchmarks/engine_throughput.py --num-layers 6 --width 512 --quantize int8
 
-Weights are random, of RWKV-7. One engine has a program for each number; `rwkv_jax.inference.measure.throughput` says
+Weights are random, of RWKV-7. One engine has a program for each number; `rwkv_jax.bench.measure.throughput` says
 what is timed, and `rwkv bench throughput` measures trained weights the same way. Leave the machine alone meanwhile.
 """
 
@@ -13,15 +13,15 @@ import argparse
 import itertools
 from collections.abc import Mapping, Sequence
 
+from rwkv_jax.bench.measure import Timing, throughput
+from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.measure import Timing, throughput
-from rwkv_jax.inference.random_model import NumberTokenizer, random_model
-from rwkv_jax.weights.quantised import Quantisation
+from rwkv_jax.weights.quantized import Quantization
 
 
-def random_engine(config: ModelConfig, batch_sizes: Sequence[int], quantize: Quantisation | None) -> Engine:
+def random_engine(config: ModelConfig, batch_sizes: Sequence[int], quantize: Quantization | None) -> Engine:
     """An engine with random weights and a program for each number of texts."""
     options = EngineOptions(num_slots=max(batch_sizes), batch_sizes=tuple(batch_sizes), prefix_bytes=0)
     return Engine(random_model(config, quantize), NumberTokenizer(config.vocab_size), options)

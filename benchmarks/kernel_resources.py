@@ -93,7 +93,7 @@ def _tpu_rows() -> Iterator[tuple[object, ...]]:
         for dtype, precision in combinations(operator):
             if dtype == "bfloat16":
                 cells = (_tpu_cell(generation, operator, dtype, precision) for generation in GENERATIONS)
-                shipped = deviceless.settings(operator, "pallas_tpu")
+                shipped = deviceless.settings(operator, "pallas_mosaic_tpu")
                 yield operator, shipped, precision if has_products(operator) else "-", *cells
 
 

@@ -30,7 +30,7 @@ from rwkv_jax import from_pretrained
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import official_shapes
-from rwkv_jax.weights.torch_file import write_torch_file
+from rwkv_jax.weights.pth.file import write_torch_file
 
 
 class RandomTensors(Mapping[str, NDArray]):

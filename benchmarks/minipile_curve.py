@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.reporting.metrics import read_metrics
 
 STEPS = 40320 // 16
 """Of a mini-epoch: 40320 rows, 16 a step."""

@@ -6,7 +6,7 @@ Runs in an environment of its own, made with
     pip install llama-cpp-python==0.3.36 gguf safetensors
 
 which compiles llama.cpp for the processor at hand and takes ten minutes on two cores. Without those flags GCC 12 leaves
-out most of what llama.cpp writes before it loads the configuration of AMX tiles, and prompts of quantised models crash.
+out most of what llama.cpp writes before it loads the configuration of AMX tiles, and prompts of quantized models crash.
 """
 
 # pyright: reportMissingImports=false

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from peers_protocol import Job, Peer, serve
 from rwkv_jax import from_pretrained
+from rwkv_jax.bench.random_model import NumberTokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.random_model import NumberTokenizer
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.stream import Stream
 
@@ -45,7 +45,7 @@ class Ours(Peer):
         """See Peer."""
         self.begin(len(tokens))
         prompts = tokens[:, None].tolist()
-        likeliest = Sampling(temperature=0)
+        likeliest = SamplingParams(temperature=0)
         self._stream = self._engine.stream(prompts, max_tokens=MOST_TOKENS, sampling=likeliest, stop_ids=())
 
     def write(self, num_tokens: int) -> NDArray[np.int32]:

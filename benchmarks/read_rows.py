@@ -29,11 +29,11 @@ import numpy as np
 from rwkv_jax.cli import load_config
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.data.binidx import BinidxWriter, open_binidx
 from rwkv_jax.data.corpus import Corpus, corpus_of_binidx, mix
-from rwkv_jax.data.order import RowOrder
-from rwkv_jax.data.rows import TrainingRows, training_rows
 from rwkv_jax.data.tokenizers import WorldTokenizer
+from rwkv_jax.data.tokens.binidx import BinidxWriter, open_binidx
+from rwkv_jax.data.tokens.order import RowOrder
+from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 
 SHAPES = [(8, 512), (32, 512), (8, 4096), (32, 4096)]
 ORDERS: list[RowOrder] = ["windows", "official", "streams"]

@@ -43,12 +43,12 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
-from rwkv_jax.data.binidx import BinidxWriter
+from rwkv_jax.data.tokens.binidx import BinidxWriter
 from rwkv_jax.training.batch import batch_loader
-from rwkv_jax.training.step import StepMetrics, Trainer, TrainState, abstract_state
+from rwkv_jax.training.step import StepMetrics, TrainFunctions, TrainState, abstract_state
 
 WARM_STEPS = 20
 
@@ -116,7 +116,7 @@ def planned_step(device: Device, num_steps: int) -> Callable[..., Any]:
     return step
 
 
-def zeros(trainer: Trainer, seed: int) -> TrainState:
+def zeros(trainer: TrainFunctions, seed: int) -> TrainState:
     """A state that costs nothing to draw."""
     del seed
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract_state(trainer))
@@ -183,7 +183,7 @@ def main() -> None:
                 source=str(write_tokens(Path(folder) / "tokens", arguments.tokens)), tokenizer="world", held_out=0.0
             ),
             optimizer=OptimizerConfig(warmup_steps=0),
-            training=TrainingConfig(num_steps=10**6, batch_size=arguments.batch, sequence_length=arguments.length),
+            training=StepConfig(num_steps=10**6, batch_size=arguments.batch, sequence_length=arguments.length),
             distributed=DistributedConfig(detect=False),
             evaluation=EvaluationConfig(every=10**6, sample_prompts=()),
             checkpoint=CheckpointConfig(every=10**6),

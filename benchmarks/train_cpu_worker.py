@@ -75,18 +75,18 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
     import jax
     import jax.numpy as jnp
 
-    from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
+    from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
     from rwkv_jax.training.batch import Batch
-    from rwkv_jax.training.step import initial_state, make_trainer
+    from rwkv_jax.training.step import initial_state, make_train_functions
 
     config = TrainConfig(
         model=ModelConfig(vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width),
         optimizer=OptimizerConfig(
             learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=CLIP_NORM
         ),
-        training=TrainingConfig(batch_size=job.batch_size, sequence_length=job.sequence_length),
+        training=StepConfig(batch_size=job.batch_size, sequence_length=job.sequence_length),
     )
-    trainer = make_trainer(config)
+    trainer = make_train_functions(config)
     state = initial_state(trainer, 0)
     train_step = jax.jit(trainer.train_step, donate_argnums=0)
     tokens = Batch(*map(jnp.asarray, batch(job)))

@@ -35,7 +35,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ONE_TOKEN, ONE_TOKEN_SEGMENTS = "T = 1", "one-token segments"
 HARDWARE: dict[str, dict[str, tuple[Rounding, int]]] = {
     "pallas_triton": {"full": ("bfloat16", 6), "default": ("tf32", 1), "fast": ("bfloat16", 1)},
-    "pallas_tpu": {"full": ("bfloat16", 6), "default": ("bfloat16", 3), "fast": ("bfloat16", 1)},
+    "pallas_mosaic_tpu": {"full": ("bfloat16", 6), "default": ("bfloat16", 3), "fast": ("bfloat16", 1)},
 }
 """Rounding of operands and number of products for each precision, as the backends have them."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -48,8 +48,8 @@ def cases(operator: str) -> dict[str, Case]:
     """The columns of an operator's table."""
     names = __import__(f"rwkv_kernels.{operator}.cases", fromlist=["CASES"]).CASES
     columns: dict[str, Case] = {name: (name, SHAPE, {}) for name in names}
-    columns[ONE_TOKEN] = ("realistic", SHAPE._replace(time=1), {})
-    columns[ONE_TOKEN_SEGMENTS] = ("realistic", SHAPE, {"segment_ids": jnp.arange(SHAPE.time)[None]})
+    columns[ONE_TOKEN] = ("realiztic", SHAPE._replace(time=1), {})
+    columns[ONE_TOKEN_SEGMENTS] = ("realiztic", SHAPE, {"segment_ids": jnp.arange(SHAPE.time)[None]})
     return columns
 
 

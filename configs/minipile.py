@@ -21,8 +21,8 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
 
 
@@ -43,7 +43,7 @@ def config() -> TrainConfig:
             clip_norm=1.0,
         ),
         # 1,498,226,207 tokens, after which the learning rate is at its end.
-        training=TrainingConfig(
+        training=StepConfig(
             num_steps=182_890, batch_size=16, sequence_length=512, reset_at_documents=False, remat="full"
         ),
         evaluation=EvaluationConfig(every=2520, sample_prompts=("The",)),

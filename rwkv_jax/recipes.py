@@ -34,8 +34,8 @@ from rwkv_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
 
 
@@ -146,7 +146,7 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
             held_out=0.0,
         ),
         optimizer=official_optimizer(model),
-        training=TrainingConfig(
+        training=StepConfig(
             num_steps=math.ceil(TOKENS[model.generation] / (model.batch_size * sequence_length)),
             batch_size=model.batch_size,
             sequence_length=sequence_length,

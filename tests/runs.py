@@ -17,8 +17,8 @@ import pytest
 
 from rwkv_jax.cli import load_config
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.metrics import read_metrics
-from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
+from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 from tests.golden import QUICK
 from tests.parallel.process_pair import free_port
 from tests.small_runs import assert_same_bits, write_corpus
@@ -121,7 +121,7 @@ class Workplace:
         """The newest checkpoint, read on one device."""
         config = load_config(self.config)
         with ckpt.Checkpoints(run_dir, config.checkpoint.keep, pytest.fail) as checkpoints:
-            state = checkpoints.restore(abstract_state(make_trainer(config)))
+            state = checkpoints.restore(abstract_state(make_train_functions(config)))
         assert state is not None
         return state
 

@@ -15,10 +15,10 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
-from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import TrainState
 from train import train
 
@@ -42,7 +42,7 @@ def small_config(model: ModelConfig, folder: Path) -> TrainConfig:
         model=model,
         data=DataConfig(source=str(write_corpus(folder / "source")), cache_dir=str(folder / "cache"), held_out=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=3),
-        training=TrainingConfig(num_steps=12, batch_size=4, sequence_length=32),
+        training=StepConfig(num_steps=12, batch_size=4, sequence_length=32),
         evaluation=EvaluationConfig(every=12, batches=2, sample_tokens=4, sample_prompts=("def",)),
         checkpoint=CheckpointConfig(every=12),
         logging=LoggingConfig(every=2),

@@ -15,7 +15,7 @@ from rwkv_jax.config import (
     ModelConfig,
     TrainConfig,
 )
-from rwkv_jax.training.step import abstract_state, make_trainer
+from rwkv_jax.training.step import abstract_state, make_train_functions
 from tests.small_runs import small_config, train_and_learn
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -31,7 +31,7 @@ def test_there_are_configs() -> None:
 def test_config_builds_a_model_of_the_size_it_says(path: Path) -> None:
     config = load_config(path)
     assert isinstance(config, TrainConfig)
-    params = abstract_state(make_trainer(config)).params
+    params = abstract_state(make_train_functions(config)).params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.model.num_parameters()
 
 

@@ -27,9 +27,9 @@ from decode_cpu import (
 from peers_llama import gguf_tensors
 from peers_ours import Ours
 from peers_protocol import WARM_UP_TOKENS, Peer, Request, answer, outputs
+from rwkv_jax.bench.random_model import NumberTokenizer, RandomTensors, random_model
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.random_model import NumberTokenizer, RandomTensors, random_model
 
 VOCAB_SIZE = 11
 

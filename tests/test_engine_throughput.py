@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine_throughput import random_engine, report
+from rwkv_jax.bench.measure import Timing
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.measure import Timing
 
 
 def test_the_table_says_whether_throughput_rises() -> None:

@@ -33,7 +33,7 @@ def config():
         model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16),
         data=DataConfig(source={source!r}, cache_dir={cache!r}, held_out=0.2),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=3),
-        training=TrainingConfig(num_steps=16, batch_size=8, sequence_length=32, carry_state=CARRY_STATE),
+        training=StepConfig(num_steps=16, batch_size=8, sequence_length=32, carry_state=CARRY_STATE),
         evaluation=EvaluationConfig(every=4, batches=1, sample_tokens=8, sample_prompts=("def",)),
         checkpoint=CheckpointConfig(every=2, keep=2),
         logging=LoggingConfig(every=1),
@@ -145,15 +145,15 @@ def test_two_kills_of_one_of_two_processes_leave_no_trace(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signaled", [0, 1])
 def test_a_signal_to_one_of_two_processes_saves_in_both(
-    place: Workplace, unbroken: Callable[..., Path], tmp_path: Path, signalled: int
+    place: Workplace, unbroken: Callable[..., Path], tmp_path: Path, signaled: int
 ) -> None:
     run_dir = tmp_path / "run"
     processes = place.start_on(TWO_PROCESSES, run_dir)
     try:
         wait_for_step(processes, run_dir, 4)
-        processes[signalled].send_signal(signal.SIGTERM)
+        processes[signaled].send_signal(signal.SIGTERM)
     except BaseException:
         end_all(processes)
         raise

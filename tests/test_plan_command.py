@@ -16,11 +16,11 @@ from rwkv_jax.config import ConfigError
 ROOT = Path(__file__).parents[1]
 
 CONFIG = """
-from rwkv_jax.config import ModelConfig, TrainConfig, TrainingConfig
+from rwkv_jax.config import ModelConfig, TrainConfig, StepConfig
 
 def config() -> TrainConfig:
     model = ModelConfig("4", vocab_size=64, num_layers=2, width=16)
-    return TrainConfig(model=model, training=TrainingConfig(batch_size=4, sequence_length=8))
+    return TrainConfig(model=model, training=StepConfig(batch_size=4, sequence_length=8))
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_jax.parallel.devices import parse_topology
+from rwkv_jax.plan.devices import parse_topology
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "plan_table.py"))

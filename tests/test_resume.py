@@ -22,7 +22,7 @@ def config():
         model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16),
         data=DataConfig(source={source!r}, cache_dir={cache!r}, held_out=0.2),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=3),
-        training=TrainingConfig(num_steps=16, batch_size=4, sequence_length=32),
+        training=StepConfig(num_steps=16, batch_size=4, sequence_length=32),
         evaluation=EvaluationConfig(every=4, batches=2, sample_tokens=8, sample_prompts=("def", "x")),
         checkpoint=CheckpointConfig(every=2, keep=2),
         logging=LoggingConfig(every=2),
@@ -80,7 +80,7 @@ def test_twenty_kills_leave_no_trace(place: Workplace) -> None:
 
 
 def test_signals_save_and_print_the_command_that_goes_on(place: Workplace, unbroken: Path) -> None:
-    run_dir = place.folder / "my signalled run"  # with blanks, so that the printed command has something to quote
+    run_dir = place.folder / "my signaled run"  # with blanks, so that the printed command has something to quote
     command = place.command(run_dir)
     for number, target in ((signal.SIGTERM, 2), (signal.SIGINT, 8)):
         before = len(read_log(run_dir))

@@ -183,7 +183,7 @@ def varying_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
 
 
-def with_common_axes(*trees: Any) -> tuple[Any, ...]:
+def broadcast_varying_axes(*trees: Any) -> tuple[Any, ...]:
     """Arrays made to vary over every mesh axis that any of them varies over, within `shard_map`; else as they are.
 
     A gradient of an argument that is the same on all shards is then the sum of the shards' gradients, as it must be.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_kernels.arguments import pad_time, with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes, pad_time
 
 
 def take(x: Array, index: Array | int, size: int, dtype: jnp.dtype) -> Array:
@@ -138,7 +138,7 @@ class Recomputing:
 
         trace = jnp.zeros((time // self._size, *state.shape), dtype) if with_trace else None
         y = jnp.zeros((batch, time, heads, value_dim), dtype)
-        _, y, trace = with_common_axes(state, y, trace)
+        _, y, trace = broadcast_varying_axes(state, y, trace)
         state, y, trace = self._loop((over_time, per_head), body, (state, y, trace))
         return (y, state), trace
 

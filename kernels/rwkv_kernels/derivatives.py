@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from rwkv_kernels.arguments import with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes
 
 Flat = Sequence[jax.Array]
 """Arrays without structure, as primitives have them."""
@@ -117,6 +117,6 @@ def with_backward(
         return outputs, jax.tree.unflatten(outputs_tree, results)
 
     def call(constants: Any, *inputs: Any) -> Any:
-        return run(*with_common_axes(constants, *inputs))
+        return run(*broadcast_varying_axes(constants, *inputs))
 
     return call

@@ -20,7 +20,7 @@ def _run(
 ) -> tuple[Array, Array]:
     """An implementation on arguments that all vary over the same mesh axes."""
     precision = options["precision"]
-    arrays, state, rest = arguments.with_common_axes(tuple(inputs.values()), state, options | {"precision": None})
+    arrays, state, rest = arguments.broadcast_varying_axes(tuple(inputs.values()), state, options | {"precision": None})
     return chosen.run(*arrays, state, **rest | {"precision": precision})
 
 

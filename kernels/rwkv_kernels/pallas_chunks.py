@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from rwkv_kernels import chunks, products
-from rwkv_kernels.arguments import is_active, pad_time, varying_like, with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, varying_like
 from rwkv_kernels.chunks import ChunkFunction
 from rwkv_kernels.dispatch import Problem
 from rwkv_kernels.precision import Precision
@@ -456,7 +456,7 @@ def run(
 
     if with_products is None:
         with_products = products.interpreted(precision) if interpret else backend.products(precision)
-    constants, over_time, per_head, state = with_common_axes(
+    constants, over_time, per_head, state = broadcast_varying_axes(
         (within, active),
         tuple(prepare(pad_time(x, padding), 1) for x in over_time),
         tuple(prepare(x, 1) for x in per_head),

@@ -14,9 +14,9 @@ from rwkv_jax.cli.machine import describe_machine, find_devices
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
 
 if TYPE_CHECKING:
+    from rwkv_jax.bench.measure import Timing
     from rwkv_jax.data.tokenizers import Tokenizer
     from rwkv_jax.inference.engine import Engine
-    from rwkv_jax.inference.measure import Timing
     from rwkv_jax.models import LanguageModel
 
 
@@ -52,7 +52,7 @@ class BenchedModel:
             flags = WeightsFlags(self.source, tokenizer=self.tokenizer, dtype=self.dtype, quantize=self.quantize)
             return flags.load()
 
-        from rwkv_jax.inference.random_model import NumberTokenizer, random_model
+        from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 
         config = self._random_config()
         find_devices()
@@ -77,7 +77,7 @@ class BenchedModel:
 
     def describe(self, model: LanguageModel) -> str:
         """The model in a line."""
-        from rwkv_jax.inference.measure import held_in
+        from rwkv_jax.bench.measure import held_in
 
         config = model.config
         return (
@@ -103,8 +103,8 @@ class Latency:
 
     def run(self) -> None:
         """Measures and prints."""
+        from rwkv_jax.bench.measure import latency, require_positive
         from rwkv_jax.inference.engine import Engine, EngineOptions
-        from rwkv_jax.inference.measure import latency, require_positive
 
         require_positive(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
         if self.model.random is not None:
@@ -137,8 +137,8 @@ class Throughput:
 
     def run(self) -> None:
         """Measures and prints."""
+        from rwkv_jax.bench.measure import require_positive, throughput
         from rwkv_jax.inference.engine import Engine, EngineOptions
-        from rwkv_jax.inference.measure import require_positive, throughput
         from rwkv_jax.models.decoding import unstacked
 
         require_positive(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
@@ -172,17 +172,17 @@ class Memory:
 
     def run(self) -> None:
         """Counts and prints."""
-        from rwkv_jax.inference.measure import memory, require_positive
+        from rwkv_jax.bench.measure import memory, require_positive
 
         require_positive(contexts=self.contexts)
         model, _ = self.model.load()
 
         use = memory(model, self.contexts)
         held = ", ".join(f"{size / 1e6:,.1f} MB of {name}" for name, size in use.parameters.items())
-        agree = "as" if use.state == use.state_expected else f"NOT {use.state_expected:,} as"
+        agrees = "as" if use.state == use.state_expected else f"NOT {use.state_expected:,} as"
         lines = (
             f"parameters: {held}",
-            f"state of a text: {use.state:,} bytes, {agree} in closed form; an engine adds {use.logits:,} of logits",
+            f"state of a text: {use.state:,} bytes, {agrees} in closed form; an engine adds {use.logits:,} of logits",
             f"Transformer of equal size: {use.transformer}",
         )
         columns = ("tokens of a text", "state", "Transformer's keys and values", "ratio")

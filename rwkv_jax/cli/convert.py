@@ -37,11 +37,11 @@ class Convert:
     """To write beside the weights: world, bytes or a file; None takes the one beside the source."""
 
     def run(self) -> None:
-        """Converts, tensor by tensor if none is to be quantised, and says what was written."""
+        """Converts, tensor by tensor if none is to be quantized, and says what was written."""
         from rwkv_jax.weights.pretrained import convert
 
         if self.quantize is not None:
-            model = self._quantise(self.quantize)
+            model = self._quantize(self.quantize)
         else:
             model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
         print(
@@ -50,7 +50,7 @@ class Convert:
             f"{f', matrices in {self.quantize}' if self.quantize else ''}"
         )
 
-    def _quantise(self, quantize: Quantize) -> ModelConfig:
+    def _quantize(self, quantize: Quantize) -> ModelConfig:
         """Writes a model that is held as it is to be written; what cannot be written is said before it is loaded."""
         from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 

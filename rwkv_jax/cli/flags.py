@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rwkv_jax.data.tokenizers import Tokenizer
-    from rwkv_jax.inference.sampling import Sampling
+    from rwkv_jax.inference.sampling import SamplingParams
     from rwkv_jax.models import LanguageModel
 
 Quantize = Literal["int8", "int4", "bfloat16"]
-"""How matrices may be held, as `rwkv_jax.weights.quantised` has it."""
+"""How matrices may be held, as `rwkv_jax.weights.quantized` has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,19 +145,19 @@ class SamplingFlags:
     """Subtracted from the logit of a token for each of its occurrences."""
     penalty_decay: Annotated[float | None, _preset_of("FLOAT")] = None
     """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
-    penalise_prompt: bool = False
+    penalize_prompt: bool = False
     """Whether tokens of the prompt count as occurrences, as generated ones do."""
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """The settings. Raises ConfigError for a value that cannot work."""
-        from rwkv_jax.inference.sampling import Sampling
+        from rwkv_jax.inference.sampling import SamplingParams
 
         changes: dict[str, Any] = {
             name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None
         }
         if self.preset == "rwkv":
-            return Sampling.rwkv(**changes)
+            return SamplingParams.rwkv(**changes)
         if self.preset == "openai":
-            return Sampling.openai(**changes)
+            return SamplingParams.openai(**changes)
         plain: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
-        return Sampling(**(plain | changes))
+        return SamplingParams(**(plain | changes))

@@ -32,7 +32,7 @@ class Plan:
 
     def run(self) -> None:
         """Compiles, which takes from seconds to minutes, and prints what came of it."""
-        from rwkv_jax.parallel.devices import parse_topology, prepare_compiler
+        from rwkv_jax.plan.devices import parse_topology, prepare_compiler
 
         topology = parse_topology(self.topology)
         if self.json is not None and os.path.lexists(self.json):
@@ -41,8 +41,8 @@ class Plan:
             raise ConfigError(f"json = {str(self.json)!r}: there is no folder {str(self.json.parent)!r}; make it first")
         prepare_compiler(topology)
 
-        from rwkv_jax.parallel.plan_report import describe, to_json
-        from rwkv_jax.training.plan import plan_run
+        from rwkv_jax.plan.report import describe, to_json
+        from rwkv_jax.plan.run import plan_run
 
         plan = plan_run(self.config, topology)
         print(describe(plan))

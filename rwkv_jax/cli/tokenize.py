@@ -29,9 +29,9 @@ class Tokenize:
 
     def run(self) -> None:
         """Writes the files and says how many tokens they have, and the primes of the official order for them."""
-        from rwkv_jax.data.order import magic_primes
         from rwkv_jax.data.tokenize import tokenize
         from rwkv_jax.data.tokenizers import load_tokenizer
+        from rwkv_jax.data.tokens.order import magic_primes
 
         data = DataConfig(source=self.source, glob=self.glob, text_field=self.text_field, tokenizer=self.tokenizer)
         made = tokenize(data, load_tokenizer(self.tokenizer, self.vocab_size), self.target, print)

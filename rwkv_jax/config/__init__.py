@@ -18,12 +18,12 @@ width, D low rank, V vocabulary, L layers.
 from rwkv_jax.config.checks import ConfigError
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
-from rwkv_jax.config.generations import Generation, Sizes, architecture_name
+from rwkv_jax.config.generations import Generation, ResolvedSizes, architecture_name
 from rwkv_jax.config.model import ModelConfig
-from rwkv_jax.config.outputs import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
+from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.run import TrainConfig
-from rwkv_jax.config.training import OptimizerConfig, Remat, TrainingConfig
+from rwkv_jax.config.step import OptimizerConfig, Remat, StepConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -37,9 +37,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Remat",
-    "Sizes",
+    "ResolvedSizes",
+    "StepConfig",
     "TrainConfig",
-    "TrainingConfig",
     "architecture_name",
     "from_dict",
     "to_dict",

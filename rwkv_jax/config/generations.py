@@ -26,7 +26,7 @@ def architecture_name(generation: Generation) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class ResolvedSizes:
     """The sizes of a model that a config may leave open, none left open; 0 where the generation has no such size."""
 
     ffn_width: int

@@ -8,7 +8,7 @@ import typing
 from typing import Literal
 
 from rwkv_jax.config.checks import require, require_positive
-from rwkv_jax.config.generations import OWN_FIELDS, Generation, Sizes, architecture_name
+from rwkv_jax.config.generations import OWN_FIELDS, Generation, ResolvedSizes, architecture_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelConfig:
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
     num_layers: int = 6
-    """L: number of blocks; at least 2, since the official initialisation divides by L - 1."""
+    """L: number of blocks; at least 2, since the official initialization divides by L - 1."""
     width: int = 512
     """C: size of the residual stream; a multiple of head_dim."""
     head_dim: int = 64
@@ -140,26 +140,28 @@ class ModelConfig:
         """
         return "float64" if self.dtype == "float64" else "float32"
 
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ResolvedSizes:
         """The sizes that may be left to the official functions of the width."""
         width = self.width
         if self.generation in ("4", "5.0"):
-            return Sizes(self.ffn_width or 4 * width)
+            return ResolvedSizes(self.ffn_width or 4 * width)
         if self.generation == "transformer":
-            return Sizes(self.ffn_width or 4 * width, context_length=self.context_length or 2048)
+            return ResolvedSizes(self.ffn_width or 4 * width, context_length=self.context_length or 2048)
         # At least 32: the official rounding would leave nothing of a narrow model.
         narrow_ffn_width = self.ffn_width or max(32, 7 * width // 2 // 32 * 32)
         if self.generation in ("5.1", "5.2"):
-            return Sizes(narrow_ffn_width)
+            return ResolvedSizes(narrow_ffn_width)
         if self.generation == "6":
             wide = 2 if width >= 4096 else 1  # as released: the trainer's own sizes do not depend on the width
-            return Sizes(narrow_ffn_width, mix_rank=self.mix_rank or 32 * wide, decay_rank=self.decay_rank or 64 * wide)
+            return ResolvedSizes(
+                narrow_ffn_width, mix_rank=self.mix_rank or 32 * wide, decay_rank=self.decay_rank or 64 * wide
+            )
 
         def rank(factor: float) -> int:
             # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
             return max(32, round(factor * math.sqrt(width) / 32) * 32)
 
-        return Sizes(
+        return ResolvedSizes(
             ffn_width=self.ffn_width or 4 * width,
             decay_rank=self.decay_rank or rank(2.5),
             iclr_rank=self.iclr_rank or rank(2.5),

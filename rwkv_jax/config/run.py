@@ -7,9 +7,9 @@ import dataclasses
 from rwkv_jax.config.checks import require
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.model import ModelConfig
-from rwkv_jax.config.outputs import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
-from rwkv_jax.config.training import OptimizerConfig, TrainingConfig
+from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
+from rwkv_jax.config.step import OptimizerConfig, StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    training: StepConfig = dataclasses.field(default_factory=StepConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
 from rwkv_jax.data.corpus_folder import load_corpus, prepare_folder
 from rwkv_jax.data.encoding import token_byte_lengths
-from rwkv_jax.data.mixture import period_shares
-from rwkv_jax.data.token_file import Corpus, TokenFile, first_wrong_token
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.data.tokens.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
+from rwkv_jax.data.tokens.mixture import period_shares
+from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
 __all__ = ["Corpus", "TokenFile", "load_corpus", "prepare_corpus"]
 
@@ -25,7 +25,7 @@ _MOST_DOCUMENTS_SEEN = 1000
 
 
 def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
-    """The corpus of a config, verified: text is tokenised into `data.cache_dir` unless it is there, tokens are opened.
+    """The corpus of a config, verified: text is tokenized into `data.cache_dir` unless it is there, tokens are opened.
 
     The same on every process that has the same files; several may call it at once. The parts of a mixture each hold
     out their own share. `report` gets lines for a person to read.

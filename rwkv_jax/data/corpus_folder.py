@@ -19,9 +19,9 @@ import numpy as np
 
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.encoding import encode_document
-from rwkv_jax.data.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
-from rwkv_jax.data.token_file import Corpus, TokenFile
+from rwkv_jax.data.text.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
+from rwkv_jax.data.tokens.token_file import Corpus, TokenFile
 
 FORMAT_VERSION = 1
 """Changes whenever the same source and config would give other files; part of each folder's name."""
@@ -198,7 +198,7 @@ def _build_folder(
             tokenizer = given
         started = time.monotonic()
         record = _write_sides(temporary, data, survey, tokenizer, report)
-        report(f"tokenised {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
+        report(f"tokenized {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
         (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush_to_disk(path)
@@ -250,12 +250,12 @@ def _write_sides(
             done += len(content)
             if done - reported >= _PROGRESS_BYTES:
                 reported = done
-                report(f"tokenised {done / 1e6:.0f} of {survey.num_bytes / 1e6:.0f} MB")
+                report(f"tokenized {done / 1e6:.0f} of {survey.num_bytes / 1e6:.0f} MB")
     if _survey(data, read_documents(data)) != survey:
         raise ConfigError(f"data.source = {data.source!r}: changed while it was read; start again")
     if changed:
         total = sum(count["num_documents"] for count in counts.values())
-        report(f"the tokenizer changes the text of {changed} of {total} documents, as by normalisation")
+        report(f"the tokenizer changes the text of {changed} of {total} documents, as by normalization")
     return {
         "format_version": FORMAT_VERSION,
         "source": data.source,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.binidx import BinidxWriter, find_binidx
 from rwkv_jax.data.encoding import encode_document
-from rwkv_jax.data.sources import read_documents
+from rwkv_jax.data.text.sources import read_documents
 from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.data.tokens.binidx import BinidxWriter, find_binidx
 
 
 class Tokenized(NamedTuple):
@@ -45,5 +45,5 @@ def tokenize(
             writer.end_document()
             changed += not comes_back
     if changed:
-        report(f"the tokenizer changes the text of {changed} of {writer.num_documents} documents, as by normalisation")
+        report(f"the tokenizer changes the text of {changed} of {writer.num_documents} documents, as by normalization")
     return Tokenized(*writer.paths, writer.num_tokens, writer.num_documents)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from rwkv_jax.data.token_file import TokenFile
+from rwkv_jax.data.tokens.token_file import TokenFile
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.loss import TokenLosses
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine import Engine
     from rwkv_jax.inference.options import EngineOptions
     from rwkv_jax.inference.requests import Chunk, Completion, QueueFullError
-    from rwkv_jax.inference.sampling import Sampling
+    from rwkv_jax.inference.sampling import SamplingParams
     from rwkv_jax.inference.scheduler import NotFiniteError
     from rwkv_jax.inference.session import Session, SessionBusyError, SessionCancelledError
     from rwkv_jax.inference.snapshot import Snapshot, StateError
@@ -29,7 +29,7 @@ __all__ = [
     "EngineOptions",
     "NotFiniteError",
     "QueueFullError",
-    "Sampling",
+    "SamplingParams",
     "Session",
     "SessionBusyError",
     "SessionCancelledError",
@@ -50,7 +50,7 @@ _MODULES = {
     "EngineOptions": "options",
     "NotFiniteError": "scheduler",
     "QueueFullError": "requests",
-    "Sampling": "sampling",
+    "SamplingParams": "sampling",
     "Session": "session",
     "SessionBusyError": "session",
     "SessionCancelledError": "session",

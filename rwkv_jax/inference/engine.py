@@ -187,7 +187,7 @@ class Engine:
         Args:
           prompts: as `generate` has them.
           max_tokens: most tokens to write; 256 by default.
-          sampling: a `Sampling`, or one for each prompt; `Sampling()` by default.
+          sampling: a `SamplingParams`, or one for each prompt; `SamplingParams()` by default.
           seed: of the draws. With one number, prompt i has seed + i; or a number for each prompt.
           stop: strings that end a text; neither they nor their first characters are shown.
           stop_ids: tokens that end a text; None is the end-of-text token alone.

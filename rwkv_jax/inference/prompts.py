@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.requests import MOST_SEED, Request, require_whole
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 
 MOST_COPIES = 1024
@@ -27,7 +27,7 @@ class SessionArguments(TypedDict, total=False):
     """What can be said of a continuation; `Engine.stream` says what each means."""
 
     max_tokens: int
-    sampling: Sampling | Sequence[Sampling]
+    sampling: SamplingParams | Sequence[SamplingParams]
     seed: int | Sequence[int]
     stop: str | Sequence[str]
     stop_ids: Iterable[int] | None
@@ -90,7 +90,7 @@ def requests_of(
         raise ConfigError("prompts: there are none; give at least one")
     if (start is not None or given.get("keep")) and len(each) * copies > 1:
         raise ConfigError(f"start and keep are for one text; there are {len(each) * copies}")
-    samplings = _one_each("sampling", given.pop("sampling", Sampling()), Sampling, len(each))
+    samplings = _one_each("sampling", given.pop("sampling", SamplingParams()), SamplingParams, len(each))
     seeds = _seeds(given.pop("seed", 0), len(each), copies)
     stop, stop_ids, unguided = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("unguided", None)
     strings = (stop,) if isinstance(stop, str) else _made(tuple, "stop", stop)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.text import check_stop_strings
 
@@ -42,7 +42,7 @@ class Request:
     """Tokens to read first; at least one, unless `start` has read some."""
     max_tokens: int = 256
     """Most tokens to write; 0 only reads."""
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     """How tokens are chosen."""
     seed: int = 0
     """Of the draws: the key of the text's token t is made of seed and t, whatever else is being run."""
@@ -73,7 +73,7 @@ class Request:
         Raises:
           ConfigError: names the value, and what would do.
         """
-        if not isinstance(self.sampling, Sampling):
+        if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling = {self.sampling!r}: must be a Sampling")
         if not isinstance(self.client, str):
             raise ConfigError(f"client = {self.client!r}: must be a string")

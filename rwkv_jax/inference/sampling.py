@@ -62,7 +62,7 @@ _LARGEST = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the tokens of a text are chosen. Hashable.
 
     Raises:
@@ -88,7 +88,7 @@ class Sampling:
     """Subtracted from the logit of a token for each of its occurrences."""
     penalty_decay: float = 1.0
     """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
-    penalise_prompt: bool = False
+    penalize_prompt: bool = False
     """Whether tokens of the prompt count as occurrences, as generated ones do."""
     order: Order = "openai"
     """Whether temperature applies before the other settings or after them; see the module's docstring."""
@@ -108,8 +108,8 @@ class Sampling:
         self._require_between("penalty_decay", 0, 1)
         if not _is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
-        if type(self.penalise_prompt) is not bool:
-            raise ConfigError(f"penalise_prompt = {self.penalise_prompt!r}: must be True or False")
+        if type(self.penalize_prompt) is not bool:
+            raise ConfigError(f"penalize_prompt = {self.penalize_prompt!r}: must be True or False")
         if self.order not in typing.get_args(Order):
             raise ConfigError(f"order = {self.order!r}: must be one of {', '.join(typing.get_args(Order))}")
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
@@ -152,7 +152,7 @@ class Sampling:
         return cls(**(defaults | changes))
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether it matters which tokens have occurred."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
@@ -195,7 +195,7 @@ def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
 
 
 class Settings(NamedTuple):
-    """The settings of rows, each [B], so that values are no part of a program. Fields as in `Sampling`."""
+    """The settings of rows, each [B], so that values are no part of a program. Fields as in `SamplingParams`."""
 
     temperature: Any
     top_p: Any
@@ -209,7 +209,7 @@ class Settings(NamedTuple):
     rwkv_order: Any
 
 
-def settings_of(rows: Sequence[Sampling]) -> Settings:
+def settings_of(rows: Sequence[SamplingParams]) -> Settings:
     """NumPy arrays [B]: float32, but int32 for top_k and bool for rwkv_order."""
 
     def column(name: str) -> np.ndarray:
@@ -220,7 +220,7 @@ def settings_of(rows: Sequence[Sampling]) -> Settings:
     return Settings(*map(column, Settings._fields))
 
 
-def bias_of(sampling: Sampling, is_named: np.ndarray) -> np.ndarray:
+def bias_of(sampling: SamplingParams, is_named: np.ndarray) -> np.ndarray:
     """float32 [V] to be added to logits: the bias, and -inf for what is banned.
 
     Args:
@@ -255,14 +255,16 @@ def no_occurrences(vocab_size: int) -> np.ndarray:
     return np.full(vocab_size, _NEVER, np.float32)
 
 
-def initial_occurrences(sampling: Sampling, prompt_ids: Sequence[int] | np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float32 [V] after a prompt: none, unless the settings penalise its tokens; then as `count` of each in turn.
+def initial_occurrences(
+    sampling: SamplingParams, prompt_ids: Sequence[int] | np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """float32 [V] after a prompt: none, unless the settings penalize its tokens; then as `count` of each in turn.
 
     Args:
       weights: float32 [V], of `occurrence_weights`.
     """
     occurrences = no_occurrences(len(weights))
-    if not (sampling.penalise_prompt and sampling.penalises):
+    if not (sampling.penalize_prompt and sampling.penalizes):
         return occurrences
     ids = np.asarray(prompt_ids, np.int64)
     age = np.arange(len(ids))[::-1]
@@ -273,7 +275,7 @@ def initial_occurrences(sampling: Sampling, prompt_ids: Sequence[int] | np.ndarr
 
 
 def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array) -> Array:
-    """Occurrences [B, V] once tokens [B] have been chosen; those of rows that penalise nothing stay as they are.
+    """Occurrences [B, V] once tokens [B] have been chosen; those of rows that penalize nothing stay as they are.
 
     Args:
       weights: float32 [V], of `occurrence_weights`.
@@ -284,9 +286,9 @@ def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array)
         decayed = jnp.where(occurrences >= 0, occurrences * settings.penalty_decay[:, None], occurrences)
         is_chosen = jnp.arange(occurrences.shape[-1]) == tokens[:, None]
         one_more = jnp.where(is_chosen, jnp.maximum(decayed, 0) + weight, decayed)
-        return jnp.where(_penalises(settings)[:, None], one_more, occurrences)
+        return jnp.where(_penalizes(settings)[:, None], one_more, occurrences)
 
-    return jax.lax.cond(jnp.any(_penalises(settings)), counted, lambda: occurrences)
+    return jax.lax.cond(jnp.any(_penalizes(settings)), counted, lambda: occurrences)
 
 
 def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
@@ -318,20 +320,20 @@ def choose_one_by_one(*arguments: Any) -> Array:
 
 def choose_together(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
     """As `choose`, all rows in each pass; a pass is left out when no row needs it."""
-    adjusted = _penalised(logits, occurrences, settings) + bias
+    adjusted = _penalized(logits, occurrences, settings) + bias
     likeliest = first_largest(adjusted)
     is_greedy = settings.temperature <= 0
     drawn = jax.lax.cond(jnp.all(is_greedy), lambda: likeliest, lambda: draw(_kept(adjusted, settings), keys))
     return jnp.where(is_greedy, likeliest, drawn)
 
 
-def _penalises(settings: Settings) -> Array:
+def _penalizes(settings: Settings) -> Array:
     return (
         (settings.repetition_penalty != 1) | (settings.presence_penalty != 0) | (settings.frequency_penalty != 0)
     )  # fmt: skip
 
 
-def _penalised(logits: Array, occurrences: Array, settings: Settings) -> Array:
+def _penalized(logits: Array, occurrences: Array, settings: Settings) -> Array:
     """Logits after the penalties."""
     repetition = settings.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)

@@ -74,7 +74,7 @@ def _float_of(order: Array) -> Array:
 
 
 def first_largest(values: Array) -> Array:
-    """int32 [B]: argmax, which XLA does not vectorise on a CPU."""
+    """int32 [B]: argmax, which XLA does not vectorize on a CPU."""
     size = values.shape[-1]
     is_largest = values == jnp.max(values, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
+from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 
 FORMAT = "rwkv-jax state"
 VERSION = "1"
@@ -41,7 +41,7 @@ _WKV4_PARTS = ("numerator", "denominator", "max_exponent")
 _LISTED = 20  # of the tensors that do not fit
 _REMEDIES = {
     "generation": "load a model of the file's generation",
-    "model": "load the very parameters that it was made with, in the same dtype and quantisation",
+    "model": "load the very parameters that it was made with, in the same dtype and quantization",
     "tokenizer": "take the tokenizer that it was made with",
 }
 
@@ -87,7 +87,7 @@ def parameters_digest(params: Any) -> str:
     """SHA-256 in hex over the official names, shapes, dtypes and bytes of all parameters.
 
     It does not depend on where they lie nor on whether layers are stacked. Packed matrices count as they are packed:
-    quantised, or in another dtype, a model computes other numbers and is another one.
+    quantized, or in another dtype, a model computes other numbers and is another one.
 
     Args:
       params: a nested dict with the names of our models, layers stacked or not; leaves may be any trees of arrays.

@@ -18,8 +18,8 @@ from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
 from rwkv_jax.models.layers import (
-    KEPT,
-    OPERATOR_INPUT,
+    CHECKPOINT_MATMUL,
+    CHECKPOINT_WKV_INPUT,
     Embedding,
     LayerNorm,
     Linear,
@@ -28,7 +28,7 @@ from rwkv_jax.models.layers import (
     orthogonal,
     uniform,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes, enter_shards, same_on_shards
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes, as_replicated, copy_to_tensor_parallel
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, is_concrete
 
@@ -38,7 +38,7 @@ Axes = tuple[str | None, ...]
 Part = TypeVar("Part", bound=nnx.Module)
 
 
-class OfEachPart(Protocol):
+class PartTransform(Protocol):
     """What is done to each part of a model: `emb`, `first_block`, one layer of `blocks`, `ln_out`, `head`."""
 
     def __call__(self, name: str, part: Part, /) -> Part:
@@ -46,15 +46,15 @@ class OfEachPart(Protocol):
         ...
 
 
-def as_it_is(name: str, part: Part) -> Part:
+def identity(name: str, part: Part) -> Part:
     """Every part as it is."""
     del name
     return part
 
 
 SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
-    "none": (KEPT, "wkv"),
-    "operator": (OPERATOR_INPUT, "wkv"),
+    "none": (CHECKPOINT_MATMUL, "wkv"),
+    "operator": (CHECKPOINT_WKV_INPUT, "wkv"),
     "full": (),
 }
 """What a block keeps for its backward pass, besides its input: matrix products, what the recurrence read, nothing."""
@@ -78,14 +78,14 @@ class Block(nnx.Module):
         self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: ShardAxes, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: MeshAxes, **rows: Array | None
     ) -> tuple[Array, Array | None, TimeMixState]:
         """Time mixing as the model calls it; only RWKV-7 has a use for `v_first`, the first layer's values."""
         y, state = self.att(x, state, axes=axes, **rows)
         return y, v_first, state
 
     def __call__(
-        self, x: Array, state: State, v_first: Array | None, *, axes: ShardAxes = WHOLE, **rows: Array | None
+        self, x: Array, state: State, v_first: Array | None, *, axes: MeshAxes = UNSHARDED, **rows: Array | None
     ) -> tuple[Array, Array | None, State]:
         """x [B, T, C], the block's state, the first layer's values -> the same three, after the block.
 
@@ -96,11 +96,13 @@ class Block(nnx.Module):
             x = self.ln0(x)
         with jax.named_scope("time_mix"):
             before = TimeMixState(state.att_shift, state.wkv)
-            entering = enter_shards(self.ln1(x), axes.tensor)
+            entering = copy_to_tensor_parallel(self.ln1(x), axes.tensor)
             y, v_first, att = self.mix_time(entering, before, v_first, axes=axes, **rows)
             x = x + y
         with jax.named_scope("channel_mix"):
-            y, ffn_shift = self.ffn(enter_shards(self.ln2(x), axes.tensor), state.ffn_shift, axes=axes, **rows)
+            y, ffn_shift = self.ffn(
+                copy_to_tensor_parallel(self.ln2(x), axes.tensor), state.ffn_shift, axes=axes, **rows
+            )
             x = x + y
         return x, v_first, State(att.shift, ffn_shift, att.wkv)
 
@@ -123,7 +125,7 @@ class LanguageModel(nnx.Module):
     """What the axes of a block's own parameters mean, by official name within the block."""
 
     @staticmethod
-    def initial_block_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+    def initial_block_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The empty state of one block."""
         raise NotImplementedError
 
@@ -150,7 +152,7 @@ class LanguageModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, keep: OfEachPart = as_it_is) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, keep: PartTransform = identity) -> None:
         """Draws the official initial values.
 
         Args:
@@ -194,9 +196,9 @@ class LanguageModel(nnx.Module):
         return orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype)
 
     @staticmethod
-    def alike_on_shards(state: Any, axes: ShardAxes) -> Any:
+    def alike_on_shards(state: Any, axes: MeshAxes) -> Any:
         """A state of which JAX knows what all shards of `axes.tensor` hold alike."""
-        att_shift, ffn_shift = (same_on_shards(shift, axes.tensor) for shift in (state.att_shift, state.ffn_shift))
+        att_shift, ffn_shift = (as_replicated(shift, axes.tensor) for shift in (state.att_shift, state.ffn_shift))
         return State(att_shift, ffn_shift, state.wkv)
 
     @property
@@ -204,7 +206,7 @@ class LanguageModel(nnx.Module):
         """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `decoding.unstacked`."""
         return not isinstance(self.blocks, nnx.List)
 
-    def initial_state(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+    def initial_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The empty state of `batch_size` texts; arrays have a leading axis L, or `unstacked` layers their own."""
         block = self.initial_block_state(self.config, batch_size, axes)
         if not self.is_stacked:
@@ -212,7 +214,7 @@ class LanguageModel(nnx.Module):
             return tuple(jax.tree.map(jnp.copy, block) for _ in range(self.config.num_layers))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
 
-    def start_of_text(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+    def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """What the layers are given where a call is without a state."""
         return self.initial_state(batch_size, axes)
 
@@ -225,8 +227,8 @@ class LanguageModel(nnx.Module):
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
         remat: Remat = "none",
-        axes: ShardAxes = WHOLE,
-        prepare: OfEachPart = as_it_is,
+        axes: MeshAxes = UNSHARDED,
+        prepare: PartTransform = identity,
     ) -> tuple[Array, Any]:
         """What the head reads.
 
@@ -303,8 +305,8 @@ class LanguageModel(nnx.Module):
         inputs_embeds: Array | None,
         *,
         remat: Remat = "none",
-        axes: ShardAxes = WHOLE,
-        prepare: OfEachPart = as_it_is,
+        axes: MeshAxes = UNSHARDED,
+        prepare: PartTransform = identity,
         every_layer: bool = False,
     ) -> tuple[Array, Any, Any]:
         x = self._inputs(tokens, inputs_embeds, axes, prepare)
@@ -312,7 +314,7 @@ class LanguageModel(nnx.Module):
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
         lengths = check_lengths(lengths, batch, whole_time)
-        states = self.start_of_text(batch, axes) if state is None else self._check_state(state, batch, axes)
+        states = self.empty_state(batch, axes) if state is None else self._check_state(state, batch, axes)
         rows = {"segment_ids": segment_ids, "lengths": lengths}
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
@@ -347,7 +349,9 @@ class LanguageModel(nnx.Module):
         states = self.alike_on_shards(states, axes)
         return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
 
-    def _inputs(self, tokens: Array | None, inputs_embeds: Array | None, axes: ShardAxes, prepare: OfEachPart) -> Array:
+    def _inputs(
+        self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, prepare: PartTransform
+    ) -> Array:
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
         width, vocab_size = self.config.width, self.config.vocab_size
@@ -369,7 +373,7 @@ class LanguageModel(nnx.Module):
                 )
         return prepare("emb", self.emb)(tokens, self.config.dtype, axes)
 
-    def _check_state(self, state: Any, batch: int, axes: ShardAxes) -> Any:
+    def _check_state(self, state: Any, batch: int, axes: MeshAxes) -> Any:
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
         if jax.tree.structure(state) != jax.tree.structure(expected):
             raise ValueError(

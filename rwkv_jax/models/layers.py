@@ -19,23 +19,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
-from rwkv_jax.models.shards import WHOLE, ShardAxes, first_index_here, sum_over_shards
-from rwkv_kernels.arguments import with_common_axes
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes, first_index_here, reduce_from_tensor_parallel
+from rwkv_kernels.arguments import broadcast_varying_axes
 from rwkv_kernels.sharded import from_last_shard, from_previous_shard
 
-KEPT = "matrix product"
+CHECKPOINT_MATMUL = "matrix product"
 """Name of what a block keeps for its backward pass; the cheap steps between matrix products are done again."""
 
 
-OPERATOR_INPUT = "operator input"
+CHECKPOINT_WKV_INPUT = "operator input"
 """Name of what the recurrence reads: a choice of what else to keep."""
 
 _FEW_ROWS = 64  # as decoding has them; in training the copy of a matrix is small beside the activations
 
 
-def operator_inputs(*inputs: Array) -> tuple[Array, ...]:
+def checkpoint_wkv_inputs(*inputs: Array) -> tuple[Array, ...]:
     """What the recurrence reads, under the name by which a block can keep it."""
-    return tuple(checkpoint_name(x, OPERATOR_INPUT) for x in inputs)
+    return tuple(checkpoint_name(x, CHECKPOINT_WKV_INPUT) for x in inputs)
 
 
 def linear(
@@ -69,7 +69,7 @@ def linear(
             y = lax.platform_dependent(flat, weight, cpu=on_cpu, default=multiply)
         else:
             y = multiply(flat, weight)
-    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[1 - in_axis]), KEPT)
+    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[1 - in_axis]), CHECKPOINT_MATMUL)
 
 
 def _multiply(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp.dtype) -> Array:
@@ -96,7 +96,7 @@ def low_rank(
     return linear(hidden if activation is None else activation(hidden), up, in_axis=0)
 
 
-def for_every_token(parameter: Array, x: Array) -> Array:
+def broadcast_param(parameter: Array, x: Array) -> Array:
     """A parameter of one token's shape, broadcast to x's shape and dtype.
 
     Broadcast from the parameter's own axes at once, so that its gradient is one sum over B and T: as a product with
@@ -107,17 +107,17 @@ def for_every_token(parameter: Array, x: Array) -> Array:
     """
     own_axes = parameter.shape[-2:] if parameter.ndim == 2 else parameter.shape[-1:]
     # Within `shard_map`: made each shard's own while it is small, or its gradient is summed over shards as [B, T, C].
-    parameter, _ = with_common_axes(parameter, x)
+    parameter, _ = broadcast_varying_axes(parameter, x)
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
-def summed_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+def row_parallel_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
     """`linear` of an x whose last axis is split over a mesh axis, each shard having its columns of the weight."""
     y = linear(x, weight)
-    return y if axis_name is None else checkpoint_name(sum_over_shards(y, axis_name), KEPT)
+    return y if axis_name is None else checkpoint_name(reduce_from_tensor_parallel(y, axis_name), CHECKPOINT_MATMUL)
 
 
-def gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
     """gate * (x @ weight^T), where x's last axis is split over a mesh axis and each shard has its channels of the gate.
 
     The sum over shards is scattered, gated and gathered: what travels forward is what a plain sum takes.
@@ -128,7 +128,7 @@ def gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name:
     y = linear(x, weight)
     if axis_name is None:
         return gate * y
-    own = checkpoint_name(lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 1, tiled=True), KEPT)
+    own = checkpoint_name(lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 1, tiled=True), CHECKPOINT_MATMUL)
     return lax.all_gather(gate * own, axis_name, axis=y.ndim - 1, tiled=True, to="invarying")
 
 
@@ -137,7 +137,7 @@ def token_shift(
     shift: Array | None,
     segment_ids: Array | None = None,
     lengths: Array | None = None,
-    axes: ShardAxes = WHOLE,
+    axes: MeshAxes = UNSHARDED,
 ) -> tuple[Array, Array]:
     """The previous token's input at every position.
 
@@ -175,15 +175,15 @@ def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | N
     last = jnp.take_along_axis(x, jnp.clip(index, 0, time - 1)[:, None, None], axis=1)[:, 0]
     if axis_name is not None:
         is_here = (index >= 0) & (index < time)
-        last = sum_over_shards(jnp.where(is_here[:, None], last, 0), axis_name)
+        last = reduce_from_tensor_parallel(jnp.where(is_here[:, None], last, 0), axis_name)
     return jnp.where((lengths > 0)[:, None], last, shift)
 
 
-def _normalise(x: Array, epsilon: float) -> Array:
+def _normalize(x: Array, epsilon: float) -> Array:
     """Zero mean and unit variance over the last axis, in at least float32."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + epsilon)
 
 
 class Linear(nnx.Module):
@@ -203,7 +203,7 @@ class Embedding(nnx.Module):
     def __init__(self, weight: Array) -> None:
         self.weight = nnx.Param(weight)
 
-    def __call__(self, tokens: Array, dtype: str | None = None, axes: ShardAxes = WHOLE) -> Array:
+    def __call__(self, tokens: Array, dtype: str | None = None, axes: MeshAxes = UNSHARDED) -> Array:
         """[B, T] integers in [0, V) -> [B, T, C] in a dtype, or the table's own.
 
         Where `axes.tensor` splits V, each shard looks up its own tokens.
@@ -214,7 +214,7 @@ class Embedding(nnx.Module):
         rows = tokens - first_index_here(weight.shape[0], axes.tensor)
         is_here = (rows >= 0) & (rows < weight.shape[0])
         vectors = jnp.where(is_here[..., None], _rows(weight, jnp.where(is_here, rows, 0)), 0)
-        return sum_over_shards(
+        return reduce_from_tensor_parallel(
             vectors.astype(dtype or weight.dtype), axes.tensor
         )  # one shard's and zeros: nothing is rounded away
 
@@ -241,8 +241,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., C] in x's dtype."""
-        y = _normalise(x, self.epsilon)
-        return (y * for_every_token(self.weight[...], y) + for_every_token(self.bias[...], y)).astype(x.dtype)
+        y = _normalize(x, self.epsilon)
+        return (y * broadcast_param(self.weight[...], y) + broadcast_param(self.bias[...], y)).astype(x.dtype)
 
 
 class HeadNorm(nnx.Module):
@@ -255,8 +255,8 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, H, N] -> [B, T, C] in x's dtype."""
-        y = _normalise(x, self.epsilon).reshape(*x.shape[:-2], -1)
-        return (y * for_every_token(self.weight[...], y) + for_every_token(self.bias[...], y)).astype(x.dtype)
+        y = _normalize(x, self.epsilon).reshape(*x.shape[:-2], -1)
+        return (y * broadcast_param(self.weight[...], y) + broadcast_param(self.bias[...], y)).astype(x.dtype)
 
 
 def initial_head_norm(config: ModelConfig, layer: int | Array, epsilon: float) -> HeadNorm:
@@ -265,7 +265,7 @@ def initial_head_norm(config: ModelConfig, layer: int | Array, epsilon: float) -
     return HeadNorm(jnp.full((config.width,), weight, config.parameter_dtype), epsilon)
 
 
-def vector(values: Array) -> nnx.Param[Array]:
+def channel_param(values: Array) -> nnx.Param[Array]:
     """A parameter of one number a channel in the official shape [1, 1, C]."""
     return nnx.Param(values.reshape(1, 1, -1))
 
@@ -273,9 +273,9 @@ def vector(values: Array) -> nnx.Param[Array]:
 def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> Array:
     """A random matrix times gain whose rows (columns, if there are more rows) are orthonormal.
 
-    The distribution is the official one's, uniform over such matrices, which a QR factorisation with signs fixed by
+    The distribution is the official one's, uniform over such matrices, which a QR factorization with signs fixed by
     R's diagonal also samples. Here it is the polar factor of a normal matrix, found by Newton-Schulz iterations:
-    products only, so that it shards and batches over layers on every platform. (Batched LAPACK factorisations inside
+    products only, so that it shards and batches over layers on every platform. (Batched LAPACK factorizations inside
     one jitted function deadlock on jaxlib 0.10's CPU backend: each waits for a thread that another one holds.)
     """
     rows, columns = shape

@@ -5,7 +5,7 @@ do not change. On CPUs a product never writes the matrix out in floating point.
 
 On GPUs and TPUs the integers are converted right before a floating-point product; that XLA fuses the two, so that the
 converted matrix is never in memory, is left to it and has not been tried there. XLA's CPU backend does not: it writes
-the converted matrix to memory first, at every call. What it runs well, vectorised and on all threads, is int8 x int8 ->
+the converted matrix to memory first, at every call. What it runs well, vectorized and on all threads, is int8 x int8 ->
 int32. So there a vector is written as three rows of int8 (`split_rows`), whose products are exact and
 are added up again: what comes out is the product of the float32 vector, to float32's own rounding. Weights decide the
 time of a product with few rows, so that three rows cost what one does.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 GROUP_SIZE = 32
-"""Neighbours along the input axis that share a multiplier and an offset, in 4 bits."""
+"""Neighbors along the input axis that share a multiplier and an offset, in 4 bits."""
 
 NUM_DIGITS = 3
 _DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
@@ -102,7 +102,7 @@ class PackedMatrix(abc.ABC):
         chosen = jax.tree.map(lambda x: x[index], self)
         return chosen.integers().astype(self.dtype) * chosen.scale[..., None]
 
-    def dequantised(self) -> Array:
+    def dequantized(self) -> Array:
         """The parameter it stands for, in float32: a copy four to eight times as large."""
         whole = self.integers().astype(self.dtype) * self.scale[..., None]
         return jnp.swapaxes(whole, -1, -2) if self.transposed else whole
@@ -176,7 +176,7 @@ def _product_jvp(primals: tuple[Array, PackedMatrix], tangents: tuple[Array, Any
     # Rounding to integers has no derivative; what it computes has.
     x, weight = primals
     y = _product(x, weight)
-    return y, _contract(tangents[0].astype(y.dtype), weight.dequantised(), y.dtype)
+    return y, _contract(tangents[0].astype(y.dtype), weight.dequantized(), y.dtype)
 
 
 def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1) -> Array:

@@ -21,21 +21,21 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
-    for_every_token,
-    gated_linear,
-    operator_inputs,
+    broadcast_param,
+    channel_param,
+    checkpoint_wkv_inputs,
     orthogonal,
-    summed_linear,
+    row_parallel_gated_linear,
+    row_parallel_linear,
     token_shift,
-    vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv4, wkv4_sharded
 from rwkv_kernels.wkv4.scan import empty_state
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
     shift, dtype = jnp.zeros((batch_size, config.width), config.dtype), jnp.dtype(config.parameter_dtype)
     return State(shift, shift, empty_state(batch_size, config.width // axes.num_tensor_shards, dtype))
@@ -54,9 +54,9 @@ class TimeMix(nnx.Module):
 
         self.time_decay = nnx.Param(-5 + 8 * (channel / (width - 1)) ** (0.7 + 1.3 * ratio_0_to_1))
         self.time_first = nnx.Param(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
-        self.time_mix_k = vector(fraction**ratio_1_to_0)
-        self.time_mix_v = vector(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
-        self.time_mix_r = vector(fraction ** (0.5 * ratio_1_to_0))
+        self.time_mix_k = channel_param(fraction**ratio_1_to_0)
+        self.time_mix_v = channel_param(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
+        self.time_mix_r = channel_param(fraction ** (0.5 * ratio_1_to_0))
 
         def zeros() -> Linear:
             return Linear(jnp.zeros((width, width), dtype))
@@ -71,9 +71,9 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
@@ -88,7 +88,7 @@ class TimeMix(nnx.Module):
         x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
-            share = for_every_token(mu[...], x)
+            share = broadcast_param(mu[...], x)
             return x * share + x_prev * (1 - share)
 
         r = self.receptance(mix(self.time_mix_r))
@@ -103,7 +103,7 @@ class TimeMix(nnx.Module):
         y, wkv = operator(
             log_w,
             u,
-            *operator_inputs(k, v),
+            *checkpoint_wkv_inputs(k, v),
             state.wkv,
             segment_ids=segment_ids,
             lengths=lengths,
@@ -111,7 +111,7 @@ class TimeMix(nnx.Module):
         )
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
-        o = summed_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], axes.tensor)
+        o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], axes.tensor)
         return o, TimeMixState(shift, wkv)
 
 
@@ -121,7 +121,7 @@ class ChannelMix(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
-        self.time_mix_k, self.time_mix_r = vector(mix), vector(mix)
+        self.time_mix_k, self.time_mix_r = channel_param(mix), channel_param(mix)
         gain = math.sqrt(max(ffn_width / width, 1.0))
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), gain, dtype))
         self.receptance = Linear(jnp.zeros((width, width), dtype))
@@ -134,20 +134,20 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
         x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
-            share = for_every_token(mu[...], x)
+            share = broadcast_param(mu[...], x)
             return x * share + x_prev * (1 - share)
 
         # (14), (15) r_t, k_t; (18) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV4Block(Block):

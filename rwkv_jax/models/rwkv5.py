@@ -22,16 +22,16 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
-    for_every_token,
-    gated_linear,
+    broadcast_param,
+    channel_param,
+    checkpoint_wkv_inputs,
     initial_head_norm,
-    operator_inputs,
     orthogonal,
-    summed_linear,
+    row_parallel_gated_linear,
+    row_parallel_linear,
     token_shift,
-    vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv5, wkv5_sharded
 
@@ -39,7 +39,7 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output (the trainer has y / 8 and 1e-5: the same)."""
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
@@ -59,9 +59,9 @@ class TimeMix(nnx.Module):
         channel = jnp.arange(width, dtype=dtype)
         fraction = channel / width
 
-        self.time_mix_k = vector(fraction**ratio_1_to_0)
-        self.time_mix_v = vector(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
-        self.time_mix_r = vector(fraction ** (0.5 * ratio_1_to_0))
+        self.time_mix_k = channel_param(fraction**ratio_1_to_0)
+        self.time_mix_v = channel_param(fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1)
+        self.time_mix_r = channel_param(fraction ** (0.5 * ratio_1_to_0))
 
         # One decay and bonus for each head in the previews, for each channel of a head in 5.2.
         own = jnp.arange(heads, dtype=dtype) if is_preview else channel
@@ -81,7 +81,7 @@ class TimeMix(nnx.Module):
         small = 1.0 if is_preview else 0.1
         self.receptance, self.key, self.value = square(1.0), square(small), square(1.0)
         if self.has_gate:
-            self.time_mix_g = vector(fraction ** (0.5 * ratio_1_to_0))
+            self.time_mix_g = channel_param(fraction ** (0.5 * ratio_1_to_0))
             self.gate = square(small)
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
@@ -93,9 +93,9 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
@@ -112,7 +112,7 @@ class TimeMix(nnx.Module):
         x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
-            share = for_every_token(mu[...], x)
+            share = broadcast_param(mu[...], x)
             return x * share + x_prev * (1 - share)
 
         r = self.receptance(mix(self.time_mix_r)).reshape(heads)
@@ -125,7 +125,7 @@ class TimeMix(nnx.Module):
         bonus = (self.time_first if config.exponential_bonus else self.time_faaaa)[...]
         u = bonus.astype(config.parameter_dtype).reshape(r.shape[2], -1)
         operator: Any = wkv5 if axes.sequence is None else functools.partial(wkv5_sharded, axis_name=axes.sequence)
-        r, k, v = operator_inputs(r, k, v)
+        r, k, v = checkpoint_wkv_inputs(r, k, v)
         y, wkv = operator(
             r,
             -jnp.exp(time_decay),
@@ -142,7 +142,7 @@ class TimeMix(nnx.Module):
         y = self.ln_x(y)
         if self.has_gate:
             y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
-        return summed_linear(y, self.output.weight[...], axes.tensor), TimeMixState(shift, wkv)
+        return row_parallel_linear(y, self.output.weight[...], axes.tensor), TimeMixState(shift, wkv)
 
 
 class ChannelMix(nnx.Module):
@@ -151,7 +151,7 @@ class ChannelMix(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
-        self.time_mix_k, self.time_mix_r = vector(mix), vector(mix)
+        self.time_mix_k, self.time_mix_r = channel_param(mix), channel_param(mix)
         gain = 1.0 if config.generation == "5.2" else math.sqrt(max(ffn_width / width, 1.0))
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), gain, dtype))
         self.receptance = Linear(jnp.zeros((width, width), dtype))
@@ -164,20 +164,20 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
         x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
 
         def mix(mu: nnx.Param) -> Array:
-            share = for_every_token(mu[...], x)
+            share = broadcast_param(mu[...], x)
             return x * share + x_prev * (1 - share)
 
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV5Block(Block):

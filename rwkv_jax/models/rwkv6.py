@@ -19,19 +19,19 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
-    for_every_token,
-    gated_linear,
+    broadcast_param,
+    channel_param,
+    checkpoint_wkv_inputs,
     initial_head_norm,
     linear,
     low_rank,
-    operator_inputs,
     orthogonal,
-    summed_linear,
+    row_parallel_gated_linear,
+    row_parallel_linear,
     token_shift,
     uniform,
-    vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv6, wkv6_sharded
 
@@ -39,7 +39,7 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
@@ -59,16 +59,16 @@ class TimeMix(nnx.Module):
         fraction = channel / width
         line = channel / (width - 1)
 
-        self.time_maa_x = vector(1 - fraction**ratio_1_to_0)
-        self.time_maa_w = vector(1 - fraction**ratio_1_to_0)
-        self.time_maa_k = vector(1 - fraction**ratio_1_to_0)
-        self.time_maa_v = vector(1 - (fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1))
-        self.time_maa_r = vector(1 - fraction ** (0.5 * ratio_1_to_0))
-        self.time_maa_g = vector(1 - fraction ** (0.5 * ratio_1_to_0))
+        self.time_maa_x = channel_param(1 - fraction**ratio_1_to_0)
+        self.time_maa_w = channel_param(1 - fraction**ratio_1_to_0)
+        self.time_maa_k = channel_param(1 - fraction**ratio_1_to_0)
+        self.time_maa_v = channel_param(1 - (fraction**ratio_1_to_0 + 0.3 * ratio_0_to_1))
+        self.time_maa_r = channel_param(1 - fraction ** (0.5 * ratio_1_to_0))
+        self.time_maa_g = channel_param(1 - fraction ** (0.5 * ratio_1_to_0))
         self.time_maa_w1 = nnx.Param(jnp.zeros((width, 5 * mix_rank), dtype))
         self.time_maa_w2 = nnx.Param(uniform(rngs.params(), (5, mix_rank, width), 0.01, dtype))
 
-        self.time_decay = vector(-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1))
+        self.time_decay = channel_param(-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1))
         self.time_decay_w1 = nnx.Param(jnp.zeros((width, decay_rank), dtype))
         self.time_decay_w2 = nnx.Param(uniform(rngs.params(), (decay_rank, width), 0.01, dtype))
         bonus = ratio_0_to_1 * (1 - line) + 0.1 * ((channel + 1) % 3 - 1)
@@ -88,9 +88,9 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalised: y [B, T, C] and the next state.
+        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
 
         Args:
           state: what an earlier call returned; None is the start of a text.
@@ -107,11 +107,11 @@ class TimeMix(nnx.Module):
         # (15) ddlerp_j(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) lora_j(x_t + (x_{t-1} - x_t) mu_x), j = w, k, v, r, g.
         x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
         xx = x_prev - x
-        z = x + xx * for_every_token(self.time_maa_x[...], x)
+        z = x + xx * broadcast_param(self.time_maa_x[...], x)
         inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...], in_axis=0)), 5, axis=-1)
         shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         xw, xk, xv, xr, xg = (
-            x + xx * (for_every_token(share[...], x) + linear(hidden, up, in_axis=0))
+            x + xx * (broadcast_param(share[...], x) + linear(hidden, up, in_axis=0))
             for share, hidden, up in zip(shares, inner, self.time_maa_w2[...], strict=True)
         )
 
@@ -121,12 +121,12 @@ class TimeMix(nnx.Module):
         v = self.value(xv).reshape(heads)
         g = jax.nn.silu(self.gate(xg))
         decay = low_rank(xw, self.time_decay_w1[...], self.time_decay_w2[...], jnp.tanh).astype(config.parameter_dtype)
-        log_w = -jnp.exp(for_every_token(self.time_decay[...], decay) + decay).reshape(heads)
+        log_w = -jnp.exp(broadcast_param(self.time_decay[...], decay) + decay).reshape(heads)
 
         # (21) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (22) S_t = diag(w_t) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t.
         operator: Any = wkv6 if axes.sequence is None else functools.partial(wkv6_sharded, axis_name=axes.sequence)
         y, wkv = operator(
-            *operator_inputs(r, log_w, k, v),
+            *checkpoint_wkv_inputs(r, log_w, k, v),
             self.time_faaaa[...].astype(config.parameter_dtype),
             state.wkv,
             segment_ids=segment_ids,
@@ -135,7 +135,7 @@ class TimeMix(nnx.Module):
         )
 
         # (20) Norm over each head, gate, projection.
-        o = summed_linear(self.ln_x(y) * g, self.output.weight[...], axes.tensor)
+        o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], axes.tensor)
         return o, TimeMixState(shift, wkv)
 
 
@@ -146,7 +146,7 @@ class ChannelMix(nnx.Module):
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         mix = 1 - (jnp.arange(width, dtype=dtype) / width) ** (ratio_1_to_0**3)
-        self.time_maa_k, self.time_maa_r = vector(mix), vector(mix)
+        self.time_maa_k, self.time_maa_r = channel_param(mix), channel_param(mix)
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
         self.receptance = Linear(jnp.zeros((width, width), dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
@@ -158,16 +158,16 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
         x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
         xx = x_prev - x
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
-        r = self.receptance(x + xx * for_every_token(self.time_maa_r[...], x))
-        k = self.key(x + xx * for_every_token(self.time_maa_k[...], x))
+        r = self.receptance(x + xx * broadcast_param(self.time_maa_r[...], x))
+        k = self.key(x + xx * broadcast_param(self.time_maa_k[...], x))
         k = jnp.square(jax.nn.relu(k))
-        return gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV6Block(Block):

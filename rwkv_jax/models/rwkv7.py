@@ -20,16 +20,16 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
-    for_every_token,
+    broadcast_param,
+    channel_param,
+    checkpoint_wkv_inputs,
     initial_head_norm,
     low_rank,
-    operator_inputs,
     orthogonal,
-    summed_linear,
+    row_parallel_linear,
     token_shift,
-    vector,
 )
-from rwkv_jax.models.shards import WHOLE, ShardAxes
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv7, wkv7_sharded
 
@@ -40,7 +40,7 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> State:
+def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
@@ -71,25 +71,25 @@ class TimeMix(nnx.Module):
             gain = 0.1 * (math.sqrt(rank / width) if rank > width else 1.0)
             return nnx.Param(orthogonal(rngs.params(), (rank, width), gain, dtype))
 
-        self.x_r = vector(1 - fraction ** (0.2 * ratio_1_to_0))
-        self.x_w = vector(1 - fraction ** (0.9 * ratio_1_to_0))
-        self.x_k = vector(1 - fraction ** (0.7 * ratio_1_to_0))
-        self.x_v = vector(1 - fraction ** (0.7 * ratio_1_to_0))
-        self.x_a = vector(1 - fraction ** (0.9 * ratio_1_to_0))
-        self.x_g = vector(1 - fraction ** (0.2 * ratio_1_to_0))
+        self.x_r = channel_param(1 - fraction ** (0.2 * ratio_1_to_0))
+        self.x_w = channel_param(1 - fraction ** (0.9 * ratio_1_to_0))
+        self.x_k = channel_param(1 - fraction ** (0.7 * ratio_1_to_0))
+        self.x_v = channel_param(1 - fraction ** (0.7 * ratio_1_to_0))
+        self.x_a = channel_param(1 - fraction ** (0.9 * ratio_1_to_0))
+        self.x_g = channel_param(1 - fraction ** (0.2 * ratio_1_to_0))
 
         decay_speed = -6 + 6 * (channel / (width - 1)) ** (1 + ratio_0_to_1**0.3)
-        self.w0 = vector(decay_speed + 0.5 + 2.5 * zigzag)
+        self.w0 = channel_param(decay_speed + 0.5 + 2.5 * zigzag)
         self.w1, self.w2 = down(sizes.decay_rank), up(sizes.decay_rank)
-        self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
+        self.a0 = channel_param(-0.19 + 0.3 * zigzag + 0.4 * line)
         self.a1, self.a2 = down(sizes.iclr_rank), up(sizes.iclr_rank)
         if not self.is_first or config.unused_value_residual:
-            self.v0 = vector(0.73 - 0.4 * line)
+            self.v0 = channel_param(0.73 - 0.4 * line)
             self.v1, self.v2 = down(sizes.value_rank), up(sizes.value_rank)
         self.g1, self.g2 = down(sizes.gate_rank), up(sizes.gate_rank)
 
-        self.k_k = vector(0.71 - 0.1 * line)
-        self.k_a = vector(jnp.full((width,), 1.02, dtype))
+        self.k_k = channel_param(0.71 - 0.1 * line)
+        self.k_a = channel_param(jnp.full((width,), 1.02, dtype))
         self.r_k = nnx.Param(jnp.full((heads, head_dim), -0.04, dtype))
 
         def square(gain: float) -> Linear:
@@ -106,12 +106,12 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, TimeMixState]:
         """Time mixing alone, for use in a model of one's own.
 
         Args:
-          x: [B, T, C], already normalised.
+          x: [B, T, C], already normalized.
           state: what an earlier call returned; None is the start of a text.
           segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
 
@@ -129,7 +129,7 @@ class TimeMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, Array, TimeMixState]:
         """Time mixing within a model.
 
@@ -149,7 +149,7 @@ class TimeMix(nnx.Module):
             state = TimeMixState(empty.att_shift, empty.wkv)
 
         def cast(parameter: nnx.Param, like: Array) -> Array:
-            return for_every_token(parameter[...], like)
+            return broadcast_param(parameter[...], like)
 
         # (3) Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
         x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
@@ -165,7 +165,7 @@ class TimeMix(nnx.Module):
         k = self.key(xk)
         v = self.value(xv)
         decay = low_rank(xw, self.w1[...], self.w2[...], jnp.tanh).astype(config.parameter_dtype)
-        decay = for_every_token(self.w0[...], decay) + decay
+        decay = broadcast_param(self.w0[...], decay) + decay
         log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
         if v_first is None:
             v_first = v
@@ -175,14 +175,14 @@ class TimeMix(nnx.Module):
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
-        kk = _normalise_heads((k * cast(self.k_k, k)).reshape(heads))
+        kk = _normalize_heads((k * cast(self.k_k, k)).reshape(heads))
         k = k * (1 + (a - 1) * cast(self.k_a, k))
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
         operator: Any = wkv7 if axes.sequence is None else functools.partial(wkv7_sharded, axis_name=axes.sequence)
         y, wkv = operator(
-            *operator_inputs(r, log_w, k, v_heads, -kk, kk * a),
+            *checkpoint_wkv_inputs(r, log_w, k, v_heads, -kk, kk * a),
             state.wkv,
             segment_ids=segment_ids,
             lengths=lengths,
@@ -193,13 +193,13 @@ class TimeMix(nnx.Module):
         y = self.ln_x(y)
         # (Sums over N as contractions: as a product and a sum they take XLA's CPU backend up to 30 times as long.)
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        bonus = einsum("bthn,bthn->bth", r * for_every_token(self.r_k[...], r), k)
+        bonus = einsum("bthn,bthn->bth", r * broadcast_param(self.r_k[...], r), k)
         bonus = einsum("bth,bthn->bthn", bonus, v_heads)
-        y = summed_linear((y + bonus.reshape(y.shape)) * g, self.output.weight[...], axes.tensor)
+        y = row_parallel_linear((y + bonus.reshape(y.shape)) * g, self.output.weight[...], axes.tensor)
         return y, v_first, TimeMixState(shift, wkv)
 
 
-def _normalise_heads(kk: Array) -> Array:
+def _normalize_heads(kk: Array) -> Array:
     """kk / max(|kk|, 1e-12) over the last axis, in at least float32 and back; its gradient is finite at zero."""
     wide = kk.astype(jnp.promote_types(kk.dtype, jnp.float32))
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
@@ -213,7 +213,7 @@ class ChannelMix(nnx.Module):
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         fraction = jnp.arange(width, dtype=dtype) / width
-        self.x_k = vector(1 - fraction ** (ratio_1_to_0**4))
+        self.x_k = channel_param(1 - fraction ** (ratio_1_to_0**4))
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
@@ -224,13 +224,13 @@ class ChannelMix(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, Array]:
         """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
         x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
         # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
-        k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * for_every_token(self.x_k[...], x))))
-        return summed_linear(k, self.value.weight[...], axes.tensor), shift
+        k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
+        return row_parallel_linear(k, self.value.weight[...], axes.tensor), shift
 
 
 class RWKV7Block(Block):
@@ -240,7 +240,7 @@ class RWKV7Block(Block):
     channel_mix_type = ChannelMix
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: ShardAxes, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: MeshAxes, **rows: Array | None
     ) -> tuple[Array, Array | None, TimeMixState]:
         """Time mixing with the value residual."""
         return self.att.mix(x, state, v_first, axes=axes, **rows)

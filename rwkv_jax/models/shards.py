@@ -1,4 +1,4 @@
-"""What a module needs to know, and to tell its neighbours, where it runs as one shard of many within `jax.shard_map`.
+"""What a module needs to know, and to tell its neighbors, where it runs as one shard of many within `jax.shard_map`.
 
 A model splits over two mesh axes of its own (Megatron-LM, arXiv 1909.08053, for the first): `tensor`, over which heads,
 feed-forward width and vocabulary are split, and `sequence`, over which time is. Rows and weights split over other axes
@@ -14,7 +14,7 @@ from jax import Array, lax
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardAxes:
+class MeshAxes:
     """The mesh axes over which a model's arrays are split; None where they are whole."""
 
     tensor: str | None = None
@@ -28,11 +28,11 @@ class ShardAxes:
         return 1 if self.tensor is None else lax.axis_size(self.tensor)
 
 
-WHOLE = ShardAxes()
+UNSHARDED = MeshAxes()
 """A model on one device, or under XLA's own partitioning."""
 
 
-def enter_shards(x: Array, axis_name: str | None) -> Array:
+def copy_to_tensor_parallel(x: Array, axis_name: str | None) -> Array:
     """What all shards of an axis hold alike, on its way into work that differs between them.
 
     The value stays as it is; its gradient is the sum of the shards'. Said once where the ways part, that is one sum.
@@ -40,12 +40,12 @@ def enter_shards(x: Array, axis_name: str | None) -> Array:
     return x if axis_name is None else lax.pcast(x, axis_name, to="varying")
 
 
-def sum_over_shards(x: Array, axis_name: str | None) -> Array:
+def reduce_from_tensor_parallel(x: Array, axis_name: str | None) -> Array:
     """The sum of the shards' partial results, alike on all of them."""
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
-def same_on_shards(x: Array, axis_name: str | None) -> Array:
+def as_replicated(x: Array, axis_name: str | None) -> Array:
     """What every shard of an axis has computed alike, as a value that JAX knows to be alike."""
     if axis_name is None:
         return x

@@ -22,9 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
-from rwkv_jax.models.layers import LayerNorm, Linear, operator_inputs, summed_linear
-from rwkv_jax.models.shards import WHOLE, ShardAxes, enter_shards
-from rwkv_kernels.arguments import is_concrete, number_segments, starts, with_common_axes
+from rwkv_jax.models.layers import LayerNorm, Linear, checkpoint_wkv_inputs, row_parallel_linear
+from rwkv_jax.models.shards import UNSHARDED, MeshAxes, copy_to_tensor_parallel
+from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, number_segments, starts
 
 ROTARY_BASE = 10000.0
 """Pair i of a head's N / 2 pairs of channels turns by ROTARY_BASE^(-2 i / N) a position."""
@@ -50,7 +50,7 @@ class KeyValueCache(NamedTuple):
     """int32 [B]: tokens that the text has so far; what lies in the cache from there on means nothing."""
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: ShardAxes = WHOLE) -> KeyValueCache:
+def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
     """The empty state of one block, with room for `config.context_length` tokens."""
     heads = config.num_heads // axes.num_tensor_shards
     empty = jnp.zeros((batch_size, heads, config.sizes().context_length, config.head_dim), config.dtype)
@@ -241,12 +241,12 @@ class Attention(nnx.Module):
         *,
         segment_ids: Array | None = None,
         lengths: Array | None = None,
-        axes: ShardAxes = WHOLE,
+        axes: MeshAxes = UNSHARDED,
     ) -> tuple[Array, KeyValueCache]:
         """Attention alone, for use in a model of one's own.
 
         Args:
-          x: [B, T, C], already normalised.
+          x: [B, T, C], already normalized.
           state: what an earlier call returned; None is the start of a text, for which no cache is read.
           segment_ids, lengths, axes: as `LanguageModel.hidden` has them, but for `axes.sequence`, which must be None.
 
@@ -268,13 +268,13 @@ class Attention(nnx.Module):
                 "make it larger, or read fewer"
             )
         held = initial_state(config, batch, axes) if state is None else state
-        held, _ = with_common_axes(held, x)
+        held, _ = broadcast_varying_axes(held, x)
         places = places_of(held.position, time, segment_ids, lengths)
 
         heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
         q, k = rotate(q, places.positions), rotate(k, places.positions)
-        q, k, v = operator_inputs(*(z.swapaxes(1, 2) for z in (q, k, v)))
+        q, k, v = checkpoint_wkv_inputs(*(z.swapaxes(1, 2) for z in (q, k, v)))
         attended = attend_to_call(q, k, v, places.segments)
         next_state = store(held, k, v, places)
         if state is None:
@@ -286,7 +286,7 @@ class Attention(nnx.Module):
             y = join(attended, attend_to_cache(q, before, places.segments)).y
         # Kept for the backward pass under the name of what it is to RWKV: the result of what mixes tokens.
         y = checkpoint_name(y.swapaxes(1, 2).reshape(batch, time, -1).astype(x.dtype), "wkv")
-        return summed_linear(y, self.output.weight[...], axes.tensor), next_state
+        return row_parallel_linear(y, self.output.weight[...], axes.tensor), next_state
 
 
 class FeedForward(nnx.Module):
@@ -298,9 +298,9 @@ class FeedForward(nnx.Module):
         scale = INITIAL_SCALE / math.sqrt(2 * config.num_layers)
         self.value = Linear(normal(rngs.params(), (width, ffn_width), scale, dtype))
 
-    def __call__(self, x: Array, *, axes: ShardAxes = WHOLE) -> Array:
+    def __call__(self, x: Array, *, axes: MeshAxes = UNSHARDED) -> Array:
         """[B, T, C] -> [B, T, C]."""
-        return summed_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], axes.tensor)
+        return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], axes.tensor)
 
 
 class TransformerBlock(Block):
@@ -314,14 +314,14 @@ class TransformerBlock(Block):
         self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(
-        self, x: Array, state: Any, v_first: Array | None, *, axes: ShardAxes = WHOLE, **rows: Array | None
+        self, x: Array, state: Any, v_first: Array | None, *, axes: MeshAxes = UNSHARDED, **rows: Array | None
     ) -> tuple[Array, Array | None, Any]:
         """As `Block` has it; `v_first` is handed on as it is."""
         with jax.named_scope("attention"):
-            y, state = self.att(enter_shards(self.ln1(x), axes.tensor), state, axes=axes, **rows)
+            y, state = self.att(copy_to_tensor_parallel(self.ln1(x), axes.tensor), state, axes=axes, **rows)
             x = x + y
         with jax.named_scope("feed_forward"):
-            x = x + self.ffn(enter_shards(self.ln2(x), axes.tensor), axes=axes)
+            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), axes.tensor), axes=axes)
         return x, v_first, state
 
 
@@ -363,13 +363,13 @@ class Transformer(LanguageModel):
         """Initial output head [V, C]."""
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
 
-    def start_of_text(self, batch_size: int, axes: ShardAxes = WHOLE) -> Any:
+    def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """No cache, for there is nothing to read in it: a training step then computes none."""
         del batch_size, axes
         return None if self.is_stacked else (None,) * self.config.num_layers
 
     @staticmethod
-    def alike_on_shards(state: Any, axes: ShardAxes) -> Any:
+    def alike_on_shards(state: Any, axes: MeshAxes) -> Any:
         """The state as it is: shards share its positions, of which JAX knows that they are alike."""
         del axes
         return state

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from rwkv_jax.config import ConfigError, ParallelConfig, TrainConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-"""The mesh's axes. Devices that follow each other are neighbours along the last one, which has the most to tell."""
+"""The mesh's axes. Devices that follow each other are neighbors along the last one, which has the most to tell."""
 
 BYTES_PER_PARAMETER = 16
 """Parameter, its gradient and Adam's two moments in float32."""
@@ -113,8 +113,8 @@ def _listed(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
-    """A mesh of a shape on as many devices, neighbours in it being neighbours in the machine where JAX knows how.
+def mesh_from_shape(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
+    """A mesh of a shape on as many devices, neighbors in it being neighbors in the machine where JAX knows how.
 
     Raises:
       ConfigError: another number of devices.
@@ -131,7 +131,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_of(config: TrainConfig, devices: Sequence[Any], device_memory: int | None = None) -> Mesh | None:
+def make_mesh(config: TrainConfig, devices: Sequence[Any], device_memory: int | None = None) -> Mesh | None:
     """The mesh of a run on these devices; None for one device.
 
     Where data and fsdp are left to `auto` and one process has all devices, no more of them are used than share the rows
@@ -155,7 +155,7 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any], device_memory: int | No
         rows=rows,
         device_memory=device_memory,
     )
-    return make_mesh(shape, devices[:usable]) if usable > 1 else None
+    return mesh_from_shape(shape, devices[:usable]) if usable > 1 else None
 
 
 def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int:
@@ -166,12 +166,12 @@ def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int
     return next((ways * each for ways in range(num_devices // each, 0, -1) if rows % ways == 0), num_devices)
 
 
-def shape_of(mesh: Mesh) -> MeshShape:
-    """Devices along each axis of a mesh that `make_mesh` made."""
+def mesh_shape(mesh: Mesh) -> MeshShape:
+    """Devices along each axis of a mesh that `mesh_from_shape` made."""
     return MeshShape(**{name: mesh.shape[name] for name in AXES})
 
 
-def memory_of(device: Any) -> int | None:
+def device_memory(device: Any) -> int | None:
     """Bytes that JAX may use of a device of this process, where it says so; a CPU does not."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")

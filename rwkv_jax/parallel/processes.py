@@ -56,7 +56,7 @@ class Processes:
         return f"process {self.index} of {self.count}"
 
 
-def recognised_cluster(environment: Mapping[str, str]) -> str | None:
+def recognized_cluster(environment: Mapping[str, str]) -> str | None:
     """The launcher that has started this process as one of several, by the variables that it sets; None on a laptop.
 
     Raises:
@@ -105,7 +105,7 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
     if jax.distributed.is_initialized():
         yield Processes(jax.process_index(), jax.process_count())
         return
-    cluster = recognised_cluster(os.environ) if config.detect and config.coordinator is None else None
+    cluster = recognized_cluster(os.environ) if config.detect and config.coordinator is None else None
     if config.coordinator is None and cluster is None:
         yield Processes()
         return
@@ -154,7 +154,7 @@ def exception_handled_in(thread: int) -> BaseException | None:
 def _initialize(config: DistributedConfig, cluster: str | None, place: str) -> None:
     if config.coordinator is not None and config.process_id == 0:
         _refuse_taken_port(config.coordinator)
-    # JAX would take SIGTERM for itself; `StopTogether` asks about every request to stop, Ctrl-C too.
+    # JAX would take SIGTERM for itself; `SyncedStop` asks about every request to stop, Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rwkv_jax.config import TrainingConfig
-from rwkv_jax.parallel.together import global_array
+from rwkv_jax.config import StepConfig
+from rwkv_jax.parallel.coordination import global_array
 
 
 class Batch(NamedTuple):
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """int32 [B, T], the token after each."""
     segment_ids: Any = None
     """int32 [B, T]; a document begins where the number changes along a row. None takes each row for one text."""
-    continues: Any = None
+    continues_previous: Any = None
     """bool [B], whether a row goes on with the text that it stopped in; None where no state is carried."""
     mask: Any = None
     """float32 [B, T], 1 where a target counts; None where all do."""
@@ -42,12 +42,12 @@ def make_batch(
       mask: float32 [B, T], 1 at each position whose next token counts.
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
-    segment_ids = continues = None
+    segment_ids = continues_previous = None
     if end_of_text is not None:
         segment_ids = np.cumsum(tokens == end_of_text, axis=1, dtype=np.int32)
     if carries_state:
-        continues = np.ones(len(tokens), bool) if end_of_text is None else tokens[:, 0] != end_of_text
-    return Batch(tokens, targets, segment_ids, continues, mask)
+        continues_previous = np.ones(len(tokens), bool) if end_of_text is None else tokens[:, 0] != end_of_text
+    return Batch(tokens, targets, segment_ids, continues_previous, mask)
 
 
 class _Placement(Protocol):
@@ -60,11 +60,11 @@ class _Placement(Protocol):
     def rows_sharding(self) -> Any: ...
 
 
-def batch_loader(placement: _Placement, training: TrainingConfig, end_of_text: int) -> Callable[..., Batch]:
+def batch_loader(placement: _Placement, training: StepConfig, end_of_text: int) -> Callable[..., Batch]:
     """A function that puts a batch on the devices, of which each process reads only its own devices' rows.
 
     Args:
-      placement: a run's `Trainer`.
+      placement: a run's `TrainFunctions`.
       end_of_text: the token that begins each document.
 
     Returns:
@@ -90,16 +90,16 @@ def batch_loader(placement: _Placement, training: TrainingConfig, end_of_text: i
                 placement.tokens_sharding, shape, lambda rows: getattr(own(rows.start, rows.stop), name)
             )
 
-        continues = None
+        continues_previous = None
         if trains and training.carry_state:
-            continues = global_array(
-                placement.rows_sharding, shape[:1], lambda rows: own(rows.start, rows.stop).continues
+            continues_previous = global_array(
+                placement.rows_sharding, shape[:1], lambda rows: own(rows.start, rows.stop).continues_previous
             )
         return Batch(
             tokens=placed("tokens"),
             targets=placed("targets"),
             segment_ids=placed("segment_ids") if training.reset_at_documents else None,
-            continues=continues,
+            continues_previous=continues_previous,
             mask=None if mask is None else placed("mask"),
         )
 

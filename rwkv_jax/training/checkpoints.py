@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, to_dict
-from rwkv_jax.data.token_file import Corpus
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.data.tokens.token_file import Corpus
+from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
-from rwkv_jax.parallel.together import differences, gather
-from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
+from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -202,7 +202,7 @@ class Checkpoints:
             except Exception as error:  # Whatever a damaged file makes of Orbax, an older one may be whole.
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             # Each process reads its own share, and one share may be damaged where the others are whole.
-            reasons = gather(self._processes, f"what checkpoint {step} holds", reason)
+            reasons = allgather_text(self._processes, f"what checkpoint {step} holds", reason)
             if not any(reasons):
                 return state
             self._set_aside(step, next(filter(None, reasons)))
@@ -211,7 +211,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Steps of the checkpoints that there are, newest first."""
         steps = [checkpoint.step for checkpoint in reversed(list(self._latest.checkpoints))]
-        seen = gather(self._processes, "checkpoints", str(steps))
+        seen = allgather_text(self._processes, "checkpoints", str(steps))
         if table := differences([{"steps": text} for text in seen]):
             raise DisagreementError(
                 f"{self._latest.directory}: the processes see different checkpoints there; put the run folder on a "
@@ -225,7 +225,7 @@ class Checkpoints:
             aside = folder.with_name(f"damaged-{step}-{os.getpid()}")
             folder.rename(aside)
             self._report(f"checkpoint of step {step} is damaged ({reason}); moved to {aside}")
-        gather(self._processes, f"checkpoint {step}, moved aside", "")
+        allgather_text(self._processes, f"checkpoint {step}, moved aside", "")
         self._latest.reload()  # or Orbax believes that the step is still there, and it is never saved again
 
     def best_loss(self) -> float:
@@ -236,7 +236,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 metadata = self._best.metadata(latest.step).custom_metadata
         loss = float(metadata["held_out_loss"]) if metadata else math.inf
-        return float(gather(self._processes, "best loss", repr(loss))[0])
+        return float(allgather_text(self._processes, "best loss", repr(loss))[0])
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts to write a checkpoint; a step that is there already stays as it is."""
@@ -292,7 +292,7 @@ def load_model(
       ConfigError: this is no run, it has no such checkpoint, or that is damaged.
     """
     config = from_dict(read_run_file(run_dir)["config"])
-    trainer = make_trainer(dataclasses.replace(config, parallel=ParallelConfig()))
+    trainer = make_train_functions(dataclasses.replace(config, parallel=ParallelConfig()))
     like = _as_tree(abstract_state(trainer))
     if shardings is not None:
         like["params"] = jax.tree.map(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_jax.models.shards import first_index_here, sum_over_shards
-from rwkv_kernels.arguments import with_common_axes
+from rwkv_jax.models.shards import first_index_here, reduce_from_tensor_parallel
+from rwkv_kernels.arguments import broadcast_varying_axes
 
 
 class TokenLosses(NamedTuple):
@@ -53,10 +53,10 @@ def _token_losses_forward(
     largest = jnp.max(logits, axis=-1)
     if axis_name is not None:
         largest = lax.pmax(largest, axis_name)
-    normaliser = sum_over_shards(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), axis_name)
-    log_normaliser = largest + jnp.log(normaliser)
+    normalizer = reduce_from_tensor_parallel(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), axis_name)
+    log_normalizer = largest + jnp.log(normalizer)
     target_logit = _logit_of(logits, targets, axis_name)
-    return (log_normaliser - target_logit, 0.5 * jnp.square(largest)), (logits, targets, log_normaliser, largest)
+    return (log_normalizer - target_logit, 0.5 * jnp.square(largest)), (logits, targets, log_normalizer, largest)
 
 
 def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
@@ -67,14 +67,14 @@ def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
     own = targets - first_index_here(logits.shape[-1], axis_name)
     is_here = (own >= 0) & (own < logits.shape[-1])
     found = jnp.take_along_axis(logits, jnp.where(is_here, own, 0)[:, None], axis=-1)[:, 0]
-    found = sum_over_shards(jnp.where(is_here, found, 0), axis_name)
+    found = reduce_from_tensor_parallel(jnp.where(is_here, found, 0), axis_name)
     return jnp.where((targets >= 0) & (targets < vocab_size), found, jnp.nan)
 
 
 def _token_losses_backward(
     axis_name: str | None, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, None]:
-    logits, targets, log_normaliser, largest = saved
+    logits, targets, log_normalizer, largest = saved
     dnll, dpeak = cotangents
     size = logits.shape[-1]
     vocabulary = jnp.arange(size) + first_index_here(size, axis_name)
@@ -86,7 +86,7 @@ def _token_losses_backward(
     if axis_name is not None:
         peak = lax.pmin(peak, axis_name)
     is_peak = vocabulary == peak[:, None]
-    probability = jnp.exp(logits - log_normaliser[:, None])
+    probability = jnp.exp(logits - log_normalizer[:, None])
     dlogits = dnll[:, None] * (probability - is_target) + jnp.where(is_peak, (dpeak * largest)[:, None], 0)
     return dlogits.astype(logits.dtype), None
 
@@ -130,5 +130,5 @@ def sum_losses(
 
     shapes = jax.eval_shape(losses, flat[0], wanted[0], weight[0])
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    zero, _ = with_common_axes(zero, (flat, wanted, weight))
+    zero, _ = broadcast_varying_axes(zero, (flat, wanted, weight))
     return jax.lax.scan(body, zero, (flat, wanted, weight))[0]

@@ -17,11 +17,11 @@ from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.rules import shardings
-from rwkv_jax.parallel.split import Split, split_model
+from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.optimizer import make_optimizer
-from rwkv_kernels.arguments import with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes
 
 
 class TrainState(NamedTuple):
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
     """int32: steps in a row that were skipped because loss or gradient was not finite."""
     skipped_steps: Any
     """int32: steps skipped in the whole run."""
-    carried: Any = None
+    recurrent_state: Any = None
     """The model's state after each row of the batch; None where rows do not go on with one another."""
 
 
@@ -55,7 +55,7 @@ class StepMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
+class TrainFunctions:
     """A config's pure functions; `jax.jit` them as they are."""
 
     init: Callable[[Any], TrainState]
@@ -67,7 +67,7 @@ class Trainer:
     """(params, batch) -> the sums over all of its rows, each read from the empty state."""
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
-    split: Split
+    split: ShardedModel
     """What is where."""
     state_shardings: TrainState
     """Where each array of the state lies."""
@@ -83,7 +83,7 @@ class Trainer:
         return _sharding(self.split.mesh, self.split.rows)
 
 
-def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
+def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> TrainFunctions:
     """Builds a config's pure functions; nothing is allocated or compiled.
 
     The model is defined with NNX but trained as a plain dict of arrays under `jax.jit`: in a hot loop that costs a
@@ -97,7 +97,7 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
     abstract = nnx.eval_shape(lambda: kind(config.model, rngs=nnx.Rngs(0)))
     graphdef, abstract_params = nnx.split(abstract, nnx.Param)
     abstract_params = nnx.to_pure_dict(abstract_params)
-    split = split_model(config.model, abstract_params, mesh)
+    split = shard_model(config.model, abstract_params, mesh)
     training = config.training
     optimizer = make_optimizer(config.optimizer, training.num_steps, abstract_params, kind.parameter_group)
 
@@ -112,11 +112,11 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
         params = split.run(draw_params, PartitionSpec(), split.kept)(key)
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
-        carried = jax.tree.map(jnp.copy, empty_state()) if training.carry_state else None
+        recurrent_state = jax.tree.map(jnp.copy, empty_state()) if training.carry_state else None
         moments = optimizer.init(params)
         if mesh is not None:
             moments = jax.lax.with_sharding_constraint(moments, in_device_memory.optimizer)
-        return TrainState(params, moments, step, jax.random.key_data(key), bad_steps, skipped_steps, carried)
+        return TrainState(params, moments, step, jax.random.key_data(key), bad_steps, skipped_steps, recurrent_state)
 
     def losses(params: Any, batch: Batch, state: Any) -> tuple[TokenLosses, Any]:
         """This device's sums, and the next state of its rows."""
@@ -134,12 +134,12 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
             sums = sum_losses(model.logits, hidden, batch.targets, batch.mask, training.loss_chunk, split.axes.tensor)
         return sums, state
 
-    def shares(params: Any, batch: Batch, carried: Any) -> tuple[Array, Any, Any]:
+    def shares(params: Any, batch: Batch, recurrent_state: Any) -> tuple[Array, Any, Any]:
         """Mean loss of the whole batch, this device's share of the gradients, the next state of its rows."""
         micro = jax.tree.map(lambda x: x.reshape(training.accumulation_steps, -1, *x.shape[1:]), batch)
-        states = jax.tree.map(lambda x: _micro_rows(x, training.accumulation_steps), carried)
+        states = jax.tree.map(lambda x: _micro_rows(x, training.accumulation_steps), recurrent_state)
         counted = jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask
-        count = jnp.maximum(split.sum(jnp.sum(with_common_axes(counted, batch.tokens)[0])), 1)
+        count = jnp.maximum(split.sum(jnp.sum(broadcast_varying_axes(counted, batch.tokens)[0])), 1)
 
         def objective(params: Any, batch: Batch, state: Any) -> tuple[Array, tuple[Array, Any]]:
             total, state = losses(params, batch, state)
@@ -155,21 +155,23 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
             (_, (loss, state)), gradients = jax.value_and_grad(objective, has_aux=True)(own, *one)
             states = jax.tree.map(lambda x: x[None], state) if training.carry_state else None
         else:
-            zeros = jax.tree.map(lambda x: with_common_axes(jnp.zeros_like(x), x)[0], own)
-            nothing, _ = with_common_axes(jnp.zeros((), config.model.parameter_dtype), batch.tokens)
+            zeros = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros_like(x), x)[0], own)
+            nothing, _ = broadcast_varying_axes(jnp.zeros((), config.model.parameter_dtype), batch.tokens)
             (loss, gradients), states = jax.lax.scan(body, (nothing, zeros), (micro, states))
         return split.sum(loss), split.sum_gradients(gradients), jax.tree.map(_rows_again, states)
 
-    def loss_and_gradients(params: Any, batch: Batch, carried: Any) -> tuple[Array, Any, Any]:
+    def loss_and_gradients(params: Any, batch: Batch, recurrent_state: Any) -> tuple[Array, Any, Any]:
         state_specs = split.state if training.carry_state else None
         arguments = (split.params, _batch_specs(split, batch), state_specs)
-        return split.run(shares, arguments, (PartitionSpec(), split.params, state_specs))(params, batch, carried)
+        return split.run(shares, arguments, (PartitionSpec(), split.params, state_specs))(
+            params, batch, recurrent_state
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        carried = state.carried
+        recurrent_state = state.recurrent_state
         if training.carry_state:
-            carried = _where_rows(batch.continues, carried, empty_state())
-        loss, gradients, carried = loss_and_gradients(state.params, batch, carried)
+            recurrent_state = _where_rows(batch.continues_previous, recurrent_state, empty_state())
+        loss, gradients, recurrent_state = loss_and_gradients(state.params, batch, recurrent_state)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         moments = state.optimizer
@@ -182,7 +184,7 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
         if training.carry_state:  # what a step that went wrong leaves is no context for the next one
-            carried = keep(carried, empty_state())
+            recurrent_state = keep(recurrent_state, empty_state())
         state = TrainState(
             params=keep(next_params, state.params),
             optimizer=keep(next_optimizer, moments),
@@ -190,7 +192,7 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
             key=state.key,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             skipped_steps=state.skipped_steps + ~finite,
-            carried=carried,
+            recurrent_state=recurrent_state,
         )
         if mesh is not None or config.parallel.offload_optimizer:
             state = jax.tree.map(jax.device_put, state, state_shardings)
@@ -204,22 +206,22 @@ def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
         run = split.run(sums, (split.params, _batch_specs(split, batch)), on_all)
         return run(params, batch)
 
-    carried = jax.eval_shape(empty_state) if training.carry_state else None
-    in_device_memory = _state_shardings(split, optimizer, abstract_params, carried)
+    recurrent_state = jax.eval_shape(empty_state) if training.carry_state else None
+    in_device_memory = _state_shardings(split, optimizer, abstract_params, recurrent_state)
     state_shardings = in_device_memory
     if config.parallel.offload_optimizer:
         in_host_memory = jax.tree.map(_in_host_memory, in_device_memory.optimizer)
         state_shardings = in_device_memory._replace(optimizer=in_host_memory)
-    return Trainer(init, train_step, loss_and_gradients, eval_step, graphdef, split, state_shardings)
+    return TrainFunctions(init, train_step, loss_and_gradients, eval_step, graphdef, split, state_shardings)
 
 
-def initial_state(trainer: Trainer, seed: int) -> TrainState:
+def initial_state(trainer: TrainFunctions, seed: int) -> TrainState:
     """The state of a run that begins, each array where it belongs: the same numbers on every mesh."""
     # Two programs: the first is the same on every mesh but for where it cuts matrices.
     return jax.device_put(jax.jit(trainer.init)(jax.random.key(seed)), trainer.state_shardings)
 
 
-def abstract_state(trainer: Trainer) -> TrainState:
+def abstract_state(trainer: TrainFunctions) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; nothing is allocated."""
     shapes = jax.eval_shape(trainer.init, jax.random.key(0))
     return jax.tree.map(
@@ -227,7 +229,7 @@ def abstract_state(trainer: Trainer) -> TrainState:
     )
 
 
-def abstract_batch(trainer: Trainer, config: TrainConfig) -> Batch:
+def abstract_batch(trainer: TrainFunctions, config: TrainConfig) -> Batch:
     """Shapes, dtypes and shardings of what a run's step reads; nothing is allocated."""
     training = config.training
     shape = (training.batch_size, training.sequence_length)
@@ -237,7 +239,7 @@ def abstract_batch(trainer: Trainer, config: TrainConfig) -> Batch:
         tokens=tokens,
         targets=tokens,
         segment_ids=tokens if training.reset_at_documents else None,
-        continues=rows if training.carry_state else None,
+        continues_previous=rows if training.carry_state else None,
     )
 
 
@@ -245,20 +247,24 @@ def _sharding(mesh: Mesh | None, spec: PartitionSpec) -> Any:
     return SingleDeviceSharding(default_device()) if mesh is None else NamedSharding(mesh, spec)
 
 
-def _state_shardings(split: Split, optimizer: optax.GradientTransformation, params: Any, carried: Any) -> TrainState:
+def _state_shardings(
+    split: ShardedModel, optimizer: optax.GradientTransformation, params: Any, recurrent_state: Any
+) -> TrainState:
     """Optimizer moments lie where their parameters do; counters are everywhere."""
     whole = _sharding(split.mesh, PartitionSpec())
     moments = jax.eval_shape(optimizer.init, params)
 
     if split.mesh is None:
-        params, moments, carried = (jax.tree.map(lambda _: whole, tree) for tree in (params, moments, carried))
+        params, moments, recurrent_state = (
+            jax.tree.map(lambda _: whole, tree) for tree in (params, moments, recurrent_state)
+        )
     else:
         params = shardings(split.mesh, split.params)
         moments = optax.tree.map_params(
             optimizer, lambda _, sharding: sharding, moments, params, transform_non_params=lambda _: whole
         )
-        carried = None if carried is None else shardings(split.mesh, split.state)
-    return TrainState(params, moments, whole, whole, whole, whole, carried)
+        recurrent_state = None if recurrent_state is None else shardings(split.mesh, split.state)
+    return TrainState(params, moments, whole, whole, whole, whole, recurrent_state)
 
 
 def _in_host_memory(sharding: Any) -> Any:
@@ -270,7 +276,7 @@ def _in_host_memory(sharding: Any) -> Any:
         ) from error
 
 
-def _batch_specs(split: Split, batch: Batch) -> Batch:
+def _batch_specs(split: ShardedModel, batch: Batch) -> Batch:
     return jax.tree.map(lambda x: split.tokens if x.ndim == 2 else split.rows, batch)
 
 

@@ -11,7 +11,7 @@ during training, hold the weights as they are.
 layers, drops axes of size 1, and in RWKV-6 puts the five data-dependent mixes in the order r, w, k, v, g (official:
 w, k, v, r, g) and their biases into one tensor. Numbers that differ there for the same weights:
 
-- RWKV-6 normalises heads with epsilon 1e-5, officially 64e-5; its config has no field for it (logits of small random
+- RWKV-6 normalizes heads with epsilon 1e-5, officially 64e-5; its config has no field for it (logits of small random
   models move by 0.1). Setting `layer.attn.g_norm.eps = 64e-5` on every layer after loading gives the official numbers.
 - RWKV-7 takes head size x 1e-5: the official 64e-5 for heads of 64 only.
 - RWKV-7 with `fuse_norm` divides keys by sqrt(|k|^2 + 1e-6), officially by max(|k|, 1e-12); `hub_config` turns it off.
@@ -107,7 +107,7 @@ def from_layout(
         strategy = f" with strategy {str(values['_strategy'])[:80]!r}" if "_strategy" in values else ""
         raise WeightsError(
             f"these weights were converted by the rwkv package{strategy}: it transposes matrices, precomputes decays, "
-            "divides weights of later layers and may quantise; name the original file"
+            "divides weights of later layers and may quantize; name the original file"
         )
     if not tensors:
         raise WeightsError("there are no tensors; name a file of weights")

@@ -22,7 +22,7 @@ from rwkv_jax.config import ConfigError, Generation, ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
-from rwkv_jax.parallel.split import split_model
+from rwkv_jax.parallel.sharded_model import shard_model
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
 _LISTED = 40  # of the tensors that do not fit; an error of thousands of lines helps nobody
@@ -63,7 +63,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
 
     Raises:
-      WeightsError: no generation is recognised, or the sizes contradict each other.
+      WeightsError: no generation is recognized, or the sizes contradict each other.
     """
     generation = detect_generation(tensors)
 
@@ -185,8 +185,8 @@ def _is_floating(dtype: np.dtype[Any]) -> bool:
 def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
     """Where each parameter of a model lies on a mesh, as a nested dict.
 
-    On a mesh of `rwkv_jax.parallel.mesh.make_mesh` it is as in training. The axes of any other mesh mean nothing to us:
-    there matrices are split over all devices (`split_over`).
+    On a mesh of `rwkv_jax.parallel.mesh` it is as in training. The axes of any other mesh mean nothing to us: there
+    matrices are split over all devices (`split_over`).
 
     Raises:
       ConfigError: a size that the mesh of a training run does not divide.
@@ -196,7 +196,7 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
         return jax.tree.map_with_path(
             lambda path, x: split_over(mesh, x.shape, stacked=str(path[0].key) == "blocks"), params
         )
-    return shardings(mesh, split_model(config, params, mesh).params)
+    return shardings(mesh, shard_model(config, params, mesh).params)
 
 
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:

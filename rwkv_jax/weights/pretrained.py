@@ -33,18 +33,18 @@ from rwkv_jax.weights.official import (
     read_config,
     shardings_on,
 )
-from rwkv_jax.weights.quantised import (
-    QUANTISATIONS,
-    DequantisedTensors,
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.quantized import (
+    QUANTIZATIONS,
+    DequantizedTensors,
     PackedTensors,
-    Quantisation,
+    Quantization,
     has_packed,
-    place_quantised_params,
+    place_quantized_params,
 )
-from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
 from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, tensor_spec
-from rwkv_jax.weights.torch_file import write_torch_file
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
@@ -58,7 +58,7 @@ def from_pretrained(
     *,
     dtype: ComputeDtype | None = None,
     mesh: Mesh | None = None,
-    quantize: Quantisation | None = None,
+    quantize: Quantization | None = None,
 ) -> LanguageModel:
     """A model from weights: generation and sizes are read from the names and shapes.
 
@@ -71,10 +71,10 @@ def from_pretrained(
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
       dtype: in which parameters are held and the model computes. None keeps the file's parameters bit for bit, and
         computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
-      mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh.make_mesh`, over
+      mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh`, over
         all of its devices on any other; None is the first device.
       quantize: "int8", "int4" or "bfloat16" holds matrices in fewer bits and everything else in float32
-        (`rwkv_jax.weights.quantised`); the model then computes in float32, or in `dtype`. None keeps them as they are,
+        (`rwkv_jax.weights.quantized`); the model then computes in float32, or in `dtype`. None keeps them as they are,
         so that a file of packed matrices gives a model of packed matrices.
 
     Returns:
@@ -85,8 +85,8 @@ def from_pretrained(
         expected or misshapen are listed in one message. Or options that do not go together.
       UnsafeFileError: the file holds anything but whole, plain tensors.
     """
-    if quantize not in (None, *QUANTISATIONS):
-        raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTISATIONS)}")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
     place = find_weights(source)
@@ -100,20 +100,20 @@ def from_pretrained(
                     "leave it out"
                 )
             trained = OfficialTensors(loaded.config.model, loaded.params)
-            return _quantised(trained, loaded.config.model, quantize, dtype, mesh)
+            return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
     weights = open_weights(place)
     with naming(place):
         config = read_config(weights.tensors)
         check_tensors(weights.tensors, config)
-        if isinstance(weights.tensors, DequantisedTensors):
-            present = weights.tensors.quantisation
+        if isinstance(weights.tensors, DequantizedTensors):
+            present = weights.tensors.quantization
             if quantize not in (None, present):
                 raise WeightsError(f"quantize = {quantize!r}: the file is {present} already; leave it out")
             quantize = present
         if quantize is not None:
-            return _quantised(weights.tensors, config, quantize, dtype, mesh, weights.release)
+            return _quantized(weights.tensors, config, quantize, dtype, mesh, weights.release)
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else shardings_on(mesh, config)
@@ -121,10 +121,10 @@ def from_pretrained(
         return nnx.merge(abstract_model(config)[0], params)
 
 
-def _quantised(
+def _quantized(
     tensors: Mapping[str, NDArray],
     config: ModelConfig,
-    quantize: Quantisation,
+    quantize: Quantization,
     dtype: ComputeDtype | None,
     mesh: Mesh | None,
     release: Callable[[], None] = lambda: None,
@@ -134,7 +134,7 @@ def _quantised(
     if dtype == "float64":
         raise WeightsError(f"quantize = {quantize!r}: does not go with dtype = 'float64'; leave one of them out")
     config = dataclasses.replace(config, dtype=dtype or "float32")
-    return nnx.merge(abstract_model(config)[0], place_quantised_params(tensors, config, quantize, release))
+    return nnx.merge(abstract_model(config)[0], place_quantized_params(tensors, config, quantize, release))
 
 
 def _as_asked(params: Any, dtype: str | None) -> Any:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.training.checkpoints import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
-from rwkv_jax.weights.quantised import opened
-from rwkv_jax.weights.safetensors_file import INDEX_SUFFIX, read_safetensors
+from rwkv_jax.weights.pth.file import read_torch_file
+from rwkv_jax.weights.quantized import opened
+from rwkv_jax.weights.safetensors import INDEX_SUFFIX, read_safetensors
 from rwkv_jax.weights.tensors import WeightsError, listed
-from rwkv_jax.weights.torch_file import read_torch_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     """An opened file of weights."""
 
     tensors: Mapping[str, NDArray]
-    """Under official names, memory-mapped; `DequantisedTensors` of a file that holds packed ones."""
+    """Under official names, memory-mapped; `DequantizedTensors` of a file that holds packed ones."""
     layout: str
     """Whose names the file has, of `layouts.LAYOUTS`."""
     release: Callable[[], None]
@@ -153,8 +153,8 @@ def open_weights(path: Path) -> Weights:
     else:
         tensors, values = read_torch_file(path)
     with naming(path):
-        dequantised = opened(tensors)
-        layout, official = from_layout(tensors if dequantised is None else dequantised, values)
+        dequantized = opened(tensors)
+        layout, official = from_layout(tensors if dequantized is None else dequantized, values)
     return Weights(official, layout, tensors.release)
 
 

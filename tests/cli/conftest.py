@@ -17,7 +17,7 @@ from rwkv_jax import cli
 from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import make_trainer
+from rwkv_jax.training.step import make_train_functions
 from tests.cli.commands import Command, Printed
 from tests.golden import QUICK
 from tests.programs import kept_on_disk
@@ -66,7 +66,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = folder / "run"
     ckpt.prepare_run_dir(run_dir)
     ckpt.write_run(run_dir, dataclasses.replace(CONFIG, data=data), {}, corpus)
-    init = jax.jit(make_trainer(CONFIG).init)
+    init = jax.jit(make_train_functions(CONFIG).init)
     with ckpt.Checkpoints(run_dir, 2, print) as checkpoints:
         checkpoints.save_best(init(jax.random.key(1)), 4, 2.0)
         checkpoints.save(init(jax.random.key(2)), 8)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_jax import save_pretrained
+from rwkv_jax.bench.random_model import random_model
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.random_model import random_model
 from tests.cli.commands import Command
 
 SMALL = ("--random", "2x64", "--vocab-size", 50)

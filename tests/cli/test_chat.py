@@ -17,14 +17,16 @@ from rwkv_jax.cli.chat import HELP, ChatLoop
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat import WORLD
 from rwkv_jax.inference.dialogue import Dialogue
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.scheduler import NotFiniteError
 from tests.cli.commands import Command
 from tests.inference.fake_engine import FakeEngine
 
 
 def new_chat(seed: int = 0, max_tokens: int = 6, **options: Any) -> ChatLoop:
-    return ChatLoop(Dialogue(FakeEngine(), WORLD), {"max_tokens": max_tokens, "sampling": Sampling()}, seed, **options)
+    return ChatLoop(
+        Dialogue(FakeEngine(), WORLD), {"max_tokens": max_tokens, "sampling": SamplingParams()}, seed, **options
+    )
 
 
 def answers(chat: ChatLoop, *lines: str) -> list[str]:
@@ -36,7 +38,7 @@ def test_messages_are_answered_with_a_seed_each() -> None:
     replies = answers(chat, "hello", "more")
     expected, dialogue = [], Dialogue(FakeEngine(), WORLD)
     for message, seed in (("hello", 2**32 - 1), ("more", 0)):
-        expected.append("".join(dialogue.say(message, max_tokens=6, sampling=Sampling(), seed=seed)) + "\n")
+        expected.append("".join(dialogue.say(message, max_tokens=6, sampling=SamplingParams(), seed=seed)) + "\n")
     assert replies == expected
     assert chat.dialogue.num_tokens == dialogue.num_tokens
 

@@ -14,7 +14,7 @@ from rwkv_jax import from_pretrained
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights import pretrained
-from rwkv_jax.weights.quantised import Quantisation
+from rwkv_jax.weights.quantized import Quantization
 from tests.cli.commands import Command
 
 
@@ -35,7 +35,7 @@ def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "bfloat16"])
-def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, quantize: Quantisation) -> None:
+def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, quantize: Quantization) -> None:
     printed = rwkv("convert", run_dir, tmp_path / "folder", "--quantize", quantize).out
     assert printed.endswith(f"vocabulary 300, official names, matrices in {quantize}\n")
     assert {"model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "folder").iterdir()}
@@ -62,7 +62,7 @@ def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, qu
     ],
     ids=str,
 )
-def test_what_cannot_be_quantised_is_said_before_it_is_loaded(
+def test_what_cannot_be_quantized_is_said_before_it_is_loaded(
     rwkv: Command,
     run_dir: Path,
     tmp_path: Path,
@@ -81,7 +81,7 @@ def test_what_cannot_be_quantised_is_said_before_it_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_tokenizer_that_does_not_fit_is_said_before_weights_are_quantised(
+def test_a_tokenizer_that_does_not_fit_is_said_before_weights_are_quantized(
     rwkv: Command, run_dir: Path, tmp_path: Path
 ) -> None:
     rwkv("convert", run_dir, tmp_path / "a.pth")

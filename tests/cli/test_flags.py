@@ -8,24 +8,24 @@ import pytest
 
 from rwkv_jax.cli.flags import SamplingFlags
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 
 
 def test_presets() -> None:
-    assert SamplingFlags().sampling() == Sampling(temperature=0.8, top_p=0.9)
-    assert SamplingFlags("openai").sampling() == Sampling.openai()
-    assert SamplingFlags("rwkv").sampling() == Sampling.rwkv()
+    assert SamplingFlags().sampling() == SamplingParams(temperature=0.8, top_p=0.9)
+    assert SamplingFlags("openai").sampling() == SamplingParams.openai()
+    assert SamplingFlags("rwkv").sampling() == SamplingParams.rwkv()
 
 
 def test_flags_override_a_preset() -> None:
-    flags = SamplingFlags("rwkv", temperature=0.5, top_p=1, presence_penalty=0, penalise_prompt=True)
-    expected = Sampling.rwkv(temperature=0.5, top_p=1, presence_penalty=0, penalise_prompt=True)
+    flags = SamplingFlags("rwkv", temperature=0.5, top_p=1, presence_penalty=0, penalize_prompt=True)
+    expected = SamplingParams.rwkv(temperature=0.5, top_p=1, presence_penalty=0, penalize_prompt=True)
     assert flags.sampling() == expected
-    assert SamplingFlags(temperature=0).sampling() == Sampling(temperature=0, top_p=0.9)
+    assert SamplingFlags(temperature=0).sampling() == SamplingParams(temperature=0, top_p=0.9)
 
 
 def test_every_flag_is_a_setting() -> None:
-    settings = {field.name for field in dataclasses.fields(Sampling)}
+    settings = {field.name for field in dataclasses.fields(SamplingParams)}
     flags = {field.name for field in dataclasses.fields(SamplingFlags)} - {"preset"}
     assert flags == settings - {"order", "logit_bias", "banned"}
 

@@ -20,10 +20,10 @@ from rwkv_jax.cli.flags import WeightsFlags
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import convert
-from rwkv_jax.weights.torch_file import write_torch_file
+from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command
 from tests.golden import GOLDEN_DIR, load_golden
 from tests.weights.files import random_tensors
@@ -42,7 +42,7 @@ def test_prints_the_prompt_and_what_the_model_makes_of_it(
     rwkv: Command, engine: Engine, run_dir: Path, prompt: str
 ) -> None:
     ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
-    text = engine.generate(ids, max_tokens=20, sampling=Sampling(0.8, 0.9), seed=5).text
+    text = engine.generate(ids, max_tokens=20, sampling=SamplingParams(0.8, 0.9), seed=5).text
     assert text
     printed = rwkv("generate", run_dir, "--prompt", prompt, "--tokens", 20, "--seed", 5)
     assert printed == (prompt + text + "\n", "")
@@ -99,9 +99,9 @@ def test_stop_strings(rwkv: Command, run_dir: Path) -> None:
 
 def test_several_texts(rwkv: Command, engine: Engine, run_dir: Path) -> None:
     short = ("generate", run_dir, "--prompt", "def", "--tokens", 6, "--num", 2)
-    texts = [text.text for text in engine.generate(["def"] * 2, max_tokens=6, sampling=Sampling(0.8, 0.9))]
+    texts = [text.text for text in engine.generate(["def"] * 2, max_tokens=6, sampling=SamplingParams(0.8, 0.9))]
     assert rwkv(*short).out == f"--- 1 of 2\ndef{texts[0]}\n--- 2 of 2\ndef{texts[1]}\n"
-    best = engine.generate(["def"] * 2, best_of=2, max_tokens=6, sampling=Sampling(0.8, 0.9))
+    best = engine.generate(["def"] * 2, best_of=2, max_tokens=6, sampling=SamplingParams(0.8, 0.9))
     printed = rwkv(*short, "--best-of", 2, "--json", "--log-probabilities")
     records = [json.loads(line) for line in printed.out.splitlines()]
     for record, expected in zip(records, best, strict=True):
@@ -166,7 +166,7 @@ def test_help_does_not_call_the_values_of_a_preset_none(
         rwkv("generate", "--help")
     assert exit_.value.code == 0
     words = " ".join(re.sub("[─-╿]", " ", capsys.readouterr().out).split())
-    sampled = words[words.index("--temperature FLOAT") : words.index("--penalise-prompt")]
+    sampled = words[words.index("--temperature FLOAT") : words.index("--penalize-prompt")]
     assert sampled.count("(default: the preset's)") == sampled.count(" --") + 1 == 9
 
 

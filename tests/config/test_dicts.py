@@ -15,8 +15,8 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
     from_dict,
     to_dict,
 )
@@ -27,7 +27,7 @@ EVERYTHING = TrainConfig(
     model=ModelConfig(vocab_size=100, num_layers=3, width=128, decay_rank=32, dtype="bfloat16"),
     data=DataConfig(source="text.jsonl", tokenizer="some.model"),
     optimizer=OptimizerConfig(schedule="wsd", epsilon=1e-18),
-    training=TrainingConfig(num_steps=11, loss_chunk=64, remat="full"),
+    training=StepConfig(num_steps=11, loss_chunk=64, remat="full"),
     evaluation=EvaluationConfig(sample_prompts=("a", "é\n")),
     checkpoint=CheckpointConfig(keep=5),
     logging=LoggingConfig(wandb="project"),
@@ -50,7 +50,7 @@ def test_missing_fields_take_their_defaults() -> None:
     ("values", "message"),
     [
         ({"sede": 3}, r"sede = \[3\]: no such field"),
-        ({"model": {"depth": 3, "colour": "red"}}, r"model.colour, depth = \['red', 3\]: no such field"),
+        ({"model": {"depth": 3, "color": "red"}}, r"model.color, depth = \['red', 3\]: no such field"),
         ({"model": {"width": 100}}, "model.width = 100: "),
     ],
 )

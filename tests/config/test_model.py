@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from rwkv_jax.config import ConfigError, ModelConfig, Sizes
+from rwkv_jax.config import ConfigError, ModelConfig, ResolvedSizes
 from tests.models.parameters import SMALL, abstract
 
 # Values that cannot work
@@ -139,21 +139,21 @@ def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: i
 @pytest.mark.parametrize(
     ("generation", "width", "sizes"),
     [
-        ("4", 768, Sizes(3072)),
-        ("4", 5120, Sizes(20480)),
-        ("5.0", 1024, Sizes(4096)),
-        ("5.1", 1024, Sizes(3584)),
-        ("5.2", 2048, Sizes(7168)),
-        ("5.2", 2560, Sizes(8960)),
-        ("5.2", 320, Sizes(1120)),
-        ("5.1", 64 * 3, Sizes(672)),
-        ("6", 2048, Sizes(7168, mix_rank=32, decay_rank=64)),
-        ("6", 4096, Sizes(14336, mix_rank=64, decay_rank=128)),
-        ("6", 64, Sizes(224, mix_rank=32, decay_rank=64)),
-        ("transformer", 768, Sizes(3072, context_length=2048)),
+        ("4", 768, ResolvedSizes(3072)),
+        ("4", 5120, ResolvedSizes(20480)),
+        ("5.0", 1024, ResolvedSizes(4096)),
+        ("5.1", 1024, ResolvedSizes(3584)),
+        ("5.2", 2048, ResolvedSizes(7168)),
+        ("5.2", 2560, ResolvedSizes(8960)),
+        ("5.2", 320, ResolvedSizes(1120)),
+        ("5.1", 64 * 3, ResolvedSizes(672)),
+        ("6", 2048, ResolvedSizes(7168, mix_rank=32, decay_rank=64)),
+        ("6", 4096, ResolvedSizes(14336, mix_rank=64, decay_rank=128)),
+        ("6", 64, ResolvedSizes(224, mix_rank=32, decay_rank=64)),
+        ("transformer", 768, ResolvedSizes(3072, context_length=2048)),
     ],
 )
-def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: Sizes) -> None:
+def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: ResolvedSizes) -> None:
     config = ModelConfig(generation, width=width)
     assert config.sizes() == sizes
     assert config.resolved().sizes() == sizes

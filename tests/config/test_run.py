@@ -13,8 +13,8 @@ from rwkv_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -23,11 +23,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**32}, f"seed = {2**32}: "),
     ({"profile": (5, 3)}, r"profile = \(5, 3\): "),
     (
-        {"training": TrainingConfig(num_steps=10), "optimizer": OptimizerConfig(warmup_steps=10)},
+        {"training": StepConfig(num_steps=10), "optimizer": OptimizerConfig(warmup_steps=10)},
         "optimizer.warmup_steps = 10: must be less than training.num_steps = 10",
     ),
     (
-        {"model": ModelConfig("transformer"), "training": TrainingConfig(carry_state=True)},
+        {"model": ModelConfig("transformer"), "training": StepConfig(carry_state=True)},
         "training.carry_state = True: a Transformer's state has room for model.context_length tokens only",
     ),
     (
@@ -47,12 +47,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "initial_weights = 'model.pth': a Transformer has no official weights; leave it out",
     ),
     (
-        {"training": TrainingConfig(carry_state=True), "data": DataConfig(order="official")},
+        {"training": StepConfig(carry_state=True), "data": DataConfig(order="official")},
         "data.order = 'official': training.carry_state reads each row on from where it stopped; leave data.order out",
     ),
     ({"initial_weights": "model.pth"}, "data.tokenizer = None: initial_weights = 'model.pth' were trained with a"),
     (
-        {"training": TrainingConfig(sequence_length=512), "parallel": ParallelConfig(sequence=3)},
+        {"training": StepConfig(sequence_length=512), "parallel": ParallelConfig(sequence=3)},
         "training.sequence_length = 512: must be a multiple of parallel.sequence = 3",
     ),
 ]

@@ -48,7 +48,7 @@ def tokenizer(model_path: Path) -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="session")
 def json_path(tmp_path_factory: pytest.TempPathFactory, lines: str) -> Path:
-    """A tokenizer.json of 400 entries and 5 runs of spaces, made as that of GPT-NeoX is, but without a normaliser."""
+    """A tokenizer.json of 400 entries and 5 runs of spaces, made as that of GPT-NeoX is, but without a normalizer."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

@@ -13,10 +13,10 @@ import pytest
 
 from rwkv_jax import cli
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data import binidx as binidx_module
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
-from rwkv_jax.data.rows import training_rows
 from rwkv_jax.data.tokenizers import WorldTokenizer
+from rwkv_jax.data.tokens import binidx as binidx_module
+from rwkv_jax.data.tokens.rows import training_rows
 from tests.data.corpora import flat, folder_of, held_out_of, quiet, write_pair
 
 _TEXTS = [f"text number {number}, a café\n" for number in range(20)]
@@ -174,7 +174,7 @@ class TestMixture:
         assert joined[0] == 0
         assert any("75.00%" in line and corpus.fingerprint in line for line in reports)
         rows = training_rows(corpus, order="windows", seed=0, batch_size=8, sequence_length=6)
-        assert {place.split(",")[0] for place in rows.places(0) + rows.places(1)} == {
+        assert {place.split(",")[0] for place in rows.row_locations(0) + rows.row_locations(1)} == {
             data.source,
             str(folder_of(text) / "train.bin"),
         }

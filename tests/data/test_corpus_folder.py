@@ -75,7 +75,7 @@ def test_a_second_call_finds_the_first(data: DataConfig, corpus: Corpus) -> None
     again = prepare_corpus(data, _VOCAB_SIZE, reports.append)
     assert (folder_of(again), again.fingerprint) == (folder_of(corpus), corpus.fingerprint)
     assert {path: path.stat().st_mtime_ns for path in folder_of(corpus).iterdir()} == times
-    assert not any("tokenised" in line for line in reports)
+    assert not any("tokenized" in line for line in reports)
     assert load_corpus(folder_of(corpus)).fingerprint == corpus.fingerprint
 
 

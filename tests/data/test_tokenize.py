@@ -57,10 +57,10 @@ def test_texts_that_do_not_come_back_are_counted(source: Path, tmp_path: Path, m
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda tokens: decode(tokens).replace("é", "e"))
     tokenize(DataConfig(source=str(source)), tokenizer, tmp_path / "x", reports.append)
-    assert reports == ["the tokenizer changes the text of 1 of 3 documents, as by normalisation"]
+    assert reports == ["the tokenizer changes the text of 1 of 3 documents, as by normalization"]
 
 
-def test_tokens_are_not_tokenised_again(tmp_path: Path) -> None:
+def test_tokens_are_not_tokenized_again(tmp_path: Path) -> None:
     path = write_pair(tmp_path / "x", [[5, 0]])
     with pytest.raises(ConfigError, match=r"data.source = .*: holds tokens already; name a source of text"):
         tokenize(DataConfig(source=str(path)), WorldTokenizer(), tmp_path / "y", quiet)
@@ -92,7 +92,7 @@ def test_the_command_prints_what_the_official_script_does(
 
 
 @pytest.mark.long
-def test_the_installed_command_tokenises_the_standard_library(tmp_path: Path) -> None:
+def test_the_installed_command_tokenizes_the_standard_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from rwkv_jax.cli import main; main()", "tokenize", "python-stdlib"]
     done = subprocess.run([*command, str(tmp_path / "x"), "--tokenizer", "world"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

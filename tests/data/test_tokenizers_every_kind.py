@@ -320,7 +320,7 @@ def test_a_corpus_of_each_kind(
     assert not any("changes the text" in line for line in reports)
     again = prepare_corpus(data, vocab_size, reports.append)
     assert (again.folder, again.fingerprint) == (folder_of(corpus), corpus.fingerprint)
-    assert sum("tokenised" in line for line in reports) == 1
+    assert sum("tokenized" in line for line in reports) == 1
 
 
 def test_a_model_that_is_padded_shares_the_corpus_of_one_that_is_not(
@@ -340,13 +340,13 @@ def test_documents_that_a_tokenizer_changes_are_counted(source: Path, tmp_path: 
     data = DataConfig(source=str(source), held_out=0.2, tokenizer=str(path), cache_dir=str(tmp_path / "cache"))
     reports: list[str] = []
     corpus = prepare_corpus(data, 405, reports.append)
-    assert "the tokenizer changes the text of 3 of 13 documents, as by normalisation" in reports
+    assert "the tokenizer changes the text of 3 of 13 documents, as by normalization" in reports
     found = documents(corpus.train.tokens, corpus) + documents(held_out_of(corpus).tokens, corpus)
     assert sum("caf\u00e9 " in text for text in found) == 3
     # A single document is two, one for each side.
     (tmp_path / "one.txt").write_text("cafe\u0301\n" * 200, encoding="utf-8")
     prepare_corpus(dataclasses.replace(data, source=str(tmp_path / "one.txt")), 405, reports.append)
-    assert "the tokenizer changes the text of 2 of 2 documents, as by normalisation" in reports
+    assert "the tokenizer changes the text of 2 of 2 documents, as by normalization" in reports
 
 
 def test_a_document_that_cannot_be_encoded_is_named(source: Path, tmp_path: Path) -> None:

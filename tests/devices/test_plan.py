@@ -9,11 +9,11 @@ import pytest
 
 from rwkv_jax.cli import load_config
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.parallel.devices import parse_topology
-from rwkv_jax.parallel.plan import Plan
-from rwkv_jax.parallel.plan_report import describe
-from rwkv_jax.training.plan import plan_run
-from tests.parallel.planned import small_run
+from rwkv_jax.plan.devices import parse_topology
+from rwkv_jax.plan.planner import Plan
+from rwkv_jax.plan.report import describe
+from rwkv_jax.plan.run import plan_run
+from tests.plan.planned import small_run
 
 pytestmark = pytest.mark.devices
 
@@ -40,7 +40,7 @@ def test_two_hosts_of_h100() -> None:
     assert plan.program is not None
     across = {total.axes for total in plan.program.collectives if total.across_hosts}
     assert ("data",) in across
-    assert ("tensor",) not in across  # neighbours in the mesh are neighbours in a host
+    assert ("tensor",) not in across  # neighbors in the mesh are neighbors in a host
 
 
 def test_a_tpu_slice() -> None:

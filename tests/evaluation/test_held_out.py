@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
-from rwkv_jax.data.batches import evaluation_windows
+from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.data.corpus import TokenFile
+from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.evaluation.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
 from rwkv_jax.training.batch import Batch, make_batch
 from rwkv_jax.training.loss import TokenLosses
-from rwkv_jax.training.step import Trainer, make_trainer
+from rwkv_jax.training.step import TrainFunctions, make_train_functions
 
 BATCH, LENGTH = 3, 16
 
@@ -31,24 +31,24 @@ def token_file(count: int, num_bytes: int) -> TokenFile:
 
 
 @pytest.fixture(scope="module")
-def trainer() -> Trainer:
-    return make_trainer(
+def trainer() -> TrainFunctions:
+    return make_train_functions(
         TrainConfig(
             model=ModelConfig(vocab_size=50, num_layers=2, width=16, head_dim=8),
             optimizer=OptimizerConfig(warmup_steps=0),
-            training=TrainingConfig(batch_size=BATCH, sequence_length=LENGTH),
+            training=StepConfig(batch_size=BATCH, sequence_length=LENGTH),
         )
     )
 
 
 @pytest.fixture(scope="module")
-def params(trainer: Trainer) -> Any:
+def params(trainer: TrainFunctions) -> Any:
     return jax.jit(trainer.init)(jax.random.key(0)).params
 
 
 # One window that is not full, exactly two full ones, and two and a bit.
 @pytest.mark.parametrize("count", [20, 2 * BATCH * LENGTH + 1, 2 * BATCH * LENGTH + 23])
-def test_loss_is_the_mean_over_every_predicted_token(trainer: Trainer, params: Any, count: int) -> None:
+def test_loss_is_the_mean_over_every_predicted_token(trainer: TrainFunctions, params: Any, count: int) -> None:
     file = token_file(count, num_bytes=3 * count)
     windows = evaluation_windows(file.tokens, batch_size=BATCH, sequence_length=LENGTH)
     batches = (make_batch(tokens, end_of_text=None, mask=mask) for tokens, mask in windows)

@@ -11,7 +11,7 @@ import pytest
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from tests.inference.models import GREEDY, VOCAB_SIZE
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -62,10 +62,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "guided and kept": ({"guidance": 2.0, "unguided": "x", "keep": True}, "^guidance = 2.0: is for single texts"),
     "two texts and one state": ({"prompts": ["a", "b"], "keep": True}, "^start and keep are for one text"),
     "no state": ({"start": {"state": 1}}, "^start = .*: must be a Snapshot"),
-    "an option that there is not": ({"colour": "red", "shape": 2}, "^colour, shape: no such argument"),
+    "an option that there is not": ({"color": "red", "shape": 2}, "^color, shape: no such argument"),
     "no client": ({"client": None}, "^client = None: must be a string"),
-    "everything banned": ({"sampling": Sampling(banned=range(VOCAB_SIZE))}, "leaves no token to choose"),
-    "bias beyond V": ({"sampling": Sampling(logit_bias={256: 1.0})}, "^logit_bias names id 256"),
+    "everything banned": ({"sampling": SamplingParams(banned=range(VOCAB_SIZE))}, "leaves no token to choose"),
+    "bias beyond V": ({"sampling": SamplingParams(logit_bias={256: 1.0})}, "^logit_bias names id 256"),
 }
 
 BAD_SAMPLING: list[dict[str, Any]] = [
@@ -88,7 +88,7 @@ def bad_requests(engine: Engine) -> list[Callable[[], None]]:
 
     def ask_sampling(settings: dict[str, Any]) -> None:
         with pytest.raises(ConfigError):
-            engine.generate("abc", sampling=Sampling(**settings))
+            engine.generate("abc", sampling=SamplingParams(**settings))
 
     requests: list[Callable[[], None]] = []
     for arguments, message in BAD.values():

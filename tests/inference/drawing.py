@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.inference.sampling import Sampling, choose, no_occurrences, settings_of
+from rwkv_jax.inference.sampling import SamplingParams, choose, no_occurrences, settings_of
 
 DRAWS = 4000
 LOGITS = np.random.default_rng(0).normal(0, 2, 12)
@@ -34,27 +34,27 @@ def smallest_set(badness: np.ndarray, probabilities: np.ndarray, mass: float) ->
     raise AssertionError(f"all tokens together have {total} < {mass}")
 
 
-def renormalised(probabilities: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def renormalized(probabilities: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(kept, probabilities, 0) / probabilities[kept].sum()
 
 
-def expected(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+def expected(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
     """Probability of each token, by the numbered steps of the module's docstring that follow the penalties."""
     in_top_k = np.ones(len(logits), bool)
     if sampling.top_k:
         in_top_k = logits >= np.sort(logits)[-min(sampling.top_k, len(logits))]
     if sampling.order == "openai":
-        probabilities = renormalised(softmax(logits / sampling.temperature), in_top_k)
+        probabilities = renormalized(softmax(logits / sampling.temperature), in_top_k)
         kept = in_top_k & smallest_set(-probabilities, probabilities, sampling.top_p)
     else:
         probabilities = softmax(logits)
         kept = in_top_k & smallest_set(-probabilities, probabilities, sampling.top_p)
     kept &= probabilities >= sampling.min_p * probabilities.max()
-    probabilities = renormalised(probabilities, kept)
+    probabilities = renormalized(probabilities, kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         surprise = -np.log(probabilities)
         distance = np.abs(surprise - np.nansum(probabilities * surprise))
-    probabilities = renormalised(probabilities, kept & smallest_set(distance, probabilities, sampling.typical_p))
+    probabilities = renormalized(probabilities, kept & smallest_set(distance, probabilities, sampling.typical_p))
     if sampling.order == "rwkv":
         probabilities = probabilities ** (1 / sampling.temperature)
     return probabilities / probabilities.sum()
@@ -67,7 +67,7 @@ def compiled() -> Any:
 
 def draw(
     logits: np.ndarray,
-    rows: Sequence[Sampling],
+    rows: Sequence[SamplingParams],
     seed: int = 0,
     occurrences: np.ndarray | None = None,
     bias: np.ndarray | None = None,
@@ -85,7 +85,7 @@ def draw(
         filled(no_occurrences(size) if occurrences is None else occurrences, -1),
         filled(np.zeros(size) if bias is None else bias, 0),
     )
-    settings = settings_of([*rows, *[Sampling.greedy()] * (num_rows - len(rows))])
+    settings = settings_of([*rows, *[SamplingParams.greedy()] * (num_rows - len(rows))])
     keys = jax.random.split(jax.random.key(seed), num_rows)
     tokens = []
     for start in range(0, num_rows, DRAWS):

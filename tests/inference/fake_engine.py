@@ -10,7 +10,7 @@ import numpy as np
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.requests import Chunk, Request
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Prompt
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.state_file import Identity
@@ -63,7 +63,7 @@ class FakeEngine:
         prompt: Prompt,
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int = 0,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),

@@ -17,7 +17,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.inference.requests import Chunk, Completion
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.stream import Stream
 from rwkv_jax.models import LanguageModel
@@ -25,7 +25,7 @@ from tests.golden import QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params
 
 VOCAB_SIZE = 256
-GREEDY = Sampling.greedy()
+GREEDY = SamplingParams.greedy()
 IDS = (1, 40, 41, 42, 43)
 LONG_IDS = tuple(range(1, 61))
 OPTIONS: dict[str, Any] = {"num_slots": 4, "prefill_length": 16, "short_prefill_length": 4, "burst_length": 4}

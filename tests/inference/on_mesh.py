@@ -12,8 +12,8 @@ import jax
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.sampling import Sampling
-from rwkv_jax.parallel.mesh import MeshShape, make_mesh
+from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
 
 
@@ -27,7 +27,7 @@ def written(engine: Engine) -> dict[str, Any]:
     return {
         "together": [text.ids for text in engine.generate(each, max_tokens=9, sampling=GREEDY)],
         "alone": [engine.generate(prompt, max_tokens=9, sampling=GREEDY).ids for prompt in each],
-        "drawn": [text.ids for text in engine.generate(each, max_tokens=9, sampling=Sampling(top_p=0.9))],
+        "drawn": [text.ids for text in engine.generate(each, max_tokens=9, sampling=SamplingParams(top_p=0.9))],
         "guided": engine.generate(each[1], max_tokens=9, sampling=GREEDY, guidance=2.0, unguided="x").ids,
         "conversation": [first, session.generate(max_tokens=5, sampling=GREEDY).ids],
     }
@@ -42,7 +42,7 @@ def main() -> None:
         save_pretrained(model, path)
         for shape in shapes:
             data, fsdp, tensor = map(int, shape.split("x"))
-            mesh = make_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
+            mesh = mesh_from_shape(MeshShape(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
             engine = quick_engine(from_pretrained(path, dtype="float32", mesh=mesh), mesh)
             report[shape] = written(engine)
             leaves = jax.tree.leaves(engine._scheduler._slots)

@@ -14,7 +14,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.requests import Chunk, Completion
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import EngineLike, Session, SessionBusyError
 from rwkv_jax.inference.snapshot import Snapshot
 
@@ -131,7 +131,7 @@ class Operations:
         return {
             "prompt": self.text() if not conversation.ids or self.rng.integers(2) else "",
             "max_tokens": int(self.rng.integers(1, 12)),
-            "sampling": Sampling(temperature=self.pick([0.0, 1.0])),
+            "sampling": SamplingParams(temperature=self.pick([0.0, 1.0])),
             "seed": int(self.rng.integers(2**31)),
             "stop": self.pick([(), ("a", "\n\n"), ("é",)]),
             "stop_ids": self.pick([(), stop_ids]),

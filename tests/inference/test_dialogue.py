@@ -14,12 +14,12 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat import RAVEN, WORLD
 from rwkv_jax.inference.dialogue import MOST_TURNS_KEPT, Dialogue
 from rwkv_jax.inference.requests import Chunk
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Prompt
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from tests.inference.fake_engine import FakeEngine
 
-ARGUMENTS: dict[str, Any] = {"max_tokens": 6, "sampling": Sampling()}
+ARGUMENTS: dict[str, Any] = {"max_tokens": 6, "sampling": SamplingParams()}
 
 
 class ScriptedEngine(FakeEngine):
@@ -154,7 +154,7 @@ def test_a_reply_that_nobody_begins_to_read_was_never_asked_for() -> None:
 def test_thoughts_are_not_part_of_the_answer() -> None:
     reply = "> hm, well\n</think>\n so it is "
     dialogue = Dialogue(ScriptedEngine(reply), dataclasses.replace(WORLD, thinking="think"))
-    pieces = list(dialogue.say("a", max_tokens=len(reply), sampling=Sampling()))
+    pieces = list(dialogue.say("a", max_tokens=len(reply), sampling=SamplingParams()))
     assert "".join(pieces) == " so it is"
     assert len(pieces) == len(reply)
     assert dialogue.thoughts == "hm, well"

@@ -18,7 +18,7 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.inference.requests import Completion
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import StateError
 from rwkv_jax.models.decoding import unstacked
 from tests.golden import QUICK
@@ -164,8 +164,8 @@ def test_layers_of_their_own_are_the_same_model(float64: None, generation: str) 
 # Prompts
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9), Sampling.rwkv()])
-def test_a_batch_of_ragged_prompts_is_each_alone(engine: Engine, sampling: Sampling) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.5, top_p=0.9), SamplingParams.rwkv()])
+def test_a_batch_of_ragged_prompts_is_each_alone(engine: Engine, sampling: SamplingParams) -> None:
     together = engine.generate(PROMPTS * 2, max_tokens=13, sampling=sampling, seed=range(8))
     for i, (prompt, found) in enumerate(zip(PROMPTS * 2, together, strict=True)):
         alone = engine.generate(prompt, max_tokens=13, sampling=sampling, seed=i)
@@ -276,7 +276,7 @@ def test_log_probabilities_and_the_likeliest_are_the_models(engine: Engine) -> N
 
 def test_the_best_of_several_has_the_greatest_mean_log_probability(engine: Engine, reads: list[int]) -> None:
     prompt = "a prompt of nobody else, read once"
-    hot = Sampling(temperature=2.0)
+    hot = SamplingParams(temperature=2.0)
     best = engine.generate([prompt, "b"], best_of=3, max_tokens=8, sampling=hot, seed=7)
     assert sum(reads) == len(ids_of(engine, prompt)) + 3 * len(ids_of(engine, "b"))  # that one is too short to keep
     for i, each in enumerate((prompt, "b")):
@@ -306,10 +306,10 @@ def test_guidance_steers_away_from_another_text(engine: Engine) -> None:
 def test_biases_and_bans_of_a_row_are_its_own(engine: Engine) -> None:
     plain = engine.generate("a", max_tokens=6, sampling=GREEDY)
     samplings = [
-        Sampling.greedy(logit_bias={65: 1e4}),
-        Sampling.greedy(banned=tuple(set(range(VOCAB_SIZE)) - {66, 67})),
+        SamplingParams.greedy(logit_bias={65: 1e4}),
+        SamplingParams.greedy(banned=tuple(set(range(VOCAB_SIZE)) - {66, 67})),
         GREEDY,
-        Sampling(banned=(plain.ids[0],), temperature=0.0),
+        SamplingParams(banned=(plain.ids[0],), temperature=0.0),
     ]
     found = engine.generate(["a"] * 4, max_tokens=6, sampling=samplings)
     assert found[0].text == "AAAAAA"

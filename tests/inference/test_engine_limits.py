@@ -9,10 +9,10 @@ from unittest import mock
 import jax
 import pytest
 
+from rwkv_jax.bench.random_model import NumberTokenizer
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.random_model import NumberTokenizer
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from tests.golden import QUICK
 from tests.inference.models import CONFIGS, OPTIONS, random_model
 
@@ -44,11 +44,11 @@ def test_more_likeliest_tokens_than_there_are_end_no_text_of_others(engine: Engi
 
 
 def test_the_best_of_several_says_something_if_any_does(engine: Engine) -> None:
-    sampling = Sampling(logit_bias={0: 1.5})
+    sampling = SamplingParams(logit_bias={0: 1.5})
     single = [engine.generate([1, 2], max_tokens=5, sampling=sampling, seed=seed) for seed in range(8)]
     assert any(not one.ids for one in single)
     best = engine.generate([1, 2], best_of=8, max_tokens=5, sampling=sampling, seed=0)
     spoken = [one for one in single if one.ids]
     assert best.ids == max(spoken, key=lambda one: one.mean_log_probability).ids
-    never = engine.generate([1, 2], best_of=3, max_tokens=5, sampling=Sampling(logit_bias={0: 1e9}))
+    never = engine.generate([1, 2], best_of=3, max_tokens=5, sampling=SamplingParams(logit_bias={0: 1e9}))
     assert (never.text, never.ids, never.finish_reason) == ("", (), "stop")

@@ -13,7 +13,7 @@ import pytest
 from jax import Array
 
 from rwkv_jax.inference.sampling import (
-    Sampling,
+    SamplingParams,
     bias_of,
     choose,
     choose_together,
@@ -47,7 +47,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_tokens_and_frequencies_are_those_of_the_definition(order: str, temperature: float) -> None:
     """All settings beside each other, in one call."""
-    samplings = [Sampling(temperature=temperature, order=order, **values) for values in SETTINGS]  # pyright: ignore[reportArgumentType]
+    samplings = [SamplingParams(temperature=temperature, order=order, **values) for values in SETTINGS]  # pyright: ignore[reportArgumentType]
     tokens = draw(LOGITS, [sampling for sampling in samplings for _ in range(DRAWS)]).reshape(-1, DRAWS)
     for sampling, drawn in zip(samplings, tokens, strict=True):
         assert agrees(drawn, expected(LOGITS, sampling)), sampling
@@ -56,7 +56,7 @@ def test_tokens_and_frequencies_are_those_of_the_definition(order: str, temperat
 def test_the_orders_differ() -> None:
     """What the test above relies on."""
     settings: dict[str, Any] = {"temperature": 1.7, "top_p": 0.7}
-    openai, rwkv = (expected(LOGITS, Sampling(order=order, **settings)) for order in ("openai", "rwkv"))
+    openai, rwkv = (expected(LOGITS, SamplingParams(order=order, **settings)) for order in ("openai", "rwkv"))
     assert (openai > 0).sum() != (rwkv > 0).sum()
 
 
@@ -64,7 +64,7 @@ def test_the_orders_differ() -> None:
 def test_large_vocabularies_keep_the_tokens_of_the_definition(order: str) -> None:
     """Logits with many orders of magnitude between probabilities, over several blocks; exactly the same set."""
     logits = np.random.default_rng(1).normal(0, 2, 1000).astype(np.float32)
-    sampling = Sampling(order=order, top_k=200, top_p=0.7)  # pyright: ignore[reportArgumentType]
+    sampling = SamplingParams(order=order, top_k=200, top_p=0.7)  # pyright: ignore[reportArgumentType]
     probabilities = expected(logits.astype(np.float64), sampling)
     assert 20 < (probabilities > 0).sum() < 200
     assert agrees(draw(logits, [sampling] * 20_000), probabilities)
@@ -78,7 +78,7 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should_be() -> None:
     """One block has nearly all the probability, another, of equal tokens, a thousandth part of it."""
     logits = np.full(512, -np.inf)
     logits[0], logits[256:] = 0.0, math.log(0.001 / 256)
-    tokens = draw(logits, [Sampling()] * 50_000)
+    tokens = draw(logits, [SamplingParams()] * 50_000)
     unlikely = tokens[tokens >= 256]
     assert 15 < len(unlikely) < 100
     assert len(set(unlikely.tolist())) > 0.7 * len(unlikely)
@@ -86,9 +86,9 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should_be() -> None:
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_rest() -> None:
     for order in ("openai", "rwkv"):
-        rows = [Sampling.greedy(top_p=0.9, top_k=5, typical_p=0.1, order=order)] * 20
+        rows = [SamplingParams.greedy(top_p=0.9, top_k=5, typical_p=0.1, order=order)] * 20
         assert set(draw(LOGITS, rows).tolist()) == {int(LOGITS.argmax())}
-    assert draw(np.array([1.0, 5.0, 5.0]), [Sampling.greedy()]).tolist() == [1]
+    assert draw(np.array([1.0, 5.0, 5.0]), [SamplingParams.greedy()]).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -104,18 +104,20 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_rest() -> None:
 )
 @pytest.mark.parametrize("order", ["openai", "rwkv"])
 def test_tokens_as_likely_as_the_last_kept_are_kept_too(values: dict[str, Any], kept: set[int], order: Any) -> None:
-    # Neighbours among the float32 are no ties.
+    # Neighbors among the float32 are no ties.
     below = float(np.nextafter(np.float32(1), np.float32(0)))
     logits = np.array([1.0, 3.0, 3.0, 3.0, below, 1.0])
-    assert set(draw(logits, [Sampling(order=order, **values)] * 400).tolist()) == kept
+    assert set(draw(logits, [SamplingParams(order=order, **values)] * 400).tolist()) == kept
 
 
 def test_zeros_of_both_signs_tie() -> None:
-    assert set(draw(np.array([0.0, -0.0, -1.0]), [Sampling(top_k=1)] * 100).tolist()) == {0, 1}
+    assert set(draw(np.array([0.0, -0.0, -1.0]), [SamplingParams(top_k=1)] * 100).tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), *(Sampling(**values) for values in SETTINGS), Sampling.rwkv()])
-def test_tokens_that_are_ruled_out_are_never_drawn(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), *(SamplingParams(**values) for values in SETTINGS), SamplingParams.rwkv()]
+)
+def test_tokens_that_are_ruled_out_are_never_drawn(sampling: SamplingParams) -> None:
     logits = np.where(np.arange(12) % 2, LOGITS, -np.inf)
     assert all(token % 2 for token in draw(logits, [sampling] * 500))
     assert all(token % 2 for token in draw(LOGITS, [sampling] * 500, bias=np.where(np.arange(12) % 2, 0, -np.inf)))
@@ -123,28 +125,30 @@ def test_tokens_that_are_ruled_out_are_never_drawn(sampling: Sampling) -> None:
     assert set(draw(only, [sampling] * 20).tolist()) == {7}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.5), Sampling(top_k=3), Sampling(typical_p=0.5)])
-def test_a_vocabulary_of_one(sampling: Sampling) -> None:
-    assert draw(np.array([-3.0]), [sampling, Sampling.greedy()]).tolist() == [0, 0]
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(top_p=0.5), SamplingParams(top_k=3), SamplingParams(typical_p=0.5)]
+)
+def test_a_vocabulary_of_one(sampling: SamplingParams) -> None:
+    assert draw(np.array([-3.0]), [sampling, SamplingParams.greedy()]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e9])
 def test_extreme_temperatures_and_logits_stay_finite(temperature: float) -> None:
     logits = np.array([1e9, -1e9, 1e9 - 1e4, -np.inf])
     for order in ("openai", "rwkv"):
-        drawn = set(draw(logits, [Sampling(temperature=temperature, order=order)] * 200).tolist())
+        drawn = set(draw(logits, [SamplingParams(temperature=temperature, order=order)] * 200).tolist())
         # In the order "rwkv" the probabilities of the others have become 0 before the temperature applies.
         assert drawn == ({0, 1, 2} if temperature > 1 and order == "openai" else {0})
-        assert set(draw(logits, [Sampling(temperature=temperature, typical_p=0.9)] * 50).tolist()) <= {0, 1, 2}
+        assert set(draw(logits, [SamplingParams(temperature=temperature, typical_p=0.9)] * 50).tolist()) <= {0, 1, 2}
 
 
 MIXED = [
-    Sampling(),
-    Sampling.greedy(),
-    Sampling.rwkv(temperature=1.3),
-    Sampling(top_k=20, top_p=0.9, min_p=0.01, typical_p=0.9),
-    Sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.1),
-    Sampling(top_p=0.3, order="rwkv"),
+    SamplingParams(),
+    SamplingParams.greedy(),
+    SamplingParams.rwkv(temperature=1.3),
+    SamplingParams(top_k=20, top_p=0.9, min_p=0.01, typical_p=0.9),
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.1),
+    SamplingParams(top_p=0.3, order="rwkv"),
 ]
 
 
@@ -175,7 +179,7 @@ def test_rows_beside_each_other_get_what_they_get_alone() -> None:
 
 def test_same_key_same_token_other_key_other_token() -> None:
     logits = np.zeros(1000)
-    first, again, other = (draw(logits, [Sampling()] * 10, seed).tolist() for seed in (1, 1, 2))
+    first, again, other = (draw(logits, [SamplingParams()] * 10, seed).tolist() for seed in (1, 1, 2))
     assert first == again != other
     assert len(set(first)) > 5  # rows have keys of their own
 
@@ -191,7 +195,7 @@ def test_other_settings_do_not_compile_again() -> None:
         return tokens, count(occurrences, tokens, settings, weights)
 
     logits = np.asarray(LOGITS, np.float32)[None]
-    for sampling in [*MIXED, Sampling(logit_bias={3: 2.0}, banned=[4])]:
+    for sampling in [*MIXED, SamplingParams(logit_bias={3: 2.0}, banned=[4])]:
         bias = bias_of(sampling, np.ones(12, bool))[None]
         arguments = (
             logits,

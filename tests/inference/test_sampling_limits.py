@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.inference.sampling import Order, Sampling, bias_of, choose, choose_together, no_occurrences, settings_of
+from rwkv_jax.inference.sampling import (
+    Order,
+    SamplingParams,
+    bias_of,
+    choose,
+    choose_together,
+    no_occurrences,
+    settings_of,
+)
 from tests.golden import QUICK
 
 VOCAB_SIZE = 300
@@ -33,7 +41,7 @@ def _compiled(function: Any) -> Any:
 
 
 def drawn(
-    logits: NDArray[np.float32], sampling: Sampling, *, times: int = 64, function: Any = choose
+    logits: NDArray[np.float32], sampling: SamplingParams, *, times: int = 64, function: Any = choose
 ) -> NDArray[np.int32]:
     """Tokens [times] of draws from the same logits [V]."""
     bias = bias_of(sampling, np.ones(VOCAB_SIZE, np.bool_))
@@ -48,7 +56,7 @@ def drawn(
 def test_without_the_likeliest_the_others_are_drawn_at_any_temperature(
     temperature: float, typical_p: float, function: Any
 ) -> None:
-    sampling = Sampling(order="rwkv", temperature=temperature, typical_p=typical_p, banned=[0])
+    sampling = SamplingParams(order="rwkv", temperature=temperature, typical_p=typical_p, banned=[0])
     tokens = drawn(logits_of_one_likely_and_many_typical_tokens(), sampling, function=function)
     assert set(tokens.tolist()) <= set(TYPICAL)
     assert len(set(tokens.tolist())) > len(TYPICAL) // 2
@@ -57,7 +65,7 @@ def test_without_the_likeliest_the_others_are_drawn_at_any_temperature(
 @pytest.mark.parametrize("order", ["openai", "rwkv"])
 @pytest.mark.parametrize("typical_p", [1e-37, 1e-44, 1e-300])
 def test_the_most_typical_tokens_are_kept_however_small_typical_p(order: Order, typical_p: float) -> None:
-    tokens = drawn(logits_of_one_likely_and_many_typical_tokens(), Sampling(typical_p=typical_p, order=order))
+    tokens = drawn(logits_of_one_likely_and_many_typical_tokens(), SamplingParams(typical_p=typical_p, order=order))
     assert set(tokens.tolist()) <= set(TYPICAL)
     assert len(set(tokens.tolist())) > len(TYPICAL) // 2
 
@@ -86,7 +94,7 @@ EXTREMES: dict[str, tuple[float, ...]] = {
 def test_what_is_impossible_is_never_drawn(logits: NDArray[np.float32], order: Order) -> None:
     banned = [0, 1, 255, 256]
     rows = [
-        Sampling(**dict(zip(EXTREMES, values, strict=True)), order=order, banned=banned)  # pyright: ignore[reportArgumentType]
+        SamplingParams(**dict(zip(EXTREMES, values, strict=True)), order=order, banned=banned)  # pyright: ignore[reportArgumentType]
         for values in itertools.product(*EXTREMES.values())
     ]
     bias = bias_of(rows[0], np.ones(VOCAB_SIZE, np.bool_))

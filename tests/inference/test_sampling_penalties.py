@@ -13,7 +13,7 @@ import pytest
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
 from rwkv_jax.inference.sampling import (
-    Sampling,
+    SamplingParams,
     bias_of,
     count,
     initial_occurrences,
@@ -46,14 +46,14 @@ class OfficialPenalties:
 def test_a_sequence_is_that_of_the_official_penalties() -> None:
     """Greedy, so that each token depends on all penalties before it; the logits are close, so that they decide."""
     rng = np.random.default_rng(3)
-    sampling = Sampling.rwkv(temperature=0.0)
+    sampling = SamplingParams.rwkv(temperature=0.0)
     weights = np.where(np.arange(40) % 4, 1, 0).astype(np.float32)
     official = OfficialPenalties(0.2, 0.2, 0.996)
     occurrences = jnp.asarray(no_occurrences(40)[None])
     zero, settings = jnp.zeros((1, 40)), settings_of([sampling])
     keys = jax.random.split(jax.random.key(0), 1)
     counted = jax.jit(count)
-    tokens, unpenalised = [], []
+    tokens, unpenalized = [], []
     for logits in rng.normal(0, 0.5, (200, 40)).astype(np.float32):
         wanted = int(official.apply(logits).argmax())
         token = compiled()(logits[None], occurrences, zero, settings, keys)
@@ -61,39 +61,41 @@ def test_a_sequence_is_that_of_the_official_penalties() -> None:
         official.add(wanted, float(weights[wanted]))
         occurrences = counted(occurrences, token, settings, weights)
         tokens.append(wanted)
-        unpenalised.append(int(logits.argmax()))
-    assert tokens != unpenalised
+        unpenalized.append(int(logits.argmax()))
+    assert tokens != unpenalized
     known = np.array([official.occurrence.get(token, -1) for token in range(40)])
     np.testing.assert_allclose(occurrences[0], known, rtol=1e-5)
     assert any(value == 0 for value in official.occurrence.values())  # weightless ones have occurred
 
-    prompted = initial_occurrences(dataclasses.replace(sampling, penalise_prompt=True), tokens, weights)
+    prompted = initial_occurrences(dataclasses.replace(sampling, penalize_prompt=True), tokens, weights)
     np.testing.assert_allclose(prompted, known, rtol=1e-5)
     np.testing.assert_array_equal(initial_occurrences(sampling, tokens, weights), no_occurrences(40))
 
 
 def test_repetition_presence_and_frequency_in_the_openai_order() -> None:
     """Every token weighs 1; positive logits are divided and negative ones multiplied before anything is subtracted."""
-    sampling = Sampling(
-        repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.25, penalise_prompt=True, temperature=0.7
+    sampling = SamplingParams(
+        repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.25, penalize_prompt=True, temperature=0.7
     )
     weights = np.zeros(12, np.float32)
     occurrences = initial_occurrences(sampling, [7, 6, 6, 2, 6], weights)
     assert occurrences.tolist() == [-1, -1, 1, -1, -1, -1, 3, 1, -1, -1, -1, -1]
     logits = np.where(np.arange(12) == 2, -0.5, LOGITS)
-    penalised = logits.copy()
+    penalized = logits.copy()
     for token, times in ((7, 1), (6, 3), (2, 1)):
-        logit = penalised[token] / 1.5 if penalised[token] > 0 else penalised[token] * 1.5
-        penalised[token] = logit - 0.3 - 0.25 * times
+        logit = penalized[token] / 1.5 if penalized[token] > 0 else penalized[token] * 1.5
+        penalized[token] = logit - 0.3 - 0.25 * times
     bias = np.linspace(3, -1, 12)
     rows = [sampling] * DRAWS
-    assert agrees(draw(logits, rows, occurrences=occurrences, bias=bias), expected(penalised + bias, sampling))
-    assert not agrees(draw(logits, rows, bias=bias), expected(penalised + bias, sampling))
+    assert agrees(draw(logits, rows, occurrences=occurrences, bias=bias), expected(penalized + bias, sampling))
+    assert not agrees(draw(logits, rows, bias=bias), expected(penalized + bias, sampling))
 
 
-def test_rows_that_penalise_nothing_count_nothing() -> None:
+def test_rows_that_penalize_nothing_count_nothing() -> None:
     occurrences = jnp.asarray([[-1.0, 2.0, 0.5]] * 2)
-    settings = settings_of([Sampling(penalty_decay=0.5), Sampling(frequency_penalty=0.1, penalty_decay=0.5)])
+    settings = settings_of(
+        [SamplingParams(penalty_decay=0.5), SamplingParams(frequency_penalty=0.1, penalty_decay=0.5)]
+    )
     after = count(occurrences, jnp.array([0, 0]), settings, jnp.ones(3))
     assert after.tolist() == [[-1.0, 2.0, 0.5], [1.0, 1.0, 0.25]]
 
@@ -112,10 +114,10 @@ def test_digits_and_white_space_weigh_nothing() -> None:
 
 def test_bias_bans_and_ids_without_a_name() -> None:
     named = np.array([True, True, False, True])
-    bias = bias_of(Sampling(logit_bias={3: 1.5, 0: -2}, banned=(1,)), named)
+    bias = bias_of(SamplingParams(logit_bias={3: 1.5, 0: -2}, banned=(1,)), named)
     assert bias.dtype == np.float32
     assert bias.tolist() == [-2, -math.inf, -math.inf, 1.5]
     with pytest.raises(ConfigError, match="banned names 3 ids, and leaves no token"):
-        bias_of(Sampling(banned=(0, 1, 3)), named)
+        bias_of(SamplingParams(banned=(0, 1, 3)), named)
     with pytest.raises(ConfigError, match="banned names id 4: the model's ids are 0 to 3"):
-        bias_of(Sampling(banned=(4,)), named)
+        bias_of(SamplingParams(banned=(4,)), named)

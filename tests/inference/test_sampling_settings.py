@@ -9,29 +9,29 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 
 
 def test_presets() -> None:
-    assert Sampling.openai() == Sampling() == Sampling(1.0, 1.0, 0)
-    rwkv = Sampling.rwkv(top_k=5)
+    assert SamplingParams.openai() == SamplingParams() == SamplingParams(1.0, 1.0, 0)
+    rwkv = SamplingParams.rwkv(top_k=5)
     assert (rwkv.order, rwkv.temperature, rwkv.top_p, rwkv.top_k) == ("rwkv", 1.0, 0.85, 5)
     assert (rwkv.presence_penalty, rwkv.frequency_penalty, rwkv.penalty_decay) == (0.2, 0.2, 0.996)
-    assert Sampling.rwkv(top_p=0.5).top_p == 0.5
-    assert Sampling.greedy().temperature == 0
-    assert rwkv.penalises
-    assert not Sampling().penalises
+    assert SamplingParams.rwkv(top_p=0.5).top_p == 0.5
+    assert SamplingParams.greedy().temperature == 0
+    assert rwkv.penalizes
+    assert not SamplingParams().penalizes
 
 
 def test_settings_are_values() -> None:
     biases = {5: 1, 2: -1.0}
-    sampling = Sampling(logit_bias=biases, banned=[7, 3, 7])
+    sampling = SamplingParams(logit_bias=biases, banned=[7, 3, 7])
     biases[9] = 1
     assert sampling.logit_bias == ((2, -1.0), (5, 1.0))
     assert sampling.banned == (3, 7)
-    same = Sampling(logit_bias=((2, -1.0), (5, 1.0)), banned=(3, 7))
+    same = SamplingParams(logit_bias=((2, -1.0), (5, 1.0)), banned=(3, 7))
     assert same == sampling == dataclasses.replace(sampling)
-    assert len({sampling, same, Sampling()}) == 2
+    assert len({sampling, same, SamplingParams()}) == 2
     sampling.check_ids(8)
     with pytest.raises(ConfigError, match="logit_bias names id 5: the model's ids are 0 to 4"):
         sampling.check_ids(5)
@@ -64,7 +64,7 @@ def test_settings_are_values() -> None:
         ({"frequency_penalty": -math.inf}, "frequency_penalty = -inf"),
         ({"penalty_decay": 1.001}, "penalty_decay = 1.001"),
         ({"penalty_decay": -0.1}, "penalty_decay = -0.1"),
-        ({"penalise_prompt": 1}, "penalise_prompt = 1"),
+        ({"penalize_prompt": 1}, "penalize_prompt = 1"),
         ({"order": "vllm"}, "order = 'vllm': must be one of openai, rwkv"),
         ({"logit_bias": {1: math.nan}}, "logit_bias of id 1 is nan"),
         ({"logit_bias": {1: -math.inf}}, "logit_bias of id 1 is -inf.*`banned` rules a token out"),
@@ -81,4 +81,4 @@ def test_settings_are_values() -> None:
 )
 def test_values_that_cannot_work_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Sampling(**values)
+        SamplingParams(**values)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.stream import Stream
 from tests.inference.models import (
@@ -54,13 +54,13 @@ def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[st
     shapes = [x.shape for x in slots_of(engine)]
     slots = engine._scheduler._slots
     some_of_them = list(prompts(1, 40, 90))
-    engine.generate(some_of_them, max_tokens=5, sampling=Sampling.rwkv(top_k=4, min_p=0.01, typical_p=0.9))
+    engine.generate(some_of_them, max_tokens=5, sampling=SamplingParams.rwkv(top_k=4, min_p=0.01, typical_p=0.9))
     engine.generate(some_of_them[:5], max_tokens=5, guidance=1.5, unguided="x", stop=["a"], best_of=2)
     assert set(compiled) >= OURS
     assert sum(name in OURS for name in compiled) <= 8
 
     compiled.clear()
-    engine.generate(some_of_them[::-1], max_tokens=9, sampling=[GREEDY, Sampling(temperature=2.0)] * 20)
+    engine.generate(some_of_them[::-1], max_tokens=9, sampling=[GREEDY, SamplingParams(temperature=2.0)] * 20)
     with engine.stream("", start=engine.read(None, "a"), keep=True) as stream:
         some(stream, 5)
     assert stream.snapshot is not None
@@ -84,7 +84,7 @@ def test_weights_that_were_put_on_a_device_take_no_more_programs(engine: Engine,
 @pytest.mark.parametrize("seed", range(3))
 def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: int) -> None:
     draws = np.random.default_rng(seed)
-    samplings = (GREEDY, Sampling(temperature=1.3), Sampling.rwkv(penalise_prompt=True))
+    samplings = (GREEDY, SamplingParams(temperature=1.3), SamplingParams.rwkv(penalize_prompt=True))
     settings: list[dict[str, Any]] = [
         {
             "prompts": prompt,
@@ -123,7 +123,7 @@ def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: in
 
 def test_rows_that_take_no_part_are_untouched(engine: Engine) -> None:
     """Of a paused text, and of slots that nobody has, down to the last bit."""
-    paused = engine.stream(IDS, keep=True, max_tokens=50, sampling=Sampling.rwkv())
+    paused = engine.stream(IDS, keep=True, max_tokens=50, sampling=SamplingParams.rwkv())
     next(paused)
     (own,) = paused._jobs[0].slots
     before = slots_of(engine)
@@ -193,7 +193,7 @@ def test_clients_take_turns(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_texts_whose_readers_pause_share_one_slot(narrow: Engine) -> None:
-    samplings = (Sampling.rwkv(temperature=2.0), GREEDY, Sampling.rwkv(penalise_prompt=True))
+    samplings = (SamplingParams.rwkv(temperature=2.0), GREEDY, SamplingParams.rwkv(penalize_prompt=True))
     options = [{"max_tokens": 11, "sampling": sampling, "stop_ids": ()} for sampling in samplings]
     alone = [narrow.generate(IDS, **each) for each in options]
     streams = [narrow.stream(IDS, keep=True, **each) for each in options]

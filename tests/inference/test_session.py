@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Session, SessionBusyError, SessionCancelledError, SessionStream
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from tests.inference.fake_engine import VOCAB_SIZE, FakeEngine
 from tests.inference.operations import Operations, assert_identical
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def _assert_read(session: Session, engine: FakeEngine, ids: list[int]) -> None:
@@ -317,8 +317,8 @@ def test_a_refused_stream_leaves_the_session_free(session: Session) -> None:
     before = session.snapshot
     with pytest.raises(ConfigError, match="beyond the vocabulary"):
         session.stream([VOCAB_SIZE], max_tokens=9, sampling=GREEDY)
-    with pytest.raises(TypeError, match="colour"):
-        session.stream(max_tokens=9, sampling=GREEDY, colour="red")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="color"):
+        session.stream(max_tokens=9, sampling=GREEDY, color="red")  # pyright: ignore[reportCallIssue]
     assert session.snapshot is before
 
 
@@ -358,7 +358,7 @@ def test_a_saved_session_goes_on_elsewhere(engine: FakeEngine, session: Session,
     session.save(tmp_path / "new folder" / "state.safetensors")
     loaded = Session.load(FakeEngine(), tmp_path / "new folder" / "state.safetensors")
     assert loaded.num_tokens == session.num_tokens
-    options = {"max_tokens": 9, "sampling": Sampling(temperature=1.0), "seed": 5}
+    options = {"max_tokens": 9, "sampling": SamplingParams(temperature=1.0), "seed": 5}
     assert loaded.generate(**options) == session.generate(**options)
     assert_identical(_snapshot(loaded), _snapshot(session))
     with pytest.raises(ConfigError, match="none"):

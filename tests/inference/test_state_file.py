@@ -33,7 +33,7 @@ from rwkv_jax.inference.state_file import (
 )
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked
-from rwkv_jax.weights.safetensors_file import write_safetensors
+from rwkv_jax.weights.safetensors import write_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError
 from tests.fake_devices import run_on_fake_devices
 from tests.golden import QUICK
@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rwkv_jax.weights.safetensors_file._write_tensor", fail)
+    monkeypatch.setattr("rwkv_jax.weights.safetensors._write_tensor", fail)
     with pytest.raises(OSError, match="No space left"):
         _saved(tmp_path / "x")
     assert not list(tmp_path.iterdir())

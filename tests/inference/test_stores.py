@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Session
 from rwkv_jax.inference.stores import SessionStatistics, SessionStore
 from tests.inference.fake_engine import FakeEngine
@@ -203,7 +203,7 @@ def test_sessions_and_snapshots_are_kept() -> None:
     sessions.put("a", session)
     assert sessions.nbytes == snapshot.nbytes
     assert sessions.get("a") is session
-    session.generate(max_tokens=3, sampling=Sampling(temperature=0.0))
+    session.generate(max_tokens=3, sampling=SamplingParams(temperature=0.0))
     sessions.put("a", session)
     assert sessions.nbytes == snapshot.nbytes  # however much it has read
     snapshots = SessionStore(10**6)

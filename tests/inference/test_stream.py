@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import Chunk
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from tests.inference.models import (
     CONFIGS,
     GREEDY,
@@ -27,8 +27,8 @@ from tests.inference.models import (
     what_was_read,
 )
 
-DRAWN: dict[str, Any] = {"sampling": Sampling(temperature=1.2), "seed": 3, "stop_ids": ()}
-PIECES_OF_CHARACTERS = Sampling(logit_bias=dict.fromkeys([*b"a\xc3\xa9\xe6\x97\xa5\xf0\x9f\x91\xa9"], 100.0))
+DRAWN: dict[str, Any] = {"sampling": SamplingParams(temperature=1.2), "seed": 3, "stop_ids": ()}
+PIECES_OF_CHARACTERS = SamplingParams(logit_bias=dict.fromkeys([*b"a\xc3\xa9\xe6\x97\xa5\xf0\x9f\x91\xa9"], 100.0))
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_a_character_is_shown_once_it_is_whole(engine: Engine) -> None:
     shown = []
     snapshot = engine.read(None, IDS)
     for token in in_order[:2]:
-        sampling = Sampling.greedy(logit_bias={token: 1e6})
+        sampling = SamplingParams.greedy(logit_bias={token: 1e6})
         (chunk,) = engine.stream("", start=snapshot, keep=True, max_tokens=1, sampling=sampling)
         shown.append(chunk.text)
     assert shown == ["�", "�"]  # each text ends there
-    stream = engine.stream(IDS, max_tokens=3, sampling=Sampling.greedy(logit_bias={0xE6: 1e6}))
+    stream = engine.stream(IDS, max_tokens=3, sampling=SamplingParams.greedy(logit_bias={0xE6: 1e6}))
     assert [chunk.text for chunk in stream] == ["", "�", "��"]
 
 
@@ -90,7 +90,7 @@ def test_a_stop_id_ends_a_text_and_is_no_part_of_it(engine: Engine) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_stop_string_ends_a_text_and_is_never_shown(engine: Engine, length: int) -> None:
-    letters = Sampling(temperature=3.0, logit_bias=dict.fromkeys(b"abcdefgh", 1e3))
+    letters = SamplingParams(temperature=3.0, logit_bias=dict.fromkeys(b"abcdefgh", 1e3))
     options: dict[str, Any] = {"max_tokens": 14, "sampling": letters, "seed": 1}
     whole = engine.generate(IDS, **options)
     for place in range(14 - length):
@@ -104,7 +104,7 @@ def test_a_stop_string_ends_a_text_and_is_never_shown(engine: Engine, length: in
 
 
 def test_what_might_have_become_a_stop_string_is_shown_in_the_end(engine: Engine) -> None:
-    letters = Sampling.greedy(logit_bias={ord("a"): 1e3})
+    letters = SamplingParams.greedy(logit_bias={ord("a"): 1e3})
     chunks = list(engine.stream(IDS, max_tokens=3, sampling=letters, stop="aaaa"))
     assert [chunk.text for chunk in chunks] == ["", "", "aaa"]
     assert (chunks[-1].finish_reason, chunks[-1].stop) == ("length", None)

@@ -13,7 +13,7 @@ import pytest
 from rwkv_jax.inference import engine as engine_module
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import Sampling
+from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from tests.inference.models import CONFIGS, GREEDY, assert_same, prompts, quick_engine, random_model, some, texts_of
 
@@ -39,7 +39,7 @@ def nothing_is_left(engine: Engine) -> Any:
 def stopped(engine: Engine) -> dict[str, Any]:
     """What a stream is asked for that a stop string ends in the midst of its second burst."""
     for seed in range(100):
-        drawn: dict[str, Any] = {"sampling": Sampling(temperature=2.0), "stop_ids": (), "seed": seed}
+        drawn: dict[str, Any] = {"sampling": SamplingParams(temperature=2.0), "stop_ids": (), "seed": seed}
         ids = engine.generate(IDS, max_tokens=12, **drawn).ids
         if ids[5] < 128 and ids[5] not in ids[:5]:
             return drawn | {"max_tokens": 12, "stop": [chr(ids[5])]}

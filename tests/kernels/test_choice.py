@@ -26,7 +26,7 @@ def sizes(operator: Operator, time: int = 1024) -> tuple[int, ...]:
 @each_operator
 def test_implementations_are_listed_by_name(operator: Operator) -> None:
     assert rwkv_kernels.implementations(operator.name) == tuple(operator.parts.implementations)
-    assert {"scan", "chunked", "pallas_triton", "pallas_tpu"} <= set(rwkv_kernels.implementations(operator.name))
+    assert {"scan", "chunked", "pallas_triton", "pallas_mosaic_tpu"} <= set(rwkv_kernels.implementations(operator.name))
 
 
 @each_operator
@@ -35,7 +35,7 @@ def test_explain_says_what_a_cpu_would_run_and_why_not_the_others(operator: Oper
     assert explanation.chosen == "chunked"
     assert explanation.refusals["chunked"] is explanation.refusals["scan"] is None
     assert explanation.refusals.keys() == operator.parts.implementations.keys()
-    for name, device in (("pallas_triton", "an NVIDIA GPU"), ("pallas_tpu", "a TPU")):
+    for name, device in (("pallas_triton", "an NVIDIA GPU"), ("pallas_mosaic_tpu", "a TPU")):
         refusal = explanation.refusals[name]
         assert refusal is not None
         assert device in refusal
@@ -51,12 +51,12 @@ def test_an_explanation_is_a_line_an_implementation(operator: Operator) -> None:
     verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert verdicts["chunked"] == "taken"
     assert verdicts["scan"] == "can, if named"
-    assert verdicts["pallas_tpu"].startswith("cannot: ")
+    assert verdicts["pallas_mosaic_tpu"].startswith("cannot: ")
 
 
 @each_operator
 def test_explain_knows_other_platforms_and_dtypes(operator: Operator) -> None:
-    for platform, kernel in (("gpu", "pallas_triton"), ("tpu", "pallas_tpu")):
+    for platform, kernel in (("gpu", "pallas_triton"), ("tpu", "pallas_mosaic_tpu")):
         explanation = rwkv_kernels.explain(operator.name, sizes(operator), platform=platform)
         assert explanation.refusals[kernel] is None
         in_float64 = rwkv_kernels.explain(operator.name, sizes(operator), "float64", platform)
@@ -92,11 +92,11 @@ def test_an_unknown_operator_or_shape_is_refused() -> None:
 
 @on_a_cpu
 @each_operator
-@pytest.mark.parametrize(("name", "device"), [("pallas_triton", "an NVIDIA GPU"), ("pallas_tpu", "a TPU")])
+@pytest.mark.parametrize(("name", "device"), [("pallas_triton", "an NVIDIA GPU"), ("pallas_mosaic_tpu", "a TPU")])
 def test_one_that_cannot_run_here_is_refused_with_the_reason_and_a_way_out(
     operator: Operator, name: str, device: str
 ) -> None:
-    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
     message = f"implementation = '{name}': {operator} cannot run it here: .*needs {device}.*cpu; use 'chunked'"
     with pytest.raises(ValueError, match=message):
         operator.run(**inputs, implementation=name)
@@ -104,14 +104,14 @@ def test_one_that_cannot_run_here_is_refused_with_the_reason_and_a_way_out(
 
 @each_operator
 def test_an_unknown_implementation_is_refused(operator: Operator) -> None:
-    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
     with pytest.raises(ValueError, match=f"implementation = 'cuda': {operator} has scan, .*chunked, pallas_triton"):
         operator.run(**inputs, implementation="cuda")
 
 
 @each_operator
 def test_an_implementation_of_ones_own_is_taken(operator: Operator) -> None:
-    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
     calls = []
 
     def run(*arguments: object, **options: object) -> tuple:

@@ -20,7 +20,7 @@ from rwkv_kernels import dispatch
 from rwkv_kernels.cases import Shape
 from tests.kernels.operators import OPERATORS, Operator, as_jax
 
-PLATFORMS = {"pallas_triton": "cuda", "pallas_tpu": "tpu"}
+PLATFORMS = {"pallas_triton": "cuda", "pallas_mosaic_tpu": "tpu"}
 SHAPE = Shape(2, 70, 2, 48, 20)
 
 Loss = Callable[..., jax.Array]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
-from rwkv_jax.weights.safetensors_file import read_safetensors
+from rwkv_jax.weights.safetensors import read_safetensors
 from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
 from tests.models.parameters import merge
 from tests.models.states import to_golden
@@ -126,8 +126,8 @@ def check(name: str, dtype: str, result: Result) -> None:
         expected = numbers[f"logits64_{prompt}"]
         np.testing.assert_allclose(logits[positions], expected, rtol=0, atol=bound, err_msg=prompt)
         largest = logits.max(axis=-1, keepdims=True)
-        log_normaliser = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
-        nll = (log_normaliser - logits[np.arange(len(tokens)), np.roll(tokens, -1)])[:-1]
+        log_normalizer = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
+        nll = (log_normalizer - logits[np.arange(len(tokens)), np.roll(tokens, -1)])[:-1]
         np.testing.assert_allclose(nll, numbers[f"nll64_{prompt}"], rtol=0, atol=2 * bound, err_msg=prompt)
         is_clear = numbers[f"gap_{prompt}"] >= 1e-3
         assert is_clear.mean() > 0.99

@@ -83,8 +83,8 @@ def test_without_a_state_and_from_embeddings(float64: None, generation: str) -> 
     for layer in (1, 2):
         norm = jax.tree.map(lambda x, layer=layer: x[layer - 1], params["blocks"]["ln1"])
         last = np.asarray(hidden[layer - 1, :, -1])
-        normalised = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
-        assert relative_error(state.att_shift[layer], normalised * norm["weight"] + norm["bias"]) < 1e-12
+        normalized = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
+        assert relative_error(state.att_shift[layer], normalized * norm["weight"] + norm["bias"]) < 1e-12
 
 
 @every_generation
@@ -200,15 +200,15 @@ def test_bfloat16_is_close_to_float64() -> None:
 
 @every_generation
 def test_every_branch_starts_at_zero(float64: None, generation: str) -> None:
-    """So the first logits are those of the embedding, normalised twice."""
+    """So the first logits are those of the embedding, normalized twice."""
     params = initial_params(SMALL[generation])
     embedding = params["emb"]["weight"][TOKENS]
     hidden, logits, _ = streams(SMALL[generation])(params, embedding)
 
-    def normalise(x: NDArray) -> NDArray:
+    def normalize(x: NDArray) -> NDArray:
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
-    expected = normalise(normalise(embedding)) @ params["head"]["weight"].T
+    expected = normalize(normalize(embedding)) @ params["head"]["weight"].T
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(hidden[0], hidden[-1])
 

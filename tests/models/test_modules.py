@@ -33,8 +33,8 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Parameters = dict[str, NDArray]
 
 
-def randomised(build: Callable[[], ModuleT]) -> ModuleT:
-    """The module with random parameters: as initialised, its output is zero."""
+def randomized(build: Callable[[], ModuleT]) -> ModuleT:
+    """The module with random parameters: as initialized, its output is zero."""
     graphdef, params = nnx.split(nnx.eval_shape(build))
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, random_like(nnx.to_pure_dict(params))))
 
@@ -62,7 +62,7 @@ def sigmoid(x: NDArray) -> NDArray:
 @pytest.mark.parametrize("layer", [0, 2])
 def test_time_mixing_alone(x: NDArray, generation: str, layer: int) -> None:
     config = SMALL[generation]
-    module = randomised(lambda: FAMILIES[generation].TimeMix(config, layer, rngs=nnx.Rngs(0)))
+    module = randomized(lambda: FAMILIES[generation].TimeMix(config, layer, rngs=nnx.Rngs(0)))
     assert hasattr(module, "v0") == (generation == "7" and layer > 0)
     graphdef, params = nnx.split(module)
 
@@ -118,7 +118,7 @@ def test_time_mixing_of_the_previews(x: NDArray, generation: str, exponential_bo
             dataclasses.replace(SMALL[generation], exponential_bonus=True)
         return
     config = dataclasses.replace(SMALL[generation], exponential_bonus=exponential_bonus)
-    module = randomised(lambda: rwkv5.TimeMix(config, 1, rngs=nnx.Rngs(0)))
+    module = randomized(lambda: rwkv5.TimeMix(config, 1, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(module)
     call = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x)[0], compiler_options=QUICK)
     expected = time_mixing_of_rwkv5(config, parameters_of(module), x)
@@ -139,7 +139,7 @@ def channel_mixing(generation: str, p: Parameters, x: NDArray) -> NDArray:
 
 @every_generation
 def test_channel_mixing_alone(x: NDArray, generation: str) -> None:
-    module = randomised(lambda: FAMILIES[generation].ChannelMix(SMALL[generation], 1, rngs=nnx.Rngs(0)))
+    module = randomized(lambda: FAMILIES[generation].ChannelMix(SMALL[generation], 1, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(module)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -201,7 +201,7 @@ def test_layer_norm(x: NDArray) -> None:
     np.testing.assert_allclose(norm(jnp.asarray(shifted)), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_head_norm_normalises_each_head_with_its_own_epsilon(x: NDArray) -> None:
+def test_head_norm_normalizes_each_head_with_its_own_epsilon(x: NDArray) -> None:
     weight = np.random.default_rng(4).standard_normal(WIDTH)
     heads = 0.01 * x.reshape(BATCH, TIME, NUM_HEADS, HEAD_DIM)  # so small that epsilon counts
     expected = (heads - heads.mean(-1, keepdims=True)) / np.sqrt(heads.var(-1, keepdims=True) + 64e-5)
@@ -224,7 +224,7 @@ def test_head_gain(vocab_size: int, width: int, gain: float) -> None:
 
 def test_a_key_of_zeros_has_finite_gradients() -> None:
     # kappa = k / |k| of a head whose key is zero, as after a token of zeros.
-    module = randomised(lambda: rwkv7.TimeMix(SMALL["7"], 0, rngs=nnx.Rngs(0)))
+    module = randomized(lambda: rwkv7.TimeMix(SMALL["7"], 0, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(module)
 
     def loss(x: jax.Array) -> jax.Array:

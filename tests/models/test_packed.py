@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 
 from rwkv_jax.models.layers import Embedding, linear, low_rank
 from rwkv_jax.models.packed import GROUP_SIZE, PackedMatrix, product, product_with_bfloat16, split_rows
-from rwkv_jax.weights.quantised import Quantisation, pack, packed_matrix
+from rwkv_jax.weights.quantized import Quantization, pack, packed_matrix
 from tests.golden import relative_error
 
-both = pytest.mark.parametrize("quantisation", ["int8", "int4"])
+both = pytest.mark.parametrize("quantization", ["int8", "int4"])
 
 
 def normal(*shape: int, seed: int = 0) -> NDArray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def packed(matrix: NDArray, quantisation: Quantisation, *, transposed: bool = False) -> PackedMatrix:
+def packed(matrix: NDArray, quantization: Quantization, *, transposed: bool = False) -> PackedMatrix:
     """A matrix [..., out, in] packed."""
-    return packed_matrix(jax.tree.map(jnp.asarray, pack(matrix, quantisation)), transposed=transposed)
+    return packed_matrix(jax.tree.map(jnp.asarray, pack(matrix, quantization)), transposed=transposed)
 
 
 def in_float64(x: Array, weight: PackedMatrix) -> NDArray:
-    return np.asarray(x, np.float64) @ np.asarray(weight.dequantised(), np.float64).T
+    return np.asarray(x, np.float64) @ np.asarray(weight.dequantized(), np.float64).T
 
 
 @both
@@ -47,9 +47,9 @@ def in_float64(x: Array, weight: PackedMatrix) -> NDArray:
     ],
 )
 def test_a_product_is_that_of_the_numbers_it_stands_for(
-    quantisation: Quantisation, rows: int, out: int, width: int
+    quantization: Quantization, rows: int, out: int, width: int
 ) -> None:
-    x, weight = jnp.asarray(normal(rows, width, seed=1)), packed(normal(out, width), quantisation)
+    x, weight = jnp.asarray(normal(rows, width, seed=1)), packed(normal(out, width), quantization)
     assert relative_error(jax.jit(product)(x, weight), in_float64(x, weight)) < 1e-6
 
 
@@ -58,7 +58,7 @@ def test_a_product_is_that_of_the_numbers_it_stands_for(
     ("x_dtype", "held"),
     [("float32", "int8"), ("float32", "int4"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
 )
-def test_a_product_does_not_write_the_matrix_out(x_dtype: str, held: Quantisation, rows: int) -> None:
+def test_a_product_does_not_write_the_matrix_out(x_dtype: str, held: Quantization, rows: int) -> None:
     out, width = 2048, 1024
     matrix = normal(out, width)
     weight = jnp.asarray(matrix, jnp.bfloat16) if held == "bfloat16" else packed(matrix, held)
@@ -106,10 +106,10 @@ def test_numbers_that_are_not_finite_show_in_the_result(bad: float) -> None:
 
 
 @both
-def test_gradients_reach_the_input(quantisation: Quantisation) -> None:
-    x, weight, cotangent = jnp.asarray(normal(2, 64)), packed(normal(24, 64), quantisation), jnp.asarray(normal(2, 24))
+def test_gradients_reach_the_input(quantization: Quantization) -> None:
+    x, weight, cotangent = jnp.asarray(normal(2, 64)), packed(normal(24, 64), quantization), jnp.asarray(normal(2, 24))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(product(x, weight) * cotangent)))(x)
-    assert relative_error(gradient, np.asarray(cotangent @ weight.dequantised())) < 1e-5
+    assert relative_error(gradient, np.asarray(cotangent @ weight.dequantized())) < 1e-5
 
 
 @pytest.mark.parametrize("in_axis", [0, 1])
@@ -123,24 +123,24 @@ def test_bfloat16_matrices_are_multiplied_with_all_digits_of_float32(in_axis: in
 
 
 @both
-def test_layers_take_packed_matrices_where_they_took_arrays(quantisation: Quantisation) -> None:
+def test_layers_take_packed_matrices_where_they_took_arrays(quantization: Quantization) -> None:
     x = jnp.asarray(normal(2, 3, 64))
-    weight = packed(normal(32, 64), quantisation)
-    assert relative_error(linear(x, weight), x @ weight.dequantised().T) < 1e-5
+    weight = packed(normal(32, 64), quantization)
+    assert relative_error(linear(x, weight), x @ weight.dequantized().T) < 1e-5
     assert linear(x.astype(jnp.bfloat16), weight).dtype == jnp.bfloat16
-    down, up = (packed(normal(*shape), quantisation, transposed=True) for shape in ((32, 64), (64, 32)))
+    down, up = (packed(normal(*shape), quantization, transposed=True) for shape in ((32, 64), (64, 32)))
     assert down.shape == (64, 32)
-    expected = jnp.tanh(x @ down.dequantised()) @ up.dequantised()
+    expected = jnp.tanh(x @ down.dequantized()) @ up.dequantized()
     assert relative_error(low_rank(x, down, up, jnp.tanh), expected) < 1e-5
     embedding = Embedding(jnp.zeros((32, 64)))
     embedding.weight = nnx.Param(weight)  # pyright: ignore[reportAttributeAccessIssue]
     tokens = jnp.array([[3, 31], [0, 3]])
-    assert relative_error(embedding(tokens), weight.dequantised()[tokens]) == 0
+    assert relative_error(embedding(tokens), weight.dequantized()[tokens]) == 0
 
 
 @both
-def test_stacked_matrices_are_scanned_and_taken_apart(quantisation: Quantisation) -> None:
-    stack, x = packed(normal(3, 16, 64), quantisation), jnp.asarray(normal(1, 64))
+def test_stacked_matrices_are_scanned_and_taken_apart(quantization: Quantization) -> None:
+    stack, x = packed(normal(3, 16, 64), quantization), jnp.asarray(normal(1, 64))
     assert (stack.shape, stack.ndim, stack[...] is stack) == ((3, 16, 64), 3, True)
     _, scanned = jax.lax.scan(lambda _, weight: (None, product(x, weight)), None, stack)
     for y, weight in zip(scanned, stack, strict=True):

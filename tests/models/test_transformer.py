@@ -79,7 +79,7 @@ def attention_of_one_text(params: Any, x: NDArray) -> NDArray:
 def test_the_model_is_its_definition(float64: None) -> None:
     params = random_params(SMALL)
 
-    def normalised(x: NDArray, norm: Any) -> NDArray:
+    def normalized(x: NDArray, norm: Any) -> NDArray:
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["weight"] + norm[
             "bias"
         ]
@@ -87,10 +87,10 @@ def test_the_model_is_its_definition(float64: None) -> None:
     x = params["emb"]["weight"][TOKENS[0]]
     for layer in range(3):
         block = jax.tree.map(lambda leaf: leaf[layer - 1], params["blocks"]) if layer else params["first_block"]  # noqa: B023  used at once
-        x = x + attention_of_one_text(block["att"], normalised(x, block["ln1"]))
-        hidden = np.maximum(normalised(x, block["ln2"]) @ block["ffn"]["key"]["weight"].T, 0) ** 2
+        x = x + attention_of_one_text(block["att"], normalized(x, block["ln1"]))
+        hidden = np.maximum(normalized(x, block["ln2"]) @ block["ffn"]["key"]["weight"].T, 0) ** 2
         x = x + hidden @ block["ffn"]["value"]["weight"].T
-    expected = normalised(x, params["ln_out"]) @ params["head"]["weight"].T
+    expected = normalized(x, params["ln_out"]) @ params["head"]["weight"].T
     np.testing.assert_allclose(run(TOKENS)[0][0], expected, rtol=0, atol=1e-11)
 
 

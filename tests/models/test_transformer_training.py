@@ -14,13 +14,13 @@ from rwkv_jax import from_pretrained
 from rwkv_jax.config import (
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
 from rwkv_jax.models import Transformer, model_type
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.optimizer import parameter_groups
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_trainer
+from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
 from tests.golden import QUICK
 from tests.models.parameters import abstract, initial_params
 from tests.models.small_transformers import FLOAT32, SMALL
@@ -88,9 +88,9 @@ def test_it_learns_to_copy() -> None:
     config = TrainConfig(
         model=ModelConfig("transformer", vocab_size=8, num_layers=2, width=32, head_dim=16, context_length=16),
         optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
-        training=TrainingConfig(num_steps=100, batch_size=32, sequence_length=11, reset_at_documents=False),
+        training=StepConfig(num_steps=100, batch_size=32, sequence_length=11, reset_at_documents=False),
     )
-    trainer = make_trainer(config)
+    trainer = make_train_functions(config)
     state = jax.jit(trainer.init, compiler_options=QUICK)(jax.random.key(0))
     step = jax.jit(trainer.train_step, compiler_options=QUICK)
     draws = np.random.default_rng(4)
@@ -108,9 +108,9 @@ def lowered_step(context_length: int, sequence_length: int) -> Any:
     """A training step of the small model, before it is compiled."""
     config = TrainConfig(
         model=dataclasses.replace(FLOAT32, context_length=context_length),
-        training=TrainingConfig(batch_size=2, sequence_length=sequence_length),
+        training=StepConfig(batch_size=2, sequence_length=sequence_length),
     )
-    trainer = make_trainer(config)
+    trainer = make_train_functions(config)
     return jax.jit(trainer.train_step).lower(abstract_state(trainer), abstract_batch(trainer, config))
 
 

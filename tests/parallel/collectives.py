@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from rwkv_jax.parallel.hlo import parse_module
-from rwkv_jax.parallel.hlo_costs import find_collectives
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_trainer
+from rwkv_jax.plan.costs import find_collectives
+from rwkv_jax.plan.program import parse_module
+from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
 from tests.golden import QUICK
-from tests.parallel.meshes import config_of, mesh_of
+from tests.parallel.meshes import config_of, make_mesh
 
 
 def collectives_of(mesh_name: str, length: int) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def collectives_of(mesh_name: str, length: int) -> dict[str, Any]:
         config.training, sequence_length=length, loss_chunk=None, carry_state=False, accumulation_steps=1
     )
     config = dataclasses.replace(config, training=training)
-    mesh = mesh_of(mesh_name)
+    mesh = make_mesh(mesh_name)
     assert mesh is not None
-    trainer = make_trainer(config, mesh)
+    trainer = make_train_functions(config, mesh)
     lowered = jax.jit(trainer.train_step).lower(abstract_state(trainer), abstract_batch(trainer, config))
     module = parse_module(str(lowered.compile(compiler_options=QUICK).as_text()))
     found: collections.defaultdict[str, list[int]] = collections.defaultdict(lambda: [0, 0])

@@ -12,15 +12,15 @@ import numpy as np
 from jax import Array
 
 from rwkv_jax.models.layers import Embedding
-from rwkv_jax.parallel.split import split_model
-from rwkv_jax.training.step import make_trainer
-from tests.parallel.meshes import config_of, mesh_of
+from rwkv_jax.parallel.sharded_model import shard_model
+from rwkv_jax.training.step import make_train_functions
+from tests.parallel.meshes import config_of, make_mesh
 
 
 def main() -> None:
     config = config_of("7", "bfloat16")
-    shapes = jax.eval_shape(make_trainer(config).init, jax.random.key(0)).params
-    split = split_model(config.model, shapes, mesh_of("fsdp2"))
+    shapes = jax.eval_shape(make_train_functions(config).init, jax.random.key(0)).params
+    split = shard_model(config.model, shapes, make_mesh("fsdp2"))
     tokens = np.repeat(np.array([2, 5], np.int32), [3000, 5192]).reshape(2, 4096)
 
     def total(table: Array, tokens: Array) -> Array:

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.training.step import initial_state, make_trainer
-from tests.parallel.meshes import config_of, mesh_of
+from rwkv_jax.training.step import initial_state, make_train_functions
+from tests.parallel.meshes import config_of, make_mesh
 
 
 def state_on(generation: str, mesh: str) -> Any:
-    return initial_state(make_trainer(config_of(generation, "float32"), mesh_of(mesh)), 3)
+    return initial_state(make_train_functions(config_of(generation, "float32"), make_mesh(mesh)), 3)
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.config import ModelConfig, OptimizerConfig, TrainConfig, TrainingConfig
-from rwkv_jax.parallel.mesh import MeshShape, make_mesh
+from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.training.batch import make_batch
-from rwkv_jax.training.step import make_trainer
+from rwkv_jax.training.step import make_train_functions
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import initial_params, random_params
 
@@ -40,7 +40,7 @@ def config_of(generation: Any, dtype: Any, *, other: bool = False) -> TrainConfi
     return TrainConfig(
         model=ModelConfig(generation, dtype=dtype, **SIZES, **RANKS[generation]),
         optimizer=OptimizerConfig(warmup_steps=0),
-        training=TrainingConfig(
+        training=StepConfig(
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
@@ -53,12 +53,12 @@ def config_of(generation: Any, dtype: Any, *, other: bool = False) -> TrainConfi
     )
 
 
-def mesh_of(name: str) -> jax.sharding.Mesh | None:
+def make_mesh(name: str) -> jax.sharding.Mesh | None:
     """The mesh of a case's name; None for `one`."""
     if name == "one":
         return None
     shape = MeshShape(**{axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", name)})
-    return make_mesh(shape, jax.devices()[: shape.size])
+    return mesh_from_shape(shape, jax.devices()[: shape.size])
 
 
 def rows_of_text() -> np.ndarray:
@@ -85,7 +85,7 @@ def parameters_for(model: ModelConfig) -> Any:
 
 def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """Loss, gradients and next state of a batch; without states the sums of an evaluation, too."""
-    trainer = make_trainer(config, mesh)
+    trainer = make_train_functions(config, mesh)
     params = parameters_for(config.model)
     draws = np.random.default_rng(6)
     carries = config.training.carry_state
@@ -94,15 +94,19 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
         mask[3] = 0  # a row of which nothing counts
     end_of_text = 0 if config.training.reset_at_documents else None
     batch = make_batch(rows_of_text(), end_of_text=end_of_text, carries_state=carries, mask=mask)
-    shapes = jax.eval_shape(trainer.init, jax.random.key(0)).carried
-    carried = jax.tree.map(lambda x: np.abs(draws.standard_normal(x.shape)).astype(x.dtype), shapes)
+    shapes = jax.eval_shape(trainer.init, jax.random.key(0)).recurrent_state
+    recurrent_state = jax.tree.map(lambda x: np.abs(draws.standard_normal(x.shape)).astype(x.dtype), shapes)
     where = trainer.state_shardings
     of_batch = jax.tree.map(lambda x: trainer.tokens_sharding if x.ndim == 2 else trainer.rows_sharding, batch)
-    params, batch, carried = jax.device_put((params, batch, carried), (where.params, of_batch, where.carried))
+    params, batch, recurrent_state = jax.device_put(
+        (params, batch, recurrent_state), (where.params, of_batch, where.recurrent_state)
+    )
     # In float32 rounding is the question, so that is compiled as users do.
     options = QUICK if config.model.dtype == "float64" else None
-    loss, gradients, carried = jax.jit(trainer.loss_and_gradients, compiler_options=options)(params, batch, carried)
-    found = {"loss": loss, "gradients": gradients, "carried": carried}
+    loss, gradients, recurrent_state = jax.jit(trainer.loss_and_gradients, compiler_options=options)(
+        params, batch, recurrent_state
+    )
+    found = {"loss": loss, "gradients": gradients, "recurrent_state": recurrent_state}
     if not carries:
         found["evaluation"] = jax.jit(trainer.eval_step, compiler_options=options)(params, batch)
     return found
@@ -130,7 +134,7 @@ def main() -> None:
             config = config_of(generation, dtype, other=bool(other))
             if config not in references:
                 references[config] = results_on(config, None)
-            found[case] = errors(results_on(config, mesh_of(name)), references[config])
+            found[case] = errors(results_on(config, make_mesh(name)), references[config])
     json.dump(found, sys.stdout)
 
 

@@ -26,7 +26,7 @@ def start(scenario: str, port: int, index: int) -> subprocess.Popen[str]:
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    command = [sys.executable, "-m", "tests.parallel.process_together", scenario, str(port), str(index)]
+    command = [sys.executable, "-m", "tests.parallel.process_coordination", scenario, str(port), str(index)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.test_split import run_on_eight_devices
+from tests.parallel.test_sharded_model import run_on_eight_devices
 
 
 def collectives(*cases: str) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rwkv_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig, TrainingConfig
-from rwkv_jax.parallel.mesh import MeshShape, choose_shape, make_mesh, mesh_of, usable_devices
+from rwkv_jax.config import ConfigError, ModelConfig, ParallelConfig, StepConfig, TrainConfig
+from rwkv_jax.parallel.mesh import MeshShape, choose_shape, make_mesh, mesh_from_shape, usable_devices
 
 GIB = 2**30
 
@@ -81,14 +81,14 @@ def test_devices_that_heads_or_time_do_not_divide_are_no_reason_to_leave_some_ou
 
 def test_a_mesh_takes_as_many_devices_as_its_shape() -> None:
     with pytest.raises(ConfigError, match="data 2 x tensor 3 takes 6 devices, but there are 1"):
-        make_mesh(MeshShape(data=2, tensor=3), [object()])
+        mesh_from_shape(MeshShape(data=2, tensor=3), [object()])
 
 
 def test_one_device_is_no_mesh() -> None:
     import jax
 
-    config = TrainConfig(model=ModelConfig(width=64), training=TrainingConfig(batch_size=4))
-    assert mesh_of(config, jax.devices()[:1]) is None
+    config = TrainConfig(model=ModelConfig(width=64), training=StepConfig(batch_size=4))
+    assert make_mesh(config, jax.devices()[:1]) is None
 
 
 @pytest.mark.parametrize(("device_memory", "used"), [(1 << 40, "data 8"), (1 << 20, "fsdp 8"), (None, "data 8")])
@@ -99,10 +99,10 @@ def test_fsdp_is_chosen_by_the_memory_that_is_given(
         assert len(devices) == 8
         return shape
 
-    monkeypatch.setattr("rwkv_jax.parallel.mesh.make_mesh", shape_alone)
-    config = TrainConfig(model=ModelConfig(width=64), training=TrainingConfig(batch_size=8))
+    monkeypatch.setattr("rwkv_jax.parallel.mesh.mesh_from_shape", shape_alone)
+    config = TrainConfig(model=ModelConfig(width=64), training=StepConfig(batch_size=8))
     devices = [SimpleNamespace(process_index=0)] * 8
-    assert str(mesh_of(config, devices, device_memory)) == used
+    assert str(make_mesh(config, devices, device_memory)) == used
 
 
 def test_a_sequence_that_its_axis_does_not_divide_is_refused() -> None:

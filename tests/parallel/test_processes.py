@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError, DistributedConfig, TrainConfig, from_dict, to_dict
-from rwkv_jax.parallel.processes import Processes, exception_handled_in, join, recognised_cluster
+from rwkv_jax.parallel.processes import Processes, exception_handled_in, join, recognized_cluster
 from tests.parallel.process_pair import Ended, end_of, free_port, start
 
 
@@ -147,13 +147,13 @@ SLURM = {
         ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
     ],
 )
-def test_clusters_are_recognised_by_what_they_set(environment: dict[str, str], cluster: str | None) -> None:
-    assert recognised_cluster(environment) == cluster
+def test_clusters_are_recognized_by_what_they_set(environment: dict[str, str], cluster: str | None) -> None:
+    assert recognized_cluster(environment) == cluster
 
 
 def test_an_open_mpi_that_does_not_name_its_host_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"distributed\.coordinator = None: .* --distributed\.process-id"):
-        recognised_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+        recognized_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
 def test_distributed_settings_survive_a_trip_through_json() -> None:

@@ -15,8 +15,8 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
-    TrainingConfig,
 )
 from tests.programs import kept_on_disk
 from tests.small_runs import write_corpus
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         data=DataConfig(source=str(write_corpus(folder / "source")), cache_dir=str(folder / "cache"), held_out=0.2),
         # Constant, so that the compiled step does not depend on the number of steps.
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=3),
-        training=TrainingConfig(num_steps=8, batch_size=4, sequence_length=32),
+        training=StepConfig(num_steps=8, batch_size=4, sequence_length=32),
         evaluation=EvaluationConfig(every=3, batches=2, sample_tokens=8, sample_prompts=("def", "x")),
         checkpoint=CheckpointConfig(every=4, keep=2),
         logging=LoggingConfig(every=2),

@@ -18,8 +18,8 @@ import train
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.metrics import read_metrics
-from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
+from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 from tests.small_runs import names_in
 
 
@@ -69,7 +69,7 @@ def restore(config: TrainConfig, folder: Path, step: int | None = None) -> Train
             if name != str(step):
                 shutil.rmtree(folder / "checkpoints" / name)
     with ckpt.Checkpoints(folder, config.checkpoint.keep, pytest.fail) as checkpoints:
-        state = checkpoints.restore(abstract_state(make_trainer(config)))
+        state = checkpoints.restore(abstract_state(make_train_functions(config)))
     assert state is not None
     return state
 

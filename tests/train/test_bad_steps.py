@@ -12,11 +12,11 @@ import pytest
 
 import train
 from rwkv_jax.config import CheckpointConfig, TrainConfig
-from rwkv_jax.data.rows import TrainingRows, training_rows
+from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 from rwkv_jax.training import step as step_module
-from rwkv_jax.training.journal import NonFiniteError
 from rwkv_jax.training.loss import TokenLosses, sum_losses
-from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.reporting.step_logger import NonFiniteError
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import restore, run
 
@@ -76,7 +76,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_state_saved(
     corpus = train.prepare_corpus(config.data, 300, lambda line: None)
     rows = training_rows(corpus, order="windows", seed=config.seed, batch_size=4, sequence_length=32)
     for step in (4, 5, 6):
-        assert f"step {step}: {'; '.join(rows.places(step))}" in str(error.value)
+        assert f"step {step}: {'; '.join(rows.row_locations(step))}" in str(error.value)
     last = 8 if evaluate_every == 100 else 7
     assert names_in(tmp_path / "run" / "checkpoints") == ["4", str(last)]
     good, saved = (restore(bad, tmp_path / "run", step) for step in (4, last))

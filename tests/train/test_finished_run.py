@@ -10,7 +10,7 @@ import pytest
 import train
 from rwkv_jax.evaluation.held_out import compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, restore, steps_of
 

@@ -12,7 +12,7 @@ import pytest
 import train
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.evaluation.held_out import HeldOut
-from rwkv_jax.training.metrics import read_metrics
+from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.runs import read_figures
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, content, restore, run, steps_of

@@ -13,7 +13,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
-from rwkv_jax.weights.torch_file import write_torch_file
+from rwkv_jax.weights.pth.file import write_torch_file
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, run
 from tests.weights.files import random_tensors

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax.config import TrainingConfig
+from rwkv_jax.config import StepConfig
 from rwkv_jax.training.batch import Batch, batch_loader, make_batch
 
 ROWS = np.array([[5, 6, 0, 7, 8], [0, 1, 2, 0, 3], [1, 2, 3, 4, 0]], np.int32)
@@ -18,7 +18,7 @@ def test_tokens_are_read_and_the_next_ones_predicted() -> None:
     batch = make_batch(ROWS, end_of_text=None)
     assert batch.tokens.tolist() == ROWS[:, :-1].tolist()
     assert batch.targets.tolist() == ROWS[:, 1:].tolist()
-    assert batch.segment_ids is batch.continues is batch.mask is None
+    assert batch.segment_ids is batch.continues_previous is batch.mask is None
 
 
 def test_a_document_begins_at_its_end_of_text_token() -> None:
@@ -27,7 +27,7 @@ def test_a_document_begins_at_its_end_of_text_token() -> None:
 
 @pytest.mark.parametrize(("end_of_text", "continues"), [(0, [True, False, True]), (None, [True, True, True])])
 def test_a_row_goes_on_unless_a_document_begins_there(end_of_text: int | None, continues: list[bool]) -> None:
-    assert make_batch(ROWS, end_of_text=end_of_text, carries_state=True).continues.tolist() == continues
+    assert make_batch(ROWS, end_of_text=end_of_text, carries_state=True).continues_previous.tolist() == continues
 
 
 class Placement:
@@ -42,7 +42,7 @@ class Placement:
 @pytest.mark.parametrize("carries", [True, False])
 @pytest.mark.parametrize("resets", [True, False])
 def test_a_loaded_batch_is_the_made_one_and_its_rows_are_read_once(carries: bool, resets: bool) -> None:
-    training = TrainingConfig(batch_size=3, sequence_length=4, carry_state=carries, reset_at_documents=resets)
+    training = StepConfig(batch_size=3, sequence_length=4, carry_state=carries, reset_at_documents=resets)
     read: list[slice] = []
 
     def rows(which: slice) -> np.ndarray:

@@ -15,7 +15,7 @@ import pytest
 from rwkv_jax.config import ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import TrainState, abstract_state, make_trainer
+from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 from tests.small_runs import CODE, assert_same_bits, names_in
 from tests.training.saved import CONFIG, truncate_data
 
@@ -43,7 +43,7 @@ class TestIdentity:
         changed = dataclasses.replace(
             CONFIG, optimizer=OptimizerConfig(schedule="constant", weight_decay=0.0, clip_norm=0.0, warmup_steps=0)
         )
-        states = [abstract_state(make_trainer(config)) for config in (CONFIG, changed)]
+        states = [abstract_state(make_train_functions(config)) for config in (CONFIG, changed)]
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
     def test_the_table_lists_exactly_what_differs(self) -> None:
@@ -172,7 +172,7 @@ def run_dir(saved_run: Path, tmp_path: Path) -> Path:
 
 def model_state(step: int) -> TrainState:
     """The shapes of a model's state, filled with numbers that differ at each step."""
-    like = abstract_state(make_trainer(CONFIG))
+    like = abstract_state(make_train_functions(CONFIG))
     return jax.tree.map(lambda x: jnp.full(x.shape, step, x.dtype), like)
 
 

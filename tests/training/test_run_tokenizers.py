@@ -12,7 +12,7 @@ from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import abstract_state, make_trainer
+from rwkv_jax.training.step import abstract_state, make_train_functions
 from tests.small_runs import CODE
 
 
@@ -25,7 +25,7 @@ def make_run(tmp_path: Path, tokenizer: str, vocab_size: int) -> Path:
     config, run_dir = TrainConfig(model=model, data=data), tmp_path / "run"
     ckpt.prepare_run_dir(run_dir)
     ckpt.write_run(run_dir, config, ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint), corpus)
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(make_trainer(config)))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(make_train_functions(config)))
     with ckpt.Checkpoints(run_dir, 1, print) as checkpoints:
         checkpoints.save(state, 1)
     return run_dir

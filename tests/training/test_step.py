@@ -14,12 +14,12 @@ import optax
 import pytest
 from jax import Array
 
-from rwkv_jax.config import OptimizerConfig, TrainConfig, TrainingConfig
+from rwkv_jax.config import OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.models import RWKV7
 from rwkv_jax.training.batch import Batch, make_batch
 from rwkv_jax.training.loss import TokenLosses
 from rwkv_jax.training.optimizer import make_optimizer
-from rwkv_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+from rwkv_jax.training.step import StepMetrics, TrainFunctions, TrainState, make_train_functions
 from tests.golden import QUICK, relative_error
 from tests.models import parameters
 from tests.models.parameters import merge, random_params
@@ -29,15 +29,15 @@ SMALL = parameters.SMALL["7"]
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1),
-    training=TrainingConfig(num_steps=40, batch_size=8, sequence_length=9, l2wrap=1e-2),
+    training=StepConfig(num_steps=40, batch_size=8, sequence_length=9, l2wrap=1e-2),
 )
 TOKENS = np.random.default_rng(0).integers(0, SMALL.vocab_size, (8, 10)).astype(np.int32)
 BATCH = make_batch(TOKENS, end_of_text=None)
 
 
 @functools.cache
-def trainer_of(config: TrainConfig) -> Trainer:
-    return make_trainer(config)
+def trainer_of(config: TrainConfig) -> TrainFunctions:
+    return make_train_functions(config)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ FLOAT32 = dataclasses.replace(CONFIG, model=dataclasses.replace(SMALL, dtype="fl
 
 
 def test_a_step_is_compiled_once() -> None:
-    trainer = make_trainer(FLOAT32)
+    trainer = make_train_functions(FLOAT32)
     state = jax.jit(trainer.init, compiler_options=QUICK)(jax.random.key(0))
     step = jax.jit(trainer.train_step, donate_argnums=0, compiler_options=QUICK)
     counts = []
@@ -234,7 +234,7 @@ def test_a_step_is_compiled_once() -> None:
 
 def lowered(num_layers: int) -> jax.stages.Lowered:
     config = dataclasses.replace(FLOAT32, model=dataclasses.replace(FLOAT32.model, num_layers=num_layers))
-    trainer = make_trainer(config)
+    trainer = make_train_functions(config)
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     return jax.jit(trainer.train_step).lower(state, BATCH)
 

@@ -37,12 +37,12 @@ def test_second_signal_acts_as_always(interruptible: None) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("signalled", [False, True])
-def test_handlers_of_before_are_put_back(number: signal.Signals, signalled: bool) -> None:
+@pytest.mark.parametrize("signaled", [False, True])
+def test_handlers_of_before_are_put_back(number: signal.Signals, signaled: bool) -> None:
     before = signal.getsignal(number)
     with StopRequest():
         assert signal.getsignal(number) != before
-        if signalled:
+        if signaled:
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
 

@@ -150,11 +150,11 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: state(text("w") + memory().replace(integer(6) + b"tQ", b"\x88tQ")),
         "BINPERSID",
     ),
-    "recalling what was never memorised": (lambda: state(text("w") + b"h\7"), "recalls value 7, of 0"),
+    "recalling what was never memorized": (lambda: state(text("w") + b"h\7"), "recalls value 7, of 0"),
     "recalling the value to come": (lambda: state(text("w") + b"Nq\0h\1"), "recalls value 1, of 1"),
     "recalling far away": (lambda: state(text("w") + b"j\xff\xff\xff\xff"), "recalls value 4294967295, of 0"),
-    "memorising far away": (lambda: state(text("w") + b"r\xff\xff\xff\xff"), "memorises value 4294967295 when"),
-    "memorising nothing": (lambda: b"\x80\x02q\0.", "takes a value where there is none"),
+    "memorizing far away": (lambda: state(text("w") + b"r\xff\xff\xff\xff"), "memorizes value 4294967295 when"),
+    "memorizing nothing": (lambda: b"\x80\x02q\0.", "takes a value where there is none"),
     "billion laughs": (lambda: state(GOOD + text("v") + _laughs(12)), "nested deeper than 16 or too many"),
     "sets of one list": (
         lambda: state(
@@ -303,7 +303,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: state(text("w") + memory(kind=("torch", "ComplexFloatStorage"))),
         "ComplexFloatStorage",
     ),
-    "quantised numbers": (lambda: state(text("w") + named("torch._utils", "_rebuild_qtensor")), "_rebuild_qtensor"),
+    "quantized numbers": (lambda: state(text("w") + named("torch._utils", "_rebuild_qtensor")), "_rebuild_qtensor"),
     "a sparse tensor": (lambda: state(text("w") + named("torch._utils", "_rebuild_sparse_tensor")), "_sparse_tensor"),
 }
 """By name, a pickle and what the refusal says."""

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from rwkv_jax import from_pretrained, save_pretrained
-from rwkv_jax.parallel.mesh import MeshShape, make_mesh
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.weights.official import OfficialTensors
-from rwkv_jax.weights.safetensors_file import write_safetensors
+from rwkv_jax.weights.safetensors import write_safetensors
 from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         whole = from_pretrained(path, dtype="float32")
         split = from_pretrained(path, dtype="float32", mesh=mesh)
         as_trained = from_pretrained(
-            path, dtype="float32", mesh=make_mesh(MeshShape(fsdp=2, tensor=1, data=2), jax.devices())
+            path, dtype="float32", mesh=mesh_from_shape(MeshShape(fsdp=2, tensor=1, data=2), jax.devices())
         )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert_same_bits(dict(OfficialTensors(model.config, params)), tensors)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, to_layout
-from rwkv_jax.weights.safetensors_file import read_safetensors, write_safetensors
+from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, tensor_spec
 from tests.golden import GOLDEN_DIR
 

@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.weights.torch_file import write_torch_file
+from rwkv_jax.weights.pth.file import write_torch_file
 from tests.weights.files import assert_same_bits, logits_of, tensors_in, trained_like
 
 pytestmark = pytest.mark.peers

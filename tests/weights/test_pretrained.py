@@ -19,9 +19,9 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pretrained import convert
-from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError
-from rwkv_jax.weights.torch_file import write_torch_file
 from tests.golden import GOLDEN_DIR, load_golden
 from tests.weights import forged
 from tests.weights.files import CONFIGS, assert_same_bits, computed_in, logits_of, random_tensors, tensors_in

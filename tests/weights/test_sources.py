@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rwkv_jax.weights.safetensors_file import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import find_weights, open_weights
 from rwkv_jax.weights.tensors import WeightsError
-from rwkv_jax.weights.torch_file import write_torch_file
 from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
 
 TENSORS = random_tensors(CONFIGS["4"])

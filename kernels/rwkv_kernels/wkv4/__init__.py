@@ -24,10 +24,10 @@ def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
     return wkv4_pallas_triton(*inputs, **options)
 
 
-def _pallas_tpu(*inputs: Any, **options: Any) -> tuple[Array, State]:
-    from rwkv_kernels.wkv4.pallas_tpu import wkv4_pallas_tpu
+def _pallas_mosaic_tpu(*inputs: Any, **options: Any) -> tuple[Array, State]:
+    from rwkv_kernels.wkv4.pallas_mosaic_tpu import wkv4_pallas_mosaic_tpu
 
-    return wkv4_pallas_tpu(*inputs, **options)
+    return wkv4_pallas_mosaic_tpu(*inputs, **options)
 
 
 def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ OPERATOR = ChannelOperator(
         "associative_scan": dispatch.Implementation(wkv4_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv4_chunked, dispatch.anything),
         "pallas_triton": dispatch.Implementation(_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_tpu": dispatch.Implementation(_pallas_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
     preferred=_preferred,
 )
@@ -193,7 +193,9 @@ def _run(
     lengths: Array | None,
 ) -> tuple[Array, State]:
     """An implementation on arguments that all vary over the same mesh axes."""
-    arrays, state, segments, lengths = arguments.with_common_axes(tuple(inputs.values()), state, segments, lengths)
+    arrays, state, segments, lengths = arguments.broadcast_varying_axes(
+        tuple(inputs.values()), state, segments, lengths
+    )
     return chosen.run(*arrays, state, segments=segments, lengths=lengths)
 
 

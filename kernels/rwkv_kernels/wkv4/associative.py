@@ -1,7 +1,7 @@
 """WKV-4 as an associative scan over time: of logarithmic depth, differentiated by JAX.
 
 A stretch of tokens is a map of the state, and five numbers hold it: how many steps it decays, and the weighted sum of
-its values and of its weights over a common exponent, like a state. Two neighbours join to one of the same form, so
+its values and of its weights over a common exponent, like a state. Two neighbors join to one of the same form, so
 `jax.lax.associative_scan` finds the state after every token by a tree. Trees add up fewer roundings than a loop does.
 """
 

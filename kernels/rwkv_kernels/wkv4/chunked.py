@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_kernels.arguments import is_active, pad_time, starts, with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, starts
 from rwkv_kernels.derivatives import with_backward
 from rwkv_kernels.wkv4 import chunk
 from rwkv_kernels.wkv4.chunk import Marks, Token
@@ -79,7 +79,7 @@ class _Chunked:
         if with_trace:
             trace = jax.tree.map(lambda x: jnp.zeros((batch, chunks, channels), dtype), state)
         y = jnp.zeros((batch, time, channels), dtype)
-        _, y, trace = with_common_axes(state, y, trace)
+        _, y, trace = broadcast_varying_axes(state, y, trace)
         state, y, trace = lax.fori_loop(0, chunks, one_chunk, (state, y, trace))
         return (y, state), trace
 
@@ -128,7 +128,9 @@ class _Chunked:
 
         sums = jnp.zeros_like(numerator)
         befores = (jnp.zeros((self._size, *numerator.shape), dtype),) * 3
-        _, befores, *zeros = with_common_axes(numerator, befores, sums, sums, jnp.zeros_like(k), jnp.zeros_like(v))
+        _, befores, *zeros = broadcast_varying_axes(
+            numerator, befores, sums, sums, jnp.zeros_like(k), jnp.zeros_like(v)
+        )
         carry = befores, (dnumerator, ddenominator), *zeros
         _, (dnumerator, ddenominator), dlog_w, du, dk, dv = lax.fori_loop(0, last + 1, one_chunk, carry)
         return (

@@ -12,7 +12,7 @@ from rwkv_kernels.matrix_operator import MatrixOperator
 from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv5.chunked import wkv5_chunked
-from rwkv_kernels.wkv5.pallas_tpu import wkv5_pallas_tpu
+from rwkv_kernels.wkv5.pallas_mosaic_tpu import wkv5_pallas_mosaic_tpu
 from rwkv_kernels.wkv5.pallas_triton import wkv5_pallas_triton
 from rwkv_kernels.wkv5.scan import step, wkv5_scan
 
@@ -37,7 +37,7 @@ OPERATOR = MatrixOperator(
         "scan": dispatch.Implementation(wkv5_scan, dispatch.anything),
         "chunked": dispatch.Implementation(wkv5_chunked, dispatch.anything),
         "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_tpu": dispatch.Implementation(wkv5_pallas_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv5_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
     preferred=_preferred,
     algebra=pieces.DIAGONAL,

@@ -14,7 +14,7 @@ def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
     """Arguments of `wkv5`, by name, as float64 arrays whose values float32 holds exactly.
 
     r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N] or [H, 1]; state: [B, H, M, N]. Decays e^{-e^x}
-    are drawn with x from -6 to -1, where official initialisation puts them.
+    are drawn with x from -6 to -1, where official initialization puts them.
     """
     chosen = CASES[case]
     rng = np.random.default_rng([seed, *shape])

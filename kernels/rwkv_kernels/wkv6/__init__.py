@@ -13,7 +13,7 @@ from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv6.associative import wkv6_associative
 from rwkv_kernels.wkv6.chunked import wkv6_chunked
-from rwkv_kernels.wkv6.pallas_tpu import wkv6_pallas_tpu
+from rwkv_kernels.wkv6.pallas_mosaic_tpu import wkv6_pallas_mosaic_tpu
 from rwkv_kernels.wkv6.pallas_triton import wkv6_pallas_triton
 from rwkv_kernels.wkv6.scan import step, wkv6_scan
 
@@ -39,7 +39,7 @@ OPERATOR = MatrixOperator(
         "associative_scan": dispatch.Implementation(wkv6_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv6_chunked, dispatch.anything),
         "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_tpu": dispatch.Implementation(wkv6_pallas_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
     preferred=_preferred,
     algebra=pieces.DIAGONAL,

@@ -14,7 +14,7 @@ def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
     """Arguments of `wkv6`, by name, as float64 arrays whose values float32 holds exactly.
 
     r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; state: [B, H, M, N]. Decays e^{-e^x} are drawn with x from -6
-    to -1 by channel, where official initialisation puts them, and normal by token around it.
+    to -1 by channel, where official initialization puts them, and normal by token around it.
     """
     rng = np.random.default_rng([seed, *shape])
     by_channel = rng.uniform(-6, -1, (shape.heads, shape.key_dim))

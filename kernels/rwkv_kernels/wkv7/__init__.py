@@ -10,7 +10,7 @@ from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.wkv7.associative import wkv7_associative
 from rwkv_kernels.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
-from rwkv_kernels.wkv7.pallas_tpu import wkv7_pallas_tpu
+from rwkv_kernels.wkv7.pallas_mosaic_tpu import wkv7_pallas_mosaic_tpu
 from rwkv_kernels.wkv7.pallas_triton import wkv7_pallas_triton
 from rwkv_kernels.wkv7.scan import step, wkv7_scan
 
@@ -35,7 +35,7 @@ OPERATOR = MatrixOperator(
         "associative_scan": dispatch.Implementation(wkv7_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv7_chunked, dispatch.anything),
         "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_tpu": dispatch.Implementation(wkv7_pallas_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
     preferred=_preferred,
     algebra=pieces.MATRIX,
@@ -60,13 +60,13 @@ def wkv7(
 ) -> tuple[Array, Array]:
     """WKV-7 over a sequence: S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T and y_t = S_t r_t.
 
-    RWKV-7 (arXiv 2503.14456), the generalised delta rule; the model passes a = -kappa and b = kappa * eta.
+    RWKV-7 (arXiv 2503.14456), the generalized delta rule; the model passes a = -kappa and b = kappa * eta.
 
     Args:
       r, log_w, k, a, b: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1; log_w is the log of the
         decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -4) only
-        `scan` is exact, and the others give NaN rather than a wrong number (`pallas_tpu`, whose chunks are twice as
-        long, from half that on).
+        `scan` is exact, and the others give NaN rather than a wrong number (`pallas_mosaic_tpu`, whose chunks are
+        twice as long, from half that on).
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
       segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a

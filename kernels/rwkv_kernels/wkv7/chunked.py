@@ -32,7 +32,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_kernels import chunks, products
-from rwkv_kernels.arguments import pad_time, with_common_axes
+from rwkv_kernels.arguments import broadcast_varying_axes, pad_time
 from rwkv_kernels.chunks import transpose
 from rwkv_kernels.derivatives import with_backward
 from rwkv_kernels.gauge import Gauge, middle_gauge, nan_out_of_range
@@ -193,7 +193,7 @@ class _Chunked:
                 jnp.zeros((time // size, batch, heads, 2 * size, value_dim), dtype),
             )
         y = jnp.zeros((batch, time, heads, value_dim), dtype)
-        _, y, trace = with_common_axes(state, y, trace)
+        _, y, trace = broadcast_varying_axes(state, y, trace)
         state, y, trace = lax.fori_loop(0, time // size, body, (transpose(state), y, trace))
         return (y, transpose(state)), trace
 

@@ -18,7 +18,7 @@ def step(
 ) -> tuple[Array, Array]:
     """One token of WKV-7 for every row and head.
 
-    RWKV-7 (arXiv 2503.14456), the generalised delta rule: S <- S (diag(w) + a b^T) + v k^T, y = S r.
+    RWKV-7 (arXiv 2503.14456), the generalized delta rule: S <- S (diag(w) + a b^T) + v k^T, y = S r.
 
     Args:
       state: [B, H, M, N], S with the value axis first.

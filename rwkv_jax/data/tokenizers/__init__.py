@@ -5,7 +5,7 @@ What `decode(encode(text))` gives back:
     sentencepiece   every text, exactly; a model that could lose anything is refused
     World           every text, exactly
     bytes           every text, exactly; with 256 ids there is none for NUL, and a text that has it is refused
-    Hugging Face    the text as the file's normaliser leaves it: GPT-NeoX composes characters (NFC), so that an e and a
+    Hugging Face    the text as the file's normalizer leaves it: GPT-NeoX composes characters (NFC), so that an e and a
                     combining accent come back as one character; texts that are composed already come back exactly
 
 `prepare_corpus` counts the documents that come back changed, and says so.

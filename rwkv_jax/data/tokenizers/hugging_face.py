@@ -19,13 +19,13 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the fir
 
 _NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
-_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only divide
+_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "ShardedModel")  # pre-tokenizers that only divide
 
 
 class HuggingFaceTokenizer(TableTokenizer):
     """A byte-level BPE, in which every id stands for exact bytes.
 
-    `decode(encode(text))` is the text as the file's normaliser leaves it: with NFC, as GPT-NeoX has it, a composed text
+    `decode(encode(text))` is the text as the file's normalizer leaves it: with NFC, as GPT-NeoX has it, a composed text
     comes back exactly. Special tokens are ids only: a text that spells one is encoded as any other text, and they
     stand for no bytes. What the file says of truncation, padding, dropout and tokens to be put around a text is not
     done. The vocabulary is that of the model and all added tokens.
@@ -73,7 +73,7 @@ class HuggingFaceTokenizer(TableTokenizer):
             padding=MOST_PADDING,
         )
         probe = PROBE + "".join(content for content, token in added.items() if token["special"])
-        if self.decode(self.encode(probe)) != self._normalise(probe):
+        if self.decode(self.encode(probe)) != self._normalize(probe):
             raise ConfigError(f"{origin} does not give back the text it is given; use another tokenizer")
 
     @classmethod
@@ -86,9 +86,9 @@ class HuggingFaceTokenizer(TableTokenizer):
         text.encode()  # the package has another error for them
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _normalise(self, text: str) -> str:
-        normaliser = self._tokenizer.normalizer
-        return text if normaliser is None else normaliser.normalize_str(text)
+    def _normalize(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def _table_of(self, vocabulary: Mapping[str, int], added: Mapping[str, Mapping[str, Any]]) -> list[bytes]:
         table = [NO_TEXT] * (1 + max([*vocabulary.values(), *(token["id"] for token in added.values())]))
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(TableTokenizer):
             if piece not in added:
                 table[token] = bytes(_BYTE_OF[character] for character in piece)
         for content, token in added.items():
-            text = self._normalise(content) if token["normalized"] else content
+            text = self._normalize(content) if token["normalized"] else content
             table[token["id"]] = b"" if token["special"] else text.encode()
         return table
 

@@ -27,7 +27,7 @@ _UNLEARNABLE = re.compile("[\u2581\u2585\t\x00]+")
 
 
 class SentencePieceTokenizer(TableTokenizer):
-    """A sentencepiece model with byte fallback, identity normalisation and an end-of-text piece (its `eos`).
+    """A sentencepiece model with byte fallback, identity normalization and an end-of-text piece (its `eos`).
 
     Every text comes back exactly: a model that could lose anything is refused.
     """

@@ -1,4 +1,4 @@
-"""What all kinds share: each id stands for some bytes, whatever its neighbours are."""
+"""What all kinds share: each id stands for some bytes, whatever its neighbors are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_TEXT = "\ufffd".encode()
 
 PROBE = " a  b \r\n\n\t\tdef \ufb01\u2460\u00bd e\u0301 \u00e9 \x00\x7f \u65e5\u672c \U0001f469\u200d\U0001f467 \u2581 "
 """What tokenizers which are not made for every text change: spaces at the ends and in runs, line ends, tabs,
-compatibility characters that normalisation rewrites, and characters too rare for a vocabulary."""
+compatibility characters that normalization rewrites, and characters too rare for a vocabulary."""
 
 
 class TableTokenizer:

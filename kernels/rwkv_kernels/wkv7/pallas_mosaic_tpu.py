@@ -1,0 +1,57 @@
+"""WKV-7 on TPUs, by Pallas through Mosaic."""
+
+from __future__ import annotations
+
+from jax import Array
+
+from rwkv_kernels import pallas_chunks
+from rwkv_kernels.precision import Precision
+from rwkv_kernels.products import Products
+from rwkv_kernels.wkv7.chunk import make_chunk
+
+KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=64)
+"""What is shipped; As large as half of it can be in RWKV-7's gauge."""
+
+
+def wkv7_pallas_mosaic_tpu(
+    r: Array,
+    log_w: Array,
+    k: Array,
+    v: Array,
+    a: Array,
+    b: Array,
+    state: Array,
+    *,
+    segments: Array | None = None,
+    precision: Precision = "full",
+    interpret: bool = False,
+    kernel: pallas_chunks.Kernel = KERNEL,
+    with_products: Products | None = None,
+) -> tuple[Array, Array]:
+    """WKV-7 over a sequence, forward and backward each one kernel.
+
+    Args:
+      r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
+      state: float32 [B, H, M, N].
+      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      precision: of the products.
+      interpret: run by XLA on any machine, slowly, for tests.
+      kernel: chunk size and warps.
+      with_products: other products than the precision's, for measuring what they cost.
+
+    Returns:
+      y [B, T, H, M] and the final state, float32.
+    """
+    return pallas_chunks.run(
+        pallas_chunks.MOSAIC_TPU,
+        kernel,
+        (r, log_w, k, v, a, b),
+        (),
+        state,
+        segments=segments,
+        lengths=None,
+        fixed_decay=False,
+        precision=precision,
+        interpret=interpret,
+        with_products=with_products,
+    )

@@ -1,0 +1,191 @@
+"""How fast an engine is and what a text takes of memory, measured so that the figures can be relied on.
+
+What is timed begins behind a burst, so that all programs are compiled and all prompts read, and ends when the tokens
+are on the host. What is compared takes turns (A B C A B C ...), so that a change of the machine's speed meets all of
+them alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.inference.engine import Engine
+from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.packed import Int4Matrix, Int8Matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long the same thing took several times."""
+
+    seconds: tuple[float, ...]
+    """Of a token of each text, once for each repetition."""
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def latency(
+    engine: Engine, contexts: Sequence[int], *, num_tokens: int = 32, repetitions: int = 5, seed: int = 0
+) -> dict[int, Timing]:
+    """Seconds that a token of one text takes after contexts of random tokens.
+
+    Args:
+      contexts: tokens that were read before.
+      num_tokens: timed in a repetition, rounded up to whole bursts.
+
+    Raises:
+      ConfigError: no context, one below 1, or fewer than one token or repetition; or as `Engine.stream`.
+    """
+    require_positive(contexts=contexts, num_tokens=(num_tokens,), repetitions=(repetitions,))
+    lengths = sorted(set(contexts))
+    tokens = np.random.default_rng(seed).integers(1, engine.config.vocab_size, lengths[-1]).tolist()
+    snapshot: Snapshot | None = None
+    snapshots: dict[int, Snapshot] = {}
+    for before, length in itertools.pairwise([0, *lengths]):
+        snapshots[length] = snapshot = engine.read(snapshot, tokens[before:length])
+    found: dict[int, list[float]] = {length: [] for length in lengths}
+    for repetition, length in itertools.product(range(repetitions + 1), lengths):
+        seconds = _seconds_per_token(engine, [[]], num_tokens, start=snapshots[length])
+        if repetition:  # the first compiles
+            found[length].append(seconds)
+    return {length: Timing(tuple(seconds)) for length, seconds in found.items()}
+
+
+def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitions: int = 5) -> dict[int, Timing]:
+    """Seconds that a token of each text takes where several are written at once; tokens/s are the number over that.
+
+    Args:
+      engines: by the number of texts, at most their slots.
+      num_tokens: timed of each text in a repetition, rounded up to whole bursts.
+
+    Raises:
+      ConfigError: fewer than one text, token or repetition, or too few slots.
+    """
+    require_positive(batch_sizes=tuple(engines), num_tokens=(num_tokens,), repetitions=(repetitions,))
+    for size, engine in engines.items():
+        if size > engine.options.num_slots:
+            raise ConfigError(f"batch size {size}: the engine has {engine.options.num_slots} slots; build it with more")
+    found: dict[int, list[float]] = {size: [] for size in engines}
+    for repetition, (size, engine) in itertools.product(range(repetitions + 1), engines.items()):
+        # Texts that differ, so that each is read.
+        prompts = [[1 + i % (engine.config.vocab_size - 1)] for i in range(size)]
+        seconds = _seconds_per_token(engine, prompts, num_tokens)
+        if repetition:  # the first compiles
+            found[size].append(seconds)
+    return {size: Timing(tuple(seconds)) for size, seconds in found.items()}
+
+
+def _seconds_per_token(
+    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, start: Snapshot | None = None
+) -> float:
+    """Greedily, of texts that nothing ends."""
+    burst = engine.options.burst_length
+    num_timed = -(-num_tokens // burst) * burst
+    with engine.stream(
+        prompts, max_tokens=burst + num_timed, sampling=SamplingParams.greedy(), stop_ids=(), start=start
+    ) as stream:
+        for _ in range(len(prompts) * burst):
+            next(stream)
+        begin = time.perf_counter()
+        num_written = sum(len(chunk.ids) for chunk in stream)
+        seconds = time.perf_counter() - begin
+    assert num_written == len(prompts) * num_timed
+    return seconds / num_timed
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """What a model and its texts take of memory; bytes."""
+
+    parameters: Mapping[str, int]
+    """By the dtype in which they are held."""
+    state: int
+    """The state of one text, by its arrays."""
+    state_expected: int
+    """The same in closed form."""
+    logits: int
+    """What an engine keeps beside each state: the logits of the next token."""
+    transformer: str
+    """The Transformer of equal size."""
+    caches: Mapping[int, int]
+    """Its keys and values after contexts, in closed form: 2 L C T numbers of the compute dtype."""
+
+
+def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
+    """Counts bytes; runs nothing.
+
+    Raises:
+      ConfigError: a context below 1, or a model that no Transformer equals in size.
+    """
+    require_positive(contexts=contexts)
+    config = model.config
+    state = jax.eval_shape(lambda: model.initial_state(1))
+    peer = config if config.generation == "transformer" else config.transformer_of_equal_size()
+    return MemoryUse(
+        parameters=_bytes_by_dtype(nnx.state(model, nnx.Param)),
+        state=sum(_bytes_by_dtype(state).values()),
+        state_expected=state_bytes(config),
+        logits=4 * config.vocab_size,
+        transformer=f"{peer.num_layers} x {peer.width}, {peer.num_parameters() / 1e6:.1f}M parameters",
+        caches={context: cache_bytes(peer, context) for context in sorted(set(contexts))},
+    )
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of one text's state, in closed form.
+
+    A layer has the last inputs of its two mixings, [C] each in the compute dtype, and its recurrence's state in at
+    least float32: a matrix [N, N] a head, or three numbers a channel in RWKV-4. A Transformer has its whole cache, and
+    an int32 for the position.
+    """
+    number, wide = (jax.numpy.dtype(dtype).itemsize for dtype in (config.dtype, config.parameter_dtype))
+    if config.generation == "transformer":
+        return cache_bytes(config, config.sizes().context_length) + 4 * config.num_layers
+    recurrence = 3 * config.width if config.generation == "4" else config.width * config.head_dim
+    return config.num_layers * (2 * config.width * number + recurrence * wide)
+
+
+def cache_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """Bytes of a Transformer's keys and values after so many tokens, in closed form: a key and a value [C] a layer."""
+    return 2 * config.num_layers * config.width * num_tokens * jax.numpy.dtype(config.dtype).itemsize
+
+
+def _bytes_by_dtype(tree: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        name = np.dtype(leaf.dtype).name
+        found[name] = found.get(name, 0) + leaf.size * np.dtype(leaf.dtype).itemsize
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def held_in(model: LanguageModel) -> str:
+    """How a model's matrices are held: `int8`, `int4`, or the dtype of most bytes of its parameters."""
+    params = nnx.state(model, nnx.Param)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix | Int4Matrix))
+    if any(isinstance(leaf, Int4Matrix) for leaf in leaves):  # besides matrices in 8 bits, of those too small for 4
+        return "int4"
+    if any(isinstance(leaf, Int8Matrix) for leaf in leaves):
+        return "int8"
+    return next(iter(_bytes_by_dtype(params)))
+
+
+def require_positive(**values: Sequence[int]) -> None:
+    """Raises ConfigError for a number below 1, or none at all, by its name."""
+    for name, numbers in values.items():
+        if not numbers or min(numbers) < 1:
+            raise ConfigError(f"{name} = {' '.join(map(str, numbers))}: must be at least 1 each, and one at least")

@@ -1,0 +1,108 @@
+"""Models of random weights and a tokenizer for them, to measure where weights are absent, and to hold against peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import SavedTokenizer
+from rwkv_jax.models import LanguageModel
+from rwkv_jax.weights.official import abstract_model, official_shapes, place_params
+from rwkv_jax.weights.quantized import Quantization, place_quantized_params
+
+
+def random_model(config: ModelConfig, quantize: Quantization | None = None, seed: int = 0) -> LanguageModel:
+    """A model of a config's shape, always alike, as fast as a trained one; what it says means nothing.
+
+    Args:
+      config: parameters are held in its dtype, in which the model computes.
+      quantize: as `from_pretrained` has it.
+    """
+    tensors = RandomTensors(config, seed)
+    if quantize is None:
+        params = place_params(tensors, config, dtype=config.dtype)
+    else:
+        params = place_quantized_params(tensors, config, quantize)
+    return nnx.merge(abstract_model(config)[0], params)
+
+
+class RandomTensors(Mapping[str, NDArray]):
+    """float32 tensors of a model under official names, drawn when they are asked for, always alike.
+
+    They are spread as training spreads them, so that each shows in the logits, which are neither constant nor chaotic.
+    With the official initial values every block's output is zero: a peer that had half of the model wrong would pass.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self._shapes = official_shapes(config)
+        self._seeds = dict(zip(self._shapes, np.random.SeedSequence(seed).spawn(len(self._shapes)), strict=True))
+
+    def __getitem__(self, name: str) -> NDArray:
+        shape = self._shapes[name]
+        normal = np.random.default_rng(self._seeds[name]).standard_normal(shape, np.float32)
+        mean, deviation = _mean_and_deviation(name, shape)
+        return np.float32(mean) + np.float32(deviation) * normal
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Of a tensor's numbers, by its official name."""
+    *module, parameter = name.split(".")
+    if module[-1].startswith("ln"):
+        return (1.0 if parameter == "weight" else 0.0), 0.2
+    if name == "emb.weight":
+        return 0.0, 1.0
+    if parameter == "weight":  # [out, in]
+        # Blocks add less to the residual stream than it has, or rounding would grow from layer to layer.
+        writes = module[-1] == "output" or module[-2:] == ["ffn", "value"]
+        return 0.0, (0.3 if writes else 1.0) * shape[-1] ** -0.5
+    if parameter.endswith(("1", "2")):  # of low rank, [in, out]
+        return 0.0, shape[-2] ** -0.5
+    if parameter.startswith(("x_", "time_mix_", "time_maa_")):
+        return 0.5, 0.3
+    return (-1.0, 1.0) if parameter in ("w0", "time_decay") else (0.0, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberTokenizer:
+    """Token 17 is the text "17 "; token 0 stands between texts. A `rwkv_jax.data.tokenizers.Tokenizer`."""
+
+    vocab_size: int
+
+    end_of_text = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its size."""
+        return f"numbers below {self.vocab_size}"
+
+    @property
+    def saved(self) -> SavedTokenizer:
+        """It is not for saving."""
+        raise NotImplementedError("a NumberTokenizer is made, never loaded")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of numbers that stand between spaces."""
+        return [int(word) for word in text.split()]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The numbers."""
+        return "".join(self.token_bytes(token).decode() for token in tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """One number and a space; nothing for the end of a text."""
+        return f"{token} ".encode() if token != self.end_of_text else b""
+
+    def is_named(self, token: int) -> bool:
+        """Every id of the model is."""
+        return 0 <= token < self.vocab_size

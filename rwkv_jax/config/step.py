@@ -1,0 +1,112 @@
+"""How a run trains: its optimizer, and the shape of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from rwkv_jax.config.checks import require, require_positive
+
+Remat = Literal["none", "operator", "full"]
+"""What a block's backward pass recomputes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with RWKV's parameter groups: weight decay on the large matrices only, `w0` at twice the rate."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    final_learning_rate: float = 1e-4
+    """Learning rate at the last step."""
+    schedule: Literal["cosine", "linear", "wsd", "exponential", "constant"] = "cosine"
+    """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), exponential
+    (likewise, but by the same factor each step), constant."""
+    warmup_steps: int = 10
+    """Steps over which the rate rises linearly from 1% of its highest value."""
+    decay_fraction: float = 0.2
+    """Share of the steps, the last ones, in which a wsd or exponential schedule decays."""
+    beta1: float = 0.9
+    """Adam's decay of the gradient mean."""
+    beta2: float = 0.99
+    """Adam's decay of the squared gradient mean."""
+    epsilon: float = 1e-18
+    """Adam's epsilon; the official 1e-18 needs float32 moments, which is what we keep."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices (embedding, head, projections)."""
+    clip_norm: float = 1.0
+    """Global norm above which gradients are scaled down; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "optimizer", "learning_rate", "epsilon")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        require(
+            self.final_learning_rate >= 0, "optimizer.final_learning_rate", self.final_learning_rate, "must be >= 0"
+        )
+        require(
+            self.final_learning_rate <= self.learning_rate,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            f"must not exceed optimizer.learning_rate = {self.learning_rate}",
+        )
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
+        require(
+            self.schedule in ("cosine", "linear", "wsd", "exponential", "constant"),
+            "optimizer.schedule",
+            self.schedule,
+            "must be cosine, linear, wsd, exponential or constant",
+        )
+        require(
+            self.schedule != "exponential" or self.final_learning_rate > 0,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            "must be greater than zero, which an exponential decay never reaches; or set optimizer.schedule to wsd",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """The shape of a step."""
+
+    num_steps: int = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: int = 8
+    """B: sequences in one optimizer step, over all micro-batches."""
+    sequence_length: int = 512
+    """T: tokens in one sequence."""
+    accumulation_steps: int = 1
+    """Micro-batches into which a step's batch is split; divides batch_size."""
+    reset_at_documents: bool = True
+    """Begin each document with the empty state: nothing of the text before it in the same row is seen. The official
+    trainer does not."""
+    carry_state: bool = False
+    """Truncated backpropagation: each row goes on, with the state that it was left with, where it stopped a step ago,
+    so that documents longer than sequence_length are read whole."""
+    remat: Remat = "none"
+    """What the backward pass recomputes rather than keeps: none (of the matrix products), operator (all but what the
+    WKV operator read), full (all but each block's input)."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at one time; None holds all [B * T, V] of them."""
+    l2wrap: float = 1e-4
+    """Strength of L2Wrap, the official pull of each token's largest logit towards zero; 0 switches it off."""
+    max_bad_steps: int = 10
+    """Consecutive steps with a loss or gradient that is not finite (each skipped) after which the run stops."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "training", "num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps"
+        )
+        require(
+            self.batch_size % self.accumulation_steps == 0,
+            "training.batch_size",
+            self.batch_size,
+            f"must be a multiple of training.accumulation_steps = {self.accumulation_steps}",
+        )
+        require(
+            self.loss_chunk is None or self.loss_chunk > 0, "training.loss_chunk", self.loss_chunk, "must be positive"
+        )
+        require(self.l2wrap >= 0, "training.l2wrap", self.l2wrap, "must not be negative")

@@ -1,0 +1,1 @@
+"""Token files, and the rows that steps read from them."""

@@ -1,0 +1,349 @@
+"""The official token files, PATH.bin and PATH.idx (binidx, from Megatron): read memory-mapped, written as a stream.
+
+The .bin holds the tokens of all documents, one after the other. The .idx, all numbers little-endian:
+
+    9 bytes       b"MMIDIDX", 0, 0
+    uint64        version, 1
+    uint8         dtype of the tokens
+    uint64        n, number of items (the official tools write one a document)
+    uint64        m, number of document boundaries
+    n x int32     tokens of each item
+    n x int64     byte of the .bin at which each item begins
+    m x int64     items before each document's first, and after the last document's last
+
+The trainer reads the .bin as one stream and does not look at the items. Format: RWKV-LM, RWKV-v5/src/binidx.py.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.files import publish
+from rwkv_jax.data.tokens.token_file import first_wrong_token
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),  # Python's float and numpy's double have a code each
+    7: np.dtype("<f8"),
+    8: np.dtype("<u2"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LONGEST_ITEM = 2**31 - 1
+
+_ITEMS_AT_A_TIME = 2**20
+_DIGEST_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20
+_MOST_BLOCKS = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Binidx:
+    """A pair of files, opened; all arrays are memory-mapped."""
+
+    bin_path: Path
+    idx_path: Path
+    tokens: np.ndarray
+    """All tokens, one stream, in the dtype of the file."""
+    sizes: np.ndarray
+    """Tokens of each item, [n] int32."""
+    pointers: np.ndarray
+    """Byte of the .bin at which each item begins, [n] int64."""
+    boundaries: np.ndarray
+    """Items before each document, [m] int64; the last one may be the number of all."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents; items after the last boundary count as one."""
+        return len(self.boundaries) - int(self.boundaries[-1] == len(self.sizes))
+
+    def document_start(self, document: int) -> int:
+        """Position of a document's first token; the number of tokens for the one after the last."""
+        item = int(self.boundaries[document]) if document < len(self.boundaries) else len(self.sizes)
+        return len(self.tokens) if item == len(self.sizes) else int(self.pointers[item]) // self.tokens.itemsize
+
+
+def find_binidx(source: str) -> tuple[Path, Path] | None:
+    """The .bin and .idx that a source names by either of them or by what is common to both; None if it names neither.
+
+    Raises:
+      ConfigError: one of the two is missing.
+    """
+    path = Path(source).expanduser()
+    named = path.suffix in (".bin", ".idx")
+    stem = path.with_suffix("") if named else path
+    pair = stem.with_name(f"{stem.name}.bin"), stem.with_name(f"{stem.name}.idx")
+    if not named:
+        return pair if not path.exists() and all(file.is_file() for file in pair) else None
+    for file in pair:
+        if not file.is_file():
+            raise ConfigError(
+                f"data.source = {source!r}: there is no {file}; tokens need a .bin and the .idx beside it"
+            )
+    return pair
+
+
+def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
+    """Opens a pair after checking all of the .idx against the size of the .bin, which is not read.
+
+    Raises:
+      ConfigError: a file that cannot be read, is no .idx, is cut short, or does not match the other.
+    """
+    try:
+        bin_bytes, idx_bytes = bin_path.stat().st_size, idx_path.stat().st_size
+        with idx_path.open("rb") as file:
+            header = file.read(_HEADER.size)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    dtype, num_items, num_boundaries = _parse_header(header, idx_path)
+    needed = _HEADER.size + 12 * num_items + 8 * num_boundaries
+    if idx_bytes != needed:
+        what = "is cut short" if idx_bytes < needed else "is too long"
+        raise ConfigError(
+            f"{idx_path}: {what}, it has {idx_bytes} bytes and its header announces {needed} ({num_items} items, "
+            f"{num_boundaries} document boundaries); copy it again"
+        )
+    if num_items == 0 or num_boundaries == 0 or bin_bytes == 0:
+        raise ConfigError(f"{idx_path}: holds no documents ({num_items} items, {bin_bytes} bytes in {bin_path.name})")
+    opened = Binidx(
+        bin_path=bin_path,
+        idx_path=idx_path,
+        tokens=np.memmap(bin_path, dtype, "r", shape=(bin_bytes // dtype.itemsize,)),
+        sizes=np.memmap(idx_path, "<i4", "r", _HEADER.size, (num_items,)),
+        pointers=np.memmap(idx_path, "<i8", "r", _HEADER.size + 4 * num_items, (num_items,)),
+        boundaries=np.memmap(idx_path, "<i8", "r", _HEADER.size + 12 * num_items, (num_boundaries,)),
+    )
+    _check_items(opened, bin_bytes)
+    _check_boundaries(opened)
+    return opened
+
+
+def evenly_spaced_blocks(num_tokens: int, itemsize: int) -> Iterator[slice]:
+    """At most 64 slices of 1 MiB, evenly spaced from the first token to the last; of fewer tokens than that, all."""
+    length = _BLOCK_BYTES // itemsize
+    if num_tokens <= _MOST_BLOCKS * length:
+        yield from (slice(start, min(start + length, num_tokens)) for start in range(0, num_tokens, length))
+        return
+    for block in range(_MOST_BLOCKS):
+        start = block * (num_tokens - length) // (_MOST_BLOCKS - 1)
+        yield slice(start, start + length)
+
+
+def fingerprint(opened: Binidx) -> str:
+    """Hex digest of the whole .idx, of the size of the .bin and of evenly spaced blocks of it.
+
+    Of a .bin beyond 64 MiB only 64 MiB are read, since the Pile's has 664 GB: a change elsewhere in it goes unnoticed.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{opened.tokens.nbytes} ".encode())
+    with opened.idx_path.open("rb") as file:
+        while content := file.read(_DIGEST_BYTES):
+            digest.update(content)
+    for block in evenly_spaced_blocks(len(opened.tokens), opened.tokens.itemsize):
+        digest.update(opened.tokens[block].tobytes())
+    return digest.hexdigest()
+
+
+class BinidxWriter:
+    """Writes a pair of files as a stream; a context manager, and the files appear when it ends well.
+
+    Everything goes to files of temporary names beside the target, which are flushed to disk before they get their own,
+    the .idx last. After an error nothing is left.
+    """
+
+    def __init__(self, target: Path, vocab_size: int) -> None:
+        """For TARGET.bin and TARGET.idx, in uint16 where the vocabulary allows, else int32.
+
+        Args:
+          target: what is common to both names; one of them will do, too.
+          vocab_size: number of ids.
+
+        Raises:
+          ConfigError: one of the files exists already, or the folder cannot be written.
+        """
+        stem = target.with_suffix("") if target.suffix in (".bin", ".idx") else target
+        self.paths = stem.with_name(f"{stem.name}.bin"), stem.with_name(f"{stem.name}.idx")
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
+        self._vocab_size = vocab_size
+        self._sizes = array.array("i")
+        self._size = self._num_tokens = 0
+        self._refuse_existing()
+        drawn = secrets.token_hex(8)  # processes of several hosts may write here, and have the same number
+        self._temporary = [path.with_name(f".{path.name}.{drawn}.tmp") for path in self.paths]
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._temporary[0].open("xb")
+        except OSError as error:
+            raise ConfigError(f"{stem.parent}: cannot be written ({error.strerror}); name another folder") from error
+
+    def __enter__(self) -> BinidxWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._bin.close()
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents ended so far."""
+        return len(self._sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self._num_tokens
+
+    def write(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Appends tokens to the present document. Raises ConfigError for what is no id of the vocabulary."""
+        values = np.asarray(tokens, np.int64)
+        if not len(values):
+            return
+        wrong = first_wrong_token(values, self._vocab_size)
+        if wrong is not None:
+            raise ConfigError(
+                f"document {self.num_documents}: token {values[wrong]} is no id of a vocabulary of {self._vocab_size}"
+            )
+        self._bin.write(values.astype(self._dtype).tobytes())
+        self._num_tokens += len(values)
+        self._size += len(values)
+
+    def end_document(self) -> None:
+        """Ends the present document, after its end-of-text token. Raises ConfigError if it has 2^31 tokens or more."""
+        if self._size > _LONGEST_ITEM:
+            raise ConfigError(
+                f"document {self.num_documents}: {self._size} tokens are more than the format can count; divide it"
+            )
+        self._sizes.append(self._size)
+        self._size = 0
+
+    def _finish(self) -> None:
+        if self._size:
+            raise ConfigError(f"{self.paths[0]}: the last document was not ended; call end_document after each")
+        if not self._num_tokens:
+            raise ConfigError(f"{self.paths[0]}: there is no document to write")
+        _flush_to_disk(self._bin)
+        with self._temporary[1].open("xb") as idx:
+            items = len(self._sizes)
+            idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._dtype], items, items + 1))
+            sizes = np.frombuffer(self._sizes, np.intc)
+            for start in range(0, items, _ITEMS_AT_A_TIME):
+                idx.write(sizes[start : start + _ITEMS_AT_A_TIME].astype("<i4").tobytes())
+            position = 0
+            for start in range(0, items, _ITEMS_AT_A_TIME):
+                ends = position + np.cumsum(sizes[start : start + _ITEMS_AT_A_TIME], dtype=np.int64)
+                starts = np.concatenate([[position], ends[:-1]])
+                idx.write((starts * self._dtype.itemsize).astype("<i8").tobytes())
+                position = int(ends[-1])
+            for start in range(0, items + 1, _ITEMS_AT_A_TIME):
+                idx.write(np.arange(start, min(start + _ITEMS_AT_A_TIME, items + 1), dtype="<i8").tobytes())
+            _flush_to_disk(idx)
+        self._refuse_existing()  # somebody else may have been at it, too
+        self._publish(0)
+        try:
+            self._publish(1)
+        except BaseException:
+            self.paths[0].unlink()
+            raise
+        folder = os.open(self.paths[0].parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _refuse_existing(self) -> None:
+        for path in self.paths:
+            if os.path.lexists(path):  # a link that leads nowhere is the user's, too
+                raise _already_there(path)
+
+    def _publish(self, place: int) -> None:
+        try:
+            publish(self._temporary[place], self.paths[place])
+        except FileExistsError as error:
+            raise _already_there(self.paths[place]) from error
+
+
+def _already_there(path: Path) -> ConfigError:
+    return ConfigError(f"{path} exists already and is not overwritten; move it away or name another target")
+
+
+def _flush_to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _parse_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
+    if not header.startswith(_MAGIC):
+        raise ConfigError(f"{path}: is no .idx of tokens, it begins with {header[:9]!r} instead of {_MAGIC!r}")
+    if len(header) < _HEADER.size:
+        raise ConfigError(f"{path}: is cut short, it ends within its header of {_HEADER.size} bytes; copy it again")
+    _, version, code, num_items, num_boundaries = _HEADER.unpack(header)
+    if version != _VERSION:
+        raise ConfigError(f"{path}: has version {version} of the format, and only version {_VERSION} is known")
+    if code not in _DTYPES:
+        raise ConfigError(f"{path}: has dtype code {code}, and only 1 to 8 are known")
+    return _DTYPES[code], num_items, num_boundaries
+
+
+def _check_items(opened: Binidx, bin_bytes: int) -> None:
+    itemsize, end = opened.tokens.itemsize, 0
+    for first in range(0, len(opened.sizes), _ITEMS_AT_A_TIME):
+        sizes = opened.sizes[first : first + _ITEMS_AT_A_TIME].astype(np.int64) * itemsize
+        pointers = opened.pointers[first : first + _ITEMS_AT_A_TIME].astype(np.int64)
+        if (sizes < 0).any():
+            item = int(np.flatnonzero(sizes < 0)[0])
+            raise ConfigError(f"{opened.idx_path}: item {first + item} has {sizes[item] // itemsize} tokens")
+        outside = (pointers < 0) | (pointers > bin_bytes - sizes)
+        if outside.any():
+            item = int(np.flatnonzero(outside)[0])
+            raise ConfigError(
+                f"{opened.idx_path}: does not match {opened.bin_path.name}, item {first + item} covers the bytes "
+                f"{pointers[item]} to {pointers[item] + sizes[item]} of a file of {bin_bytes}"
+            )
+        starts = end + np.cumsum(sizes) - sizes
+        if (pointers != starts).any():
+            item = int(np.flatnonzero(pointers != starts)[0])
+            raise ConfigError(
+                f"{opened.idx_path}: item {first + item} begins at byte {pointers[item]} and the items before it end "
+                f"at {starts[item]}; only files whose items follow one another can be read as one stream"
+            )
+        end = int(starts[-1] + sizes[-1])
+    if end != bin_bytes:
+        raise ConfigError(
+            f"{opened.idx_path}: does not match {opened.bin_path.name}, its items have {end} bytes "
+            f"({end // itemsize} tokens of {itemsize}) and the file has {bin_bytes}; are they of the same name and age?"
+        )
+
+
+def _check_boundaries(opened: Binidx) -> None:
+    previous = 0
+    for first in range(0, len(opened.boundaries), _ITEMS_AT_A_TIME):
+        boundaries = opened.boundaries[first : first + _ITEMS_AT_A_TIME].astype(np.int64)
+        begins = boundaries[0] == 0 if first == 0 else boundaries[0] >= previous
+        if not begins or (np.diff(boundaries) < 0).any() or boundaries[-1] > len(opened.sizes):
+            raise ConfigError(
+                f"{opened.idx_path}: its document boundaries do not rise from 0 to at most its {len(opened.sizes)} "
+                "items; write it again"
+            )
+        previous = int(boundaries[-1])

@@ -1,0 +1,51 @@
+"""Which source of a mixture each row comes from: exact shares in every period of rows, in a random order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+
+PERIOD = 2**12
+"""Rows in which each source has exactly its share."""
+
+
+def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:
+    """Rows that each source has in a period: its weight over the sum of all, rounded so that they fill the period.
+
+    Raises ConfigError for a weight that is too small for a single row.
+    """
+    total = sum(weight for _, weight in mixture)
+    exact = [weight / total * PERIOD for _, weight in mixture]
+    shares = [int(share) for share in exact]
+    largest_remainders = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
+    for source in largest_remainders[: PERIOD - sum(shares)]:
+        shares[source] += 1
+    for (source, weight), share in zip(mixture, shares, strict=True):
+        if share == 0:
+            raise ConfigError(
+                f"data.mixture, weight of {source!r} = {weight}: less than a row in {PERIOD}; raise it or leave it out"
+            )
+    return tuple(shares)
+
+
+def assign_sources(elements: np.ndarray, shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each row of a run, and which of that source's rows it is; both [n] int64.
+
+    Args:
+      elements: numbers of rows, counted from 0 over the whole run, [n] int64.
+      shares: rows of each source in a period.
+      seed: of the order within a period, which differs from period to period.
+    """
+    period, ends = sum(shares), np.cumsum(shares)
+    periods, places = np.divmod(elements, period)
+    shuffled = np.empty_like(places)
+    for number in np.unique(periods):
+        members = periods == number
+        shuffled[members] = permute(places[members], period, random_words(f"mixture {seed} {number}", ROUNDS))
+    sources = np.searchsorted(ends, shuffled, side="right")
+    counts = np.asarray(shares, np.int64)[sources]
+    return sources, periods * counts + shuffled - (ends[sources] - counts)

@@ -1,0 +1,54 @@
+"""Random permutations that are computed place by place, from a hash of what names them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+ROUNDS = 8
+"""Keys that a permutation takes."""
+
+# As arrays' own numbers: made anew in each call, they would cost as much as the arithmetic of a small batch.
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def random_words(name: str, count: int) -> np.ndarray:
+    """`count` random uint64 numbers that depend on the name alone.
+
+    From a hash, not from numpy's generators, whose streams may change with its version.
+    """
+    words = b"".join(hashlib.blake2b(f"{name} {word}".encode(), digest_size=8).digest() for word in range(count))
+    return np.frombuffer(words, "<u8").astype(np.uint64)
+
+
+def permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of range(size) sends each place; takes no memory beyond the places themselves.
+
+    A Feistel network permutes a power of four; what lands outside is sent on until it lands inside, which happens
+    since the places themselves are inside.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = places.astype(np.uint64)
+    outside, values = np.arange(len(result)), result
+    while len(outside):
+        left, right = values >> half, values & mask
+        for key in keys[:ROUNDS]:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values = (left << half) | right
+        result[outside] = values
+        walk_on = np.flatnonzero(values >= size)
+        outside, values = outside[walk_on], values[walk_on]
+    return result.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scrambles an array of uint64 numbers in place (the finalizer of splitmix64); products wrap around."""
+    values ^= values >> _SHIFTS[0]
+    values *= _FACTORS[0]
+    values ^= values >> _SHIFTS[1]
+    values *= _FACTORS[1]
+    values ^= values >> _SHIFTS[2]
+    return values

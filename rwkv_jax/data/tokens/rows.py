@@ -1,0 +1,188 @@
+"""The rows that a run trains on: step by step, each a pure function of seed, step and row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokens.mixture import assign_sources
+from rwkv_jax.data.tokens.order import (
+    RowOrder,
+    check_magic_prime,
+    find_magic_prime,
+    num_slots,
+    official_starts,
+    stream_starts,
+    windows,
+)
+from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
+
+
+class RowStarts(NamedTuple):
+    """Where rows begin; two [n] int64 arrays."""
+
+    sources: np.ndarray
+    """Which of the sources."""
+    starts: np.ndarray
+    """Position of the first token in it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """Rows of a run by step; made by `training_rows`, which checks that these values go together."""
+
+    sources: tuple[TokenFile, ...]
+    shares: tuple[int, ...]
+    """Rows of each source in a period of the mixture."""
+    order: RowOrder
+    seed: int
+    batch_size: int
+    """B."""
+    sequence_length: int
+    """T."""
+    vocab_size: int
+    """Number of ids; a token beyond it is refused when it is read."""
+    magic_prime: int | None = None
+    """Of the official order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Training tokens of all sources."""
+        return sum(source.num_tokens for source in self.sources)
+
+    def locate(self, step: int, rows: slice = slice(None)) -> RowStarts:
+        """Where the selected ones of a step's B rows begin."""
+        elements = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        one_source = np.zeros(len(elements), np.int64)
+        num_tokens = self.sources[0].num_tokens
+        if self.magic_prime is not None:
+            starts = official_starts(elements, magic_prime=self.magic_prime, sequence_length=self.sequence_length)
+            return RowStarts(one_source, starts)
+        if self.order == "streams":
+            shape = {"batch_size": self.batch_size, "sequence_length": self.sequence_length}
+            return RowStarts(one_source, stream_starts(elements, num_tokens=num_tokens, seed=self.seed, **shape))
+        if len(self.sources) == 1:
+            return RowStarts(one_source, self._window_starts(0, elements))
+        sources, members = assign_sources(elements, self.shares, self.seed)
+        starts = np.empty_like(members)
+        for source in np.unique(sources):
+            chosen = sources == source
+            starts[chosen] = self._window_starts(int(source), members[chosen])
+        return RowStarts(sources, starts)
+
+    def read(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The selected ones of a step's rows, int32 [n, T + 1]: the first T tokens are read, the last T predicted.
+
+        `rows` selects from the B rows, so that a process reads its own.
+        Raises ConfigError, naming the place, for a token that is no id of the vocabulary.
+        """
+        length = self.sequence_length + 1
+        sources, starts = self.locate(step, rows)
+        result = np.empty((len(starts), length), np.int32)
+        for row, source, start in zip(result, sources.tolist(), starts.tolist(), strict=True):
+            file = self.sources[source]
+            tokens = np.asarray(file.tokens)[start : start + length]  # slices of a memmap take longer
+            if len(tokens) < length:  # the tokens are a ring
+                tokens = np.concatenate([tokens, file.tokens[: length - len(tokens)]])
+            wrong = first_wrong_token(tokens, self.vocab_size)  # before the cast, which would wrap around
+            if wrong is not None:
+                position = (start + wrong) % file.num_tokens
+                raise ConfigError(
+                    f"{file.path}: token {position} is {tokens[wrong]}, and the vocabulary has {self.vocab_size}; the "
+                    "file is damaged, or was made by another tokenizer than data.tokenizer"
+                )
+            row[:] = tokens
+        return result
+
+    def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
+        """Where each row begins, for a person: `minipile.bin, token 941248`."""
+        sources, starts = self.locate(step, rows)
+        pairs = zip(sources.tolist(), starts.tolist(), strict=True)
+        return [f"{self.sources[source].path}, token {start}" for source, start in pairs]
+
+    def _window_starts(self, source: int, elements: np.ndarray) -> np.ndarray:
+        num_tokens = self.sources[source].num_tokens
+        return windows(elements, num_tokens=num_tokens, seed=self.seed, sequence_length=self.sequence_length).starts
+
+
+def training_rows(
+    corpus: Corpus,
+    *,
+    order: RowOrder,
+    seed: int,
+    batch_size: int,
+    sequence_length: int,
+    magic_prime: int | None = None,
+) -> TrainingRows:
+    """The rows of a run, after a check that the corpus has enough tokens for them.
+
+    Args:
+      corpus: whose training tokens are read.
+      order: `streams` for states that are carried from step to step, else `data.order`.
+      seed: of the order; the official one has none.
+      batch_size: B.
+      sequence_length: T.
+      magic_prime: of the official order; None computes it.
+
+    Raises:
+      ConfigError: too few tokens, a magic prime that does not fit them, or an order that a mixture does not have.
+    """
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    if len(corpus.sources) == 1:
+        _check_corpus_fits(corpus.train.num_tokens, **shape)
+    else:
+        _check_mixture_fits(corpus, order, sequence_length)
+    if order == "official":
+        num_tokens = corpus.train.num_tokens
+        if magic_prime is None:
+            magic_prime = find_magic_prime(num_tokens, sequence_length)
+        else:
+            check_magic_prime(magic_prime, num_tokens, sequence_length)
+    return TrainingRows(
+        sources=corpus.sources,
+        shares=corpus.shares,
+        order=order,
+        seed=seed,
+        vocab_size=corpus.tokenizer.vocab_size,
+        magic_prime=magic_prime if order == "official" else None,
+        **shape,
+    )
+
+
+def _check_corpus_fits(num_tokens: int, *, batch_size: int, sequence_length: int) -> None:
+    """Raises ConfigError if the training tokens are not enough for one batch of distinct windows."""
+    slots = num_slots(num_tokens, sequence_length)
+    if slots >= batch_size:
+        return
+    remedies = ["use more text"]
+    if (num_tokens - 1) // batch_size >= 1:
+        remedies.insert(0, f"set training.sequence_length to at most {(num_tokens - 1) // batch_size}")
+    if slots >= 1:
+        remedies.insert(0, f"set training.batch_size to at most {slots}")
+    raise ConfigError(
+        f"training.batch_size = {batch_size}: the corpus is shorter than one batch, its {num_tokens} training tokens "
+        f"give {slots} sequences of training.sequence_length = {sequence_length} (one batch takes "
+        f"{batch_size * sequence_length + 1} tokens); {', or '.join(remedies)}"
+    )
+
+
+def _check_mixture_fits(corpus: Corpus, order: RowOrder, sequence_length: int) -> None:
+    if order != "windows":
+        raise ConfigError(
+            f"data.mixture: there is no {order} order of several sources, whose rows follow from one stream of tokens; "
+            + (
+                "switch training.carry_state off, or give one source with data.source"
+                if order == "streams"
+                else "set data.order to windows, or give one source with data.source"
+            )
+        )
+    for source in corpus.sources:
+        if num_slots(source.num_tokens, sequence_length) == 0:
+            raise ConfigError(
+                f"data.mixture: {source.path} has {source.num_tokens} training tokens, less than one sequence of "
+                f"training.sequence_length = {sequence_length} and the token after it; shorten it, or leave the source "
+                "out"
+            )

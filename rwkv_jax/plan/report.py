@@ -1,0 +1,110 @@
+"""A plan in words and as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv_jax.plan.devices import PREALLOCATED
+from rwkv_jax.plan.planner import USABLE_SHARE, Plan, Program
+
+VERSION = 2
+"""Of the JSON form; it changes when a field changes its name or its meaning."""
+
+CHOSEN_BY_DATA = "the data choose one of two loops; counted as for weak decays"
+"""Of the chunked operators of RWKV-5 and 6, which alone have such loops; initial values have weak decays."""
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data for JSON; docs/plan.md names every field."""
+    values = dataclasses.asdict(plan) | {"version": VERSION, "peak": plan.peak, "fits": plan.fits}
+    values["arguments"]["total"] = plan.arguments.total
+    return values | {"tokens_per_second": plan.tokens_per_second, "mfu": plan.mfu}
+
+
+def describe(plan: Plan) -> str:
+    """The plan for people."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    shape = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    yield f"{plan.topology}: {shape}; a step has {plan.work.tokens:,} tokens"
+    if plan.idle_devices:
+        yield f"{plan.idle_devices} devices stay idle: they cannot share a step's rows evenly with the others"
+    yield "\nbytes of one device"
+    for name, size in plan.arguments.groups.items():
+        yield _row(name, _bytes(size))
+    yield _row("arguments", _bytes(plan.arguments.total), f"{plan.arguments.total:,} bytes by shapes and shardings")
+    if plan.arguments.compiled is not None:
+        difference = plan.arguments.compiled - plan.arguments.total - plan.arguments.padding
+        says = "the compiler says the same" if difference == 0 else f"the compiler says {difference:+,} bytes"
+        yield _row("padding of layouts", _bytes(plan.arguments.padding), says)
+    if plan.arguments.on_host:
+        yield _row("of these on the host", _bytes(plan.arguments.on_host))
+    if plan.program is None or plan.peak is None:
+        yield f"\nthe compiler refuses: {plan.refusal}"
+        yield "verdict: does not fit"
+        return
+    program = plan.program
+    for name in ("results", "temporary", "code"):
+        yield _row(name, _bytes(getattr(program, name)))
+    yield _row("peak", _bytes(plan.peak), f"{plan.peak / plan.device.memory:.0%} of {_bytes(plan.device.memory)}")
+    yield from _work_lines(plan, program)
+    yield from _floor_lines(plan, program)
+
+
+def _work_lines(plan: Plan, program: Program) -> Iterator[str]:
+    devices = math.prod(plan.mesh.values())
+    yield "\nwork of one device"
+    yield _row("model FLOPs", f"{plan.work.model_flops / devices:.3e}", "forward and backward, by hand")
+    if plan.work.recomputed_flops:
+        yield _row("recomputed", f"{plan.work.recomputed_flops / devices:.3e}", "by hand, at most")
+    for precision, flops in program.product_flops.items():
+        yield _row(f"products, {precision}", f"{flops:.3e}", "as compiled, loops times their trip counts")
+    yield _row("memory traffic", _bytes(program.traffic), "as compiled, if nothing stays in a cache")
+    if program.unknown_loops:
+        yield f"  counted once, trip count unknown: {', '.join(program.unknown_loops)}"
+    if program.chosen_loops:
+        yield f"  {CHOSEN_BY_DATA}: {', '.join(program.chosen_loops)}"
+    if program.collectives:
+        yield f"\n  {'collectives':<20}{'along':<18}{'devices':>8}{'count':>8}{'bytes':>12}{'sent':>12}{'ms':>9}"
+    for total in program.collectives:
+        along = " x ".join(total.axes) + (", hosts" if total.across_hosts else "")
+        sizes = f"{_bytes(total.bytes):>12}{_bytes(total.sent_bytes):>12}{1e3 * total.seconds:>9.2f}"
+        yield f"  {total.kind:<20}{along:<18}{total.group_size:>8}{total.count:>8}{sizes}"
+
+
+def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
+    highest, seconds = program.floors.largest
+    yield "\nfloors of a step, ms"
+    for name, floor in dataclasses.asdict(program.floors).items():
+        notes = ["<- the highest"] if name == highest else []
+        if name == "interconnect" and program.collectives:
+            notes.append("by ring algorithms, an estimate")
+        yield _row(name, f"{1e3 * floor:.2f}", ", ".join(notes))
+    yield _row(
+        "(memory traffic)", f"{1e3 * program.traffic / plan.device.memory_bandwidth:.2f}", "an estimate, no floor"
+    )
+    rate, mfu = plan.work.tokens / seconds, program.floors.arithmetic / seconds
+    best = f"at best {rate:,.0f} tokens/s, MFU {mfu:.0%}" + (" while decays are weak" if program.chosen_loops else "")
+    yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; {best}"
+    if program.unknown_loops:
+        yield "the rate is too high: it leaves out all but one turn of the loops named above"
+    if plan.peak is not None and plan.usable_memory < plan.peak <= plan.device.memory:
+        yield f"the driver and NCCL leave about {USABLE_SHARE[plan.device.platform]:.0%} of a GPU's memory"
+    if plan.fits and plan.device.platform == "cuda" and (plan.peak or 0) > PREALLOCATED * plan.device.memory:
+        yield f"JAX takes {PREALLOCATED:.0%} of a GPU's memory by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+
+
+def _row(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<26}{value:>14}  {note}".rstrip()
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,95 @@
+"""A run's training step, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
+from rwkv_jax.plan.devices import Topology, topology_devices
+from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
+from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
+
+
+def plan_run(config: TrainConfig, topology: Topology) -> Plan:
+    """Compiles the step that `train.py` would run there, and reads what it takes; nothing is allocated.
+
+    Raises:
+      ConfigError: float64, a slice that the compiler does not know, or a mesh or sizes that do not go with it.
+    """
+    if config.model.dtype == "float64":
+        raise ConfigError(
+            "model.dtype = 'float64': the rates of devices in float64 are not known here; plan float32 or bfloat16"
+        )
+    devices = topology_devices(topology)
+    mesh = make_mesh(config, devices, topology.device.memory_for_jax)
+    if mesh is None and config.parallel.offload_optimizer:
+        # The step itself then names the devices between whose memories it copies, and without a mesh those of this
+        # machine. A mesh of one device splits nothing either.
+        mesh = mesh_from_shape(MeshShape(), devices[:1])
+    trainer = make_train_functions(config, mesh)
+    state, batch = abstract_state(trainer), abstract_batch(trainer, config)
+    if mesh is None:
+        state, batch = _on(devices[0], (state, batch))
+    groups = {
+        "parameters": state.params,
+        "optimizer": state.optimizer,
+        "carried state": state.recurrent_state,
+        "counters and key": state._replace(params=None, optimizer=None, recurrent_state=None),
+        "batch": batch,
+    }
+    lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)
+    compiled, refusal = _compile(lowered, topology)
+    return make_plan(topology, mesh, work_of(config), (state, batch), groups, compiled, refusal)
+
+
+def _on(device: Any, tree: Any) -> Any:
+    """Shapes of arrays that lie on one device."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:
+    """The compiled step, or why its compiler would not have it in the memory that there is."""
+    platform = topology.device.platform
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {}
+        if platform == "cpu":  # nobody runs it, so its machine code need not be good: that takes a third of the time
+            options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        elif platform == "tpu":  # only libtpu can write down all that is in its programs, and only into a file
+            options = {"xla_dump_to": folder}
+        try:
+            executable = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None, str(error).strip().splitlines()[0]
+        if platform != "tpu":
+            return Compiled(executable, executable.as_text()), None
+        # Pieces of the program that it tries out by themselves are written down beside it, without the step's name.
+        (dumped,) = Path(folder).glob("*.jit_*.after_optimizations.txt")
+        return Compiled(executable, dumped.read_text(encoding="utf-8")), None
+
+
+def work_of(config: TrainConfig) -> Work:
+    """What a step of a run does, from its config alone."""
+    model, training = config.model, config.training
+    tokens = training.batch_size * training.sequence_length
+    flops = model.flops_per_token(training.sequence_length)
+    head = 2 * model.vocab_size * model.width
+    recomputed = 0
+    if training.remat != "none":  # for `operator` it is less, by what stood between the kept inputs and results
+        recomputed += flops - head
+    if training.loss_chunk is not None:
+        recomputed += head
+    return Work(
+        tokens=tokens,
+        model_flops=3 * flops * tokens,
+        recomputed_flops=recomputed * tokens,
+        dtype=model.dtype,
+    )

@@ -1,0 +1,137 @@
+"""The picture of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rwkv_jax.training.reporting.metrics import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
+PLOT_FILE = "loss.png"
+
+_TRAINING, _HELD_OUT, _RATE, _GRID = "#1f5fa8", "#d1495b", "#5b7f3a", "#d9d9d9"
+_SMOOTHED_SHARE = 0.05
+_RATIO_TOLERANCE = 2e-3
+
+
+def plot_losses(run_dir: Path | str) -> Path:
+    """Draw RUN_DIR/metrics.jsonl into RUN_DIR/loss.png and return its path.
+
+    Losses are in nats per token; the right-hand axis is in bits per byte where that is a constant multiple of them.
+    Raises ValueError when the run has no losses yet.
+    """
+    run_dir = Path(run_dir)
+    metrics = run_dir / METRICS_FILE
+    records = read_metrics(metrics) if metrics.exists() else []
+    training = [record for record in records if record["kind"] == "train" and "loss" in record]
+    held_out = [record for record in records if record["kind"] == "evaluation" and "loss" in record]
+    if not any(_number(record, "loss") is not None for record in training + held_out):
+        raise ValueError(f"there are no losses to draw in {metrics}; a run writes its first after logging.every steps")
+
+    # Imported here because training must not wait for it, and used without pyplot, which keeps global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    has_rate = any(_number(record, "learning_rate") is not None for record in training)
+    if has_rate:
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        _draw_rates(rates, training)
+    else:
+        losses = rates = figure.subplots()
+    _draw_losses(losses, training, held_out)
+    _draw_bits_per_byte(losses, training, held_out)
+    rates.set_xlabel("step")
+    figure.align_ylabels()
+
+    path = run_dir / PLOT_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    canvas.print_figure(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _number(record: dict[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values; a step without a finite value is left out."""
+    points = [(record["step"], value) for record in records if (value := _number(record, name)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a window of some 5% of the points, centered so that the curve does not lag behind a falling loss."""
+    reach = round(_SMOOTHED_SHARE * len(values) / 2)
+    result: list[float] = []
+    for index in range(len(values)):
+        half = min(reach, index, len(values) - 1 - index)
+        window = values[index - half : index + half + 1]
+        result.append(sum(window) / len(window))
+    return result
+
+
+def _style(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+
+
+def _draw_losses(axes: Axes, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
+    steps, values = _series(training, "loss")
+    if values:
+        axes.plot(steps, values, color=_TRAINING, alpha=0.25, linewidth=1)
+        axes.plot(steps, _smoothed(values), color=_TRAINING, linewidth=1.8, label=f"training  {values[-1]:.3f}")
+    steps, values = _series(held_out, "loss")
+    if values:
+        label = f"held out  {values[-1]:.3f}"
+        axes.plot(steps, values, color=_HELD_OUT, linewidth=1.4, marker="o", markersize=4.5, label=label)
+    _style(axes, "loss (nats per token)")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_rates(axes: Axes, training: Sequence[dict[str, Any]]) -> None:
+    axes.plot(*_series(training, "learning_rate"), color=_RATE, linewidth=1.5)
+    _style(axes, "learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+
+
+def _draw_bits_per_byte(axes: Axes, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
+    """A second scale, if one is right for every point; else one that is right for the held-out points, and says so."""
+    for records, label in ([*training, *held_out], "bits per byte"), (held_out, "bits per byte (held out)"):
+        ratio = _constant_ratio(records)
+        if ratio is not None:
+            scale = axes.secondary_yaxis("right", functions=(_times(ratio), _times(1 / ratio)))
+            scale.set_ylabel(label)
+            scale.spines["right"].set_color(_GRID)
+            return
+
+
+def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
+    return lambda values: np.asarray(values) * factor
+
+
+def _constant_ratio(records: Sequence[dict[str, Any]]) -> float | None:
+    """Bits per byte over loss, if it is the same in all records."""
+    ratios: list[float] = []
+    for record in records:
+        loss, bits = _number(record, "loss"), _number(record, "bits_per_byte")
+        if loss is not None and bits is not None and loss > 0:
+            ratios.append(bits / loss)
+    if not ratios or max(ratios) - min(ratios) > _RATIO_TOLERANCE * max(ratios):
+        return None
+    return ratios[-1]

@@ -1,0 +1,116 @@
+"""What is written down about each step: the live line, metrics.jsonl, and the alarm when steps stop being finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from rwkv_jax.evaluation.held_out import HeldOut, bits_per_byte
+from rwkv_jax.training.reporting.console import Console
+from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
+from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.step import StepMetrics
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+
+class StepLogger:
+    """Records steps one step late, so that the device never waits for the host to read a figure.
+
+    Without a `writer` nothing is written: of several processes, one writes.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        every: int,
+        max_bad_steps: int,
+        bytes_per_token: float,
+        learning_rate: Callable[[int], object],
+        row_locations: Callable[[int], Sequence[str]],
+        console: Console,
+        writer: MetricsWriter | None,
+        throughput: Throughput,
+    ) -> None:
+        self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
+        self._bytes_per_token = bytes_per_token
+        self._learning_rate, self._places = learning_rate, row_locations
+        self._console, self._writer, self.throughput = console, writer, throughput
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._losses: list[float] = []
+        self._bad: list[int] = []
+        self._skipped = 0
+
+    def step(self, step: int, metrics: StepMetrics, *, wait: bool) -> None:
+        """Takes a step's metrics, which may still be computing, and writes down the step before.
+
+        Args:
+          wait: write down this step too, once it is computed; for a step that is evaluated or saved.
+
+        Raises:
+          NonFiniteError: a step written down was the last of `max_bad_steps` in a row that were skipped.
+        """
+        self._write_pending()
+        self._pending = (step, metrics)
+        if wait:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        loss = float(metrics.loss)
+        self.throughput.step()
+        done = step + 1
+        if bool(metrics.finite):
+            self._losses.append(loss)
+            self._bad = []
+        else:
+            self._bad.append(step)
+            self._skipped += 1
+            self._console.print(
+                f"step {step}: loss {loss}, gradient norm {float(metrics.gradient_norm)}: not finite, step skipped"
+            )
+        if done % self._every == 0 or done == self._num_steps:
+            mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
+            figures: dict[str, float | None] = {
+                "loss": mean,
+                "bits_per_byte": bits_per_byte(mean, self._bytes_per_token),
+                "gradient_norm": float(metrics.gradient_norm),
+                "learning_rate": float(self._learning_rate(step)),  # pyright: ignore[reportArgumentType]
+                "skipped_steps": self._skipped,
+            }
+            self._losses, self._skipped = [], 0
+            self._write("train", done, figures | {"tokens_per_second": self.throughput.tokens_per_second})
+        self._console.update(
+            done,
+            {
+                "loss": loss,
+                "bits_per_byte": bits_per_byte(loss, self._bytes_per_token),
+                "tokens_per_second": self.throughput.tokens_per_second,
+            },
+            time_left=self.throughput.time_left(self._num_steps - done),
+        )
+        if len(self._bad) >= self._max_bad_steps:
+            listed = "\n".join(f"  step {bad}: {'; '.join(self._places(bad))}" for bad in self._bad)
+            raise NonFiniteError(
+                f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
+                f"optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
+            )
+
+    def held_out(self, step: int, result: HeldOut) -> None:
+        """Writes down an evaluation after `step` steps."""
+        self._write("evaluation", step, result._asdict())
+        self._console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Writes down and shows a sample."""
+        self._write("sample", step, {"prompt": prompt, "text": text})
+        self._console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
+
+    def _write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
+        if self._writer is not None:
+            self._writer.write(kind, step, values)

@@ -1,0 +1,118 @@
+"""Samples of a model that is being trained: from its parameters as they lie, stacked and split over hosts.
+
+What texts are written with otherwise is the engine. It holds arrays of its own for each layer and compiles programs
+for prompts, which a look at a run now and then is not worth: a second copy of the weights beside an optimizer's state,
+and half a minute. Here is one program that reads prompts token by token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Sharding
+
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.inference.sampling import SamplingParams, Settings, bias_of, choose, no_occurrences, settings_of
+
+TOKENS_PER_CALL = 16
+"""Tokens for which the device runs on its own."""
+
+
+class _Cursor(NamedTuple):
+    """Where a text stands."""
+
+    token: Array
+    """int32 [1], the last token, which the model has not read yet."""
+    state: Any
+    """What the model carries after the tokens before it."""
+    key: Array
+    """Key of the draws still to come."""
+
+
+class _Drawing(NamedTuple):
+    """How tokens are drawn."""
+
+    settings: Settings
+    """Of one row."""
+    bias: Any
+    """float32 [1, V], to be added to logits."""
+
+
+class Sampler:
+    """Continues texts with a model; holds one compiled program for prompts and samples of any length."""
+
+    def __init__(
+        self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer, *, results_on: Sharding | None = None
+    ) -> None:
+        """Checks that model and tokenizer go together.
+
+        Args:
+          results_on: where tokens and state come to lie; with parameters on several hosts, on every device.
+        """
+        vocab_size = config.vocab_size
+        if not fits_model(tokenizer, vocab_size):
+            raise ConfigError(
+                f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {vocab_size}; use its own"
+            )
+        self._graphdef = graphdef
+        self._tokenizer = tokenizer
+        # Embeddings have rows that no tokenizer names, and that no text has trained.
+        self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
+        self._room = config.sizes().context_length or None
+        self._begin = jax.jit(self._begin_text, out_shardings=results_on)
+        self._advance = jax.jit(self._advance_some, donate_argnums=1, out_shardings=results_on)
+
+    def _begin_text(self, params: Any, seed: Array) -> _Cursor:
+        """The start of a text."""
+        start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
+        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
+
+    def _advance_some(
+        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, drawing: _Drawing
+    ) -> tuple[_Cursor, Array]:
+        """Reads TOKENS_PER_CALL tokens: the first `num_given` successors are given, the others drawn."""
+        model = nnx.merge(self._graphdef, params)
+        occurrences = jnp.asarray(no_occurrences(len(self._named)))[None]
+
+        def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:
+            logits, state = model(cursor.token[:, None], cursor.state)
+            draw, key = jax.random.split(cursor.key)
+            logits = logits[:, -1].astype(jnp.float32)
+            drawn = choose(logits, occurrences, drawing.bias, drawing.settings, draw[None])
+            token = jnp.where(position < num_given, given[position], drawn)
+            return _Cursor(token, state, key), token[0]
+
+        return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
+
+    def tokens(self, params: Any, prompt: str, num_tokens: int, sampling: SamplingParams, seed: int) -> list[int]:
+        """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
+
+        The text begins as the training documents do, after an end-of-text token. It ends early where a Transformer's
+        state is full. Penalties are not for samples: none are taken.
+        """
+        given = np.asarray(self._tokenizer.encode(prompt), np.int32)
+        if self._room is not None:
+            num_tokens = min(num_tokens, self._room - len(given) - 1)
+        drawing = _Drawing(settings_of([sampling]), bias_of(sampling, self._named)[None])
+        cursor = self._begin(params, np.uint32(seed))
+        drawn: list[int] = []
+        while len(drawn) < num_tokens:
+            piece = np.zeros((TOKENS_PER_CALL,), np.int32)
+            num_given = min(len(given), TOKENS_PER_CALL)
+            piece[:num_given], given = given[:num_given], given[num_given:]
+            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), drawing)
+            for token in np.asarray(tokens)[num_given:]:
+                if token == self._tokenizer.end_of_text or len(drawn) == num_tokens:
+                    return drawn
+                drawn.append(int(token))
+        return drawn
+
+    def text(self, params: Any, prompt: str, num_tokens: int, sampling: SamplingParams, seed: int) -> str:
+        """The continuation's text, without the prompt."""
+        return self._tokenizer.decode(self.tokens(params, prompt, num_tokens, sampling, seed))

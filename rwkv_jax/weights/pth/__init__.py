@@ -1,0 +1,1 @@
+"""Official .pth files, read without PyTorch and never unpickled."""

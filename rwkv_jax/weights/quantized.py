@@ -1,0 +1,357 @@
+"""Weights in 8 or 4 bits: which parameters are packed, how, and the tensors that a packed one is in a file.
+
+Packed are the matrices: embedding, head and linear maps. Vectors and norms stay in float32, and so do low-rank maps of
+a rank up to a twelfth of the width, the decay's among them: they are a hundredth of a model. In narrow models, where
+ranks are not low, they are packed too, the decay's with 8 bits at least: its errors add up over a text.
+
+int8 has a scale for each output channel. int4 has groups of 32 inputs with a multiplier and an offset each, small
+integers in units of the channel's scale, so that 4.5 bits of a number are kept and unpacking gives whole numbers in 8
+bits (`rwkv_jax.models.packed`). Files are safetensors, in which a packed tensor NAME is NAME.int8 or NAME.int4, and
+beside it NAME.scale, NAME.multiplier, NAME.offset.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
+from rwkv_jax.parallel.mesh import default_device
+from rwkv_jax.weights.official import FetchedTensors, abstract_model, check_tensors, official_names, official_shapes
+from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
+
+Quantization = Literal["int8", "int4", "bfloat16"]
+"""In what the matrices of a model are held."""
+
+QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
+
+Parts = dict[str, NDArray]
+"""A packed matrix, or several layers' with a leading axis: `codes`, `scale` and in 4 bits `multiplier` and `offset`."""
+
+_LOW_RANK = re.compile(r"blocks\.\d+\.att\.(time_maa_w|time_decay_w|[wavg])[12]")  # held as [in, out]
+_LOW_RANK_OF_DECAY = re.compile(r"blocks\.\d+\.att\.(time_decay_w|w)[12]")
+_PACKED = re.compile(r"(?P<name>.+)\.(?P<kind>int8|int4)")
+_SMALL_RANK = 12  # the width is as many ranks or more
+_CODES_OF_4_BITS = 15
+_LARGEST = 127
+_LARGEST_MULTIPLIER = 17  # 15 steps of 17 reach from -128 to 127
+_ROWS_AT_A_TIME = 2**21  # numbers packed at a time: what it takes to pack them is a multiple of their size
+
+
+def quantization_of(name: str, shape: tuple[int, ...], wanted: Quantization) -> Quantization | None:
+    """In what a tensor is held, by its official name and shape; None is float32.
+
+    A matrix whose inputs do not divide into groups of 32 has 8 bits in place of 4.
+    """
+    is_low_rank = _LOW_RANK.fullmatch(name) is not None
+    if is_low_rank:
+        if _SMALL_RANK * min(shape[-2:]) <= max(shape[-2:]):
+            return None
+    elif not (name.endswith(".weight") and len(shape) == 2):
+        return None
+    if wanted == "int4" and (_num_inputs(shape, is_low_rank) % GROUP_SIZE or _LOW_RANK_OF_DECAY.fullmatch(name)):
+        return "int8"
+    return wanted
+
+
+def is_transposed(name: str) -> bool:
+    """Whether a packed parameter is [in, out]: low-rank maps are, linear maps are [out, in]."""
+    return _LOW_RANK.fullmatch(name) is not None
+
+
+def _num_inputs(shape: tuple[int, ...], transposed: bool) -> int:
+    return shape[-2] if transposed else shape[-1]
+
+
+def pack(matrix: NDArray, quantization: Quantization) -> Parts:
+    """The parts of a matrix [..., out, in] in 8 or 4 bits.
+
+    Raises:
+      WeightsError: a number is not finite.
+    """
+    *leading, num_inputs = matrix.shape
+    rows = matrix.reshape(-1, num_inputs)
+    pack_rows = {"int8": _pack_int8, "int4": _pack_int4}[quantization]
+    size = max(1, _ROWS_AT_A_TIME // num_inputs)
+    pieces = [pack_rows(rows[i : i + size].astype(np.float32)) for i in range(0, len(rows), size)]
+    joined = {part: np.concatenate([piece[part] for piece in pieces]) for part in pieces[0]}
+    return {part: values.reshape(*leading, *values.shape[1:]) for part, values in joined.items()}
+
+
+def _unit(rows: NDArray) -> NDArray:
+    """float32 [rows]: a row's largest number is 127 units."""
+    largest = np.abs(rows).max(axis=1)
+    if not np.isfinite(largest).all():
+        raise WeightsError("has numbers that are not finite, which integers cannot hold; load it without quantize")
+    # (The smallest normal number: of less, 1 / 127 would lose digits.)
+    return np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
+
+
+def _pack_int8(rows: NDArray) -> Parts:
+    unit = _unit(rows)
+    return {"codes": np.rint(rows / unit[:, None]).astype(np.int8), "scale": unit}
+
+
+def _pack_int4(rows: NDArray) -> Parts:
+    """Each group's multiplier and offset are the pair with the smallest squared error among some near its range."""
+    unit = _unit(rows)
+    groups = (rows / unit[:, None]).reshape(len(rows), -1, GROUP_SIZE)
+    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    exact = (high - low) / _CODES_OF_4_BITS
+    error = np.full(exact.shape, np.inf, np.float32)
+    multiplier, offset = np.ones(exact.shape, np.int8), np.zeros(exact.shape, np.int8)
+    # A step finer than the range asks for cuts off its ends, and is often the better one.
+    for step in (np.ceil(exact), np.floor(exact), np.floor(exact) - 1):
+        step = np.clip(step, 1, _LARGEST_MULTIPLIER).astype(np.float32)
+        # What the step leaves over, or lacks, is shared between both ends.
+        start = np.rint((low + high - _CODES_OF_4_BITS * step) / 2)
+        start = np.clip(start, -_LARGEST - 1, _LARGEST - _CODES_OF_4_BITS * step).astype(np.float32)
+        codes = np.clip(np.rint((groups - start[..., None]) / step[..., None]), 0, _CODES_OF_4_BITS)
+        found = np.square(groups - start[..., None] - step[..., None] * codes).sum(axis=-1)
+        better = found < error
+        error = np.where(better, found, error)
+        multiplier, offset = np.where(better, step, multiplier), np.where(better, start, offset)
+    codes = np.rint((groups - offset[..., None]) / multiplier[..., None])
+    codes = np.clip(codes, 0, _CODES_OF_4_BITS).astype(np.uint8)
+    half = GROUP_SIZE // 2
+    return {
+        "codes": codes[..., :half] | codes[..., half:] << 4,
+        "scale": unit,
+        "multiplier": multiplier.astype(np.int8),
+        "offset": offset.astype(np.int8),
+    }
+
+
+def packed_matrix(parts: Mapping[str, Any], *, transposed: bool) -> PackedMatrix:
+    """The value of a parameter from its parts, arrays of NumPy or JAX."""
+    kind = Int4Matrix if "multiplier" in parts else Int8Matrix
+    return kind(**parts, transposed=transposed)
+
+
+class DequantizedTensors(DerivedTensors):
+    """The tensors of a file with packed ones as the float32 ones that they stand for, under official names.
+
+    Raises WeightsError when it is built, for packed tensors whose parts are missing or do not fit together.
+    """
+
+    def __init__(self, tensors: Mapping[str, NDArray]) -> None:
+        self._tensors = tensors
+        self._kinds: dict[str, Quantization | None] = {}
+        parts: set[str] = set()
+        for file_name in tensors:
+            if match := _PACKED.fullmatch(file_name):
+                name, kind = match["name"], typing.cast(Quantization, match["kind"])
+                if name in self._kinds or name in tensors:
+                    raise WeightsError(f"{name} is there twice, in several forms; get the file again")
+                self._kinds[name] = kind
+                parts.update(_part_names(name, kind).values())
+        missing = sorted(parts - set(tensors))
+        if missing:
+            raise WeightsError(f"parts of packed tensors are missing: {listed(missing)}; get the file again")
+        for name, kind in self._kinds.items():
+            self._check(name, typing.cast(Quantization, kind))
+        self._kinds |= {name: None for name in tensors if name not in parts}
+
+    def __getitem__(self, name: str) -> NDArray:
+        parts = self.parts(name)
+        if parts is None:
+            return self._tensors[name]
+        whole = _integers(parts).astype(np.float32)
+        whole *= parts["scale"][..., None]
+        return np.swapaxes(whole, -1, -2) if is_transposed(name) else whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def spec(self, name: str) -> TensorSpec:
+        """See `DerivedTensors`."""
+        kind = self._kinds[name]
+        if kind is None:
+            return tensor_spec(self._tensors, name)
+        shape = self._tensors[f"{name}.{kind}"].shape
+        own = shape if kind == "int8" else (*shape[:-2], shape[-2] * GROUP_SIZE)
+        if is_transposed(name):
+            own = (*own[:-2], own[-1], own[-2])
+        return TensorSpec(own, np.dtype(np.float32))
+
+    def parts(self, name: str) -> Parts | None:
+        """The parts of a packed tensor as they lie in the file; None for one that is not packed.
+
+        Raises:
+          WeightsError: numbers that `pack` does not make: of some the products would not be those of any matrix.
+        """
+        kind = self._kinds[name]
+        if kind is None:
+            return None
+        parts = {part: self._tensors[file_name] for part, file_name in _part_names(name, kind).items()}
+        _check_numbers(name, parts)
+        return parts
+
+    def kind(self, name: str) -> Quantization | None:
+        """In what a tensor is packed; None for one that is not."""
+        return self._kinds[name]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What the file was quantized to; None for one without packed tensors."""
+        kinds = set(self._kinds.values())
+        return "int4" if "int4" in kinds else "int8" if "int8" in kinds else None
+
+    def _check(self, name: str, kind: Quantization) -> None:
+        found = {part: tensor_spec(self._tensors, file_name) for part, file_name in _part_names(name, kind).items()}
+        codes = found["codes"].shape
+        wanted = (
+            {"codes": (codes, "int8"), "scale": (codes[:-1], "float32")}
+            if kind == "int8"
+            else {
+                "codes": ((*codes[:-1], GROUP_SIZE // 2), "uint8"),
+                "scale": (codes[:-2], "float32"),
+                "multiplier": (codes[:-1], "int8"),
+                "offset": (codes[:-1], "int8"),
+            }
+        )
+        for part, (shape, dtype) in wanted.items():
+            if found[part] != TensorSpec(shape, np.dtype(dtype)) or len(found["scale"].shape) < 1:
+                raise WeightsError(
+                    f"{_part_names(name, kind)[part]} is {found[part].dtype} {list(found[part].shape)}, must be "
+                    f"{dtype} {list(shape)}; get the file again"
+                )
+
+
+def _check_numbers(name: str, parts: Parts) -> None:
+    if not np.isfinite(parts["scale"]).all():
+        raise WeightsError(f"{name}.scale has numbers that are not finite; get the file again")
+    if "multiplier" not in parts:
+        return
+    multiplier, offset = (parts[part].astype(np.int16) for part in ("multiplier", "offset"))
+    if multiplier.size and not 1 <= multiplier.min() <= multiplier.max() <= _LARGEST_MULTIPLIER:
+        raise WeightsError(
+            f"{name}.multiplier has numbers from {multiplier.min()} to {multiplier.max()}, must be from 1 to "
+            f"{_LARGEST_MULTIPLIER}; get the file again"
+        )
+    if (offset + _CODES_OF_4_BITS * multiplier > _LARGEST).any():
+        raise WeightsError(
+            f"{name}.offset has numbers with which codes unpack to more than {_LARGEST}, the largest of 8 bits; get "
+            "the file again"
+        )
+
+
+def _part_names(name: str, kind: Quantization) -> dict[str, str]:
+    """The names in a file of a packed tensor's parts."""
+    parts = {"codes": f"{name}.{kind}", "scale": f"{name}.scale"}
+    return parts if kind == "int8" else parts | {part: f"{name}.{part}" for part in ("multiplier", "offset")}
+
+
+def _integers(parts: Parts) -> NDArray:
+    """int8 [..., out, in] in units of the scale."""
+    codes = parts["codes"]
+    if "multiplier" not in parts:
+        return codes
+    unpacked = np.concatenate([codes & _CODES_OF_4_BITS, codes >> 4], axis=-1).astype(np.int8)
+    unpacked = unpacked * parts["multiplier"][..., None] + parts["offset"][..., None]
+    return unpacked.reshape(*codes.shape[:-2], -1)
+
+
+def opened(tensors: Mapping[str, NDArray]) -> DequantizedTensors | None:
+    """A file's tensors, if some of them are packed."""
+    return DequantizedTensors(tensors) if any(_PACKED.fullmatch(name) for name in tensors) else None
+
+
+def place_quantized_params(
+    tensors: Mapping[str, NDArray],
+    config: ModelConfig,
+    quantization: Quantization,
+    release: Callable[[], None] = lambda: None,
+) -> Any:
+    """Our tree of parameters from official tensors, with matrices packed, on the first device.
+
+    Args:
+      tensors: as `check_tensors` has found them right; those of a packed file are taken as they are, but for those that
+        a model holds in float32.
+      release: gives back the memory of what was read; called after each tensor.
+
+    Raises:
+      WeightsError: a number is not finite, or the file is packed otherwise.
+    """
+    device = default_device()
+
+    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
+        stacked = str(path[0].key) == "blocks"
+        names = official_names(path, config.num_layers)
+        own = like.shape[1:] if stacked else like.shape
+        kind = quantization_of(names[0], own, quantization)
+        parts: Parts = {}
+        for layer, name in enumerate(names):
+            for part, values in _held(tensors, name, kind).items():
+                if layer == 0:
+                    parts[part] = np.empty((len(names), *values.shape), values.dtype)
+                parts[part][layer] = values
+            release()
+        placed = jax.device_put(parts if stacked else {part: values[0] for part, values in parts.items()}, device)
+        return (
+            placed["codes"] if kind in (None, "bfloat16") else packed_matrix(placed, transposed=is_transposed(names[0]))
+        )
+
+    return jax.tree.map_with_path(leaf, abstract_model(config)[1])
+
+
+def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantization | None) -> Parts:
+    """The parts of one tensor as a model holds it; one that is not packed is all `codes`."""
+    if kind in (None, "bfloat16"):
+        return {"codes": tensors[name].astype(np.float32 if kind is None else BFLOAT16, copy=False)}
+    if isinstance(tensors, DequantizedTensors) and (present := tensors.parts(name)) is not None:
+        if tensors.kind(name) != kind:
+            raise WeightsError(f"{name}: the file has it in {tensors.kind(name)} instead of {kind}; get the file again")
+        return present
+    tensor = tensors[name]
+    try:
+        return pack(np.swapaxes(tensor, -1, -2) if is_transposed(name) else tensor, kind)
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from error
+
+
+class PackedTensors(FetchedTensors):
+    """A model's parameters as a file of packed weights has them.
+
+    Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
+    `FetchedTensors`.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any) -> None:
+        super().__init__(config)
+        sources: dict[str, dict[str, tuple[Any, int | None]]] = {}
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
+            stacked = str(path[0].key) == "blocks"
+            for layer, name in enumerate(official_names(path, config.num_layers)):
+                index = layer if stacked else None
+                if not _is_packed(leaf):
+                    sources[name] = {name: (leaf, index)}
+                    continue
+                kind: Quantization = "int4" if isinstance(leaf, Int4Matrix) else "int8"
+                names = _part_names(name, kind)
+                sources[name] = {file_name: (getattr(leaf, part), index) for part, file_name in names.items()}
+        shapes = official_shapes(config)
+        if sources.keys() != shapes.keys():
+            raise WeightsError(f"parameters differ from the model's: {listed(sorted(sources.keys() ^ shapes.keys()))}")
+        self._sources = {file_name: source for name in shapes for file_name, source in sources[name].items()}
+        # A user may have changed the model.
+        check_tensors(DequantizedTensors(self), config)
+
+
+def has_packed(params: Any) -> bool:
+    """Whether some parameters are packed."""
+    return any(_is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_packed))
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedMatrix)

@@ -1,0 +1,83 @@
+"""A step on a mesh is a step on one device: loss, gradients, carried states and initial values."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests.fake_devices import run_on_fake_devices
+
+BOUNDS = {"float64": 1e-12, "float32": 1e-6}
+
+MIXED = ("data2.fsdp2.tensor2", "fsdp2.sequence2.tensor2")
+"""Every axis, and every pair of axes that have to do with each other."""
+EACH = tuple(f"{axis}{size}" for axis in ("data", "fsdp", "sequence", "tensor") for size in (2, 4, 8))
+FURTHER = (*EACH, "data2.sequence4", "data4.tensor2", "data2.fsdp2.sequence2", "data2.sequence2.tensor2")
+
+
+def run_on_eight_devices(program: str, *arguments: str) -> Any:
+    """What a program of this folder prints as JSON, in a process with eight fake devices."""
+    return run_on_fake_devices(8, f"tests.parallel.{program}", *arguments)
+
+
+@functools.cache
+def errors(generation: str, dtype: str, meshes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Of every mesh, from one process."""
+    return run_on_eight_devices("meshes", *(f"{generation}:{dtype}:{mesh}" for mesh in meshes))
+
+
+def assert_equal_to_one_device(generation: str, dtype: str, meshes: tuple[str, ...]) -> None:
+    found = errors(generation, dtype, meshes)
+    assert len(found) == len(meshes)
+    for case, by_result in found.items():
+        assert by_result.keys() >= {"loss", "gradients", "recurrent_state", "worst gradient"}
+        if dtype == "float32":  # in which a parameter may have a gradient that is all rounding
+            del by_result["worst gradient"]
+        assert max(by_result.values()) <= BOUNDS[dtype], (case, by_result)
+
+
+@pytest.mark.parametrize("generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in ("4", "6"))])
+def test_mixed_meshes_change_nothing(generation: str) -> None:
+    assert_equal_to_one_device(generation, "float64", MIXED)
+
+
+@pytest.mark.parametrize(
+    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in ("4", "5.0", "5.2", "6"))]
+)
+def test_recomputation_masks_and_rows_of_their_own_change_nothing(generation: str) -> None:
+    assert_equal_to_one_device(generation, "float64", (f"{MIXED[0]}:other",))
+
+
+def test_meshes_change_nothing_of_a_transformer() -> None:
+    assert_equal_to_one_device("transformer", "float64", (MIXED[0], f"{MIXED[0]}:other"))
+
+
+def test_gathered_weights_add_up_their_gradients_in_float32() -> None:
+    """Thousands of equal tokens: a sum in bfloat16 would stand still at 256."""
+    assert run_on_eight_devices("gathering") == {"2": 3000.0, "5": 5192.0}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("generation", ["4", "5.0", "5.2", "6", "7"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_no_mesh_changes_anything(generation: str, dtype: str) -> None:
+    assert_equal_to_one_device(generation, dtype, MIXED + FURTHER)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_no_mesh_changes_anything_of_a_transformer(dtype: str) -> None:
+    assert_equal_to_one_device("transformer", dtype, tuple(m for m in MIXED + FURTHER if "sequence" not in m))
+
+
+@pytest.mark.parametrize(
+    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in ("4", "5.2", "6", "transformer"))]
+)
+def test_initial_values_are_the_same_bits_on_every_mesh(generation: str) -> None:
+    found = run_on_eight_devices("initial_values", generation)
+    assert found.keys() == {"data2.fsdp2.tensor2", "fsdp4.sequence2"}
+    for mesh, report in found.items():
+        assert report["different"] == [], mesh
+        assert report["largest_share"] <= 1 / 2, mesh
