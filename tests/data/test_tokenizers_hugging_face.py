@@ -146,7 +146,7 @@ def words_only(description: dict[str, Any]) -> None:
 
 
 def removing(description: dict[str, Any]) -> None:
-    split = {"type": "ShardedModel", "pattern": {"String": "q"}, "behavior": "Removed", "invert": False}
+    split = {"type": "Split", "pattern": {"String": "q"}, "behavior": "Removed", "invert": False}
     steps = [split, description["pre_tokenizer"]]
     description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
@@ -196,7 +196,7 @@ def no_end_of_text(description: dict[str, Any]) -> None:
         (word_level, "its model is WordLevel"),
         (no_pre_tokenizer, "its pre_tokenizer has no step ByteLevel"),
         (words_only, "a step WhitespaceSplit that leaves out part of a text"),
-        (removing, "a step ShardedModel that leaves out part of a text"),
+        (removing, "a step Split that leaves out part of a text"),
         (space_before, "puts a space before a text"),
         (suffixed, "its model sets end_of_word_suffix"),
         (byte_missing, "1 bytes have no entry, 0x00 is the first"),

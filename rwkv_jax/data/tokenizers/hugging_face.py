@@ -19,7 +19,7 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the fir
 
 _NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
-_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "ShardedModel")  # pre-tokenizers that only divide
+_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only divide
 
 
 class HuggingFaceTokenizer(TableTokenizer):
