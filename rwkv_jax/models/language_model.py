@@ -152,11 +152,12 @@ class LanguageModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, keep: PartTransform = identity) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shard_params: PartTransform = identity) -> None:
         """Draws the official initial values.
 
         Args:
-          keep: what of each part is kept as soon as it is drawn: a device's share, where the whole would not fit.
+          shard_params: applied to each part as soon as it is drawn; keeps a device's shard where the whole would
+            not fit.
 
         Raises:
           ConfigError: the config is of a generation that this class does not serve.
@@ -167,19 +168,19 @@ class LanguageModel(nnx.Module):
                 "rwkv_jax.models.model_type(config) is the class of a generation"
             )
         self.config = config
-        self.emb = keep("emb", Embedding(self.initial_embedding(config, rngs)))
-        self.first_block = keep("first_block", self.block_type(config, 0, rngs=rngs))
+        self.emb = shard_params("emb", Embedding(self.initial_embedding(config, rngs)))
+        self.first_block = shard_params("first_block", self.block_type(config, 0, rngs=rngs))
         layers = jnp.arange(1, config.num_layers, dtype=config.parameter_dtype)
         keys = jax.random.split(rngs.params(), config.num_layers - 1)
 
         def draw(layer_and_key: tuple[Array, Array]) -> Block:
             layer, key = layer_and_key
-            return keep("blocks", self.block_type(config, layer, rngs=nnx.Rngs(key)))
+            return shard_params("blocks", self.block_type(config, layer, rngs=nnx.Rngs(key)))
 
         # One layer after the other: what it takes to draw one is a multiple of its size.
         self.blocks = jax.lax.map(draw, (layers, keys))
-        self.ln_out = keep("ln_out", LayerNorm(config.width, config.parameter_dtype))
-        self.head = keep("head", Linear(self.initial_head(config, rngs)))
+        self.ln_out = shard_params("ln_out", LayerNorm(config.width, config.parameter_dtype))
+        self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
 
     @staticmethod
     def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
@@ -228,7 +229,7 @@ class LanguageModel(nnx.Module):
         inputs_embeds: Array | None = None,
         remat: Remat = "none",
         axes: MeshAxes = UNSHARDED,
-        prepare: PartTransform = identity,
+        gather_params: PartTransform = identity,
     ) -> tuple[Array, Any]:
         """What the head reads.
 
@@ -244,8 +245,8 @@ class LanguageModel(nnx.Module):
             read, `full` only each block's input.
           axes: the mesh axes over which the model is split, within `jax.shard_map`; tokens and segment_ids are then a
             shard's own, the state's heads too, its shifts and lengths those of the whole.
-          prepare: what is done to each part right before it is used, again in the backward pass where it recomputes;
-            weights that lie scattered over devices are gathered here.
+          gather_params: applied to each part right before it is used, and again where the backward pass recomputes;
+            all-gathers weights that are scattered over devices.
 
         Returns:
           [B, T, C] in the compute dtype, after the last norm, and the next state.
@@ -255,9 +256,9 @@ class LanguageModel(nnx.Module):
             at hand (outside jit), token ids or lengths out of range.
         """
         x, state, _ = self._run(
-            tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, prepare=prepare
+            tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, gather_params=gather_params
         )
-        return prepare("ln_out", self.ln_out)(x), state
+        return gather_params("ln_out", self.ln_out)(x), state
 
     def residual_stream(
         self,
@@ -306,10 +307,10 @@ class LanguageModel(nnx.Module):
         *,
         remat: Remat = "none",
         axes: MeshAxes = UNSHARDED,
-        prepare: PartTransform = identity,
+        gather_params: PartTransform = identity,
         every_layer: bool = False,
     ) -> tuple[Array, Any, Any]:
-        x = self._inputs(tokens, inputs_embeds, axes, prepare)
+        x = self._inputs(tokens, inputs_embeds, axes, gather_params)
         batch, time = x.shape[:2]
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
@@ -319,7 +320,7 @@ class LanguageModel(nnx.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
         def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
-            return prepare(name, block)(x, state, v_first, axes=axes, **rows)
+            return gather_params(name, block)(x, state, v_first, axes=axes, **rows)
 
         def run(name: str, **options: Any) -> Any:
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)
@@ -350,7 +351,7 @@ class LanguageModel(nnx.Module):
         return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
 
     def _inputs(
-        self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, prepare: PartTransform
+        self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, gather_params: PartTransform
     ) -> Array:
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
@@ -371,7 +372,7 @@ class LanguageModel(nnx.Module):
                 raise ValueError(
                     f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
                 )
-        return prepare("emb", self.emb)(tokens, self.config.dtype, axes)
+        return gather_params("emb", self.emb)(tokens, self.config.dtype, axes)
 
     def _check_state(self, state: Any, batch: int, axes: MeshAxes) -> Any:
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))

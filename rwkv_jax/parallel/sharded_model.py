@@ -1,4 +1,4 @@
-"""One model as shards: what each device holds of it, gathers, and adds up, within one `jax.shard_map`.
+"""A model on a mesh: partition specs, and the collectives of loss and gradient within one `jax.shard_map`.
 
 Every collective of loss and gradient is written here, in models/shards.py, models/layers.py, rwkv_kernels/sharded.py or
 training/loss.py; none is left to the compiler to find. (The optimizer stays outside, and with it the gradient's norm.)
@@ -28,49 +28,51 @@ from rwkv_jax.parallel.rules import RULES, check_model, is_spec, parameter_specs
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-    """A model on a mesh. `ONE_DEVICE` has none, and nothing to tell anyone."""
+    """Partition specs of a model on a mesh and the collectives of its training step; `ONE_DEVICE` has no mesh."""
 
     mesh: Mesh | None
-    params: Any
-    """The partition of each parameter, a nested dict under official names."""
-    state: Any
-    """The partitions of a model's state."""
-    tokens: PartitionSpec
-    """The partition of what has axes [B, T]."""
-    rows: PartitionSpec
-    """The partition of what has the axis [B]."""
+    param_specs: Any
+    """Of each parameter, a nested dict under official names."""
+    state_specs: Any
+    """Of a model's recurrent state."""
+    tokens_spec: PartitionSpec
+    """Of arrays [B, T]."""
+    rows_spec: PartitionSpec
+    """Of arrays [B]."""
     token_axes: tuple[str, ...]
     """The mesh axes along which devices have different tokens."""
     axes: MeshAxes
-    prepare: PartTransform
-    """Gathers a part's weights."""
-    keep: PartTransform
-    """This device's share of a part's matrices, which it has whole."""
-    kept: Any
-    """The partition of each parameter after `keep`: vectors are still whole."""
+    gather_params: PartTransform
+    """All-gathers a part's weights over `fsdp`."""
+    shard_params: PartTransform
+    """Cuts this device's shard out of a part's matrices."""
+    initial_param_specs: Any
+    """Of each parameter after `shard_params`, which leaves vectors whole."""
 
-    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """The function on every device's shards of its arguments."""
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`jax.shard_map` over the mesh; without one the function itself."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def sum(self, values: Any) -> Any:
+    def psum(self, values: Any) -> Any:
         """The sum over devices that have different tokens."""
         return lax.psum(values, self.token_axes) if self.token_axes else values
 
-    def own(self, params: Any) -> Any:
-        """Parameters as each device's own, so that gradients stay with the devices until `sum_gradients`."""
+    def as_varying(self, params: Any) -> Any:
+        """Parameters marked as varying over `token_axes`, so that their gradients stay local until `psum_gradients`."""
         return self._map(lambda x, axes: lax.pcast(x, axes, to="varying"), params)
 
-    def sum_gradients(self, gradients: Any) -> Any:
-        """The sum of the gradients that each device has of `own` parameters; of those scattered over `fsdp`, this
-        device's share, which gathering has summed already.
+    def psum_gradients(self, gradients: Any) -> Any:
+        """The sum of the local gradients of `as_varying` parameters.
+
+        Of a weight scattered over `fsdp` it is this device's shard, which `gather_params` has reduced in its backward
+        pass already.
         """
         return self._map(lax.psum, gradients)
 
     def _map(self, change: Callable[[Array, tuple[str, ...]], Array], params: Any) -> Any:
-        """Changes what is the same on devices that have different tokens, given the axes over which it is."""
+        """Applies change(parameter, axes) with the axes of `token_axes` over which a parameter is replicated."""
         if self.mesh is None:
             return params
 
@@ -78,7 +80,7 @@ class ShardedModel:
             axes = tuple(name for name in self.token_axes if name not in _names_in(spec))
             return change(x, axes) if axes else x
 
-        return jax.tree.map(changed, params, self.params)
+        return jax.tree.map(changed, params, self.param_specs)
 
 
 def _names_in(spec: PartitionSpec) -> set[str]:
@@ -104,22 +106,22 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     check_model(kind, params, None if config.generation == "4" else config.num_heads, mesh)
     rules = RULES.on(mesh)
     full_specs, specs = parameter_specs(kind, params), parameter_specs(kind, params, rules)
-    # XLA would compute a share of a vector otherwise than the same numbers of the whole, by one rounding; a matrix is
+    # A vector's shard would be computed with another rounding than the same numbers of the whole vector; a matrix is
     # drawn in a loop, whose result is cut.
-    kept = jax.tree.map(
+    initial_specs = jax.tree.map(
         lambda full, spec: spec if "fsdp" in _names_in(full) else PartitionSpec(), full_specs, specs, is_leaf=is_spec
     )
     return ShardedModel(
         mesh=mesh,
-        params=specs,
-        state=state_specs(config.generation, rules),
-        tokens=rules.spec(("rows", "time"), "tokens"),
-        rows=rules.spec(("rows",), "rows"),
+        param_specs=specs,
+        state_specs=state_specs(config.generation, rules),
+        tokens_spec=rules.spec(("rows", "time"), "tokens"),
+        rows_spec=rules.spec(("rows",), "rows"),
         token_axes=rules.rows + rules.time,
         axes=MeshAxes(tensor=_only(rules.heads), sequence=_only(rules.time)),
-        prepare=_of_each_part(specs, functools.partial(_gather, dtype=jnp.dtype(config.dtype))),
-        keep=_of_each_part(kept, _own_share),
-        kept=kept,
+        gather_params=_part_transform(specs, functools.partial(_gather, dtype=jnp.dtype(config.dtype))),
+        shard_params=_part_transform(initial_specs, _local_shard),
+        initial_param_specs=initial_specs,
     )
 
 
@@ -127,50 +129,50 @@ def _only(mesh_axes: tuple[str, ...]) -> str | None:
     return mesh_axes[0] if mesh_axes else None
 
 
-def _of_each_part(specs: Any, change: Callable[[Array, PartitionSpec], Array]) -> PartTransform:
-    """Changes each parameter of a part as its partition asks for."""
+def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array]) -> PartTransform:
+    """Applies change(parameter, spec) to each parameter of a part."""
 
-    def changed(name: str, part: Part) -> Part:
+    def transform(name: str, part: Part) -> Part:
         graphdef, params = nnx.split(part)
         own = specs[name]
         if name == "blocks":  # of which this is one layer
             own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
         return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own))
 
-    return changed
+    return transform
 
 
 def _gather(x: Array, spec: PartitionSpec, *, dtype: jnp.dtype) -> Array:
     for axis, entry in enumerate(spec):
         if entry == "fsdp" or (isinstance(entry, tuple) and "fsdp" in entry):
-            return _gathered(x, axis, dtype, x.dtype)
+            return _all_gather(x, axis, dtype, x.dtype)
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> Array:
-    """A weight whole, rounded to the compute dtype in which it travels, from the devices of `fsdp`.
+def _all_gather(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> Array:
+    """All-gathers a weight over `fsdp` in the compute dtype and casts it back to the dtype in which it is stored.
 
-    In its own dtype again: where its gradient is a sum over tokens or pieces of them, that must not be rounded.
+    The cast back keeps its gradient, which may be a sum over tokens or loss chunks, from being rounded at each term.
     """
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True).astype(own_dtype)
 
 
-def _gathered_forward(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> tuple[Array, None]:
-    return _gathered(x, axis, dtype, own_dtype), None
+def _all_gather_forward(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> tuple[Array, None]:
+    return _all_gather(x, axis, dtype, own_dtype), None
 
 
-def _gathered_backward(
+def _all_gather_backward(
     axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype, saved: None, cotangent: Array
 ) -> tuple[Array]:
     del dtype, own_dtype, saved
     return (lax.psum_scatter(cotangent, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
-def _own_share(x: Array, spec: PartitionSpec) -> Array:
+def _local_shard(x: Array, spec: PartitionSpec) -> Array:
     for axis, entry in enumerate(spec):
         names = (entry,) if isinstance(entry, str) else entry or ()
         if names:

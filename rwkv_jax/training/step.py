@@ -75,12 +75,12 @@ class TrainFunctions:
     @property
     def tokens_sharding(self) -> Any:
         """Where arrays with axes [B, T] of a batch lie."""
-        return _sharding(self.split.mesh, self.split.tokens)
+        return _sharding(self.split.mesh, self.split.tokens_spec)
 
     @property
     def rows_sharding(self) -> Any:
         """Where arrays with the axis [B] of a batch lie."""
-        return _sharding(self.split.mesh, self.split.rows)
+        return _sharding(self.split.mesh, self.split.rows_spec)
 
 
 def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> TrainFunctions:
@@ -102,14 +102,14 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
     optimizer = make_optimizer(config.optimizer, training.num_steps, abstract_params, kind.parameter_group)
 
     def draw_params(key: Array) -> Any:
-        model = kind(config.model, rngs=nnx.Rngs(key), keep=split.keep)
+        model = kind(config.model, rngs=nnx.Rngs(key), shard_params=split.shard_params)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def empty_state() -> Any:
         return nnx.merge(graphdef, abstract_params).initial_state(training.batch_size)
 
     def init(key: Array) -> TrainState:
-        params = split.run(draw_params, PartitionSpec(), split.kept)(key)
+        params = split.shard_map(draw_params, PartitionSpec(), split.initial_param_specs)(key)
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
         recurrent_state = jax.tree.map(jnp.copy, empty_state()) if training.carry_state else None
@@ -127,10 +127,10 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
             segment_ids=batch.segment_ids,
             remat=training.remat,
             axes=split.axes,
-            prepare=split.prepare,
+            gather_params=split.gather_params,
         )
         with jax.named_scope("loss"):
-            model.head = split.prepare("head", model.head)
+            model.head = split.gather_params("head", model.head)
             sums = sum_losses(model.logits, hidden, batch.targets, batch.mask, training.loss_chunk, split.axes.tensor)
         return sums, state
 
@@ -139,7 +139,7 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
         micro = jax.tree.map(lambda x: x.reshape(training.accumulation_steps, -1, *x.shape[1:]), batch)
         states = jax.tree.map(lambda x: _micro_rows(x, training.accumulation_steps), recurrent_state)
         counted = jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask
-        count = jnp.maximum(split.sum(jnp.sum(broadcast_varying_axes(counted, batch.tokens)[0])), 1)
+        count = jnp.maximum(split.psum(jnp.sum(broadcast_varying_axes(counted, batch.tokens)[0])), 1)
 
         def objective(params: Any, batch: Batch, state: Any) -> tuple[Array, tuple[Array, Any]]:
             total, state = losses(params, batch, state)
@@ -149,7 +149,7 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
             (_, (loss, state)), gradients = jax.value_and_grad(objective, has_aux=True)(own, *micro)
             return jax.tree.map(jnp.add, total, (loss, gradients)), state if training.carry_state else None
 
-        own = split.own(params)
+        own = split.as_varying(params)
         if training.accumulation_steps == 1:
             one = jax.tree.map(lambda x: x[0], (micro, states))
             (_, (loss, state)), gradients = jax.value_and_grad(objective, has_aux=True)(own, *one)
@@ -158,12 +158,12 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
             zeros = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros_like(x), x)[0], own)
             nothing, _ = broadcast_varying_axes(jnp.zeros((), config.model.parameter_dtype), batch.tokens)
             (loss, gradients), states = jax.lax.scan(body, (nothing, zeros), (micro, states))
-        return split.sum(loss), split.sum_gradients(gradients), jax.tree.map(_rows_again, states)
+        return split.psum(loss), split.psum_gradients(gradients), jax.tree.map(_rows_again, states)
 
     def loss_and_gradients(params: Any, batch: Batch, recurrent_state: Any) -> tuple[Array, Any, Any]:
-        state_specs = split.state if training.carry_state else None
-        arguments = (split.params, _batch_specs(split, batch), state_specs)
-        return split.run(shares, arguments, (PartitionSpec(), split.params, state_specs))(
+        state_specs = split.state_specs if training.carry_state else None
+        arguments = (split.param_specs, _batch_specs(split, batch), state_specs)
+        return split.shard_map(shares, arguments, (PartitionSpec(), split.param_specs, state_specs))(
             params, batch, recurrent_state
         )
 
@@ -200,10 +200,10 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
 
     def eval_step(params: Any, batch: Batch) -> TokenLosses:
         def sums(params: Any, batch: Batch) -> TokenLosses:
-            return split.sum(losses(params, batch, None)[0])
+            return split.psum(losses(params, batch, None)[0])
 
         on_all: Any = TokenLosses(*(PartitionSpec(),) * 3)  # pyright: ignore[reportArgumentType]
-        run = split.run(sums, (split.params, _batch_specs(split, batch)), on_all)
+        run = split.shard_map(sums, (split.param_specs, _batch_specs(split, batch)), on_all)
         return run(params, batch)
 
     recurrent_state = jax.eval_shape(empty_state) if training.carry_state else None
@@ -259,11 +259,11 @@ def _state_shardings(
             jax.tree.map(lambda _: whole, tree) for tree in (params, moments, recurrent_state)
         )
     else:
-        params = shardings(split.mesh, split.params)
+        params = shardings(split.mesh, split.param_specs)
         moments = optax.tree.map_params(
             optimizer, lambda _, sharding: sharding, moments, params, transform_non_params=lambda _: whole
         )
-        recurrent_state = None if recurrent_state is None else shardings(split.mesh, split.state)
+        recurrent_state = None if recurrent_state is None else shardings(split.mesh, split.state_specs)
     return TrainState(params, moments, whole, whole, whole, whole, recurrent_state)
 
 
@@ -277,7 +277,7 @@ def _in_host_memory(sharding: Any) -> Any:
 
 
 def _batch_specs(split: ShardedModel, batch: Batch) -> Batch:
-    return jax.tree.map(lambda x: split.tokens if x.ndim == 2 else split.rows, batch)
+    return jax.tree.map(lambda x: split.tokens_spec if x.ndim == 2 else split.rows_spec, batch)
 
 
 def _micro_rows(x: Array, steps: int) -> Array:

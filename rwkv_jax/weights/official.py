@@ -196,7 +196,7 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
         return jax.tree.map_with_path(
             lambda path, x: split_over(mesh, x.shape, stacked=str(path[0].key) == "blocks"), params
         )
-    return shardings(mesh, shard_model(config, params, mesh).params)
+    return shardings(mesh, shard_model(config, params, mesh).param_specs)
 
 
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:

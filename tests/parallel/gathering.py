@@ -24,11 +24,11 @@ def main() -> None:
     tokens = np.repeat(np.array([2, 5], np.int32), [3000, 5192]).reshape(2, 4096)
 
     def total(table: Array, tokens: Array) -> Array:
-        embedding = split.prepare("emb", Embedding(table))
-        return split.sum(jnp.sum(embedding(tokens, "bfloat16").astype(jnp.float32)))
+        embedding = split.gather_params("emb", Embedding(table))
+        return split.psum(jnp.sum(embedding(tokens, "bfloat16").astype(jnp.float32)))
 
-    spec: Any = split.params["emb"]["weight"]
-    gradient = split.run(jax.grad(total), (spec, split.tokens), spec)
+    spec: Any = split.param_specs["emb"]["weight"]
+    gradient = split.shard_map(jax.grad(total), (spec, split.tokens_spec), spec)
     found = jax.jit(gradient)(jnp.ones(shapes["emb"]["weight"].shape), tokens)
     json.dump({str(token): float(found[token, 0]) for token in (2, 5)}, sys.stdout)
 
