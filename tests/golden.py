@@ -1,7 +1,7 @@
 """Reference numbers that other people's implementations gave, the measure of how far ours are, quick compilation.
 
-The numbers lie in `shared/golden` beside the project's folder, where README.md says how each was made. Where they are
-absent the tests that need them are skipped.
+Those of random weights lie in `tests/golden`, where README.md says how each was made: a missing one is a failure.
+Trained models are other people's and lie in `shared/golden/tiny` beside the project's folder, or the tests of them skip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-GOLDEN_DIR = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN_DIR = Path(__file__).parent / "golden"
+TINY_DIR = Path(__file__).parents[2] / "shared" / "golden" / "tiny"
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Compiler options that take compilation to a third of its time: for tests of logic and for float64, where rounding by
@@ -28,11 +29,21 @@ def _read(path: Path) -> dict[str, NDArray]:
 
 
 def load_golden(name: str) -> dict[str, NDArray]:
-    """The arrays of `shared/golden/NAME`, by key; skips the test where that file is not at hand."""
-    path = GOLDEN_DIR / name
+    """The arrays of `tests/golden/NAME`, by key."""
+    return _read(GOLDEN_DIR / name)
+
+
+def tiny_model(name: str) -> Path:
+    """The path of a trained model's file in `shared/golden/tiny`; skips the test where it is not at hand."""
+    path = TINY_DIR / name
     if not path.is_file():
-        pytest.skip(f"no reference numbers: {name} is not in ../shared/golden")
-    return _read(path)
+        pytest.skip(f"a trained model of other people's, not kept here: ../shared/golden/tiny/{name}")
+    return path
+
+
+def load_tiny(name: str) -> dict[str, NDArray]:
+    """The arrays of a trained model's numbers, by key; skips as `tiny_model` does."""
+    return _read(tiny_model(name))
 
 
 def relative_error(x: ArrayLike, reference: ArrayLike) -> float:

@@ -25,7 +25,7 @@ from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command
-from tests.golden import GOLDEN_DIR, load_golden
+from tests.golden import tiny_model
 from tests.weights.files import random_tensors
 
 
@@ -202,9 +202,8 @@ def test_unknown_checkpoint_is_named(rwkv: Command, run_dir: Path, capsys: pytes
     ],
 )
 def test_official_weights_of_other_generations(rwkv: Command, name: str, expected: str) -> None:
-    load_golden(f"tiny/{name}.golden.npz")  # skips where they are absent
     short = ("--tokenizer", "bytes", "--prompt", '"in', "--tokens", 20, "--temperature", 0)
-    assert rwkv("generate", GOLDEN_DIR / "tiny" / f"{name}.pth", *short).out == expected
+    assert rwkv("generate", tiny_model(f"{name}.pth"), *short).out == expected
 
 
 @pytest.mark.parametrize(

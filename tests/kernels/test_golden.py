@@ -1,4 +1,4 @@
-"""Operators against numbers from other people's implementations; shared/golden/README.md explains the keys."""
+"""Operators against numbers from other people's implementations; tests/golden/README.md explains the keys."""
 
 from __future__ import annotations
 

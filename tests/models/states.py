@@ -1,4 +1,4 @@
-"""States of our models <-> states in shared/golden, whose README.md says what each name means."""
+"""States of our models <-> states in tests/golden, whose README.md says what each name means."""
 
 from __future__ import annotations
 

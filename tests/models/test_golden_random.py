@@ -1,4 +1,4 @@
-"""Models of random weights against other people's implementations; shared/golden/README.md explains the keys."""
+"""Models of random weights against other people's implementations; tests/golden/README.md explains the keys."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
 from rwkv_jax.weights.safetensors import read_safetensors
-from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
+from tests.golden import QUICK, load_tiny, relative_error, tiny_model
 from tests.models.parameters import merge
 from tests.models.states import to_golden
 
@@ -34,7 +34,7 @@ every_dtype = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
 def golden(name: str) -> dict[str, NDArray]:
-    return load_golden(f"tiny/{name}.golden.npz")
+    return load_tiny(f"{name}.golden.npz")
 
 
 def prompts(name: str) -> list[str]:
@@ -50,8 +50,7 @@ def batch(name: str) -> tuple[NDArray, NDArray]:
 
 @functools.cache
 def model_of(name: str, dtype: Any) -> tuple[ModelConfig, Any]:
-    golden(name)  # skips the test where there are no numbers
-    tensors = read_safetensors(GOLDEN_DIR / "tiny" / f"{name}.safetensors")
+    tensors = read_safetensors(tiny_model(f"{name}.safetensors"))
     config = dataclasses.replace(read_config(tensors), dtype=dtype)
     check_tensors(tensors, config)
     # As `from_pretrained(..., dtype=dtype)` has them: what computes in bfloat16 holds its parameters in it, too.

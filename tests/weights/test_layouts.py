@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, to_layout
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, tensor_spec
-from tests.golden import GOLDEN_DIR
+from tests.golden import tiny_model
 
 _V, _C, _L, _N, _F = 11, 8, 2, 4, 12
 _FLA = "flash-linear-attention"
@@ -404,10 +404,7 @@ def test_configs_describe_the_tensors() -> None:
 
 @pytest.mark.parametrize("name", ["4v0-660K", "5v2-730K", "6v0-1m"])
 def test_the_golden_files_are_official(name: str) -> None:
-    path = GOLDEN_DIR / "tiny" / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no reference numbers: {path.name} is not in ../shared/golden")
-    tensors = read_safetensors(path)
+    tensors = read_safetensors(tiny_model(f"{name}.safetensors"))
     assert from_layout(tensors) == ("official", tensors)
     layout = {"4": "transformers", "6": _FLA}.get(name[0])
     if layout is not None:

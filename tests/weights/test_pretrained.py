@@ -22,7 +22,7 @@ from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError
-from tests.golden import GOLDEN_DIR, load_golden
+from tests.golden import load_tiny, tiny_model
 from tests.weights import forged
 from tests.weights.files import CONFIGS, assert_same_bits, computed_in, logits_of, random_tensors, tensors_in
 
@@ -111,8 +111,8 @@ def test_the_prefix_of_deepspeed_is_taken_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 @pytest.mark.parametrize(("name", "bound"), [("4v0-660K", 3e-5), ("5v2-730K", 5e-5), ("6v0-1m", 5e-5)])
 def test_trained_models_give_the_published_logits(name: str, bound: float, ending: str) -> None:
-    golden = load_golden(f"tiny/{name}.golden.npz")
-    model = from_pretrained(GOLDEN_DIR / "tiny" / f"{name}.{ending}", dtype="float32")
+    golden = load_tiny(f"{name}.golden.npz")
+    model = from_pretrained(tiny_model(f"{name}.{ending}"), dtype="float32")
     logits = logits_of(model, golden["tokens_p1"][None])[0]
     np.testing.assert_allclose(logits[golden["pos_p1"]], golden["logits64_p1"], rtol=0, atol=bound)
 

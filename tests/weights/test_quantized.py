@@ -37,7 +37,7 @@ from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.quantized import QUANTIZATIONS, Quantization, pack, place_quantized_params, quantization_of
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import WeightsError
-from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
+from tests.golden import QUICK, load_tiny, relative_error, tiny_model
 from tests.weights.files import CONFIGS, random_tensors, tensors_in
 
 SMALLEST_AND_LARGEST_RATIO = {"int8": (0.26, 0.30), "int4": (0.14, 0.20)}
@@ -143,11 +143,11 @@ TRAINED = {"4v0-660K": "p1", "5v2-730K": "p1", "6v0-1m": "p4"}
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_models_lose_little_and_their_files_shrink(tmp_path: Path, name: str) -> None:
-    numbers = load_golden(f"tiny/{name}.golden.npz")
+    numbers = load_tiny(f"{name}.golden.npz")
     tokens = numbers[f"tokens_{TRAINED[name]}"]
     reference = numbers[f"nll64_{TRAINED[name]}"].mean()
     path = tmp_path / "float.safetensors"
-    convert(GOLDEN_DIR / "tiny" / f"{name}.safetensors", path, dtype="float32")
+    convert(tiny_model(f"{name}.safetensors"), path, dtype="float32")
     bounds: dict[Quantization, float] = {"int8": 0.01, "int4": 0.08}
     for quantize, bound in bounds.items():
         model = from_pretrained(path, quantize=quantize)

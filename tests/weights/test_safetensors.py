@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, UnsafeFileError, WeightsError
-from tests.golden import GOLDEN_DIR
+from tests.golden import tiny_model
 
 _NUMPY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
@@ -362,9 +362,6 @@ def test_shards_may_be_links(tmp_path: Path, index: Path) -> None:
 
 
 def test_the_golden_files_are_read() -> None:
-    path = GOLDEN_DIR / "tiny" / "6v0-1m.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no reference numbers: {path.name} is not in ../shared/golden")
-    found = read_safetensors(path)
+    found = read_safetensors(tiny_model("6v0-1m.safetensors"))
     assert found["emb.weight"].shape == (256, 64)
     assert found["emb.weight"].dtype == BFLOAT16

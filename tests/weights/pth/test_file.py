@@ -29,7 +29,7 @@ from rwkv_jax.weights.pth import zip as pth_zip
 from rwkv_jax.weights.pth.file import read_torch_file, write_torch_file
 from rwkv_jax.weights.safetensors import read_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, UnsafeFileError, WeightsError
-from tests.golden import GOLDEN_DIR
+from tests.golden import tiny_model
 from tests.weights import forged, hostile_files, hostile_pickles
 
 _DTYPES = [BFLOAT16, *map(np.dtype, ("f2", "f4", "f8", "?", "u1", "i1", "i2", "i4", "i8"))]
@@ -182,9 +182,7 @@ def test_thousands_of_tensors(tmp_path: Path, torch: Callable[[str], Any]) -> No
 
 @pytest.mark.parametrize("name", ["4v0-660K", "5v2-730K", "6v0-1m"])
 def test_files_by_torch_equal_their_twins(name: str) -> None:
-    path = GOLDEN_DIR / "tiny" / f"{name}.pth"
-    if not path.is_file():
-        pytest.skip(f"no reference numbers: {path.name} is not in ../shared/golden")
+    path = tiny_model(f"{name}.pth")
     found, twins = read_torch_file(path), read_safetensors(path.with_suffix(".safetensors"))
     assert found.values == {}
     _assert_same({name: found.tensors[name] for name in sorted(found.tensors)}, {k: twins[k] for k in sorted(twins)})
