@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.checks import ConfigError, require_counts
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
@@ -51,7 +52,7 @@ def latency(
     Raises:
       ConfigError: no context, one below 1, or fewer than one token or repetition; or as `Engine.stream`.
     """
-    require_positive(contexts=contexts, num_tokens=(num_tokens,), repetitions=(repetitions,))
+    require_counts(contexts=contexts, num_tokens=(num_tokens,), repetitions=(repetitions,))
     lengths = sorted(set(contexts))
     tokens = np.random.default_rng(seed).integers(1, engine.config.vocab_size, lengths[-1]).tolist()
     snapshot: Snapshot | None = None
@@ -76,7 +77,7 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
     Raises:
       ConfigError: fewer than one text, token or repetition, or too few slots.
     """
-    require_positive(batch_sizes=tuple(engines), num_tokens=(num_tokens,), repetitions=(repetitions,))
+    require_counts(batch_sizes=tuple(engines), num_tokens=(num_tokens,), repetitions=(repetitions,))
     for size, engine in engines.items():
         if size > engine.options.num_slots:
             raise ConfigError(f"batch size {size}: the engine has {engine.options.num_slots} slots; build it with more")
@@ -132,7 +133,7 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
     Raises:
       ConfigError: a context below 1, or a model that no Transformer equals in size.
     """
-    require_positive(contexts=contexts)
+    require_counts(contexts=contexts)
     config = model.config
     state = jax.eval_shape(lambda: model.initial_state(1))
     peer = config if config.generation == "transformer" else config.transformer_of_equal_size()
@@ -182,10 +183,3 @@ def held_in(model: LanguageModel) -> str:
     if any(isinstance(leaf, Int8Matrix) for leaf in leaves):
         return "int8"
     return next(iter(_bytes_by_dtype(params)))
-
-
-def require_positive(**values: Sequence[int]) -> None:
-    """Raises ConfigError for a number below 1, or none at all, by its name."""
-    for name, numbers in values.items():
-        if not numbers or min(numbers) < 1:
-            raise ConfigError(f"{name} = {' '.join(map(str, numbers))}: must be at least 1 each, and one at least")

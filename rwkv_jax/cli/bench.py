@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rwkv_jax.checks import require_counts
 from rwkv_jax.cli.flags import Quantize, WeightsFlags
 from rwkv_jax.cli.machine import describe_machine, find_devices
 from rwkv_jax.config import ConfigError, Generation, ModelConfig
@@ -103,10 +104,10 @@ class Latency:
 
     def run(self) -> None:
         """Measures and prints."""
-        from rwkv_jax.bench.measure import latency, require_positive
+        from rwkv_jax.bench.measure import latency
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        require_positive(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        require_counts(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
         if self.model.random is not None:
             _require_constant_state(self.model.generation)
         model, tokenizer = self.model.load()
@@ -137,11 +138,11 @@ class Throughput:
 
     def run(self) -> None:
         """Measures and prints."""
-        from rwkv_jax.bench.measure import require_positive, throughput
+        from rwkv_jax.bench.measure import throughput
         from rwkv_jax.inference.engine import Engine, EngineOptions
         from rwkv_jax.models.decoding import unstacked
 
-        require_positive(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
+        require_counts(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))
         model, tokenizer = self.model.load()
 
         model = unstacked(model)  # once, for all engines
@@ -172,9 +173,9 @@ class Memory:
 
     def run(self) -> None:
         """Counts and prints."""
-        from rwkv_jax.bench.measure import memory, require_positive
+        from rwkv_jax.bench.measure import memory
 
-        require_positive(contexts=self.contexts)
+        require_counts(contexts=self.contexts)
         model, _ = self.model.load()
 
         use = memory(model, self.contexts)

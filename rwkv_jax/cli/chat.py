@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rwkv_jax.checks import ConfigError, require
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat import Thinking
 
 if TYPE_CHECKING:
@@ -65,10 +65,8 @@ class Chat:
 
     def run(self) -> None:
         """Answers lines of standard input until it ends."""
-        if self.tokens < 1:
-            raise ConfigError(f"tokens = {self.tokens}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+        require(self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         if self.system is not None:
             require_text(f"system = {self.system!r}", self.system)
         chat_format, sampling = self._format(), self.sampling.sampling()

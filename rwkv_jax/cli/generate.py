@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from rwkv_jax.checks import ConfigError, require
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.config import ConfigError
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.engine import Engine
@@ -75,10 +75,8 @@ class Generate:
         from rwkv_jax.inference.text import check_stop_strings
 
         for name in ("tokens", "num", "best_of"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} = {value}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed = {self.seed}: must fit in 32 bits and not be negative")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         if self.seed > (most := 2**32 - self.num * self.best_of):
             raise ConfigError(
                 f"seed = {self.seed}: {self.num * self.best_of} texts take as many seeds from it on, which must all "

@@ -12,10 +12,9 @@ width, D low rank, V vocabulary, L layers.
     outputs.py       evaluation, checkpoint, logging
     generations.py   which generations there are, and which sizes are whose
     dicts.py         to JSON and back
-    checks.py        ConfigError, and how a field is refused
 """
 
-from rwkv_jax.config.checks import ConfigError
+from rwkv_jax.checks import ConfigError
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
 from rwkv_jax.config.generations import Generation, ResolvedSizes, architecture_name

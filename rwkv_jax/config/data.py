@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from rwkv_jax.config.checks import require
+from rwkv_jax.checks import require
 
 
 @dataclasses.dataclass(frozen=True)

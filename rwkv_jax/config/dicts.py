@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv_jax.config.checks import require
+from rwkv_jax.checks import require
 from rwkv_jax.config.run import TrainConfig
 
 

@@ -7,7 +7,7 @@ import math
 import typing
 from typing import Literal
 
-from rwkv_jax.config.checks import require, require_positive
+from rwkv_jax.checks import require, require_positive
 from rwkv_jax.config.generations import OWN_FIELDS, Generation, ResolvedSizes, architecture_name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.config.checks import ConfigError, require, require_positive
+from rwkv_jax.checks import ConfigError, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True)

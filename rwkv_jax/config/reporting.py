@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rwkv_jax.config.checks import require, require_positive
+from rwkv_jax.checks import require, require_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rwkv_jax.config.checks import require
+from rwkv_jax.checks import require
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.model import ModelConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.config.checks import require, require_positive
+from rwkv_jax.checks import require, require_positive
 
 Remat = Literal["none", "operator", "full"]
 """What a block's backward pass recomputes."""

@@ -15,14 +15,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.checks import ConfigError, require_whole
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.job import Job, Reader, Tables
 from rwkv_jax.inference.options import EngineOptions
 from rwkv_jax.inference.prefix_store import PrefixStore
 from rwkv_jax.inference.programs import Programs
 from rwkv_jax.inference.prompts import MOST_COPIES, Arguments, is_one, requests_of
-from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join, require_whole
+from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
 from rwkv_jax.inference.sampling import bias_of, initial_occurrences, occurrence_weights
 from rwkv_jax.inference.scheduler import Scheduler, Shapes
 from rwkv_jax.inference.session import Session

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 
-from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.requests import require_whole
+from rwkv_jax.checks import ConfigError, is_number, require_whole
 
 _MIB = 2**20
 
@@ -43,7 +41,7 @@ class EngineOptions:
         for name, least in (("prefix_bytes", 0), ("fewest_prefix_tokens", 1), ("session_bytes", 1)):
             require_whole(name, getattr(self, name), least)
         idle = self.session_idle_seconds
-        if not isinstance(idle, numbers.Real) or not idle > 0:
+        if not is_number(idle) or not idle > 0:
             raise ConfigError(f"session_idle_seconds = {idle!r}: must be a positive number; math.inf for no limit")
         if self.short_prefill_length > self.prefill_length:
             raise ConfigError(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
 import numpy as np
 
-from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.requests import MOST_SEED, Request, require_whole
+from rwkv_jax.checks import ConfigError, is_whole, require_whole
+from rwkv_jax.inference.requests import MOST_SEED, Request
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 
@@ -119,7 +118,7 @@ def requests_of(
 
 def _seeds(seed: Any, count: int, copies: int) -> list[int]:
     """Of one number on, or of a number for each prompt on."""
-    if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
+    if is_whole(seed):
         require_whole("seed", seed, 0, MOST_SEED)
         return [int(seed) + i for i in range(count * copies)]
     firsts = _made(list, "seed", seed)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.text import check_stop_strings
@@ -88,7 +87,7 @@ class Request:
         for whose, ids in ((name, self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
             _check_ids(whose, ids, vocab_size)
         check_stop_strings(self.stop)
-        if not isinstance(self.guidance, numbers.Real) or not abs(self.guidance) <= _MOST_GUIDANCE:
+        if not is_number(self.guidance) or not abs(self.guidance) <= _MOST_GUIDANCE:
             raise ConfigError(
                 f"guidance = {self.guidance!r}: must be a number of at most {_MOST_GUIDANCE:g}; 1 is no guidance"
             )
@@ -108,19 +107,11 @@ class Request:
             )
 
 
-def require_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises ConfigError for what is no whole number, or not within bounds."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or int(value) < least or (most is not None and int(value) > most):
-        bounds = f"not less than {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} = {value!r}: must be a whole number, {bounds}")
-
-
 def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
     if not ids:
         return
-    if not all(isinstance(token, numbers.Integral) and not isinstance(token, bool) for token in ids):
-        wrong = next(token for token in ids if not isinstance(token, numbers.Integral) or isinstance(token, bool))
+    if not all(is_whole(token) for token in ids):
+        wrong = next(token for token in ids if not is_whole(token))
         raise ConfigError(f"{name}: must be integers, token ids; {wrong!r} is {type(wrong).__name__}")
     values = np.asarray(tuple(ids))
     if values.min() < 0 or values.max() >= vocab_size:

@@ -34,7 +34,6 @@ has.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
@@ -44,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.checks import ConfigError, is_number, is_whole
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.selection import draw, first_largest, largest_floor
 
@@ -106,7 +105,7 @@ class SamplingParams:
         self._require_between("presence_penalty", -_LARGEST, _LARGEST)
         self._require_between("frequency_penalty", -_LARGEST, _LARGEST)
         self._require_between("penalty_decay", 0, 1)
-        if not _is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
+        if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
         if type(self.penalize_prompt) is not bool:
             raise ConfigError(f"penalize_prompt = {self.penalize_prompt!r}: must be True or False")
@@ -120,12 +119,12 @@ class SamplingParams:
     def _require_between(self, name: str, least: float, most: float) -> None:
         value = getattr(self, name)
         # NaN lies nowhere.
-        if not (_is_number(value) and least <= value <= most):
+        if not (is_number(value) and least <= value <= most):
             raise ConfigError(f"{name} = {value!r}: must be a number from {least:g} to {most:g}")
 
     def _require_above_zero(self, name: str, most: float) -> None:
         value = getattr(self, name)
-        if not (_is_number(value) and 0 < value <= most):
+        if not (is_number(value) and 0 < value <= most):
             raise ConfigError(f"{name} = {value!r}: must lie in (0, {most:g}]")
 
     @classmethod
@@ -163,19 +162,11 @@ class SamplingParams:
                 raise ConfigError(f"{name} names id {max(ids)}: the model's ids are 0 to {vocab_size - 1}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Sequence | set | frozenset) or isinstance(ids, str | bytes):
         raise ConfigError(f"{name} = {ids!r}: must be a sequence of token ids")
     for token in ids:
-        if not _is_whole(token) or token < 0:
+        if not is_whole(token) or token < 0:
             raise ConfigError(f"{name} names id {token!r}: ids are whole numbers from 0")
     return tuple(sorted({int(token) for token in ids}))
 
@@ -186,7 +177,7 @@ def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"logit_bias = {biases!r}: must be a mapping from token ids to numbers") from error
     for token, bias in of.items():
-        if not _is_number(bias) or not abs(bias) <= _LARGEST:
+        if not is_number(bias) or not abs(bias) <= _LARGEST:
             raise ConfigError(
                 f"logit_bias of id {token!r} is {bias!r}: must be a number from {-_LARGEST:g} to {_LARGEST:g}; "
                 "`banned` rules a token out"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.requests import Chunk, Request, join, require_whole
+from rwkv_jax.inference.requests import Chunk, Request, join
 from rwkv_jax.inference.snapshot import Snapshot
 
 START = Snapshot((), np.zeros(9, np.float32), num_tokens=90)  # pyright: ignore[reportArgumentType]
@@ -79,14 +79,6 @@ def test_no_more_likeliest_tokens_than_are_kept() -> None:
 
 def test_without_a_capacity_any_length_will_do() -> None:
     Request(ids=(1,), max_tokens=10**9).check(10, None)
-
-
-@pytest.mark.parametrize("value", [0, 11, True, 2.0, "3", None, float("nan"), [4]])
-def test_whole_numbers_within_bounds(value: Any) -> None:
-    require_whole("x", np.int8(1), 1, 10)
-    require_whole("x", 10, 1, 10)
-    with pytest.raises(ConfigError, match=r"^x = .*: must be a whole number, from 1 to 10$"):
-        require_whole("x", value, 1, 10)
 
 
 def test_chunks_are_joined() -> None:

@@ -1,0 +1,48 @@
+"""ConfigError, and the checks of values that raise it. Standard library only."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value that cannot work; the message names the field, the value and the remedy."""
+
+
+def require(condition: bool, field: str, value: object, remedy: str) -> None:
+    """Raises ConfigError, with the field, its value and how to mend it, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def require_positive(config: object, prefix: str, *fields: str) -> None:
+    """Raises ConfigError for the first of these fields of a section that is zero, negative or not a number."""
+    for name in fields:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
+
+
+def require_whole(field: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Raises ConfigError for what is not a whole number, or not within these bounds, which are allowed themselves."""
+    bounds = f"not less than {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    within = is_whole(value) and minimum <= int(value) and (maximum is None or int(value) <= maximum)
+    require(within, field, value, f"must be a whole number, {bounds}")
+
+
+def require_counts(**values: Sequence[int]) -> None:
+    """Raises ConfigError for a number below 1, or an empty sequence, by its name."""
+    for name, counts in values.items():
+        if not counts or min(counts) < 1:
+            raise ConfigError(f"{name} = {' '.join(map(str, counts))}: must be at least 1 each, and one at least")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, NumPy's included; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, NumPy's included; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
