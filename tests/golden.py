@@ -1,7 +1,7 @@
 """Reference numbers that other people's implementations gave, the measure of how far ours are, quick compilation.
 
 Those of random weights lie in `tests/golden`, where README.md says how each was made: a missing one is a failure.
-Trained models are other people's and lie in `shared/golden/tiny` beside the project's folder, or the tests of them skip.
+Trained models are other people's and lie in `shared/golden/tiny` beside the project's folder, or the tests skip.
 """
 
 from __future__ import annotations
