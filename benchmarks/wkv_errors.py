@@ -147,9 +147,9 @@ def table(operator: str) -> list[str]:
 HEADER = """# Errors
 
 Relative L2 errors against the definition (`scan`) in float64: y / final state / worst gradient and which one it is.
-Inputs are the named cases of `kernels/rwkv_kernels/wkv*/cases.py` at {shape}. Kernels were interpreted on a CPU with
-the products of their precision emulated: operands rounded as tensor cores round them (`full` is bfloat16 six times,
-`default` TF32 on NVIDIA and bfloat16 three times on TPU, `fast` bfloat16), sums in float32. XLA forms have one
+Inputs are the named cases of `kernels/rwkv_kernels/ops/wkv*/cases.py` at {shape}. Kernels were interpreted on
+a CPU with the products of their precision emulated: operands rounded as tensor cores round them (`full` is bfloat16 six
+times, `default` TF32 on NVIDIA and bfloat16 three times on TPU, `fast` bfloat16), sums in float32. XLA forms have one
 precision on a CPU, float32. With bfloat16 inputs y and the gradients are rounded to bfloat16 at the end,
 which alone is 2e-3; the state is not. Where the truth is exactly zero, as the gradient of a decay that only ever meets
 an empty state (one-token segments), the error is absolute.

@@ -23,7 +23,7 @@ PACKAGES = {"rwkv_kernels": ROOT / "kernels" / "rwkv_kernels", "rwkv_jax": ROOT 
 
 
 def module_name(path: Path) -> str:
-    """kernels/rwkv_kernels/wkv7/__init__.py -> rwkv_kernels.wkv7."""
+    """kernels/rwkv_kernels/ops/wkv7/api.py -> rwkv_kernels.ops.wkv7.api."""
     package = next(folder for folder in PACKAGES.values() if path.is_relative_to(folder))
     parts = path.relative_to(package.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -74,7 +74,7 @@ def modules(*packages: str) -> list[str]:
 
 
 def test_the_walk_sees_imports() -> None:
-    assert {"jax", "rwkv_kernels.dispatch"} <= imports("rwkv_kernels.wkv7")
+    assert {"jax", "rwkv_kernels.dispatch"} <= imports("rwkv_kernels.ops.wkv7.api")
     assert "numpy" in imports("rwkv_kernels.arguments")
     assert "rwkv_kernels.wkv7" in imports("rwkv_jax.models.rwkv7")
     # Within a function, too.

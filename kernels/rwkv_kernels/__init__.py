@@ -9,15 +9,15 @@ from __future__ import annotations
 import jax
 
 from rwkv_kernels import dispatch
+from rwkv_kernels.ops.wkv4.api import OPERATOR as _WKV4
+from rwkv_kernels.ops.wkv4.api import wkv4, wkv4_sharded, wkv4_step
+from rwkv_kernels.ops.wkv5.api import OPERATOR as _WKV5
+from rwkv_kernels.ops.wkv5.api import wkv5, wkv5_sharded, wkv5_step
+from rwkv_kernels.ops.wkv6.api import OPERATOR as _WKV6
+from rwkv_kernels.ops.wkv6.api import wkv6, wkv6_sharded, wkv6_step
+from rwkv_kernels.ops.wkv7.api import OPERATOR as _WKV7
+from rwkv_kernels.ops.wkv7.api import wkv7, wkv7_sharded, wkv7_step
 from rwkv_kernels.sharded import from_previous_shard
-from rwkv_kernels.wkv4 import OPERATOR as _WKV4
-from rwkv_kernels.wkv4 import wkv4, wkv4_sharded, wkv4_step
-from rwkv_kernels.wkv5 import OPERATOR as _WKV5
-from rwkv_kernels.wkv5 import wkv5, wkv5_sharded, wkv5_step
-from rwkv_kernels.wkv6 import OPERATOR as _WKV6
-from rwkv_kernels.wkv6 import wkv6, wkv6_sharded, wkv6_step
-from rwkv_kernels.wkv7 import OPERATOR as _WKV7
-from rwkv_kernels.wkv7 import wkv7, wkv7_sharded, wkv7_step
 
 OPERATORS: dict[str, dispatch.Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
 """Every operator, by name."""

@@ -44,7 +44,7 @@ class Operator(Protocol):
 
     @property
     def preferred(self) -> Callable[[Problem], tuple[str, ...]]:
-        """Names from the fastest down for a problem, as measured by benchmarks/wkv_cpu.py."""
+        """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
         ...
 
 
@@ -69,6 +69,11 @@ class Explanation:
         return "\n".join(lines)
 
 
+def default_order(problem: Problem) -> tuple[str, ...]:
+    """Names in the order in which `None` tries them, from what was measured on CPUs; kernels run only when named."""
+    return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
+
+
 def anything(problem: Problem) -> None:
     """Refuses no problem."""
 
@@ -83,7 +88,7 @@ def choose(
     """The implementation that is asked for, or the first preferred one that can run.
 
     Args:
-      preferred: names from the fastest down, as measured; those that are not named run on request only.
+      preferred: names in the order to try; an implementation that is not among them runs on request only.
       requested: a name, None, or an implementation of one's own.
 
     Raises:

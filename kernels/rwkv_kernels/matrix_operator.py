@@ -36,7 +36,7 @@ class MatrixOperator:
     implementations: Mapping[str, dispatch.Implementation]
     """Every way to compute it, by name."""
     preferred: Callable[[dispatch.Problem], tuple[str, ...]]
-    """Names from the fastest down for a problem, as measured by benchmarks/wkv_cpu.py."""
+    """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
     algebra: pieces.Algebra
     """How its transitions act on states."""
     affine_map: Callable[..., pieces.AffineMap]

@@ -150,10 +150,10 @@ def check_operators() -> list[Check]:
     import rwkv_kernels
     from rwkv_kernels import wkv4, wkv5, wkv6, wkv7
     from rwkv_kernels.cases import Shape
-    from rwkv_kernels.wkv4.cases import make_inputs as wkv4_inputs
-    from rwkv_kernels.wkv5.cases import make_inputs as wkv5_inputs
-    from rwkv_kernels.wkv6.cases import make_inputs as wkv6_inputs
-    from rwkv_kernels.wkv7.cases import make_inputs as wkv7_inputs
+    from rwkv_kernels.ops.wkv4.cases import make_inputs as wkv4_inputs
+    from rwkv_kernels.ops.wkv5.cases import make_inputs as wkv5_inputs
+    from rwkv_kernels.ops.wkv6.cases import make_inputs as wkv6_inputs
+    from rwkv_kernels.ops.wkv7.cases import make_inputs as wkv7_inputs
 
     operators: Mapping[str, tuple[Callable[..., Any], Callable[[str, Shape], dict[str, Any]]]] = {
         "wkv4": (wkv4, wkv4_inputs),

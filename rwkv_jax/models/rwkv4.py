@@ -32,7 +32,7 @@ from rwkv_jax.models.layers import (
 from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv4, wkv4_sharded
-from rwkv_kernels.wkv4.scan import empty_state
+from rwkv_kernels.ops.wkv4.scan import empty_state
 
 
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from rwkv_kernels import dispatch, wkv5, wkv5_step, wkv6, wkv6_step, wkv7, wkv7_step
 from rwkv_kernels.cases import Shape
-from rwkv_kernels.wkv4 import OPERATOR as WKV4
-from rwkv_kernels.wkv4 import cases as wkv4_cases
-from rwkv_kernels.wkv4 import wkv4, wkv4_step
-from rwkv_kernels.wkv5 import OPERATOR as WKV5
-from rwkv_kernels.wkv5 import cases as wkv5_cases
-from rwkv_kernels.wkv6 import OPERATOR as WKV6
-from rwkv_kernels.wkv6 import cases as wkv6_cases
-from rwkv_kernels.wkv7 import OPERATOR as WKV7
-from rwkv_kernels.wkv7 import cases as wkv7_cases
+from rwkv_kernels.ops.wkv4 import cases as wkv4_cases
+from rwkv_kernels.ops.wkv4.api import OPERATOR as WKV4
+from rwkv_kernels.ops.wkv4.api import wkv4, wkv4_step
+from rwkv_kernels.ops.wkv5 import cases as wkv5_cases
+from rwkv_kernels.ops.wkv5.api import OPERATOR as WKV5
+from rwkv_kernels.ops.wkv6 import cases as wkv6_cases
+from rwkv_kernels.ops.wkv6.api import OPERATOR as WKV6
+from rwkv_kernels.ops.wkv7 import cases as wkv7_cases
+from rwkv_kernels.ops.wkv7.api import OPERATOR as WKV7
 from tests.golden import QUICK
 
 Inputs = dict[str, Any]

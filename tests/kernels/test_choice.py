@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,6 +21,14 @@ on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what the C
 def sizes(operator: Operator, time: int = 1024) -> tuple[int, ...]:
     """A shape as `explain` takes it."""
     return (4, time, 512) if operator.name == "wkv4" else (4, time, 8, 64, 64)
+
+
+@pytest.mark.parametrize("name", rwkv_kernels.OPERATORS)
+def test_modules_of_an_operator_can_be_imported_by_their_names(name: str) -> None:
+    module = f"rwkv_kernels.ops.{name}.chunked"
+    names: dict[str, Any] = {}
+    exec(f"import {module} as chunked", names)  # which an attribute of the same name in a package would hide
+    assert names["chunked"] is sys.modules[module]
 
 
 # The package's two questions

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.wkv4.scan import EMPTY_EXPONENT, State
+from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State
 
 
 class Marks(NamedTuple):

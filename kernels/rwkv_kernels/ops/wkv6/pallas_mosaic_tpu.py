@@ -1,25 +1,24 @@
-"""WKV-7 on TPUs, by Pallas through Mosaic."""
+"""WKV-6 on TPUs, by Pallas through Mosaic."""
 
 from __future__ import annotations
 
 from jax import Array
 
 from rwkv_kernels import pallas_chunks
+from rwkv_kernels.ops.wkv6.chunk import make_chunk
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
-from rwkv_kernels.wkv7.chunk import make_chunk
 
-KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=64)
-"""What is shipped; As large as half of it can be in RWKV-7's gauge."""
+KERNEL = pallas_chunks.Kernel("wkv6", make_chunk, chunk_size=64)
+"""What is shipped; docs/kernels.md has what was compiled."""
 
 
-def wkv7_pallas_mosaic_tpu(
+def wkv6_pallas_mosaic_tpu(
     r: Array,
     log_w: Array,
     k: Array,
     v: Array,
-    a: Array,
-    b: Array,
+    u: Array,
     state: Array,
     *,
     segments: Array | None = None,
@@ -28,10 +27,10 @@ def wkv7_pallas_mosaic_tpu(
     kernel: pallas_chunks.Kernel = KERNEL,
     with_products: Products | None = None,
 ) -> tuple[Array, Array]:
-    """WKV-7 over a sequence, forward and backward each one kernel.
+    """WKV-6 over a sequence, forward and backward each one kernel.
 
     Args:
-      r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
+      r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype but float64.
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       precision: of the products.
@@ -45,8 +44,8 @@ def wkv7_pallas_mosaic_tpu(
     return pallas_chunks.run(
         pallas_chunks.MOSAIC_TPU,
         kernel,
-        (r, log_w, k, v, a, b),
-        (),
+        (r, log_w, k, v),
+        (u,),
         state,
         segments=segments,
         lengths=None,

@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, starts
 from rwkv_kernels.derivatives import with_backward
-from rwkv_kernels.wkv4 import chunk
-from rwkv_kernels.wkv4.chunk import Marks, Token
-from rwkv_kernels.wkv4.scan import State, fix_gauge
+from rwkv_kernels.ops.wkv4 import chunk
+from rwkv_kernels.ops.wkv4.chunk import Marks, Token
+from rwkv_kernels.ops.wkv4.scan import State, fix_gauge
 
 CHUNK_SIZE = 32
 """Default steps between stored states; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""

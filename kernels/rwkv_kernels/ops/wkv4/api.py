@@ -11,27 +11,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rwkv_kernels import arguments, dispatch, pieces, sharded
+from rwkv_kernels.ops.wkv4.associative import wkv4_associative
+from rwkv_kernels.ops.wkv4.chunked import wkv4_chunked
+from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State, empty_state, step, wkv4_scan
 from rwkv_kernels.pallas_chunks import refuse_unless
-from rwkv_kernels.wkv4.associative import wkv4_associative
-from rwkv_kernels.wkv4.chunked import wkv4_chunked
-from rwkv_kernels.wkv4.scan import EMPTY_EXPONENT, State, empty_state, step, wkv4_scan
 
 
 def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
     # Imported when it runs: it is not to burden those who have no use for it.
-    from rwkv_kernels.wkv4.pallas_triton import wkv4_pallas_triton
+    from rwkv_kernels.ops.wkv4.pallas_triton import wkv4_pallas_triton
 
     return wkv4_pallas_triton(*inputs, **options)
 
 
 def _pallas_mosaic_tpu(*inputs: Any, **options: Any) -> tuple[Array, State]:
-    from rwkv_kernels.wkv4.pallas_mosaic_tpu import wkv4_pallas_mosaic_tpu
+    from rwkv_kernels.ops.wkv4.pallas_mosaic_tpu import wkv4_pallas_mosaic_tpu
 
     return wkv4_pallas_mosaic_tpu(*inputs, **options)
-
-
-def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
-    return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +38,7 @@ class ChannelOperator:
     implementations: Mapping[str, dispatch.Implementation]
     """Every way to compute it, by name."""
     preferred: Callable[[dispatch.Problem], tuple[str, ...]]
-    """Names from the fastest down for a problem, as measured by benchmarks/wkv_cpu.py."""
+    """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
 
 
 OPERATOR = ChannelOperator(
@@ -54,7 +50,7 @@ OPERATOR = ChannelOperator(
         "pallas_triton": dispatch.Implementation(_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
-    preferred=_preferred,
+    preferred=dispatch.default_order,
 )
 """WKV-4 with all its implementations."""
 
@@ -84,7 +80,7 @@ def wkv4(
       segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
         row continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or one of one's own; None takes the fastest for the problem.
+      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
 
     Returns:
       y [B, T, C] in v's dtype, and the final state, float32 (float64 where an input is). Both are differentiable in

@@ -1,22 +1,21 @@
-"""WKV-5 in chunks: `decayed_attention` inside a chunk, a recurrence over chunks, a backward pass that recomputes."""
+"""WKV-6 in chunks: `decayed_attention` inside a chunk, a recurrence over chunks, a backward pass that recomputes."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import chunks, products
-from rwkv_kernels.arguments import is_active, pad_time
+from rwkv_kernels.arguments import pad_time
 from rwkv_kernels.decayed_attention import gauged_attention_chunk, is_weak
 from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.ops.wkv6.chunk import make_chunk
 from rwkv_kernels.precision import Precision
-from rwkv_kernels.wkv5.chunk import make_chunk
 
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 
-def wkv5_chunked(
+def wkv6_chunked(
     r: Array,
     log_w: Array,
     k: Array,
@@ -25,17 +24,15 @@ def wkv5_chunked(
     state: Array,
     *,
     segments: Array | None = None,
-    lengths: Array | None = None,
     precision: Precision = "full",
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
-    """WKV-5 over a sequence, chunk by chunk; exact for any decay.
+    """WKV-6 over a sequence, chunk by chunk; exact for any decay.
 
     Args:
-      r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype, any T from 1.
+      r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype, any T from 1.
       state: [B, H, M, N] in the dtype that the recurrence runs in.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      lengths: int32 [B] or None; r, k and v are zero beyond them.
       precision: of the products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
@@ -47,18 +44,16 @@ def wkv5_chunked(
     """
     size = chunks.fitting_size(chunk_size, r.shape[1])
     time, padding = r.shape[1], -r.shape[1] % size
-    active = None
-    if padding or lengths is not None:
-        active = is_active(jnp.full((1,), time) if lengths is None else lengths, time + padding)
-    over_time = tuple(pad_time(x, padding) for x in (r, k, v))
+    # Steps of zeros change nothing: no decay (log w = 0), nothing written.
+    over_time = tuple(pad_time(x, padding) for x in (r, log_w, k, v))
     within = chunks.number_within_chunks(segments, padding, size)
     multiply = products.xla(precision)
     form = chunks.Recomputing(
         size,
         chunk=make_chunk(multiply),
         chunk_if_weak=make_chunk(multiply, gauged_attention_chunk),
-        is_weak=lambda over_time, per_head: is_weak(per_head[0], size),
+        is_weak=lambda over_time, per_head: is_weak(over_time[1], size),
     )
     run = with_backward(form.forward, form.forward_with_residuals, form.backward)
-    y, state = run((within, active), over_time, (log_w, u), state)
+    y, state = run((within, None), over_time, (u,), state)
     return y[:, :time], state

@@ -1,24 +1,25 @@
-"""WKV-6 on NVIDIA GPUs, by Pallas through Triton."""
+"""WKV-7 on NVIDIA GPUs, by Pallas through Triton."""
 
 from __future__ import annotations
 
 from jax import Array
 
 from rwkv_kernels import pallas_chunks
+from rwkv_kernels.ops.wkv7.chunk import make_chunk
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
-from rwkv_kernels.wkv6.chunk import make_chunk
 
-KERNEL = pallas_chunks.Kernel("wkv6", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
+KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
 """What is shipped; docs/kernels.md has the registers and spills of other choices."""
 
 
-def wkv6_pallas_triton(
+def wkv7_pallas_triton(
     r: Array,
     log_w: Array,
     k: Array,
     v: Array,
-    u: Array,
+    a: Array,
+    b: Array,
     state: Array,
     *,
     segments: Array | None = None,
@@ -27,10 +28,10 @@ def wkv6_pallas_triton(
     kernel: pallas_chunks.Kernel = KERNEL,
     with_products: Products | None = None,
 ) -> tuple[Array, Array]:
-    """WKV-6 over a sequence, forward and backward each one kernel.
+    """WKV-7 over a sequence, forward and backward each one kernel.
 
     Args:
-      r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype but float64.
+      r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       precision: of the products.
@@ -44,8 +45,8 @@ def wkv6_pallas_triton(
     return pallas_chunks.run(
         pallas_chunks.TRITON,
         kernel,
-        (r, log_w, k, v),
-        (u,),
+        (r, log_w, k, v, a, b),
+        (),
         state,
         segments=segments,
         lengths=None,

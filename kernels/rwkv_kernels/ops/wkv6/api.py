@@ -9,17 +9,13 @@ from jax import Array
 
 from rwkv_kernels import dispatch, pieces
 from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.ops.wkv6.associative import wkv6_associative
+from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
+from rwkv_kernels.ops.wkv6.pallas_mosaic_tpu import wkv6_pallas_mosaic_tpu
+from rwkv_kernels.ops.wkv6.pallas_triton import wkv6_pallas_triton
+from rwkv_kernels.ops.wkv6.scan import step, wkv6_scan
 from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
-from rwkv_kernels.wkv6.associative import wkv6_associative
-from rwkv_kernels.wkv6.chunked import wkv6_chunked
-from rwkv_kernels.wkv6.pallas_mosaic_tpu import wkv6_pallas_mosaic_tpu
-from rwkv_kernels.wkv6.pallas_triton import wkv6_pallas_triton
-from rwkv_kernels.wkv6.scan import step, wkv6_scan
-
-
-def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
-    return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
 def _affine_map(
@@ -41,7 +37,7 @@ OPERATOR = MatrixOperator(
         "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
-    preferred=_preferred,
+    preferred=dispatch.default_order,
     algebra=pieces.DIAGONAL,
     affine_map=_affine_map,
 )
@@ -74,7 +70,7 @@ def wkv6(
       segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
         row continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or one of one's own; None takes the fastest for the problem (`explain`).
+      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
       precision: of the products inside: `full`, `default` or `fast`.
 
     Returns:

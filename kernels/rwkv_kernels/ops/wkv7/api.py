@@ -6,17 +6,13 @@ from jax import Array
 
 from rwkv_kernels import dispatch, pieces
 from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.ops.wkv7.associative import wkv7_associative
+from rwkv_kernels.ops.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
+from rwkv_kernels.ops.wkv7.pallas_mosaic_tpu import wkv7_pallas_mosaic_tpu
+from rwkv_kernels.ops.wkv7.pallas_triton import wkv7_pallas_triton
+from rwkv_kernels.ops.wkv7.scan import step, wkv7_scan
 from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
-from rwkv_kernels.wkv7.associative import wkv7_associative
-from rwkv_kernels.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
-from rwkv_kernels.wkv7.pallas_mosaic_tpu import wkv7_pallas_mosaic_tpu
-from rwkv_kernels.wkv7.pallas_triton import wkv7_pallas_triton
-from rwkv_kernels.wkv7.scan import step, wkv7_scan
-
-
-def _preferred(problem: dispatch.Problem) -> tuple[str, ...]:
-    return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
 def _affine_map(
@@ -37,7 +33,7 @@ OPERATOR = MatrixOperator(
         "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
     },
-    preferred=_preferred,
+    preferred=dispatch.default_order,
     algebra=pieces.MATRIX,
     affine_map=_affine_map,
 )
@@ -72,7 +68,7 @@ def wkv7(
       segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
         row continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or one of one's own; None takes the fastest for the problem (`explain`).
+      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
       precision: of the products inside: `full`, `default` or `fast`.
 
     Returns:

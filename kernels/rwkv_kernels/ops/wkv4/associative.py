@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rwkv_kernels.arguments import is_active, starts
-from rwkv_kernels.wkv4.scan import State, empty_state, fix_gauge, read, select
+from rwkv_kernels.ops.wkv4.scan import State, empty_state, fix_gauge, read, select
 
 
 class _Stretch(NamedTuple):

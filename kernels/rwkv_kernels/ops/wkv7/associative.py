@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import pieces
+from rwkv_kernels.ops.wkv7.chunked import wkv7_chunked
 from rwkv_kernels.precision import Precision
-from rwkv_kernels.wkv7.chunked import wkv7_chunked
 
 CHUNK_SIZE = 32
 """Default steps in a chunk."""

@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rwkv_kernels.arguments import varying_like
-from rwkv_kernels.wkv4 import pallas_form
-from rwkv_kernels.wkv4.chunk import Token, run_tokens, run_tokens_backward
-from rwkv_kernels.wkv4.pallas_form import BLOCK, read_mark
-from rwkv_kernels.wkv4.scan import State
+from rwkv_kernels.ops.wkv4 import pallas_form
+from rwkv_kernels.ops.wkv4.chunk import Token, run_tokens, run_tokens_backward
+from rwkv_kernels.ops.wkv4.pallas_form import BLOCK, read_mark
+from rwkv_kernels.ops.wkv4.scan import State
 
 LANES = 128
 """Width of a TPU's registers."""

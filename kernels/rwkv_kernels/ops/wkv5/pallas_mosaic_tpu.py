@@ -1,39 +1,40 @@
-"""WKV-7 on NVIDIA GPUs, by Pallas through Triton."""
+"""WKV-5 on TPUs, by Pallas through Mosaic."""
 
 from __future__ import annotations
 
 from jax import Array
 
 from rwkv_kernels import pallas_chunks
+from rwkv_kernels.ops.wkv5.chunk import make_chunk
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
-from rwkv_kernels.wkv7.chunk import make_chunk
 
-KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
-"""What is shipped; docs/kernels.md has the registers and spills of other choices."""
+KERNEL = pallas_chunks.Kernel("wkv5", make_chunk, chunk_size=64)
+"""What is shipped; docs/kernels.md has what was compiled."""
 
 
-def wkv7_pallas_triton(
+def wkv5_pallas_mosaic_tpu(
     r: Array,
     log_w: Array,
     k: Array,
     v: Array,
-    a: Array,
-    b: Array,
+    u: Array,
     state: Array,
     *,
     segments: Array | None = None,
+    lengths: Array | None = None,
     precision: Precision = "full",
     interpret: bool = False,
     kernel: pallas_chunks.Kernel = KERNEL,
     with_products: Products | None = None,
 ) -> tuple[Array, Array]:
-    """WKV-7 over a sequence, forward and backward each one kernel.
+    """WKV-5 over a sequence, forward and backward each one kernel.
 
     Args:
-      r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
+      r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype but float64.
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
+      lengths: int32 [B] or None; r, k and v are zero beyond them.
       precision: of the products.
       interpret: run by XLA on any machine, slowly, for tests.
       kernel: chunk size and warps.
@@ -43,14 +44,14 @@ def wkv7_pallas_triton(
       y [B, T, H, M] and the final state, float32.
     """
     return pallas_chunks.run(
-        pallas_chunks.TRITON,
+        pallas_chunks.MOSAIC_TPU,
         kernel,
-        (r, log_w, k, v, a, b),
-        (),
+        (r, k, v),
+        (log_w, u),
         state,
         segments=segments,
-        lengths=None,
-        fixed_decay=False,
+        lengths=lengths,
+        fixed_decay=True,
         precision=precision,
         interpret=interpret,
         with_products=with_products,

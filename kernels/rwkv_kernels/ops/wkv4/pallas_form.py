@@ -15,8 +15,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_kernels.arguments import is_active, pad_time, starts
-from rwkv_kernels.wkv4.chunk import Marks
-from rwkv_kernels.wkv4.scan import State, fix_gauge
+from rwkv_kernels.ops.wkv4.chunk import Marks
+from rwkv_kernels.ops.wkv4.scan import State, fix_gauge
 
 BLOCK = 8
 """Tokens between stored states, which a kernel's text has one after the other."""

@@ -1,19 +1,19 @@
-"""WKV-6 on TPUs, by Pallas through Mosaic."""
+"""WKV-6 on NVIDIA GPUs, by Pallas through Triton."""
 
 from __future__ import annotations
 
 from jax import Array
 
 from rwkv_kernels import pallas_chunks
+from rwkv_kernels.ops.wkv6.chunk import make_chunk
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
-from rwkv_kernels.wkv6.chunk import make_chunk
 
-KERNEL = pallas_chunks.Kernel("wkv6", make_chunk, chunk_size=64)
-"""What is shipped; docs/kernels.md has what was compiled."""
+KERNEL = pallas_chunks.Kernel("wkv6", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
+"""What is shipped; docs/kernels.md has the registers and spills of other choices."""
 
 
-def wkv6_pallas_mosaic_tpu(
+def wkv6_pallas_triton(
     r: Array,
     log_w: Array,
     k: Array,
@@ -42,7 +42,7 @@ def wkv6_pallas_mosaic_tpu(
       y [B, T, H, M] and the final state, float32.
     """
     return pallas_chunks.run(
-        pallas_chunks.MOSAIC_TPU,
+        pallas_chunks.TRITON,
         kernel,
         (r, log_w, k, v),
         (u,),

@@ -41,7 +41,7 @@ from rwkv_kernels.precision import XLA, Precision
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
-LOG_DECAY_FLOOR = -4.0
+LOG_DECAY_FLOOR = -64.0 / (CHUNK_SIZE // 2)
 """Smallest log w that every token of the default chunk may have in float32: half a chunk of it is e^{-64}."""
 
 

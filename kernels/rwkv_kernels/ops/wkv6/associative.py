@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import pieces
+from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
 from rwkv_kernels.precision import Precision
-from rwkv_kernels.wkv6.chunked import wkv6_chunked
 
 CHUNK_SIZE = 32
 """Default steps in a chunk."""

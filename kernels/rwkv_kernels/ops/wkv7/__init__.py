@@ -1,0 +1,1 @@
+"""The WKV operator of RWKV-7 (Goose)."""
