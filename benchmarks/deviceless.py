@@ -112,7 +112,7 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
         per_channel, over_time = array(channels), array(shape.batch, shape.time, channels)
         state = (array(shape.batch, channels, dtype=jnp.float32),) * 3
         return per_channel, per_channel, over_time, over_time, state
-    axes = importlib.import_module(f"rwkv_kernels.{operator}").OPERATOR.axes
+    axes = importlib.import_module(f"rwkv_kernels.ops.{operator}.api").OPERATOR.axes
     sizes = dict(zip("BTHNM", shape, strict=True))
     inputs = (array(*(sizes[letter] for letter in letters.split())) for letters in axes.values())
     return *inputs, array(*(sizes[letter] for letter in "BHMN"), dtype=jnp.float32)
@@ -120,7 +120,7 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """An operator's function for `pallas_triton` or `pallas_mosaic_tpu`, which does not ask what machine it is on."""
-    return getattr(importlib.import_module(f"rwkv_kernels.{operator}.{backend}"), f"{operator}_{backend}")
+    return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{backend}"), f"{operator}_{backend}")
 
 
 def _compile(
@@ -242,7 +242,7 @@ def _vmem(line: str) -> int:
 
 def settings(operator: str, backend: str, *, backward: bool = False) -> str:
     """Sizes and warps that are shipped, in words."""
-    module = importlib.import_module(f"rwkv_kernels.{operator}.{backend}")
+    module = importlib.import_module(f"rwkv_kernels.ops.{operator}.{backend}")
     if not hasattr(module, "KERNEL"):
         parameters = inspect.signature(implementation(operator, backend)).parameters.values()
         return ", ".join(f"{x.name.removeprefix('num_')} {x.default}" for x in parameters if type(x.default) is int)

@@ -20,7 +20,7 @@ Inputs = dict[str, Any]
 
 def make_inputs(operator: str, shape: Shape, case: str = "realiztic") -> Inputs:
     """A case of an operator, float64 arrays that float32 holds exactly."""
-    return importlib.import_module(f"rwkv_kernels.{operator}.cases").make_inputs(case, shape)
+    return importlib.import_module(f"rwkv_kernels.ops.{operator}.cases").make_inputs(case, shape)
 
 
 def as_dtype(inputs: Inputs, dtype: Any) -> Inputs:
