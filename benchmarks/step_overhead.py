@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import train
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import (
     CheckpointConfig,
@@ -47,6 +46,7 @@ from rwkv_jax.config import (
     TrainConfig,
 )
 from rwkv_jax.data.tokens.binidx import BinidxWriter
+from rwkv_jax.training import loop
 from rwkv_jax.training.batch import batch_loader
 from rwkv_jax.training.step import StepMetrics, TrainFunctions, TrainState, abstract_state
 
@@ -144,12 +144,12 @@ def run_loop(config: TrainConfig, seconds: float, num_steps: int) -> tuple[Devic
         return jax.jit(function, **options)
 
     with (
-        mock.patch.object(train, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit})),
-        mock.patch.object(train, "initial_state", zeros),
-        mock.patch.object(train, "batch_loader", lambda *arguments: timed(batch_loader(*arguments), loads)),
+        mock.patch.object(loop, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit})),
+        mock.patch.object(loop, "initial_state", zeros),
+        mock.patch.object(loop, "batch_loader", lambda *arguments: timed(batch_loader(*arguments), loads)),
         contextlib.suppress(MeasuredError),
     ):
-        train.train(config)
+        loop.train(config)
     return device, loads
 
 

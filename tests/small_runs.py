@@ -18,9 +18,9 @@ from rwkv_jax.config import (
     StepConfig,
     TrainConfig,
 )
+from rwkv_jax.training.loop import train
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import TrainState
-from train import train
 
 CODE = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200))
 """Enough for a tokenizer of 300 entries."""

@@ -123,7 +123,8 @@ def test_only_commands_know_commands(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules("rwkv_jax.training", "rwkv_jax.weights", "rwkv_jax.evaluation"))
 def test_what_trains_and_stores_does_not_know_what_runs(module: str) -> None:
-    assert not [name for name in imports(module) if is_under(name, "rwkv_jax.inference")]
+    allowed = ("rwkv_jax.inference.sampling",) if is_under(module, "rwkv_jax.training") else ()  # samples of a run
+    assert not [n for n in imports(module) if is_under(n, "rwkv_jax.inference") and not is_under(n, *allowed)]
 
 
 def test_the_folder_of_kernels_is_no_package() -> None:

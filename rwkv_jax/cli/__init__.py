@@ -1,4 +1,4 @@
-"""Command lines: the config of train.py, and the `rwkv` command with one module for each of its commands.
+"""The `rwkv` command, with one module for each of its commands.
 
 What a command needs of JAX is imported when it runs, so that help and errors of values come at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rwkv_jax.config import ConfigError
@@ -28,25 +29,40 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def main() -> None:
-    """The `rwkv` command."""
-    arguments = sys.argv[1:]
+def main(arguments: Sequence[str] | None = None, *, program: str = "rwkv") -> None:
+    """The `rwkv` command.
+
+    Args:
+      arguments: None takes those of this process.
+      program: whose name messages begin with.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         from rwkv_jax.cli.command import run
 
-        run(arguments)
-    except BrokenPipeError:  # whoever read has had enough, such as head; nothing is left to be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        run(arguments, program)
+    except BrokenPipeError:  # the reader has had enough, as head has; there is nobody left to tell
+        _discard_output()
         sys.exit(1)
     except (ConfigError, OSError, FloatingPointError) as error:  # a full disk, say, or weights that are not finite
         from rwkv_jax.cli.messages import with_flags
 
-        sys.exit(f"rwkv: {with_flags(str(error), arguments)}")
+        # A run is described by fields, in its config file and in its flags.
+        sys.exit(f"{program}: {error if arguments[:1] == ['train'] else with_flags(str(error), arguments)}")
     except (RuntimeError, MemoryError) as error:
         from rwkv_jax.cli.messages import out_of_memory
 
-        if (message := out_of_memory(error)) is None:
+        if arguments[:1] == ["train"] or (message := out_of_memory(error)) is None:
             raise
-        sys.exit(f"rwkv: {message}")
+        sys.exit(f"{program}: {message}")
     except KeyboardInterrupt:
         sys.exit(130)  # what shells make of it
+    finally:
+        try:
+            sys.stdout.flush()  # or Python does, after all that could deal with a reader that has gone
+        except BrokenPipeError:
+            _discard_output()
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,8 +17,11 @@ from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.program_cache import keep_programs
 from rwkv_jax.cli.tokenize import Tokenize
+from rwkv_jax.cli.train import Train
+from rwkv_jax.cli.train_config import parse_train_config
 
 COMMANDS = {
+    "train": Train,
     "generate": Generate,
     "chat": Chat,
     "convert": Convert,
@@ -30,17 +33,24 @@ COMMANDS = {
 """A class for each, with its flags and `run()`."""
 
 _DESCRIPTION = """\
-Write text and converse with RWKV language models, convert and measure them, and prepare their training, which train.py
-does. `rwkv COMMAND --help` has a command's flags, `rwkv --version` says which version this is."""
+Train RWKV language models, generate text and chat with them, convert and measure them. `rwkv COMMAND --help` has a
+command's flags, `rwkv --version` says which version this is."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs `rwkv ARGUMENTS`; exits on --help and on flags that do not exist, and raises what a command raises."""
+def run(arguments: Sequence[str], program: str = "rwkv") -> None:
+    """Runs `rwkv ARGUMENTS`; exits on --help and on flags that do not exist, and raises what a command raises.
+
+    Args:
+      program: rwkv, or the script that stands for one of its commands.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     if list(arguments) == ["--version"]:
         print(f"rwkv-jax {rwkv_jax.__version__}")
-    elif arguments[:1] == ["plan"]:  # its defaults are those of the file that it names
+    elif arguments[:1] == ["train"]:  # the defaults of these two are those of the file that they name
+        name = "rwkv train" if program == "rwkv" else program
+        Train(config=parse_train_config(arguments[1:], name)).run()
+    elif arguments[:1] == ["plan"]:
         parse_plan(arguments[1:]).run()
     else:
         command = tyro.extras.subcommand_cli_from_dict(

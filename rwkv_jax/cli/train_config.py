@@ -1,4 +1,4 @@
-"""The config of a run from a file and flags: what train.py and `rwkv plan` are given."""
+"""The config of a run from a file and flags: what `rwkv train` and `rwkv plan` are given."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
-def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
+def parse_train_config(arguments: Sequence[str], program: str = "train.py") -> TrainConfig:
     """The config of `train.py [CONFIG_FILE] [--field value ...]`; exits on --help and on fields that do not exist.
+
+    Args:
+      program: shown in the help.
 
     Raises:
       ConfigError: the file, or a value, cannot work.
     """
     arguments = list(arguments)
-    default, place = TrainConfig(), "train.py [CONFIG_FILE]"
+    default, place = TrainConfig(), f"{program} [CONFIG_FILE]"
     if arguments and not arguments[0].startswith("-"):
-        place = f"train.py {arguments[0]}"
+        place = f"{program} {arguments[0]}"
         default = load_config(Path(arguments.pop(0)))
     return tyro.cli(
         TrainConfig,

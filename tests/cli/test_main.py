@@ -84,7 +84,7 @@ def test_help_says_what_the_command_is_for(rwkv: Command, capsys: pytest.Capture
     with pytest.raises(SystemExit) as exit_:
         rwkv("--help")
     assert exit_.value.code == 0
-    assert "\nWrite text and converse with RWKV language models, " in capsys.readouterr().out
+    assert "\nTrain RWKV language models, generate text and chat with them, " in capsys.readouterr().out
 
 
 def test_what_the_terminal_cannot_show_is_replaced(rwkv: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import jax
 import pytest
 
-import train
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training import loop
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 from tests.small_runs import names_in
 
 
 class Run(NamedTuple):
-    result: train.TrainResult
+    result: loop.TrainResult
     folder: Path
     config: TrainConfig
     output: str
@@ -46,7 +46,7 @@ def run(config: TrainConfig, folder: Path) -> Run:
     logger.addHandler(counter)
     try:
         with jax.log_compiles(), contextlib.redirect_stdout(io.StringIO()) as output:
-            result = train.train(config)
+            result = loop.train(config)
     finally:
         logger.removeHandler(counter)
     return Run(result, folder, config, output.getvalue(), compiled)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train
 from rwkv_jax.config import CheckpointConfig, TrainConfig
+from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 from rwkv_jax.training import step as step_module
 from rwkv_jax.training.loss import TokenLosses, sum_losses
@@ -73,7 +73,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_state_saved(
     )
     with pytest.raises(NonFiniteError) as error:
         run(bad, tmp_path / "run")
-    corpus = train.prepare_corpus(config.data, 300, lambda line: None)
+    corpus = prepare_corpus(config.data, 300, lambda line: None)
     rows = training_rows(corpus, order="windows", seed=config.seed, batch_size=4, sequence_length=32)
     for step in (4, 5, 6):
         assert f"step {step}: {'; '.join(rows.row_locations(step))}" in str(error.value)

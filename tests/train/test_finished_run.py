@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-import train
+from rwkv_jax.config import to_dict
+from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.evaluation.held_out import compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.reporting.metrics import read_metrics
@@ -58,7 +59,7 @@ def test_result_is_the_saved_state_and_the_loss_of_all_held_out_text(finished: R
 
 
 def test_compressors_are_measured_on_the_held_out_text(finished: Run) -> None:
-    corpus = train.prepare_corpus(finished.config.data, 300, lambda line: None)
+    corpus = prepare_corpus(finished.config.data, 300, lambda line: None)
     for name, value in compressed_bits_per_byte(corpus.held_out_bytes()).items():
         assert f"{name} {value:.3f}" in finished.output
 
@@ -78,7 +79,7 @@ def test_the_steps_asked_for_are_traced(finished: Run) -> None:
 
 def test_run_file_tells_the_config(finished: Run) -> None:
     saved = json.loads((finished.folder / "run.json").read_text())
-    assert train.to_dict(finished.config) == train.to_dict(
+    assert to_dict(finished.config) == to_dict(
         dataclasses.replace(finished.config, **{"profile": tuple(saved["config"]["profile"])})
     )
     assert saved["config"]["model"]["width"] == 32

@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
-import train
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.bench.random_model import RandomTensors, random_model
 from rwkv_jax.config import (
@@ -31,6 +30,7 @@ from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.training import loop
 from rwkv_jax.training.checkpoints import RUN_FILE, LoadedModel
 from rwkv_jax.weights.official import abstract_model, official_shapes
 from rwkv_jax.weights.pretrained import convert
@@ -171,7 +171,7 @@ def test_a_trained_rwkv7_loses_little_too(tmp_path: Path) -> None:
         training=StepConfig(num_steps=150, batch_size=8, sequence_length=256),
         evaluation=EvaluationConfig(every=150, batches=8, sample_prompts=()),
     )
-    train.train(config)
+    loop.train(config)
     held_out = prepare_corpus(config.data, config.model.vocab_size, lambda _: None).held_out
     assert held_out is not None
     windows = list(evaluation_windows(held_out.tokens, batch_size=8, sequence_length=256, num_batches=8))

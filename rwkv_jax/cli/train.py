@@ -1,0 +1,43 @@
+"""`rwkv train`: training a model, or resuming its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rwkv_jax.config import ConfigError, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a language model, or resume the run that is in --run-dir."""
+
+    config_file: tyro.conf.Positional[Path | None] = None
+    """Python file with a `config()`; comes first. Its fields can be changed by flags such as --model.width 512."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Trains to the end, or until SIGTERM or SIGINT.
+
+        Raises:
+          ConfigError: as `train`, and for a run that ended because its loss was not finite or a process was lost.
+        """
+        from rwkv_jax.parallel.processes import LostProcessError
+        from rwkv_jax.training.loop import train
+        from rwkv_jax.training.reporting.step_logger import NonFiniteError
+
+        try:
+            train(self.config, command=command_line())
+        except (NonFiniteError, LostProcessError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def command_line() -> str:
+    """The command line of this process, to be entered again."""
+    program = Path(sys.argv[0])
+    return shlex.join([*(["python", sys.argv[0]] if program.suffix == ".py" else [program.name]), *sys.argv[1:]])

@@ -1,0 +1,270 @@
+"""The training loop: prepare the data, create or restore the state, then step, evaluate, sample and save.
+
+A batch is a function of the step, so a run that was stopped anywhere resumes as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from rwkv_jax.config import ConfigError, TrainConfig, to_dict
+from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.data.tokenizers import load_tokenizer
+from rwkv_jax.data.tokens.batches import evaluation_windows
+from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
+from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
+from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, run_on_first_process
+from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
+from rwkv_jax.parallel.placement import memory_table
+from rwkv_jax.parallel.processes import Processes, join
+from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.batch import Batch, batch_loader
+from rwkv_jax.training.optimizer import learning_rate_schedule
+from rwkv_jax.training.reporting.console import Console
+from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
+from rwkv_jax.training.reporting.plots import plot_losses
+from rwkv_jax.training.reporting.profiling import StepProfiler
+from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
+from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.sample import Sampler
+from rwkv_jax.training.step import TrainFunctions, TrainState, abstract_state, initial_state, make_train_functions
+from rwkv_jax.training.stopping import StopRequest
+from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
+
+MAX_PREPARATION_SECONDS = 24 * 3600
+"""How long processes wait for each other to build a corpus, or to download and load weights."""
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    state: TrainState
+    held_out: HeldOut | None
+    """The last evaluation, over all held-out text; None without any, or if the run was stopped before its end."""
+
+
+def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult:
+    """Trains, or resumes, the run in `config.run_dir`; in a run of several processes, this process's share of it.
+
+    Args:
+      command: how to resume the run; printed when it is asked to stop.
+
+    Raises:
+      ConfigError: a setting that cannot work, before anything is computed or overwritten.
+      NonFiniteError: `training.max_bad_steps` steps in a row were not finite; the last good state is saved.
+      LostProcessError: another process of the run did not come.
+    """
+    with join(config.distributed) as processes, contextlib.ExitStack() as stack:
+        # Every process computes; the first one prints and writes, except for checkpoints, which all write together.
+        output = None if processes.is_first else stack.enter_context(Path(os.devnull).open("w"))
+        console = Console(config.training.num_steps, every=config.logging.every, stream=output)
+        return _train(config, processes, console, stack, command)
+
+
+def _train(
+    config: TrainConfig, processes: Processes, console: Console, stack: contextlib.ExitStack, command: str
+) -> TrainResult:
+    """`train` in a process that has joined the others; what must be closed at the end goes on the stack."""
+    training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
+    num_steps = training.num_steps
+
+    # Checks: whatever can be refused is refused before any work is done.
+    assert_same(processes, ckpt.shared_settings(config), seconds=config.distributed.join_seconds)
+    require_loggers(config.logging)
+    saved_run = ckpt.prepare_run_dir(run_dir)
+    trainer = make_train_functions(config, make_mesh(config, jax.devices(), _least_memory(config, processes)))
+    if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+        check_initial_weights(config.initial_weights, config.model, tokenizer)
+
+    # Data.
+    corpus, rows = _open_data(config, processes, console)
+    load = batch_loader(trainer, training, corpus.tokenizer.end_of_text)
+    identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+    assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
+    if saved_run is not None:
+        ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
+    if processes.is_first:
+        ckpt.write_run(run_dir, config, identity, corpus)
+
+    stack.enter_context(console)
+    stop = SyncedStop(stack.enter_context(StopRequest()).requested, processes)
+    checkpoints = stack.enter_context(ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
+    profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
+
+    # Functions, each compiled once.
+    train_step = jax.jit(trainer.train_step, donate_argnums=0)
+    evaluate_held_out = _held_out_evaluation(config, corpus, jax.jit(trainer.eval_step), load)
+    sampler = Sampler(trainer.graphdef, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
+    sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
+
+    # State: that of the newest checkpoint, or a new one.
+    state = checkpoints.restore(abstract_state(trainer))
+    console.print(_describe(config, trainer, rows.num_tokens, None if state is None else int(state.step)))
+    if state is None:
+        state = _new_state(config, trainer)
+    first_step, best_loss = int(state.step), checkpoints.best_loss()
+    found = {"step": first_step, "best": best_loss}
+    assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
+    if first_step > num_steps:
+        raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
+
+    writer = None
+    if processes.is_first:
+        writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
+    logger = StepLogger(
+        num_steps=num_steps,
+        every=config.logging.every,
+        max_bad_steps=training.max_bad_steps,
+        bytes_per_token=corpus.bytes_per_token,
+        learning_rate=learning_rate_schedule(config.optimizer, num_steps),
+        row_locations=rows.row_locations,
+        console=console,
+        writer=writer,
+        throughput=Throughput(training.batch_size * training.sequence_length),
+    )
+    for step in range(first_step, num_steps):
+        # Step.
+        batch = load(functools.partial(rows.read, step), trains=True)
+        profiler.before(step)
+        state, metrics = train_step(state, batch)
+        profiler.after(step, metrics)
+        done, stopping = step + 1, stop.name()
+        evaluates = done % evaluation.every == 0 or done == num_steps
+        saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
+        try:
+            logger.step(step, metrics, wait=evaluates or saves)
+        except NonFiniteError:
+            checkpoints.save(state, done)
+            raise
+
+        # Evaluate and sample.
+        if evaluates:
+            with logger.throughput.pause():
+                held_out = evaluate_held_out(state.params, evaluation.batches)
+                if held_out is not None:
+                    logger.held_out(done, held_out)
+                    if held_out.loss < best_loss:
+                        best_loss = held_out.loss
+                        checkpoints.save_best(state, done, best_loss)
+                for seed, prompt in enumerate(_prompts_after(done, config), start=done):
+                    text = sampler.text(state.params, prompt, evaluation.sample_tokens, sampling, seed)
+                    logger.sample(done, prompt, text)
+
+        # Save.
+        if saves:
+            with logger.throughput.pause():
+                checkpoints.save(state, done)
+        if stopping:
+            checkpoints.wait()
+            console.print(f"{stopping}: saved after step {done}; resume with:  {command}")
+            return TrainResult(state, None)
+
+    held_out = evaluate_held_out(state.params, None)
+    if processes.is_first:
+        _summarize(config, corpus, held_out, console)
+    return TrainResult(state, held_out)
+
+
+def _least_memory(config: TrainConfig, processes: Processes) -> int | None:
+    """Bytes of the smallest device's memory over all processes; None where a device does not say."""
+    own = str(device_memory(jax.local_devices()[0]) or 0)
+    memories = allgather_text(processes, "device memory", own, seconds=config.distributed.join_seconds)
+    return min(map(int, memories)) or None
+
+
+def _open_data(config: TrainConfig, processes: Processes, console: Console) -> tuple[Corpus, TrainingRows]:
+    """The corpus, which the first process builds, and the rows of each training step."""
+    training = config.training
+    prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
+    corpus = run_on_first_process(processes, "corpus", prepare)
+    rows = training_rows(
+        corpus,
+        order="streams" if training.carry_state else config.data.order,
+        seed=config.seed,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        magic_prime=config.data.magic_prime,
+    )
+    return corpus, rows
+
+
+def _new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
+    """The state before the first step: random parameters, or the initial weights that the config names."""
+    state = initial_state(trainer, config.seed)
+    if config.initial_weights is None:
+        return state
+    return state._replace(params=initial_params(config.initial_weights, config.model, trainer.state_shardings.params))
+
+
+def _held_out_evaluation(
+    config: TrainConfig, corpus: Corpus, eval_step: Callable[..., Any], load: Callable[..., Batch]
+) -> Callable[[Any, int | None], HeldOut | None]:
+    """A function (params, number of batches or None for all held-out text) -> HeldOut, or None without such text."""
+    held_out = corpus.held_out
+    if held_out is None:
+        return lambda params, num_batches: None
+    shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
+
+    def evaluate_held_out(params: Any, num_batches: int | None) -> HeldOut:
+        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches)
+        batches = (load(tokens.__getitem__, mask=mask) for tokens, mask in windows)
+        return evaluate(eval_step, params, batches, held_out)
+
+    return evaluate_held_out
+
+
+def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
+    """The prompts to sample after a step: in turn at each evaluation, all of them at the end."""
+    prompts = config.evaluation.sample_prompts
+    if step == config.training.num_steps:
+        return prompts
+    return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
+
+
+def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
+    """What is about to run, and on several devices what each of them holds."""
+    model, training, mesh = config.model, config.training, trainer.split.mesh
+    tokens_per_step = training.batch_size * training.sequence_length
+    device = jax.devices()[0]
+    begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
+    lines = [
+        f"{model.architecture} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
+        f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
+        f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
+        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens",
+        f"run folder: {config.run_dir}",
+    ]
+    if mesh is not None:
+        state = abstract_state(trainer)
+        groups = {f"parameters: {name}": part for name, part in state.params.items()}
+        groups |= {"optimizer": state.optimizer, "carried state": state.recurrent_state}
+        lines += [f"mesh: {mesh_shape(mesh)}", memory_table(groups)]
+    if idle := jax.device_count() - (1 if mesh is None else mesh.size):
+        rows = training.batch_size // training.accumulation_steps
+        lines.append(
+            f"{idle} of {jax.device_count()} devices stay idle: no more can share {rows} rows at a time evenly "
+            "(training.batch_size / training.accumulation_steps)"
+        )
+    return "\n".join(lines)
+
+
+def _summarize(config: TrainConfig, corpus: Corpus, held_out: HeldOut | None, console: Console) -> None:
+    """Prints the loss over all held-out text beside what compressors reach on the same bytes, and what to do next."""
+    if held_out is not None:
+        marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
+        console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
+    plot = plot_losses(Path(config.run_dir))
+    console.print(f"losses: {plot}; go on with --training.num-steps above {config.training.num_steps}, or sample with")
+    prompt = next(iter(config.evaluation.sample_prompts), "")
+    console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")
