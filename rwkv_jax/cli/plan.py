@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from rwkv_jax.atomic import new_file
 from rwkv_jax.cli.train_config import load_config
 from rwkv_jax.config import ConfigError, TrainConfig
-from rwkv_jax.data.files import publish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +55,8 @@ def write_json(values: Mapping[str, Any], path: Path) -> None:
     Raises:
       ConfigError: there is such a file.
     """
-    # A folder of its own, so that two who write at once do not meet; beside the file, since no link leaves a disk.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        try:
-            publish(whole, path)
-        except FileExistsError as error:
-            raise ConfigError(
-                f"json = {str(path)!r}: another wrote this file while the step was compiled; it is left as it is. "
-                "Name another file, and plan again"
-            ) from error
+    with new_file(path, label=f"json = {str(path)!r}") as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def parse_plan(arguments: Sequence[str]) -> Plan:

@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from rwkv_jax.atomic import new_folder
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.encoding import encode_document
 from rwkv_jax.data.text.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
@@ -178,14 +177,8 @@ def _build_folder(
     given: Tokenizer | None,
     report: Callable[[str], None],
 ) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir = {data.cache_dir!r}: cannot write there ({error.strerror}); name another folder"
-        ) from error
-    try:
+    # Another process may be first; what it builds from the same source is the same.
+    with new_folder(folder, label=f"data.cache_dir = {data.cache_dir!r}", exist_ok=True) as temporary:
         if given is None:
             started = time.monotonic()
             texts = (document.text for side, document in _sides(data, survey) if side == "train")
@@ -200,26 +193,6 @@ def _build_folder(
         record = _write_sides(temporary, data, survey, tokenizer, report)
         report(f"tokenized {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
         (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush_to_disk(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process was first; what it built from the same source is the same.
-            if not folder.is_dir():
-                raise
-        else:
-            _flush_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_sides(

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.token_file import Corpus
@@ -146,22 +147,12 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     return content
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or, after a crash, as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], corpus: Corpus) -> None:
     """Writes run.json, without which the folder would be taken for no run's, then the tokenizer."""
     content = {"config": to_dict(config), "identity": dict(run_identity)}
-    write_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
+    replace_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
     tokenizer = corpus.tokenizer.saved
-    write_file(run_dir / tokenizer.name, tokenizer.content)
+    replace_file(run_dir / tokenizer.name, tokenizer.content)
 
 
 class Checkpoints:

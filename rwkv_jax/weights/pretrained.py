@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import secrets
-import shutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.models import LanguageModel
@@ -309,9 +308,7 @@ def _write(
     if suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
     path = path.expanduser()
-    exists = f"{path}: exists already and is not overwritten; move it away or name another"
-    if os.path.lexists(path):  # said before anything is fetched from a device
-        raise WeightsError(exists)
+    refuse_existing(path, WeightsError)  # said before anything is fetched from a device
     if suffix in _FILES:
         if layout != "official":
             raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
@@ -324,25 +321,12 @@ def _write(
         return
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
-    try:
-        write_sharded_safetensors(temporary, written, metadata=_METADATA)
+    with new_folder(path, WeightsError) as folder:
+        write_sharded_safetensors(folder, written, metadata=_METADATA)
         if config is not None:
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-        try:
-            temporary.rename(path)  # a folder takes the place of nothing but an empty folder
-        except OSError as error:
-            if os.path.lexists(path):
-                raise WeightsError(exists) from error
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            save_tokenizer(tokenizer, folder)
 
 
 class _InOrder(DerivedTensors):

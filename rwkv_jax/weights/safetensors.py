@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from rwkv_jax.atomic import new_file
 from rwkv_jax.weights.tensors import (
     BFLOAT16,
     MappedTensors,
@@ -22,7 +23,6 @@ from rwkv_jax.weights.tensors import (
     WeightsError,
     listed,
     map_file,
-    new_file,
     tensor_spec,
 )
 
@@ -106,7 +106,7 @@ def write_sharded_safetensors(
             "metadata": {"total_size": sum(planned.num_bytes for shard in shards for planned in shard)},
             "weight_map": {p.name: path.name for path, shard in zip(paths, shards, strict=True) for p in shard},
         }
-        with new_file(index) as file:
+        with new_file(index, WeightsError) as file:
             file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
     except BaseException:
         for path in written:
@@ -232,7 +232,7 @@ def _write_file(
         offset += planned.num_bytes
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % _ALIGNMENT)
-    with new_file(path) as file:
+    with new_file(path, WeightsError) as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for planned in plan:
             _write_tensor(path, file, planned, tensors[planned.name])

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import mmap
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.files import publish
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -93,33 +89,3 @@ def map_file(path: Path) -> mmap.mmap:
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
         raise WeightsError(f"{path}: cannot be read ({reason}); name a file of weights") from error
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears whole or not at all, and never in the place of another; its folder is made.
-
-    Raises:
-      WeightsError: the file exists already, or its folder cannot be written.
-      OSError: as it comes, of a disk that is full and of whatever the tensors are read from.
-    """
-    exists = f"{path}: exists already and is not overwritten; move it away or name another file"
-    if os.path.lexists(path):  # a link that leads nowhere is the user's, too
-        raise WeightsError(exists)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("xb")
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}); name another place") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            publish(temporary, path)
-        except FileExistsError as error:
-            raise WeightsError(exists) from error
-    finally:
-        temporary.unlink(missing_ok=True)

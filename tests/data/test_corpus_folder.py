@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_jax import atomic
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data import corpus_folder as folder_module
 from rwkv_jax.data.corpus import Corpus, load_corpus, prepare_corpus
@@ -218,10 +219,10 @@ def test_a_corpus_of_another_format_is_refused(corpus: Corpus) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
+    def full(written: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_module, "_flush_to_disk", full)
+    monkeypatch.setattr(atomic, "flush_to_disk", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_corpus(data, _VOCAB_SIZE, quiet)
     assert list(Path(data.cache_dir).iterdir()) == []
@@ -289,7 +290,7 @@ def test_the_loser_of_a_race_takes_what_the_winner_built(
 
 def test_a_cache_that_cannot_be_written_is_named(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data.cache_dir = .*cannot write there \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"data.cache_dir = .*cannot be written \(Not a directory\)"):
         prepare_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "file" / "cache")), _VOCAB_SIZE, quiet)
 
 

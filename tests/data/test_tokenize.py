@@ -85,7 +85,7 @@ def test_the_command_prints_what_the_official_script_does(
         f"{tmp_path / 'out' / 'x.bin'} and x.idx: 6144 tokens, 1 documents",
         "magic prime for sequences of 512: 11",
     ]
-    with pytest.raises(SystemExit, match=r"rwkv: .*x\.bin exists already and is not overwritten; move it away"):
+    with pytest.raises(SystemExit, match=r"rwkv: .*x\.bin: exists already and is not overwritten; move it away"):
         _run(arguments, monkeypatch)
     with pytest.raises(SystemExit, match=r"rwkv: --tokenizer 'bytes': does not match"):
         _run([*arguments[:-1], "65536"], monkeypatch)

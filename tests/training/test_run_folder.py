@@ -105,7 +105,7 @@ class TestRunFolder:
         self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Killed at any of the files that are written: the folder is empty, or known by its run.json."""
-        write_file = ckpt.write_file
+        replace_file = ckpt.replace_file
         for files in range(2):
             run_dir = tmp_path / str(files)
             left = iter(range(files))
@@ -113,29 +113,15 @@ class TestRunFolder:
             def write(path: Path, content: bytes, left: Any = left) -> None:
                 if next(left, None) is None:
                     raise KeyboardInterrupt
-                write_file(path, content)
+                replace_file(path, content)
 
             assert ckpt.prepare_run_dir(run_dir) is None
-            monkeypatch.setattr(ckpt, "write_file", write)
+            monkeypatch.setattr(ckpt, "replace_file", write)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.write_run(run_dir, CONFIG, {"seed": 0}, corpus)
-            monkeypatch.setattr(ckpt, "write_file", write_file)
+            monkeypatch.setattr(ckpt, "replace_file", replace_file)
             saved = ckpt.prepare_run_dir(run_dir)
             assert saved == (None if files == 0 else {"config": as_json(CONFIG), "identity": {"seed": 0}})
-
-    def test_a_file_is_replaced_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "file"
-        ckpt.write_file(path, b"one")
-        ckpt.write_file(path, b"two")
-        assert path.read_bytes() == b"two"
-
-        def fail(descriptor: int) -> None:
-            raise OSError("no space")
-
-        monkeypatch.setattr(ckpt.os, "fsync", fail)
-        with pytest.raises(OSError, match="no space"):
-            ckpt.write_file(path, b"three")
-        assert path.read_bytes() == b"two"
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.atomic import new_file
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
-from rwkv_jax.data.tokenizers.files import KINDS, read_file, write_file
+from rwkv_jax.data.tokenizers.files import KINDS, read_file
 from rwkv_jax.data.tokenizers.hugging_face import MOST_PADDING, HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.protocol import Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
@@ -78,7 +79,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path
         return target
     if present:
         raise ConfigError(f"{present[0]} is another tokenizer and is not overwritten; name another folder")
-    write_file(target, tokenizer.saved.content)
+    with new_file(target) as file:
+        file.write(tokenizer.saved.content)
     return target
 
 

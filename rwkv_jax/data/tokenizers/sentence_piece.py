@@ -10,8 +10,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers.files import read_file, write_file
+from rwkv_jax.data.tokenizers.files import read_file
 from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
 from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
@@ -88,8 +89,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     Raises ConfigError if the texts are too few for so many entries, or need more, or if the file is there already.
     """
     target = Path(path)
-    if target.exists():
-        raise ConfigError(f"{target} exists already and is not overwritten; move it away or name another file")
+    refuse_existing(target)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -118,7 +118,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
         )
     except RuntimeError as error:
         raise _training_error(vocab_size, str(error)) from error
-    write_file(target, model.getvalue())
+    with new_file(target) as file:
+        file.write(model.getvalue())
 
 
 def _training_stretches(texts: Iterable[str], stride: int) -> Iterator[str]:

@@ -19,8 +19,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import os
-import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_jax.atomic import already_exists, atomic_rename, flush_to_disk, refuse_existing, temporary_name
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.files import publish
 from rwkv_jax.data.tokens.token_file import first_wrong_token
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -185,8 +183,7 @@ class BinidxWriter:
         self._sizes = array.array("i")
         self._size = self._num_tokens = 0
         self._refuse_existing()
-        drawn = secrets.token_hex(8)  # processes of several hosts may write here, and have the same number
-        self._temporary = [path.with_name(f".{path.name}.{drawn}.tmp") for path in self.paths]
+        self._temporary = [temporary_name(path) for path in self.paths]
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._temporary[0].open("xb")
@@ -243,7 +240,7 @@ class BinidxWriter:
             raise ConfigError(f"{self.paths[0]}: the last document was not ended; call end_document after each")
         if not self._num_tokens:
             raise ConfigError(f"{self.paths[0]}: there is no document to write")
-        _flush_to_disk(self._bin)
+        flush_to_disk(self._bin)
         with self._temporary[1].open("xb") as idx:
             items = len(self._sizes)
             idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._dtype], items, items + 1))
@@ -258,39 +255,25 @@ class BinidxWriter:
                 position = int(ends[-1])
             for start in range(0, items + 1, _ITEMS_AT_A_TIME):
                 idx.write(np.arange(start, min(start + _ITEMS_AT_A_TIME, items + 1), dtype="<i8").tobytes())
-            _flush_to_disk(idx)
+            flush_to_disk(idx)
         self._refuse_existing()  # somebody else may have been at it, too
-        self._publish(0)
+        self._rename(0)
         try:
-            self._publish(1)
+            self._rename(1)
         except BaseException:
             self.paths[0].unlink()
             raise
-        folder = os.open(self.paths[0].parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_to_disk(self.paths[0].parent)
 
     def _refuse_existing(self) -> None:
         for path in self.paths:
-            if os.path.lexists(path):  # a link that leads nowhere is the user's, too
-                raise _already_there(path)
+            refuse_existing(path)
 
-    def _publish(self, place: int) -> None:
+    def _rename(self, index: int) -> None:
         try:
-            publish(self._temporary[place], self.paths[place])
+            atomic_rename(self._temporary[index], self.paths[index])
         except FileExistsError as error:
-            raise _already_there(self.paths[place]) from error
-
-
-def _already_there(path: Path) -> ConfigError:
-    return ConfigError(f"{path} exists already and is not overwritten; move it away or name another target")
-
-
-def _flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+            raise already_exists(self.paths[index]) from error
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:

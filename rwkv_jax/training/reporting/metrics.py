@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal
 
+from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import ConfigError, LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -133,12 +133,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
         return
     kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step > 0 else []
     lines = [json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for record in kept]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, b"".join(lines))
 
 
 def _import_logger(module_name: str, entry: str, *, field: str, value: object, extra: str) -> ModuleType:
@@ -188,7 +183,7 @@ def _wandb(
         resume="allow" if run_id else None,
         config=dict(config) if config is not None else None,
     )
-    id_file.write_text(run.id, encoding="utf-8")
+    replace_file(id_file, run.id.encode())
 
     def log(kind: Kind, step: int, values: dict[str, Any]) -> None:
         # Steps that an interrupted run has sent already are refused by the server, and hold the same figures.

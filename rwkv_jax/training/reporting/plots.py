@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_jax.atomic import replace_file
 from rwkv_jax.training.reporting.metrics import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -54,9 +56,9 @@ def plot_losses(run_dir: Path | str) -> Path:
     figure.align_ylabels()
 
     path = run_dir / PLOT_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    canvas.print_figure(temporary, format="png")
-    temporary.replace(path)
+    content = io.BytesIO()
+    canvas.print_figure(content, format="png")
+    replace_file(path, content.getvalue())
     return path
 
 

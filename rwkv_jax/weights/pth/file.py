@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.atomic import new_file
 from rwkv_jax.weights.pth.pickle import STORAGES, kind_of, read_pickle
 from rwkv_jax.weights.pth.refusal import refuse
 from rwkv_jax.weights.pth.zip import LOCAL_HEADER, read_entries
-from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, map_file, new_file
+from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, map_file
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | tuple[Plain, ...] | dict[str, Plain] | None"
 """A value that is not a tensor, all the way down."""
@@ -127,7 +128,7 @@ def write_torch_file(path: Path, tensors: Mapping[str, NDArray]) -> None:
     """
     storages = {dtype.name: name for name, dtype in STORAGES.items()}
     pickled = [b"\x80\x02}"]
-    with new_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with new_file(path, WeightsError) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def write(name: str, content: bytes | memoryview) -> None:
             entry = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))

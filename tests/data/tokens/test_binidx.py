@@ -218,7 +218,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for name in ("x.bin", "x.idx"):
         (tmp_path / name).write_text("precious")
-        with pytest.raises(ConfigError, match=rf"{name} exists already and is not overwritten; move it away"):
+        with pytest.raises(ConfigError, match=rf"{name}: exists already and is not overwritten; move it away"):
             BinidxWriter(tmp_path / "x", 65536)
         assert (tmp_path / name).read_text() == "precious"
         (tmp_path / name).unlink()
@@ -227,7 +227,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_link_that_leads_nowhere_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "x.idx").symlink_to(tmp_path / "on a disk that is not there")
-    with pytest.raises(ConfigError, match=r"x\.idx exists already and is not overwritten"):
+    with pytest.raises(ConfigError, match=r"x\.idx: exists already and is not overwritten"):
         BinidxWriter(tmp_path / "x", 65536)
     assert [path.name for path in tmp_path.iterdir()] == ["x.idx"]
 
@@ -244,7 +244,7 @@ def test_nothing_that_came_meanwhile_is_overwritten(tmp_path: Path) -> None:
     def come() -> None:
         (tmp_path / "x.idx").write_text("precious")
 
-    with pytest.raises(ConfigError, match=r"x\.idx exists already and is not overwritten"):
+    with pytest.raises(ConfigError, match=r"x\.idx: exists already and is not overwritten"):
         _write_and(tmp_path / "x", come)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
@@ -261,7 +261,7 @@ def test_nothing_that_comes_at_the_very_end_is_overwritten(
         link(temporary, path)
 
     monkeypatch.setattr(os, "link", link_too_late)
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)} exists already and is not overwritten"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: exists already and is not overwritten"):
         _write(tmp_path / "x", _DOCUMENTS)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
 
@@ -280,7 +280,7 @@ def test_several_may_write_beside_each_other(tmp_path: Path) -> None:
     def write_another() -> None:
         _write(tmp_path / "x", _DOCUMENTS)
 
-    with pytest.raises(ConfigError, match=r"x\.bin exists already and is not overwritten"):
+    with pytest.raises(ConfigError, match=r"x\.bin: exists already and is not overwritten"):
         _write_and(tmp_path / "x", write_another)
     assert _open(tmp_path / "x").num_documents == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
