@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +25,25 @@ def require_positive(config: object, prefix: str, *fields: str) -> None:
     for name in fields:
         value = getattr(config, name)
         require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
+
+
+def require_choices(config: object, prefix: str) -> None:
+    """Raises ConfigError for the first field of a section whose type lists its values and that has another one."""
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        *most, last = map(str, choices)
+        require(value in choices, f"{prefix}.{name}", value, f"must be {', '.join(most)} or {last}")
+
+
+@functools.cache
+def _choices(section: type) -> dict[str, list[object]]:
+    """The values of each field whose type is a `Literal`, or one or None."""
+    found = {}
+    for name, hint in typing.get_type_hints(section).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if all(kind is types.NoneType or typing.get_origin(kind) is typing.Literal for kind in kinds):
+            found[name] = [value for kind in kinds for value in typing.get_args(kind) or (None,)]
+    return found
 
 
 def require_whole(field: str, value: Any, minimum: int, maximum: int | None = None) -> None:

@@ -25,6 +25,7 @@ import dataclasses
 import math
 
 from rwkv_jax.config import (
+    GENERATIONS,
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -37,11 +38,12 @@ from rwkv_jax.config import (
     StepConfig,
     TrainConfig,
 )
+from rwkv_jax.config.generations import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedModel:
-    """The shape of a released model, and what of its training other sizes have otherwise."""
+    """The shape of a released model, and what of its training differs from that of other sizes."""
 
     generation: Generation
     num_layers: int
@@ -50,8 +52,8 @@ class ReleasedModel:
     final_learning_rate: float
     batch_size: int
     """Rows of a step, over all devices."""
-    constant_mini_epochs: int = 0
-    """RWKV-4 only: mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays."""
+    constant_mini_epochs: int | None = None
+    """Where the schedule has such a part: mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays."""
 
 
 RELEASED_MODELS = {
@@ -75,39 +77,23 @@ RELEASED_MODELS = {
 PILE_MINI_EPOCHS = 8043
 """Mini-epochs, of 40320 rows of 1024 tokens, in one pass over the Pile."""
 
-RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256), 2560: (96, 96, 64, 320), 4096: (128, 128, 96, 480)}
-"""Of RWKV-7's low-rank maps for decay, in-context learning rate, value and gate, by width, as released. The present
-trainer's functions of the width give others, but for 768."""
-
-TOKENS = {"4": 332_115_325_534, "6": 1_120_000_000_000, "7": 3_100_000_000_000}
-"""Of the corpora: the Pile; RWKV World v2 (arXiv 2404.05892); RWKV World v3 (arXiv 2503.14456)."""
-
 
 def official_optimizer(model: ReleasedModel) -> OptimizerConfig:
     """Adam and the learning-rate schedule of a released model, by its generation's recipe."""
-    rates = {"learning_rate": model.learning_rate, "final_learning_rate": model.final_learning_rate}
-    if model.generation == "4":
-        return OptimizerConfig(
-            **rates,
-            schedule="exponential",
-            warmup_steps=0,
-            decay_fraction=1 - model.constant_mini_epochs / PILE_MINI_EPOCHS,
-            beta1=0.9,
-            beta2=0.99,
-            epsilon=1e-8,
-            weight_decay=0.0,
-            clip_norm=1.0,
-        )
-    return OptimizerConfig(
-        **rates,
-        schedule="cosine",
-        warmup_steps=10,
-        beta1=0.9,
-        beta2=0.99,
-        epsilon=1e-18,
-        weight_decay=0.001 if model.generation == "6" else 0.1,
-        clip_norm=1.0,
+    recipe = _recipe(model)
+    constant = model.constant_mini_epochs
+    return dataclasses.replace(
+        recipe.optimizer,
+        learning_rate=model.learning_rate,
+        final_learning_rate=model.final_learning_rate,
+        decay_fraction=recipe.optimizer.decay_fraction if constant is None else 1 - constant / PILE_MINI_EPOCHS,
     )
+
+
+def _recipe(model: ReleasedModel) -> Recipe:
+    recipe = GENERATIONS[model.generation].recipe
+    assert recipe is not None, model
+    return recipe
 
 
 def official_run(name: str, *, fsdp: int) -> TrainConfig:
@@ -125,31 +111,28 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
     if name not in RELEASED_MODELS:
         raise ConfigError(f"name = {name!r}: there is no such recipe; must be one of {', '.join(RELEASED_MODELS)}")
     model = RELEASED_MODELS[name]
-    is_pile = model.generation == "4"
-    sequence_length = 1024 if is_pile else 4096
-    rank_names = ("decay_rank", "iclr_rank", "value_rank", "gate_rank")
-    has_ranks = model.generation == "7" and model.width in RANKS
+    recipe = _recipe(model)
     return TrainConfig(
         run_dir=f"runs/{name}",
         model=ModelConfig(
             generation=model.generation,
-            vocab_size=50277 if is_pile else 65536,
+            vocab_size=recipe.vocab_size,
             num_layers=model.num_layers,
             width=model.width,
             dtype="bfloat16",
-            **(dict(zip(rank_names, RANKS[model.width], strict=True)) if has_ranks else {}),
+            **recipe.sizes.get(model.width, {}),
         ),
         data=DataConfig(
-            source="data/pile_20B_tokenizer_text_document" if is_pile else "data/world_text_document",
-            tokenizer="20B_tokenizer.json" if is_pile else "world",
+            source=recipe.corpus,
+            tokenizer=recipe.tokenizer,
             order="official",
             held_out=0.0,
         ),
         optimizer=official_optimizer(model),
         training=StepConfig(
-            num_steps=math.ceil(TOKENS[model.generation] / (model.batch_size * sequence_length)),
+            num_steps=math.ceil(recipe.num_tokens / (model.batch_size * recipe.sequence_length)),
             batch_size=model.batch_size,
-            sequence_length=sequence_length,
+            sequence_length=recipe.sequence_length,
             reset_at_documents=False,
             remat="full",
             loss_chunk=4096,

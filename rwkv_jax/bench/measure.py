@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,7 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
     require_counts(contexts=contexts)
     config = model.config
     state = jax.eval_shape(lambda: model.initial_state(1))
-    peer = config if config.generation == "transformer" else config.transformer_of_equal_size()
+    peer = config if config.sizes().context_length else config.transformer_of_equal_size()
     return MemoryUse(
         parameters=_bytes_by_dtype(nnx.state(model, nnx.Param)),
         state=sum(_bytes_by_dtype(state).values()),
@@ -148,17 +149,9 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Bytes of one text's state, in closed form.
-
-    A layer has the last inputs of its two mixings, [C] each in the compute dtype, and its recurrence's state in at
-    least float32: a matrix [N, N] a head, or three numbers a channel in RWKV-4. A Transformer has its whole cache, and
-    an int32 for the position.
-    """
-    number, wide = (jax.numpy.dtype(dtype).itemsize for dtype in (config.dtype, config.parameter_dtype))
-    if config.generation == "transformer":
-        return cache_bytes(config, config.sizes().context_length) + 4 * config.num_layers
-    recurrence = 3 * config.width if config.generation == "4" else config.width * config.head_dim
-    return config.num_layers * (2 * config.width * number + recurrence * wide)
+    """Bytes of one text's state, in closed form: of each layer the arrays that its generation says it has."""
+    arrays = config.spec.state(config)
+    return config.num_layers * sum(math.prod(array.shape) * jax.numpy.dtype(array.dtype).itemsize for array in arrays)
 
 
 def cache_bytes(config: ModelConfig, num_tokens: int) -> int:

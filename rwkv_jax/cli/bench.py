@@ -12,7 +12,7 @@ import tyro
 from rwkv_jax.checks import require_counts
 from rwkv_jax.cli.flags import Quantize, WeightsFlags
 from rwkv_jax.cli.machine import describe_machine, find_devices
-from rwkv_jax.config import ConfigError, Generation, ModelConfig
+from rwkv_jax.config import Architecture, ConfigError, Generation, ModelConfig
 
 if TYPE_CHECKING:
     from rwkv_jax.bench.measure import Timing
@@ -29,8 +29,10 @@ class BenchedModel:
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub; or give --random."""
     random: str | None = None
     """LAYERSxWIDTH such as 12x768: random weights of that shape, instead."""
-    generation: Generation = "7"
-    """With --random: which RWKV, or transformer."""
+    generation: Generation | str = "7"
+    """With --random: which RWKV."""
+    architecture: Architecture = "rwkv"
+    """With --random: rwkv, or transformer."""
     vocab_size: int = 65536
     """With --random: V."""
     tokenizer: str | None = None
@@ -55,11 +57,12 @@ class BenchedModel:
 
         from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 
-        config = self._random_config()
+        config = self.random_config()
         find_devices()
         return random_model(config, self.quantize), NumberTokenizer(config.vocab_size)
 
-    def _random_config(self) -> ModelConfig:
+    def random_config(self) -> ModelConfig:
+        """The model that --random asks for. Raises ConfigError for a shape that cannot be."""
         assert self.random is not None
         shape = re.fullmatch(r"(\d+)x(\d+)", self.random)
         if shape is None:
@@ -70,6 +73,7 @@ class BenchedModel:
             raise ConfigError(f"dtype = {self.dtype!r}: random weights that are packed are in float32; leave it out")
         return ModelConfig(
             generation=self.generation,
+            architecture=self.architecture,
             vocab_size=self.vocab_size,
             num_layers=int(shape[1]),
             width=int(shape[2]),
@@ -82,7 +86,7 @@ class BenchedModel:
 
         config = model.config
         return (
-            f"{config.architecture}, {config.num_layers} x {config.width}, vocabulary {config.vocab_size}, "
+            f"{config.title}, {config.num_layers} x {config.width}, vocabulary {config.vocab_size}, "
             f"{config.num_parameters() / 1e6:.1f}M parameters in {held_in(model)}"
             f"{', random weights' if self.random else ''}"
         )
@@ -109,9 +113,9 @@ class Latency:
 
         require_counts(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
         if self.model.random is not None:
-            _require_constant_state(self.model.generation)
+            _require_constant_state(self.model.random_config())
         model, tokenizer = self.model.load()
-        _require_constant_state(model.config.generation)
+        _require_constant_state(model.config)
 
         engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
         del model  # the engine has layers of its own
@@ -232,12 +236,12 @@ def _spread(timing: Timing) -> str:
     return f"{1e3 * min(timing.seconds):.2f} - {1e3 * max(timing.seconds):.2f}"
 
 
-def _require_constant_state(generation: Generation) -> None:
+def _require_constant_state(config: ModelConfig) -> None:
     """Refuses a Transformer, of whose latency an engine would not tell the truth.
 
     Its cache has the length of the longest context after every context, and bursts copy whole rows of it.
     """
-    if generation == "transformer":
+    if config.sizes().context_length:
         raise ConfigError(
             "bench latency: a Transformer's cache in an engine is as long after a short context as after the longest; "
             "run benchmarks/decode_context.py of the source code, where each context has a cache of its own"

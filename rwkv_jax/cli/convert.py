@@ -45,7 +45,7 @@ class Convert:
         else:
             model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
         print(
-            f"{self.target}: {model.architecture} {model.num_layers} x {model.width}, "
+            f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
             f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
             f"{f', matrices in {self.quantize}' if self.quantize else ''}"
         )

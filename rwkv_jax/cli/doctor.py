@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rwkv_jax.cli.machine import available_cores, find_devices, processor
 from rwkv_jax.cli.program_cache import describe_program_cache
-from rwkv_jax.config import ConfigError, Generation, ModelConfig
+from rwkv_jax.config import GENERATIONS, ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from rwkv_kernels.cases import Shape
@@ -202,8 +202,8 @@ def _reading(operator: str) -> tuple[str | None, str]:
 
     from rwkv_jax.models.decoding import implementation_for_reading
 
-    generations: Mapping[str, Generation] = {"wkv4": "4", "wkv5": "5.2", "wkv6": "6", "wkv7": "7"}
-    return implementation_for_reading(ModelConfig(generations[operator]), jax.default_backend())
+    newest = [name for name, spec in GENERATIONS.items() if spec.operator == operator][-1]
+    return implementation_for_reading(ModelConfig(newest), jax.default_backend())
 
 
 def _shape(operator: str, time: int) -> tuple[int, ...]:

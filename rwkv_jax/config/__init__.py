@@ -5,19 +5,19 @@ Shape letters, here and in the whole project: B batch, T time, C width, H heads,
 width, D low rank, V vocabulary, L layers.
 
     run.py           TrainConfig, a whole run, and what its sections ask of each other
-    model.py         model: generation, sizes, number of parameters, operations a token
+    model.py         model: architecture, generation, sizes, number of parameters, operations a token
+    generations/     what each generation has of its own: fields, sizes, counts, state, tensor names, recipe
     data.py          data: sources, their order, the tokenizer
-    training.py      optimizer, training: learning rates, the shape of a step
+    step.py          optimizer, training: learning rates, the shape of a step
     parallel.py      parallel, distributed: devices and processes
-    outputs.py       evaluation, checkpoint, logging
-    generations.py   which generations there are, and which sizes are whose
+    reporting.py     evaluation, checkpoint, logging
     dicts.py         to JSON and back
 """
 
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
-from rwkv_jax.config.generations import Generation, ResolvedSizes, architecture_name
+from rwkv_jax.config.generations import GENERATIONS, Architecture, Generation, GenerationSpec, ResolvedSizes
 from rwkv_jax.config.model import ModelConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
@@ -25,12 +25,15 @@ from rwkv_jax.config.run import TrainConfig
 from rwkv_jax.config.step import OptimizerConfig, Remat, StepConfig
 
 __all__ = [
+    "GENERATIONS",
+    "Architecture",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "Generation",
+    "GenerationSpec",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -39,7 +42,6 @@ __all__ = [
     "ResolvedSizes",
     "StepConfig",
     "TrainConfig",
-    "architecture_name",
     "from_dict",
     "to_dict",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from rwkv_jax.checks import require
+from rwkv_jax.checks import require, require_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class DataConfig:
     """Folder in which token files and trained tokenizers are kept, one sub-folder a corpus."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "data")
         require(bool(self.source), "data.source", self.source, "name a file, a folder or python-stdlib")
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "must lie in [0, 1); 0 holds out nothing")
-        require(self.order in ("windows", "official"), "data.order", self.order, "must be windows or official")
         require(
             self.magic_prime is None or self.order == "official",
             "data.magic_prime",

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
 from typing import Literal
 
-from rwkv_jax.checks import require, require_positive
-from rwkv_jax.config.generations import OWN_FIELDS, Generation, ResolvedSizes, architecture_name
+from rwkv_jax.checks import require, require_choices, require_positive
+from rwkv_jax.config.generations import (
+    DEFAULT_GENERATION,
+    Architecture,
+    Generation,
+    GenerationSpec,
+    ResolvedSizes,
+    all_specs,
+    check_generation,
+    find_spec,
+    named_in_a_sentence,
+)
+
+_FIELDS_OF_SOME = {
+    **dict.fromkeys(("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "context_length"), "such size"),
+    "exponential_bonus": "such form",
+    "unused_value_residual": "value residual",
+}
+"""Fields that not every generation has, by `GenerationSpec.own_fields`, and what the others have not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The generation and the shape of a language model."""
 
-    generation: Generation = "7"
-    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose); or transformer, to compare
-    them with."""
+    generation: Generation | str = DEFAULT_GENERATION
+    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose)."""
+    architecture: Architecture = dataclasses.field(default="rwkv", kw_only=True)
+    """rwkv, or transformer, to compare RWKV with; it has no generations."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
     num_layers: int = 6
@@ -52,80 +68,45 @@ class ModelConfig:
     """Implementation of the WKV operator; None takes the fastest that is valid on the platform."""
 
     def __post_init__(self) -> None:
-        generations = typing.get_args(Generation)
-        require(
-            self.generation in generations,
-            "model.generation",
-            self.generation,
-            f"must be one of {', '.join(generations)}",
-        )
+        require_choices(self, "model")
+        check_generation(self.architecture, self.generation)
         require_positive(self, "model", "vocab_size", "width", "head_dim")
         require(self.num_layers >= 2, "model.num_layers", self.num_layers, "RWKV needs at least 2 layers")
         require(self.width >= 2, "model.width", self.width, "must be at least 2")
-        if self.generation != "4":
+        if self.spec.has_heads:
+            below = max(self.width // self.head_dim, 1) * self.head_dim
             require(
                 self.width % self.head_dim == 0,
                 "model.width",
                 self.width,
                 f"must be a multiple of model.head_dim = {self.head_dim}; "
-                f"the nearest are {self._nearest_widths()[0]} and {self._nearest_widths()[1]}",
+                f"the nearest are {below} and {below + self.head_dim}",
             )
             require(self.head_dim >= 2, "model.head_dim", self.head_dim, "must be at least 2")
-        for name in ("ffn_width", *OWN_FIELDS):
+        for name in ("ffn_width", *_FIELDS_OF_SOME):
             value = getattr(self, name)
-            require(value is None or value > 0, f"model.{name}", value, "must be positive, or None for the default")
-        for name, owners in OWN_FIELDS.items():
+            positive = value is None or isinstance(value, bool) or value > 0
+            require(positive, f"model.{name}", value, "must be positive, or None for the default")
+        for name, what in _FIELDS_OF_SOME.items():
             value = getattr(self, name)
+            owners = named_in_a_sentence([spec for spec in all_specs() if name in spec.own_fields])
             require(
-                value is None or self.generation in owners,
+                value is None or value is False or name in self.spec.own_fields,
                 f"model.{name}",
                 value,
-                f"{self.architecture} has no such size, only {self._named(owners)}; leave it out",
+                f"{self.title} has no {what}, only {owners}; leave it out",
             )
-        require(
-            not self.exponential_bonus or self.generation in ("5.0", "5.1"),
-            "model.exponential_bonus",
-            self.exponential_bonus,
-            f"{self.architecture} has no such form, only RWKV-5.0 and 5.1; leave it out",
-        )
-        require(
-            not self.unused_value_residual or self.generation == "7",
-            "model.unused_value_residual",
-            self.unused_value_residual,
-            f"{self.architecture} has no value residual, only RWKV-7; leave it out",
-        )
-        if self.generation == "transformer":
-            require(
-                self.head_dim % 2 == 0,
-                "model.head_dim",
-                self.head_dim,
-                "must be even: positions rotate pairs of channels",
-            )
-            require(
-                self.wkv_implementation is None,
-                "model.wkv_implementation",
-                self.wkv_implementation,
-                "a Transformer has no WKV operator; leave it out",
-            )
-        require(
-            self.dtype in ("float32", "bfloat16", "float64"),
-            "model.dtype",
-            self.dtype,
-            "must be float32, bfloat16 or float64",
-        )
-
-    def _nearest_widths(self) -> tuple[int, int]:
-        below = max(self.width // self.head_dim, 1) * self.head_dim
-        return below, below + self.head_dim
-
-    @staticmethod
-    def _named(owners: tuple[Generation, ...]) -> str:
-        return "a Transformer" if owners == ("transformer",) else f"RWKV-{' and '.join(owners)}"
+        self.spec.check(self)
 
     @property
-    def architecture(self) -> str:
+    def spec(self) -> GenerationSpec:
+        """What is known of models of this generation."""
+        return find_spec(self.architecture, self.generation)
+
+    @property
+    def title(self) -> str:
         """The model's name in a sentence: RWKV-7, Transformer."""
-        return architecture_name(self.generation)
+        return self.spec.title
 
     @property
     def num_heads(self) -> int:
@@ -142,32 +123,7 @@ class ModelConfig:
 
     def sizes(self) -> ResolvedSizes:
         """The sizes that may be left to the official functions of the width."""
-        width = self.width
-        if self.generation in ("4", "5.0"):
-            return ResolvedSizes(self.ffn_width or 4 * width)
-        if self.generation == "transformer":
-            return ResolvedSizes(self.ffn_width or 4 * width, context_length=self.context_length or 2048)
-        # At least 32: the official rounding would leave nothing of a narrow model.
-        narrow_ffn_width = self.ffn_width or max(32, 7 * width // 2 // 32 * 32)
-        if self.generation in ("5.1", "5.2"):
-            return ResolvedSizes(narrow_ffn_width)
-        if self.generation == "6":
-            wide = 2 if width >= 4096 else 1  # as released: the trainer's own sizes do not depend on the width
-            return ResolvedSizes(
-                narrow_ffn_width, mix_rank=self.mix_rank or 32 * wide, decay_rank=self.decay_rank or 64 * wide
-            )
-
-        def rank(factor: float) -> int:
-            # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
-            return max(32, round(factor * math.sqrt(width) / 32) * 32)
-
-        return ResolvedSizes(
-            ffn_width=self.ffn_width or 4 * width,
-            decay_rank=self.decay_rank or rank(2.5),
-            iclr_rank=self.iclr_rank or rank(2.5),
-            value_rank=self.value_rank or rank(1.7),
-            gate_rank=self.gate_rank or rank(5.0),
-        )
+        return self.spec.sizes(self)
 
     def resolved(self) -> ModelConfig:
         """The same model with every None that its generation has a size for replaced by that size."""
@@ -188,7 +144,7 @@ class ModelConfig:
           ConfigError: a width that is no multiple of head_dim, as RWKV-4 may have it, or an odd head_dim.
         """
         plain = ModelConfig(
-            generation="transformer",
+            architecture="transformer",
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
             width=self.width,
@@ -202,56 +158,23 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Number of parameters, in closed form."""
-        sizes, width = self.sizes(), self.width
-        if self.generation == "transformer":
-            block = 4 * width * width + 2 * width * sizes.ffn_width + 4 * width
-            return 2 * self.vocab_size * width + self.num_layers * block + 2 * width
-        vectors, matrices, ranks = self._time_mix_terms()
-        heads = 2 * self.num_heads if self.generation in ("5.0", "5.1") else 0  # a decay and a bonus for each head
-        time_mix = vectors * width + heads + matrices * width * width + 2 * width * ranks
-        channel_mix = 2 * width * sizes.ffn_width
-        channel_mix += width if self.generation == "7" else 2 * width + width * width
-        block = time_mix + channel_mix + 4 * width
-        first_layer = 2 * width
-        if self.generation == "7" and not self.unused_value_residual:
-            first_layer -= width + 2 * width * sizes.value_rank
-        return 2 * self.vocab_size * width + self.num_layers * block + first_layer + 2 * width
-
-    def _time_mix_terms(self) -> tuple[int, int, int]:
-        """How many vectors [C] and matrices [C, C] a layer's time mixing has, and the sum of its maps' ranks."""
-        sizes = self.sizes()
-        if self.generation == "4":
-            return 3 + 2, 4, 0  # blends; decay, bonus; R, K, V, O
-        if self.generation == "5.0":
-            return 3 + 2, 4, 0  # blends; ln_x; R, K, V, O
-        if self.generation == "5.1":
-            return 4 + 2, 5, 0  # and a gate G with its blend
-        if self.generation == "5.2":
-            return 4 + 2 + 2, 5, 0  # and decay, bonus
-        if self.generation == "6":
-            return 6 + 2 + 2, 5, 5 * sizes.mix_rank + sizes.decay_rank
-        ranks = sizes.decay_rank + sizes.iclr_rank + sizes.value_rank + sizes.gate_rank
-        return 6 + 3 + 3 + 2, 4, ranks  # blends; w0, a0, v0; k_k, k_a, r_k; ln_x; R, K, V, O
+        embedding_and_head, last_norm = 2 * self.vocab_size * self.width, 2 * self.width
+        others = sum(self.spec.other_parameters(self, first=layer == 0) for layer in range(self.num_layers))
+        return embedding_and_head + self._matrix_parameters() + others + last_norm
 
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.
 
-        Two for each weight of a matrix product, and for the recurrence of each head 9 N^2 in RWKV-7 (decay, rank-one
-        removal, rank-one write, read) and 5 N^2 in RWKV-5 and 6 (decay, write, read); 12 a channel in RWKV-4. In a
-        Transformer 4 N for each head and key that a token sees (score, weighted sum of values).
+        Two for each weight of a matrix product, and what the recurrence or attention of each layer takes
+        (`GenerationSpec.mixing_flops`).
 
         Args:
           sequence_length: T of the texts over whose tokens a Transformer's figure is the mean, (T + 1) / 2 keys being
             seen; None is its context length. RWKV's figure does not depend on it.
         """
-        sizes, width = self.sizes(), self.width
-        if self.generation == "transformer":
-            weights = self.num_layers * (4 * width * width + 2 * width * sizes.ffn_width) + self.vocab_size * width
-            return 2 * weights + self.num_layers * 2 * width * ((sequence_length or sizes.context_length) + 1)
-        _, matrices, ranks = self._time_mix_terms()
-        weights = matrices * width * width + 2 * width * ranks + 2 * width * sizes.ffn_width
-        if self.generation != "7":
-            weights += width * width
-        weights = self.num_layers * weights - 2 * width * sizes.value_rank + self.vocab_size * width
-        recurrence = {"4": 12, "7": 9 * self.head_dim}.get(self.generation, 5 * self.head_dim)
-        return 2 * weights + self.num_layers * recurrence * width
+        weights = self._matrix_parameters() + self.vocab_size * self.width
+        return 2 * weights + self.num_layers * self.spec.mixing_flops(self, sequence_length)
+
+    def _matrix_parameters(self) -> int:
+        """Of all layers."""
+        return sum(self.spec.matrix_parameters(self, first=layer == 0) for layer in range(self.num_layers))

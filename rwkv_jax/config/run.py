@@ -51,8 +51,7 @@ class TrainConfig:
             self.training.sequence_length,
             f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
         )
-        if self.model.generation == "transformer":
-            self._check_transformer()
+        self.model.spec.check_run(self)
         require(
             self.optimizer.warmup_steps < self.training.num_steps,
             "optimizer.warmup_steps",
@@ -68,31 +67,3 @@ class TrainConfig:
         if self.profile is not None:
             first, last = self.profile
             require(0 <= first <= last, "profile", self.profile, "must be FIRST LAST with 0 <= FIRST <= LAST")
-
-    def _check_transformer(self) -> None:
-        require(
-            self.initial_weights is None,
-            "initial_weights",
-            self.initial_weights,
-            "a Transformer has no official weights; leave it out",
-        )
-        require(
-            self.parallel.sequence == 1,
-            "parallel.sequence",
-            self.parallel.sequence,
-            "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
-        )
-        require(
-            not self.training.carry_state,
-            "training.carry_state",
-            self.training.carry_state,
-            "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
-            "switch it off, or train an RWKV",
-        )
-        context_length = self.model.sizes().context_length
-        require(
-            self.training.sequence_length <= context_length,
-            "training.sequence_length",
-            self.training.sequence_length,
-            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
-        )

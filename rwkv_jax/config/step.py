@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.checks import require, require_positive
+from rwkv_jax.checks import require, require_choices, require_positive
 
 Remat = Literal["none", "operator", "full"]
 """What a block's backward pass recomputes."""
@@ -38,6 +38,7 @@ class OptimizerConfig:
     """Global norm above which gradients are scaled down; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "optimizer")
         require_positive(self, "optimizer", "learning_rate", "epsilon")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
         require(
@@ -54,12 +55,6 @@ class OptimizerConfig:
         require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
-        require(
-            self.schedule in ("cosine", "linear", "wsd", "exponential", "constant"),
-            "optimizer.schedule",
-            self.schedule,
-            "must be cosine, linear, wsd, exponential or constant",
-        )
         require(
             self.schedule != "exponential" or self.final_learning_rate > 0,
             "optimizer.final_learning_rate",
@@ -97,6 +92,7 @@ class StepConfig:
     """Consecutive steps with a loss or gradient that is not finite (each skipped) after which the run stops."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "training")
         require_positive(
             self, "training", "num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps"
         )

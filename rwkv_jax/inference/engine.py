@@ -371,7 +371,7 @@ class Engine:
         is_ours = snapshot.owner in (None, self._scheduler.owner)
         if not is_ours or jax.tree.structure(snapshot.state) != jax.tree.structure(like.state) or expected != found:
             raise StateError(
-                f"start: is a state of another model than this {self.config.architecture} of "
+                f"start: is a state of another model than this {self.config.title} of "
                 f"{self.config.num_layers} x {self.config.width}; give one that an engine of this very model made"
             )
 

@@ -74,7 +74,7 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
     layer = jax.eval_shape(lambda: model.initial_block_state(config, 1))
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer)
     return Identity(
-        generation=config.generation,
+        generation=config.spec.name,
         model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
         tokenizer=tokenizer.fingerprint,
         state=(row,) * config.num_layers,

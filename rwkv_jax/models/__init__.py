@@ -17,7 +17,7 @@ from rwkv_jax.models.transformer import Transformer
 
 def model_type(config: ModelConfig) -> type[LanguageModel]:
     """The class of a config's generation."""
-    return next(kind for kind in (RWKV4, RWKV5, RWKV6, RWKV7, Transformer) if config.generation in kind.generations)
+    return config.spec.load_model_class()
 
 
 __all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "Transformer", "model_type"]

@@ -52,14 +52,6 @@ def implementation_for_reading(config: ModelConfig, platform: str) -> tuple[str 
     Returns:
       Its name, None for the one that training takes too; and the reason, in a sentence.
     """
-    if config.generation == "transformer":
-        return None, "a Transformer has no such operator"
     if config.wkv_implementation is not None:
         return None, "the model's config names one"
-    if config.generation == "7" and platform == "cpu":
-        # Measured in benchmarks/README.md, of decode_cpu.py.
-        return (
-            "scan",
-            "on a CPU, forward alone, RWKV-7's recurrence is faster than its chunks: its state stays in the cache",
-        )
-    return None, "it is the fastest forward, too"
+    return config.spec.prefill_implementation(platform)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
+from rwkv_jax.config.generations import all_specs
 from rwkv_jax.models.layers import (
     CHECKPOINT_MATMUL,
     CHECKPOINT_WKV_INPUT,
@@ -118,8 +119,6 @@ SHARED_AXES: dict[str, Axes] = {
 class LanguageModel(nnx.Module):
     """A causal language model with an explicit state; a generation names its block, state and parameter groups."""
 
-    generations: ClassVar[tuple[str, ...]]
-    """The values of `config.generation` that it serves."""
     block_type: ClassVar[type[Block]]
     block_axes: ClassVar[dict[str, Axes]]
     """What the axes of a block's own parameters mean, by official name within the block."""
@@ -162,9 +161,10 @@ class LanguageModel(nnx.Module):
         Raises:
           ConfigError: the config is of a generation that this class does not serve.
         """
-        if config.generation not in self.generations:
+        if not isinstance(self, config.spec.load_model_class()):
+            served = ", ".join(spec.name for spec in all_specs() if isinstance(self, spec.load_model_class()))
             raise ConfigError(
-                f"model.generation = {config.generation!r}: {type(self).__name__} is {', '.join(self.generations)}; "
+                f"model.generation = {config.spec.name!r}: {type(self).__name__} is {served}; "
                 "rwkv_jax.models.model_type(config) is the class of a generation"
             )
         self.config = config
@@ -378,7 +378,7 @@ class LanguageModel(nnx.Module):
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
         if jax.tree.structure(state) != jax.tree.structure(expected):
             raise ValueError(
-                f"state: is none of {self.config.architecture}, whose states have the form of "
+                f"state: is none of {self.config.title}, whose states have the form of "
                 f"model.initial_state(batch_size={batch})"
             )
         for (path, leaf), like in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):

@@ -179,7 +179,6 @@ def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
 class RWKV4(LanguageModel):
     """An RWKV-4 language model (Pile, World, Raven): `model(tokens, state) -> (logits, state)`."""
 
-    generations = ("4",)
     block_type = RWKV4Block
     block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.config.generations import RWKV5Spec
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
@@ -39,6 +40,12 @@ HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output (the trainer has y / 8 and 1e-5: the same)."""
 
 
+def variant(config: ModelConfig) -> RWKV5Spec:
+    """Which of the three RWKV-5 this is."""
+    assert isinstance(config.spec, RWKV5Spec), config.generation
+    return config.spec
+
+
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
@@ -52,8 +59,8 @@ class TimeMix(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
-        is_preview = config.generation != "5.2"
-        self.has_gate = config.generation != "5.0"
+        spec = variant(config)
+        is_preview, self.has_gate = not spec.has_channel_decay, spec.has_gate
         ratio_0_to_1 = layer / (config.num_layers - 1)
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         channel = jnp.arange(width, dtype=dtype)
@@ -152,7 +159,7 @@ class ChannelMix(nnx.Module):
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
         self.time_mix_k, self.time_mix_r = channel_param(mix), channel_param(mix)
-        gain = 1.0 if config.generation == "5.2" else math.sqrt(max(ffn_width / width, 1.0))
+        gain = 1.0 if variant(config).has_channel_decay else math.sqrt(max(ffn_width / width, 1.0))
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), gain, dtype))
         self.receptance = Linear(jnp.zeros((width, width), dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
@@ -211,7 +218,6 @@ def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
 class RWKV5(LanguageModel):
     """An RWKV-5 language model, 5.2 or a preview: `model(tokens, state) -> (logits, state)`."""
 
-    generations = ("5.0", "5.1", "5.2")
     block_type = RWKV5Block
     block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)

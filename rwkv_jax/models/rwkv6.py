@@ -205,7 +205,6 @@ def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
 class RWKV6(LanguageModel):
     """An RWKV-6 language model: `model(tokens, state) -> (logits, state)`."""
 
-    generations = ("6",)
     block_type = RWKV6Block
     block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)

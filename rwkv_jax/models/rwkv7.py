@@ -273,7 +273,6 @@ def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
 class RWKV7(LanguageModel):
     """An RWKV-7 language model: `model(tokens, state) -> (logits, state)`."""
 
-    generations = ("7",)
     block_type = RWKV7Block
     block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)

@@ -347,7 +347,6 @@ class Transformer(LanguageModel):
     first, or asks `max_tokens` or `check_room`.
     """
 
-    generations = ("transformer",)
     block_type = TransformerBlock
     block_axes = BLOCK_AXES
     initial_block_state = staticmethod(initial_state)

@@ -9,10 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rwkv_jax.config import ConfigError
-from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.state import State
-from rwkv_jax.models.transformer import KeyValueCache
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models import LanguageModel, model_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +117,11 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def state_specs(generation: str, rules: Rules = RULES) -> Any:
+def state_specs(config: ModelConfig, rules: Rules = RULES) -> Any:
     """The partition of every array of a model's state."""
-
-    def spec(*axes: str | None) -> Any:
-        return rules.spec((None, "rows", *axes), "state")
-
-    if generation == "transformer":
-        cache = spec("heads", None, None)
-        return KeyValueCache(cache, cache, spec())
-    wkv = (spec("heads"),) * 3 if generation == "4" else spec("heads", None, None)
-    return State(spec(None), spec(None), wkv)
+    config = dataclasses.replace(config, dtype="float32")  # for which JAX need not have float64 switched on
+    structure = jax.tree.structure(jax.eval_shape(lambda: model_type(config).initial_block_state(config, 1)))
+    return structure.unflatten(rules.spec((None, "rows", *array.axes), "state") for array in config.spec.state(config))
 
 
 def is_spec(x: Any) -> bool:

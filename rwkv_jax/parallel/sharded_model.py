@@ -103,7 +103,7 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     if mesh is None:
         return ONE_DEVICE
     kind = model_type(config)
-    check_model(kind, params, None if config.generation == "4" else config.num_heads, mesh)
+    check_model(kind, params, config.num_heads if config.spec.has_heads else None, mesh)
     rules = RULES.on(mesh)
     full_specs, specs = parameter_specs(kind, params), parameter_specs(kind, params, rules)
     # A vector's shard would be computed with another rounding than the same numbers of the whole vector; a matrix is
@@ -114,7 +114,7 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     return ShardedModel(
         mesh=mesh,
         param_specs=specs,
-        state_specs=state_specs(config.generation, rules),
+        state_specs=state_specs(config, rules),
         tokens_spec=rules.spec(("rows", "time"), "tokens"),
         rows_spec=rules.spec(("rows",), "rows"),
         token_axes=rules.rows + rules.time,

@@ -238,7 +238,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, res
     device = jax.devices()[0]
     begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
     lines = [
-        f"{model.architecture} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
+        f"{model.title} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
         f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens",

@@ -22,16 +22,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.config.generations import GENERATIONS, recognize
+from rwkv_jax.models.language_model import SHARED_AXES
 from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
 _Change = Callable[[NDArray], NDArray]
+_ShapeOf = Callable[[str], tuple[int, ...]]
 
 _UNUSED = frozenset(f"blocks.0.att.v{i}" for i in range(3))  # the first layer of RWKV-7 has no value residual
 _CONVERTED = ("_strategy", "_rescale_layer")  # values that only converted files of the rwkv package have
@@ -113,7 +116,7 @@ def from_layout(
         raise WeightsError("there are no tensors; name a file of weights")
     names = _without_prefix(tensors)
     fewest: list[str] = []
-    for layout, table in _READ:
+    for layout, table in (("official", _table(_official_rules())), *_READ):
         unknown = [name for name in names if _template(name) not in table]
         if not unknown:
             renamed_only = layout == "official" and all(name == source for name, source in names.items())
@@ -137,8 +140,7 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if layout == "official":
         return tensors
-    rules = _written_rules(layout, _generation(tensors))
-    by_official = {name: rule for rule in rules for name in rule.official}
+    by_official = {name: rule for rule in _written(layout, tensors).rules for name in rule.official}
     recipes: dict[str, _Recipe] = {}
     unknown: list[str] = []
     for name in tensors:
@@ -168,8 +170,7 @@ def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:
     """
     if layout not in LAYOUTS or layout == "official":
         raise WeightsError(f"layout = {layout!r}: a config.json exists for {' and '.join(LAYOUTS[1:])} only")
-    generation = _generation(tensors)
-    _written_rules(layout, generation)
+    written = _written(layout, tensors)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -177,63 +178,70 @@ def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:
         return tensor_spec(tensors, name).shape
 
     vocab_size, width = shape("emb.weight")
-    feed_forward_width = shape("blocks.0.ffn.key.weight")[0]
-    dtype = tensor_spec(tensors, "emb.weight").dtype
-    config: dict[str, Any] = {
+    common = {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": feed_forward_width,
+        "intermediate_size": shape("blocks.0.ffn.key.weight")[0],
         "num_hidden_layers": 1 + max(int(_layer(name)) for name in tensors if name.startswith("blocks.")),
         "bos_token_id": 0,
         "eos_token_id": 0,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "dtype": dtype.name,
+        "dtype": tensor_spec(tensors, "emb.weight").dtype.name,
     }
-    if layout == "transformers":
-        return {
-            "architectures": ["RwkvForCausalLM"],
-            "model_type": "rwkv",
-            **config,
-            "attention_hidden_size": shape("blocks.0.att.key.weight")[0],
-            "context_length": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "rescale_every": 6 if dtype == np.float16 else 0,
-        }
-    config |= {
+    return written.describe(common, shape)
+
+
+def _transformers_4_config(common: dict[str, Any], shape: _ShapeOf) -> dict[str, Any]:
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        **common,
+        "attention_hidden_size": shape("blocks.0.att.key.weight")[0],
+        "context_length": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "rescale_every": 6 if common["dtype"] == "float16" else 0,
+    }
+
+
+def _fla_config(architecture: str, common: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": architecture.lower(),
+        **common,
         "attn": None,
         "attn_mode": "chunk",
         "fuse_norm": False,
         "hidden_act": "sqrelu",
-        "hidden_ratio": feed_forward_width / width,
+        "hidden_ratio": common["intermediate_size"] / common["hidden_size"],
         "norm_bias": True,
         "norm_eps": 1e-5,
         "norm_first": True,
     }
-    if generation == 6:
-        return {
-            "architectures": ["RWKV6ForCausalLM"],
-            "model_type": "rwkv6",
-            **config,
-            "expand_k": 1.0,
-            "expand_v": 1.0,
-            "num_heads": shape("blocks.0.att.time_faaaa")[0],
-            "proj_low_rank_dim": shape("blocks.0.att.time_maa_w2")[1],
-            "gate_low_rank_dim": shape("blocks.0.att.time_decay_w1")[1],
-        }
+
+
+def _fla_6_config(common: dict[str, Any], shape: _ShapeOf) -> dict[str, Any]:
+    return _fla_config("RWKV6", common) | {
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "num_heads": shape("blocks.0.att.time_faaaa")[0],
+        "proj_low_rank_dim": shape("blocks.0.att.time_maa_w2")[1],
+        "gate_low_rank_dim": shape("blocks.0.att.time_decay_w1")[1],
+    }
+
+
+def _fla_7_config(common: dict[str, Any], shape: _ShapeOf) -> dict[str, Any]:
     num_heads, head_size = shape("blocks.0.att.r_k")
-    return {
-        "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        **config,
+    num_layers = common["num_hidden_layers"]
+    return _fla_config("RWKV7", common) | {
         "head_dim": head_size,
         "num_heads": num_heads,
-        "value_dim": [width] * config["num_hidden_layers"],
+        "value_dim": [common["hidden_size"]] * num_layers,
         "decay_low_rank_dim": shape("blocks.0.att.w1")[1],
         "gate_low_rank_dim": shape("blocks.0.att.g1")[1],
         "a_low_rank_dim": shape("blocks.0.att.a1")[1],
         # A model of one layer has no such matrix, and the field must hold something.
-        "v_low_rank_dim": shape("blocks.1.att.v1")[1] if config["num_hidden_layers"] > 1 else 32,
+        "v_low_rank_dim": shape("blocks.1.att.v1")[1] if num_layers > 1 else 32,
     }
 
 
@@ -407,12 +415,14 @@ _FLA_7 = [
 # Files from before 2025-04 have the six mixes of RWKV-7 in one tensor.
 _FLA_7_OLD = [_stacked_rows("model.layers.{}.attn.x_x", [f"blocks.{{}}.att.x_{x}" for x in "rwkvag"])]
 
-_OFFICIAL = [
-    _Rule(name, (name,), _as_it_is, (_as_it_is,))
-    for name in sorted(
-        {name for rule in (*_TRANSFORMERS_4, *_TRANSFORMERS_5_AND_6, *_FLA_6, *_FLA_7) for name in rule.official}
-    )
-]
+
+def _official_rules() -> list[_Rule]:
+    """The names of every generation's parameters, as they are."""
+    names = set()
+    for spec in GENERATIONS.values():
+        for name in SHARED_AXES | spec.load_model_class().block_axes:
+            names.add(name if name.startswith(("emb.", "ln_out.", "head.")) else f"blocks.{{}}.{name}")
+    return _renamed({name: name for name in sorted(names)})
 
 
 def _table(rules: Iterable[_Rule]) -> dict[str, _Rule]:
@@ -420,15 +430,24 @@ def _table(rules: Iterable[_Rule]) -> dict[str, _Rule]:
 
 
 _READ = (
-    ("official", _table(_OFFICIAL)),
     ("transformers", _table([*_TRANSFORMERS_4, *_TRANSFORMERS_5_AND_6])),
     ("flash-linear-attention", _table(_FLA_6)),
     ("flash-linear-attention", _table([*_FLA_7, *_FLA_7_OLD])),
 )
+
+
+class _Written(NamedTuple):
+    """How a generation is written in another project's layout."""
+
+    rules: list[_Rule]
+    describe: Callable[[dict[str, Any], _ShapeOf], dict[str, Any]]
+    """Its config.json, from the fields that all have and the shapes of official tensors."""
+
+
 _WRITTEN = {
-    ("transformers", 4): _TRANSFORMERS_4,
-    ("flash-linear-attention", 6): _FLA_6,
-    ("flash-linear-attention", 7): _FLA_7,
+    ("transformers", "4"): _Written(_TRANSFORMERS_4, _transformers_4_config),
+    ("flash-linear-attention", "6"): _Written(_FLA_6, _fla_6_config),
+    ("flash-linear-attention", "7"): _Written(_FLA_7, _fla_7_config),
 }
 
 
@@ -464,16 +483,12 @@ def _recipes_to_official(names: Mapping[str, str], table: Mapping[str, _Rule]) -
     return recipes
 
 
-def _generation(tensors: Mapping[str, NDArray]) -> int:
-    for mark, generation in (("r_k", 7), ("time_maa_x", 6), ("ln_x.weight", 5), ("time_first", 4)):
-        if f"blocks.0.att.{mark}" in tensors:
-            return generation
-    raise WeightsError("these are no tensors of RWKV-4 to 7 under their official names; see from_layout")
-
-
-def _written_rules(layout: str, generation: int) -> list[_Rule]:
-    rules = _WRITTEN.get((layout, generation))
-    if rules is None:
+def _written(layout: str, tensors: Mapping[str, NDArray]) -> _Written:
+    spec = recognize({name: tensor_spec(tensors, name).shape for name in tensors})
+    if spec is None:
+        raise WeightsError("these are no tensors of RWKV-4 to 7 under their official names; see from_layout")
+    written = _WRITTEN.get((layout, spec.name))
+    if written is None:
         held = " and ".join(f"RWKV-{known}" for name, known in _WRITTEN if name == layout)
-        raise WeightsError(f"{layout} has {held}, not RWKV-{generation}; write the official layout")
-    return rules
+        raise WeightsError(f"{layout} has {held}, not {spec.title}; write the official layout")
+    return written

@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ConfigError, Generation, ModelConfig
+from rwkv_jax.config import ConfigError, GenerationSpec, ModelConfig
+from rwkv_jax.config.generations import recognize, size_of
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
@@ -32,26 +33,16 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
 }
 
 
-def detect_generation(tensors: Mapping[str, NDArray]) -> Generation:
+def _recognized(shapes: Mapping[str, tuple[int, ...]]) -> GenerationSpec:
     """The generation that a file's names, and the shape of its decay, belong to.
 
     Raises:
       WeightsError: of none that is known.
     """
-    suffixes = {name.split(".", 2)[2] for name in tensors if name.startswith("blocks.") and name.count(".") >= 2}
-    if suffixes & {"att.r_k", "att.k_k"}:
-        return "7"
-    if "att.time_maa_x" in suffixes:
-        return "6"
-    if "att.ln_x.weight" in suffixes:
-        decay = tensors.get("blocks.0.att.time_decay")
-        if decay is not None and decay.ndim == 2 and decay.shape[1] > 1:
-            return "5.2"
-        return "5.1" if "att.gate.weight" in suffixes else "5.0"
-    if "att.time_decay" in suffixes:
-        return "4"
+    if (spec := recognize(shapes)) is not None:
+        return spec
     raise WeightsError(
-        f"no generation of RWKV has such names ({', '.join(list(tensors)[:4]) or 'there is no tensor'}, ...); "
+        f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
         "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
         "flash-linear-attention"
     )
@@ -65,46 +56,31 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     Raises:
       WeightsError: no generation is recognized, or the sizes contradict each other.
     """
-    generation = detect_generation(tensors)
-
-    def size(name: str, axis: int, share: int = 1) -> int | None:
-        """Of one axis of a tensor; None where it is missing or has no such axis: `check_tensors` says so."""
-        shape = tensor_spec(tensors, name).shape if name in tensors else ()
-        return shape[axis] // share if axis < len(shape) else None
-
+    specs = {name: tensor_spec(tensors, name) for name in tensors}
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    spec = _recognized(shapes)
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
     num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
     if num_layers > len(tensors):  # before as many names are made
         raise WeightsError(
             f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
         )
-    width = size("emb.weight", 1) or size("blocks.0.ln1.weight", 0) or 1
-    sizes: dict[str, Any] = {"ffn_width": size("blocks.0.ffn.key.weight", 0)}
-    if generation == "7":
-        heads = size("blocks.0.att.r_k", 0)
-        names = {"decay_rank": "0.att.w1", "iclr_rank": "0.att.a1", "value_rank": "1.att.v1", "gate_rank": "0.att.g1"}
-        sizes |= {field: size(f"blocks.{name}", 1) for field, name in names.items()}
-        sizes["unused_value_residual"] = "blocks.0.att.v0" in tensors
-    elif generation == "6":
-        heads = size("blocks.0.att.time_faaaa", 0)
-        sizes["mix_rank"] = size("blocks.0.att.time_maa_w1", 1, 5)
-        sizes["decay_rank"] = size("blocks.0.att.time_decay_w1", 1)
-    else:
-        heads = size("blocks.0.att.time_decay", 0) if generation != "4" else None
-        sizes["exponential_bonus"] = generation in ("5.0", "5.1") and "blocks.0.att.time_first" in tensors
-    dtypes = {tensor_spec(tensors, name).dtype for name in tensors}
+    width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
+    heads = spec.num_heads(shapes)
+    dtypes = {spec.dtype for spec in specs.values()}
     try:
         return ModelConfig(
-            generation=generation,
-            vocab_size=size("emb.weight", 0) or size("head.weight", 0) or 1,
+            generation=spec.name,
+            vocab_size=size_of(shapes, "emb.weight", 0) or size_of(shapes, "head.weight", 0) or 1,
             num_layers=num_layers,
             width=width,
             head_dim=max(width // heads, 1) if heads else 64,
+            ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
             dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
-            **sizes,
+            **spec.read_fields(shapes),
         )
     except ConfigError as error:
-        raise WeightsError(f"the shapes of an RWKV-{generation} model that cannot be: {error}") from error
+        raise WeightsError(f"the shapes of an {spec.title} model that cannot be: {error}") from error
 
 
 @functools.cache
@@ -173,7 +149,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, oth
     if lines:
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise WeightsError(
-            f"these are not the tensors of an RWKV-{config.generation} model of {config.num_layers} layers of width "
+            f"these are not the tensors of an {config.title} model of {config.num_layers} layers of width "
             f"{config.width}:\n  " + "\n  ".join([*lines[:_LISTED], *more])
         )
 
@@ -278,10 +254,10 @@ class FetchedTensors(DerivedTensors):
 
     def __init__(self, config: ModelConfig) -> None:
         """Without tensors; whoever derives from it fills `_sources`."""
-        if config.generation == "transformer":
+        if not config.spec.has_official_names:
             raise WeightsError(
-                "model.generation = 'transformer': only RWKV's weights have official names; a Transformer stays in its "
-                "run folder, which from_pretrained and the commands read"
+                f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; a "
+                f"{config.title} stays in its run folder, which from_pretrained and the commands read"
             )
         self._sources: dict[str, tuple[jax.Array, int | None]] = {}
         """An array, and which of the layers stacked in it, by name; None is all of an array."""

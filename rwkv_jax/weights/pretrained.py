@@ -93,10 +93,10 @@ def from_pretrained(
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_model(place, "newest", shardings)
         if quantize is not None:
-            if loaded.config.model.generation == "transformer":
+            if not loaded.config.model.spec.has_official_names:
                 raise WeightsError(
-                    f"quantize = {quantize!r}: {place} is a run of a Transformer, and only RWKV's matrices are packed; "
-                    "leave it out"
+                    f"quantize = {quantize!r}: {place} is a run of a {loaded.config.model.title}, and only RWKV's "
+                    "matrices are packed; leave it out"
                 )
             trained = OfficialTensors(loaded.config.model, loaded.params)
             return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
@@ -184,7 +184,7 @@ def _weights_for(place: Path, config: ModelConfig) -> Weights:
         weights = open_weights(place)
     with naming(place):
         found, wanted = (dataclasses.asdict(each.resolved()) for each in (read_config(weights.tensors), config))
-        ignored = {"dtype", "wkv_implementation"} | ({"head_dim"} if config.generation == "4" else set())
+        ignored = {"dtype", "wkv_implementation"} | (set() if config.spec.has_heads else {"head_dim"})
         differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
         if differences:
             listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.config.generations import is_low_rank
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.weights.official import FetchedTensors, abstract_model, check_tensors, official_names, official_shapes
@@ -35,8 +36,6 @@ QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 Parts = dict[str, NDArray]
 """A packed matrix, or several layers' with a leading axis: `codes`, `scale` and in 4 bits `multiplier` and `offset`."""
 
-_LOW_RANK = re.compile(r"blocks\.\d+\.att\.(time_maa_w|time_decay_w|[wavg])[12]")  # held as [in, out]
-_LOW_RANK_OF_DECAY = re.compile(r"blocks\.\d+\.att\.(time_decay_w|w)[12]")
 _PACKED = re.compile(r"(?P<name>.+)\.(?P<kind>int8|int4)")
 _SMALL_RANK = 12  # the width is as many ranks or more
 _CODES_OF_4_BITS = 15
@@ -50,24 +49,20 @@ def quantization_of(name: str, shape: tuple[int, ...], wanted: Quantization) -> 
 
     A matrix whose inputs do not divide into groups of 32 has 8 bits in place of 4.
     """
-    is_low_rank = _LOW_RANK.fullmatch(name) is not None
-    if is_low_rank:
+    if is_transposed(name):
         if _SMALL_RANK * min(shape[-2:]) <= max(shape[-2:]):
             return None
     elif not (name.endswith(".weight") and len(shape) == 2):
         return None
-    if wanted == "int4" and (_num_inputs(shape, is_low_rank) % GROUP_SIZE or _LOW_RANK_OF_DECAY.fullmatch(name)):
+    num_inputs = shape[-2] if is_transposed(name) else shape[-1]
+    if wanted == "int4" and (num_inputs % GROUP_SIZE or is_low_rank(name, decay_only=True)):
         return "int8"
     return wanted
 
 
 def is_transposed(name: str) -> bool:
     """Whether a packed parameter is [in, out]: low-rank maps are, linear maps are [out, in]."""
-    return _LOW_RANK.fullmatch(name) is not None
-
-
-def _num_inputs(shape: tuple[int, ...], transposed: bool) -> int:
-    return shape[-2] if transposed else shape[-1]
+    return is_low_rank(name)
 
 
 def pack(matrix: NDArray, quantization: Quantization) -> Parts:

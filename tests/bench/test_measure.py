@@ -17,9 +17,10 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.models import model_type
 from tests.golden import QUICK
+from tests.models.parameters import named_config
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "num_layers": 2, "width": 16, "head_dim": 8}
-CONFIGS = [ModelConfig(generation, **SMALL) for generation in ("4", "5.0", "5.2", "6", "7", "transformer")]
+CONFIGS = [named_config(name, **SMALL) for name in ("4", "5.0", "5.2", "6", "7", "transformer")]
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import StreamingDecoder, fits_model
 from rwkv_jax.weights.quantized import has_packed
 from tests.golden import QUICK
+from tests.models.parameters import named_config
 
 
 @pytest.mark.parametrize("generation", ["4", "5.2", "6", "7", "transformer"])
-def test_logits_are_of_size_one_and_differ(generation: Any) -> None:
-    config = ModelConfig(generation=generation, vocab_size=50, num_layers=3, width=32, head_dim=16)
+def test_logits_are_of_size_one_and_differ(generation: str) -> None:
+    config = named_config(generation, vocab_size=50, num_layers=3, width=32, head_dim=16)
     model = random_model(config)
     graphdef, params = nnx.split(model, nnx.Param)
     run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0], compiler_options=QUICK)

@@ -92,7 +92,10 @@ def test_help_shows_what_may_be_left_out(
         (["latency", "nowhere", "--contexts"], "--contexts : must be at least 1"),
         (["latency", "nowhere", "--tokens", "0"], "--tokens 0: must be at least 1"),
         (["throughput", "nowhere", "--batch-sizes", "1", "0"], "--batch-sizes 1 0: must be at least 1"),
-        (["latency", "--random", "2x64", "--generation", "transformer"], "bench latency: a Transformer's cache in an"),
+        (
+            ["latency", "--random", "2x64", "--architecture", "transformer"],
+            "bench latency: a Transformer's cache in an",
+        ),
         (["throughput", "nowhere", "--repetitions", "0"], "--repetitions 0: must be at least 1"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from rwkv_jax.config import ConfigError, ModelConfig, ResolvedSizes
-from tests.models.parameters import SMALL, abstract
+from tests.models.parameters import SMALL, abstract, named_config
 
 # Values that cannot work
 
@@ -24,6 +24,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ffn_width": 0}, "model.ffn_width = 0: must be positive, or None"),
     *(({f"{r}_rank": -1}, f"model.{r}_rank = -1: ") for r in ("decay", "iclr", "value", "gate")),
     ({"generation": "5"}, "model.generation = '5': must be one of 4, 5.0, 5.1, 5.2, 6, 7"),
+    (
+        {"generation": "transformer"},
+        "model.generation = 'transformer': must be one of 4, 5.0, .* or set model.architecture to transformer",
+    ),
+    (
+        {"generation": "6", "architecture": "transformer"},
+        "model.generation = '6': a Transformer has no generations; leave it out",
+    ),
+    ({"architecture": "gru"}, "model.architecture = 'gru': must be rwkv or transformer"),
     ({"generation": "4", "width": 1}, "model.width = 1: must be at least 2"),
     *(
         ({"generation": generation, "width": 100}, "model.width = 100: must be a multiple of")
@@ -72,29 +81,29 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         )
         for generation in ("4", "5.2", "6", "7")
     ),
-    ({"generation": "transformer", "context_length": 0}, "model.context_length = 0: must be positive, or"),
-    ({"generation": "transformer", "width": 100}, "model.width = 100: must be a multiple of"),
+    ({"architecture": "transformer", "context_length": 0}, "model.context_length = 0: must be positive, or"),
+    ({"architecture": "transformer", "width": 100}, "model.width = 100: must be a multiple of"),
     (
-        {"generation": "transformer", "width": 9, "head_dim": 3},
+        {"architecture": "transformer", "width": 9, "head_dim": 3},
         "model.head_dim = 3: must be even: positions rotate pairs of channels",
     ),
     *(
         (
-            {"generation": "transformer", f"{rank}_rank": 8},
+            {"architecture": "transformer", f"{rank}_rank": 8},
             f"model.{rank}_rank = 8: Transformer has no such size, only RWKV-",
         )
         for rank in ("mix", "decay", "iclr", "value", "gate")
     ),
     (
-        {"generation": "transformer", "exponential_bonus": True},
+        {"architecture": "transformer", "exponential_bonus": True},
         "model.exponential_bonus = True: Transformer has no such form, only RWKV-5.0 and 5.1; leave it out",
     ),
     (
-        {"generation": "transformer", "unused_value_residual": True},
+        {"architecture": "transformer", "unused_value_residual": True},
         "model.unused_value_residual = True: Transformer has no value residual, only RWKV-7; leave it out",
     ),
     (
-        {"generation": "transformer", "wkv_implementation": "scan"},
+        {"architecture": "transformer", "wkv_implementation": "scan"},
         "model.wkv_implementation = 'scan': a Transformer has no WKV operator; leave it out",
     ),
     ({"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
@@ -154,7 +163,7 @@ def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: i
     ],
 )
 def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: ResolvedSizes) -> None:
-    config = ModelConfig(generation, width=width)
+    config = named_config(generation, width=width)
     assert config.sizes() == sizes
     assert config.resolved().sizes() == sizes
 
@@ -232,8 +241,8 @@ def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(confi
 
 
 def test_architectures_have_names() -> None:
-    assert ModelConfig("5.2").architecture == "RWKV-5.2"
-    assert ModelConfig("transformer").architecture == "Transformer"
+    assert ModelConfig("5.2").title == "RWKV-5.2"
+    assert ModelConfig(architecture="transformer").title == "Transformer"
 
 
 @pytest.mark.parametrize("generation", ["4", "5.0", "5.1", "5.2", "6", "7"])
@@ -243,7 +252,7 @@ def test_a_transformer_of_equal_size(generation: Any, num_layers: int, width: in
     equal = config.transformer_of_equal_size(4096)
     kept = ("vocab_size", "num_layers", "width", "head_dim", "dtype")
     assert [getattr(equal, name) for name in kept] == [getattr(config, name) for name in kept]
-    assert (equal.generation, equal.context_length) == ("transformer", 4096)
+    assert (equal.architecture, equal.context_length) == ("transformer", 4096)
     assert equal.num_parameters() == pytest.approx(config.num_parameters(), rel=0.005)
     assert equal.sizes().ffn_width % 32 == 0
 
@@ -254,7 +263,9 @@ def test_a_model_without_heads_has_no_transformer_of_equal_size() -> None:
 
 
 def test_attention_costs_what_its_tokens_see() -> None:
-    config = ModelConfig("transformer", vocab_size=41, num_layers=3, width=32, head_dim=8, context_length=20)
+    config = ModelConfig(
+        architecture="transformer", vocab_size=41, num_layers=3, width=32, head_dim=8, context_length=20
+    )
     weights = 3 * 12 * 32**2 + 41 * 32
     # Each of H heads: a score of N products and sums for each key that is seen, and as many for its value.
     seen = [sum(4 * 8 * 4 for _ in range(position + 1)) for position in range(10)]

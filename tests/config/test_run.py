@@ -27,20 +27,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "optimizer.warmup_steps = 10: must be less than training.num_steps = 10",
     ),
     (
-        {"model": ModelConfig("transformer"), "training": StepConfig(carry_state=True)},
+        {"model": ModelConfig(architecture="transformer"), "training": StepConfig(carry_state=True)},
         "training.carry_state = True: a Transformer's state has room for model.context_length tokens only",
     ),
     (
-        {"model": ModelConfig("transformer"), "parallel": ParallelConfig(sequence=2)},
+        {"model": ModelConfig(architecture="transformer"), "parallel": ParallelConfig(sequence=2)},
         "parallel.sequence = 2: a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
     ),
     (
-        {"model": ModelConfig("transformer", context_length=511)},
+        {"model": ModelConfig(architecture="transformer", context_length=511)},
         "training.sequence_length = 512: must be at most model.context_length = 511; make one shorter or the other",
     ),
     (
         {
-            "model": ModelConfig("transformer"),
+            "model": ModelConfig(architecture="transformer"),
             "initial_weights": "model.pth",
             "data": DataConfig(tokenizer="world"),
         },

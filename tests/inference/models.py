@@ -37,7 +37,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "5.2": ModelConfig("5.2", **_SIZES),
     "6": ModelConfig("6", mix_rank=4, decay_rank=4, **_SIZES),
     "7": ModelConfig("7", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, **_SIZES),
-    "transformer": ModelConfig("transformer", context_length=640, **_SIZES),
+    "transformer": ModelConfig(architecture="transformer", context_length=640, **_SIZES),
 }
 """By generation."""
 

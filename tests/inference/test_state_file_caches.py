@@ -22,7 +22,9 @@ from rwkv_jax.weights.safetensors import write_safetensors
 from tests.inference.models import CONFIGS, random_model
 from tests.inference.operations import assert_identical
 
-TRANSFORMER = ModelConfig("transformer", vocab_size=41, num_layers=2, width=16, head_dim=8, context_length=24)
+TRANSFORMER = ModelConfig(
+    architecture="transformer", vocab_size=41, num_layers=2, width=16, head_dim=8, context_length=24
+)
 
 
 @functools.cache

@@ -11,12 +11,19 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.config.generations import OTHER_ARCHITECTURES
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.weights.official import abstract_model, official_names
 from tests.golden import QUICK
 
 
-def _small(generation: Any, **sizes: Any) -> ModelConfig:
+def named_config(name: str, **sizes: Any) -> ModelConfig:
+    """The config of a generation, or of another architecture."""
+    fields = {"architecture": name} if name in OTHER_ARCHITECTURES else {"generation": name}
+    return ModelConfig(**fields, **sizes)  # pyright: ignore[reportArgumentType]
+
+
+def _small(generation: str, **sizes: Any) -> ModelConfig:
     return ModelConfig(
         generation, vocab_size=41, num_layers=3, width=32, head_dim=8, ffn_width=48, dtype="float64", **sizes
     )

@@ -17,7 +17,7 @@ from tests.golden import QUICK
 from tests.models.parameters import initial_params, merge, random_params
 
 SMALL = ModelConfig(
-    "transformer",
+    architecture="transformer",
     vocab_size=41,
     num_layers=3,
     width=32,

@@ -76,7 +76,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
 
 def test_its_weights_have_no_official_names(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"model\.generation = 'transformer': only RWKV's weights have official names"
+        WeightsError, match=r"model\.architecture = 'transformer': only RWKV's weights have official names"
     ):
         save_pretrained(small_float32(), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,9 @@ def test_its_class() -> None:
     assert model_type(SMALL) is Transformer
 
 
-@pytest.mark.parametrize("config", [SMALL, ModelConfig("transformer", 50304, 12, 768)], ids=["small", "0.2B"])
+@pytest.mark.parametrize(
+    "config", [SMALL, ModelConfig("7", 50304, 12, 768, architecture="transformer")], ids=["small", "0.2B"]
+)
 def test_the_number_of_parameters(config: ModelConfig) -> None:
     shapes = jax.tree.leaves(abstract(config)[1])
     assert {x.dtype.name for x in shapes} == {config.parameter_dtype}
@@ -43,7 +45,7 @@ def test_the_number_of_parameters(config: ModelConfig) -> None:
 
 def test_initial_values() -> None:
     """Those of GPT-2: normal, of standard deviation 0.02, and less where the residual stream is written."""
-    config = ModelConfig("transformer", vocab_size=512, num_layers=8, width=128, head_dim=32)
+    config = ModelConfig(architecture="transformer", vocab_size=512, num_layers=8, width=128, head_dim=32)
     for path, x in jax.tree.leaves_with_path(initial_params(config)):
         names = [entry.key for entry in path]
         if names[-2].startswith("ln"):
@@ -68,7 +70,9 @@ def test_matrices_decay_and_all_learn_alike() -> None:
 
 @pytest.mark.long  # tests/test_configs.py has another generation's
 def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path) -> None:
-    small = ModelConfig("transformer", vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64)
+    small = ModelConfig(
+        architecture="transformer", vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64
+    )
     config = small_config(small, tmp_path)
     params = train_and_learn(config).params
     model = from_pretrained(config.run_dir)
@@ -86,7 +90,9 @@ def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path) -> N
 def test_it_learns_to_copy() -> None:
     """The second half of each row repeats the first, which takes attention to tell."""
     config = TrainConfig(
-        model=ModelConfig("transformer", vocab_size=8, num_layers=2, width=32, head_dim=16, context_length=16),
+        model=ModelConfig(
+            architecture="transformer", vocab_size=8, num_layers=2, width=32, head_dim=16, context_length=16
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
         training=StepConfig(num_steps=100, batch_size=32, sequence_length=11, reset_at_documents=False),
     )

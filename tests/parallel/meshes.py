@@ -18,7 +18,7 @@ from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.step import make_train_functions
 from tests.golden import QUICK, relative_error
-from tests.models.parameters import initial_params, random_params
+from tests.models.parameters import initial_params, named_config, random_params
 
 SIZES = {"vocab_size": 48, "num_layers": 3, "width": 32, "head_dim": 4, "ffn_width": 64}
 RANKS = {
@@ -32,13 +32,13 @@ RANKS = {
 BATCH, TIME = 16, 32
 
 
-def config_of(generation: Any, dtype: Any, *, other: bool = False) -> TrainConfig:
+def config_of(generation: str, dtype: Any, *, other: bool = False) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
     (A Transformer's carry none either way.)
     """
     return TrainConfig(
-        model=ModelConfig(generation, dtype=dtype, **SIZES, **RANKS[generation]),
+        model=named_config(generation, dtype=dtype, **SIZES, **RANKS[generation]),
         optimizer=OptimizerConfig(warmup_steps=0),
         training=StepConfig(
             batch_size=BATCH,

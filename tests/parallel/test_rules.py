@@ -96,7 +96,7 @@ def test_sizes_that_do_not_divide_are_named_with_the_nearest_that_do() -> None:
 
 
 def check(config: ModelConfig, **sizes: int) -> None:
-    heads = None if config.generation == "4" else config.num_heads
+    heads = config.num_heads if config.spec.has_heads else None
     check_model(model_type(config), abstract_model(config)[1], heads, mesh(**sizes))
 
 

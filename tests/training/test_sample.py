@@ -146,7 +146,9 @@ def test_ends_before_an_end_of_text_token(small: Small) -> None:
 
 
 def test_a_transformer_stops_where_its_state_is_full() -> None:
-    config = ModelConfig("transformer", vocab_size=257, num_layers=2, width=16, head_dim=8, context_length=12)
+    config = ModelConfig(
+        architecture="transformer", vocab_size=257, num_layers=2, width=16, head_dim=8, context_length=12
+    )
     graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
     sampler = Sampler(graphdef, config, ByteTokenizer())
     assert len(sampler.tokens(params, "abc", 50, SamplingParams(), 0)) <= 8

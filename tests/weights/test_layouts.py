@@ -358,8 +358,9 @@ def test_what_a_layout_cannot_hold_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"layout = 'gguf': must be one of official, transformers, flash-linear"):
         to_layout(tensors, "gguf")
     for layout, generation, held in (("transformers", 6, "RWKV-4"), (_FLA, 5, "RWKV-6 and RWKV-7")):
+        title = {5: "RWKV-5.2"}.get(generation, f"RWKV-{generation}")
         for refused in (to_layout, lambda tensors, layout: hub_config(layout, tensors)):
-            with pytest.raises(WeightsError, match=rf"{layout} has {held}, not RWKV-{generation}; write the official"):
+            with pytest.raises(WeightsError, match=rf"{layout} has {held}, not {title}; write the official"):
                 refused(_official(generation), layout)
     with pytest.raises(WeightsError, match=r"has no place for blocks.0.att.gate_w1; write the official layout"):
         to_layout(tensors | {"blocks.0.att.gate_w1": np.zeros(1)}, _FLA)

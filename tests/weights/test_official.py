@@ -10,7 +10,6 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import (
     OfficialTensors,
     check_tensors,
-    detect_generation,
     official_shapes,
     place_params,
     read_config,
@@ -155,7 +154,7 @@ def test_a_name_cannot_make_a_billion_layers() -> None:
 )
 def test_what_is_no_rwkv_is_said_to_be_none(names: list[str]) -> None:
     with pytest.raises(WeightsError, match="no generation of RWKV has such names"):
-        detect_generation({name: np.zeros(1) for name in names})
+        read_config({name: np.zeros(1) for name in names})
 
 
 @pytest.mark.parametrize(

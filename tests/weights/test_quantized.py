@@ -344,10 +344,10 @@ def test_what_was_read_is_given_back_after_each_tensor(quantize: Quantization) -
 def test_a_transformer_is_not_packed_and_a_packed_one_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ModelConfig("transformer", vocab_size=29, num_layers=2, width=64, head_dim=16)
+    config = ModelConfig(architecture="transformer", vocab_size=29, num_layers=2, width=64, head_dim=16)
     params = place_quantized_params(RandomTensors(config), config, "int8")
     model = nnx.merge(abstract_model(config)[0], params)
-    with pytest.raises(WeightsError, match=r"model\.generation = 'transformer'.*a Transformer stays in its run folder"):
+    with pytest.raises(WeightsError, match=r"model\.architecture = 'transformer'.*a Transformer stays in its run"):
         save_pretrained(model, tmp_path / "packed.safetensors")
     assert not list(tmp_path.iterdir())
     (tmp_path / RUN_FILE).touch()

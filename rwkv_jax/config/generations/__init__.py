@@ -1,0 +1,119 @@
+"""The generations of models: a file each, with everything that can be said of one without building it.
+
+`GENERATIONS` is the only list of them. Nothing outside this package compares a generation with a name: what differs is
+a fact asked of `ModelConfig.spec`, or of the model's class, which the spec names. docs/extending.md tells how to add
+one.
+
+    base.py          GenerationSpec: what each has to say
+    rwkv4.py         Dove
+    rwkv5.py         Eagle, and its previews 5.0 and 5.1
+    rwkv6.py         Finch
+    rwkv7.py         Goose
+    transformer.py   what they are compared with
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rwkv_jax.checks import require
+from rwkv_jax.config.generations.base import (
+    GenerationSpec,
+    Recipe,
+    ResolvedSizes,
+    Shapes,
+    StateArray,
+    size_of,
+)
+from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
+from rwkv_jax.config.generations.rwkv5 import RWKV5Spec
+from rwkv_jax.config.generations.rwkv6 import RWKV6Spec
+from rwkv_jax.config.generations.rwkv7 import RWKV7Spec
+from rwkv_jax.config.generations.transformer import TransformerSpec
+
+__all__ = [
+    "GENERATIONS",
+    "OTHER_ARCHITECTURES",
+    "Architecture",
+    "Generation",
+    "GenerationSpec",
+    "RWKV5Spec",
+    "Recipe",
+    "ResolvedSizes",
+    "Shapes",
+    "StateArray",
+    "all_specs",
+    "check_generation",
+    "find_spec",
+    "is_low_rank",
+    "named_in_a_sentence",
+    "recognize",
+    "size_of",
+]
+
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
+"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
+
+Architecture = Literal["rwkv", "transformer"]
+"""RWKV of some generation, or what it is compared with."""
+
+GENERATIONS: dict[str, GenerationSpec] = {
+    "4": RWKV4Spec(),
+    "5.0": RWKV5Spec("5.0", has_gate=False),
+    "5.1": RWKV5Spec("5.1"),
+    "5.2": RWKV5Spec("5.2", has_channel_decay=True),
+    "6": RWKV6Spec(),
+    "7": RWKV7Spec(),
+}
+"""Of RWKV, by name, the oldest first. A config file or a test may add one of its own before it builds a config."""
+
+OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {"transformer": TransformerSpec()}
+"""What is no RWKV, by the value of model.architecture."""
+
+
+DEFAULT_GENERATION: Generation = "7"
+"""Of `ModelConfig`."""
+
+
+def all_specs() -> tuple[GenerationSpec, ...]:
+    """Of every architecture."""
+    return (*GENERATIONS.values(), *OTHER_ARCHITECTURES.values())
+
+
+def check_generation(architecture: str, generation: str) -> None:
+    """Raises ConfigError for a generation that is not known, or that goes with no generations."""
+    remedy = f"must be one of {', '.join(GENERATIONS)}"
+    if generation in OTHER_ARCHITECTURES:
+        remedy += f"; or set model.architecture to {generation}"
+    require(generation in GENERATIONS, "model.generation", generation, remedy)
+    if (other := OTHER_ARCHITECTURES.get(architecture)) is not None:
+        remedy = f"a {other.title} has no generations; leave it out"
+        require(generation == DEFAULT_GENERATION, "model.generation", generation, remedy)
+
+
+def find_spec(architecture: str, generation: str) -> GenerationSpec:
+    """The spec that a model's two fields stand for."""
+    return OTHER_ARCHITECTURES[architecture] if architecture in OTHER_ARCHITECTURES else GENERATIONS[generation]
+
+
+def recognize(shapes: Shapes) -> GenerationSpec | None:
+    """The generation of a file, by the names and shapes of its tensors; None of no known one.
+
+    The newest are asked first: a generation may have all names of an earlier one, and more.
+    """
+    in_layers = {name.split(".", 2)[2] for name in shapes if name.startswith("blocks.") and name.count(".") >= 2}
+    return next((spec for spec in reversed(GENERATIONS.values()) if spec.recognizes(in_layers, shapes)), None)
+
+
+def is_low_rank(name: str, *, decay_only: bool = False) -> bool:
+    """Whether an official name is that of a low-rank map, held as [in, out], or of the decay's."""
+    block, _, within = name.partition(".att.")
+    names = (spec.low_rank_decay if decay_only else spec.low_rank for spec in GENERATIONS.values())
+    return block.startswith("blocks.") and any(f"att.{within}" in own for own in names)
+
+
+def named_in_a_sentence(specs: list[GenerationSpec]) -> str:
+    """RWKV-6 and 7, or a Transformer."""
+    if all(spec.name in GENERATIONS for spec in specs):
+        return f"RWKV-{' and '.join(spec.name for spec in specs)}"
+    return " and ".join(f"a {spec.title}" for spec in specs)

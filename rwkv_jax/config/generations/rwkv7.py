@@ -1,0 +1,108 @@
+"""RWKV-7 "Goose" (arXiv 2503.14456): low-rank maps of decay, in-context learning rate, value residual and gate."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rwkv_jax.config.generations.base import GenerationSpec, Recipe, ResolvedSizes, Shapes, StateArray, size_of
+from rwkv_jax.config.generations.rwkv5 import matrix_state
+from rwkv_jax.config.step import OptimizerConfig
+
+if TYPE_CHECKING:
+    from rwkv_jax.config.model import ModelConfig
+
+
+def _ranks(decay: int, iclr: int, value: int, gate: int) -> dict[str, Any]:
+    return {"decay_rank": decay, "iclr_rank": iclr, "value_rank": value, "gate_rank": gate}
+
+
+class RWKV7Spec(GenerationSpec):
+    """RWKV-7."""
+
+    name = "7"
+    model_class = "rwkv_jax.models.rwkv7:RWKV7"
+    own_fields = ("decay_rank", "iclr_rank", "value_rank", "gate_rank", "unused_value_residual")
+    operator = "wkv7"
+    tensors = frozenset({"att.r_k", "att.k_k"})
+    low_rank_decay = frozenset({"att.w1", "att.w2"})
+    low_rank = low_rank_decay | {f"att.{name}{i}" for name in "avg" for i in (1, 2)}
+    recipe = Recipe(
+        corpus="data/world_text_document",
+        num_tokens=3_100_000_000_000,
+        tokenizer="world",
+        vocab_size=65536,
+        sequence_length=4096,
+        optimizer=OptimizerConfig(
+            schedule="cosine",
+            warmup_steps=10,
+            beta1=0.9,
+            beta2=0.99,
+            epsilon=1e-18,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        sizes={
+            1024: _ranks(64, 64, 32, 128),
+            2048: _ranks(96, 96, 64, 256),
+            2560: _ranks(96, 96, 64, 320),
+            4096: _ranks(128, 128, 96, 480),
+        },
+    )
+
+    def sizes(self, config: ModelConfig) -> ResolvedSizes:
+        """F = 4 C; ranks by the official trainer's functions of the width, in multiples of 32."""
+
+        def rank(factor: float) -> int:
+            # Python's round is half-to-even, as in the official trainer: width 1024 gives 64, not 96.
+            return max(32, round(factor * math.sqrt(config.width) / 32) * 32)
+
+        return ResolvedSizes(
+            ffn_width=config.ffn_width or 4 * config.width,
+            decay_rank=config.decay_rank or rank(2.5),
+            iclr_rank=config.iclr_rank or rank(2.5),
+            value_rank=config.value_rank or rank(1.7),
+            gate_rank=config.gate_rank or rank(5.0),
+        )
+
+    def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
+        """R, K, V, O and the low-rank maps, of which layer 0 has no use for the value residual's; K, V."""
+        sizes, width = self.sizes(config), config.width
+        ranks = sizes.decay_rank + sizes.iclr_rank + sizes.gate_rank + (0 if first else sizes.value_rank)
+        return 4 * width**2 + 2 * width * (ranks + sizes.ffn_width)
+
+    def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
+        """Blends of r, w, k, v, a, g; w0, a0, v0; k_k, k_a, r_k; ln_x; blend of k; ln1, ln2, and ln0 in layer 0."""
+        vectors = 6 + 3 + 3 + 2 + 1 + 4
+        if not first:
+            return vectors * config.width
+        unused = 1 + 2 * self.sizes(config).value_rank if config.unused_value_residual else 0
+        return (vectors - 1 + 2 + unused) * config.width
+
+    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
+        """9 for each of the N numbers of a channel's state: decayed, rank-one removal, v k^T added, read."""
+        del sequence_length
+        return 9 * config.head_dim * config.width
+
+    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
+        """Last inputs of both mixings; a matrix [N, N] for each head."""
+        return matrix_state(config)
+
+    def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
+        """`scan` on a CPU: measured in benchmarks/README.md, of decode_cpu.py."""
+        if platform == "cpu":
+            return (
+                "scan",
+                "on a CPU, forward alone, RWKV-7's recurrence is faster than its chunks: its state stays in the cache",
+            )
+        return super().prefill_implementation(platform)
+
+    def num_heads(self, shapes: Shapes) -> int | None:
+        """Of the bonus."""
+        return size_of(shapes, "blocks.0.att.r_k", 0)
+
+    def read_fields(self, shapes: Shapes) -> dict[str, Any]:
+        """Ranks, and whether layer 0 holds the value residual that nothing reads."""
+        names = {"decay_rank": "0.att.w1", "iclr_rank": "0.att.a1", "value_rank": "1.att.v1", "gate_rank": "0.att.g1"}
+        ranks = {field: size_of(shapes, f"blocks.{name}", 1) for field, name in names.items()}
+        return ranks | {"unused_value_residual": "blocks.0.att.v0" in shapes}

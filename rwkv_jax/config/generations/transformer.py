@@ -1,0 +1,100 @@
+"""A Transformer of the plain kind, to compare RWKV with: its state is a cache that grows with the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rwkv_jax.checks import require
+from rwkv_jax.config.generations.base import GenerationSpec, ResolvedSizes, StateArray
+
+if TYPE_CHECKING:
+    from rwkv_jax.config.model import ModelConfig
+    from rwkv_jax.config.run import TrainConfig
+
+
+class TransformerSpec(GenerationSpec):
+    """The Transformer; there are no generations of it."""
+
+    name = "transformer"
+    model_class = "rwkv_jax.models.transformer:Transformer"
+    own_fields = ("context_length",)
+    operator = None
+    has_official_names = False
+
+    @property
+    def title(self) -> str:
+        """Without a generation."""
+        return "Transformer"
+
+    def check(self, config: ModelConfig) -> None:
+        """Heads of an even size, and nothing that only RWKV has."""
+        require(
+            config.head_dim % 2 == 0,
+            "model.head_dim",
+            config.head_dim,
+            "must be even: positions rotate pairs of channels",
+        )
+        require(
+            config.wkv_implementation is None,
+            "model.wkv_implementation",
+            config.wkv_implementation,
+            "a Transformer has no WKV operator; leave it out",
+        )
+
+    def check_run(self, run: TrainConfig) -> None:
+        """Rows that fit into the cache, whole on each device, and begin anew."""
+        require(
+            run.initial_weights is None,
+            "initial_weights",
+            run.initial_weights,
+            "a Transformer has no official weights; leave it out",
+        )
+        require(
+            run.parallel.sequence == 1,
+            "parallel.sequence",
+            run.parallel.sequence,
+            "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
+        )
+        require(
+            not run.training.carry_state,
+            "training.carry_state",
+            run.training.carry_state,
+            "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
+            "switch it off, or train an RWKV",
+        )
+        context_length = self.sizes(run.model).context_length
+        require(
+            run.training.sequence_length <= context_length,
+            "training.sequence_length",
+            run.training.sequence_length,
+            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
+        )
+
+    def sizes(self, config: ModelConfig) -> ResolvedSizes:
+        """F = 4 C; room for 2048 tokens."""
+        return ResolvedSizes(config.ffn_width or 4 * config.width, context_length=config.context_length or 2048)
+
+    def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
+        """Q, K, V, O; K, V of the feed-forward network."""
+        del first
+        return 4 * config.width**2 + 2 * config.width * self.sizes(config).ffn_width
+
+    def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
+        """ln1, ln2."""
+        del first
+        return 4 * config.width
+
+    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
+        """4 N for each head and key that a token sees, of which there are (T + 1) / 2 in the mean."""
+        return 2 * config.width * ((sequence_length or self.sizes(config).context_length) + 1)
+
+    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
+        """Keys and values of every token, and how many there are."""
+        shape = (config.num_heads, self.sizes(config).context_length, config.head_dim)
+        cache = StateArray(shape, ("heads", None, None), config.dtype)
+        return cache, cache, StateArray((), (), "int32")
+
+    def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
+        """None: there is no operator."""
+        del platform
+        return None, "a Transformer has no such operator"
