@@ -33,8 +33,6 @@ def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
             value = _from_dict(types[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
-        if name == "remat" and isinstance(value, bool):  # as runs of before there were three kinds have it
-            value = "full" if value else "none"
         arguments[name] = _tuples(value)
     return kind(**arguments)
 

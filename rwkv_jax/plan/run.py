@@ -38,9 +38,9 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
         state, batch = _on(devices[0], (state, batch))
     groups = {
         "parameters": state.params,
-        "optimizer": state.optimizer,
+        "optimizer": state.opt_state,
         "carried state": state.recurrent_state,
-        "counters and key": state._replace(params=None, optimizer=None, recurrent_state=None),
+        "counters and key": state._replace(params=None, opt_state=None, recurrent_state=None),
         "batch": batch,
     }
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)

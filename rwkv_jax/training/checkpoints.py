@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from rwkv_jax.atomic import replace_file
-from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.token_file import Corpus
 from rwkv_jax.parallel.coordination import allgather_text, differences
@@ -47,19 +47,15 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", "wkv_implementation", "context_length")
-    fields = {f"model.{name}": value for name, value in model.items() if name not in others}
-    fields |= {"initial_weights": config.initial_weights}
-    fields = {name: value for name, value in fields.items() if value not in (None, False)}
-    # What is left at its default is not named, so that a run of before it could be changed goes on.
-    plain = DataConfig()
-    ordered = {name: getattr(config.data, name) for name in ("order", "magic_prime")}  # a mixture is the corpus's
-    fields |= {f"data.{name}": value for name, value in ordered.items() if value != getattr(plain, name)}
-    choices = ("reset_at_documents", "carry_state")
-    fields |= {f"training.{name}": True for name in choices if getattr(config.training, name)}
-    return fields | {
+    return {f"model.{name}": value for name, value in model.items() if name not in others} | {
+        "initial_weights": config.initial_weights,
         "seed": config.seed,
+        "data.order": config.data.order,  # a mixture is the corpus's
+        "data.magic_prime": config.data.magic_prime,
         "training.batch_size": config.training.batch_size,
         "training.sequence_length": config.training.sequence_length,
+        "training.reset_at_documents": config.training.reset_at_documents,
+        "training.carry_state": config.training.carry_state,
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }
@@ -82,10 +78,6 @@ def shared_settings(config: TrainConfig) -> dict[str, Any]:
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
     """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
-    if "model.generation" in present:
-        saved = {"model.generation": "7"} | dict(saved)  # a run of before there were others does not say so
-    if "training.reset_at_documents" in present:
-        saved = {"training.reset_at_documents": False} | dict(saved)  # nor did any of them begin documents anew
     names = sorted(saved.keys() | present.keys())
     rows = [(name, str(saved.get(name, "-")), str(present.get(name, "-"))) for name in names]
     rows = [row for row in rows if row[1] != row[2]]

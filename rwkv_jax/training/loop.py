@@ -233,7 +233,7 @@ def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
 
 def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
     """What is about to run, and on several devices what each of them holds."""
-    model, training, mesh = config.model, config.training, trainer.split.mesh
+    model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
     begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
@@ -247,7 +247,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, res
     if mesh is not None:
         state = abstract_state(trainer)
         groups = {f"parameters: {name}": part for name, part in state.params.items()}
-        groups |= {"optimizer": state.optimizer, "carried state": state.recurrent_state}
+        groups |= {"optimizer": state.opt_state, "carried state": state.recurrent_state}
         lines += [f"mesh: {mesh_shape(mesh)}", memory_table(groups)]
     if idle := jax.device_count() - (1 if mesh is None else mesh.size):
         rows = training.batch_size // training.accumulation_steps

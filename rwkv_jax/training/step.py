@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 
     params: Any
     """Nested dict of the parameters under their official names."""
-    optimizer: Any
+    opt_state: Any
     """Optax's state."""
     step: Any
     """int32: optimizer steps taken, which is also the position in the data."""
@@ -67,7 +67,7 @@ class TrainFunctions:
     """(params, batch) -> the sums over all of its rows, each read from the empty state."""
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
-    split: ShardedModel
+    sharded: ShardedModel
     """What is where."""
     state_shardings: TrainState
     """Where each array of the state lies."""
@@ -75,12 +75,12 @@ class TrainFunctions:
     @property
     def tokens_sharding(self) -> Any:
         """Where arrays with axes [B, T] of a batch lie."""
-        return _sharding(self.split.mesh, self.split.tokens_spec)
+        return _sharding(self.sharded.mesh, self.sharded.tokens_spec)
 
     @property
     def rows_sharding(self) -> Any:
         """Where arrays with the axis [B] of a batch lie."""
-        return _sharding(self.split.mesh, self.split.rows_spec)
+        return _sharding(self.sharded.mesh, self.sharded.rows_spec)
 
 
 def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> TrainFunctions:
@@ -115,7 +115,7 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
         recurrent_state = jax.tree.map(jnp.copy, empty_state()) if training.carry_state else None
         moments = optimizer.init(params)
         if mesh is not None:
-            moments = jax.lax.with_sharding_constraint(moments, in_device_memory.optimizer)
+            moments = jax.lax.with_sharding_constraint(moments, in_device_memory.opt_state)
         return TrainState(params, moments, step, jax.random.key_data(key), bad_steps, skipped_steps, recurrent_state)
 
     def losses(params: Any, batch: Batch, state: Any) -> tuple[TokenLosses, Any]:
@@ -174,9 +174,9 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
         loss, gradients, recurrent_state = loss_and_gradients(state.params, batch, recurrent_state)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        moments = state.optimizer
+        moments = state.opt_state
         if config.parallel.offload_optimizer:
-            moments = jax.device_put(moments, in_device_memory.optimizer)
+            moments = jax.device_put(moments, in_device_memory.opt_state)
         updates, next_optimizer = optimizer.update(gradients, moments, state.params)
         next_params = optax.apply_updates(state.params, updates)
 
@@ -187,7 +187,7 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
             recurrent_state = keep(recurrent_state, empty_state())
         state = TrainState(
             params=keep(next_params, state.params),
-            optimizer=keep(next_optimizer, moments),
+            opt_state=keep(next_optimizer, moments),
             step=state.step + 1,
             key=state.key,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
@@ -210,8 +210,8 @@ def make_train_functions(config: TrainConfig, mesh: Mesh | None = None) -> Train
     in_device_memory = _state_shardings(split, optimizer, abstract_params, recurrent_state)
     state_shardings = in_device_memory
     if config.parallel.offload_optimizer:
-        in_host_memory = jax.tree.map(_in_host_memory, in_device_memory.optimizer)
-        state_shardings = in_device_memory._replace(optimizer=in_host_memory)
+        in_host_memory = jax.tree.map(_in_host_memory, in_device_memory.opt_state)
+        state_shardings = in_device_memory._replace(opt_state=in_host_memory)
     return TrainFunctions(init, train_step, loss_and_gradients, eval_step, graphdef, split, state_shardings)
 
 

@@ -57,8 +57,3 @@ def test_missing_fields_take_their_defaults() -> None:
 def test_dicts_that_are_no_config_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(values)
-
-
-@pytest.mark.parametrize(("saved", "remat"), [(True, "full"), (False, "none")])
-def test_runs_of_before_there_were_three_kinds_of_remat_can_be_read(saved: bool, remat: str) -> None:
-    assert from_dict({"training": {"remat": saved}}).training.remat == remat

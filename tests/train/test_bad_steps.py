@@ -54,7 +54,7 @@ def test_bad_step_is_skipped_and_counted(config: TrainConfig, tmp_path: Path, ba
     assert all(record["loss"] is not None for record in lines)
     # Nothing that trains moves in a skipped step.
     before, skipped, after = (restore(done.config, done.folder, step) for step in (3, 5, 6))
-    assert_same_bits((before.params, before.optimizer), (skipped.params, skipped.optimizer))
+    assert_same_bits((before.params, before.opt_state), (skipped.params, skipped.opt_state))
     assert (int(skipped.step), int(skipped.bad_steps)) == (5, 2)
     assert not np.array_equal(skipped.params["head"]["weight"], after.params["head"]["weight"])
 
@@ -80,5 +80,5 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_state_saved(
     last = 8 if evaluate_every == 100 else 7
     assert names_in(tmp_path / "run" / "checkpoints") == ["4", str(last)]
     good, saved = (restore(bad, tmp_path / "run", step) for step in (4, last))
-    assert_same_bits((good.params, good.optimizer), (saved.params, saved.optimizer))
+    assert_same_bits((good.params, good.opt_state), (saved.params, saved.opt_state))
     assert (int(saved.step), int(saved.skipped_steps)) == (last, last - 4)

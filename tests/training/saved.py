@@ -20,7 +20,7 @@ def make_state(step: int, size: int = 64) -> TrainState:
     params = {"emb": values, "blocks": {"w0": values[:, :3] * 2, "k": jnp.bfloat16(values[0])}}
     return TrainState(
         params=params,
-        optimizer=(jax.tree.map(jnp.square, params), jnp.float32(step)),
+        opt_state=(jax.tree.map(jnp.square, params), jnp.float32(step)),
         step=jnp.int32(step),
         key=jax.random.key_data(jax.random.key(0)),
         bad_steps=jnp.int32(0),

@@ -103,7 +103,7 @@ class TestSeveralProcesses:
     ) -> None:
         save(tmp_path, 4, 6)
         other = {"what checkpoint 6 holds": "unexpected end of file"}
-        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, other.get(subject, text)])
+        monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, other.get(subject, text)])
         said: list[str] = []
         with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
             restored = checkpoints.restore(LIKE)
@@ -116,7 +116,7 @@ class TestSeveralProcesses:
     ) -> None:
         save(tmp_path, 4)
         empty_folder(tmp_path / "checkpoints" / "4")
-        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, text])
+        monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, text])
         with ckpt.Checkpoints(tmp_path, 3, pytest.fail, Processes(1, 2)) as checkpoints:
             assert checkpoints.restore(LIKE) is None
         assert names_in(tmp_path / "checkpoints") == ["4"]
@@ -125,7 +125,7 @@ class TestSeveralProcesses:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save(tmp_path, 4, 6)
-        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: [text, "[]"])
+        monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, "[]"])
         with (
             ckpt.Checkpoints(tmp_path, 3, print) as checkpoints,
             pytest.raises(
@@ -137,6 +137,6 @@ class TestSeveralProcesses:
     def test_the_best_loss_is_what_the_first_process_reads(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ckpt, "gather", lambda _, subject, text: ["1.25", text])
+        monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: ["1.25", text])
         with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
             assert checkpoints.best_loss() == 1.25

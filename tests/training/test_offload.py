@@ -27,7 +27,7 @@ OFFLOADED = dataclasses.replace(CONFIG, parallel=ParallelConfig(offload_optimize
 
 
 def memories(state: Any) -> tuple[set[str], set[str]]:
-    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(part)} for part in (state.params, state.optimizer)]
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(part)} for part in (state.params, state.opt_state)]
     return kinds[0], kinds[1]
 
 

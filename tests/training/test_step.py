@@ -199,8 +199,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(
     twice, _ = train_step()(once, batch)
     assert not bool(metrics.finite)
     assert bool(jnp.isfinite(metrics.loss)) == loss_is_finite
-    assert in_bytes((twice.params, twice.optimizer, twice.key)) == in_bytes(
-        (before.params, before.optimizer, before.key)
+    assert in_bytes((twice.params, twice.opt_state, twice.key)) == in_bytes(
+        (before.params, before.opt_state, before.key)
     )
     assert [int(x) for x in (once.step, once.bad_steps, once.skipped_steps)] == [2, 1, 1]
     assert [int(x) for x in (twice.step, twice.bad_steps, twice.skipped_steps)] == [3, 2, 2]
