@@ -83,7 +83,7 @@ def compare(operator: str, repetitions: int, with_peer: bool, chunk_sizes: Seque
         rows[f"chunked by {size}"] = call(operator, dispatch.Implementation(run, dispatch.anything))
     given = dict.fromkeys(rows, inputs)
     if operator in ("wkv5", "wkv6"):
-        # The realiztic decays are weak enough for the faster of its two forms; these are not.
+        # The realistic decays are weak enough for the faster of its two forms; these are not.
         rows[STRONG] = call(operator, "chunked")
         given[STRONG] = as_dtype(make_inputs(operator, SHAPE, "mixed_decay"), jnp.float32)
     if with_peer:

@@ -48,8 +48,8 @@ def cases(operator: str) -> dict[str, Case]:
     """The columns of an operator's table."""
     names = __import__(f"rwkv_kernels.ops.{operator}.cases", fromlist=["CASES"]).CASES
     columns: dict[str, Case] = {name: (name, SHAPE, {}) for name in names}
-    columns[ONE_TOKEN] = ("realiztic", SHAPE._replace(time=1), {})
-    columns[ONE_TOKEN_SEGMENTS] = ("realiztic", SHAPE, {"segment_ids": jnp.arange(SHAPE.time)[None]})
+    columns[ONE_TOKEN] = ("realistic", SHAPE._replace(time=1), {})
+    columns[ONE_TOKEN_SEGMENTS] = ("realistic", SHAPE, {"segment_ids": jnp.arange(SHAPE.time)[None]})
     return columns
 
 

@@ -18,7 +18,7 @@ Inputs = dict[str, Any]
 """Arguments by name; WKV-4's state is a tuple."""
 
 
-def make_inputs(operator: str, shape: Shape, case: str = "realiztic") -> Inputs:
+def make_inputs(operator: str, shape: Shape, case: str = "realistic") -> Inputs:
     """A case of an operator, float64 arrays that float32 holds exactly."""
     return importlib.import_module(f"rwkv_kernels.ops.{operator}.cases").make_inputs(case, shape)
 

@@ -69,7 +69,7 @@ class AttentionCase(NamedTuple):
 
 
 ATTENTION_CASES: dict[str, AttentionCase] = {
-    "realiztic": AttentionCase(),
+    "realistic": AttentionCase(),
     "slow_decay": AttentionCase(log_w=NEAR_ONE),
     "aligned_keys_slow_decay": AttentionCase(log_w=NEAR_ONE, aligned=True),
     "fast_decay": AttentionCase(log_w=FAST),

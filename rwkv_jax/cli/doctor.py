@@ -167,7 +167,7 @@ def check_operators() -> list[Check]:
         # Two calls, and one for each of a few tokens: it shows what the state between them is.
         for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
             shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
-            inputs = make_inputs("realiztic", shape)
+            inputs = make_inputs("realistic", shape)
             with jax.enable_x64(True):
                 expected = _in_calls(operator, inputs, "scan", num_calls)
             in_float32 = jax.tree.map(np.float32, inputs)

@@ -35,7 +35,7 @@ def specs_of(operator: Operator, inputs: Inputs) -> dict[str, Any]:
 def errors(way: Way) -> dict[str, float]:
     """Relative differences of results and gradients from those of the definition on one device."""
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     split = specs_of(way.operator, inputs)
 
     def run(**arguments: Any) -> Any:

@@ -35,7 +35,7 @@ def errors(way: Way, case: str) -> dict[str, float]:
     """Relative differences of results and gradients from those of the whole sequence."""
     mesh = jax.make_mesh((2, 2), ("rows", "time"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     operator, options = way.operator, CASES[case]
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     split: dict[str, Any] = {name: P("rows", "time") for name in operator.over_time}
     split |= {name: P() for name in operator.per_head}
     split |= {"state": jax.tree.map(lambda _: P("rows"), inputs["state"])}

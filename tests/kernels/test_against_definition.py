@@ -43,7 +43,7 @@ def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]
     elif way.operator.name == "wkv4":  # compiles slowly
         always = sizes == (3, 70)
     else:
-        always = sizes == (3, 70) or (sizes == (2, 1) and case == "realiztic")
+        always = sizes == (3, 70) or (sizes == (2, 1) and case == "realistic")
     return () if always else (pytest.mark.long,)
 
 
@@ -89,7 +89,7 @@ def float32_bound(way: Way, case: str, shape: Shape) -> float:
     if way.is_definition:
         return max(way.operator.rounding, shape.time * way.operator.drift)
     definition_has = max(errors_in_float32(definition(way.operator), case, shape).values())
-    return max(4e-6, definition_has) if case == "realiztic" else max(1e-5, 2 * definition_has)
+    return max(4e-6, definition_has) if case == "realistic" else max(1e-5, 2 * definition_has)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_float64_equals_the_definition(float64: None, way: Way, case: str, shape
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.long)])
 @each_way_but_briefly("scan", "chunked", "pallas_triton")
 def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype: jnp.dtype) -> None:
-    inputs, (dy, dstate) = problem(way.operator, "realiztic", HALF_SHAPE)
+    inputs, (dy, dstate) = problem(way.operator, "realistic", HALF_SHAPE)
     rounded = as_jax(inputs | {"state": None}, dtype) | {"state": as_jax(inputs["state"], jnp.float32)}
     cotangents = jnp.asarray(dy, dtype), as_jax(dstate, jnp.float32)
     results = with_gradients(way)(rounded, cotangents, {})

@@ -26,7 +26,7 @@ DTYPES = [
 
 
 def small_inputs(operator: Operator) -> dict[str, Any]:
-    return as_jax(operator.make_inputs("realiztic", SMALL), jnp.float32)
+    return as_jax(operator.make_inputs("realistic", SMALL), jnp.float32)
 
 
 @pytest.mark.parametrize(("inputs_dtype", "state_dtype", "y_dtype", "final_dtype"), DTYPES)
@@ -36,7 +36,7 @@ def test_dtypes(
 ) -> None:
     if way.is_pallas and final_dtype == "float64":
         return  # kernels refuse it: test_choice.py
-    inputs = way.operator.make_inputs("realiztic", SMALL)
+    inputs = way.operator.make_inputs("realistic", SMALL)
     state = inputs.pop("state")
     arguments = as_jax(inputs, inputs_dtype)
     arguments["state"] = None if state_dtype is None else as_jax(state, state_dtype)
@@ -53,7 +53,7 @@ def test_dtypes(
 
 @each_operator
 def test_numpy_arrays_are_accepted(operator: Operator) -> None:
-    given = jax.tree.map(lambda x: x.astype(np.float32), operator.make_inputs("realiztic", SMALL))
+    given = jax.tree.map(lambda x: x.astype(np.float32), operator.make_inputs("realistic", SMALL))
     results, expected = named(*operator.run(**given)), named(*operator.run(**small_inputs(operator)))
     for name, x in expected.items():
         np.testing.assert_array_equal(results[name], x)

@@ -107,7 +107,7 @@ def test_an_unknown_operator_or_shape_is_refused() -> None:
 def test_one_that_cannot_run_here_is_refused_with_the_reason_and_a_way_out(
     operator: Operator, name: str, device: str
 ) -> None:
-    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
     message = f"implementation = '{name}': {operator} cannot run it here: .*needs {device}.*cpu; use 'chunked'"
     with pytest.raises(ValueError, match=message):
         operator.run(**inputs, implementation=name)
@@ -115,14 +115,14 @@ def test_one_that_cannot_run_here_is_refused_with_the_reason_and_a_way_out(
 
 @each_operator
 def test_an_unknown_implementation_is_refused(operator: Operator) -> None:
-    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
     with pytest.raises(ValueError, match=f"implementation = 'cuda': {operator} has scan, .*chunked, pallas_triton"):
         operator.run(**inputs, implementation="cuda")
 
 
 @each_operator
 def test_an_implementation_of_ones_own_is_taken(operator: Operator) -> None:
-    inputs = as_jax(problem(operator, "realiztic", SMALL)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realistic", SMALL)[0], jnp.float32)
     calls = []
 
     def run(*arguments: object, **options: object) -> tuple:

@@ -35,7 +35,7 @@ MATRIX_STEPS: dict[str, Step] = {"wkv5": step_of_wkv5_and_6, "wkv6": step_of_wkv
 @pytest.mark.parametrize(("name", "step"), MATRIX_STEPS.items(), ids=MATRIX_STEPS)
 def test_matrix_states(name: str, step: Step) -> None:
     operator = BY_NAME[name]
-    inputs, _ = problem(operator, "realiztic", SMALL)
+    inputs, _ = problem(operator, "realistic", SMALL)
     with jax.enable_x64(True):
         results = jax.tree.map(np.asarray, forward(definition(operator))(inputs, {}))
     names = [parameter for parameter in inputs if parameter != "state"]
@@ -51,7 +51,7 @@ def test_matrix_states(name: str, step: Step) -> None:
 
 def test_wkv4_is_a_mean_of_values_weighted_by_keys_and_age() -> None:
     operator = BY_NAME["wkv4"]
-    inputs, _ = problem(operator, "realiztic", SMALL)
+    inputs, _ = problem(operator, "realistic", SMALL)
     with jax.enable_x64(True):
         results = jax.tree.map(np.asarray, forward(definition(operator))(inputs, {}))
     log_w, u, k, v = (inputs[name] for name in ("log_w", "u", "k", "v"))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 
 
 def run(way: Way, options: dict[str, Any], inputs: Inputs | None = None, cotangents: Any = None) -> Results:
-    given, default = way.problem("realiztic", SHAPE)
+    given, default = way.problem("realistic", SHAPE)
     return with_gradients(way)(
         given if inputs is None else inputs, default if cotangents is None else cotangents, options
     )
@@ -39,7 +39,7 @@ def run(way: Way, options: dict[str, Any], inputs: Inputs | None = None, cotange
 @functools.cache
 def one_after_the_other(operator: Operator, packing: str) -> Results:
     """What the definition gives when every segment is run alone, put together."""
-    inputs, (dy, dstate) = problem(operator, "realiztic", SHAPE)
+    inputs, (dy, dstate) = problem(operator, "realistic", SHAPE)
     together: dict[str, Any] = {"y": np.zeros_like(dy)}
     together |= {f"d{name}": np.zeros_like(inputs[name]) for name in (*operator.over_time, *operator.per_head)}
     states: list[Results] = []
@@ -88,11 +88,11 @@ def test_a_packed_row_equals_its_parts_run_alone(way: Way, packing: str) -> None
 
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_one_segment_of_full_length_changes_nothing(way: Way) -> None:
-    plain = with_gradients(way)(*way.problem("realiztic", SHAPE), {})
+    plain = with_gradients(way)(*way.problem("realistic", SHAPE), {})
     assert_close(run(way, {"segment_ids": UNPACKED + 3, "lengths": FULL}), plain, way.bound)
 
 
-@pytest.mark.parametrize("case", ["realiztic", "slow_decay"])  # whose chunks may be computed in different ways
+@pytest.mark.parametrize("case", ["realistic", "slow_decay"])  # whose chunks may be computed in different ways
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_nothing_leaks_between_segments(way: Way, case: str) -> None:
     inputs, (dy, dstate) = way.problem(case, SHAPE)
@@ -121,7 +121,7 @@ def test_the_final_state_is_that_of_the_last_segment_alone(way: Way) -> None:
 
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_nothing_beyond_a_length_is_read(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     beyond = np.arange(SHAPE.time) >= LENGTHS[:, None]
 
     def with_garbage(value: float) -> Inputs:

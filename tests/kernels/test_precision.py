@@ -36,7 +36,7 @@ def results(way: Way, precision: str) -> Results:
         return way.run(**arguments, precision=precision)
 
     compiled = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
-    return compiled(*as_jax(problem(way.operator, "realiztic", SHAPE), jnp.float32), {})
+    return compiled(*as_jax(problem(way.operator, "realistic", SHAPE), jnp.float32), {})
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def results(way: Way, precision: str) -> Results:
 )
 def test_kernels_are_less_exact_the_faster_they_may_be(way: Way) -> None:
     # Interpreted, `default` and `fast` round as the tensor cores of an NVIDIA GPU do.
-    exact = reference(way.operator, "realiztic", SHAPE)
+    exact = reference(way.operator, "realistic", SHAPE)
     worst = {}
     for precision in BOUNDS:
         found = results(way, precision)
@@ -61,7 +61,7 @@ def test_kernels_are_less_exact_the_faster_they_may_be(way: Way) -> None:
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others have several arithmetics")
 @pytest.mark.parametrize("way", [way for way in WITH_CHOICE if not way.is_pallas], ids=str)
 def test_a_cpu_has_one_arithmetic_only(way: Way) -> None:
-    inputs = as_jax(problem(way.operator, "realiztic", SHAPE)[0], jnp.float32)
+    inputs = as_jax(problem(way.operator, "realistic", SHAPE)[0], jnp.float32)
     run = jax.jit(way.run, static_argnames="precision", compiler_options=QUICK)
     full, state = run(**inputs, precision="full")
     for precision in ("default", "fast"):
@@ -72,6 +72,6 @@ def test_a_cpu_has_one_arithmetic_only(way: Way) -> None:
 
 @pytest.mark.parametrize("operator", [x for x in OPERATORS if x.has_precisions], ids=str)
 def test_a_word_that_is_no_precision_is_refused(operator: Operator) -> None:
-    inputs = as_jax(problem(operator, "realiztic", SHAPE)[0], jnp.float32)
+    inputs = as_jax(problem(operator, "realistic", SHAPE)[0], jnp.float32)
     with pytest.raises(ValueError, match="precision = 'tf32': must be one of full, default, fast"):
         operator.run(**inputs, precision="tf32")

@@ -43,14 +43,14 @@ arithmetic = pytest.mark.usefixtures("arithmetic")
 @arithmetic
 @each_way_but_briefly("chunked")
 def test_a_call_outside_jit_gives_the_same(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SMALL)
+    inputs, _ = way.problem("realistic", SMALL)
     assert_close(named(*way.run(**inputs)), forward(way)(inputs, {}), way.bound)
 
 
 @each_operator
 def test_leaving_the_implementation_open_takes_one_of_them(float64: None, operator: Operator) -> None:
     for shape in (SMALL, SMALL._replace(time=1)):
-        inputs, _ = problem(operator, "realiztic", shape)
+        inputs, _ = problem(operator, "realistic", shape)
         y, _ = jax.jit(operator.run, compiler_options=QUICK)(**inputs)
         ways = [Way(operator, name) for name in ("scan", "chunked")]
         assert any(np.array_equal(y, forward(way)(inputs, {})["y"]) for way in ways)
@@ -59,7 +59,7 @@ def test_leaving_the_implementation_open_takes_one_of_them(float64: None, operat
 @arithmetic
 @each_way_but_briefly("scan", "chunked")
 def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     mapped = jax.tree.map(lambda x: np.stack([x, x[::-1]]), {name: inputs[name] for name in ("k", "v", "state")})
     ids = np.stack([packed.segment_ids(), packed.segment_ids()[::-1]])
 
@@ -77,7 +77,7 @@ def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
-    rows = [(*way.problem(case, SHAPE), packed.PACKINGS["both"]) for case in ("realiztic", "slow_decay")]
+    rows = [(*way.problem(case, SHAPE), packed.PACKINGS["both"]) for case in ("realistic", "slow_decay")]
     stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
     mapped = jax.jit(jax.vmap(functools.partial(differentiate, way.run)), compiler_options=QUICK)(*stacked)
     for index, row in enumerate(rows):
@@ -87,7 +87,7 @@ def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "pallas_triton")
 def test_remat_changes_nothing(way: Way) -> None:
-    problem, options = way.problem("realiztic", SHAPE), packed.PACKINGS["both"]
+    problem, options = way.problem("realistic", SHAPE), packed.PACKINGS["both"]
     run = jax.jit(functools.partial(differentiate, jax.checkpoint(way.run)), compiler_options=QUICK)
     assert_close(run(*problem, options), with_gradients(way)(*problem, options), way.bound)
 
@@ -98,7 +98,7 @@ def test_remat_changes_nothing(way: Way) -> None:
 @arithmetic
 @each_way_forwards
 def test_forward_mode_equals_that_of_the_definition(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SMALL)
+    inputs, _ = way.problem("realistic", SMALL)
     tangents, _ = way.problem("slow_decay", SMALL)
 
     def derivative(way: Way) -> Results:
@@ -114,7 +114,7 @@ def test_forward_mode_equals_that_of_the_definition(way: Way) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if way.name == "chunked"], ids=str)
 def test_the_hessian_times_a_vector_equals_that_of_the_definition(way: Way) -> None:
     shape = SMALL._replace(time=5, heads=1)
-    inputs, (dy, _) = way.problem("realiztic", shape)
+    inputs, (dy, _) = way.problem("realistic", shape)
     vector, _ = way.problem("slow_decay", shape)
 
     def product(way: Way) -> Any:
@@ -138,7 +138,7 @@ def by_name(tree: Any) -> Results:
 @pytest.mark.parametrize("point", [1, 32])
 @each_way_but_briefly("scan")
 def test_a_sequence_may_be_split_anywhere(way: Way, point: int) -> None:
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     whole = forward(way)(inputs, {})
     run = jax.jit(way.run, compiler_options=QUICK)
     first, state = run(**cut(way.operator, inputs, 0, point))
@@ -156,7 +156,7 @@ def test_gradients_flow_through_a_split(way: Way) -> None:
             pieces.append(y)
         return jnp.concatenate(pieces, axis=1), state
 
-    problem = way.problem("realiztic", SHAPE)
+    problem = way.problem("realistic", SHAPE)
     in_two = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)(*problem, {})
     assert_close(in_two, with_gradients(way)(*problem, UNPACKED), way.bound)
 
@@ -164,7 +164,7 @@ def test_gradients_flow_through_a_split(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_one_step_at_a_time_equals_the_sequence(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     step, state, ys = jax.jit(way.operator.step, compiler_options=QUICK), inputs["state"], []
     for t in range(SHAPE.time):
         y, state = step(**at(way.operator, inputs, t) | {"state": state})
@@ -175,7 +175,7 @@ def test_one_step_at_a_time_equals_the_sequence(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_no_state_is_the_empty_state(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SMALL)
+    inputs, _ = way.problem("realistic", SMALL)
     without = forward(way)(inputs | {"state": None}, {})
     empty = forward(way)(inputs | {"state": way.operator.empty_like(inputs["state"])}, {})
     for name, x in without.items():
@@ -184,7 +184,7 @@ def test_no_state_is_the_empty_state(way: Way) -> None:
 
 @each_operator
 def test_a_step_without_state_starts_from_the_empty_one(operator: Operator) -> None:
-    inputs = at(operator, problem(operator, "realiztic", SMALL)[0], 0)
+    inputs = at(operator, problem(operator, "realistic", SMALL)[0], 0)
     without = named(*operator.step(**inputs | {"state": None}))
     empty = named(*operator.step(**inputs | {"state": operator.empty_like(inputs["state"])}))
     for name, x in without.items():
@@ -206,7 +206,7 @@ def only_where(way: Way, case: str, *index: Any) -> Results:
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_a_step_depends_on_no_later_one(way: Way) -> None:
     for step in (0, 15, 16, 31, 32, 64, 68):
-        results = only_where(way, "realiztic", slice(None), step)
+        results = only_where(way, "realistic", slice(None), step)
         for name in way.operator.over_time:
             gradient = np.asarray(results[f"d{name}"])
             later = np.max(np.abs(gradient[:, step + 1 :]))
@@ -230,7 +230,7 @@ def test_every_earlier_step_reaches_a_later_one(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_rows_and_heads_do_not_see_each_other(way: Way) -> None:
-    results = only_where(way, "realiztic", 1, slice(None), 0)
+    results = only_where(way, "realistic", 1, slice(None), 0)
     expected = {name: (1, slice(None), 0) for name in way.operator.over_time}
     expected |= {name: (0,) for name in way.operator.per_head} | {"state": (1, 0)}
     for name, index in expected.items():
@@ -244,7 +244,7 @@ def test_rows_and_heads_do_not_see_each_other(way: Way) -> None:
 @arithmetic
 @each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
 def test_zero_cotangents_give_zero_gradients(way: Way) -> None:
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     results = with_gradients(way)(inputs, jax.tree.map(np.zeros_like, cotangents), UNPACKED)
     for name in inputs:
         assert all(np.all(gradient == 0) for gradient in gradients_of(results, name)), name

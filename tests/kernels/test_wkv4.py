@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 
 @each_way
 def test_a_cotangent_of_the_exponent_is_ignored(way: Way) -> None:
-    inputs, (dy, (dnumerator, ddenominator, dexponent)) = way.problem("realiztic", SHAPE)
+    inputs, (dy, (dnumerator, ddenominator, dexponent)) = way.problem("realistic", SHAPE)
     results = with_gradients(way)(inputs, (dy, (dnumerator, ddenominator, dexponent)), {})
     without = with_gradients(way)(inputs, (dy, (dnumerator, ddenominator, 0 * dexponent)), {})
     for name, x in results.items():
@@ -28,7 +28,7 @@ def test_a_cotangent_of_the_exponent_is_ignored(way: Way) -> None:
 
 @each_way
 def test_the_same_state_over_another_exponent_gives_the_same(way: Way) -> None:
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     numerator, denominator, exponent = inputs["state"]
     shift = np.log(np.asarray(4, way.dtype))
     shifted = inputs | {"state": (numerator * 4, denominator * 4, exponent - shift)}
@@ -42,7 +42,7 @@ def test_the_same_state_over_another_exponent_gives_the_same(way: Way) -> None:
 
 @each_way
 def test_an_empty_state_may_be_written_with_minus_infinity(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     zeros = np.zeros_like(inputs["state"][0])
     results = forward(way)(inputs | {"state": (zeros, zeros, np.full_like(zeros, -np.inf))}, {})
     for name, x in forward(way)(inputs | {"state": None}, {}).items():
@@ -51,7 +51,7 @@ def test_an_empty_state_may_be_written_with_minus_infinity(way: Way) -> None:
 
 @each_way
 def test_nothing_overflows_whatever_the_keys(way: Way) -> None:
-    inputs, cotangents = way.problem("realiztic", SHAPE)
+    inputs, cotangents = way.problem("realistic", SHAPE)
     inputs = jax.tree.map(lambda x: x.astype(np.float32), inputs)
     for key in (-1e4, 1e4):
         results = with_gradients(way)(inputs | {"k": inputs["k"] + np.float32(key)}, cast(cotangents), {})

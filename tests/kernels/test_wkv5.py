@@ -28,7 +28,7 @@ def test_one_decay_a_head_is_that_decay_in_every_channel(way: Way) -> None:
 
 @each_way
 def test_it_is_wkv6_with_the_same_decay_at_every_step(way: Way) -> None:
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     wkv6 = next(other for other in WAYS if other.operator.name == "wkv6" and other.name == way.name)
     repeated = np.broadcast_to(inputs["log_w"], inputs["r"].shape)
     assert_close(forward(way)(inputs, {}), forward(wkv6)(inputs | {"log_w": repeated}, {}), way.bound)

@@ -64,12 +64,12 @@ def test_chunks_of_any_size_give_the_same(float64: None, chunk_size: int) -> Non
 @pytest.mark.parametrize("chunk_size", [-4, 0, 3, 12, 48])
 def test_chunk_sizes_that_are_no_power_of_two_are_refused(chunk_size: int) -> None:
     with pytest.raises(ValueError, match=rf"chunk_size = {chunk_size}: must be a power of two"):
-        wkv7_chunked(**as_jax(make_inputs("realiztic", SHAPE), jnp.float32), chunk_size=chunk_size)
+        wkv7_chunked(**as_jax(make_inputs("realistic", SHAPE), jnp.float32), chunk_size=chunk_size)
 
 
 def test_the_length_of_a_program_does_not_grow_with_the_sequence() -> None:
     def lines(time: int) -> int:
-        inputs = jax.tree.map(jnp.asarray, make_inputs("realiztic", SHAPE._replace(time=time)))
+        inputs = jax.tree.map(jnp.asarray, make_inputs("realistic", SHAPE._replace(time=time)))
         gradient = jax.grad(lambda i: jnp.sum(wkv7(**i, implementation="chunked")[0]))
         return jax.jit(gradient).lower(inputs).as_text().count("\n")
 
@@ -80,7 +80,7 @@ def test_the_length_of_a_program_does_not_grow_with_the_sequence() -> None:
 @each_way
 def test_steps_of_zeros_leave_the_state_alone(way: Way) -> None:
     # So a ragged batch may be padded; the chunked form itself pads its last chunk so.
-    inputs, _ = way.problem("realiztic", SHAPE)
+    inputs, _ = way.problem("realistic", SHAPE)
     padded = {name: np.pad(inputs[name], ((0, 0), (0, 30), (0, 0), (0, 0))) for name in WKV7.over_time}
     results = forward(way)(padded | {"state": inputs["state"]}, {})
     within = results | {"y": results["y"][:, : SHAPE.time]}
@@ -92,7 +92,7 @@ def test_steps_of_zeros_leave_the_state_alone(way: Way) -> None:
 
 def in_float32_and_exactly(way: Way, log_w: float) -> tuple[Results, Results]:
     """Results and gradients in float32 and those of the definition in float64, with one decay for every token."""
-    inputs, cotangents = problem(WKV7, "realiztic", SHAPE)
+    inputs, cotangents = problem(WKV7, "realistic", SHAPE)
     inputs = inputs | {"log_w": np.full_like(inputs["log_w"], log_w)}
     in_float32 = with_gradients(way, quick=False)(*as_jax((inputs, cotangents), jnp.float32), {})
     return in_float32, exactly(WKV7, inputs, cotangents)

@@ -26,7 +26,7 @@ LARGEST_KEY = 60.0
 """Official trainers clip keys here: e^60 squared still is a float32 that a sum may hold."""
 
 CASES: dict[str, Case] = {
-    "realiztic": Case(),
+    "realistic": Case(),
     "slow_decay": Case(log_w=NEAR_ONE),
     "fast_decay": Case(log_w=FAST),
     "large_keys": Case(key_scale=30.0),

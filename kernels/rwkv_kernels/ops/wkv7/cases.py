@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
-    "realiztic": Case(),
+    "realistic": Case(),
     "fast_decay": Case(log_w=MODEL_FLOOR),
     "slow_decay": Case(log_w=NEAR_ONE),
     "aligned_keys": Case(aligned=True),
