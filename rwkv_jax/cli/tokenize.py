@@ -15,7 +15,8 @@ class Tokenize:
     """Write text as official token files, TARGET.bin and TARGET.idx, from which train.py and others can train."""
 
     source: tyro.conf.Positional[str]
-    """A text file, a folder, a .jsonl file, a table (.parquet, .arrow, .feather), or python-stdlib."""
+    """A text file, a folder, JSON records (.jsonl, .json), each perhaps compressed (.gz, .bz2, .xz, .zst), a table
+    (.parquet, .arrow, .feather), or python-stdlib."""
     target: tyro.conf.Positional[Path]
     """What is common to the names of both files, which must not exist yet."""
     tokenizer: str
@@ -25,7 +26,7 @@ class Tokenize:
     glob: str = "**/*"
     """Which files of a folder are read."""
     text_field: str = "text"
-    """Field of a JSON-lines record, or column of a table, that holds its text."""
+    """Field of a JSON record, or column of a table, that holds its text."""
 
     def run(self) -> None:
         """Writes the files and says how many tokens they have, and the primes of the official order for them."""

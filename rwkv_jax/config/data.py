@@ -15,14 +15,14 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
-    folder, of a JSON-lines file (.jsonl), of a table (.parquet, .arrow, .feather), or of tokens (binidx: PATH.bin with
-    PATH.idx beside it, by either name or by PATH)."""
+    folder, of JSON records (.jsonl, .json), each perhaps compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
+    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH)."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Several sources and the share of the rows that each gives, as PATH 0.7 PATH 0.3, instead of data.source."""
     glob: str = "**/*"
     """Which files of a folder are read."""
     text_field: str = "text"
-    """Field of a JSON-lines record, or column of a table, that holds its text."""
+    """Field of a JSON record, or column of a table, that holds its text."""
     held_out: float = 0.05
     """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated; of binidx
     the last ones. 0 trains on all."""

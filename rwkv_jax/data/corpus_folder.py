@@ -18,7 +18,8 @@ import numpy as np
 from rwkv_jax.atomic import new_folder
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.encoding import encode_document
-from rwkv_jax.data.text.sources import PYTHON_STDLIB, Document, choose_held_out, read_documents, split_document
+from rwkv_jax.data.text.sources import PYTHON_STDLIB, read_documents
+from rwkv_jax.data.text.split import Document, choose_held_out, split_document
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.text.sources import Document
+from rwkv_jax.data.text.split import Document
 from rwkv_jax.data.tokenizers import Tokenizer
 
 _ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of memory for each

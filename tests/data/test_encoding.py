@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.encoding import encode_document, token_byte_lengths
-from rwkv_jax.data.text.sources import Document
+from rwkv_jax.data.text.split import Document
 from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer
 from tests.data.texts import KINDS
 

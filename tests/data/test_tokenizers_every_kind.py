@@ -216,7 +216,8 @@ def test_a_folder_must_hold_one_tokenizer(every_kind: dict[str, Tokenizer], tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "of no known kind; give a sentencepiece model, a Hugging Face tokenizer.json, a folder"),
+        (b"", "is empty: the download or copy did not finish; get it again"),
+        (b"\x01", "of no known kind; give a sentencepiece model, a Hugging Face tokenizer.json, a folder"),
         (b"1 '\\x00' 1\n", "of no known kind"),
         (b"[]", "of no known kind"),
         (b'{"vocab": {}}', "of no known kind"),

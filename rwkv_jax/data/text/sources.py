@@ -1,16 +1,25 @@
-"""Documents from the standard library, text files, folders, JSON lines and tables, and their split into two sides."""
+"""Documents from the standard library, text files, folders, JSON records and tables."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
-import json
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.text.tables import SUFFIXES, is_table, read_table
+from rwkv_jax.data.text import records, tables
+from rwkv_jax.data.text.files import (
+    COMPRESSED,
+    NotTextError,
+    explain_refusal,
+    inner_suffix,
+    read_text,
+    refuse_wrong_file,
+)
+from rwkv_jax.data.text.split import Document
+from rwkv_jax.file_kinds import Kind, describe_wrong_file
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -19,107 +28,56 @@ _STDLIB_SKIPPED_PARTS = frozenset({"site-packages", "dist-packages", "__pycache_
 # Written by the build of the interpreter: they hold the paths and compiler flags of one machine.
 _STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
 
-# Any salt gives a valid split. A share of 5% of the standard library's files is 2% to 7% of its bytes, depending on
-# the salt; with this one, 2%, 5%, 10% and 20% of the files are within a tenth of the same share of the bytes.
-_SPLIT_SALT = b"3"
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text, named by its path inside the source (by a digest of the text, for a record or row)."""
-
-    name: str
-    text: str
+_WANTED = (
+    f"a text file, a folder, a file of JSON records ({', '.join(records.SUFFIXES)}), each perhaps compressed "
+    f"({', '.join(COMPRESSED)}), a table ({', '.join(tables.SUFFIXES)}), tokens (.bin and .idx), or {PYTHON_STDLIB!r}"
+)
 
 
 def read_documents(data: DataConfig, report: Callable[[str], None] | None = None) -> Iterator[Document]:
     """Documents of `data.source` in an order that depends on their names alone (on the order of records and rows).
 
     One document is in memory at a time. No newline is translated and no document is empty. Files of a folder that
-    are hidden, empty or not UTF-8 are left out, and `report` is told how many. A folder may hold tables instead.
-    Raises ConfigError for a source that is missing, empty, not UTF-8 or malformed.
+    are hidden, empty or not text are left out, and `report` is told how many. A folder may hold records and tables
+    instead. Raises ConfigError for a source that is missing, empty, not UTF-8 or malformed.
     """
+    path = Path(data.source).expanduser()
     if data.source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        yield from _read_files(root, _list_stdlib(root), data, report)
-        return
-    path = Path(data.source).expanduser()
-    if path.is_dir():
-        names = _list_folder(path, data)
-        if any(map(is_table, names)):
-            yield from _read_tables(path, names, data)
-        else:
-            yield from _read_files(path, names, data, report)
-    elif not path.exists():
-        raise _source_error(
-            data,
-            f"there is no such file or folder (looked for {path.absolute()}); give the path of a text file, "
-            f"a folder, a .jsonl file, a table ({', '.join(SUFFIXES)}) or tokens (.bin and .idx), or {PYTHON_STDLIB!r}",
-        )
-    elif path.suffix == ".jsonl":
-        yield from _read_json_lines(path, data)
-    elif is_table(path.name):
-        yield from _read_tables(path.parent, [path.name], data)
+        names = _list_stdlib(root)
+    elif path.is_dir():
+        root, names = path, _list_folder(path, data)
+    elif path.exists():
+        root, names = path.parent, [path.name]
     else:
-        yield _read_text_file(path, data)
-
-
-def choose_held_out(names: Iterable[str], share: float) -> frozenset[str]:
-    """Those of two or more distinct names that are held out: about `share` of them, at least one, never all.
-
-    Each name decides for itself by a hash, so a document that is added or removed moves no other one, unless a side
-    would be left empty. Raises ConfigError where all names are the same.
-    """
-    places = {name: _place(name) for name in names}
-    if len(places) < 2:
-        raise ConfigError(
-            f"data.held_out = {share}: the source has {len(places)} distinct document(s), and two are needed to hold "
-            "one out; add documents, or give the text as one file, which is split at a line"
+        wrong = describe_wrong_file(data.source, _WANTED)  # a URL
+        raise _source_error(
+            data, wrong or f"there is no such file or folder (looked for {path.absolute()}); give the path of {_WANTED}"
         )
-    chosen = {name for name, place in places.items() if place < share}
-    if not chosen:
-        chosen = {min(places, key=places.__getitem__)}
-    elif len(chosen) == len(places):
-        chosen.remove(max(places, key=places.__getitem__))
-    return frozenset(chosen)
-
-
-def split_document(document: Document, share: float) -> tuple[Document, Document]:
-    """One document cut at the line boundary that leaves about the last `share` of its UTF-8 bytes held out.
-
-    Raises ConfigError where no line boundary leaves text on both sides.
-    """
-    content = document.text.encode()
-    target = min(max(round(len(content) * (1 - share)), 1), len(content) - 1)
-    # A newline is one byte in UTF-8 and never part of another character, so every cut leaves two valid texts.
-    before, after = content.rfind(b"\n", 0, target) + 1, content.find(b"\n", target - 1) + 1
-    cuts = [cut for cut in (before, after) if 0 < cut < len(content)]
-    if not cuts:
-        raise ConfigError(
-            f"data.held_out = {share}: {document.name} has {len(content)} bytes without a line break that leaves text "
-            "on both sides, so nothing can be held out; add lines, or give a folder of several files"
-        )
-    cut = min(cuts, key=lambda position: abs(position - target))
-    return (
-        Document(document.name, content[:cut].decode()),
-        Document(document.name, content[cut:].decode()),
-    )
-
-
-def _place(name: str) -> float:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, salt=_SPLIT_SALT).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    names = sorted(names)
+    with _named(data, path):
+        if _are_records(root, names, data):
+            yield from _read_records(root, names, data)
+        elif root == path or data.source == PYTHON_STDLIB:
+            yield from _read_folder(root, names, data, report)
+        else:
+            yield _read_file(path)
 
 
 def _source_error(data: DataConfig, remedy: str) -> ConfigError:
     return ConfigError(f"data.source = {data.source!r}: {remedy}")
 
 
-def _read_bytes(path: Path, data: DataConfig) -> bytes:
+@contextlib.contextmanager
+def _named(data: DataConfig, path: Path) -> Iterator[None]:
+    """Errors about a file as errors of the source; the file is named where it is not the source itself."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _source_error(data, f"cannot read {path}: {error.strerror}") from error
+        yield
+    except ConfigError as error:
+        message = str(error)
+        if message.startswith("data."):
+            raise
+        raise _source_error(data, message.removeprefix(f"{path}: ")) from error
 
 
 def _list_stdlib(root: Path) -> list[str]:
@@ -150,104 +108,83 @@ def _list_folder(root: Path, data: DataConfig) -> list[str]:
     ]
 
 
-def _read_files(
-    root: Path, names: list[str], data: DataConfig, report: Callable[[str], None] | None
+def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
+    """Whether files are read record by record, going by their names. Raises ConfigError for records among other files.
+
+    A .json among files of text counts as text, as in a tree of code, unless its first record has a text.
+    """
+    of_records = [name for name in names if records.has_records(name) or tables.is_table(name)]
+    others = sorted(set(names) - set(of_records))
+    if not of_records or not others:
+        return bool(of_records)
+    for name in of_records:
+        if inner_suffix(name) != ".json" or records.first_record_has_text(root / name, data.text_field):
+            ending = "".join(PurePosixPath(name).suffixes[-2 if name.lower().endswith(COMPRESSED) else -1 :])
+            raise _source_error(
+                data,
+                f"has records or tables, as {name}, and other files, the first is {others[0]}; choose the one or the "
+                f"other with data.glob, e.g. '**/*{ending}'",
+            )
+    return False
+
+
+def _read_records(root: Path, names: Sequence[str], data: DataConfig) -> Iterator[Document]:
+    found = 0
+    for name in names:
+        path = root / name
+        read, kind = (tables.read_table, "parquet") if tables.is_table(name) else (records.read_records, "json")
+        with explain_refusal(path, f"a corpus, or leave it out with data.glob: {_WANTED}", (kind, "text")):
+            for text in read(path, data.text_field):
+                if text:
+                    found += 1
+                    # Named by its text, so that copies of one text never stand on both sides of the split.
+                    yield Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
+    if not found:
+        raise _source_error(data, f"no record has text in its field {data.text_field!r}")
+
+
+def _read_file(path: Path) -> Document:
+    with explain_refusal(path, _WANTED, ("text", "json")):
+        text = read_text(path)
+    if not text:
+        raise ConfigError(f"{path}: the file is empty")
+    refuse_wrong_file(path, _WANTED, ("text", "json"))
+    return Document(path.name, text)
+
+
+def _read_folder(
+    root: Path, names: Sequence[str], data: DataConfig, report: Callable[[str], None] | None
 ) -> Iterator[Document]:
     if not names:
         raise _source_error(
             data, f"no file in {root} matches data.glob = {data.glob!r} (hidden files do not count); change one of them"
         )
-    found, not_utf8 = 0, []
-    for name in sorted(names):
-        content = _read_bytes(root / name, data)
+    found, not_text = 0, []
+    for name in names:
+        path = root / name
         try:
-            text = content.decode()
-        except UnicodeDecodeError:
+            text = read_text(path)
+        except NotTextError:
             # In the standard library, only files of the test trees declare an encoding other than UTF-8.
-            not_utf8.append(name)
+            not_text.append(name)
             continue
         if text:
+            _refuse_failed_download(path)
             found += 1
             yield Document(name, text)
     if not found:
         raise _source_error(
             data,
             f"none of the {len(names)} files in {root} holds UTF-8 text "
-            f"({len(not_utf8)} not UTF-8, {len(names) - len(not_utf8)} empty)",
+            f"({len(not_text)} not UTF-8, {len(names) - len(not_text)} empty)",
         )
-    if not_utf8 and report is not None:
-        report(f"left out {len(not_utf8)} of {len(names)} files that are not UTF-8, the first is {not_utf8[0]}")
+    if not_text and report is not None:
+        report(f"left out {len(not_text)} of {len(names)} files that are not UTF-8, the first is {not_text[0]}")
 
 
-def _read_text_file(path: Path, data: DataConfig) -> Document:
-    content = _read_bytes(path, data)
-    if not content:
-        raise _source_error(data, "the file is empty")
-    try:
-        return Document(path.name, content.decode())
-    except UnicodeDecodeError as error:
-        raise _source_error(
-            data, f"not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8"
-        ) from error
-
-
-def _read_json_lines(path: Path, data: DataConfig) -> Iterator[Document]:
-    found = 0
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = _record_text(line, number, data) if line.strip() else ""
-                if text:
-                    found += 1
-                    yield _document_of_text(text)
-    except OSError as error:
-        raise _source_error(data, f"cannot read {path}: {error.strerror}") from error
-    if not found:
-        raise _source_error(data, f"no record has text in its field {data.text_field!r}")
-
-
-def _read_tables(root: Path, names: list[str], data: DataConfig) -> Iterator[Document]:
-    others = [name for name in sorted(names) if not is_table(name)]
-    if others:
-        raise _source_error(
-            data,
-            f"has tables and other files, the first is {others[0]}; choose the one or the other with data.glob, "
-            f"e.g. '**/*.{next(name for name in sorted(names) if is_table(name)).rpartition('.')[2]}'",
-        )
-    found = 0
-    for name in sorted(names):
-        for text in read_table(root / name, data.text_field):
-            if text:
-                found += 1
-                yield _document_of_text(text)
-    if not found:
-        raise _source_error(data, f"no row has text in its column {data.text_field!r}")
-
-
-def _document_of_text(text: str) -> Document:
-    """Named by its text, so that copies of one text never stand on both sides of the split."""
-    return Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
-
-
-def _record_text(line: bytes, number: int, data: DataConfig) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise _source_error(data, f"line {number} is not JSON in UTF-8 ({error}); mend or remove it") from error
-    if not isinstance(record, dict):
-        raise _source_error(data, f"line {number} is not a JSON object but {type(record).__name__}; mend or remove it")
-    if data.text_field not in record:
-        raise _source_error(
-            data,
-            f"line {number} has no field {data.text_field!r}; set data.text_field to one of {sorted(record)}",
-        )
-    text = record[data.text_field]
-    if not isinstance(text, str):
-        raise _source_error(data, f"line {number}: field {data.text_field!r} is not a string but {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _source_error(
-            data, f"line {number}: field {data.text_field!r} has half a surrogate pair at character {error.start}"
-        ) from error
-    return text
+def _refuse_failed_download(path: Path) -> None:
+    """Raises ConfigError for what stands in the place of a text; code may well begin like a web page or an error."""
+    suffix = inner_suffix(path.name)
+    if suffix not in (".json", ".xml"):
+        reads: tuple[Kind, ...] = ("text", "json") if suffix in ("", ".txt") else ("text", "json", "html", "other")
+        refuse_wrong_file(path, "a file of text, or leave it out with data.glob", reads)

@@ -17,7 +17,7 @@ _ARROW_FILE = b"ARROW1"
 
 def is_table(name: str) -> bool:
     """Whether a file is a table, going by its name."""
-    return name.endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES)
 
 
 def read_table(path: Path, column: str) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _column_batches(path: Path, column: str) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with parquet.ParquetFile(path) as file:
             _check_column(file.schema_arrow, column, path)
             for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column]):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.file_kinds import describe_wrong_file
 
 KINDS = (
     "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
@@ -19,4 +20,5 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"tokenizer = {str(path)!r}: cannot read it: {error.strerror}; give {KINDS}") from error
+        reason = describe_wrong_file(path, KINDS) or f"cannot read it: {error.strerror}; give {KINDS}"
+        raise ConfigError(f"tokenizer = {str(path)!r}: {reason}") from error

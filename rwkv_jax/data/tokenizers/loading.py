@@ -9,6 +9,7 @@ from typing import Any
 
 from rwkv_jax.atomic import new_file
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.text.files import explain_refusal
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.files import KINDS, read_file
 from rwkv_jax.data.tokenizers.hugging_face import MOST_PADDING, HuggingFaceTokenizer
@@ -18,6 +19,8 @@ from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")
 """Names under which tokenizers are saved."""
+
+_WORLD_TEXT = b"1 '\\x00' 1\n2 '\\x01' 1\n"  # of rwkv_vocab_v20230424.txt
 
 
 def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
@@ -95,11 +98,18 @@ def _find(folder: Path) -> Path:
 
 def _read(path: Path) -> Tokenizer:
     content = read_file(path)
+    with explain_refusal(path, KINDS, ("json", "sentencepiece", "text")):
+        return _of_content(content, path)
+
+
+def _of_content(content: bytes, path: Path) -> Tokenizer:
+    if content.startswith(_WORLD_TEXT):
+        raise ConfigError(f"{path} is the vocabulary of World as text; give the name world instead")
     if content.startswith(b"{"):
         try:
             record: dict[str, Any] = json.loads(content)
         except ValueError as error:
-            raise ConfigError(f"{path} is damaged: it begins like JSON and is none ({error})") from error
+            raise ConfigError(f"{path} is damaged: it begins like JSON and is none ({error}); get it again") from error
         if "kind" in record:
             return _of_kind(record, path)
         if "model" in record:

@@ -17,18 +17,21 @@ The trainer reads the .bin as one stream and does not look at the items. Format:
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from rwkv_jax.atomic import already_exists, atomic_rename, flush_to_disk, refuse_existing, temporary_name
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.text.files import explain_refusal
 from rwkv_jax.data.tokens.token_file import first_wrong_token
+from rwkv_jax.file_kinds import Kind
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -110,7 +113,8 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
             header = file.read(_HEADER.size)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    dtype, num_items, num_boundaries = _parse_header(header, idx_path)
+    with explain_refusal(idx_path, "the .idx that belongs to the .bin", ("tokens",)):
+        dtype, num_items, num_boundaries = _parse_header(header, idx_path)
     needed = _HEADER.size + 12 * num_items + 8 * num_boundaries
     if idx_bytes != needed:
         what = "is cut short" if idx_bytes < needed else "is too long"
@@ -128,8 +132,12 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
         pointers=np.memmap(idx_path, "<i8", "r", _HEADER.size + 4 * num_items, (num_items,)),
         boundaries=np.memmap(idx_path, "<i8", "r", _HEADER.size + 12 * num_items, (num_boundaries,)),
     )
-    _check_items(opened, bin_bytes)
-    _check_boundaries(opened)
+    # Tokens may begin like a file of any kind, and with zeros.
+    might_be_wrong = opened.tokens[:1].any()
+    wanted = "the .bin that belongs to the .idx"
+    with explain_refusal(bin_path, wanted, get_args(Kind)) if might_be_wrong else contextlib.nullcontext():
+        _check_items(opened, bin_bytes)
+        _check_boundaries(opened)
     return opened
 
 
@@ -278,7 +286,7 @@ class BinidxWriter:
 
 def _parse_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
     if not header.startswith(_MAGIC):
-        raise ConfigError(f"{path}: is no .idx of tokens, it begins with {header[:9]!r} instead of {_MAGIC!r}")
+        raise ConfigError(f"{path}: not a token index (.idx): starts with {header[:9]!r} instead of {_MAGIC!r}")
     if len(header) < _HEADER.size:
         raise ConfigError(f"{path}: is cut short, it ends within its header of {_HEADER.size} bytes; copy it again")
     _, version, code, num_items, num_boundaries = _HEADER.unpack(header)

@@ -160,8 +160,9 @@ _GOOD = idx_bytes([3, 2, 4])
 @pytest.mark.parametrize(
     ("idx", "message"),
     [
-        (b"", "is no .idx of tokens, it begins with b'' instead of"),
-        (idx_bytes([3, 2, 4], magic=b"MMIDIDX\x00\x01"), "is no .idx of tokens, it begins with b'MMIDIDX"),
+        (b"", "is empty: the download or copy did not finish; get it again"),
+        (b"\x01", "not a token index (.idx): starts with b'\\x01' instead of"),
+        (idx_bytes([3, 2, 4], magic=b"MMIDIDX\x00\x01"), "not a token index (.idx): starts with b'MMIDIDX"),
         (_GOOD[:20], "is cut short, it ends within its header of 34 bytes; copy it again"),
         (idx_bytes([3, 2, 4], version=2), "has version 2 of the format, and only version 1 is known"),
         (idx_bytes([3, 2, 4], code=0), "has dtype code 0, and only 1 to 8 are known"),

@@ -1,0 +1,162 @@
+"""Texts from one field of JSON records: JSON lines, arrays of objects, and objects one after the other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.data.text.files import inner_suffix, open_text
+
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+"""Names of files with a record in each line end so."""
+SUFFIXES = (*LINES_SUFFIXES, ".json")
+"""Names of all files of JSON records."""
+
+_READ_CHARACTERS = 2**20
+_MAX_TOKEN = 16  # a word, a number's start or an escape may be cut where the characters read so far end
+_SPACE = re.compile(r"[ \t\n\r]*")
+_MARK = "\ufeff"
+
+
+def has_records(name: str) -> bool:
+    """Whether a file holds JSON records, going by its name."""
+    return inner_suffix(name) in SUFFIXES
+
+
+def read_records(path: Path, field: str) -> Iterator[str]:
+    """The texts of a field, record by record; one record is in memory at a time.
+
+    Raises ConfigError, with the file and the line, for what is not JSON, a record that is no object, and one whose
+    field is missing, no string or not Unicode.
+    """
+    records = _json_lines(path) if inner_suffix(path.name) in LINES_SUFFIXES else _json_values(path)
+    for line, record in records:
+        yield _text_of(record, f"{path}: line {line}", field)
+
+
+def first_record_has_text(path: Path, field: str) -> bool:
+    """Whether a .json file is a collection of texts, rather than settings or anything else in JSON."""
+    try:
+        return next(read_records(path, field), None) is not None
+    except ConfigError:
+        return False
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The record of each line that is not blank, and its number."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(_MARK) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                line.encode()  # bytes that are not UTF-8 were read as lone surrogates
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _not_json(path, number, error) from error
+            yield number, record
+
+
+def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The items of an array, or values one after the other, and the lines in which they begin."""
+    with open_text(path) as file:
+        scanner = _Scanner(path, file)
+        is_array, is_first = scanner.take("["), True
+        while character := scanner.peek():
+            if is_array and scanner.take("]"):
+                break
+            if is_array and not is_first and not scanner.take(","):
+                raise _not_json(path, scanner.line, f"no comma before {character!r}")
+            yield scanner.value()
+            is_first = False
+        else:
+            if is_array:
+                raise _not_json(path, scanner.line, "the array has no end")
+        if is_array and (rest := scanner.peek()):
+            raise _not_json(path, scanner.line, f"{rest!r} follows the array")
+
+
+class _Scanner:
+    """JSON values out of a stream of characters, of which it holds little more than one value."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._buffer, self._at, self.line = "", 0, 1
+        self._decode = json.JSONDecoder().raw_decode
+        self._read()
+        self._buffer = self._buffer.removeprefix(_MARK)
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self._buffer, self._at)
+            assert match is not None  # it may be empty
+            self._advance(match.end())
+            if self._at < len(self._buffer) or not self._read():
+                return self._buffer[self._at : self._at + 1]
+
+    def take(self, character: str) -> bool:
+        """Whether this character comes next, which is then behind us."""
+        found = self.peek() == character
+        self._at += found
+        return found
+
+    def value(self) -> tuple[int, Any]:
+        """The line in which the next value begins, and the value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decode(self._buffer, self._at)
+                break
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - _MAX_TOKEN
+                if not (is_cut and self._read()):
+                    line = self.line + self._buffer.count("\n", self._at, error.pos)
+                    raise _not_json(self._path, line, error) from error
+            except (ValueError, RecursionError) as error:
+                raise _not_json(self._path, self.line, error) from error
+        line = self.line
+        self._advance(end)
+        return line, value
+
+    def _advance(self, end: int) -> None:
+        self.line += self._buffer.count("\n", self._at, end)
+        self._at = end
+
+    def _read(self) -> bool:
+        """Whether there was more; as much again as is held, so that the largest value is decoded a few times only."""
+        held = self._buffer[self._at :]
+        more = self._file.read(max(_READ_CHARACTERS, len(held)))
+        try:
+            more.encode()  # bytes that are not UTF-8 were read as lone surrogates
+        except UnicodeEncodeError as error:
+            line = self.line + held.count("\n") + more.count("\n", 0, error.start)
+            raise _not_json(self._path, line, error) from error
+        self._buffer, self._at = held + more, 0
+        return bool(more)
+
+
+def _text_of(record: Any, place: str, field: str) -> str:
+    if not isinstance(record, dict):
+        raise ConfigError(f"{place} is not a JSON object but {type(record).__name__}; mend or remove it")
+    if field not in record:
+        raise ConfigError(f"{place} has no field {field!r}; set data.text_field to one of {sorted(record)}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise ConfigError(f"{place}: field {field!r} is not a string but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place}: field {field!r} has half a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _not_json(path: Path, line: int, reason: Exception | str) -> ConfigError:
+    if isinstance(reason, UnicodeEncodeError):
+        wrong = reason.object[reason.start : reason.start + 1].encode(errors="surrogateescape")
+        reason = f"the byte {wrong!r} is not UTF-8"
+    return ConfigError(f"{path}: line {line} is not JSON in UTF-8 ({reason}); mend or remove it")
