@@ -17,6 +17,7 @@ import rwkv_jax
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from rwkv_jax.models import model_type
 from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
@@ -45,7 +46,7 @@ def test_official_to_ours_to_official_is_bit_exact(tmp_path: Path, config: Model
     tensors = random_tensors(config, dtype)
     write_torch_file(tmp_path / "official.pth", tensors)
     model = from_pretrained(tmp_path / "official.pth")
-    assert type(model).__name__ == f"RWKV{config.generation[0]}"
+    assert type(model) is model_type(config)
     assert model.config == computed_in(config, dtype)
     save_pretrained(model, tmp_path / name)
     assert_same_bits(tensors_in(tmp_path / name), tensors)
