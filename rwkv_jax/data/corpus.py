@@ -20,8 +20,8 @@ from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
 __all__ = ["Corpus", "TokenFile", "load_corpus", "prepare_corpus"]
 
-_AT_A_TIME = 2**20  # tokens, where a whole file would need much memory
-_MOST_DOCUMENTS_SEEN = 1000
+_BLOCK_TOKENS = 2**20  # read at once, where a whole file would need much memory
+_MAX_DOCUMENTS_CHECKED = 1000
 
 
 def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
@@ -124,7 +124,7 @@ def _prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], N
 
 def _documents_without_end(opened: Binidx, end_of_text: int) -> tuple[int, int]:
     """How many documents were looked at, evenly spaced ones, and how many of them do not end with end_of_text."""
-    seen = min(opened.num_documents, _MOST_DOCUMENTS_SEEN)
+    seen = min(opened.num_documents, _MAX_DOCUMENTS_CHECKED)
     ends = (opened.document_start(number * opened.num_documents // seen + 1) for number in range(seen))
     return seen, sum(end == 0 or int(opened.tokens[end - 1]) != end_of_text for end in ends)
 
@@ -154,19 +154,19 @@ def _estimate_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> 
 def _count_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> int:
     """UTF-8 bytes of tokens. Raises ConfigError for what is no id."""
     total = 0
-    for start in range(0, len(tokens), _AT_A_TIME):
-        stretch = np.asarray(tokens[start : start + _AT_A_TIME])
-        wrong = first_wrong_token(stretch, len(lengths))
+    for start in range(0, len(tokens), _BLOCK_TOKENS):
+        span = np.asarray(tokens[start : start + _BLOCK_TOKENS])
+        wrong = first_wrong_token(span, len(lengths))
         if wrong is not None:
             raise ConfigError(
-                f"{opened.bin_path}: holds the token {stretch[wrong]}, and the tokenizer has {len(lengths)}; name the "
+                f"{opened.bin_path}: holds the token {span[wrong]}, and the tokenizer has {len(lengths)}; name the "
                 "tokenizer that made the file with data.tokenizer"
             )
-        total += int(lengths[stretch.astype(np.int64)].sum())
+        total += int(lengths[span.astype(np.int64)].sum())
     return total
 
 
 def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
     table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    stretches = (tokens[start : start + _AT_A_TIME] for start in range(0, len(tokens), _AT_A_TIME))
-    return b"".join(table[token] for stretch in stretches for token in stretch.astype(np.int64).tolist())
+    spans = (tokens[start : start + _BLOCK_TOKENS] for start in range(0, len(tokens), _BLOCK_TOKENS))
+    return b"".join(table[token] for span in spans for token in span.astype(np.int64).tolist())

@@ -1,4 +1,4 @@
-"""Documents as tokens, in stretches, so that the longest of them needs little memory."""
+"""Documents as tokens, in spans, so that the longest of them needs little memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of m
 
 
 def encode_document(
-    tokenizer: Tokenizer, document: Document, stretch_length: int = _ENCODED_CHARACTERS
+    tokenizer: Tokenizer, document: Document, span_length: int = _ENCODED_CHARACTERS
 ) -> Iterator[tuple[list[int], bool]]:
-    """Tokens of a document's stretches, without end_of_text, and whether each decodes to what it was made of.
+    """Tokens of a document's spans, without end_of_text, and whether each decodes to what it was made of.
 
-    Stretches end at a line's end where there is one within `stretch_length` characters.
+    Spans end at a line's end where there is one within `span_length` characters.
     Raises ConfigError, naming the document, for a text that the tokenizer refuses.
     """
-    for stretch in _line_stretches(document.text, stretch_length):
+    for span in _line_spans(document.text, span_length):
         try:
-            tokens = tokenizer.encode(stretch)
+            tokens = tokenizer.encode(span)
         except ConfigError as error:
             raise ConfigError(f"document {document.name}: {error}") from error
-        yield tokens, tokenizer.decode(tokens) == stretch
+        yield tokens, tokenizer.decode(tokens) == span
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
@@ -34,7 +34,7 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
 
 
-def _line_stretches(text: str, length: int) -> Iterator[str]:
+def _line_spans(text: str, length: int) -> Iterator[str]:
     start = 0
     while len(text) - start > length:
         end = text.rfind("\n", start, start + length) + 1

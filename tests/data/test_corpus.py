@@ -75,8 +75,8 @@ class TestBinidx:
     def test_the_official_rows_of_a_file(self, data: DataConfig, documents: list[list[int]]) -> None:
         """As the official trainer cuts them from the flat tokens: sample 1 begins at T int(0.618... p)."""
         tokens, length = flat(documents), 5
-        slots = len(tokens) // length
-        prime = next(p for p in range(slots - 1, 1, -1) if p % 3 == 2 and all(p % d for d in range(2, p)))
+        num_sequences = len(tokens) // length
+        prime = next(p for p in range(num_sequences - 1, 1, -1) if p % 3 == 2 and all(p % d for d in range(2, p)))
         rows = training_rows(_prepare(data, held_out=0), order="official", seed=9, batch_size=2, sequence_length=length)
         for step in range(20):
             for row, found in enumerate(rows.read(step).tolist()):

@@ -1,4 +1,4 @@
-"""Documents are encoded in stretches that together are the document."""
+"""Documents are encoded in spans that together are the document."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer
 from tests.data.texts import KINDS
 
 
-def test_stretches_end_at_lines_where_there_are_any(lines: str) -> None:
+def test_spans_end_at_lines_where_there_are_any(lines: str) -> None:
     text, tokenizer = lines + "x" * 250 + "\n" + lines, WorldTokenizer()
     encoded = list(encode_document(tokenizer, Document("x", text), 100))
-    stretches = [tokenizer.decode(tokens) for tokens, _ in encoded]
-    assert "".join(stretches) == text
-    assert max(map(len, stretches)) == 100
-    assert all(stretch.endswith("\n") for stretch in stretches if "x" * 50 not in stretch)
+    spans = [tokenizer.decode(tokens) for tokens, _ in encoded]
+    assert "".join(spans) == text
+    assert max(map(len, spans)) == 100
+    assert all(span.endswith("\n") for span in spans if "x" * 50 not in span)
     assert all(same for _, same in encoded)
 
 
-def test_a_short_document_is_one_stretch(lines: str) -> None:
+def test_a_short_document_is_one_span(lines: str) -> None:
     ((tokens, same),) = encode_document(WorldTokenizer(), Document("x", lines))
     assert tokens == WorldTokenizer().encode(lines)
     assert same

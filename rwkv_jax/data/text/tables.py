@@ -11,7 +11,7 @@ from rwkv_jax.config import ConfigError
 SUFFIXES = (".parquet", ".arrow", ".feather")
 """Names of tables end so. Arrow files may be of the file format (Feather 2) or the stream format."""
 
-_ROWS_AT_A_TIME = 1024
+_BATCH_ROWS = 1024
 _ARROW_FILE = b"ARROW1"
 
 
@@ -53,7 +53,7 @@ def _column_batches(path: Path, column: str) -> Iterator[Any]:
     if path.suffix.lower() == ".parquet":
         with parquet.ParquetFile(path) as file:
             _check_column(file.schema_arrow, column, path)
-            for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column]):
+            for batch in file.iter_batches(_BATCH_ROWS, columns=[column]):
                 yield batch.column(0)
         return
     with pyarrow.memory_map(str(path)) as source:

@@ -12,7 +12,7 @@ from rwkv_jax.data.tokenizers.files import read_file
 from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
 from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
-MOST_PADDING = 511
+MAX_PADDING = 511
 """A model may have as many ids more than its tokenizer; they read U+FFFD."""
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that there is
@@ -67,10 +67,10 @@ class HuggingFaceTokenizer(TableTokenizer):
         added[end_of_text]["special"] = True
         table = self._table_of(description["model"]["vocab"], added)
         super().__init__(
-            table=table + [NO_TEXT] * MOST_PADDING,
+            table=table + [NO_TEXT] * MAX_PADDING,
             end_of_text=added[end_of_text]["id"],
             saved=SavedTokenizer("tokenizer.json", content),
-            padding=MOST_PADDING,
+            padding=MAX_PADDING,
         )
         probe = PROBE + "".join(content for content, token in added.items() if token["special"])
         if self.decode(self.encode(probe)) != self._normalize(probe):

@@ -12,7 +12,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import explain_refusal
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.files import KINDS, read_file
-from rwkv_jax.data.tokenizers.hugging_face import MOST_PADDING, HuggingFaceTokenizer
+from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.protocol import Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
@@ -59,7 +59,7 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
     of GPT-NeoX's 50277 ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 above is taken, too.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer) and vocab_size % 64 == 0:
-        return 0 <= vocab_size - tokenizer.vocab_size <= MOST_PADDING
+        return 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING
     return vocab_size == tokenizer.vocab_size
 
 

@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 
-_STRETCH = 4096  # characters of text that sentencepiece is handed at a time
+_SPAN_LENGTH = 4096  # characters of text that sentencepiece is handed at a time
 
 # sentencepiece drops a whole sentence that has one of these (it would learn the first as a space). They are spelled
 # in bytes instead.
@@ -85,7 +85,7 @@ class SentencePieceTokenizer(TableTokenizer):
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str], stride: int = 1) -> None:
     """Train a byte-pair encoding of exactly `vocab_size` entries and write its model file, whole or not at all.
 
-    Only every `stride`-th stretch of the texts is learned from. The same texts give the same file.
+    Only every `stride`-th span of the texts is learned from. The same texts give the same file.
     Raises ConfigError if the texts are too few for so many entries, or need more, or if the file is there already.
     """
     target = Path(path)
@@ -93,7 +93,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_stretches(texts, stride),
+            sentence_iterator=_training_spans(texts, stride),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -107,7 +107,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
             # gives the last two the same bits per byte, so the shorter sequence wins.
             allow_whitespace_only_pieces=True,
             split_by_unicode_script=False,
-            max_sentence_length=8 * _STRETCH,
+            max_sentence_length=8 * _SPAN_LENGTH,
             eos_id=0,
             eos_piece=END_OF_TEXT,
             unk_id=1,
@@ -122,12 +122,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
         file.write(model.getvalue())
 
 
-def _training_stretches(texts: Iterable[str], stride: int) -> Iterator[str]:
+def _training_spans(texts: Iterable[str], stride: int) -> Iterator[str]:
     count = 0
     for text in texts:
-        for start in range(0, len(text), _STRETCH):
+        for start in range(0, len(text), _SPAN_LENGTH):
             if count % stride == 0:
-                yield from (part for part in _UNLEARNABLE.split(text[start : start + _STRETCH]) if part)
+                yield from (part for part in _UNLEARNABLE.split(text[start : start + _SPAN_LENGTH]) if part)
             count += 1
 
 

@@ -47,12 +47,12 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LONGEST_ITEM = 2**31 - 1
+_MAX_ITEM_TOKENS = 2**31 - 1
 
-_ITEMS_AT_A_TIME = 2**20
+_BLOCK_ITEMS = 2**20
 _DIGEST_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
-_MOST_BLOCKS = 64
+_MAX_BLOCKS = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,11 +144,11 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
 def evenly_spaced_blocks(num_tokens: int, itemsize: int) -> Iterator[slice]:
     """At most 64 slices of 1 MiB, evenly spaced from the first token to the last; of fewer tokens than that, all."""
     length = _BLOCK_BYTES // itemsize
-    if num_tokens <= _MOST_BLOCKS * length:
+    if num_tokens <= _MAX_BLOCKS * length:
         yield from (slice(start, min(start + length, num_tokens)) for start in range(0, num_tokens, length))
         return
-    for block in range(_MOST_BLOCKS):
-        start = block * (num_tokens - length) // (_MOST_BLOCKS - 1)
+    for block in range(_MAX_BLOCKS):
+        start = block * (num_tokens - length) // (_MAX_BLOCKS - 1)
         yield slice(start, start + length)
 
 
@@ -236,7 +236,7 @@ class BinidxWriter:
 
     def end_document(self) -> None:
         """Ends the present document, after its end-of-text token. Raises ConfigError if it has 2^31 tokens or more."""
-        if self._size > _LONGEST_ITEM:
+        if self._size > _MAX_ITEM_TOKENS:
             raise ConfigError(
                 f"document {self.num_documents}: {self._size} tokens are more than the format can count; divide it"
             )
@@ -253,16 +253,16 @@ class BinidxWriter:
             items = len(self._sizes)
             idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._dtype], items, items + 1))
             sizes = np.frombuffer(self._sizes, np.intc)
-            for start in range(0, items, _ITEMS_AT_A_TIME):
-                idx.write(sizes[start : start + _ITEMS_AT_A_TIME].astype("<i4").tobytes())
+            for start in range(0, items, _BLOCK_ITEMS):
+                idx.write(sizes[start : start + _BLOCK_ITEMS].astype("<i4").tobytes())
             position = 0
-            for start in range(0, items, _ITEMS_AT_A_TIME):
-                ends = position + np.cumsum(sizes[start : start + _ITEMS_AT_A_TIME], dtype=np.int64)
+            for start in range(0, items, _BLOCK_ITEMS):
+                ends = position + np.cumsum(sizes[start : start + _BLOCK_ITEMS], dtype=np.int64)
                 starts = np.concatenate([[position], ends[:-1]])
                 idx.write((starts * self._dtype.itemsize).astype("<i8").tobytes())
                 position = int(ends[-1])
-            for start in range(0, items + 1, _ITEMS_AT_A_TIME):
-                idx.write(np.arange(start, min(start + _ITEMS_AT_A_TIME, items + 1), dtype="<i8").tobytes())
+            for start in range(0, items + 1, _BLOCK_ITEMS):
+                idx.write(np.arange(start, min(start + _BLOCK_ITEMS, items + 1), dtype="<i8").tobytes())
             flush_to_disk(idx)
         self._refuse_existing()  # somebody else may have been at it, too
         self._rename(0)
@@ -299,9 +299,9 @@ def _parse_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
 
 def _check_items(opened: Binidx, bin_bytes: int) -> None:
     itemsize, end = opened.tokens.itemsize, 0
-    for first in range(0, len(opened.sizes), _ITEMS_AT_A_TIME):
-        sizes = opened.sizes[first : first + _ITEMS_AT_A_TIME].astype(np.int64) * itemsize
-        pointers = opened.pointers[first : first + _ITEMS_AT_A_TIME].astype(np.int64)
+    for first in range(0, len(opened.sizes), _BLOCK_ITEMS):
+        sizes = opened.sizes[first : first + _BLOCK_ITEMS].astype(np.int64) * itemsize
+        pointers = opened.pointers[first : first + _BLOCK_ITEMS].astype(np.int64)
         if (sizes < 0).any():
             item = int(np.flatnonzero(sizes < 0)[0])
             raise ConfigError(f"{opened.idx_path}: item {first + item} has {sizes[item] // itemsize} tokens")
@@ -329,8 +329,8 @@ def _check_items(opened: Binidx, bin_bytes: int) -> None:
 
 def _check_boundaries(opened: Binidx) -> None:
     previous = 0
-    for first in range(0, len(opened.boundaries), _ITEMS_AT_A_TIME):
-        boundaries = opened.boundaries[first : first + _ITEMS_AT_A_TIME].astype(np.int64)
+    for first in range(0, len(opened.boundaries), _BLOCK_ITEMS):
+        boundaries = opened.boundaries[first : first + _BLOCK_ITEMS].astype(np.int64)
         begins = boundaries[0] == 0 if first == 0 else boundaries[0] >= previous
         if not begins or (np.diff(boundaries) < 0).any() or boundaries[-1] > len(opened.sizes):
             raise ConfigError(

@@ -32,20 +32,20 @@ def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def assign_sources(elements: np.ndarray, shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def assign_sources(row_index: np.ndarray, shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The source of each row of a run, and which of that source's rows it is; both [n] int64.
 
     Args:
-      elements: numbers of rows, counted from 0 over the whole run, [n] int64.
+      row_index: numbers of rows, counted from 0 over the whole run, [n] int64.
       shares: rows of each source in a period.
       seed: of the order within a period, which differs from period to period.
     """
     period, ends = sum(shares), np.cumsum(shares)
-    periods, places = np.divmod(elements, period)
-    shuffled = np.empty_like(places)
+    periods, positions = np.divmod(row_index, period)
+    shuffled = np.empty_like(positions)
     for number in np.unique(periods):
         members = periods == number
-        shuffled[members] = permute(places[members], period, random_words(f"mixture {seed} {number}", ROUNDS))
+        shuffled[members] = permute(positions[members], period, random_words(f"mixture {seed} {number}", ROUNDS))
     sources = np.searchsorted(ends, shuffled, side="right")
     counts = np.asarray(shares, np.int64)[sources]
     return sources, periods * counts + shuffled - (ends[sources] - counts)

@@ -6,10 +6,9 @@ T time.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,46 +19,45 @@ RowOrder = Literal["windows", "official", "streams"]
 """Windows in an order of each epoch's own; the official trainer's order; B streams that go on from step to step."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Windows:
+class Windows(NamedTuple):
     """Where rows come from; three [n] int64 arrays."""
 
-    epochs: np.ndarray
+    epoch: np.ndarray
     """How often the whole corpus was read before this row."""
-    slots: np.ndarray
+    window: np.ndarray
     """Which of the epoch's windows the row is."""
-    starts: np.ndarray
+    start: np.ndarray
     """Position of the row's first token in the token file."""
 
 
-def num_slots(num_tokens: int, sequence_length: int) -> int:
+def num_windows(num_tokens: int, sequence_length: int) -> int:
     """Windows of T predicted tokens in an epoch."""
     return max(num_tokens - 1, 0) // sequence_length
 
 
-def windows(elements: np.ndarray, *, num_tokens: int, seed: int, sequence_length: int) -> Windows:
+def shuffled_windows(row_index: np.ndarray, *, num_tokens: int, seed: int, sequence_length: int) -> Windows:
     """Windows that cover the tokens once an epoch, in an order and shifted by an offset of each epoch's own.
 
     The tokens are a ring, so that no shift loses any: a row that runs beyond the last token goes on at the first.
 
     Args:
-      elements: numbers of the rows, [n] int64.
+      row_index: rows of the run, [n] int64.
       num_tokens: of the token file; at least T + 1.
       seed: of orders and offsets.
       sequence_length: T.
     """
-    slots_per_epoch = num_slots(num_tokens, sequence_length)
-    epochs, places = np.divmod(elements, slots_per_epoch)
-    slots, offsets = np.empty_like(places), np.empty_like(places)
-    for epoch in np.unique(epochs):
-        members = epochs == epoch
-        keys = random_words(f"{seed} {epoch}", ROUNDS + 1)
-        slots[members] = permute(places[members], slots_per_epoch, keys)
-        offsets[members] = keys[ROUNDS] % sequence_length
-    return Windows(epochs, slots, (slots * sequence_length + offsets) % num_tokens)
+    windows_per_epoch = num_windows(num_tokens, sequence_length)
+    epoch, epoch_position = np.divmod(row_index, windows_per_epoch)
+    window, offset = np.empty_like(epoch_position), np.empty_like(epoch_position)
+    for number in np.unique(epoch):
+        members = epoch == number
+        keys = random_words(f"{seed} {number}", ROUNDS + 1)
+        window[members] = permute(epoch_position[members], windows_per_epoch, keys)
+        offset[members] = keys[ROUNDS] % sequence_length
+    return Windows(epoch, window, (window * sequence_length + offset) % num_tokens)
 
 
-def official_starts(elements: np.ndarray, *, magic_prime: int, sequence_length: int) -> np.ndarray:
+def official_starts(row_index: np.ndarray, *, magic_prime: int, sequence_length: int) -> np.ndarray:
     """First tokens of the rows in the order of the official trainer, [n] int64; no seed, no epochs, no offset.
 
     Sample i = 1, 2, ... begins at token T ((f i^3) mod p), where f is p over the golden ratio, rounded down. Since
@@ -67,25 +65,25 @@ def official_starts(elements: np.ndarray, *, magic_prime: int, sequence_length: 
     of 40320 samples change nothing. Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
 
     Args:
-      elements: numbers of the rows, [n] int64; sample i is row i - 1.
+      row_index: rows of the run, [n] int64; sample i is row i - 1.
       magic_prime: p, as `check_magic_prime` takes it.
       sequence_length: T.
     """
     factor = int(magic_prime * ((math.sqrt(5) - 1) / 2))
     # Python's integers: the cube of a row's number is beyond 64 bits after two million rows.
-    cubes = (factor * (element + 1) ** 3 % magic_prime for element in elements.tolist())
+    cubes = (factor * (index + 1) ** 3 % magic_prime for index in row_index.tolist())
     return np.array([cube * sequence_length for cube in cubes], np.int64)
 
 
 def stream_starts(
-    elements: np.ndarray, *, num_tokens: int, seed: int, batch_size: int, sequence_length: int
+    row_index: np.ndarray, *, num_tokens: int, seed: int, batch_size: int, sequence_length: int
 ) -> np.ndarray:
     """First tokens of rows that go on where they stopped, [n] int64, for states that are carried from step to step.
 
     Row b reads the ring of tokens from (offset + b (n // B) + s T) mod n at step s: B streams, evenly spaced, whose
     common offset is drawn from the seed.
     """
-    steps, rows = np.divmod(elements, batch_size)
+    steps, rows = np.divmod(row_index, batch_size)
     offset = int(random_words(f"streams {seed}", 1)[0]) % num_tokens
     return (offset + rows * (num_tokens // batch_size) + steps * sequence_length) % num_tokens
 
@@ -97,11 +95,11 @@ def find_magic_prime(num_tokens: int, sequence_length: int) -> int:
     that the official trainer refuses, which happens with fewer than 228 sequences only.
     Source: RWKV-LM, RWKV-v5/compute_magic_prime.py.
     """
-    slots = num_tokens // sequence_length
-    prime = _largest_magic_prime(slots)
-    if prime is not None and not _leaves_out_too_many(prime, slots):
+    num_sequences = num_tokens // sequence_length
+    prime = _largest_magic_prime(num_sequences)
+    if prime is not None and not _leaves_out_too_many(prime, num_sequences):
         return prime
-    wrong = "fewer than three" if prime is None else f"{prime} would leave out more than a tenth of {slots}"
+    wrong = "fewer than three" if prime is None else f"{prime} would leave out more than a tenth of {num_sequences}"
     raise ConfigError(
         f"data.order = 'official': {num_tokens} tokens are too few sequences of training.sequence_length = "
         f"{sequence_length} for a magic prime ({wrong}); use more text, shorter sequences or data.order = 'windows'"
@@ -120,16 +118,16 @@ def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 
 
 def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -> None:
     """Raises ConfigError for a number that the official trainer refuses for so many tokens, or whose rows they lack."""
-    slots = num_tokens // sequence_length
+    num_sequences = num_tokens // sequence_length
     wrong = None
     if not _is_prime(magic_prime):
         wrong = "is no prime"
     elif magic_prime % 3 != 2:
         wrong = f"leaves {magic_prime % 3} when divided by 3, and cubing is a bijection only where 2 is left"
-    elif magic_prime > num_slots(num_tokens, sequence_length):
-        wrong = f"is more than the {num_slots(num_tokens, sequence_length)} sequences that there are"
-    elif _leaves_out_too_many(magic_prime, slots):
-        wrong = f"leaves out more than a tenth of the {slots} sequences that there are"
+    elif magic_prime > num_windows(num_tokens, sequence_length):
+        wrong = f"is more than the {num_windows(num_tokens, sequence_length)} sequences that there are"
+    elif _leaves_out_too_many(magic_prime, num_sequences):
+        wrong = f"leaves out more than a tenth of the {num_sequences} sequences that there are"
     if wrong is not None:
         raise ConfigError(
             f"data.magic_prime = {magic_prime}: {wrong} (in {num_tokens} training tokens at training.sequence_length = "
@@ -137,14 +135,14 @@ def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -
         )
 
 
-def _largest_magic_prime(slots: int) -> int | None:
-    candidates = range(slots - 1, 1, -1)
+def _largest_magic_prime(num_sequences: int) -> int | None:
+    candidates = range(num_sequences - 1, 1, -1)
     return next((number for number in candidates if number % 3 == 2 and _is_prime(number)), None)
 
 
-def _leaves_out_too_many(magic_prime: int, slots: int) -> bool:
+def _leaves_out_too_many(magic_prime: int, num_sequences: int) -> bool:
     """Whether the official trainer refuses a prime because it reads too few of a corpus' sequences."""
-    return magic_prime <= 0.9 * slots
+    return magic_prime <= 0.9 * num_sequences
 
 
 def _is_prime(number: int) -> bool:

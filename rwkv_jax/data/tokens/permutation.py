@@ -1,4 +1,4 @@
-"""Random permutations that are computed place by place, from a hash of what names them."""
+"""Random permutations that are computed position by position, from a hash of what names them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def random_words(name: str, count: int) -> np.ndarray:
     return np.frombuffer(words, "<u8").astype(np.uint64)
 
 
-def permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where a random permutation of range(size) sends each place; takes no memory beyond the places themselves.
+def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of range(size) sends each position, in memory of the size of these positions alone.
 
     A Feistel network permutes a power of four; what lands outside is sent on until it lands inside, which happens
-    since the places themselves are inside.
+    since the positions themselves are inside.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    result = places.astype(np.uint64)
+    result = positions.astype(np.uint64)
     outside, values = np.arange(len(result)), result
     while len(outside):
         left, right = values >> half, values & mask

@@ -13,10 +13,10 @@ from rwkv_jax.data.tokens.order import (
     RowOrder,
     check_magic_prime,
     find_magic_prime,
-    num_slots,
+    num_windows,
     official_starts,
+    shuffled_windows,
     stream_starts,
-    windows,
 )
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
@@ -55,18 +55,18 @@ class TrainingRows:
 
     def locate(self, step: int, rows: slice = slice(None)) -> RowStarts:
         """Where the selected ones of a step's B rows begin."""
-        elements = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
-        one_source = np.zeros(len(elements), np.int64)
+        row_index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        one_source = np.zeros(len(row_index), np.int64)
         num_tokens = self.sources[0].num_tokens
         if self.magic_prime is not None:
-            starts = official_starts(elements, magic_prime=self.magic_prime, sequence_length=self.sequence_length)
+            starts = official_starts(row_index, magic_prime=self.magic_prime, sequence_length=self.sequence_length)
             return RowStarts(one_source, starts)
         if self.order == "streams":
             shape = {"batch_size": self.batch_size, "sequence_length": self.sequence_length}
-            return RowStarts(one_source, stream_starts(elements, num_tokens=num_tokens, seed=self.seed, **shape))
+            return RowStarts(one_source, stream_starts(row_index, num_tokens=num_tokens, seed=self.seed, **shape))
         if len(self.sources) == 1:
-            return RowStarts(one_source, self._window_starts(0, elements))
-        sources, members = assign_sources(elements, self.shares, self.seed)
+            return RowStarts(one_source, self._window_starts(0, row_index))
+        sources, members = assign_sources(row_index, self.shares, self.seed)
         starts = np.empty_like(members)
         for source in np.unique(sources):
             chosen = sources == source
@@ -103,9 +103,11 @@ class TrainingRows:
         pairs = zip(sources.tolist(), starts.tolist(), strict=True)
         return [f"{self.sources[source].path}, token {start}" for source, start in pairs]
 
-    def _window_starts(self, source: int, elements: np.ndarray) -> np.ndarray:
+    def _window_starts(self, source: int, row_index: np.ndarray) -> np.ndarray:
         num_tokens = self.sources[source].num_tokens
-        return windows(elements, num_tokens=num_tokens, seed=self.seed, sequence_length=self.sequence_length).starts
+        return shuffled_windows(
+            row_index, num_tokens=num_tokens, seed=self.seed, sequence_length=self.sequence_length
+        ).start
 
 
 def training_rows(
@@ -154,17 +156,17 @@ def training_rows(
 
 def _check_corpus_fits(num_tokens: int, *, batch_size: int, sequence_length: int) -> None:
     """Raises ConfigError if the training tokens are not enough for one batch of distinct windows."""
-    slots = num_slots(num_tokens, sequence_length)
-    if slots >= batch_size:
+    sequences = num_windows(num_tokens, sequence_length)
+    if sequences >= batch_size:
         return
     remedies = ["use more text"]
     if (num_tokens - 1) // batch_size >= 1:
         remedies.insert(0, f"set training.sequence_length to at most {(num_tokens - 1) // batch_size}")
-    if slots >= 1:
-        remedies.insert(0, f"set training.batch_size to at most {slots}")
+    if sequences >= 1:
+        remedies.insert(0, f"set training.batch_size to at most {sequences}")
     raise ConfigError(
         f"training.batch_size = {batch_size}: the corpus is shorter than one batch, its {num_tokens} training tokens "
-        f"give {slots} sequences of training.sequence_length = {sequence_length} (one batch takes "
+        f"give {sequences} sequences of training.sequence_length = {sequence_length} (one batch takes "
         f"{batch_size * sequence_length + 1} tokens); {', or '.join(remedies)}"
     )
 
@@ -180,7 +182,7 @@ def _check_mixture_fits(corpus: Corpus, order: RowOrder, sequence_length: int) -
             )
         )
     for source in corpus.sources:
-        if num_slots(source.num_tokens, sequence_length) == 0:
+        if num_windows(source.num_tokens, sequence_length) == 0:
             raise ConfigError(
                 f"data.mixture: {source.path} has {source.num_tokens} training tokens, less than one sequence of "
                 f"training.sequence_length = {sequence_length} and the token after it; shorten it, or leave the source "

@@ -66,7 +66,7 @@ def test_every_format_and_type_of_text(tmp_path: Path, name: str, kind: str) -> 
 
 
 def test_a_batch_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables_module, "_ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(tables_module, "_BATCH_ROWS", 2)
     _parquet(pyarrow.table({"text": _TEXTS}), tmp_path / "x.parquet")
     sizes = [len(batch) for batch in tables_module._column_batches(tmp_path / "x.parquet", "text")]
     assert sum(sizes) == 5

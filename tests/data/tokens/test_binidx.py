@@ -40,7 +40,7 @@ def _open(stem: Path) -> Binidx:
 def _write(target: Path, documents: list[list[int]], vocab_size: int = 65536) -> BinidxWriter:
     with BinidxWriter(target, vocab_size) as writer:
         for document in documents:
-            writer.write(document[:1])  # a document may come in stretches
+            writer.write(document[:1])  # a document may come in parts
             writer.write(document[1:])
             writer.end_document()
     return writer
@@ -89,9 +89,9 @@ def test_what_is_written_is_read(
     assert official_get(idx, content, 1, len(flat) - 1) == flat[1:]
 
 
-def test_indices_longer_than_one_stretch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pointers and boundaries go on where the stretch before ended, in writing and in checking."""
-    monkeypatch.setattr(binidx_module, "_ITEMS_AT_A_TIME", 3)
+def test_indices_longer_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointers and boundaries go on where the block before ended, in writing and in checking."""
+    monkeypatch.setattr(binidx_module, "_BLOCK_ITEMS", 3)
     documents = [[1] * (1 + item % 4) for item in range(11)]
     _write(tmp_path / "x", documents)
     assert (tmp_path / "x.idx").read_bytes() == idx_bytes([len(document) for document in documents])
@@ -103,10 +103,10 @@ def test_indices_longer_than_one_stretch(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("boundaries", [[0, 1, 4, 3, 5], [0, 1, 4, 4, 5, 6, 5]])
-def test_boundaries_that_fall_from_one_stretch_to_the_next(
+def test_boundaries_that_fall_from_one_block_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundaries: list[int]
 ) -> None:
-    monkeypatch.setattr(binidx_module, "_ITEMS_AT_A_TIME", 3)
+    monkeypatch.setattr(binidx_module, "_BLOCK_ITEMS", 3)
     write_pair(tmp_path / "x", [[1]] * 6)
     (tmp_path / "x.idx").write_bytes(idx_bytes([1] * 6, boundaries=boundaries))
     with pytest.raises(ConfigError, match="its document boundaries do not rise from 0 to at most its 6 items"):
@@ -337,7 +337,7 @@ def test_a_document_without_an_end_is_named(tmp_path: Path) -> None:
 
 
 def test_a_document_too_long_to_count_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binidx_module, "_LONGEST_ITEM", 5)
+    monkeypatch.setattr(binidx_module, "_MAX_ITEM_TOKENS", 5)
     _write(tmp_path / "x", [[1] * 5])
     with pytest.raises(ConfigError, match="document 1: 6 tokens are more than the format can count; divide it"):
         _write(tmp_path / "y", [[1] * 5, [1] * 6])
@@ -374,7 +374,7 @@ def test_the_fingerprint_is_that_of_both_files(tmp_path: Path, monkeypatch: pyte
     assert fingerprint(_open(tmp_path / "x")) in found
     # Beyond the blocks, nothing is read.
     monkeypatch.setattr(binidx_module, "_BLOCK_BYTES", 2)
-    monkeypatch.setattr(binidx_module, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr(binidx_module, "_MAX_BLOCKS", 2)
     sampled = fingerprint(_open(tmp_path / "x"))
     content[8] ^= 1
     bin_path.write_bytes(content)

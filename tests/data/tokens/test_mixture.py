@@ -49,8 +49,8 @@ def test_a_weight_too_small_for_a_row_is_named() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
 def test_proportions_are_exact_and_no_row_is_lost(shares: list[int], seed: int, first_period: int) -> None:
     period = sum(shares)
-    elements = first_period * period + np.arange(3 * period)
-    sources, members = assign_sources(elements, shares, seed)
+    row_index = first_period * period + np.arange(3 * period)
+    sources, members = assign_sources(row_index, shares, seed)
     for source, share in enumerate(shares):
         for number in range(3):
             assert (sources[number * period : (number + 1) * period] == source).sum() == share
@@ -59,9 +59,9 @@ def test_proportions_are_exact_and_no_row_is_lost(shares: list[int], seed: int, 
 
 
 def test_each_element_is_found_alone() -> None:
-    elements = np.arange(3 * PERIOD)
+    row_index = np.arange(3 * PERIOD)
     shares = period_shares([("a", 0.7), ("b", 0.3)])
-    sources, members = assign_sources(elements, shares, 3)
+    sources, members = assign_sources(row_index, shares, 3)
     for element in (0, 1, 4095, 4096, 9000):
         one = assign_sources(np.array([element]), shares, 3)
         assert (int(one[0][0]), int(one[1][0])) == (int(sources[element]), int(members[element]))

@@ -15,10 +15,10 @@ from rwkv_jax.data.tokens.order import (
     check_magic_prime,
     find_magic_prime,
     magic_primes,
-    num_slots,
+    num_windows,
     official_starts,
+    shuffled_windows,
     stream_starts,
-    windows,
 )
 
 _MINIPILE = 1498226207
@@ -27,42 +27,46 @@ _PILE = 332115325534
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 700), st.integers(0, 2**32 - 1), st.integers(0, 5))
-def test_every_epoch_visits_every_slot_once(slots: int, seed: int, epoch: int) -> None:
-    elements = epoch * slots + np.arange(slots)
-    found = windows(elements, num_tokens=slots + 1, seed=seed, sequence_length=1)
-    assert (found.epochs == epoch).all()
-    assert sorted(found.slots.tolist()) == list(range(slots))
+def test_every_epoch_visits_every_window_once(num_sequences: int, seed: int, epoch: int) -> None:
+    row_index = epoch * num_sequences + np.arange(num_sequences)
+    found = shuffled_windows(row_index, num_tokens=num_sequences + 1, seed=seed, sequence_length=1)
+    assert (found.epoch == epoch).all()
+    assert sorted(found.window.tolist()) == list(range(num_sequences))
 
 
 def test_epochs_differ_in_order_and_in_offset() -> None:
-    epochs = [windows(epoch * 62 + np.arange(62), num_tokens=1003, seed=0, sequence_length=16) for epoch in range(8)]
-    assert len({tuple(epoch.slots) for epoch in epochs}) == 8
-    assert len({int(epoch.starts[0] - epoch.slots[0] * 16) % 1003 for epoch in epochs}) > 3
+    epochs = [
+        shuffled_windows(epoch * 62 + np.arange(62), num_tokens=1003, seed=0, sequence_length=16) for epoch in range(8)
+    ]
+    assert len({tuple(epoch.window) for epoch in epochs}) == 8
+    assert len({int(epoch.start[0] - epoch.window[0] * 16) % 1003 for epoch in epochs}) > 3
     # A good permutation has neither long runs in order nor many places that stay.
-    slots = np.concatenate([epoch.slots for epoch in epochs])
-    assert np.mean(np.diff(slots) == 1) < 0.1
-    assert np.mean(slots == np.tile(np.arange(62), 8)) < 0.1
+    window = np.concatenate([epoch.window for epoch in epochs])
+    assert np.mean(np.diff(window) == 1) < 0.1
+    assert np.mean(window == np.tile(np.arange(62), 8)) < 0.1
 
 
 def test_rows_of_one_step_may_be_of_two_epochs() -> None:
-    found = windows(np.arange(60, 64), num_tokens=1003, seed=0, sequence_length=16)
-    assert found.epochs.tolist() == [0, 0, 1, 1]
-    alone = [windows(np.array([row]), num_tokens=1003, seed=0, sequence_length=16).starts for row in range(60, 64)]
-    assert found.starts.tolist() == np.concatenate(alone).tolist()
+    found = shuffled_windows(np.arange(60, 64), num_tokens=1003, seed=0, sequence_length=16)
+    assert found.epoch.tolist() == [0, 0, 1, 1]
+    alone = [
+        shuffled_windows(np.array([row]), num_tokens=1003, seed=0, sequence_length=16).start for row in range(60, 64)
+    ]
+    assert found.start.tolist() == np.concatenate(alone).tolist()
 
 
 def test_the_order_of_windows_never_changes() -> None:
     # A resumed run relies on this order: a change of these numbers breaks every run that is under way.
-    near = windows(np.arange(4), num_tokens=1003, seed=0, sequence_length=16)
-    assert near.starts.tolist() == [237, 861, 365, 109]
-    far = windows(2 * 10**6 + np.arange(2), num_tokens=10**9, seed=1, sequence_length=512)
-    assert far.starts.tolist() == [696885511, 102840583]
+    near = shuffled_windows(np.arange(4), num_tokens=1003, seed=0, sequence_length=16)
+    assert near.start.tolist() == [237, 861, 365, 109]
+    far = shuffled_windows(2 * 10**6 + np.arange(2), num_tokens=10**9, seed=1, sequence_length=512)
+    assert far.start.tolist() == [696885511, 102840583]
 
 
 def test_no_offset_of_an_epoch_runs_further_than_the_ring() -> None:
-    assert num_slots(33, 16) == 2
-    assert num_slots(32, 16) == 1
-    assert num_slots(0, 16) == 0
+    assert num_windows(33, 16) == 2
+    assert num_windows(32, 16) == 1
+    assert num_windows(0, 16) == 0
 
 
 # The official order
@@ -87,7 +91,7 @@ def test_magic_primes_are_the_published_ones(num_tokens: int, sequence_length: i
 
 
 def test_magic_primes_of_short_corpora() -> None:
-    assert [find_magic_prime(slots * 10 + 9, 10) for slots in (12, 18, 98, 228)] == [11, 17, 89, 227]
+    assert [find_magic_prime(num_sequences * 10 + 9, 10) for num_sequences in (12, 18, 98, 228)] == [11, 17, 89, 227]
     assert magic_primes(18 * 1024, (512, 1024, 1536, 2048, 9216)) == {1024: 17, 1536: 11}
     assert magic_primes(2, (1,)) == {}
 
@@ -107,13 +111,13 @@ def test_too_few_sequences_for_a_magic_prime_are_refused(num_tokens: int, reason
 
 def test_the_prime_that_is_found_would_be_taken_if_it_were_given() -> None:
     refused = []
-    for slots in range(2, 2000):
+    for num_sequences in range(2, 2000):
         try:
-            prime = find_magic_prime(slots * 10 + 9, 10)
+            prime = find_magic_prime(num_sequences * 10 + 9, 10)
         except ConfigError:
-            refused.append(slots)
+            refused.append(num_sequences)
         else:
-            check_magic_prime(prime, slots * 10 + 9, 10)
+            check_magic_prime(prime, num_sequences * 10 + 9, 10)
     assert refused[-1] == 227
 
 
