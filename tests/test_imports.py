@@ -18,7 +18,8 @@ import rwkv_jax.inference
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("rwkv_jax.cli", "rwkv_jax.__main__")
-BELOW_ALL = ("rwkv_jax.atomic", "rwkv_jax.checks", "rwkv_jax.file_kinds")  # which know the standard library only
+# They know the standard library only.
+BELOW_ALL = ("rwkv_jax.atomic", "rwkv_jax.checks", "rwkv_jax.file_kinds", "rwkv_jax.tables")
 PACKAGES = {"rwkv_kernels": ROOT / "kernels" / "rwkv_kernels", "rwkv_jax": ROOT / "rwkv_jax"}
 
 

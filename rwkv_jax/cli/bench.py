@@ -13,6 +13,7 @@ from rwkv_jax.checks import require_counts
 from rwkv_jax.cli.flags import Quantize, WeightsFlags
 from rwkv_jax.cli.machine import describe_machine, find_devices
 from rwkv_jax.config import Architecture, ConfigError, Generation, ModelConfig
+from rwkv_jax.tables import format_table
 
 if TYPE_CHECKING:
     from rwkv_jax.bench.measure import Timing
@@ -222,9 +223,7 @@ def _report(
         return
     print(describe_machine())
     print(f"{model}\n")
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(format_table([columns, *rows], ">" * len(columns), indent=""))
 
 
 def _record(timing: Timing) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from rwkv_jax.parallel.processes import FOREVER, DisagreementError, LostProcessError, Processes, coordination_client
+from rwkv_jax.tables import format_table
 
 Result = TypeVar("Result")
 
@@ -93,10 +94,7 @@ def differences(values: Sequence[Mapping[str, str]]) -> str:
             rows += [(name, value, _ranges(indices)) for value, indices in owners.items()]
     if not rows:
         return ""
-    rows.insert(0, ("field", "value", "processes"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line}".rstrip() for line in lines)
+    return format_table([("field", "value", "processes"), *rows], "<<<")
 
 
 def _ranges(indices: Sequence[int]) -> str:

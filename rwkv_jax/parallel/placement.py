@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
+from rwkv_jax.tables import format_table
+
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -48,11 +50,7 @@ def memory_table(groups: dict[str, Any]) -> str:
     rows.append(GroupMemory("together", sum(row.whole for row in rows), sum(row.per_device for row in rows), ()))
     table = [("", "whole", "a device", "split over")]
     table += [(row.group, _bytes(row.whole), _bytes(row.per_device), " ".join(row.split_over)) for row in rows]
-    widths = [max(len(line[column]) for line in table) for column in range(4)]
-    return "\n".join(
-        f"  {name:<{widths[0]}}  {whole:>{widths[1]}}  {here:>{widths[2]}}  {split}".rstrip()
-        for name, whole, here, split in table
-    )
+    return format_table(table, "<>><")
 
 
 def _bytes(number: int) -> str:

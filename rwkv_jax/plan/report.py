@@ -9,6 +9,7 @@ from typing import Any
 
 from rwkv_jax.plan.devices import PREALLOCATED
 from rwkv_jax.plan.planner import USABLE_SHARE, Plan, Program
+from rwkv_jax.tables import format_table
 
 VERSION = 2
 """Of the JSON form; it changes when a field changes its name or its meaning."""
@@ -69,12 +70,13 @@ def _work_lines(plan: Plan, program: Program) -> Iterator[str]:
         yield f"  counted once, trip count unknown: {', '.join(program.unknown_loops)}"
     if program.chosen_loops:
         yield f"  {CHOSEN_BY_DATA}: {', '.join(program.chosen_loops)}"
-    if program.collectives:
-        yield f"\n  {'collectives':<20}{'along':<18}{'devices':>8}{'count':>8}{'bytes':>12}{'sent':>12}{'ms':>9}"
+    rows = [("collectives", "along", "devices", "count", "bytes", "sent", "ms")]
     for total in program.collectives:
         along = " x ".join(total.axes) + (", hosts" if total.across_hosts else "")
-        sizes = f"{_bytes(total.bytes):>12}{_bytes(total.sent_bytes):>12}{1e3 * total.seconds:>9.2f}"
-        yield f"  {total.kind:<20}{along:<18}{total.group_size:>8}{total.count:>8}{sizes}"
+        sizes = _bytes(total.bytes), _bytes(total.sent_bytes), f"{1e3 * total.seconds:.2f}"
+        rows.append((total.kind, along, str(total.group_size), str(total.count), *sizes))
+    if program.collectives:
+        yield "\n" + format_table(rows, "<<>>>>>")
 
 
 def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:

@@ -31,6 +31,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.token_file import Corpus
 from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
+from rwkv_jax.tables import format_table
 from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
 
 RUN_FILE = "run.json"
@@ -84,13 +85,8 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
     if not rows:
         return
     rows.insert(0, ("field", "saved", "now"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
-    raise ConfigError(
-        f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table.rstrip()}"
-    )
+    table = format_table(rows, "<<<")
+    raise ConfigError(f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table}")
 
 
 def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
