@@ -36,6 +36,9 @@ class Convert:
     tokenizer: str | None = None
     """To write beside the weights: world, bytes or a file; None takes the one beside the source."""
 
+    with_unused: bool = False
+    """Write layer 0's v0, v1 and v2 of RWKV-7, too, zeros if the source has none: the official trainer wants them."""
+
     def run(self) -> None:
         """Converts, tensor by tensor if none is to be quantized, and says what was written."""
         from rwkv_jax.weights.pretrained import convert
@@ -43,7 +46,14 @@ class Convert:
         if self.quantize is not None:
             model = self._quantize(self.quantize)
         else:
-            model = convert(self.source, self.target, layout=self.layout, dtype=self.dtype, tokenizer=self.tokenizer)
+            model = convert(
+                self.source,
+                self.target,
+                layout=self.layout,
+                dtype=self.dtype,
+                tokenizer=self.tokenizer,
+                with_unused=self.with_unused,
+            )
         print(
             f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
             f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
@@ -54,10 +64,10 @@ class Convert:
         """Writes a model that is held as it is to be written; what cannot be written is said before it is loaded."""
         from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 
-        if self.dtype is not None or self.layout != "official":
+        if self.dtype is not None or self.layout != "official" or self.with_unused:
             raise ConfigError(
-                f"quantize = {quantize!r}: decides what tensors are in, and takes official names; leave --dtype and "
-                "--layout out"
+                f"quantize = {quantize!r}: decides what tensors are in, and takes official names; leave --dtype, "
+                "--layout and --with-unused out"
             )
         if quantize != "bfloat16" and self.target.suffix.lower() == ".pth":
             raise ConfigError(

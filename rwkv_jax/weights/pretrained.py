@@ -7,12 +7,11 @@ import functools
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
+from rwkv_jax.weights.derived import Rounded, Selected, WithUnused, may_have_unused, without_unused
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     OfficialTensors,
@@ -43,7 +43,7 @@ from rwkv_jax.weights.quantized import (
 )
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
-from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, tensor_spec
+from rwkv_jax.weights.tensors import WeightsError
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
@@ -183,7 +183,13 @@ def _weights_for(place: Path, config: ModelConfig) -> Weights:
     else:
         weights = open_weights(place)
     with naming(place):
-        found, wanted = (dataclasses.asdict(each.resolved()) for each in (read_config(weights.tensors), config))
+        own = read_config(weights.tensors)
+        if may_have_unused(own) and may_have_unused(config):  # a run has them or not, whatever the file has
+            unused = config.unused_value_residual
+            tensors = WithUnused(weights.tensors, own) if unused else without_unused(weights.tensors)
+            weights = weights._replace(tensors=tensors)
+            own = dataclasses.replace(own, unused_value_residual=unused)
+        found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
         ignored = {"dtype", "wkv_implementation"} | (set() if config.spec.has_heads else {"head_dim"})
         differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
         if differences:
@@ -249,6 +255,7 @@ def convert(
     layout: str = "official",
     dtype: str | None = None,
     tokenizer: str | None = None,
+    with_unused: bool = False,
 ) -> ModelConfig:
     """Writes weights anew without building a model: tensor by tensor, whatever their size.
 
@@ -256,6 +263,8 @@ def convert(
       source, target, layout, dtype: as `from_pretrained` and `save_pretrained` have them.
       tokenizer: what `load_tokenizer` takes, to be written into the target folder; None takes one that lies beside the
         weights, if the target is a folder.
+      with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
+        the official trainer loads no file without them.
 
     Returns:
       The config of the model.
@@ -278,10 +287,18 @@ def convert(
             check_tensors(weights.tensors, config)
         # Another project's file has another order; an official one keeps its own.
         official = weights.layout == "official"
-        tensors = weights.tensors if official else _InOrder(weights.tensors, official_shapes(config))
+        tensors = weights.tensors if official else Selected(weights.tensors, official_shapes(config))
         found = find_tokenizer(place, config.vocab_size) if takes_beside else None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
+    if with_unused:
+        if layout != "official" or not may_have_unused(config):
+            raise WeightsError(
+                f"with_unused = True: only RWKV-7 in the official layout has such tensors, not {config.title} in the "
+                f"{layout} layout; leave it out"
+            )
+        tensors = WithUnused(tensors, config)
+        config = dataclasses.replace(config, unused_value_residual=True)
     _write(tensors, Path(target), layout, dtype, found)
     return config
 
@@ -303,7 +320,7 @@ def _write(
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if dtype is not None:
-        tensors = _Rounded(tensors, dtype)
+        tensors = Rounded(tensors, dtype)
     suffix = path.suffix.lower()
     if suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
@@ -327,52 +344,3 @@ def _write(
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-
-
-class _InOrder(DerivedTensors):
-    """Tensors in the order of some names."""
-
-    def __init__(self, tensors: Mapping[str, NDArray], names: Iterable[str]) -> None:
-        self._tensors, self._names = tensors, tuple(names)
-
-    def __getitem__(self, name: str) -> NDArray:
-        return self._tensors[name]
-
-    def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
-        return tensor_spec(self._tensors, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class _Rounded(DerivedTensors):
-    """Tensors in another dtype, rounded when they are used."""
-
-    def __init__(self, tensors: Mapping[str, NDArray], dtype: str) -> None:
-        if dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise WeightsError(f"dtype = {dtype!r}: must be float32, bfloat16, float16 or float64")
-        self._tensors, self._dtype = tensors, np.dtype(jax.numpy.dtype(dtype))
-
-    def __getitem__(self, name: str) -> NDArray:
-        tensor = self._tensors[name]
-        if tensor.dtype == self._dtype:
-            return tensor
-        with np.errstate(over="ignore"):
-            rounded = tensor.astype(self._dtype)
-        if not np.array_equal(np.isfinite(rounded), np.isfinite(tensor)):
-            raise WeightsError(f"{name}: has numbers too large for {self._dtype.name}; take another dtype")
-        return rounded
-
-    def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
-        return tensor_spec(self._tensors, name)._replace(dtype=self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

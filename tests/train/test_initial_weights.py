@@ -13,10 +13,8 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
-from rwkv_jax.weights.pth.file import write_torch_file
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, run
-from tests.weights.files import random_tensors
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +75,27 @@ def test_other_weights_are_refused_when_a_run_goes_on(finished: Run, copy: Path,
         run(config, copy)
 
 
-def test_the_flags_that_fit_make_the_config_fit(finished: Run, weights: Path, tmp_path: Path) -> None:
-    official = from_pretrained(weights)
-    with_unused = dataclasses.replace(official.config, unused_value_residual=True)
-    write_torch_file(tmp_path / "official.pth", random_tensors(with_unused))
+def test_the_flags_that_fit_make_the_config_fit(finished: Run, weights: Path) -> None:
+    official = from_pretrained(weights).config
     tokenizer = ckpt.load_run_tokenizer(finished.folder)
     with pytest.raises(ConfigError, match=r"to start from them: (.*)$") as caught:
-        check_initial_weights(tmp_path / "official.pth", official.config, tokenizer)
+        check_initial_weights(weights, dataclasses.replace(official, decay_rank=9, num_layers=5), tokenizer)
     flags = str(caught.value).rpartition("to start from them: ")[2].split()
-    assert flags == ["--model.unused-value-residual"]
-    asked = parse_train_config(["--model.width", "64", *flags])
-    assert asked.model.unused_value_residual
+    asked = parse_train_config(["--model.width", "64", *flags]).model
+    assert (asked.decay_rank, asked.num_layers) == (official.resolved().decay_rank, official.num_layers)
+
+
+def test_a_file_of_the_official_trainer_needs_no_flag(finished: Run, weights: Path, tmp_path: Path) -> None:
+    config = from_pretrained(weights).config
+    with_unused = dataclasses.replace(config, unused_value_residual=True)
+    tokenizer = ckpt.load_run_tokenizer(finished.folder)
+    convert(weights, tmp_path / "theirs.pth", with_unused=True)
+    for source in (weights, tmp_path / "theirs.pth"):
+        check_initial_weights(source, config, tokenizer)
+        assert_same_bits(initial_params(source, config), initial_params(weights, config))
+        # And a run that asks for them has them, zeros where the file has none.
+        check_initial_weights(source, with_unused, tokenizer)
+        assert_same_bits(initial_params(source, with_unused), initial_params(tmp_path / "theirs.pth", with_unused))
 
 
 def test_the_tokenizer_must_be_that_of_the_weights(

@@ -90,6 +90,33 @@ def test_convert_brings_a_foreign_layout_into_our_order(tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_with_unused_writes_what_the_official_trainer_loads(tmp_path: Path, dtype: str | None) -> None:
+    tensors = random_tensors(CONFIGS["7"])
+    write_torch_file(tmp_path / "a.pth", tensors)
+    config = convert(tmp_path / "a.pth", tmp_path / "b.pth", dtype=dtype, with_unused=True)
+    assert config.unused_value_residual
+    found = tensors_in(tmp_path / "b.pth")
+    # The shapes in which RWKV-LM makes them: a row, and two low-rank matrices.
+    zeros = {"v0": (1, 1, 32), "v1": (32, 6), "v2": (6, 32)}
+    zeros = {f"blocks.0.att.{name}": np.zeros(shape, np.float32) for name, shape in zeros.items()}
+    assert_same_bits(found, {name: x.astype(dtype or x.dtype) for name, x in (tensors | zeros).items()})
+    assert list(found) == list(random_tensors(CONFIGS["7, from the trainer"]))
+    # What is there stays.
+    trained = random_tensors(CONFIGS["7, from the trainer"])
+    write_torch_file(tmp_path / "c.pth", trained)
+    convert(tmp_path / "c.pth", tmp_path / "d.pth", with_unused=True)
+    assert (tmp_path / "d.pth").read_bytes() == (tmp_path / "c.pth").read_bytes()
+
+
+@pytest.mark.parametrize(("key", "layout"), [("6", "official"), ("4", "official"), ("7", "flash-linear-attention")])
+def test_with_unused_is_of_the_official_rwkv7_only(tmp_path: Path, key: str, layout: str) -> None:
+    write_torch_file(tmp_path / "a.pth", random_tensors(CONFIGS[key]))
+    with pytest.raises(WeightsError, match=f"with_unused = True: only RWKV-7 .* not RWKV-{key} in the {layout} layout"):
+        convert(tmp_path / "a.pth", tmp_path / "b", layout=layout, with_unused=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
 def test_rounding_that_would_give_infinities_is_refused(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIGS["4"])
     tensors["blocks.1.ffn.key.weight"][3, 4] = 1e5
