@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,19 +13,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from rwkv_jax.atomic import new_file
+from rwkv_jax.weights.shards import is_index, parse_json, read_shards
 from rwkv_jax.weights.tensors import (
     BFLOAT16,
     MappedTensors,
     TensorSpec,
     UnsafeFileError,
     WeightsError,
-    listed,
+    describe_wrong_weights,
     map_file,
     tensor_spec,
 )
-
-INDEX_SUFFIX = ".safetensors.index.json"
-"""How the name of an index ends; its shards lie beside it."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": BFLOAT16,
@@ -37,7 +33,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"  # the one name of a header that is no tensor
 _ALIGNMENT = 8  # of the first tensor; the largest element has as many bytes
-_LARGEST_INDEX = 100 * 10**6  # bytes, as the library's limit for a header
 
 
 def read_safetensors(path: Path) -> MappedTensors:
@@ -50,10 +45,7 @@ def read_safetensors(path: Path) -> MappedTensors:
       UnsafeFileError: a header that the safetensors library refuses, a shape that NumPy does not have, a name that is
         there twice, or an index that leads out of its folder or does not agree with its shards.
     """
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
-    tensors, mapped = _read_file(path)
-    return MappedTensors(tensors, [mapped])
+    return read_shards(path, _read_file) if is_index(path.name) else _read_file(path)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
@@ -80,7 +72,7 @@ def write_sharded_safetensors(
     """
     if max_shard_bytes < 1:
         raise WeightsError(f"max_shard_bytes = {max_shard_bytes}: must be 1 or more")
-    single, index = folder / "model.safetensors", folder / f"model{INDEX_SUFFIX}"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,16 +107,18 @@ def write_sharded_safetensors(
     return index
 
 
-def _read_file(path: Path) -> tuple[dict[str, NDArray], mmap.mmap]:
+def _read_file(path: Path) -> MappedTensors:
     mapped = map_file(path)
     try:
         # Sizes, overlaps, gaps and the limits of the format are the library's to check, before a number is believed.
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}); get it again") from error
+        wrong = describe_wrong_weights(path, ("safetensors",))
+        remedy = f": it {wrong}" if wrong else "; get it again"
+        raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}){remedy}") from error
     start = 8 + int.from_bytes(mapped[:8], "little")
-    header = _parse(path, mapped[8:start])
+    header = parse_json(path, mapped[8:start])
     header.pop(_METADATA, None)
     tensors: dict[str, NDArray] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -138,57 +132,7 @@ def _read_file(path: Path) -> tuple[dict[str, NDArray], mmap.mmap]:
             tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
         except (ValueError, OverflowError) as error:  # 65 axes, or an empty shape of 0 times too much
             raise UnsafeFileError(f"{path}: the tensor {name!r} has no possible shape ({error})") from error
-    return tensors, mapped
-
-
-def _read_shards(path: Path) -> MappedTensors:
-    if path.is_file() and path.stat().st_size > _LARGEST_INDEX:
-        raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
-    places = _parse(path, bytes(map_file(path))).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
-        raise UnsafeFileError(f"{path}: has no weight_map from names of tensors to files; get the index again")
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        # Also what would be a path on another system; links are let through, for they are how model caches work.
-        if not shard.endswith(".safetensors") or any(character in shard for character in "/\\:\0"):
-            raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
-    missing = [shard for shard in shards if not path.with_name(shard).is_file()]
-    if missing:
-        raise WeightsError(f"{path}: shards are missing beside it: {listed(missing)}; get them, or the whole folder")
-    tensors: dict[str, NDArray] = {}
-    maps: list[mmap.mmap] = []
-    for shard in shards:
-        found, mapped = _read_file(path.with_name(shard))
-        promised = {name for name, place in places.items() if place == shard}
-        for names, trouble in (
-            (promised - found.keys(), "the index promises tensors that the shard lacks"),
-            (found.keys() - promised, "the shard holds tensors that the index does not place there"),
-        ):
-            if names:
-                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {listed(sorted(names))}; get both again")
-        tensors |= found
-        maps.append(mapped)
-    return MappedTensors(tensors, maps)
-
-
-def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            repeated = [name for name, count in counts.items() if count > 1]
-            raise UnsafeFileError(f"{path}: has names twice: {listed(repeated)}; readers would differ about it")
-        return parsed
-
-    try:
-        parsed = json.loads(content, object_pairs_hook=refuse_repeats)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnsafeFileError):
-            raise
-        raise UnsafeFileError(f"{path}: its JSON cannot be understood ({error}); get the file again") from error
-    if not isinstance(parsed, dict):
-        raise UnsafeFileError(f"{path}: its JSON is no object; get the file again")
-    return parsed
+    return MappedTensors(tensors, [mapped])
 
 
 class _Planned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -17,8 +18,9 @@ from rwkv_jax.training.checkpoints import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
 from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import opened
-from rwkv_jax.weights.safetensors import INDEX_SUFFIX, read_safetensors
-from rwkv_jax.weights.tensors import WeightsError, listed
+from rwkv_jax.weights.safetensors import read_safetensors
+from rwkv_jax.weights.shards import is_index, shard_pattern
+from rwkv_jax.weights.tensors import WeightsError, describe_wrong_weights, listed
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,7 +28,20 @@ _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
 _RUNS = "runs"  # where train.py puts runs by default
 _OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # ends of names that no repository has
-_IN_ORDER = ("model.safetensors.index.json", "model.safetensors", "*.safetensors", "*.pth", "pytorch_model.bin")
+_IN_ORDER = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "*.safetensors",
+    "*.pth",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
+_TRAINER_LOG = "train_log.txt"
+_CONFIG, _MAX_CONFIG_BYTES = "config.json", 2**20  # of transformers and flash-linear-attention
+_HUB_URL = re.compile(
+    r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)(?:/\w+/[^/]+(?P<file>/[^?#]+))?.*"
+)
 
 
 class Weights(NamedTuple):
@@ -43,9 +58,10 @@ class Weights(NamedTuple):
 def find_weights(source: str | os.PathLike[str]) -> Path:
     """The file of weights, or the run folder, that a path or the name of a model on the hub stands for.
 
-    A folder stands for its model.safetensors.index.json, model.safetensors, or its only .safetensors or .pth file. What
-    is no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging Face hub, or found in what
-    was fetched before, unless OWNER is a folder here or `runs`, or NAME ends like that of a file.
+    A folder stands for its model.safetensors.index.json, model.safetensors, its only .safetensors or .pth file, or its
+    pytorch_model.bin, in shards or not; the project folder of the official trainer for its newest rwkv-N.pth. What is
+    no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging Face hub, or found in what was
+    fetched before, unless OWNER is a folder here or `runs`, or NAME ends like that of a file.
 
     Raises:
       WeightsError: nothing is there, or more than one thing; the message says what was looked for.
@@ -59,6 +75,12 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
         return path / _choose([entry.name for entry in path.iterdir()], str(path))
     if path.exists():
         return path
+    if url := _HUB_URL.fullmatch(os.fspath(source)):
+        raise WeightsError(
+            f"{source}: from the Hugging Face hub, name {url['name']}{url['file'] or ''}, without the rest"
+        )
+    if wrong := describe_wrong_weights(path, ()):
+        raise WeightsError(f"{source}: {wrong}")
     match = _HUB_ID.fullmatch(os.fspath(source))
     if match is None:
         raise WeightsError(f"{path}: no such file or folder, and no name on the Hugging Face hub (OWNER/NAME)")
@@ -81,9 +103,26 @@ def _choose(names: Sequence[str], place: str) -> str:
         found = sorted(name for name in names if Path(name).match(pattern) and "/" not in name)
         if len(found) == 1:
             return found[0]
+        if found and (newest := _newest_of_trainer(found, names)):
+            _LOG.warning("%s: holds %d files by the official trainer, of which %s is taken", place, len(found), newest)
+            return newest
         if found:
             raise WeightsError(f"{place}: holds {len(found)} files of weights ({listed(found, 12)}); name one of them")
     raise WeightsError(f"{place}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
+
+
+def _newest_of_trainer(found: Sequence[str], beside: Sequence[str]) -> str | None:
+    """The newest of the files that RWKV-LM has written while it trained: the final one, or that of the last epoch.
+
+    None for other files, also for rwkv-4.pth, rwkv-7.pth and such, which may be models of these generations, unless the
+    log of the trainer lies beside them.
+    """
+    matches = [_OF_TRAINER.fullmatch(name) for name in found]
+    epochs = {int(match["epoch"]): match[0] for match in matches if match is not None and match["epoch"]}
+    looks_like_generations = len(epochs) == len(found) and all(4 <= epoch <= 9 for epoch in epochs)
+    if None in matches or (looks_like_generations and _TRAINER_LOG not in beside):
+        return None
+    return "rwkv-final.pth" if "rwkv-final.pth" in found else epochs[max(epochs)]
 
 
 def _fetch(name: str, file: str | None, path: Path) -> Path:
@@ -98,8 +137,9 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
         list_files, download = huggingface_hub.list_repo_files, huggingface_hub.snapshot_download
         with _without_warnings_of_retries():
             chosen = file or _choose(list_files(name), name)
-            shards = [chosen.removesuffix(INDEX_SUFFIX) + "-*.safetensors"] if chosen.endswith(INDEX_SUFFIX) else []
-            wanted = [chosen, *TOKENIZER_FILES, *shards]
+            shards = [shard_pattern(chosen)] if is_index(chosen) else []
+            config = [] if chosen.endswith(".pth") else [_CONFIG]
+            wanted = [chosen, *TOKENIZER_FILES, *config, *shards]
             return Path(download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise
@@ -154,7 +194,12 @@ def open_weights(path: Path) -> Weights:
         tensors, values = read_torch_file(path)
     with naming(path):
         dequantized = opened(tensors)
-        layout, official = from_layout(tensors if dequantized is None else dequantized, values)
+        layout, official = from_layout(
+            tensors if dequantized is None else dequantized,
+            values,
+            tied=_is_tied(path.with_name(_CONFIG)),
+            report=lambda found: _LOG.warning("%s: %s", path, found),
+        )
     return Weights(official, layout, tensors.release)
 
 
@@ -165,4 +210,17 @@ def _is_safetensors(path: Path) -> bool:
             start = file.read(9)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror}); name a file of weights") from error
+    if path.name.endswith(".bin.index.json"):
+        return False
     return start[:1] == b"{" or start[8:] == b"{" or path.name.endswith((".safetensors", ".json"))
+
+
+def _is_tied(config: Path) -> bool | None:
+    """Whether a config.json beside weights says that the embedding is the head, too; None where it says nothing."""
+    try:
+        with config.open("rb") as file:
+            content = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):  # what it says of itself is not ours to mend
+        return None
+    tied = content.get("tie_word_embeddings") if isinstance(content, dict) else None
+    return tied if isinstance(tied, bool) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.file_kinds import Kind, describe_wrong_file
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -31,6 +32,15 @@ class MappedTensors(Mapping[str, NDArray]):
     def __init__(self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap]) -> None:
         self._tensors = dict(tensors)
         self._maps = tuple(maps)
+
+    @classmethod
+    def joined(cls, parts: Iterable[MappedTensors]) -> MappedTensors:
+        """The tensors of several files, whose names all differ, as those of one."""
+        whole = cls({}, [])
+        for part in parts:
+            whole._tensors |= part._tensors
+            whole._maps += part._maps
+        return whole
 
     def __getitem__(self, name: str) -> NDArray:
         return self._tensors[name]
@@ -75,6 +85,11 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     """Names for a message, of which there may be thousands: the first ones, and how many more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def describe_wrong_weights(path: Path, reads: Collection[Kind]) -> str | None:
+    """What a refused file of weights is and the remedy, if it is recognized, as `describe_wrong_file` has it."""
+    return describe_wrong_file(path, "a .pth or .safetensors file of weights", reads)
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax import from_pretrained
+from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import find_weights, open_weights
@@ -54,6 +56,34 @@ def test_a_folder_stands_for_its_weights(tmp_path: Path, names: list[str], expec
     for name in names:
         (tmp_path / name).write_text("")
     assert find_weights(tmp_path) == (tmp_path / expected if expected else tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (["rwkv-init.pth", "rwkv-0.pth", "rwkv-9.pth", "rwkv-10.pth"], "rwkv-10.pth"),
+        (["rwkv-0.pth", "rwkv-12.pth", "rwkv-final.pth"], "rwkv-final.pth"),
+        (["rwkv-5.pth", "rwkv-7.pth", "train_log.txt"], "rwkv-7.pth"),
+        (["rwkv-30.pth", "rwkv-35.pth"], "rwkv-35.pth"),
+        (["rwkv-init.pth", "rwkv-final.pth"], "rwkv-final.pth"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_the_official_trainer_stands_for_its_newest_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], newest: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert find_weights(tmp_path) == tmp_path / newest
+    assert f"files by the official trainer, of which {newest} is taken" in caplog.text
+
+
+@pytest.mark.parametrize("names", [["rwkv-4.pth", "rwkv-7.pth"], ["rwkv-0.pth", "rwkv-1.pth", "mine.pth"]], ids=str)
+def test_files_that_may_be_different_models_are_listed(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    with pytest.raises(WeightsError, match=r"holds \d files of weights \(.*\); name one of them"):
+        find_weights(tmp_path)
 
 
 def test_several_files_are_listed(tmp_path: Path) -> None:
@@ -104,6 +134,83 @@ def test_what_is_meant_to_be_here_is_not_looked_for_elsewhere(
     with pytest.raises(WeightsError, match=message):
         find_weights(source)
     assert hub.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "owner/name"),
+        ("https://huggingface.co/owner/name/resolve/main/a/b.pth?download=true", "owner/name/a/b.pth"),
+        ("https://hf.co/owner/name/blob/main/b.pth", "owner/name/b.pth"),
+    ],
+)
+def test_an_address_of_the_hub_says_what_to_name(source: str, named: str) -> None:
+    for given in (source, Path(source)):
+        with pytest.raises(WeightsError, match=rf"from the Hugging Face hub, name {named}, without the rest$"):
+            find_weights(given)
+
+
+def test_another_address_is_no_path() -> None:
+    with pytest.raises(WeightsError, match=r"^https://example\.com/a\.pth: is a web address, not a path; down"):
+        find_weights("https://example.com/a.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid x\nsize 99\n",
+            "it is a Git LFS pointer to 99 bytes",
+        ),
+        (b"<!doctype html><title>Log in</title>", r"it is a web page \('Log in'\)"),
+        (b'{"error": "Entry not found"}', "it is the error answer of a server"),
+        (b"Entry not found", r"it is text \('Entry not found'\); name a \.pth or \.safetensors file of weights"),
+        (b"GGUF\3\0\0\0", r"it is a GGUF file of llama\.cpp; name a \.pth or \.safetensors file"),
+        (b"\x89PNG\r\n\x1a\n\0", "it is an image"),
+        (b"\x1f\x8b\x08\0" + bytes(20), r"it is compressed \(gzip\); unpack it"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0\0\0", "it is a sentencepiece tokenizer"),
+        (bytes(9999), "it begins with 4096 zeros: the download or copy did not finish"),
+        (b'{"model_type": "rwkv"}', "it is JSON"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
+def test_what_is_not_weights_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{name}: .*{message}"):
+        open_weights(tmp_path / name)
+
+
+def test_a_download_that_did_not_finish_says_so(tmp_path: Path) -> None:
+    write_torch_file(tmp_path / "a.pth", TENSORS)
+    write_safetensors(tmp_path / "b.safetensors", TENSORS)
+    for path in (tmp_path / "a.pth", tmp_path / "b.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(
+            WeightsError, match=rf"{path.name}: .*: it is cut short.*the download or copy did not finish"
+        ):
+            open_weights(path)
+
+
+@pytest.mark.parametrize("config", [None, '{"tie_word_embeddings": true}', '{"tie_word_embeddings": false}', "[", "3"])
+def test_tied_weights_are_read_unless_their_config_denies_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str | None
+) -> None:
+    foreign = dict(to_layout(TENSORS, "transformers"))
+    del foreign["head.weight"]
+    write_safetensors(tmp_path / "model.safetensors", {f"module.{name}": x for name, x in foreign.items()})
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    tensors = open_weights(find_weights(tmp_path)).tensors
+    assert "model.safetensors: every name begins with 'module.', which is taken off" in caplog.text
+    if config is not None and "false" in config:
+        with pytest.raises(WeightsError, match=r"missing +head\.weight"):
+            from_pretrained(tmp_path)
+    else:
+        assert_same_bits({name: tensors[name] for name in tensors}, TENSORS | {"head.weight": TENSORS["emb.weight"]})
+        assert "model.safetensors: there is no head: its matrix is the embedding's" in caplog.text
+        assert from_pretrained(tmp_path).config.vocab_size == 29
 
 
 def test_damaged_files_name_themselves(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from rwkv_jax.atomic import new_file
 from rwkv_jax.weights.pth.pickle import STORAGES, kind_of, read_pickle
 from rwkv_jax.weights.pth.refusal import refuse
 from rwkv_jax.weights.pth.zip import LOCAL_HEADER, read_entries
-from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, map_file
+from rwkv_jax.weights.shards import is_index, read_shards
+from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, describe_wrong_weights, map_file
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | tuple[Plain, ...] | dict[str, Plain] | None"
 """A value that is not a tensor, all the way down."""
@@ -53,12 +54,15 @@ def read_torch_file(path: Path) -> TorchFile:
     float16, float32, float64, bool and the integers. A tensor has the strides that it was saved with, and tied ones
     share memory. Where no tensor is at the top, the dict named "module", "state_dict" or "model" there is taken, in
     which DeepSpeed and Lightning wrap theirs; the values beside that dict are checked to be plain and left out.
-    Checksums are not compared, as torch does not: that would read the whole file.
+    Checksums are not compared, as torch does not: that would read the whole file. An index (`*.bin.index.json`) stands
+    for all of its shards.
 
     Raises:
       WeightsError: there is no such file, it cannot be read or is empty, or there are no tensors in it.
       UnsafeFileError: it is not such a file, it is damaged, or anything else is in it.
     """
+    if is_index(path.name):
+        return _read_shards(path)
     mapped = map_file(path)
     try:
         entries = read_entries(mapped)
@@ -66,10 +70,23 @@ def read_torch_file(path: Path) -> TorchFile:
         if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_REPEATS * len(mapped):
             refuse(f"its tensors would take more than {_MAX_REPEATS} times the file once copied")
     except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: {error}") from None
+        wrong = describe_wrong_weights(path, ("torch", "zip", "pickle"))
+        found = str(error) if wrong is None else f"{str(error).partition(';')[0]}: it {wrong}"
+        raise UnsafeFileError(f"{path}: {found}") from None
     if not tensors:
         raise WeightsError(f"{path}: holds no tensors; name a file of weights")
     return TorchFile(MappedTensors(tensors, [mapped]), values)
+
+
+def _read_shards(path: Path) -> TorchFile:
+    values: dict[str, Plain] = {}
+
+    def read(shard: Path) -> MappedTensors:
+        found = read_torch_file(shard)
+        values.update(found.values)
+        return found.tensors
+
+    return TorchFile(read_shards(path, read), values)
 
 
 def _split(state: dict[str, Any], limit: int) -> tuple[dict[str, NDArray], dict[str, Plain]]:

@@ -203,7 +203,10 @@ def _check_overlaps(entries: Mapping[str, Entry], directory: int) -> None:
 def _within_folder(mapped: mmap.mmap, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     folders = {name.partition("/")[0] for name in entries}
     if len(folders) != 1 or f"{min(folders)}/data.pkl" not in entries:
-        refuse("is a zip, but not one of tensors by torch.save: there is no NAME/data.pkl", "name a .pth file")
+        refuse(
+            "is a zip, but not one of tensors by torch.save: there is no NAME/data.pkl",
+            "unpack it and name the weights in it",
+        )
     found = {name.partition("/")[2]: entry for name, entry in entries.items()}
     order = found.get("byteorder")
     if order is not None and mapped[order.start : min(order.stop, order.start + 16)] != b"little":

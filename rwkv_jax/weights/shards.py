@@ -1,0 +1,85 @@
+"""Weights in several files beside an index, a JSON file that maps each tensor's name to its file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, listed, map_file
+
+INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
+"""How the names of indexes end, and those of their shards, which lie beside them."""
+
+_MAX_INDEX_BYTES = 100 * 10**6  # as the safetensors library's limit for a header
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index, by its name."""
+    return name.endswith(tuple(INDEX_SUFFIXES))
+
+
+def shard_pattern(index: str) -> str:
+    """The pattern of the names of an index's shards."""
+    suffix = next(suffix for suffix in INDEX_SUFFIXES if index.endswith(suffix))
+    return f"{index.removesuffix(suffix)}-*{INDEX_SUFFIXES[suffix]}"
+
+
+def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTensors:
+    """The tensors of all shards of an index, each shard as `read` has it.
+
+    Raises:
+      WeightsError: a shard is missing, or as `read` does.
+      UnsafeFileError: the index leads out of its folder or does not agree with its shards.
+    """
+    if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
+        raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
+    shard_of = parse_json(path, bytes(map_file(path))).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise UnsafeFileError(f"{path}: has no weight_map from names of tensors to files; get the index again")
+    promised: dict[str, set[str]] = {}
+    for name, shard in shard_of.items():
+        promised.setdefault(shard, set()).add(name)
+    suffix = shard_pattern(path.name).rpartition("*")[2]
+    for shard in promised:
+        # Also what would be a path on another system; links are let through, for they are how model caches work.
+        if not shard.endswith(suffix) or any(character in shard for character in "/\\:\0"):
+            raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
+    missing = [shard for shard in sorted(promised) if not path.with_name(shard).is_file()]
+    if missing:
+        raise WeightsError(f"{path}: shards are missing beside it: {listed(missing)}; get them, or the whole folder")
+    shards = []
+    for shard in sorted(promised):
+        found = read(path.with_name(shard))
+        for names, trouble in (
+            (promised[shard] - found.keys(), "the index promises tensors that the shard lacks"),
+            (found.keys() - promised[shard], "the shard holds tensors that the index does not place there"),
+        ):
+            if names:
+                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {listed(sorted(names))}; get both again")
+        shards.append(found)
+    return MappedTensors.joined(shards)
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object in which no name is there twice. Raises UnsafeFileError."""
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            repeated = [name for name, count in counts.items() if count > 1]
+            raise UnsafeFileError(f"{path}: has names twice: {listed(repeated)}; readers would differ about it")
+        return parsed
+
+    try:
+        parsed = json.loads(content, object_pairs_hook=refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnsafeFileError):
+            raise
+        raise UnsafeFileError(f"{path}: its JSON cannot be understood ({error}); get the file again") from error
+    if not isinstance(parsed, dict):
+        raise UnsafeFileError(f"{path}: its JSON is no object; get the file again")
+    return parsed
