@@ -79,7 +79,8 @@ def check_state(name: str, state: Array, shape: tuple[int, ...], axes: str) -> N
 
 def recurrence_dtype(inputs: Mapping[str, Array], *states: Array) -> jnp.dtype:
     """Dtype in which the recurrence runs: float64 where any argument is, otherwise float32."""
-    return jnp.promote_types(jnp.result_type(*inputs.values(), *states), jnp.float32)
+    is_double = any(x.dtype == jnp.float64 for x in (*inputs.values(), *states))
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def check_lengths(lengths: Array | None, batch: int, time: int) -> Array | None:
@@ -104,7 +105,7 @@ def check_lengths(lengths: Array | None, batch: int, time: int) -> Array | None:
 
 def is_active(lengths: Array, time: int) -> Array:
     """[B, T]: whether a step lies within its row's length."""
-    return jnp.arange(time) < lengths[:, None]
+    return jnp.arange(time)[None] < lengths[:, None]
 
 
 def check_segment_ids(segment_ids: Array, batch: int, time: int) -> Array:

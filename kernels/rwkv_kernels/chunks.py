@@ -29,6 +29,16 @@ def transpose(x: Array) -> Array:
     return x.swapaxes(-1, -2)
 
 
+def with_ndim(x: Array, ndim: int) -> Array:
+    """x with leading axes of size 1, so that it has ndim axes."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
+def masked(mask: Array, x: Array) -> Array:
+    """x where the mask holds, else zero; the mask may lack leading axes."""
+    return jnp.where(with_ndim(mask, x.ndim), x, 0)
+
+
 def fitting_size(chunk_size: int, time: int) -> int:
     """The size of chunks for a sequence: what is asked for, or the smallest power of two that holds all of it.
 
@@ -74,8 +84,8 @@ def packing(within: Array) -> Packing:
 
 
 ChunkFunction = Callable[[Array, tuple[Array, ...], tuple[Array, ...], Array | None, Array | None], tuple[Array, Array]]
-"""(state [B, H, M, N], over time [B, H, C, ...], per head [H, 1, N], segment numbers within the chunk [B, 1, C, 1] or
-None, whether a step counts [B or 1, 1, C, 1] or None) -> (next state, y [B, H, C, M])."""
+"""(state [B, H, M, N], over time [B, H, C, ...], per head [1, H, 1, N], segment numbers within the chunk [B, 1, C, 1]
+or None, whether a step counts [B or 1, 1, C, 1] or None) -> (next state, y [B, H, C, M])."""
 
 
 class Recomputing:
@@ -123,7 +133,7 @@ class Recomputing:
     ) -> tuple[tuple[Array, Array], Array | None]:
         batch, time, heads = over_time[0].shape[:3]
         value_dim, dtype = state.shape[-2], state.dtype
-        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
+        heads_only = tuple(x[None, :, None].astype(dtype) for x in per_head)
 
         def body(chunk: ChunkFunction) -> Any:
             def one(index: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
@@ -163,7 +173,7 @@ class Recomputing:
         over_time, per_head, state = inputs
         dy, dstate = cotangents
         dtype, last = state.dtype, over_time[0].shape[1] // self._size - 1
-        heads_only = tuple(x[:, None].astype(dtype) for x in per_head)
+        heads_only = tuple(x[None, :, None].astype(dtype) for x in per_head)
 
         def body(chunk: ChunkFunction) -> Any:
             def one(backwards: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
@@ -180,4 +190,4 @@ class Recomputing:
 
         zeros = jax.tree.map(jnp.zeros_like, (over_time, heads_only))
         dstate, dover_time, dper_head = self._loop((over_time, per_head), body, (dstate, *zeros))
-        return dover_time, tuple(d[:, 0].astype(x.dtype) for d, x in zip(dper_head, per_head, strict=True)), dstate
+        return dover_time, tuple(d[0, :, 0].astype(x.dtype) for d, x in zip(dper_head, per_head, strict=True)), dstate

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.chunks import Packing
+from rwkv_kernels.chunks import Packing, masked, with_ndim
 from rwkv_kernels.gauge import middle_gauge
 from rwkv_kernels.products import Products
 
@@ -62,14 +62,14 @@ def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: 
             decay = jnp.exp(products.sums(others & (is_odd ^ (column > row)), log_w))
             queries, keys = r * decay, k * decay
         met = ((row ^ column) >> level == 1) & (column < row)
-        scores = scores + jnp.where(met, products.nt(queries, keys), 0)
-    return scores if same is None else jnp.where(same, scores, 0)
+        scores = scores + masked(met, products.nt(queries, keys))
+    return scores if same is None else masked(same, scores)
 
 
 def _with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
     """A with its diagonal, what a step reads of its own key."""
     row, column = _indices(r.shape[-2])
-    return jnp.where(row == column, jnp.sum(r * u * k, axis=-1, keepdims=True), scores)
+    return jnp.where(with_ndim(row == column, scores.ndim), jnp.sum(r * u * k, axis=-1, keepdims=True), scores)
 
 
 def decayed_attention_chunk(
@@ -102,8 +102,8 @@ def decayed_attention_chunk(
     keys = k * jnp.exp(products.sums(column > row, log_w))
     kept = state * jnp.exp(jnp.sum(log_w, axis=-2, keepdims=True))
     if packing is not None:
-        queries, keys = jnp.where(packing.reads, queries, 0), jnp.where(packing.writes, keys, 0)
-        kept = jnp.where(packing.keeps, kept, 0)
+        queries, keys = masked(packing.reads, queries), masked(packing.writes, keys)
+        kept = masked(packing.keeps, kept)
     y = products.nt(queries, state) + products.nn(_with_bonus(scores, r, k, u), v)
     return kept + products.tn(v, keys), y
 
@@ -125,9 +125,9 @@ def gauged_attention_chunk(
     gauged = state * jnp.exp(gauge.entering)
     read, kept_keys, earlier = products.nt(queries, gauged), keys, column < row
     if packing is not None:
-        read, kept_keys = jnp.where(packing.reads, read, 0), jnp.where(packing.writes, keys, 0)
-        gauged, earlier = jnp.where(packing.keeps, gauged, 0), earlier & packing.same
-    scores = jnp.where(earlier, products.nt(queries, keys), 0)
+        read, kept_keys = masked(packing.reads, read), masked(packing.writes, keys)
+        gauged, earlier = masked(packing.keeps, gauged), with_ndim(earlier, packing.same.ndim) & packing.same
+    scores = masked(earlier, products.nt(queries, keys))
     y = read + products.nn(_with_bonus(scores, r, k, u), v)
     return (gauged + products.tn(v, kept_keys)) * jnp.exp(gauge.leaving), y
 

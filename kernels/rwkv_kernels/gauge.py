@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.chunks import Packing
+from rwkv_kernels.chunks import Packing, masked, with_ndim
 from rwkv_kernels.products import Products
 
 
@@ -43,12 +43,13 @@ def middle_gauge(products: Products, log_w: Array, packing: Packing | None) -> G
     in_first_half = lax.broadcasted_iota(jnp.int32, (size, 1), 0) <= middle
     entering, leaving = in_first_half, ~in_first_half
     if packing is not None:
-        after, before = after & packing.same, before & packing.same
-        entering, leaving = entering & packing.reads, leaving & packing.writes
+        after, before = (with_ndim(x, packing.same.ndim) & packing.same for x in (after, before))
+        entering = with_ndim(entering, packing.reads.ndim) & packing.reads
+        leaving = with_ndim(leaving, packing.writes.ndim) & packing.writes
     return Gauge(
         from_middle=products.sums(jnp.where(after, 1.0, 0.0) - jnp.where(before, 1.0, 0.0), log_w),
-        entering=jnp.sum(jnp.where(entering, log_w, 0), axis=-2, keepdims=True),
-        leaving=jnp.sum(jnp.where(leaving, log_w, 0), axis=-2, keepdims=True),
+        entering=jnp.sum(masked(entering, log_w), axis=-2, keepdims=True),
+        leaving=jnp.sum(masked(leaving, log_w), axis=-2, keepdims=True),
     )
 
 

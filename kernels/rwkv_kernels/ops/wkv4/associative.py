@@ -42,7 +42,8 @@ def wkv4_associative(
     dtype = state[0].dtype
     batch, time, channels = k.shape
     log_w, u, k, v = (x.astype(dtype) for x in (log_w, u, k, v))
-    decay = jnp.maximum(log_w, -1e30)  # so that no step of -inf is still no decay, not NaN
+    u = u[None, None]  # [1, 1, C]
+    decay = jnp.maximum(log_w, -1e30)[None, None]  # so that no step of -inf is still no decay, not NaN
     restarts = jnp.zeros((batch, time), bool) if segments is None else starts(segments)
     active = jnp.ones((batch, time), bool) if lengths is None else is_active(lengths, time)
 

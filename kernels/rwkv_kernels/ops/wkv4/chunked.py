@@ -57,7 +57,7 @@ class _Chunked:
         log_w, u, k, v, state = inputs
         batch, time, channels = k.shape
         dtype = state[0].dtype
-        log_w, u = log_w.astype(dtype), u.astype(dtype)
+        log_w, u = log_w.astype(dtype)[None], u.astype(dtype)[None]  # [1, C]
 
         def token(index: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, y = carry
@@ -97,7 +97,7 @@ class _Chunked:
         log_w_, u_, k, v, (numerator, _, _) = inputs
         dy, (dnumerator, ddenominator, _) = cotangents
         dtype, last = numerator.dtype, k.shape[1] // self._size - 1
-        log_w, u = log_w_.astype(dtype), u_.astype(dtype)
+        log_w, u = log_w_.astype(dtype)[None], u_.astype(dtype)[None]  # [1, C]
 
         def token_at(time: Array) -> Token:
             here, k_, v_ = _at((marks, k, v), time, axis=1)

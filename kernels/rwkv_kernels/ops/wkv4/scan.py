@@ -76,7 +76,7 @@ def step(state: State, log_w: Array, u: Array, k: Array, v: Array) -> tuple[Stat
       The next state and y [B, C], which is read before the update.
     """
     state = fix_gauge(state)
-    return update(state, log_w, k, v), read(state, u, k, v)
+    return update(state, log_w[None], k, v), read(state, u[None], k, v)
 
 
 def wkv4_scan(
@@ -101,7 +101,7 @@ def wkv4_scan(
       y [B, T, C] in the state's dtype, and the final state.
     """
     dtype = state[0].dtype
-    log_w, u = log_w.astype(dtype), u.astype(dtype)
+    log_w, u = log_w.astype(dtype)[None], u.astype(dtype)[None]  # [1, C]
     empty = empty_state(k.shape[0], k.shape[2], dtype)
 
     def body(carry: State, token: tuple[Array | None, Array | None, Array, Array]) -> tuple[State, Array]:

@@ -27,7 +27,7 @@ def make_chunk(products: Products, attention: AttentionChunk = decayed_attention
         (r, k, v), (log_w, u) = over_time, per_head
         log_w = jnp.broadcast_to(log_w, (*log_w.shape[:-2], *r.shape[-2:]))
         if active is not None:  # what does not count does not decay
-            log_w = log_w * active
+            log_w = log_w * active.astype(log_w.dtype)
         packing = None if within is None else chunks.packing(within)
         return attention(products, state, r, log_w, k, v, u, packing)
 

@@ -28,8 +28,8 @@ def step(
       The next state [B, H, M, N] and y [B, H, M], which is read before the update.
     """
     y = jnp.einsum("bhmn,bhn->bhm", state, r, precision=XLA[precision])
-    y = y + jnp.sum(r * u * k, axis=-1, keepdims=True) * v
-    return state * jnp.exp(log_w)[:, None, :] + v[..., None] * k[:, :, None, :], y
+    y = y + jnp.sum(r * u[None] * k, axis=-1, keepdims=True) * v
+    return state * jnp.exp(log_w)[None, :, None, :] + v[..., None] * k[:, :, None, :], y
 
 
 def wkv5_scan(

@@ -99,7 +99,7 @@ def _masks(size: int, within: Array | None) -> _Masks:
     packing = chunks.packing(within[:, None, :, None])
     twice = functools.partial(jnp.concatenate, axis=-2)
     return _Masks(
-        scores=jnp.tile(packing.same, (1, 1, 2, 2)) & causal,
+        scores=jnp.tile(packing.same, (1, 1, 2, 2)) & causal[None, None],
         reads=twice([packing.reads, packing.reads]),
         writes=twice([packing.writes, packing.writes]),
         keeps=packing.keeps,
@@ -108,7 +108,7 @@ def _masks(size: int, within: Array | None) -> _Masks:
 
 
 def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
-    return x if mask is True else jnp.where(mask, x, 0)
+    return x if mask is True else chunks.masked(jnp.asarray(mask), x)
 
 
 def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
@@ -123,7 +123,7 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
     block = 1
     while block < size:
         joins = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
-        off_diagonal = triangle * jnp.asarray(joins, triangle.dtype)
+        off_diagonal = triangle * chunks.with_ndim(jnp.asarray(joins, triangle.dtype), triangle.ndim)
         step = off_diagonal
         if block > 1:
             step = jnp.matmul(jnp.matmul(inverse, off_diagonal, precision=precision), inverse, precision=precision)
@@ -245,7 +245,8 @@ class _Chunked:
             dwanted = matmul(self._inverse(scores_transposed[:, :, :size, :size]), dremoved)
             dread = jnp.concatenate([dwanted, dy_], axis=2)
             dv = dwrites[:, :, size:] + matmul(scores_transposed[:, :, size:], dread)
-            dscores = matmul_transposed(dread, writes) * masks.scores
+            dscores = matmul_transposed(dread, writes)
+            dscores = dscores * chunks.with_ndim(jnp.asarray(masks.scores, dtype), dscores.ndim)
             dread_state, kept_writes = _where(masks.reads, dread), _where(masks.writes, writes)
             dqueries = matmul(dscores, gauge.keys) + matmul_transposed(dread_state, gauged)
             dkeys = matmul(transpose(dscores), gauge.queries) + matmul_transposed(kept_writes, dgauged_end)
@@ -257,7 +258,8 @@ class _Chunked:
             from_end = jnp.sum(dstate * next_state, axis=-1)[:, :, None]
             later: Array | np.ndarray = np.tri(size, dtype=bool).T
             if masks.packing is not None:
-                later, from_end = later & masks.packing.same, jnp.where(masks.packing.writes, from_end, 0)
+                later = jnp.asarray(later)[None, None] & masks.packing.same
+                from_end = jnp.where(masks.packing.writes, from_end, 0)
             dlog_w = products.xla("full").sums(jnp.asarray(later), from_rows) + from_end - from_a
 
             dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
