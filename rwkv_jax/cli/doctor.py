@@ -200,10 +200,10 @@ def _reading(operator: str) -> tuple[str | None, str]:
     """What the engine takes for models of an operator's newest generation, None being what training takes; and why."""
     import jax
 
-    from rwkv_jax.models.decoding import implementation_for_reading
+    from rwkv_jax.models.decoding import prefill_implementation
 
     newest = [name for name, spec in GENERATIONS.items() if spec.operator == operator][-1]
-    return implementation_for_reading(ModelConfig(newest), jax.default_backend())
+    return prefill_implementation(ModelConfig(newest), jax.default_backend())
 
 
 def _shape(operator: str, time: int) -> tuple[int, ...]:

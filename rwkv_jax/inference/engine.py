@@ -32,7 +32,7 @@ from rwkv_jax.inference.stores import SessionStore
 from rwkv_jax.inference.stream import Stream, uninterrupted
 from rwkv_jax.inference.text import TextStream
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.decoding import implementation_for_reading, unstacked, with_implementation
+from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
 
 _SHORT_ROWS = 8  # prompts whose short pieces are read in one call
 _MOST_UNCOLLECTED = 1024  # chunks of a stream, behind which it waits for its reader
@@ -86,7 +86,7 @@ class Engine:
                 f"mesh = None: the model lies on {len(devices)} devices; give the mesh it was loaded with"
             )
         device = next(iter(devices))
-        implementation, _ = implementation_for_reading(config, device.platform)
+        implementation, _ = prefill_implementation(config, device.platform)
         if implementation is not None:
             self.model = with_implementation(self.model, implementation)
         self._capacity = config.sizes().context_length or None

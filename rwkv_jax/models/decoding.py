@@ -46,7 +46,7 @@ def with_implementation(model: Model, implementation: str) -> Model:
     return result
 
 
-def implementation_for_reading(config: ModelConfig, platform: str) -> tuple[str | None, str]:
+def prefill_implementation(config: ModelConfig, platform: str) -> tuple[str | None, str]:
     """The WKV implementation with which a model reads prompts where nothing is differentiated, and why.
 
     Returns:
