@@ -1,4 +1,4 @@
-"""The corpus of a config, whatever its source: text, tables, tokens that are there already, or a mixture of these."""
+"""Prepares the corpus of a config: from text, records, tables, existing token files, or a mixture of sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_DOCUMENTS_CHECKED = 1000
 
 
 def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
-    """The corpus of a config, verified: text is tokenized into `data.cache_dir` unless it is there, tokens are opened.
+    """The verified corpus of a config. Text is tokenized once into `data.cache_dir`; token files are memory-mapped.
 
     The same on every process that has the same files; several may call it at once. The parts of a mixture each hold
     out their own share. `report` gets lines for a person to read.
@@ -47,7 +47,7 @@ def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
 
 def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
-    """The corpus whose rows come from several of one source each; held-out tokens are joined in memory."""
+    """A corpus that draws its rows from several; held-out tokens are concatenated in memory."""
     identity = json.dumps([[part.fingerprint for part in parts], list(shares)])
     return Corpus(
         sources=tuple(part.train for part in parts),
@@ -60,10 +60,10 @@ def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
 
 
 def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> Corpus:
-    """The corpus of tokens that are there already; the last `held_out` of the documents are held out.
+    """The corpus of existing token files; the last `held_out` of the documents are held out.
 
     Reads the held-out tokens and at most 64 MiB of the others. Raises ConfigError where a side would be empty, and for
-    a token that is no id of the tokenizer.
+    a token outside the tokenizer's vocabulary.
     """
     tokens, lengths = opened.tokens, token_byte_lengths(tokenizer)
     num_held_out = max(1, round(held_out * opened.num_documents)) if held_out > 0 else 0
@@ -123,14 +123,14 @@ def _prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], N
 
 
 def _documents_without_end(opened: Binidx, end_of_text: int) -> tuple[int, int]:
-    """How many documents were looked at, evenly spaced ones, and how many of them do not end with end_of_text."""
+    """The number of documents checked, evenly spaced, and how many of these do not end with end_of_text."""
     seen = min(opened.num_documents, _MAX_DOCUMENTS_CHECKED)
     ends = (opened.document_start(number * opened.num_documents // seen + 1) for number in range(seen))
     return seen, sum(end == 0 or int(opened.tokens[end - 1]) != end_of_text for end in ends)
 
 
 def _join(files: Sequence[TokenFile], tokenizer: Tokenizer) -> TokenFile | None:
-    """Held-out tokens one after the other, end_of_text first, and once between them."""
+    """Held-out tokens concatenated, with end_of_text first and between them."""
     if not files:
         return None
     end_of_text = np.array([tokenizer.end_of_text], np.int32)
@@ -143,7 +143,7 @@ def _join(files: Sequence[TokenFile], tokenizer: Tokenizer) -> TokenFile | None:
 
 
 def _estimate_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> int:
-    """UTF-8 bytes of tokens, from evenly spaced blocks; exact where these are all."""
+    """Estimates the UTF-8 bytes of tokens from evenly spaced blocks; exact if these cover all tokens."""
     counted, num_bytes = 0, 0
     for block in evenly_spaced_blocks(len(tokens), tokens.itemsize):
         num_bytes += _count_bytes(tokens[block], lengths, opened)
@@ -152,7 +152,7 @@ def _estimate_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> 
 
 
 def _count_bytes(tokens: np.ndarray, lengths: np.ndarray, opened: Binidx) -> int:
-    """UTF-8 bytes of tokens. Raises ConfigError for what is no id."""
+    """Counts the UTF-8 bytes of tokens. Raises ConfigError for a token outside the vocabulary."""
     total = 0
     for start in range(0, len(tokens), _BLOCK_TOKENS):
         span = np.asarray(tokens[start : start + _BLOCK_TOKENS])

@@ -1,4 +1,4 @@
-"""Text as tokens: token files, their tokenizer and the held-out text in one folder, built once and verified."""
+"""A tokenized corpus as a folder of token files, tokenizer and held-out text, built once and verified when opened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PROGRESS_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-    """What one reading of the source tells about it."""
+    """Names, size and digest of all documents of a source, from one pass over it."""
 
     names: tuple[str, ...]
     num_bytes: int
@@ -70,7 +70,7 @@ def prepare_folder(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
 
 def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """Open a prepared corpus after comparing every file with the sizes and digests that were noted for it.
+    """Opens a prepared corpus, after checking every file against its recorded size and digest.
 
     Reads each file once, about a second a gigabyte. Raises ConfigError if the folder is missing or damaged, or if a
     token is not an id of the tokenizer.
@@ -248,7 +248,7 @@ def _write_sides(
 
 
 def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """Digest of a file and the largest number in it."""
+    """The digest of a file, and the largest number in it."""
     digest, largest = hashlib.blake2b(digest_size=16), 0
     with path.open("rb") as file:
         while content := file.read(_SCANNED_BYTES):

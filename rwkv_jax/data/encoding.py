@@ -1,4 +1,4 @@
-"""Documents as tokens, in spans, so that the longest of them needs little memory."""
+"""Encodes documents span by span, to bound the memory that a long one takes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of m
 def encode_document(
     tokenizer: Tokenizer, document: Document, span_length: int = _ENCODED_CHARACTERS
 ) -> Iterator[tuple[list[int], bool]]:
-    """Tokens of a document's spans, without end_of_text, and whether each decodes to what it was made of.
+    """The tokens of each span of a document, without end_of_text, and whether they decode to the same text.
 
-    Spans end at a line's end where there is one within `span_length` characters.
+    Spans end at the end of a line if there is one within `span_length` characters.
     Raises ConfigError, naming the document, for a text that the tokenizer refuses.
     """
     for span in _line_spans(document.text, span_length):

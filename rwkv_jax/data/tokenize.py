@@ -1,4 +1,4 @@
-"""Any source of text as official token files."""
+"""Writes a source of text as official token files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rwkv_jax.data.tokens.binidx import BinidxWriter, find_binidx
 
 
 class Tokenized(NamedTuple):
-    """What was written."""
+    """The files that were written, and their size."""
 
     bin_path: Path
     idx_path: Path

@@ -1,4 +1,4 @@
-"""Text files as characters: unpacked where their names say so, in UTF-8 or by the mark of UTF-16 or UTF-32."""
+"""Reads text files: decompressed by the suffix, decoded as UTF-8, or as UTF-16 or UTF-32 by their byte order mark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.file_kinds import Kind, describe_wrong_file
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""Names of compressed files end so, behind the name of what is in them."""
+"""Suffixes of compressed files, which follow the suffix of the content: a.jsonl.gz."""
 
 # UTF-32 first: the mark of UTF-16 begins that of UTF-32. A mark of UTF-8 is a character of the text, and stays.
 _MARKS = {
@@ -33,17 +33,17 @@ _LOOKED_AT = 4096
 
 
 class NotTextError(ConfigError):
-    """A file that is in no encoding that is read; the message says what to do about it."""
+    """A file that is not text in a supported encoding; the message says what to do about it."""
 
 
 def inner_suffix(name: str) -> str:
-    """How the name of a file ends, in small letters, without the end that says how it is compressed."""
+    """The suffix of a file name in lower case, not counting that of its compression."""
     path = Path(name.lower())
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_text(path: Path) -> str:
-    """All of a file, with every character and line end as it is; the mark of UTF-16 and UTF-32 is left out.
+    """The text of a file, unchanged, line ends included; only the byte order mark of UTF-16 and UTF-32 is dropped.
 
     Raises:
       NotTextError: it is in another encoding, or no text.
@@ -64,9 +64,9 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """The characters of a file, lines ending at "\\n" alone. Bytes that are not UTF-8 come as lone surrogates.
+    """Opens a file as a text stream; lines end at "\\n" only. Bytes that are not UTF-8 become lone surrogates.
 
-    Raises ConfigError if it cannot be read or unpacked, also while it is read, and for what is not its encoding.
+    Raises ConfigError, also while the stream is read, if the file cannot be read, decompressed or decoded.
     """
     with _named(path):
         with _open_bytes(path) as file:
@@ -78,7 +78,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def explain_refusal(path: Path, wanted: str, reads: Collection[Kind] = ()) -> Iterator[None]:
-    """Has a ConfigError of the block say what the file is, if it is plainly another one: see `describe_wrong_file`."""
+    """Replaces a ConfigError raised in the block where `describe_wrong_file` knows what is wrong with the file."""
     try:
         yield
     except ConfigError as error:
@@ -89,14 +89,14 @@ def explain_refusal(path: Path, wanted: str, reads: Collection[Kind] = ()) -> It
 def refuse_wrong_file(
     path: Path, wanted: str, reads: Collection[Kind] = (), cause: BaseException | None = None
 ) -> None:
-    """Raises ConfigError for a file that is plainly not what is read: see `describe_wrong_file`."""
+    """Raises ConfigError where `describe_wrong_file` knows that a file is not what is read."""
     is_compressed = path.suffix.lower() in COMPRESSED
     if wrong := describe_wrong_file(path, wanted, ("compressed",) if is_compressed else reads):
         raise ConfigError(f"{path}: {wrong}") from cause
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd, one after the other; unlike the package's own reader it says when the last one is cut short."""
+    """Decompresses zstd frames, one after the other; unlike the package's reader, it notices a truncated last frame."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -110,11 +110,9 @@ class _ZstdFile(io.RawIOBase):
         self._file = path.open("rb")
 
     def readable(self) -> bool:
-        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Some bytes, none at the end. Raises EOFError if that is within a frame, OSError for what is no frame."""
         while not self._unpacked:
             packed = self._packed or self._file.read(_ZSTD_READ_BYTES)
             if not packed:
@@ -133,14 +131,13 @@ class _ZstdFile(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Closes the file."""
         if not self.closed:
             self._file.close()
         super().close()
 
 
 def _open_bytes(path: Path) -> Any:
-    """The bytes of a file, unpacked if its name says that they are compressed."""
+    """Opens a file for its bytes, decompressed if the suffix says so."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path)
@@ -157,7 +154,7 @@ def _encoding(start: bytes) -> str:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of reading as ConfigError, with the file and the remedy."""
+    """Turns errors of reading and decompressing into ConfigError with the file and the remedy."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -172,7 +169,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _describe_bytes(content: bytes, error: UnicodeDecodeError) -> str:
-    """What bytes are that do not decode, and the remedy that fits them; never one that makes garbage of them."""
+    """Says why bytes do not decode, with a remedy that fits them; never one that would turn them into garbage."""
     around = content[max(0, error.start - 2) : error.start + _SHOWN_BYTES]
     if error.encoding.startswith(("utf-16", "utf-32")):
         name = error.encoding[:6].upper()
@@ -195,8 +192,7 @@ def _describe_bytes(content: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _unmarked_encoding(content: bytes) -> str | None:
-    """What to do with UTF-16 or UTF-32 without a mark, seen by zeros where most characters of Western texts have them;
-    None for anything else."""
+    """The remedy for UTF-16 or UTF-32 without a byte order mark, which Western text shows by its zeros; else None."""
     for width, name in ((4, "UTF-32"), (2, "UTF-16")):
         count = len(content[:_LOOKED_AT]) // width
         for order, zeros in (("LE", range(1, width)), ("BE", range(width - 1))):

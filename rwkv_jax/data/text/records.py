@@ -12,9 +12,9 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import inner_suffix, open_text
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-"""Names of files with a record in each line end so."""
+"""Suffixes of JSON lines: files with a record in each line."""
 SUFFIXES = (*LINES_SUFFIXES, ".json")
-"""Names of all files of JSON records."""
+"""Suffixes of all files of JSON records."""
 
 _READ_CHARACTERS = 2**20
 _MAX_TOKEN = 16  # a word, a number's start or an escape may be cut where the characters read so far end
@@ -23,14 +23,14 @@ _MARK = "\ufeff"
 
 
 def has_records(name: str) -> bool:
-    """Whether a file holds JSON records, going by its name."""
+    """Whether a file holds JSON records, by its suffix."""
     return inner_suffix(name) in SUFFIXES
 
 
 def read_records(path: Path, field: str) -> Iterator[str]:
     """The texts of a field, record by record; one record is in memory at a time.
 
-    Raises ConfigError, with the file and the line, for what is not JSON, a record that is no object, and one whose
+    Raises ConfigError, with the file and the line, for what is not JSON, a record that is not an object, and one whose
     field is missing, no string or not Unicode.
     """
     records = _json_lines(path) if inner_suffix(path.name) in LINES_SUFFIXES else _json_values(path)
@@ -39,7 +39,7 @@ def read_records(path: Path, field: str) -> Iterator[str]:
 
 
 def first_record_has_text(path: Path, field: str) -> bool:
-    """Whether a .json file is a collection of texts, rather than settings or anything else in JSON."""
+    """Whether a .json file holds records with texts, rather than settings or other data."""
     try:
         return next(read_records(path, field), None) is not None
     except ConfigError:
@@ -47,7 +47,7 @@ def first_record_has_text(path: Path, field: str) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The record of each line that is not blank, and its number."""
+    """Line number and record of each line that is not blank."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(_MARK) if number == 1 else line
@@ -62,7 +62,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of an array, or values one after the other, and the lines in which they begin."""
+    """Line number and value of each item of an array, or of each value in a sequence."""
     with open_text(path) as file:
         scanner = _Scanner(path, file)
         is_array, is_first = scanner.take("["), True
@@ -81,7 +81,7 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Scanner:
-    """JSON values out of a stream of characters, of which it holds little more than one value."""
+    """Parses JSON values from a text stream, holding little more than one value in memory."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file = path, file
@@ -91,7 +91,7 @@ class _Scanner:
         self._buffer = self._buffer.removeprefix(_MARK)
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """The next character that is not white space, or "" at the end; it is not consumed."""
         while True:
             match = _SPACE.match(self._buffer, self._at)
             assert match is not None  # it may be empty
@@ -100,13 +100,13 @@ class _Scanner:
                 return self._buffer[self._at : self._at + 1]
 
     def take(self, character: str) -> bool:
-        """Whether this character comes next, which is then behind us."""
+        """Consumes the next character if it is this one, and says whether it was."""
         found = self.peek() == character
         self._at += found
         return found
 
     def value(self) -> tuple[int, Any]:
-        """The line in which the next value begins, and the value."""
+        """Consumes the next value; returns the line in which it begins, and the value."""
         self.peek()
         while True:
             try:
@@ -128,7 +128,7 @@ class _Scanner:
         self._at = end
 
     def _read(self) -> bool:
-        """Whether there was more; as much again as is held, so that the largest value is decoded a few times only."""
+        """Reads more, doubling the buffer so that a large value is retried a few times only; False at the end."""
         held = self._buffer[self._at :]
         more = self._file.read(max(_READ_CHARACTERS, len(held)))
         try:

@@ -1,4 +1,4 @@
-"""Documents from the standard library, text files, folders, JSON records and tables."""
+"""Reads documents from the standard library, text files, folders, JSON records and tables."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _source_error(data: DataConfig, remedy: str) -> ConfigError:
 
 @contextlib.contextmanager
 def _named(data: DataConfig, path: Path) -> Iterator[None]:
-    """Errors about a file as errors of the source; the file is named where it is not the source itself."""
+    """Puts `data.source` first in errors about its files."""
     try:
         yield
     except ConfigError as error:
@@ -109,7 +109,7 @@ def _list_folder(root: Path, data: DataConfig) -> list[str]:
 
 
 def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
-    """Whether files are read record by record, going by their names. Raises ConfigError for records among other files.
+    """Whether files are read record by record, by their suffixes. Raises ConfigError for records among other files.
 
     A .json among files of text counts as text, as in a tree of code, unless its first record has a text.
     """
@@ -183,7 +183,7 @@ def _read_folder(
 
 
 def _refuse_failed_download(path: Path) -> None:
-    """Raises ConfigError for what stands in the place of a text; code may well begin like a web page or an error."""
+    """Raises ConfigError for an LFS pointer, web page or error saved as text; code may begin like the latter two."""
     suffix = inner_suffix(path.name)
     if suffix not in (".json", ".xml"):
         reads: tuple[Kind, ...] = ("text", "json") if suffix in ("", ".txt") else ("text", "json", "html", "other")

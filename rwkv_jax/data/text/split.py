@@ -1,4 +1,4 @@
-"""Documents, and their split into those that are trained on and those that are held out."""
+"""Documents, and their split into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def split_document(document: Document, share: float) -> tuple[Document, Document
 
 
 def _position(name: str) -> float:
-    """In [0, 1), by a hash."""
+    """A hash of the name, in [0, 1)."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, salt=_SPLIT_SALT).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Texts from one column of Parquet and Arrow files, batch by batch; needs the `parquet` extra."""
+"""Reads texts from one column of Parquet and Arrow files, batch by batch; needs the `parquet` extra."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from rwkv_jax.config import ConfigError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
-"""Names of tables end so. Arrow files may be of the file format (Feather 2) or the stream format."""
+"""Suffixes of tables. Arrow files may have the file format (Feather 2) or the stream format."""
 
 _BATCH_ROWS = 1024
 _ARROW_FILE = b"ARROW1"
 
 
 def is_table(name: str) -> bool:
-    """Whether a file is a table, going by its name."""
+    """Whether a file is a table, by its suffix."""
     return name.lower().endswith(SUFFIXES)
 
 

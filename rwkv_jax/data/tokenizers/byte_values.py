@@ -17,10 +17,10 @@ class ByteTokenizer(TableTokenizer):
     """
 
     SIZES = (256, 257)
-    """Numbers of ids that there can be."""
+    """Supported vocabulary sizes."""
 
     def __init__(self, vocab_size: int = 257) -> None:
-        """Of 257 ids or 256. Raises ConfigError for another number."""
+        """With 257 or 256 ids. Raises ConfigError for another number."""
         if vocab_size not in self.SIZES:
             raise ConfigError(f"a byte tokenizer has 257 ids, or 256 without one for NUL, not {vocab_size}")
         end_of_text = 256 if vocab_size == 257 else 0
@@ -31,7 +31,7 @@ class ByteTokenizer(TableTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Bytes of a text. Raises UnicodeEncodeError for lone surrogates, ConfigError for NUL if it has no id."""
-        if self._end_of_text == 0 and "\x00" in text:
+        if self.end_of_text == 0 and "\x00" in text:
             raise ConfigError(
                 "the text holds a NUL character, and a byte tokenizer of 256 ids has none for it (0 is end of text); "
                 "set model.vocab_size to 257, or take the NULs out"

@@ -13,7 +13,7 @@ from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
 from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
 MAX_PADDING = 511
-"""A model may have as many ids more than its tokenizer; they read U+FFFD."""
+"""A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that there is
 
@@ -114,7 +114,7 @@ _CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def _inexactness(description: Mapping[str, Any]) -> str | None:
-    """Why the bytes of the ids are not exactly those of a text, or None."""
+    """The reason why ids do not stand for exact bytes of a text, or None if they do."""
     model = description["model"]
     if model["type"] != "BPE":
         return f"its model is {model['type']}"

@@ -1,4 +1,4 @@
-"""A tokenizer from what a config names or a folder holds, and back into a folder."""
+"""Loads the tokenizer that a config names or a folder holds, and saves one into a folder."""
 
 from __future__ import annotations
 

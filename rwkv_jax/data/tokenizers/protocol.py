@@ -1,4 +1,4 @@
-"""What the rest of the project asks of a tokenizer, and decoding one id at a time."""
+"""The interface of all tokenizers, and decoding one id at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that one id stands for, perhaps only part of a character; none for end_of_text.
 
-        An id that a model has and the tokenizer has no text for is U+FFFD. Raises IndexError for what is no id.
+        An id that a model has and the tokenizer has no text for is U+FFFD. Raises IndexError for an id outside the vocabulary.
         """
         ...
 
@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
 
 
 class StreamingDecoder:
-    """Decodes ids one by one and never gives out half a character."""
+    """Decodes ids one by one; returns whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """For ids of this tokenizer."""

@@ -1,4 +1,4 @@
-"""The sentencepiece kind, and its training: the tokenizer of a corpus for which none is given."""
+"""Sentencepiece models, and their training for a corpus that names no tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all kinds share: each id stands for some bytes, whatever its neighbors are."""
+"""Base class of all kinds of tokenizers: each id stands for some bytes, whatever its neighbors are."""
 
 from __future__ import annotations
 
@@ -16,44 +16,24 @@ compatibility characters that normalization rewrites, and characters too rare fo
 
 
 class TableTokenizer:
-    """A tokenizer but for `encode`: the bytes of each id, and the file that it is saved as."""
+    """A `Tokenizer` but for `encode`, from the bytes that each id stands for."""
 
     def __init__(self, table: Sequence[bytes], end_of_text: int, saved: SavedTokenizer, padding: int = 0) -> None:
-        """`table[id]` are an id's bytes; the last `padding` of them are of a model's ids and not of the tokenizer's."""
+        """`table[id]` are an id's bytes; the last `padding` of them are ids of a model that the tokenizer lacks."""
         self._table = table
-        self._vocab_size = len(table) - padding
-        self._end_of_text = end_of_text
-        self._saved = saved
-        self._fingerprint = hashlib.blake2b(saved.content, digest_size=16).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self._vocab_size
-
-    @property
-    def end_of_text(self) -> int:
-        """Id that stands between documents."""
-        return self._end_of_text
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of what the tokenizer is saved as."""
-        return self._fingerprint
-
-    @property
-    def saved(self) -> SavedTokenizer:
-        """The file from which `load_tokenizer` makes the same tokenizer again."""
-        return self._saved
+        self.vocab_size = len(table) - padding
+        self.end_of_text = end_of_text
+        self.saved = saved
+        self.fingerprint = hashlib.blake2b(saved.content, digest_size=16).hexdigest()
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. Raises IndexError for what is no id."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Raises IndexError for an id outside the vocabulary."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that one id stands for. Raises IndexError for what is no id."""
+        """UTF-8 bytes that one id stands for. Raises IndexError for an id outside the vocabulary."""
         if not 0 <= token < len(self._table):
-            raise IndexError(f"token {token}: the ids of this tokenizer are 0 to {self._vocab_size - 1}")
+            raise IndexError(f"token {token}: the ids of this tokenizer are 0 to {self.vocab_size - 1}")
         return self._table[token]
 
     def is_named(self, token: int) -> bool:

@@ -1,4 +1,4 @@
-"""Windows over held-out tokens that predict each of them once. Shape letters: B rows, T time."""
+"""Batches of held-out tokens in which each token is predicted once. Shape letters: B rows, T time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def num_evaluation_batches(num_tokens: int, *, batch_size: int, sequence_length: int) -> int:
-    """Batches that `evaluation_windows` needs to predict every token but the first."""
+    """Number of batches in which `evaluation_windows` predicts every token but the first."""
     return -(-(num_tokens - 1) // (batch_size * sequence_length))
 
 

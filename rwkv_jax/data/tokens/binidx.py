@@ -82,7 +82,7 @@ class Binidx:
 
 
 def find_binidx(source: str) -> tuple[Path, Path] | None:
-    """The .bin and .idx that a source names by either of them or by what is common to both; None if it names neither.
+    """The .bin and .idx that a source names, by either file or by their common stem; None if it names neither.
 
     Raises:
       ConfigError: one of the two is missing.
@@ -142,7 +142,7 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
 
 
 def evenly_spaced_blocks(num_tokens: int, itemsize: int) -> Iterator[slice]:
-    """At most 64 slices of 1 MiB, evenly spaced from the first token to the last; of fewer tokens than that, all."""
+    """At most 64 slices of 1 MiB, evenly spaced over the tokens; all tokens if they are fewer than that."""
     length = _BLOCK_BYTES // itemsize
     if num_tokens <= _MAX_BLOCKS * length:
         yield from (slice(start, min(start + length, num_tokens)) for start in range(0, num_tokens, length))
@@ -168,7 +168,7 @@ def fingerprint(opened: Binidx) -> str:
 
 
 class BinidxWriter:
-    """Writes a pair of files as a stream; a context manager, and the files appear when it ends well.
+    """Writes a pair of files as a stream; a context manager. The files appear when it exits without an error.
 
     Everything goes to files of temporary names beside the target, which are flushed to disk before they get their own,
     the .idx last. After an error nothing is left.
@@ -178,7 +178,7 @@ class BinidxWriter:
         """For TARGET.bin and TARGET.idx, in uint16 where the vocabulary allows, else int32.
 
         Args:
-          target: what is common to both names; one of them will do, too.
+          target: the common stem of both names, or one of them.
           vocab_size: number of ids.
 
         Raises:
@@ -221,7 +221,7 @@ class BinidxWriter:
         return self._num_tokens
 
     def write(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Appends tokens to the present document. Raises ConfigError for what is no id of the vocabulary."""
+        """Appends tokens to the current document. Raises ConfigError for a token outside the vocabulary."""
         values = np.asarray(tokens, np.int64)
         if not len(values):
             return
@@ -235,7 +235,7 @@ class BinidxWriter:
         self._size += len(values)
 
     def end_document(self) -> None:
-        """Ends the present document, after its end-of-text token. Raises ConfigError if it has 2^31 tokens or more."""
+        """Ends the current document, after its end-of-text token. Raises ConfigError if it has 2^31 tokens or more."""
         if self._size > _MAX_ITEM_TOKENS:
             raise ConfigError(
                 f"document {self.num_documents}: {self._size} tokens are more than the format can count; divide it"

@@ -1,4 +1,4 @@
-"""Which source of a mixture each row comes from: exact shares in every period of rows, in a random order."""
+"""Assigns each row to a source of a mixture: exact shares in every period of rows, in a random order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
 
 PERIOD = 2**12
-"""Rows in which each source has exactly its share."""
+"""Number of rows in which each source has exactly its share."""
 
 
 def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:

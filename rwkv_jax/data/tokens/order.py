@@ -1,6 +1,6 @@
-"""Where the rows of a run begin: pure functions of the number of a row, counted over the whole run.
+"""Where rows begin in the token file: pure functions of row_index, which counts rows over the whole run.
 
-Row b of step s has the number s B + b, so that any step is found without the ones before. Shape letters: B rows,
+Row b of step s has row_index s B + b, so that any step is computed without the ones before. Shape letters: B rows,
 T time.
 """
 
@@ -16,14 +16,14 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
 
 RowOrder = Literal["windows", "official", "streams"]
-"""Windows in an order of each epoch's own; the official trainer's order; B streams that go on from step to step."""
+"""Windows, shuffled anew in each epoch; the official trainer's order; B streams that continue from step to step."""
 
 
 class Windows(NamedTuple):
-    """Where rows come from; three [n] int64 arrays."""
+    """The windows that rows read; three [n] int64 arrays."""
 
     epoch: np.ndarray
-    """How often the whole corpus was read before this row."""
+    """Number of complete passes over the corpus before this row."""
     window: np.ndarray
     """Which of the epoch's windows the row is."""
     start: np.ndarray
@@ -31,12 +31,12 @@ class Windows(NamedTuple):
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:
-    """Windows of T predicted tokens in an epoch."""
+    """Number of windows of T predicted tokens in an epoch."""
     return max(num_tokens - 1, 0) // sequence_length
 
 
 def shuffled_windows(row_index: np.ndarray, *, num_tokens: int, seed: int, sequence_length: int) -> Windows:
-    """Windows that cover the tokens once an epoch, in an order and shifted by an offset of each epoch's own.
+    """Windows that cover the tokens once an epoch, with a permutation and an offset drawn for each epoch.
 
     The tokens are a ring, so that no shift loses any: a row that runs beyond the last token goes on at the first.
 
@@ -78,7 +78,7 @@ def official_starts(row_index: np.ndarray, *, magic_prime: int, sequence_length:
 def stream_starts(
     row_index: np.ndarray, *, num_tokens: int, seed: int, batch_size: int, sequence_length: int
 ) -> np.ndarray:
-    """First tokens of rows that go on where they stopped, [n] int64, for states that are carried from step to step.
+    """First tokens of rows that continue where they stopped, [n] int64, for states carried from step to step.
 
     Row b reads the ring of tokens from (offset + b (n // B) + s T) mod n at step s: B streams, evenly spaced, whose
     common offset is drawn from the seed.
@@ -107,7 +107,7 @@ def find_magic_prime(num_tokens: int, sequence_length: int) -> int:
 
 
 def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192)) -> dict[int, int]:
-    """The magic prime for each of some sequence lengths; lengths for which so few tokens have none are left out."""
+    """The magic prime for each sequence length; lengths that have none, for lack of tokens, are left out."""
     found = {length: _largest_magic_prime(num_tokens // length) for length in sequence_lengths}
     return {
         length: prime
@@ -117,7 +117,7 @@ def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 
 
 
 def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -> None:
-    """Raises ConfigError for a number that the official trainer refuses for so many tokens, or whose rows they lack."""
+    """Raises ConfigError for a number that the official trainer refuses, or that needs more tokens than there are."""
     num_sequences = num_tokens // sequence_length
     wrong = None
     if not _is_prime(magic_prime):
@@ -141,7 +141,7 @@ def _largest_magic_prime(num_sequences: int) -> int | None:
 
 
 def _leaves_out_too_many(magic_prime: int, num_sequences: int) -> bool:
-    """Whether the official trainer refuses a prime because it reads too few of a corpus' sequences."""
+    """Whether the official trainer refuses a prime that leaves more than a tenth of the sequences unread."""
     return magic_prime <= 0.9 * num_sequences
 
 

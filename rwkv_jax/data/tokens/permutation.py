@@ -1,4 +1,4 @@
-"""Random permutations that are computed position by position, from a hash of what names them."""
+"""Random permutations, evaluated at any positions without storing them; keys come from a hash of a name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 ROUNDS = 8
-"""Keys that a permutation takes."""
+"""Rounds of the Feistel network: the number of keys of a permutation."""
 
 # As arrays' own numbers: made anew in each call, they would cost as much as the arithmetic of a small batch.
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -24,10 +24,10 @@ def random_words(name: str, count: int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where a random permutation of range(size) sends each position, in memory of the size of these positions alone.
+    """Applies a random permutation of range(size) to positions; memory grows with these only.
 
-    A Feistel network permutes a power of four; what lands outside is sent on until it lands inside, which happens
-    since the positions themselves are inside.
+    A Feistel network permutes a power of four. A value outside range(size) is permuted again until it falls inside
+    (cycle walking), which ends because the cycle began inside.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -1,4 +1,4 @@
-"""The rows that a run trains on: step by step, each a pure function of seed, step and row."""
+"""The rows that a run trains on, each a pure function of seed, step and row."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class RowStarts(NamedTuple):
     """Where rows begin; two [n] int64 arrays."""
 
     sources: np.ndarray
-    """Which of the sources."""
+    """Index of the source."""
     starts: np.ndarray
-    """Position of the first token in it."""
+    """Position of the first token in that source."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Rows of a run by step; made by `training_rows`, which checks that these values go together."""
+    """Reads the rows of any step; made by `training_rows`, which checks that these values fit each other."""
 
     sources: tuple[TokenFile, ...]
     shares: tuple[int, ...]
@@ -54,7 +54,7 @@ class TrainingRows:
         return sum(source.num_tokens for source in self.sources)
 
     def locate(self, step: int, rows: slice = slice(None)) -> RowStarts:
-        """Where the selected ones of a step's B rows begin."""
+        """Where the selected rows of a step's B rows begin."""
         row_index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
         one_source = np.zeros(len(row_index), np.int64)
         num_tokens = self.sources[0].num_tokens
@@ -74,10 +74,10 @@ class TrainingRows:
         return RowStarts(sources, starts)
 
     def read(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """The selected ones of a step's rows, int32 [n, T + 1]: the first T tokens are read, the last T predicted.
+        """The selected rows of a step, int32 [n, T + 1]: the first T tokens are inputs, the last T targets.
 
         `rows` selects from the B rows, so that a process reads its own.
-        Raises ConfigError, naming the place, for a token that is no id of the vocabulary.
+        Raises ConfigError, naming the place, for a token outside the vocabulary.
         """
         length = self.sequence_length + 1
         sources, starts = self.locate(step, rows)
@@ -98,7 +98,7 @@ class TrainingRows:
         return result
 
     def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
-        """Where each row begins, for a person: `minipile.bin, token 941248`."""
+        """Where each row begins, as a message says it: `minipile.bin, token 941248`."""
         sources, starts = self.locate(step, rows)
         pairs = zip(sources.tolist(), starts.tolist(), strict=True)
         return [f"{self.sources[source].path}, token {start}" for source, start in pairs]

@@ -1,4 +1,4 @@
-"""What training and evaluation see of a corpus: streams of tokens, and what is known about them."""
+"""A corpus as training and evaluation see it: streams of tokens, and their sizes in bytes and documents."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Corpus:
     shares: tuple[int, ...]
     """Rows of each source in a period of the mixture; (1,) where there is one source."""
     held_out: TokenFile | None
-    """What is evaluated, all sources one after the other; None if nothing is held out."""
+    """Held-out tokens of all sources, concatenated; None if nothing is held out."""
     read_held_out: Callable[[], bytes]
     """Reads the held-out documents."""
     tokenizer: Tokenizer
     fingerprint: str
     """Hex digest of the tokens of both sides, and of the shares of a mixture."""
     folder: Path | None = None
-    """Where text that we tokenized is kept."""
+    """The folder in `data.cache_dir`, for text that we tokenized."""
 
     @property
     def train(self) -> TokenFile:
@@ -72,7 +72,7 @@ class Corpus:
 
 
 def first_wrong_token(tokens: np.ndarray, vocab_size: int) -> int | None:
-    """Position of the first of one or more tokens that is no id of the vocabulary; None if there is none."""
+    """Position of the first token outside the vocabulary, or None; there must be at least one token."""
     whole = tokens.dtype.kind in "iu"
     if whole and 0 <= tokens.min() <= tokens.max() < vocab_size:  # the usual case, at the cost of two reductions
         return None
