@@ -99,6 +99,7 @@ class _ZstdFile(io.RawIOBase):
     """Decompresses zstd frames, one after the other; unlike the package's reader, it notices a truncated last frame."""
 
     def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
         try:
             import zstandard
         except ImportError as error:
@@ -106,8 +107,7 @@ class _ZstdFile(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
         self._frame: Any = None
-        self._packed = self._unpacked = b""
-        self._file = path.open("rb")
+        self._packed, self._unpacked = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -121,7 +121,7 @@ class _ZstdFile(io.RawIOBase):
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:
-                self._unpacked = self._frame.decompress(packed)
+                self._unpacked = memoryview(self._frame.decompress(packed))
             except self._error as error:
                 raise OSError(str(error)) from error
             self._packed = self._frame.unused_data

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that one id stands for, perhaps only part of a character; none for end_of_text.
 
-        An id that a model has and the tokenizer has no text for is U+FFFD. Raises IndexError for an id outside the vocabulary.
+        U+FFFD for an id that the model has and the tokenizer lacks. Raises IndexError for an id outside the vocabulary.
         """
         ...
 
