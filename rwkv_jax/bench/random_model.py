@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import SavedTokenizer
-from rwkv_jax.models import LanguageModel
-from rwkv_jax.weights.official import abstract_model, official_shapes, place_params
+from rwkv_jax.models import LanguageModel, abstract_model
+from rwkv_jax.weights.official import official_shapes, place_params
 from rwkv_jax.weights.quantized import Quantization, place_quantized_params
 
 

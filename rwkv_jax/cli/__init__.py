@@ -5,13 +5,13 @@ What a command needs of JAX is imported when it runs, so that help and errors of
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rwkv_jax.cli.plan import parse_plan
@@ -19,14 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["load_config", "main", "parse_plan", "parse_train_config"]
 
-_MODULES = {"load_config": "train_config", "parse_plan": "plan", "parse_train_config": "train_config"}
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when they are asked for, so that whoever interrupts `rwkv` while it starts sees no traceback.
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__, {"plan": ("parse_plan",), "train_config": ("load_config", "parse_train_config")}
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "rwkv") -> None:

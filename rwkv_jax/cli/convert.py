@@ -84,7 +84,7 @@ class Convert:
 
     def _tokenizer_of_folder(self) -> Tokenizer | None:
         """What is to be written beside the weights: nothing where the target is a file."""
-        from rwkv_jax.training.checkpoints import load_run_tokenizer
+        from rwkv_jax.run_folder import load_run_tokenizer
         from rwkv_jax.weights.sources import find_weights
 
         place = find_weights(self.source)

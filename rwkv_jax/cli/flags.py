@@ -59,7 +59,7 @@ class WeightsFlags:
     def _load_run(self, run_dir: Path) -> tuple[LanguageModel, Tokenizer]:
         from flax import nnx
 
-        from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
+        from rwkv_jax.run_folder import load_model, load_run_tokenizer
         from rwkv_jax.weights.pretrained import from_pretrained
 
         if self.tokenizer is not None or self.dtype is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD, ChatFormat
@@ -38,30 +39,18 @@ __all__ = [
     "Stream",
 ]
 
-_MODULES = {
-    "PILE_QA": "chat",
-    "RAVEN": "chat",
-    "WORLD": "chat",
-    "ChatFormat": "chat",
-    "Chunk": "requests",
-    "Completion": "requests",
-    "Dialogue": "dialogue",
-    "Engine": "engine",
-    "EngineOptions": "options",
-    "NotFiniteError": "scheduler",
-    "QueueFullError": "requests",
-    "SamplingParams": "sampling",
-    "Session": "session",
-    "SessionBusyError": "session",
-    "SessionCancelledError": "session",
-    "Snapshot": "snapshot",
-    "StateError": "snapshot",
-    "Stream": "stream",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when they are asked for, so that the formats of conversations can be read without loading JAX.
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "chat": ("ChatFormat", "PILE_QA", "RAVEN", "WORLD"),
+        "dialogue": ("Dialogue",),
+        "engine": ("Engine",),
+        "options": ("EngineOptions",),
+        "requests": ("Chunk", "Completion", "QueueFullError"),
+        "sampling": ("SamplingParams",),
+        "scheduler": ("NotFiniteError",),
+        "session": ("Session", "SessionBusyError", "SessionCancelledError"),
+        "snapshot": ("Snapshot", "StateError"),
+        "stream": ("Stream",),
+    },
+)

@@ -6,6 +6,11 @@ stands in both files. What is no equation of a paper stands once, in layers.py, 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+from flax import nnx
+
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.language_model import LanguageModel
 from rwkv_jax.models.rwkv4 import RWKV4
@@ -20,4 +25,12 @@ def model_type(config: ModelConfig) -> type[LanguageModel]:
     return config.spec.load_model_class()
 
 
-__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "Transformer", "model_type"]
+@functools.cache
+def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
+    """A model's static part and the shapes of its parameters, as a nested dict; allocates nothing."""
+    abstract = nnx.eval_shape(lambda: model_type(config)(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "Transformer", "abstract_model", "model_type"]

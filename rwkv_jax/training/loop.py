@@ -9,25 +9,26 @@ import contextlib
 import functools
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
-from rwkv_jax.evaluation.held_out import HeldOut, compressed_bits_per_byte, evaluate
+from rwkv_jax.held_out import HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, run_on_first_process
 from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
-from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.batch import Batch, batch_loader
+from rwkv_jax.training.checkpoints import Checkpoints
 from rwkv_jax.training.optimizer import learning_rate_schedule
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
@@ -78,9 +79,9 @@ def _train(
     num_steps = training.num_steps
 
     # Checks: whatever can be refused is refused before any work is done.
-    assert_same(processes, ckpt.shared_settings(config), seconds=config.distributed.join_seconds)
+    assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
-    saved_run = ckpt.prepare_run_dir(run_dir)
+    saved_run = run_folder.prepare_run_dir(run_dir)
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _least_memory(config, processes)))
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
@@ -89,16 +90,16 @@ def _train(
     # Data.
     corpus, rows = _open_data(config, processes, console)
     load = batch_loader(trainer, training, corpus.tokenizer.end_of_text)
-    identity = ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if saved_run is not None:
-        ckpt.refuse_difference(saved_run["identity"], identity, str(run_dir))
+        run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
     if processes.is_first:
-        ckpt.write_run(run_dir, config, identity, corpus)
+        run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     stack.enter_context(console)
     stop = SyncedStop(stack.enter_context(StopRequest()).requested, processes)
-    checkpoints = stack.enter_context(ckpt.Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
+    checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
     profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 
     # Functions, each compiled once.
@@ -173,6 +174,21 @@ def _train(
     if processes.is_first:
         _summarize(config, corpus, held_out, console)
     return TrainResult(state, held_out)
+
+
+def _shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that the processes of one run must share, by field."""
+
+    def flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        fields = {}
+        for name, value in values.items():
+            fields |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        return fields
+
+    fields = flat(to_dict(config), "")
+    for own in ("distributed.process_id", "data.cache_dir"):  # hosts may have disks of their own
+        del fields[own]
+    return fields
 
 
 def _least_memory(config: TrainConfig, processes: Processes) -> int | None:

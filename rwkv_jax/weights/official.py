@@ -7,20 +7,18 @@ leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so what
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, GenerationSpec, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
-from rwkv_jax.models import model_type
+from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import shard_model
@@ -81,14 +79,6 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
         )
     except ConfigError as error:
         raise WeightsError(f"the shapes of an {spec.title} model that cannot be: {error}") from error
-
-
-@functools.cache
-def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
-    """A model's static part and the shapes of its parameters, as a nested dict; allocates nothing."""
-    abstract = nnx.eval_shape(lambda: model_type(config)(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
 
 
 def _abstract_params(config: ModelConfig) -> Any:

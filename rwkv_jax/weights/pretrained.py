@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
-from rwkv_jax.models import LanguageModel
-from rwkv_jax.training.checkpoints import load_model, load_run_tokenizer
+from rwkv_jax.models import LanguageModel, abstract_model
+from rwkv_jax.run_folder import load_model, load_run_tokenizer
 from rwkv_jax.weights.derived import Rounded, Selected, WithUnused, may_have_unused, without_unused
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     OfficialTensors,
-    abstract_model,
     check_tensors,
     official_shapes,
     place_params,

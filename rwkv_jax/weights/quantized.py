@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import is_low_rank
+from rwkv_jax.models import abstract_model
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 from rwkv_jax.parallel.mesh import default_device
-from rwkv_jax.weights.official import FetchedTensors, abstract_model, check_tensors, official_names, official_shapes
+from rwkv_jax.weights.official import FetchedTensors, check_tensors, official_names, official_shapes
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
 
 Quantization = Literal["int8", "int4", "bfloat16"]

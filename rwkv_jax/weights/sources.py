@@ -14,7 +14,7 @@ from typing import NamedTuple
 from numpy.typing import NDArray
 
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
-from rwkv_jax.training.checkpoints import RUN_FILE
+from rwkv_jax.run_folder import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
 from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import opened

@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import pytest
 
-from rwkv_jax import cli
+from rwkv_jax import cli, run_folder
 from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
@@ -64,8 +64,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataConfig(source=str(source), cache_dir=str(folder / "cache"))
     corpus = prepare_corpus(data, 300, lambda line: None)
     run_dir = folder / "run"
-    ckpt.prepare_run_dir(run_dir)
-    ckpt.write_run(run_dir, dataclasses.replace(CONFIG, data=data), {}, corpus)
+    run_folder.prepare_run_dir(run_dir)
+    run_folder.write_run(run_dir, dataclasses.replace(CONFIG, data=data), {}, corpus.tokenizer)
     init = jax.jit(make_train_functions(CONFIG).init)
     with ckpt.Checkpoints(run_dir, 2, print) as checkpoints:
         checkpoints.save_best(init(jax.random.key(1)), 4, 2.0)

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax import from_pretrained
+from rwkv_jax import from_pretrained, run_folder
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights import pretrained
 from rwkv_jax.weights.quantized import Quantization
 from tests.cli.commands import Command
@@ -28,7 +27,7 @@ def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path
     assert printed.endswith("vocabulary 300, flash-linear-attention names\n")
     assert {"config.json", "model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "a").iterdir()}
     rwkv("convert", tmp_path / "a", tmp_path / "b.pth", "--dtype", "bfloat16")
-    newest = ckpt.load_model(run_dir, "newest")
+    newest = run_folder.load_model(run_dir, "newest")
     ours = from_pretrained(tmp_path / "b.pth", dtype="float32")
     expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), newest.params)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours, nnx.Param)), expected)

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax import from_pretrained
+from rwkv_jax import from_pretrained, run_folder
 from rwkv_jax.cli.flags import WeightsFlags
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command
@@ -32,9 +31,9 @@ from tests.weights.files import random_tensors
 @pytest.fixture(scope="module")
 def engine(run_dir: Path) -> Engine:
     """What the command should run."""
-    loaded = ckpt.load_model(run_dir, "newest")
+    loaded = run_folder.load_model(run_dir, "newest")
     model = nnx.merge(loaded.graphdef, loaded.params)
-    return Engine(model, ckpt.load_run_tokenizer(run_dir), EngineOptions(num_slots=4, batch_sizes=(1, 4)))
+    return Engine(model, run_folder.load_run_tokenizer(run_dir), EngineOptions(num_slots=4, batch_sizes=(1, 4)))
 
 
 @pytest.mark.parametrize("prompt", ["", "def f1(x):", "x" * 40, "é日本"])

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import OTHER_ARCHITECTURES
-from rwkv_jax.models import LanguageModel, model_type
-from rwkv_jax.weights.official import abstract_model, official_names
+from rwkv_jax.models import LanguageModel, abstract_model, model_type
+from rwkv_jax.weights.official import official_names
 from tests.golden import QUICK
 
 

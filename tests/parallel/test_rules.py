@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.models import model_type
+from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.parallel.mesh import AXES
 from rwkv_jax.parallel.rules import RULES, check_divisible, check_model, parameter_specs
-from rwkv_jax.weights.official import abstract_model, official_names
+from rwkv_jax.weights.official import official_names
 
 GENERATIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 

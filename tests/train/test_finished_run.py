@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_jax.config import to_dict
 from rwkv_jax.data.corpus import prepare_corpus
-from rwkv_jax.evaluation.held_out import compressed_bits_per_byte
+from rwkv_jax.held_out import compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.small_runs import assert_same_bits, names_in

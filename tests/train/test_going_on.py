@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_jax.config import ConfigError, TrainConfig
-from rwkv_jax.evaluation.held_out import HeldOut
+from rwkv_jax.held_out import HeldOut
 from rwkv_jax.training import loop
 from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.runs import read_figures

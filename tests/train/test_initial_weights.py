@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_jax import run_folder
 from rwkv_jax.cli import parse_train_config
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import train_sentencepiece
-from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, run
@@ -77,7 +77,7 @@ def test_other_weights_are_refused_when_a_run_goes_on(finished: Run, copy: Path,
 
 def test_the_flags_that_fit_make_the_config_fit(finished: Run, weights: Path) -> None:
     official = from_pretrained(weights).config
-    tokenizer = ckpt.load_run_tokenizer(finished.folder)
+    tokenizer = run_folder.load_run_tokenizer(finished.folder)
     with pytest.raises(ConfigError, match=r"to start from them: (.*)$") as caught:
         check_initial_weights(weights, dataclasses.replace(official, decay_rank=9, num_layers=5), tokenizer)
     flags = str(caught.value).rpartition("to start from them: ")[2].split()
@@ -88,7 +88,7 @@ def test_the_flags_that_fit_make_the_config_fit(finished: Run, weights: Path) ->
 def test_a_file_of_the_official_trainer_needs_no_flag(finished: Run, weights: Path, tmp_path: Path) -> None:
     config = from_pretrained(weights).config
     with_unused = dataclasses.replace(config, unused_value_residual=True)
-    tokenizer = ckpt.load_run_tokenizer(finished.folder)
+    tokenizer = run_folder.load_run_tokenizer(finished.folder)
     convert(weights, tmp_path / "theirs.pth", with_unused=True)
     for source in (weights, tmp_path / "theirs.pth"):
         check_initial_weights(source, config, tokenizer)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import train
+from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DataConfig, TrainConfig
-from rwkv_jax.training import checkpoints as ckpt
 from tests.small_runs import names_in, write_corpus
 from tests.train.in_process import Run, content, other_tokenizer, run
 
@@ -93,7 +93,7 @@ def test_corpus_that_cannot_be_used_leaves_no_trace_in_the_run_folder(
     with pytest.raises(ConfigError, match=message):
         run(bad, tmp_path / "run")
     assert names_in(tmp_path / "run") == []
-    assert ckpt.prepare_run_dir(tmp_path / "run") is None
+    assert run_folder.prepare_run_dir(tmp_path / "run") is None
 
 
 def test_corpus_shorter_than_a_batch(config: TrainConfig, tmp_path: Path) -> None:

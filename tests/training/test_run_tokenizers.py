@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokenizers import train_sentencepiece
@@ -23,8 +24,9 @@ def make_run(tmp_path: Path, tokenizer: str, vocab_size: int) -> Path:
     corpus = prepare_corpus(data, vocab_size, lambda line: None)
     model = ModelConfig(vocab_size=vocab_size, num_layers=2, width=16, head_dim=8)
     config, run_dir = TrainConfig(model=model, data=data), tmp_path / "run"
-    ckpt.prepare_run_dir(run_dir)
-    ckpt.write_run(run_dir, config, ckpt.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint), corpus)
+    run_folder.prepare_run_dir(run_dir)
+    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+    run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(make_train_functions(config)))
     with ckpt.Checkpoints(run_dir, 1, print) as checkpoints:
         checkpoints.save(state, 1)
@@ -41,7 +43,7 @@ def test_a_run_has_its_tokenizer(tmp_path: Path, tokenizer: str, vocab_size: int
         train_sentencepiece([CODE], vocab_size, tokenizer)
     run_dir = make_run(tmp_path, tokenizer, vocab_size)
     assert sorted(path.name for path in run_dir.iterdir()) == ["best", "checkpoints", "run.json", file]
-    loaded = ckpt.load_run_tokenizer(run_dir)
+    loaded = run_folder.load_run_tokenizer(run_dir)
     assert loaded.vocab_size == vocab_size
     assert loaded.decode(loaded.encode(CODE)) == CODE
 
@@ -53,4 +55,4 @@ def test_another_tokenizer_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     train_sentencepiece([CODE.upper()], 300, tmp_path / "other.model")
     (run_dir / "tokenizer.model").write_bytes((tmp_path / "other.model").read_bytes())
     with pytest.raises(ConfigError, match=r"tokenizer\.model: has changed since the run was begun; put back"):
-        ckpt.load_run_tokenizer(run_dir)
+        run_folder.load_run_tokenizer(run_dir)

@@ -27,12 +27,12 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokens.batches import evaluation_windows
-from rwkv_jax.models import LanguageModel
+from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.run_folder import RUN_FILE, LoadedModel
 from rwkv_jax.training import loop
-from rwkv_jax.training.checkpoints import RUN_FILE, LoadedModel
-from rwkv_jax.weights.official import abstract_model, official_shapes
+from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.quantized import QUANTIZATIONS, Quantization, pack, place_quantized_params, quantization_of
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from rwkv_jax.evaluation.held_out import HeldOut, bits_per_byte
+from rwkv_jax.held_out import HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput

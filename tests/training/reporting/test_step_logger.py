@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from rwkv_jax.config import LoggingConfig
-from rwkv_jax.evaluation.held_out import HeldOut
+from rwkv_jax.held_out import HeldOut
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics
 from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger

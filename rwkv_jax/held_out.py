@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from rwkv_jax.data.tokens.token_file import TokenFile
-from rwkv_jax.training.batch import Batch
-from rwkv_jax.training.loss import TokenLosses
 
 
 class HeldOut(NamedTuple):
@@ -27,13 +25,12 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def evaluate(
-    eval_step: Callable[[Any, Batch], TokenLosses],
-    params: Any,
-    batches: Iterable[Batch],
-    held_out: TokenFile,
-) -> HeldOut:
-    """Mean loss over batches, each row read from the empty state."""
+def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], held_out: TokenFile) -> HeldOut:
+    """Mean loss over batches of held-out text.
+
+    Args:
+      eval_step: (params, batch) -> `nll`, the sum of losses in nats, and `count`, of how many tokens.
+    """
     # Sums stay on the device until the end, so that batches follow each other without waiting.
     sums = [eval_step(params, batch) for batch in batches]
     nll = sum(float(batch.nll) for batch in sums)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
@@ -35,8 +36,10 @@ class TestIdentity:
         ],
     )
     def test_what_may_change(self, changes: dict[str, Any]) -> None:
-        saved = ckpt.identity(CONFIG, "corpus", "tokenizer")
-        ckpt.refuse_difference(saved, ckpt.identity(dataclasses.replace(CONFIG, **changes), "corpus", "tokenizer"), "x")
+        saved = run_folder.identity(CONFIG, "corpus", "tokenizer")
+        run_folder.refuse_difference(
+            saved, run_folder.identity(dataclasses.replace(CONFIG, **changes), "corpus", "tokenizer"), "x"
+        )
 
     def test_optimizer_settings_that_may_change_do_not_change_the_state(self) -> None:
         """Or a whole checkpoint would be taken for a damaged one."""
@@ -47,7 +50,7 @@ class TestIdentity:
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
     def test_the_table_lists_exactly_what_differs(self) -> None:
-        saved = json.loads(json.dumps(ckpt.identity(CONFIG, "aaaa", "tttt")))  # as run.json gives it back
+        saved = json.loads(json.dumps(run_folder.identity(CONFIG, "aaaa", "tttt")))  # as run.json gives it back
         changed = dataclasses.replace(
             CONFIG,
             seed=5,
@@ -55,7 +58,7 @@ class TestIdentity:
             training=dataclasses.replace(CONFIG.training, batch_size=2),
         )
         with pytest.raises(ConfigError) as error:
-            ckpt.refuse_difference(saved, ckpt.identity(changed, "bbbb", "tttt"), "runs/mine")
+            run_folder.refuse_difference(saved, run_folder.identity(changed, "bbbb", "tttt"), "runs/mine")
         first, head, *rows = str(error.value).splitlines()
         assert first.startswith("runs/mine holds another run")
         assert head.split() == ["field", "saved", "now"]
@@ -69,43 +72,43 @@ class TestIdentity:
 
     def test_a_field_that_only_one_side_has_is_a_difference(self) -> None:
         with pytest.raises(ConfigError, match=r"newer +- +1"):
-            ckpt.refuse_difference({"seed": 0}, {"seed": 0, "newer": 1}, "x")
+            run_folder.refuse_difference({"seed": 0}, {"seed": 0, "newer": 1}, "x")
 
 
 class TestRunFolder:
     def test_new_and_empty_folders_are_taken(self, tmp_path: Path) -> None:
-        assert ckpt.prepare_run_dir(tmp_path / "new" / "folder") is None
-        assert ckpt.prepare_run_dir(tmp_path / "new" / "folder") is None
+        assert run_folder.prepare_run_dir(tmp_path / "new" / "folder") is None
+        assert run_folder.prepare_run_dir(tmp_path / "new" / "folder") is None
         assert names_in(tmp_path / "new" / "folder") == []
 
     def test_hidden_files_do_not_count(self, tmp_path: Path) -> None:
         (tmp_path / ".gitkeep").touch()
-        assert ckpt.prepare_run_dir(tmp_path) is None
+        assert run_folder.prepare_run_dir(tmp_path) is None
 
     def test_a_folder_with_things_of_others_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("years of work")
         with pytest.raises(ConfigError, match=r"thesis\.tex.*new or empty folder"):
-            ckpt.prepare_run_dir(tmp_path)
+            run_folder.prepare_run_dir(tmp_path)
         assert names_in(tmp_path) == ["thesis.tex"]
 
     @pytest.mark.parametrize("name", ["file", "file/below"])
     def test_a_folder_that_cannot_be_made_is_refused(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=r"run_dir = .*file.*cannot be written.*name another folder"):
-            ckpt.prepare_run_dir(tmp_path / name)
+            run_folder.prepare_run_dir(tmp_path / name)
 
     @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"config": {}}', "\x00\x01"])
     def test_a_damaged_run_file_is_named(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ConfigError, match=r"run\.json: cannot be read"):
-            ckpt.prepare_run_dir(tmp_path)
+            run_folder.prepare_run_dir(tmp_path)
         assert (tmp_path / "run.json").read_text() == content
 
     def test_a_run_that_was_killed_while_it_was_described_is_still_a_run(
         self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Killed at any of the files that are written: the folder is empty, or known by its run.json."""
-        replace_file = ckpt.replace_file
+        replace_file = run_folder.replace_file
         for files in range(2):
             run_dir = tmp_path / str(files)
             left = iter(range(files))
@@ -115,12 +118,12 @@ class TestRunFolder:
                     raise KeyboardInterrupt
                 replace_file(path, content)
 
-            assert ckpt.prepare_run_dir(run_dir) is None
-            monkeypatch.setattr(ckpt, "replace_file", write)
+            assert run_folder.prepare_run_dir(run_dir) is None
+            monkeypatch.setattr(run_folder, "replace_file", write)
             with pytest.raises(KeyboardInterrupt):
-                ckpt.write_run(run_dir, CONFIG, {"seed": 0}, corpus)
-            monkeypatch.setattr(ckpt, "replace_file", replace_file)
-            saved = ckpt.prepare_run_dir(run_dir)
+                run_folder.write_run(run_dir, CONFIG, {"seed": 0}, corpus.tokenizer)
+            monkeypatch.setattr(run_folder, "replace_file", replace_file)
+            saved = run_folder.prepare_run_dir(run_dir)
             assert saved == (None if files == 0 else {"config": as_json(CONFIG), "identity": {"seed": 0}})
 
 
@@ -141,8 +144,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def saved_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 6 and 8, and a best one of step 4."""
     run_dir = tmp_path_factory.mktemp("saved") / "run"
-    ckpt.prepare_run_dir(run_dir)
-    ckpt.write_run(run_dir, CONFIG, {}, corpus)
+    run_folder.prepare_run_dir(run_dir)
+    run_folder.write_run(run_dir, CONFIG, {}, corpus.tokenizer)
     with ckpt.Checkpoints(run_dir, 2, print) as checkpoints:
         checkpoints.save_best(model_state(4), 4, 2.0)
         checkpoints.save(model_state(6), 6)
@@ -167,23 +170,23 @@ class TestLoadModel:
     def test_loads_the_parameters_of_the_checkpoint_asked_for(
         self, run_dir: Path, corpus: Corpus, which: Literal["newest", "best"], step: int
     ) -> None:
-        loaded = ckpt.load_model(run_dir, which)
+        loaded = run_folder.load_model(run_dir, which)
         assert loaded.step == step
         assert loaded.config.model == CONFIG.model
-        assert ckpt.load_run_tokenizer(run_dir).fingerprint == corpus.tokenizer.fingerprint
+        assert run_folder.load_run_tokenizer(run_dir).fingerprint == corpus.tokenizer.fingerprint
         assert_same_bits(loaded.params, model_state(step).params)
 
     def test_reads_without_disturbing_a_run_in_progress(self, run_dir: Path) -> None:
         in_progress = run_dir / "checkpoints" / "10.orbax-checkpoint-tmp"
         in_progress.mkdir()
         before = names_in(run_dir / "checkpoints")
-        assert ckpt.load_model(run_dir, "newest").step == 8
+        assert run_folder.load_model(run_dir, "newest").step == 8
         assert names_in(run_dir / "checkpoints") == before
 
     def test_damaged_checkpoint_is_named(self, run_dir: Path) -> None:
         truncate_data(run_dir / "checkpoints" / "8")
         with pytest.raises(ConfigError, match=r"checkpoints/8: cannot be read"):
-            ckpt.load_model(run_dir, "newest")
+            run_folder.load_model(run_dir, "newest")
         assert names_in(run_dir / "checkpoints") == ["6", "8"]
 
     @pytest.mark.parametrize("which", ["newest", "best"])
@@ -194,9 +197,9 @@ class TestLoadModel:
             if emptied:
                 folder.mkdir()
         with pytest.raises(ConfigError, match="holds no checkpoint yet; train the run first"):
-            ckpt.load_model(run_dir, which)
+            run_folder.load_model(run_dir, which)
 
     def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is no run folder, it has no run\.json"):
-            ckpt.load_model(tmp_path / "nothing", "newest")
+            run_folder.load_model(tmp_path / "nothing", "newest")
         assert names_in(tmp_path) == []

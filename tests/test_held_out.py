@@ -17,7 +17,7 @@ from flax import nnx
 from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.data.corpus import TokenFile
 from rwkv_jax.data.tokens.batches import evaluation_windows
-from rwkv_jax.evaluation.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
+from rwkv_jax.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
 from rwkv_jax.training.batch import Batch, make_batch
 from rwkv_jax.training.loss import TokenLosses
 from rwkv_jax.training.step import TrainFunctions, make_train_functions

@@ -1,1 +1,0 @@
-"""How good a model is: held-out loss, and what compressors make of the same bytes."""

@@ -1,0 +1,208 @@
+"""Run folders: what a run is, and its model, read without a trainer or an optimizer.
+
+A run folder holds
+
+    run.json        the run's config, and its identity: the settings and fingerprints that a resumption must share
+    tokenizer.model the tokenizer, so that the run can be sampled from when the corpus is gone; a given tokenizer.json
+                    keeps that name, World and bytes are a tokenizer.kind.json
+    checkpoints/    the newest steps, named by the number of steps taken
+    best/           the step with the lowest held-out loss
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from rwkv_jax.atomic import replace_file
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.models import abstract_model
+from rwkv_jax.parallel.mesh import default_device
+from rwkv_jax.tables import format_table
+
+if TYPE_CHECKING:  # Orbax takes a second to import, which reading a file of weights must not wait for.
+    from orbax.checkpoint import v1 as ocp
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+
+
+def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What must not change between a run and its resumption, by field: the model and all that orders the data.
+
+    Compute dtype and operator implementation are left out: they change rounding, not what the parameters mean. So are
+    the size of a Transformer's key-value cache, which training does not have, and the number of steps, so that a run
+    can be made longer.
+    """
+    model = dataclasses.asdict(config.model.resolved())
+    others = ("dtype", "wkv_implementation", "context_length")
+    return {f"model.{name}": value for name, value in model.items() if name not in others} | {
+        "initial_weights": config.initial_weights,
+        "seed": config.seed,
+        "data.order": config.data.order,  # a mixture is the corpus's
+        "data.magic_prime": config.data.magic_prime,
+        "training.batch_size": config.training.batch_size,
+        "training.sequence_length": config.training.sequence_length,
+        "training.reset_at_documents": config.training.reset_at_documents,
+        "training.carry_state": config.training.carry_state,
+        "corpus": corpus_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
+    }
+
+
+def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
+    """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
+
+    def shown(fields: Mapping[str, Any], name: str) -> str:
+        return "-" if fields.get(name) is None else str(fields[name])
+
+    rows = [(name, shown(saved, name), shown(present, name)) for name in sorted(saved.keys() | present.keys())]
+    rows = [row for row in rows if row[1] != row[2]]
+    if not rows:
+        return
+    rows.insert(0, ("field", "saved", "now"))
+    table = format_table(rows, "<<<")
+    raise ConfigError(f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table}")
+
+
+def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
+    """Makes sure that a run can live in a folder, before any work is done.
+
+    Returns:
+      The content of its run.json, or None for a new run.
+
+    Raises:
+      ConfigError: the folder cannot be written, or holds things that are no run's.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # Processes on several hosts may all have the same number, so the name is drawn.
+        with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".write-test-"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be written ({error}); name another folder") from error
+    run_file = run_dir / RUN_FILE
+    if run_file.exists():
+        return read_run_file(run_dir)
+    foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith("."))
+    if foreign:
+        raise ConfigError(
+            f"run_dir = {str(run_dir)!r}: holds {foreign[0]!r} but no {RUN_FILE}, so it is no run of ours; "
+            "name a new or empty folder"
+        )
+    return None
+
+
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+      ConfigError: it is missing or damaged.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not content.keys() >= {"config", "identity"}:
+            raise KeyError("config or identity is missing")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a run's description ({error})") from error
+    return content
+
+
+def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Writes run.json, without which the folder would not be recognized as a run's, then the tokenizer."""
+    content = {"config": to_dict(config), "identity": dict(run_identity)}
+    replace_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
+    replace_file(run_dir / tokenizer.saved.name, tokenizer.saved.content)
+
+
+class LoadedModel(NamedTuple):
+    """A trained model."""
+
+    config: TrainConfig
+    graphdef: Any
+    """`nnx.merge(graphdef, params)` is the model."""
+    params: Any
+    step: int
+    """Steps that it was trained for."""
+
+
+def load_run_tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+      ConfigError: this is no run, or its tokenizer is another one now.
+    """
+    run = read_run_file(run_dir)
+    tokenizer = load_tokenizer(run_dir, from_dict(run["config"]).model.vocab_size)
+    if tokenizer.fingerprint != run["identity"].get("tokenizer", tokenizer.fingerprint):
+        raise ConfigError(
+            f"{run_dir / tokenizer.saved.name}: has changed since the run was begun; put back the file that was there"
+        )
+    return tokenizer
+
+
+def load_model(
+    run_dir: Path, which: Literal["newest", "best"], shardings: Callable[[ModelConfig], Any] | None = None
+) -> LoadedModel:
+    """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
+
+    Args:
+      shardings: from the model's config to a nested dict of each parameter's sharding; None is the first device.
+
+    Raises:
+      ConfigError: this is no run, it has no such checkpoint, or that is damaged.
+    """
+    config = from_dict(read_run_file(run_dir)["config"])
+    graphdef, shapes = abstract_model(config.model)
+    if shardings is None:
+        placed = jax.tree.map(lambda _: SingleDeviceSharding(default_device()), shapes)
+    else:
+        placed = shardings(config.model)
+    like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, placed)
+    folder = run_dir / (BEST if which == "best" else CHECKPOINTS)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
+
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, open_checkpoints(folder, None) as checkpointer:
+        if checkpointer.latest is None:
+            raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
+        step = checkpointer.latest.step
+        try:
+            params = checkpointer.load(step, {"params": like})["params"]
+        except Exception as error:  # whatever Orbax makes of a damaged file, the user needs the place and the remedy
+            raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); resume the run to mend it") from error
+    return LoadedModel(config, graphdef, params, step)
+
+
+def open_checkpoints(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
+    """The checkpoints in a folder.
+
+    Args:
+      keep: how many of the newest stay when another is saved; None is for reading, and leaves everything as it is.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    policies: Any = ocp.training.preservation_policies  # Orbax's own annotations do not agree with each other
+    every_time: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    return ocp.training.Checkpointer(
+        str(folder.absolute()),
+        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+        save_decision_policy=every_time,
+        cleanup_tmp_directories=keep is not None,
+    )
