@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import tyro
 
-from rwkv_jax.config import DataConfig
+from rwkv_jax.config import ConfigError, DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Tokenize:
         from rwkv_jax.data.tokens.order import magic_primes
 
         data = DataConfig(source=self.source, glob=self.glob, text_field=self.text_field, tokenizer=self.tokenizer)
-        made = tokenize(data, load_tokenizer(self.tokenizer, self.vocab_size), self.target, print)
+        tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
+        try:
+            made = tokenize(data, tokenizer, self.target, print)
+        except ConfigError as error:  # in the words of this command, which has no config
+            flags = {"data.source": "source", "data.glob": "--glob", "data.text_field": "--text-field"}
+            raise ConfigError(re.sub("|".join(flags), lambda field: flags[field[0]], str(error))) from error
         print(f"{made.bin_path} and {made.idx_path.name}: {made.num_tokens} tokens, {made.num_documents} documents")
         for sequence_length, prime in magic_primes(made.num_tokens).items():
             print(f"magic prime for sequences of {sequence_length}: {prime}")

@@ -87,6 +87,9 @@ def test_the_command_prints_what_the_official_script_does(
     ]
     with pytest.raises(SystemExit, match=r"rwkv: .*x\.bin: exists already and is not overwritten; move it away"):
         _run(arguments, monkeypatch)
+    (tmp_path / "b.jsonl").write_text('{"body": "text"}')
+    with pytest.raises(SystemExit, match=r"rwkv: source = .*b.jsonl': line 1 has no field 'text'; set --text-field to"):
+        _run([*arguments[:1], str(tmp_path / "b.jsonl"), str(tmp_path / "y"), *arguments[3:]], monkeypatch)
     with pytest.raises(SystemExit, match=r"rwkv: --tokenizer 'bytes': does not match"):
         _run([*arguments[:-1], "65536"], monkeypatch)
 
