@@ -80,6 +80,10 @@ def _named(data: DataConfig, path: Path) -> Iterator[None]:
         raise _source_error(data, message.removeprefix(f"{path}: ")) from error
 
 
+def _is_compressed(name: str) -> bool:
+    return name.lower().endswith(COMPRESSED)
+
+
 def _list_stdlib(root: Path) -> list[str]:
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     return [
@@ -111,21 +115,28 @@ def _list_folder(root: Path, data: DataConfig) -> list[str]:
 def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
     """Whether files are read record by record, by their suffixes. Raises ConfigError for records among other files.
 
-    A .json among files of text counts as text, as in a tree of code, unless its first record has a text.
+    A .json among other files is one of these, as in a tree of code, unless its first record has a text.
     """
     of_records = [name for name in names if records.has_records(name) or tables.is_table(name)]
-    others = sorted(set(names) - set(of_records))
-    if not of_records or not others:
+    if len(names) == 1:
         return bool(of_records)
-    for name in of_records:
-        if inner_suffix(name) != ".json" or records.first_record_has_text(root / name, data.text_field):
-            ending = "".join(PurePosixPath(name).suffixes[-2 if name.lower().endswith(COMPRESSED) else -1 :])
-            raise _source_error(
-                data,
-                f"has records or tables, as {name}, and other files, the first is {others[0]}; choose the one or the "
-                f"other with data.glob, e.g. '**/*{ending}'",
-            )
-    return False
+    chosen = [
+        name
+        for name in of_records
+        if inner_suffix(name) != ".json" or records.first_record_has_text(root / name, data.text_field)
+    ]
+    others = sorted(set(names) - set(chosen))
+    if not chosen or not others:
+        return len(of_records) == len(names) > 0  # if no .json has a text, the first is refused when it is read
+    endings = {name: "".join(PurePosixPath(name).suffixes[-2 if _is_compressed(name) else -1 :]) for name in names}
+    first, other = chosen[0], others[0]
+    has_no_text = f", without text in a field {data.text_field!r}" if other in of_records else ""
+    example = first if endings[first] == endings[other] else f"**/*{endings[first]}"
+    raise _source_error(
+        data,
+        f"has records or tables, as {first}, and other files, the first is {other}{has_no_text}; choose the one or the "
+        f"other with data.glob, e.g. {example!r}",
+    )
 
 
 def _read_records(root: Path, names: Sequence[str], data: DataConfig) -> Iterator[Document]:

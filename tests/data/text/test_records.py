@@ -94,6 +94,21 @@ def test_records_beside_other_files_are_refused(tmp_path: Path, name: str) -> No
     assert _texts(tmp_path, glob="*.md") == ["about"]
 
 
+def test_a_json_without_text_beside_records_is_named(tmp_path: Path) -> None:
+    """As `datasets` leaves them beside its tables."""
+    (tmp_path / "dataset_info.json").write_text('{"features": {}}')
+    (tmp_path / "x.jsonl").write_text(_LINES)
+    expected = (
+        "as x.jsonl, and other files, the first is dataset_info.json, without text in a field 'text'; choose the one "
+        "or the other with data.glob, e.g. '**/*.jsonl'"
+    )
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        _texts(tmp_path)
+    (tmp_path / "x.jsonl").rename(tmp_path / "x.json")
+    with pytest.raises(ConfigError, match=r"as x.json, and other files, .* e.g. 'x.json'$"):
+        _texts(tmp_path)
+
+
 @pytest.mark.parametrize("content", ['{"name": "a package"}', '[{"text": 3}]', "[1, 2]", "{", ""])
 def test_settings_in_a_tree_of_code_stay_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "main.py").write_text("import json")
