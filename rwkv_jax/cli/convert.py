@@ -87,13 +87,13 @@ class Convert:
         from rwkv_jax.run_folder import load_run_tokenizer
         from rwkv_jax.weights.sources import find_weights
 
-        place = find_weights(self.source)
+        path = find_weights(self.source)
         if self.target.suffix.lower() in (".pth", ".safetensors"):
             if self.tokenizer is not None:
                 raise ConfigError(f"{self.target}: a tokenizer is written beside the weights; name a folder")
             return None
-        if not place.is_dir():
-            return tokenizer_for(place, self.tokenizer)[0]
+        if not path.is_dir():
+            return tokenizer_for(path, self.tokenizer)[0]
         if self.tokenizer is not None:
-            raise ConfigError(f"{place}: a run has its own tokenizer; leave --tokenizer out")
-        return load_run_tokenizer(place)
+            raise ConfigError(f"{path}: a run has its own tokenizer; leave --tokenizer out")
+        return load_run_tokenizer(path)

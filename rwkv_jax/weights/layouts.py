@@ -1,4 +1,4 @@
-"""The names that other projects give to the tensors of RWKV, to and from the official ones, without copies.
+"""Converts between the tensor names and shapes of other projects and the official ones, as views.
 
 `transformers` 5.23 (RWKV-4; the models of RWKV-5 and 6 that came with code of their own on its hub are read too) only
 renames. Its numbers are the official ones, up to `rescale_every`: its models halve their hidden states after that many
@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
 from rwkv_jax.weights.layout_rules import WRITTEN, Rule, Written, as_it_is, read_tables
-from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
+from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
@@ -43,14 +44,14 @@ _WRAPPERS = ("_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.", "module.
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How one tensor is made of others."""
+    """How one tensor is computed from others."""
 
     sources: tuple[str, ...]
     make: Callable[..., NDArray]
 
 
 class LazyTensors(DerivedTensors):
-    """Tensors by name, made of those of another mapping when they are asked for: views, but for what must be joined.
+    """Tensors computed from those of another mapping on access: views, except where several are joined.
 
     Raises WeightsError when it is built, for a tensor whose shape does not allow it.
     """
@@ -70,8 +71,8 @@ class LazyTensors(DerivedTensors):
     def __len__(self) -> int:
         return len(self._recipes)
 
+    @override
     def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
         return self._specs[name]
 
     def _dry_run(self, name: str, recipe: _Recipe) -> TensorSpec:
@@ -98,7 +99,7 @@ def from_layout(
     tied: bool | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, Mapping[str, NDArray]]:
-    """The layout of some tensors (of `LAYOUTS`), and the same tensors under their official names and shapes.
+    """Detects the layout of some tensors (one of `LAYOUTS`), and maps them to official names and shapes.
 
     Prefixes by which other programs wrap a model (`module.`, `_orig_mod.`, `base_model.model.` and so on, one within
     the other) are taken off where every name has them. Which names a model needs is not asked here.
@@ -145,11 +146,11 @@ def from_layout(
         bare = [name for name in names if not name.startswith(wrapper)]
         if 0 < len(bare) < len(names):
             raise WeightsError(
-                f"some names begin with {wrapper!r} and these do not: {listed(bare)}; two models in one file are not "
-                "read"
+                f"some names begin with {wrapper!r} and these do not: {join_names(bare)}; two models in one file are "
+                "not read"
             )
     raise WeightsError(
-        f"these names are of no known layout: {listed(fewest)}; "
+        f"these names are of no known layout: {join_names(fewest)}; "
         f"known are {', '.join(LAYOUTS)} (RWKV-4 to 7, without additions of single forks)"
     )
 
@@ -167,7 +168,7 @@ def _with_head(
 
 
 def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArray]:
-    """Tensors with official names and shapes under those of another layout: views, but for two or three of RWKV-6.
+    """Official tensors under the names and shapes of another layout: views, except for two or three of RWKV-6.
 
     `transformers` takes RWKV-4, `flash-linear-attention` takes RWKV-6 and 7, without `blocks.0.att.v0`, `v1`, `v2`:
     nothing uses them, and it has no place for them.
@@ -191,10 +192,10 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
         sources = tuple(official.format(layer) for official in rule.official)
         missing = [source for source in sources if source not in tensors]
         if missing:
-            raise WeightsError(f"{rule.foreign.format(layer)} of {layout} needs {listed(missing)}, not among these")
+            raise WeightsError(f"{rule.foreign.format(layer)} of {layout} needs {join_names(missing)}, not among these")
         recipes[rule.foreign.format(layer)] = _Recipe(sources, rule.pack)
     if unknown:
-        raise WeightsError(f"{layout} has no place for {listed(unknown)}; write the official layout")
+        raise WeightsError(f"{layout} has no place for {join_names(unknown)}; write the official layout")
     return LazyTensors(tensors, recipes)
 
 

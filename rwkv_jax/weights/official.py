@@ -1,7 +1,7 @@
-"""Official names and shapes <-> our parameters, and what names and shapes alone say about a model.
+"""Official names and shapes <-> our parameter tree, and the model config that names and shapes imply.
 
 Our tree has the official names with one difference: layer 0 is `first_block`, and layers 1 to L - 1 are stacked on a
-leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so what goes in comes out again bit for bit.
+leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so a round trip is bit-exact.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, GenerationSpec, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
@@ -47,7 +48,7 @@ def _recognized(shapes: Mapping[str, tuple[int, ...]]) -> GenerationSpec:
 
 
 def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
-    """The config of a file's model: every size from the shapes, the compute dtype from the tensors'.
+    """Infers a model's config: sizes from the shapes of its tensors, the compute dtype from theirs.
 
     bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
 
@@ -103,15 +104,15 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         own = leaf.shape[1:] if str(path[0].key) == "blocks" else leaf.shape
         shapes |= dict.fromkeys(names, own)
 
-    def place(name: str) -> tuple[int, int]:
+    def order(name: str) -> tuple[int, int]:
         first, second, *_ = name.split(".")
         return {"emb": 0, "ln_out": 2, "head": 3}.get(first, 1), int(second) if first == "blocks" else 0
 
-    return {name: shapes[name] for name in sorted(shapes, key=place)}
+    return {name: shapes[name] for name in sorted(shapes, key=order)}
 
 
 def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
-    """Holds a file's tensors against its model.
+    """Checks names, shapes and dtypes of a file's tensors against its model.
 
     Raises:
       WeightsError: one error that lists every tensor that is missing, not expected, misshapen or of a dtype that no
@@ -149,7 +150,7 @@ def _is_floating(dtype: np.dtype[Any]) -> bool:
 
 
 def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
-    """Where each parameter of a model lies on a mesh, as a nested dict.
+    """The sharding of each parameter of a model on a mesh, as a nested dict.
 
     On a mesh of `rwkv_jax.parallel.mesh` it is as in training. The axes of any other mesh mean nothing to us: there
     matrices are split over all devices (`split_over`).
@@ -166,7 +167,7 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
 
 
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
-    """How a parameter lies on a mesh: a matrix split over all devices along its first axis that they divide.
+    """The sharding of one parameter: matrices are split over all devices along the first axis that divides evenly.
 
     Vectors, and matrices that cannot be split evenly, are on every device; so is the axis of stacked layers whole. The
     mesh's axes are taken as `AxisType.Auto`: the models leave it to XLA how what they compute is split.
@@ -186,15 +187,15 @@ def place_params(
     *,
     dtype: str | None = None,
     shardings: Any = None,
-    release: Callable[[], None] = lambda: None,
+    drop_pages: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Our tree of parameters from official tensors, each part copied straight to the device that holds it.
+    """Builds our parameter tree from official tensors, copying each shard straight to its device.
 
     Args:
       tensors: as `check_tensors` has found them right.
       dtype: of the parameters; None keeps each tensor's own.
       shardings: of each parameter, a nested dict (`shardings_on`); None is the first device.
-      release: gives back the memory of what was read; called after each tensor.
+      drop_pages: gives back the memory of what was read; called after each tensor.
 
     Raises:
       WeightsError: layers whose dtypes differ and cannot be stacked as they are; float64 while JAX has it off.
@@ -217,7 +218,7 @@ def place_params(
             out = _empty((len(sources), *sources[0].shape), own)
             for target, source in zip(out, sources, strict=True):
                 target[...] = source
-                release()
+                drop_pages()
             return out if stacked else out[0]
 
         return jax.make_array_from_callback(like.shape, sharding, part)
@@ -229,7 +230,7 @@ def place_params(
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
-    """An array so aligned that JAX takes it over on a CPU instead of copying it once more."""
+    """An uninitialized array, aligned so that JAX on a CPU uses its memory without another copy."""
     alignment = 64
     buffer = np.empty(math.prod(shape) * dtype.itemsize + alignment, np.uint8)
     offset = -buffer.ctypes.data % alignment
@@ -237,7 +238,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
 
 
 class FetchedTensors(DerivedTensors):
-    """A model's parameters as a file has them, layer by layer, fetched from the device when they are used.
+    """A model's parameters as tensors of a file, layer by layer, fetched from the device on access.
 
     Raises WeightsError when it is built, for a model that has no official names.
     """
@@ -256,8 +257,8 @@ class FetchedTensors(DerivedTensors):
         array, layer = self._sources[name]
         return np.asarray(array if layer is None else array[layer])
 
+    @override
     def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
         array, layer = self._sources[name]
         return TensorSpec(array.shape if layer is None else array.shape[1:], np.dtype(array.dtype))
 

@@ -1,4 +1,4 @@
-"""Models from weights and weights from models, in official and in other projects' files."""
+"""Loads models from files of weights, and saves and converts them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from rwkv_jax.weights.quantized import (
     place_quantized_params,
 )
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
-from rwkv_jax.weights.sources import Weights, find_weights, naming, open_weights
+from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import WeightsError
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
@@ -58,7 +58,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
 ) -> LanguageModel:
-    """A model from weights: generation and sizes are read from the names and shapes.
+    """Loads a model from weights; generation and sizes are inferred from names and shapes.
 
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
     layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
@@ -87,22 +87,22 @@ def from_pretrained(
         raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
-    place = find_weights(source)
-    if place.is_dir():
+    path = find_weights(source)
+    if path.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
-        loaded = load_model(place, "newest", shardings)
+        loaded = load_model(path, "newest", shardings)
         if quantize is not None:
             if not loaded.config.model.spec.has_official_names:
                 raise WeightsError(
-                    f"quantize = {quantize!r}: {place} is a run of a {loaded.config.model.title}, and only RWKV's "
+                    f"quantize = {quantize!r}: {path} is a run of a {loaded.config.model.title}, and only RWKV's "
                     "matrices are packed; leave it out"
                 )
             trained = OfficialTensors(loaded.config.model, loaded.params)
             return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
-    weights = open_weights(place)
-    with naming(place):
+    weights = open_weights(path)
+    with prefix_errors(path):
         config = read_config(weights.tensors)
         check_tensors(weights.tensors, config)
         if isinstance(weights.tensors, DequantizedTensors):
@@ -111,11 +111,11 @@ def from_pretrained(
                 raise WeightsError(f"quantize = {quantize!r}: the file is {present} already; leave it out")
             quantize = present
         if quantize is not None:
-            return _quantized(weights.tensors, config, quantize, dtype, mesh, weights.release)
+            return _quantized(weights.tensors, config, quantize, dtype, mesh, weights.drop_pages)
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else shardings_on(mesh, config)
-        params = place_params(weights.tensors, config, dtype=dtype, shardings=shardings, release=weights.release)
+        params = place_params(weights.tensors, config, dtype=dtype, shardings=shardings, drop_pages=weights.drop_pages)
         return nnx.merge(abstract_model(config)[0], params)
 
 
@@ -125,14 +125,14 @@ def _quantized(
     quantize: Quantization,
     dtype: ComputeDtype | None,
     mesh: Mesh | None,
-    release: Callable[[], None] = lambda: None,
+    drop_pages: Callable[[], None] = lambda: None,
 ) -> LanguageModel:
     if mesh is not None:
         raise WeightsError(f"quantize = {quantize!r}: packed matrices are on one device; leave quantize out, or mesh")
     if dtype == "float64":
         raise WeightsError(f"quantize = {quantize!r}: does not go with dtype = 'float64'; leave one of them out")
     config = dataclasses.replace(config, dtype=dtype or "float32")
-    return nnx.merge(abstract_model(config)[0], place_quantized_params(tensors, config, quantize, release))
+    return nnx.merge(abstract_model(config)[0], place_quantized_params(tensors, config, quantize, drop_pages))
 
 
 def _as_asked(params: Any, dtype: str | None) -> Any:
@@ -143,25 +143,25 @@ def _as_asked(params: Any, dtype: str | None) -> Any:
 
 
 def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Holds weights against the model and the tokenizer of a run that is to start from them; reads no numbers of files.
+    """Checks weights against the model and tokenizer of a run that is to start from them; reads no tensor data.
 
     Raises:
       WeightsError: they are of another generation or size (each difference is listed, and how to set it), the tokenizer
         that lies beside them is another one, or there are no such weights.
     """
-    place = find_weights(source)
-    _weights_for(place, config)
-    beside = load_run_tokenizer(place) if place.is_dir() else find_tokenizer(place, config.vocab_size)
+    path = find_weights(source)
+    _weights_for(path, config)
+    beside = load_run_tokenizer(path) if path.is_dir() else find_tokenizer(path, config.vocab_size)
     if beside is not None and beside.fingerprint != tokenizer.fingerprint:
-        folder = place if place.is_dir() else place.parent
+        folder = path if path.is_dir() else path.parent
         raise WeightsError(
-            f"{place}: was trained with the tokenizer that lies beside it, and data.tokenizer is another one; "
+            f"{path}: was trained with the tokenizer that lies beside it, and data.tokenizer is another one; "
             f"to start from these weights: --data.tokenizer {folder}"
         )
 
 
 def initial_params(source: str | os.PathLike[str], config: ModelConfig, shardings: Any = None) -> Any:
-    """The parameters with which a run starts from weights, in the dtype in which it trains them.
+    """The initial parameters of a run that starts from weights, in the dtype in which it trains them.
 
     Args:
       shardings: where each goes, a nested dict; None is the first device.
@@ -171,17 +171,17 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
     """
     weights = _weights_for(find_weights(source), config)
     return place_params(
-        weights.tensors, config, dtype=config.parameter_dtype, shardings=shardings, release=weights.release
+        weights.tensors, config, dtype=config.parameter_dtype, shardings=shardings, drop_pages=weights.drop_pages
     )
 
 
-def _weights_for(place: Path, config: ModelConfig) -> Weights:
-    if place.is_dir():
-        loaded = load_model(place, "newest")
+def _weights_for(path: Path, config: ModelConfig) -> Weights:
+    if path.is_dir():
+        loaded = load_model(path, "newest")
         weights = Weights(OfficialTensors(loaded.config.model, loaded.params), "official", lambda: None)
     else:
-        weights = open_weights(place)
-    with naming(place):
+        weights = open_weights(path)
+    with prefix_errors(path):
         own = read_config(weights.tensors)
         if may_have_unused(own) and may_have_unused(config):  # a run has them or not, whatever the file has
             unused = config.unused_value_residual
@@ -200,7 +200,7 @@ def _weights_for(place: Path, config: ModelConfig) -> Weights:
 
 
 def _flag(name: str, value: Any) -> str:
-    """How the command line of train.py sets a field of the model."""
+    """The flag of train.py that sets a field of the model."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"
@@ -215,7 +215,7 @@ def save_pretrained(
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes a model's weights, whole or not at all, and never in the place of anything.
+    """Writes a model's weights atomically; nothing is overwritten.
 
     Args:
       path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger).
@@ -256,7 +256,7 @@ def convert(
     tokenizer: str | None = None,
     with_unused: bool = False,
 ) -> ModelConfig:
-    """Writes weights anew without building a model: tensor by tensor, whatever their size.
+    """Converts weights tensor by tensor, without building a model, so that size does not matter.
 
     Args:
       source, target, layout, dtype: as `from_pretrained` and `save_pretrained` have them.
@@ -271,23 +271,23 @@ def convert(
     Raises:
       WeightsError: as `from_pretrained` and `save_pretrained`.
     """
-    place = find_weights(source)
+    path = find_weights(source)
     # One beside the weights that does not fit is no trouble where another is written, or none.
     takes_beside = tokenizer is None and Path(target).suffix.lower() not in _FILES
     tensors: Mapping[str, NDArray]
-    if place.is_dir():
-        loaded = load_model(place, "newest")
+    if path.is_dir():
+        loaded = load_model(path, "newest")
         config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
-        found: Tokenizer | None = load_run_tokenizer(place) if takes_beside else None
+        found: Tokenizer | None = load_run_tokenizer(path) if takes_beside else None
     else:
-        weights = open_weights(place)
-        with naming(place):
+        weights = open_weights(path)
+        with prefix_errors(path):
             config = read_config(weights.tensors)
             check_tensors(weights.tensors, config)
         # Another project's file has another order; an official one keeps its own.
         official = weights.layout == "official"
         tensors = weights.tensors if official else Selected(weights.tensors, official_shapes(config))
-        found = find_tokenizer(place, config.vocab_size) if takes_beside else None
+        found = find_tokenizer(path, config.vocab_size) if takes_beside else None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
     if with_unused:
@@ -302,15 +302,15 @@ def convert(
     return config
 
 
-def find_tokenizer(place: Path, vocab_size: int) -> Tokenizer | None:
+def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that lies beside a file of weights, or None.
 
     Raises:
       ConfigError: there is one that does not fit the vocabulary.
     """
-    if not any((place.parent / name).is_file() for name in TOKENIZER_FILES):
+    if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return load_tokenizer(place.parent, vocab_size)
+    return load_tokenizer(path.parent, vocab_size)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: which parameters are packed, how, and the tensors that a packed one is in a file.
+"""Weights in 8 or 4 bits: which parameters are packed, how, and as which tensors they are stored.
 
 Packed are the matrices: embedding, head and linear maps. Vectors and norms stay in float32, and so do low-rank maps of
 a rank up to a twelfth of the width, the decay's among them: they are a hundredth of a model. In narrow models, where
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import is_low_rank
@@ -27,14 +28,14 @@ from rwkv_jax.models import abstract_model
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.weights.official import FetchedTensors, check_tensors, official_names, official_shapes
-from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, listed, tensor_spec
+from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, join_names, tensor_spec
 
 Quantization = Literal["int8", "int4", "bfloat16"]
-"""In what the matrices of a model are held."""
+"""The number format of a model's matrices."""
 
 QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 
-Parts = dict[str, NDArray]
+PackedParts = dict[str, NDArray]
 """A packed matrix, or several layers' with a leading axis: `codes`, `scale` and in 4 bits `multiplier` and `offset`."""
 
 _PACKED = re.compile(r"(?P<name>.+)\.(?P<kind>int8|int4)")
@@ -46,7 +47,7 @@ _ROWS_AT_A_TIME = 2**21  # numbers packed at a time: what it takes to pack them 
 
 
 def quantization_of(name: str, shape: tuple[int, ...], wanted: Quantization) -> Quantization | None:
-    """In what a tensor is held, by its official name and shape; None is float32.
+    """The number format of a tensor, by its official name and shape; None is float32.
 
     A matrix whose inputs do not divide into groups of 32 has 8 bits in place of 4.
     """
@@ -66,7 +67,7 @@ def is_transposed(name: str) -> bool:
     return is_low_rank(name)
 
 
-def pack(matrix: NDArray, quantization: Quantization) -> Parts:
+def pack(matrix: NDArray, quantization: Quantization) -> PackedParts:
     """The parts of a matrix [..., out, in] in 8 or 4 bits.
 
     Raises:
@@ -90,12 +91,12 @@ def _unit(rows: NDArray) -> NDArray:
     return np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
 
 
-def _pack_int8(rows: NDArray) -> Parts:
+def _pack_int8(rows: NDArray) -> PackedParts:
     unit = _unit(rows)
     return {"codes": np.rint(rows / unit[:, None]).astype(np.int8), "scale": unit}
 
 
-def _pack_int4(rows: NDArray) -> Parts:
+def _pack_int4(rows: NDArray) -> PackedParts:
     """Each group's multiplier and offset are the pair with the smallest squared error among some near its range."""
     unit = _unit(rows)
     groups = (rows / unit[:, None]).reshape(len(rows), -1, GROUP_SIZE)
@@ -132,7 +133,7 @@ def packed_matrix(parts: Mapping[str, Any], *, transposed: bool) -> PackedMatrix
 
 
 class DequantizedTensors(DerivedTensors):
-    """The tensors of a file with packed ones as the float32 ones that they stand for, under official names.
+    """The tensors of a file with packed ones, dequantized to float32 on access, under official names.
 
     Raises WeightsError when it is built, for packed tensors whose parts are missing or do not fit together.
     """
@@ -150,7 +151,7 @@ class DequantizedTensors(DerivedTensors):
                 parts.update(_part_names(name, kind).values())
         missing = sorted(parts - set(tensors))
         if missing:
-            raise WeightsError(f"parts of packed tensors are missing: {listed(missing)}; get the file again")
+            raise WeightsError(f"parts of packed tensors are missing: {join_names(missing)}; get the file again")
         for name, kind in self._kinds.items():
             self._check(name, typing.cast(Quantization, kind))
         self._kinds |= {name: None for name in tensors if name not in parts}
@@ -169,8 +170,8 @@ class DequantizedTensors(DerivedTensors):
     def __len__(self) -> int:
         return len(self._kinds)
 
+    @override
     def spec(self, name: str) -> TensorSpec:
-        """See `DerivedTensors`."""
         kind = self._kinds[name]
         if kind is None:
             return tensor_spec(self._tensors, name)
@@ -180,7 +181,7 @@ class DequantizedTensors(DerivedTensors):
             own = (*own[:-2], own[-1], own[-2])
         return TensorSpec(own, np.dtype(np.float32))
 
-    def parts(self, name: str) -> Parts | None:
+    def parts(self, name: str) -> PackedParts | None:
         """The parts of a packed tensor as they lie in the file; None for one that is not packed.
 
         Raises:
@@ -194,7 +195,7 @@ class DequantizedTensors(DerivedTensors):
         return parts
 
     def kind(self, name: str) -> Quantization | None:
-        """In what a tensor is packed; None for one that is not."""
+        """The number format of a packed tensor; None for one that is not packed."""
         return self._kinds[name]
 
     @property
@@ -224,7 +225,7 @@ class DequantizedTensors(DerivedTensors):
                 )
 
 
-def _check_numbers(name: str, parts: Parts) -> None:
+def _check_numbers(name: str, parts: PackedParts) -> None:
     if not np.isfinite(parts["scale"]).all():
         raise WeightsError(f"{name}.scale has numbers that are not finite; get the file again")
     if "multiplier" not in parts:
@@ -248,7 +249,7 @@ def _part_names(name: str, kind: Quantization) -> dict[str, str]:
     return parts if kind == "int8" else parts | {part: f"{name}.{part}" for part in ("multiplier", "offset")}
 
 
-def _integers(parts: Parts) -> NDArray:
+def _integers(parts: PackedParts) -> NDArray:
     """int8 [..., out, in] in units of the scale."""
     codes = parts["codes"]
     if "multiplier" not in parts:
@@ -258,8 +259,8 @@ def _integers(parts: Parts) -> NDArray:
     return unpacked.reshape(*codes.shape[:-2], -1)
 
 
-def opened(tensors: Mapping[str, NDArray]) -> DequantizedTensors | None:
-    """A file's tensors, if some of them are packed."""
+def open_packed(tensors: Mapping[str, NDArray]) -> DequantizedTensors | None:
+    """A file's tensors, dequantized, if some of them are packed; otherwise None."""
     return DequantizedTensors(tensors) if any(_PACKED.fullmatch(name) for name in tensors) else None
 
 
@@ -267,14 +268,14 @@ def place_quantized_params(
     tensors: Mapping[str, NDArray],
     config: ModelConfig,
     quantization: Quantization,
-    release: Callable[[], None] = lambda: None,
+    drop_pages: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Our tree of parameters from official tensors, with matrices packed, on the first device.
+    """Builds our parameter tree from official tensors, with matrices packed, on the first device.
 
     Args:
       tensors: as `check_tensors` has found them right; those of a packed file are taken as they are, but for those that
         a model holds in float32.
-      release: gives back the memory of what was read; called after each tensor.
+      drop_pages: gives back the memory of what was read; called after each tensor.
 
     Raises:
       WeightsError: a number is not finite, or the file is packed otherwise.
@@ -286,13 +287,13 @@ def place_quantized_params(
         names = official_names(path, config.num_layers)
         own = like.shape[1:] if stacked else like.shape
         kind = quantization_of(names[0], own, quantization)
-        parts: Parts = {}
+        parts: PackedParts = {}
         for layer, name in enumerate(names):
             for part, values in _held(tensors, name, kind).items():
                 if layer == 0:
                     parts[part] = np.empty((len(names), *values.shape), values.dtype)
                 parts[part][layer] = values
-            release()
+            drop_pages()
         placed = jax.device_put(parts if stacked else {part: values[0] for part, values in parts.items()}, device)
         return (
             placed["codes"] if kind in (None, "bfloat16") else packed_matrix(placed, transposed=is_transposed(names[0]))
@@ -301,7 +302,7 @@ def place_quantized_params(
     return jax.tree.map_with_path(leaf, abstract_model(config)[1])
 
 
-def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantization | None) -> Parts:
+def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantization | None) -> PackedParts:
     """The parts of one tensor as a model holds it; one that is not packed is all `codes`."""
     if kind in (None, "bfloat16"):
         return {"codes": tensors[name].astype(np.float32 if kind is None else BFLOAT16, copy=False)}
@@ -317,7 +318,7 @@ def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantization | None) 
 
 
 class PackedTensors(FetchedTensors):
-    """A model's parameters as a file of packed weights has them.
+    """The tensors of a file of packed weights, of a model's parameters.
 
     Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
     `FetchedTensors`.
@@ -338,7 +339,9 @@ class PackedTensors(FetchedTensors):
                 sources[name] = {file_name: (getattr(leaf, part), index) for part, file_name in names.items()}
         shapes = official_shapes(config)
         if sources.keys() != shapes.keys():
-            raise WeightsError(f"parameters differ from the model's: {listed(sorted(sources.keys() ^ shapes.keys()))}")
+            raise WeightsError(
+                f"parameters differ from the model's: {join_names(sorted(sources.keys() ^ shapes.keys()))}"
+            )
         self._sources = {file_name: source for name in shapes for file_name, source in sources[name].items()}
         # A user may have changed the model.
         check_tensors(DequantizedTensors(self), config)

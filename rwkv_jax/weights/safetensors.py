@@ -1,4 +1,4 @@
-"""safetensors files: read as views of memory maps, written tensor by tensor, alone or in shards with an index."""
+"""Reads safetensors files as memory-mapped views; writes them tensor by tensor, as one file or as shards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> MappedTensors:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one file that appears whole or not at all; the same tensors and metadata give the same bytes.
+    """Writes one file atomically; the same tensors and metadata give the same bytes.
 
     Tensors of wider elements come first, so that all are aligned, otherwise in their given order. One is in memory at a
     time. Older versions of `transformers` want the metadata {"format": "pt"}.
@@ -64,7 +64,7 @@ def write_sharded_safetensors(
     max_shard_bytes: int = 5 * 10**9,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `model-00001-of-0000N.safetensors` and, last, their index; or `model.safetensors`, if all fits in one.
+    """Writes `model-00001-of-0000N.safetensors` and, last, their index; or `model.safetensors`, if all fits in one.
 
     A shard has up to `max_shard_bytes` of tensors, or a single tensor that is larger. Returns what `read_safetensors`
     takes: the index or the one file. The folder is made if need be; a failure leaves none of these files behind.
@@ -136,28 +136,28 @@ def _read_file(path: Path) -> MappedTensors:
 
 
 class _Planned:
-    """One tensor as a header describes it."""
+    """A tensor's entry in the header."""
 
-    def __init__(self, place: Path, name: str, spec: TensorSpec) -> None:
+    def __init__(self, path: Path, name: str, spec: TensorSpec) -> None:
         self.name = name
         self.shape = spec.shape
         self.dtype = spec.dtype.newbyteorder("<")
         self.num_bytes = math.prod(self.shape) * self.dtype.itemsize
         if self.dtype not in _DTYPE_NAMES:
             raise WeightsError(
-                f"{place}: the tensor {name!r} has dtype {spec.dtype}, which is not written; "
+                f"{path}: the tensor {name!r} has dtype {spec.dtype}, which is not written; "
                 f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise WeightsError(f"{place}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
+            raise WeightsError(f"{path}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
         if name == _METADATA:
-            raise WeightsError(f"{place}: no tensor can be named {name!r}, the format keeps that name; rename it")
+            raise WeightsError(f"{path}: no tensor can be named {name!r}, the format keeps that name; rename it")
 
 
-def _plan(place: Path, tensors: Mapping[str, NDArray]) -> list[_Planned]:
-    planned = [_Planned(place, name, tensor_spec(tensors, name)) for name in tensors]
+def _plan(path: Path, tensors: Mapping[str, NDArray]) -> list[_Planned]:
+    planned = [_Planned(path, name, tensor_spec(tensors, name)) for name in tensors]
     # The format has no gaps, so the order alone aligns each tensor to its elements.
     return sorted(planned, key=lambda one: -one.dtype.itemsize)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, listed, map_file
+from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, join_names, map_file
 
 INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
 """How the names of indexes end, and those of their shards, which lie beside them."""
@@ -49,7 +49,9 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
             raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
     missing = [shard for shard in sorted(promised) if not path.with_name(shard).is_file()]
     if missing:
-        raise WeightsError(f"{path}: shards are missing beside it: {listed(missing)}; get them, or the whole folder")
+        raise WeightsError(
+            f"{path}: shards are missing beside it: {join_names(missing)}; get them, or the whole folder"
+        )
     shards = []
     for shard in sorted(promised):
         found = read(path.with_name(shard))
@@ -58,7 +60,9 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
             (found.keys() - promised[shard], "the shard holds tensors that the index does not place there"),
         ):
             if names:
-                raise UnsafeFileError(f"{path.with_name(shard)}: {trouble}: {listed(sorted(names))}; get both again")
+                raise UnsafeFileError(
+                    f"{path.with_name(shard)}: {trouble}: {join_names(sorted(names))}; get both again"
+                )
         shards.append(found)
     return MappedTensors.joined(shards)
 
@@ -71,7 +75,7 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
         if len(parsed) < len(pairs):
             counts = Counter(name for name, _ in pairs)
             repeated = [name for name, count in counts.items() if count > 1]
-            raise UnsafeFileError(f"{path}: has names twice: {listed(repeated)}; readers would differ about it")
+            raise UnsafeFileError(f"{path}: has names twice: {join_names(repeated)}; readers would differ about it")
         return parsed
 
     try:

@@ -1,4 +1,4 @@
-"""Where weights are: a file, a folder or a name on the Hugging Face hub, opened under official names."""
+"""Finds weights (a file, a folder or a name on the Hugging Face hub) and opens them under official names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.run_folder import RUN_FILE
 from rwkv_jax.weights.layouts import from_layout
 from rwkv_jax.weights.pth.file import read_torch_file
-from rwkv_jax.weights.quantized import opened
+from rwkv_jax.weights.quantized import open_packed
 from rwkv_jax.weights.safetensors import read_safetensors
 from rwkv_jax.weights.shards import is_index, shard_pattern
-from rwkv_jax.weights.tensors import WeightsError, describe_wrong_weights, listed
+from rwkv_jax.weights.tensors import WeightsError, describe_wrong_weights, join_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ class Weights(NamedTuple):
     """Under official names, memory-mapped; `DequantizedTensors` of a file that holds packed ones."""
     layout: str
     """Whose names the file has, of `layouts.LAYOUTS`."""
-    release: Callable[[], None]
-    """Gives back the memory of what was read."""
+    drop_pages: Callable[[], None]
+    """Drops the pages read so far from memory."""
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
@@ -97,18 +97,20 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     return _fetch(match["name"], match["file"], path)
 
 
-def _choose(names: Sequence[str], place: str) -> str:
+def _choose(names: Sequence[str], folder: str) -> str:
     """The one of a folder's files that holds its weights."""
     for pattern in _IN_ORDER:
         found = sorted(name for name in names if Path(name).match(pattern) and "/" not in name)
         if len(found) == 1:
             return found[0]
         if found and (newest := _newest_of_trainer(found, names)):
-            _LOG.warning("%s: holds %d files by the official trainer, of which %s is taken", place, len(found), newest)
+            _LOG.warning("%s: holds %d files by the official trainer, of which %s is taken", folder, len(found), newest)
             return newest
         if found:
-            raise WeightsError(f"{place}: holds {len(found)} files of weights ({listed(found, 12)}); name one of them")
-    raise WeightsError(f"{place}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
+            raise WeightsError(
+                f"{folder}: holds {len(found)} files of weights ({join_names(found, 12)}); name one of them"
+            )
+    raise WeightsError(f"{folder}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
 
 
 def _newest_of_trainer(found: Sequence[str], beside: Sequence[str]) -> str | None:
@@ -173,16 +175,16 @@ def _without_warnings_of_retries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(place: object) -> Iterator[None]:
-    """Puts the place before errors about weights that come from there."""
+def prefix_errors(path: object) -> Iterator[None]:
+    """Puts the path of a file, or of a run, before errors about its weights."""
     try:
         yield
     except WeightsError as error:
-        raise type(error)(f"{place}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def open_weights(path: Path) -> Weights:
-    """A file of weights under official names; nothing is read but names, shapes and dtypes.
+    """Opens a file of weights under official names; reads only names, shapes and dtypes.
 
     Raises:
       WeightsError: it is no file of weights, is of no known layout, or has been converted for the `rwkv` package.
@@ -192,15 +194,15 @@ def open_weights(path: Path) -> Weights:
         tensors, values = read_safetensors(path), {}
     else:
         tensors, values = read_torch_file(path)
-    with naming(path):
-        dequantized = opened(tensors)
+    with prefix_errors(path):
+        dequantized = open_packed(tensors)
         layout, official = from_layout(
             tensors if dequantized is None else dequantized,
             values,
             tied=_is_tied(path.with_name(_CONFIG)),
             report=lambda found: _LOG.warning("%s: %s", path, found),
         )
-    return Weights(official, layout, tensors.release)
+    return Weights(official, layout, tensors.drop_pages)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What every reader of weights gives and every writer takes: NumPy arrays by name, memory-mapped."""
+"""Mappings from names to NumPy arrays, memory-mapped or computed, which readers return and writers take."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ class MappedTensors(Mapping[str, NDArray]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def release(self) -> None:
-        """Gives back the memory of what was read so far; the tensors stay usable, and are read again when used."""
+    def drop_pages(self) -> None:
+        """Drops the pages read so far from memory; tensors stay usable and are read again on access."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
 
 class DerivedTensors(Mapping[str, NDArray]):
-    """Tensors that are made, or fetched from a device, whenever they are asked for; their specs are had for nothing."""
+    """Tensors that are computed, or fetched from a device, on access; their specs are known without that."""
 
     @abc.abstractmethod
     def spec(self, name: str) -> TensorSpec:
@@ -81,7 +81,7 @@ def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
     return TensorSpec(tensor.shape, tensor.dtype)
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def join_names(names: Sequence[str], most: int = 8) -> str:
     """Names for a message, of which there may be thousands: the first ones, and how many more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -15,6 +15,7 @@ from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights import pretrained
 from rwkv_jax.weights.quantized import Quantization
 from tests.cli.commands import Command
+from tests.weights.files import assert_same_bits, tensors_in
 
 
 def params_of(model: LanguageModel) -> Any:
@@ -31,6 +32,15 @@ def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path
     ours = from_pretrained(tmp_path / "b.pth", dtype="float32")
     expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), newest.params)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours, nnx.Param)), expected)
+
+
+def test_a_run_goes_back_to_the_official_trainer(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    rwkv("convert", run_dir, tmp_path / "a.pth")
+    rwkv("convert", run_dir, tmp_path / "b.pth", "--layout", "official", "--with-unused")
+    ours, theirs = (tensors_in(tmp_path / name) for name in ("a.pth", "b.pth"))
+    assert theirs.keys() - ours.keys() == {f"blocks.0.att.v{i}" for i in range(3)}
+    assert not any(theirs[name].any() for name in theirs.keys() - ours.keys())
+    assert_same_bits({name: theirs[name] for name in ours}, ours)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "bfloat16"])
@@ -50,6 +60,7 @@ def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, qu
     [
         ("a.safetensors", ["--dtype", "float16"], "rwkv: --quantize 'int8': decides what tensors are in"),
         ("a", ["--layout", "flash-linear-attention"], "rwkv: --quantize 'int8': decides what tensors are in"),
+        ("a", ["--with-unused"], r"decides what tensors are in.*; leave --dtype, --layout and --with-unused out"),
         (
             "a.pth",
             [],

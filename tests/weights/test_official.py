@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out_again_bit_for_bit(config: ModelConfig, dtype: st
     tensors = random_tensors(config, dtype)
     tensors["emb.weight"][0, :3] = [np.nan, -0.0, np.inf]
     released = []
-    params = place_params(tensors, config, release=lambda: released.append(None))
+    params = place_params(tensors, config, drop_pages=lambda: released.append(None))
     assert len(released) == len(tensors)
     assert_same_bits(dict(OfficialTensors(config, params)), tensors)
 

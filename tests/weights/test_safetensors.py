@@ -84,7 +84,7 @@ def test_nothing_is_copied_and_nothing_can_be_changed(tmp_path: Path) -> None:
     assert sum(tensor.nbytes for tensor in found.values()) == 8 * 2**22
     with pytest.raises(ValueError, match="read-only"):
         found["w0"][0] = 1
-    found.release()
+    found.drop_pages()
     assert not found["w7"].any()
 
 

@@ -43,7 +43,7 @@ def test_shards_by_torch_are_read_as_one_file(index: Path) -> None:
         opened = open_weights(find_weights(source))
         assert opened.layout == "transformers"
         assert_same_bits({name: opened.tensors[name] for name in TENSORS}, TENSORS)
-        opened.release()
+        opened.drop_pages()
         assert_same_bits({name: opened.tensors[name] for name in TENSORS}, TENSORS)
 
 

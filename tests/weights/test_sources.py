@@ -36,7 +36,7 @@ def test_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
         opened = open_weights(tmp_path / name)
         assert opened.layout == "official"
         assert_same_bits(dict(opened.tensors), TENSORS)
-        opened.release()
+        opened.drop_pages()
         assert_same_bits(dict(opened.tensors), TENSORS)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_file
 from rwkv_jax.weights.pth.pickle import STORAGES, kind_of, read_pickle
-from rwkv_jax.weights.pth.refusal import refuse
+from rwkv_jax.weights.pth.rejection import reject
 from rwkv_jax.weights.pth.zip import LOCAL_HEADER, read_entries
 from rwkv_jax.weights.shards import is_index, read_shards
 from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, describe_wrong_weights, map_file
@@ -68,7 +68,7 @@ def read_torch_file(path: Path) -> TorchFile:
         entries = read_entries(mapped)
         tensors, values = _split(read_pickle(mapped, entries), entries["data.pkl"].size)
         if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_REPEATS * len(mapped):
-            refuse(f"its tensors would take more than {_MAX_REPEATS} times the file once copied")
+            reject(f"its tensors would take more than {_MAX_REPEATS} times the file once copied")
     except UnsafeFileError as error:
         wrong = describe_wrong_weights(path, ("torch", "zip", "pickle"))
         found = str(error) if wrong is None else f"{str(error).partition(';')[0]}: it {wrong}"
@@ -94,7 +94,7 @@ def _split(state: dict[str, Any], limit: int) -> tuple[dict[str, NDArray], dict[
     if not _holds_tensors(state):
         wrappers = [name for name in _WRAPPERS if _holds_tensors(state.get(name))]
         if len(wrappers) > 1:
-            refuse(f"it has tensors in both {wrappers[0]!r} and {wrappers[1]!r}")
+            reject(f"it has tensors in both {wrappers[0]!r} and {wrappers[1]!r}")
         if wrappers:
             _plain_values({name: value for name, value in state.items() if name != wrappers[0]}, limit)
             state = state[wrappers[0]]
@@ -114,7 +114,7 @@ def _plain_values(values: dict[str, Any], limit: int) -> dict[str, Plain]:
         nonlocal left
         left -= 1
         if depth > _MAX_PLAIN_DEPTH or left < 0:
-            refuse(f"the values beside its tensors are nested deeper than {_MAX_PLAIN_DEPTH} or too many")
+            reject(f"the values beside its tensors are nested deeper than {_MAX_PLAIN_DEPTH} or too many")
         match value:
             case None | bool() | int() | float() | str():
                 return value
@@ -124,7 +124,7 @@ def _plain_values(values: dict[str, Any], limit: int) -> dict[str, Plain]:
                 return tuple(copied(item, depth + 1) for item in value)
             case dict():
                 return {name: copied(item, depth + 1) for name, item in value.items()}
-        refuse(f"it has a {kind_of(value)} within the values beside its tensors")
+        reject(f"it has a {kind_of(value)} within the values beside its tensors")
 
     return {name: copied(value, 0) for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The pickle that a .pth file holds, carried out by a machine that can do nothing but build dicts of tensors.
+"""Interprets the pickle in a .pth file with a machine that can only build dicts of tensors.
 
 A pickle is a program that may call anything. The machine knows the few steps that such dicts take and refuses a pickle
 at the first step that is not one of them. It looks up no name and calls nothing: a name is text to be compared with a
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.pth.refusal import AGAIN, refuse, shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
 from rwkv_jax.weights.pth.zip import Entry
 from rwkv_jax.weights.tensors import BFLOAT16
 
@@ -113,7 +113,7 @@ class _Machine:
     def __init__(self, mapped: mmap.mmap, entries: Mapping[str, Entry]) -> None:
         entry = entries["data.pkl"]
         if entry.size > _MAX_PICKLE_BYTES:
-            refuse(f"its data.pkl has {entry.size} bytes, more than any dict of tensors needs")
+            reject(f"its data.pkl has {entry.size} bytes, more than any dict of tensors needs")
         self._pickled, self._position = mapped[entry.start : entry.stop], 0
         self._mapped, self._entries = mapped, entries
         self._stack: list[Any] = []
@@ -127,22 +127,22 @@ class _Machine:
             code = self._read(1)[0]
             name = _OPCODES.get(code)
             if name is None:
-                refuse(f"its pickle has an unknown step {code:#x}", AGAIN)
+                reject(f"its pickle has an unknown step {code:#x}", AGAIN)
             if name == "STOP":
                 return self._result()
             self._step(name)
             if len(self._stack) > _MAX_STACK or len(self._marks) > _MAX_MARKS:
-                refuse("its pickle piles up more values than a dict of tensors needs")
-        refuse(f"its pickle has more than {_MAX_STEPS} steps")
+                reject("its pickle piles up more values than a dict of tensors needs")
+        reject(f"its pickle has more than {_MAX_STEPS} steps")
 
     def _result(self) -> dict[str, Any]:
         state = self._pop("STOP")
         if self._stack or self._marks:
-            refuse("its pickle leaves values behind at STOP")
+            reject("its pickle leaves values behind at STOP")
         if self._position != len(self._pickled):
-            refuse("its pickle goes on after STOP")
+            reject("its pickle goes on after STOP")
         if not isinstance(state, dict):
-            refuse(f"it holds a {kind_of(state)}, not a dict of tensors")
+            reject(f"it holds a {kind_of(state)}, not a dict of tensors")
         return state
 
     def _step(self, name: str) -> None:
@@ -155,7 +155,7 @@ class _Machine:
         elif name in _GETS:
             index = self._number(_GETS[name])
             if index >= len(self._memo):
-                refuse(f"its pickle recalls value {index}, of {len(self._memo)} in its memo ({name})")
+                reject(f"its pickle recalls value {index}, of {len(self._memo)} in its memo ({name})")
             stack.append(self._memo[index])
         elif name in _TEXTS:
             stack.append(self._text(self._number(_TEXTS[name])))
@@ -184,7 +184,7 @@ class _Machine:
             case "STACK_GLOBAL":
                 attribute, module = self._pop(name), self._pop(name)
                 if type(module) is not str or type(attribute) is not str:
-                    refuse("its pickle names something by other than text (STACK_GLOBAL)")
+                    reject("its pickle names something by other than text (STACK_GLOBAL)")
                 stack.append(_allowed(module, attribute))
             case "MEMOIZE":
                 self._memorize(len(self._memo))
@@ -209,21 +209,21 @@ class _Machine:
                 if type(self._top(name)) is not OrderedDict or not (
                     isinstance(attributes, dict) and attributes.keys() <= {"_metadata"}
                 ):
-                    refuse(f"its pickle sets the state of a {kind_of(self._top(name))} (BUILD)")
+                    reject(f"its pickle sets the state of a {kind_of(self._top(name))} (BUILD)")
             case "PROTO":
                 if self._number("<B") > 5 or self._position != 2:
-                    refuse("its pickle is of an unknown protocol (PROTO)")
+                    reject("its pickle is of an unknown protocol (PROTO)")
             case "FRAME":
                 self._number("<Q")  # only tells how much to read at once
             case _:
-                refuse(f"its pickle has a step that no dict of tensors needs: {name}")
+                reject(f"its pickle has a step that no dict of tensors needs: {name}")
 
     # What the pickle's bytes say
 
     def _read(self, size: int) -> bytes:
         content = self._pickled[self._position : self._position + size]
         if len(content) != size:
-            refuse("its pickle ends too soon", AGAIN)
+            reject("its pickle ends too soon", AGAIN)
         self._position += size
         return content
 
@@ -234,12 +234,12 @@ class _Machine:
         try:
             return self._read(size).decode("utf-8")
         except UnicodeDecodeError:
-            refuse("its pickle has text that is not UTF-8", AGAIN)
+            reject("its pickle has text that is not UTF-8", AGAIN)
 
     def _line(self) -> str:
         end = self._pickled.find(b"\n", self._position)
         if end < 0:
-            refuse("its pickle ends too soon", AGAIN)
+            reject("its pickle ends too soon", AGAIN)
         text = self._text(end - self._position)
         self._position += 1
         return text
@@ -248,7 +248,7 @@ class _Machine:
 
     def _top(self, name: str) -> Any:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            refuse(f"its pickle takes a value where there is none ({name})")
+            reject(f"its pickle takes a value where there is none ({name})")
         return self._stack[-1]
 
     def _pop(self, name: str) -> Any:
@@ -258,7 +258,7 @@ class _Machine:
 
     def _pop_to_mark(self, name: str) -> list[Any]:
         if not self._marks:
-            refuse(f"its pickle goes back to a mark that it never made ({name})")
+            reject(f"its pickle goes back to a mark that it never made ({name})")
         mark = self._marks.pop()
         items = self._stack[mark:]
         del self._stack[mark:]
@@ -267,24 +267,24 @@ class _Machine:
     def _memorize(self, index: int) -> None:
         # Picklers count up. That also makes the memo no longer than the pickle.
         if index > len(self._memo):
-            refuse(f"its pickle memorizes value {index} when there are {len(self._memo)}")
+            reject(f"its pickle memorizes value {index} when there are {len(self._memo)}")
         self._memo[index : index + 1] = [self._top("PUT")]
 
     def _set_items(self, name: str, items: list[Any]) -> None:
         target = self._top(name)
         if not isinstance(target, dict) or len(items) % 2:
-            refuse(f"its pickle gives items to a {kind_of(target)} ({name})")
+            reject(f"its pickle gives items to a {kind_of(target)} ({name})")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str:
-                refuse(f"it has a dict with a {kind_of(key)} for a key, not text")
+                reject(f"it has a dict with a {kind_of(key)} for a key, not text")
             if key in target:
-                refuse(f"it has two values named {shown(key)}")
+                reject(f"it has two values named {shown(key)}")
             target[key] = value
 
     def _append(self, name: str, items: list[Any]) -> None:
         target = self._top(name)
         if not isinstance(target, list):
-            refuse(f"its pickle appends to a {kind_of(target)} ({name})")
+            reject(f"its pickle appends to a {kind_of(target)} ({name})")
         target.extend(items)
 
     # What names and references mean
@@ -312,7 +312,7 @@ class _Machine:
                 (_Storage() as storage, offset, shape, strides, bool(), OrderedDict() as hooks, _Name(text=dtype)),
             ) if not hooks and storage.dtype.itemsize == 1 and dtype in _LATER_DTYPES:
                 return self._tensor(storage, _LATER_DTYPES[dtype], offset, shape, strides)
-        refuse(f"its pickle calls {name} in a way that no plain tensor needs (REDUCE)")
+        reject(f"its pickle calls {name} in a way that no plain tensor needs (REDUCE)")
 
     def _storage(self, reference: Any) -> _Storage:
         match reference:
@@ -321,31 +321,31 @@ class _Machine:
             ):
                 dtype = _STORAGE_CLASSES[kind]
             case _:
-                refuse("its pickle refers to something that is not a tensor's memory (BINPERSID)")
+                reject("its pickle refers to something that is not a tensor's memory (BINPERSID)")
         entry = self._entries.get(f"data/{key}")
         if entry is None:
-            refuse(f"the memory {shown(key)} of a tensor is not in the zip", AGAIN)
+            reject(f"the memory {shown(key)} of a tensor is not in the zip", AGAIN)
         if count * dtype.itemsize > entry.size:
-            refuse(f"{count} elements of {kind} are claimed for the {entry.size} bytes of data/{key}")
+            reject(f"{count} elements of {kind} are claimed for the {entry.size} bytes of data/{key}")
         storage = _Storage(key, dtype, entry.start, count * dtype.itemsize)
         known = self._storages.setdefault(key, storage)
         if known != storage:
-            refuse(f"the memory data/{key} is claimed with two dtypes or sizes")
+            reject(f"the memory data/{key} is claimed with two dtypes or sizes")
         return known
 
     def _tensor(self, storage: _Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any) -> NDArray:
         where = f"a tensor in data/{storage.key}"
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
-            refuse(f"{where} has a shape and strides that do not go together")
+            reject(f"{where} has a shape and strides that do not go together")
         if any(type(number) is not int or not 0 <= number < 2**63 for number in (offset, *shape, *strides)):
-            refuse(f"{where} has an offset, shape or stride that is not a whole number from 0 to 2^63")
+            reject(f"{where} has an offset, shape or stride that is not a whole number from 0 to 2^63")
         if len(shape) > _MAX_DIMENSIONS:
-            refuse(f"{where} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
+            reject(f"{where} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
         count = storage.num_bytes // dtype.itemsize
         if 0 in shape:
             # NumPy multiplies the sizes that are not 0 even so.
             if offset > count or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 2**62:
-                refuse(f"{where} is empty, but of an offset or a shape too large")
+                reject(f"{where} is empty, but of an offset or a shape too large")
             empty = np.ndarray(shape, dtype)
             empty.flags.writeable = False
             return empty
@@ -354,10 +354,10 @@ class _Machine:
         last = 0
         for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
             if stride <= last:
-                refuse(f"{where} repeats its own elements (expanded or overlapping strides)")
+                reject(f"{where} repeats its own elements (expanded or overlapping strides)")
             last += stride * (size - 1)
         if offset + last >= count:
-            refuse(f"{where} reaches element {offset + last} of {count}")
+            reject(f"{where} reaches element {offset + last} of {count}")
         byte_strides = [
             stride * dtype.itemsize if size > 1 else dtype.itemsize for stride, size in zip(strides, shape, strict=True)
         ]
@@ -367,5 +367,5 @@ class _Machine:
 def _allowed(module: str, attribute: str) -> _Name:
     name = f"{module}.{attribute}"
     if name not in _ALLOWED:
-        refuse(f"its pickle names {shown(name)}, which is no part of a plain dict of tensors")
+        reject(f"its pickle names {shown(name)}, which is no part of a plain dict of tensors")
     return _Name(name)

@@ -217,7 +217,7 @@ def test_round_trip(tmp_path: Path, dtype: np.dtype[Any]) -> None:
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.read("archive/byteorder") == b"little"
-    found.tensors.release()
+    found.tensors.drop_pages()
     _assert_same(found.tensors, {name: np.asarray(value, dtype) for name, value in tensors.items()})
 
 

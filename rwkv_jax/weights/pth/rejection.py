@@ -1,4 +1,4 @@
-"""How the reader of .pth files says no: what it found, and what to do about it."""
+"""Errors of the reader of .pth files: what it found, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ AGAIN = "it is damaged or cut short: copy or download it again"
 _ANEW = "save the plain state dict anew, by torch.save or as .safetensors"
 
 
-def refuse(what: str, remedy: str = _ANEW) -> NoReturn:
-    """Raises UnsafeFileError; who knows the path puts it before."""
+def reject(what: str, remedy: str = _ANEW) -> NoReturn:
+    """Raises UnsafeFileError; the caller that knows the path puts it in front."""
     raise UnsafeFileError(f"{what}; {remedy}")
 
 
 def shown(text: str) -> str:
-    """Text of a stranger's for a message: quoted, and no longer than a line."""
+    """Untrusted text for a message: quoted, and cut to a line."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
