@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,6 +23,13 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 class PeerError(RuntimeError):
     """A peer has ended; the message has its last words."""
+
+
+def last_words(log: str) -> str:
+    """Why a program ended: the line of its last exception, below which JAX writes notes, or else its last line."""
+    lines = [line for line in log.splitlines() if re.search(r"\w", line)]
+    exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return (exceptions or lines or ["nothing"])[-1].strip()
 
 
 class PeerProcess:
@@ -62,8 +70,7 @@ class PeerProcess:
             return json.loads(line)
         status = self._process.wait()
         self._log.seek(0)
-        words = self._log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise PeerError(f"ended with status {status}, saying: {words[-1]}")
+        raise PeerError(f"ended with status {status}, saying: {last_words(self._log.read().decode(errors='replace'))}")
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request; raises PeerError when it has ended."""

@@ -56,3 +56,20 @@ def test_a_peer_that_ends_says_why(tmp_path: Path) -> None:
             process.ask({"task": "check"})
     finally:
         process.close()
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", "nothing"),
+        ("starting\nno such model\n\n", "no such model"),
+        (
+            "Traceback (most recent call last):\n  File ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: 8GB\n"
+            "--------------------\nFor simplicity, JAX has removed its internal frames from the traceback.\n\n",
+            "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: 8GB",
+        ),
+        ("ImportError: first\n\nDuring handling of it:\n\nValueError: second\n----\n", "ValueError: second"),
+    ],
+)
+def test_the_words_of_a_peer_are_its_exception(log: str, words: str) -> None:
+    assert peers_processes.last_words(log) == words

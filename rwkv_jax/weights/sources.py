@@ -66,6 +66,8 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     Raises:
       WeightsError: nothing is there, or more than one thing; the message says what was looked for.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise WeightsError(f"source = {source!r}: name a file, a folder or OWNER/NAME on the Hugging Face hub")
     if not os.fspath(source):
         raise WeightsError("no weights are named; name a file, a folder or OWNER/NAME on the Hugging Face hub")
     path = Path(source).expanduser()

@@ -87,6 +87,16 @@ def test_help_says_what_the_command_is_for(rwkv: Command, capsys: pytest.Capture
     assert "\nTrain RWKV language models, generate text and chat with them, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["-m", "rwkv_jax", "--version"]])
+def test_a_reader_that_goes_away_ends_it_quietly(command: list[str]) -> None:
+    """As `python train.py --help | head` does; the reader has gone before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b""
+
+
 def test_what_the_terminal_cannot_show_is_replaced(rwkv: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))

@@ -310,6 +310,8 @@ def test_a_repository_of_several_files_lists_them(tmp_path: Path, monkeypatch: p
 def test_nothing_is_no_name() -> None:
     with pytest.raises(WeightsError, match="no weights are named"):
         find_weights("")
+    with pytest.raises(WeightsError, match=r"source = None: name a file, a folder or OWNER/NAME"):
+        from_pretrained(None)  # pyright: ignore[reportArgumentType]  what a caller has who looked for a file in vain
 
 
 def test_offline_and_never_fetched_says_what_was_looked_for(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
