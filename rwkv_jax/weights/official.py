@@ -65,7 +65,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
             f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
         )
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
-    heads = spec.num_heads(shapes)
+    heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
     dtypes = {spec.dtype for spec in specs.values()}
     try:
         return ModelConfig(

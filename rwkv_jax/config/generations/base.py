@@ -71,6 +71,8 @@ class GenerationSpec(abc.ABC):
     """Its WKV operator in `rwkv_kernels.OPERATORS`; None without one."""
     has_heads: bool = True
     """Whether time mixing works on heads, which parallel.tensor must not cut; otherwise on single channels."""
+    heads_tensor: str | None = None
+    """Official name within layer 0 of a tensor whose first axis is H; None without one."""
     has_official_names: bool = True
     """Whether there are official files, whose names and shapes its parameters have."""
     tensors: frozenset[str] = frozenset()
@@ -133,7 +135,6 @@ class GenerationSpec(abc.ABC):
 
         Its name; None for the one that training takes too.
         """
-        del platform
         return None, "it is the fastest forward, too"
 
     # Files
@@ -144,18 +145,28 @@ class GenerationSpec(abc.ABC):
         Args:
           in_layers: names within layers, such as att.r_k.
         """
-        del shapes
         return not self.tensors.isdisjoint(in_layers)
-
-    def num_heads(self, shapes: Shapes) -> int | None:
-        """H of a file's model; None where the shapes do not say."""
-        del shapes
-        return None
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """The `own_fields` of a file's model; None for a size whose tensor is missing."""
-        del shapes
         return {}
+
+
+class MatrixStateSpec(GenerationSpec):
+    """A generation whose recurrence has a matrix [N, N] for each head."""
+
+    state_flops = 5
+    """Operations for each number of the state: decayed (1), k v^T added (2), read (2)."""
+
+    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
+        """Of N numbers for each channel."""
+        return self.state_flops * config.head_dim * config.width
+
+    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
+        """Last inputs of both mixings, and the matrices."""
+        shift = StateArray((config.width,), (None,), config.dtype)
+        heads = (config.num_heads, config.head_dim, config.head_dim)
+        return shift, shift, StateArray(heads, ("heads", None, None), config.parameter_dtype)
 
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int | None:

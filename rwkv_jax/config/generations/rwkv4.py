@@ -42,7 +42,6 @@ class RWKV4Spec(GenerationSpec):
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """R, K, V, O of the time mixing; K, V, R of the channel mixing."""
-        del first
         return 4 * config.width**2 + 2 * config.width * self.sizes(config).ffn_width + config.width**2
 
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
@@ -51,7 +50,6 @@ class RWKV4Spec(GenerationSpec):
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
         """12 a channel: numerator and denominator each decayed, written, read with the bonus; the quotient."""
-        del sequence_length
         return 12 * config.width
 
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:

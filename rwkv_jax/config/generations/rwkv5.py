@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.config.generations.base import GenerationSpec, ResolvedSizes, Shapes, StateArray, size_of
+from rwkv_jax.config.generations.base import MatrixStateSpec, ResolvedSizes, Shapes
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
 
-_DECAY = "blocks.0.att.time_decay"
 
-
-class RWKV5Spec(GenerationSpec):
+class RWKV5Spec(MatrixStateSpec):
     """RWKV-5.2, or one of its previews."""
 
     model_class = "rwkv_jax.models.rwkv5:RWKV5"
     operator = "wkv5"
+    heads_tensor = "att.time_decay"
 
     def __init__(self, name: str, *, has_gate: bool = True, has_channel_decay: bool = False) -> None:
         self.name = name
@@ -33,7 +32,6 @@ class RWKV5Spec(GenerationSpec):
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """R, K, V, O and G of the time mixing; K, V, R of the channel mixing."""
-        del first
         squares = (5 if self.has_gate else 4) + 1
         return squares * config.width**2 + 2 * config.width * self.sizes(config).ffn_width
 
@@ -43,27 +41,14 @@ class RWKV5Spec(GenerationSpec):
         decay_and_bonus = 2 * (config.width if self.has_channel_decay else config.num_heads)
         return (blends + 2 + 2 + 4 + (2 if first else 0)) * config.width + decay_and_bonus
 
-    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """5 for each of the N numbers of a channel's state: decayed, k v^T added, read."""
-        del sequence_length
-        return 5 * config.head_dim * config.width
-
-    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """Last inputs of both mixings; a matrix [N, N] for each head."""
-        return matrix_state(config)
-
     def recognizes(self, in_layers: Collection[str], shapes: Shapes) -> bool:
         """By the norm over heads, the shape of the decay and whether there is a gate."""
-        decay = shapes.get(_DECAY, ())
+        decay = shapes.get("blocks.0.att.time_decay", ())
         return (
             "att.ln_x.weight" in in_layers
             and (not self.has_channel_decay or (len(decay) == 2 and decay[1] > 1))
             and (not self.has_gate or self.has_channel_decay or "att.gate.weight" in in_layers)
         )
-
-    def num_heads(self, shapes: Shapes) -> int | None:
-        """Of the decay."""
-        return size_of(shapes, _DECAY, 0)
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """The previews' bonus by its name."""
@@ -73,10 +58,3 @@ class RWKV5Spec(GenerationSpec):
 def gated_ffn_width(width: int) -> int:
     """3.5 C in multiples of 32, and at least 32: the official rounding would leave nothing of a narrow model."""
     return max(32, 7 * width // 2 // 32 * 32)
-
-
-def matrix_state(config: ModelConfig) -> tuple[StateArray, ...]:
-    """The state of generations with a matrix [N, N] a head."""
-    shift = StateArray((config.width,), (None,), config.dtype)
-    heads = (config.num_heads, config.head_dim, config.head_dim)
-    return shift, shift, StateArray(heads, ("heads", None, None), config.parameter_dtype)

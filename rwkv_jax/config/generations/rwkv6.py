@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.config.generations.base import GenerationSpec, Recipe, ResolvedSizes, Shapes, StateArray, size_of
-from rwkv_jax.config.generations.rwkv5 import gated_ffn_width, matrix_state
+from rwkv_jax.config.generations.base import MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
+from rwkv_jax.config.generations.rwkv5 import gated_ffn_width
 from rwkv_jax.config.step import OptimizerConfig
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
 
 
-class RWKV6Spec(GenerationSpec):
+class RWKV6Spec(MatrixStateSpec):
     """RWKV-6."""
 
     name = "6"
     model_class = "rwkv_jax.models.rwkv6:RWKV6"
     own_fields = ("mix_rank", "decay_rank")
     operator = "wkv6"
+    heads_tensor = "att.time_faaaa"
     tensors = frozenset({"att.time_maa_x"})
     low_rank_decay = frozenset({"att.time_decay_w1", "att.time_decay_w2"})
     low_rank = low_rank_decay | {"att.time_maa_w1", "att.time_maa_w2"}
@@ -50,26 +51,12 @@ class RWKV6Spec(GenerationSpec):
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """R, K, V, G, O, five low-rank mixes and that of the decay; K, V, R of the channel mixing."""
-        del first
         sizes, width = self.sizes(config), config.width
         return 6 * width**2 + 2 * width * (5 * sizes.mix_rank + sizes.decay_rank + sizes.ffn_width)
 
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """Blends of x, w, k, v, r, g, decay and bonus, ln_x; blends of k, r; ln1, ln2, and ln0 in layer 0."""
         return (6 + 2 + 2 + 2 + 4 + (2 if first else 0)) * config.width
-
-    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """5 for each of the N numbers of a channel's state: decayed, k v^T added, read."""
-        del sequence_length
-        return 5 * config.head_dim * config.width
-
-    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """Last inputs of both mixings; a matrix [N, N] for each head."""
-        return matrix_state(config)
-
-    def num_heads(self, shapes: Shapes) -> int | None:
-        """Of the bonus."""
-        return size_of(shapes, "blocks.0.att.time_faaaa", 0)
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """Ranks; the five mixes are stacked in one matrix."""

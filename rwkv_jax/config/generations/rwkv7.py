@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.config.generations.base import GenerationSpec, Recipe, ResolvedSizes, Shapes, StateArray, size_of
-from rwkv_jax.config.generations.rwkv5 import matrix_state
+from rwkv_jax.config.generations.base import MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
 from rwkv_jax.config.step import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -17,13 +16,15 @@ def _ranks(decay: int, iclr: int, value: int, gate: int) -> dict[str, Any]:
     return {"decay_rank": decay, "iclr_rank": iclr, "value_rank": value, "gate_rank": gate}
 
 
-class RWKV7Spec(GenerationSpec):
+class RWKV7Spec(MatrixStateSpec):
     """RWKV-7."""
 
     name = "7"
     model_class = "rwkv_jax.models.rwkv7:RWKV7"
     own_fields = ("decay_rank", "iclr_rank", "value_rank", "gate_rank", "unused_value_residual")
     operator = "wkv7"
+    heads_tensor = "att.r_k"
+    state_flops = 9  # the removal of rank one, too
     tensors = frozenset({"att.r_k", "att.k_k"})
     low_rank_decay = frozenset({"att.w1", "att.w2"})
     low_rank = low_rank_decay | {f"att.{name}{i}" for name in "avg" for i in (1, 2)}
@@ -79,15 +80,6 @@ class RWKV7Spec(GenerationSpec):
         unused = 1 + 2 * self.sizes(config).value_rank if config.unused_value_residual else 0
         return (vectors - 1 + 2 + unused) * config.width
 
-    def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """9 for each of the N numbers of a channel's state: decayed, rank-one removal, v k^T added, read."""
-        del sequence_length
-        return 9 * config.head_dim * config.width
-
-    def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """Last inputs of both mixings; a matrix [N, N] for each head."""
-        return matrix_state(config)
-
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
         """`scan` on a CPU: measured in benchmarks/README.md, of decode_cpu.py."""
         if platform == "cpu":
@@ -96,10 +88,6 @@ class RWKV7Spec(GenerationSpec):
                 "on a CPU, forward alone, RWKV-7's recurrence is faster than its chunks: its state stays in the cache",
             )
         return super().prefill_implementation(platform)
-
-    def num_heads(self, shapes: Shapes) -> int | None:
-        """Of the bonus."""
-        return size_of(shapes, "blocks.0.att.r_k", 0)
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """Ranks, and whether layer 0 holds the value residual that nothing reads."""

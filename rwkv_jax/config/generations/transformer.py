@@ -76,12 +76,10 @@ class TransformerSpec(GenerationSpec):
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """Q, K, V, O; K, V of the feed-forward network."""
-        del first
         return 4 * config.width**2 + 2 * config.width * self.sizes(config).ffn_width
 
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """ln1, ln2."""
-        del first
         return 4 * config.width
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
@@ -96,5 +94,4 @@ class TransformerSpec(GenerationSpec):
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
         """None: there is no operator."""
-        del platform
         return None, "a Transformer has no such operator"
