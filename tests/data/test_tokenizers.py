@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,13 @@ def test_a_tokenizer_that_loses_text_is_refused(lines: str, options: dict[str, A
     )
     with pytest.raises(ConfigError, match="does not give back the text it is given"):
         SentencePieceTokenizer(model.getvalue(), "x.model")
+
+
+def test_the_missing_package_is_named(
+    lines: str, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match=r"small.model: needs the package sentencepiece: pip install sentencepiece"):
+        SentencePieceTokenizer.load(model_path)
+    with pytest.raises(ConfigError, match=r"data.tokenizer = None: needs the package sentencepiece"):
+        train_sentencepiece(["text"], 380, tmp_path / "x.model")

@@ -7,8 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import sentencepiece
+from types import ModuleType
 
 from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.config import ConfigError
@@ -38,7 +37,7 @@ class SentencePieceTokenizer(TableTokenizer):
         if not model:
             raise ConfigError(f"{origin} is empty, not a sentencepiece model")
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = _sentencepiece(origin).SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ConfigError(f"{origin} is not a sentencepiece model; name a .model file") from error
         if self._processor.eos_id() < 0:
@@ -92,7 +91,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     refuse_existing(target)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _sentencepiece("data.tokenizer = None").SentencePieceTrainer.train(
             sentence_iterator=_training_spans(texts, stride),
             model_writer=model,
             model_type="bpe",
@@ -120,6 +119,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
         raise _training_error(vocab_size, str(error)) from error
     with new_file(target) as file:
         file.write(model.getvalue())
+
+
+def _sentencepiece(user: str) -> ModuleType:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ConfigError(f"{user}: needs the package sentencepiece: pip install sentencepiece") from error
+    return sentencepiece
 
 
 def _training_spans(texts: Iterable[str], stride: int) -> Iterator[str]:
