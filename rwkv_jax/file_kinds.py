@@ -71,6 +71,11 @@ _STARTS: dict[bytes, tuple[Kind, str]] = {
 }
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a URL was given for a path, whole or as `Path` leaves it."""
+    return _URL.match(os.fspath(path)) is not None
+
+
 def describe_wrong_file(path: str | os.PathLike[str], wanted: str, reads: Collection[Kind] = ()) -> str | None:
     """What a file is and what to do about it, where it is plainly not what the caller reads.
 
@@ -93,8 +98,7 @@ def describe_wrong_file(path: str | os.PathLike[str], wanted: str, reads: Collec
     path = Path(path)
     try:
         if not path.exists():
-            is_url = _URL.match(os.fspath(path)) is not None
-            return f"is a web address, not a path; download it, then name {wanted}" if is_url else None
+            return f"is a web address, not a path; download it, then name {wanted}" if is_url(path) else None
         if not path.is_file():
             return None
         with path.open("rb") as file:

@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -24,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
 from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
@@ -83,6 +84,8 @@ def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
     Raises:
       ConfigError: the folder cannot be written, or holds things that are no run's.
     """
+    if is_url(run_dir):
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: is a web address, not a path; name a folder of this machine")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Processes on several hosts may all have the same number, so the name is drawn.
@@ -116,7 +119,9 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a run's description ({error})") from error
+        wrong = describe_wrong_file(path, "the folder of a run", ["json"])
+        reason = f": it {wrong}" if wrong else ""
+        raise ConfigError(f"{path}: cannot be read as a run's description ({error}){reason}") from error
     return content
 
 
@@ -186,8 +191,18 @@ def load_model(
         try:
             params = checkpointer.load(step, {"params": like})["params"]
         except Exception as error:  # whatever Orbax makes of a damaged file, the user needs the place and the remedy
-            raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); resume the run to mend it") from error
+            remedy = _describe_broken_files(folder / str(step)) or "resume the run to mend it"
+            raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); {remedy}") from error
     return LoadedModel(config, graphdef, params, step)
+
+
+def _describe_broken_files(checkpoint: Path) -> str | None:
+    """What is wrong with the first file of a damaged checkpoint that is recognized as broken; Orbax has empty ones."""
+    for path in sorted(checkpoint.rglob("*")):
+        wrong = describe_wrong_file(path, "a checkpoint", get_args(Kind))
+        if wrong is not None and path.stat().st_size:
+            return f"{path.relative_to(checkpoint)} {wrong}"
+    return None
 
 
 def open_checkpoints(folder: Path, keep: int | None) -> ocp.training.Checkpointer:

@@ -104,6 +104,28 @@ class TestRunFolder:
             run_folder.prepare_run_dir(tmp_path)
         assert (tmp_path / "run.json").read_text() == content
 
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("version https://git-lfs.github.com/spec/v1\noid x\nsize 812\n", "it is a Git LFS pointer to 812 bytes"),
+            ("<!doctype html><title>404</title>", r"it is a web page \('404'\)"),
+            ('{"error": "not found"}', "it is the error answer of a server"),
+            ("", "it is empty: the download or copy did not finish"),
+        ],
+    )
+    def test_what_is_no_run_file_is_named(self, tmp_path: Path, content: str, message: str) -> None:
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"run\.json: cannot be read as a run's description .*: {message}"):
+            run_folder.read_run_file(tmp_path)
+
+    def test_a_run_is_not_kept_at_an_address(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"run_dir = 'gs:/bucket/run': is a web address, not a path; name a"
+        ):
+            run_folder.prepare_run_dir(Path("gs://bucket/run"))
+        assert names_in(tmp_path) == []
+
     def test_a_run_that_was_killed_while_it_was_described_is_still_a_run(
         self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -188,6 +210,14 @@ class TestLoadModel:
         with pytest.raises(ConfigError, match=r"checkpoints/8: cannot be read"):
             run_folder.load_model(run_dir, "newest")
         assert names_in(run_dir / "checkpoints") == ["6", "8"]
+
+    def test_a_checkpoint_cloned_without_git_lfs_says_so(self, run_dir: Path) -> None:
+        for path in (run_dir / "checkpoints" / "8" / "state").rglob("*ocdbt*"):
+            if path.is_file():
+                path.write_text("version https://git-lfs.github.com/spec/v1\noid x\nsize 812\n")
+        message = r"(?s)checkpoints/8: cannot be read .*ocdbt is a Git LFS pointer to 812 bytes.*git lfs pull"
+        with pytest.raises(ConfigError, match=message):
+            run_folder.load_model(run_dir, "newest")
 
     @pytest.mark.parametrize("which", ["newest", "best"])
     @pytest.mark.parametrize("emptied", [False, True])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
+from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.run_folder import load_model, load_run_tokenizer
 from rwkv_jax.weights.derived import Rounded, Selected, WithUnused, may_have_unused, without_unused
@@ -324,6 +325,8 @@ def _write(
     if suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
     path = path.expanduser()
+    if is_url(path):
+        raise WeightsError(f"{path}: is a web address, not a path; name FILE.pth, FILE.safetensors or a folder")
     refuse_existing(path, WeightsError)  # said before anything is fetched from a device
     if suffix in _FILES:
         if layout != "official":

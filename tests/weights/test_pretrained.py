@@ -228,6 +228,7 @@ def test_a_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path, monkeyp
         ("a.bin", {}, r"a\.bin: \.bin files are not written; name FILE\.pth"),
         ("a.pth", {"layout": "transformers"}, "the transformers layout is a folder with a config.json; name a folder"),
         ("a.BIN", {}, r"a\.BIN: \.bin files are not written"),
+        ("https://x.org/a.pth", {}, r"^https:/x\.org/a\.pth: is a web address, not a path; name FILE\.pth, "),
         ("a", {"layout": "gguf"}, "layout = 'gguf': must be one of official, transformers, flash-linear-attention"),
         ("a", {"tokenizer": ByteTokenizer()}, "tokenizer: has 257 entries where the model has 29; use its own"),
         ("a", {"dtype": "int8"}, "dtype = 'int8': must be float32, bfloat16, float16 or float64"),
@@ -240,7 +241,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(
     write_torch_file(tmp_path / "source.pth", random_tensors(CONFIGS["4"]))
     model = from_pretrained(tmp_path / "source.pth")
     with pytest.raises(WeightsError, match=message):
-        save_pretrained(model, tmp_path / name, **options)
+        save_pretrained(model, name if name.startswith("https:") else tmp_path / name, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
 
 
