@@ -12,7 +12,7 @@ import pytest
 
 from minipile_curve import LOSSES, STEPS, mini_epochs
 from rwkv_jax.cli import load_config
-from rwkv_jax.training.optimizer import learning_rate_schedule
+from rwkv_jax.training.schedule import learning_rate_schedule
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.plan.devices import parse_topology
 from rwkv_jax.plan.run import work_of
 from rwkv_jax.recipes import official_run
-from rwkv_jax.training.optimizer import learning_rate_schedule
+from rwkv_jax.training.schedule import learning_rate_schedule
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("rwkv*.py"))

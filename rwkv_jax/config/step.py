@@ -18,12 +18,20 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     final_learning_rate: float = 1e-4
-    """Learning rate at the last step."""
+    """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "wsd", "exponential", "constant"] = "cosine"
     """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), exponential
     (likewise, but by the same factor each step), constant."""
+    schedule_origin: Literal["last_step", "official"] = "last_step"
+    """Where the fall ends: last_step gives the last step the final rate; official is RWKV-LM's formula, whose cosine
+    would end one step after the last, and whose other falls begin one step earlier."""
+    schedule_steps: tuple[int, ...] = ()
+    """Steps of the schedule; none takes training.num_steps. One number keeps a schedule when a run is made longer, and
+    the rate stays at its end; several are cycles, each with a warm-up (a warm restart)."""
     warmup_steps: int = 10
-    """Steps over which the rate rises linearly from 1% of its highest value."""
+    """Steps over which the rate rises linearly to its highest value."""
+    warmup_start: float = 0.01
+    """Share of the highest rate at which the warm-up begins: 0.01 in RWKV-LM since RWKV-5, 0.2 in v4neo."""
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, in which a wsd or exponential schedule decays."""
     beta1: float = 0.9
@@ -34,8 +42,14 @@ class OptimizerConfig:
     """Adam's epsilon; the official 1e-18 needs float32 moments, which is what we keep."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices (embedding, head, projections)."""
+    weight_decay_final: float | None = None
+    """Weight decay at the end of the schedule, approached by the same factor each step; None keeps it as it is."""
     clip_norm: float = 1.0
     """Global norm above which gradients are scaled down; 0 switches clipping off."""
+    clip_epsilon: float = 0.0
+    """Added to the norm that gradients are scaled by; the official trainer's clipping has 1e-6."""
+    stage: Literal[1, 2] = 1
+    """2 is RWKV-LM's my_pile_stage 2: token-shift blends, decay and bonus learn five times as fast as the rest."""
 
     def __post_init__(self) -> None:
         require_choices(self, "optimizer")
@@ -54,6 +68,21 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
         require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
+        require(0 < self.warmup_start <= 1, "optimizer.warmup_start", self.warmup_start, "must lie in (0, 1]")
+        require(self.clip_epsilon >= 0, "optimizer.clip_epsilon", self.clip_epsilon, "must not be negative")
+        for length in self.schedule_steps:
+            require(
+                length > self.warmup_steps,
+                "optimizer.schedule_steps",
+                self.schedule_steps,
+                f"each must be greater than optimizer.warmup_steps = {self.warmup_steps}",
+            )
+        require(
+            self.weight_decay_final is None or 0 < self.weight_decay_final <= self.weight_decay,
+            "optimizer.weight_decay_final",
+            self.weight_decay_final,
+            f"must be greater than zero and not exceed optimizer.weight_decay = {self.weight_decay}",
+        )
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
         require(
             self.schedule != "exponential" or self.final_learning_rate > 0,
@@ -69,6 +98,9 @@ class StepConfig:
 
     num_steps: int = 1000
     """Optimizer steps in the whole run."""
+    first_step: int = 0
+    """The step at which the run begins, in schedule and data order: for weights that another trainer has taken so far
+    (RWKV-LM's rwkv-N.pth: N times its epoch_steps), given by initial_weights."""
     batch_size: int = 8
     """B: sequences in one optimizer step, over all micro-batches."""
     sequence_length: int = 512

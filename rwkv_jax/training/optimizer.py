@@ -1,4 +1,4 @@
-"""Adam with the official parameter groups, and the learning-rate schedules."""
+"""Adam with the official parameter groups."""
 
 from __future__ import annotations
 
@@ -6,35 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
 
 ParameterGroup = Callable[[tuple[str, ...], int], tuple[float, bool]]
-
-
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate of a step, counted from 0: a linear warm-up from 1% of the peak, then the chosen fall.
-
-    The last step, num_steps - 1, has the final learning rate (the peak, for a constant schedule).
-    """
-    peak, final = config.learning_rate, config.final_learning_rate
-    rest = max(num_steps - 1 - config.warmup_steps, 1)
-    decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=final / peak)
-    elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
-    elif config.schedule == "wsd":
-        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
-    elif config.schedule == "exponential":
-        after = optax.exponential_decay(peak, decay, final / peak, transition_begin=rest - decay, end_value=final)
-    else:
-        after = optax.constant_schedule(peak)
-    if config.warmup_steps == 0:
-        return after
-    warmup = optax.linear_schedule(0.01 * peak, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
@@ -57,24 +36,74 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
     )
 
 
+_FASTER_IN_STAGE_2 = ("time_mix", "time_maa", "time_decay", "time_faaaa", "time_first", "w0")
+"""Beginnings of names within time and channel mixing."""
+
+
+def in_stage_2(path: tuple[str, ...], factor: float) -> float:
+    """The factor on a parameter's learning rate in RWKV-LM's second stage (my_pile_stage 2).
+
+    Token-shift blends, decay and bonus learn five times as fast as the rest, but for their low-rank maps.
+    """
+    name = path[-1]
+    is_faster = name.startswith(_FASTER_IN_STAGE_2) and not name.endswith(("_w1", "_w2"))
+    return 5.0 if is_faster else factor
+
+
+def clip_by_global_norm(limit: float, epsilon: float) -> optax.GradientTransformation:
+    """Scales gradients by limit / (norm + epsilon) where that is below 1, as PyTorch and DeepSpeed do with 1e-6."""
+    if not limit:
+        return optax.identity()
+    if not epsilon:
+        return optax.clip_by_global_norm(limit)
+
+    def clip(updates: Any, _: Any) -> Any:
+        scale = jnp.minimum(limit / (optax.tree.norm(updates) + epsilon), 1)
+        return jax.tree.map(lambda update: update * scale.astype(update.dtype), updates)
+
+    return optax.stateless(clip)
+
+
+def _decay_weights(config: OptimizerConfig, num_steps: int, decays: Any) -> optax.GradientTransformation:
+    """Adds weight decay to the updates of the matrices; its own count of steps where the decay changes."""
+    if config.weight_decay_final is None:
+        return optax.add_decayed_weights(config.weight_decay, mask=decays)
+    schedule = weight_decay_schedule(config, num_steps)
+
+    def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> Any:
+        def decayed(update: Array, param: Array, decays: bool) -> Array:
+            return update + jnp.asarray(schedule(state.count), update.dtype) * param if decays else update
+
+        return jax.tree.map(decayed, updates, params, decays), optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+
+
 def _scale_each(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors))
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, params: Any, group: ParameterGroup
+    config: OptimizerConfig, num_steps: int, params: Any, group: ParameterGroup, first_step: int = 0
 ) -> optax.GradientTransformation:
     """Clipping, Adam, decoupled weight decay of the large matrices, each group's learning rate.
 
     Args:
       params: the parameters or their shapes; only names and axes are read.
       group: the generation's `parameter_group`.
+      first_step: the step at which the run begins.
     """
-    factors, decays = parameter_groups(params, group)
+
+    def staged(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        factor, decays = group(path, ndim)
+        return in_stage_2(path, factor) if config.stage == 2 else factor, decays
+
+    factors, decays = parameter_groups(params, staged)
+    rate = learning_rate_schedule(config, num_steps, first_step)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm, config.clip_epsilon),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        _decay_weights(config, num_steps, decays),
         _scale_each(factors),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+        optax.scale_by_learning_rate(lambda count: rate(count + first_step)),
     )

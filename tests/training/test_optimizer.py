@@ -14,7 +14,8 @@ import pytest
 
 from rwkv_jax.config import OptimizerConfig
 from rwkv_jax.models import RWKV7, model_type
-from rwkv_jax.training.optimizer import learning_rate_schedule, make_optimizer, parameter_groups
+from rwkv_jax.training.optimizer import clip_by_global_norm, in_stage_2, make_optimizer, parameter_groups
+from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
 from tests.models.parameters import SMALL, abstract, to_official
 
 STEPS, WARMUP, PEAK, FINAL = 101, 20, 1e-3, 1e-4
@@ -205,3 +206,44 @@ def test_tiny_gradients_take_full_steps() -> None:
     gradients = {"emb": {"weight": jnp.full((2, 2), 1e-15)}}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(updates["emb"]["weight"], np.full((2, 2), -PEAK), rtol=2e-3)  # pyright: ignore
+
+
+def test_the_official_clipping_adds_1e_6_to_the_norm(float64: None) -> None:
+    gradients = {"x": jnp.array([3.0, 4.0])}
+    clip = clip_by_global_norm(0.5, 1e-6)
+    updates, _ = clip.update(gradients, clip.init(gradients))
+    np.testing.assert_allclose(updates["x"], np.array([3.0, 4.0]) * 0.5 / (5 + 1e-6), rtol=1e-15)  # pyright: ignore
+    small = {"x": jnp.array([3e-2, 4e-2])}
+    np.testing.assert_array_equal(clip.update(small, clip.init(small))[0]["x"], small["x"])  # pyright: ignore
+
+
+def test_weight_decay_that_falls_is_that_of_each_step() -> None:
+    params = {"emb": {"weight": jnp.ones((2, 2))}}
+    config = dataclasses.replace(
+        CONFIG, schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.1, weight_decay_final=0.01
+    )
+    optimizer = make_optimizer(config, STEPS, params, RWKV7.parameter_group)
+    state, schedule = optimizer.init(params), weight_decay_schedule(config, STEPS)
+    for step in range(3):
+        updates, state = optimizer.update({"emb": {"weight": jnp.zeros((2, 2))}}, state, params)
+        expected = -PEAK * np.asarray(schedule(step))
+        np.testing.assert_allclose(updates["emb"]["weight"], np.full((2, 2), expected), rtol=1e-6)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("time_mix_k", 5.0),
+        ("time_maa_x", 5.0),
+        ("time_decay", 5.0),
+        ("time_first", 5.0),
+        ("time_faaaa", 5.0),
+        ("w0", 5.0),
+        ("time_maa_w1", 1.0),
+        ("time_decay_w2", 1.0),
+        ("a0", 1.0),
+        ("weight", 1.0),
+    ],
+)
+def test_in_the_second_stage_blends_and_decay_learn_five_times_as_fast(name: str, factor: float) -> None:
+    assert in_stage_2(("blocks", "att", name), 1.0) == factor

@@ -1,0 +1,92 @@
+"""Learning rate and weight decay by step: a linear warm-up, then the chosen fall; one cycle, or several."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from rwkv_jax.config import OptimizerConfig
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int, first_step: int = 0) -> optax.Schedule:
+    """The learning rate of a step, counted from 0.
+
+    `optimizer.schedule_origin` says where the fall ends: `last_step` gives the last step, num_steps - 1, the final
+    rate; `official` is the formula of RWKV-LM's trainer, whose cosine would end at step num_steps and whose exponential
+    and linear falls begin one step earlier.
+
+    Args:
+      num_steps: of the run; the horizon of the schedule, unless `optimizer.schedule_steps` names one.
+      first_step: the step at which the run begins, and with it the warm-up.
+
+    Returns:
+      A function of the step, a number or an integer array; float64 where that is JAX's default.
+    """
+
+    def cycle(start: int, length: int) -> optax.Schedule:
+        return _one_cycle(config, length, first_step - start if start <= first_step < start + length else 0)
+
+    return _in_cycles(config, num_steps, cycle)
+
+
+def weight_decay_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """The weight decay of a step: from the first to the final one by the same factor for equal shares of the fall."""
+    final = config.weight_decay_final
+    if final is None:
+        return optax.constant_schedule(config.weight_decay)
+
+    def cycle(_: int, length: int) -> optax.Schedule:
+        begin, span = _fall(config, length)
+        decay = optax.exponential_decay(config.weight_decay, span, final / config.weight_decay, end_value=final)
+        return lambda step: decay(jnp.maximum(step - begin, 0))
+
+    return _in_cycles(config, num_steps, cycle)
+
+
+def _one_cycle(config: OptimizerConfig, num_steps: int, first_step: int) -> optax.Schedule:
+    peak, final, start = config.learning_rate, config.final_learning_rate, config.warmup_start
+    begin, span = _fall(config, num_steps)
+    falls: dict[str, Callable[[], optax.Schedule]] = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, span, alpha=final / peak),
+        "linear": lambda: optax.linear_schedule(peak, final, span),
+        "wsd": lambda: optax.linear_schedule(peak, final, span),
+        "exponential": lambda: optax.exponential_decay(peak, span, final / peak, end_value=final),
+        "constant": lambda: optax.constant_schedule(peak),
+    }
+    fall = falls[config.schedule]()
+    if config.warmup_steps == 0:
+        return lambda step: fall(jnp.maximum(step - begin, 0))
+
+    def rate(step: Any) -> Any:
+        after = fall(jnp.maximum(step - begin, 0))
+        share = (step - first_step) / config.warmup_steps
+        # In this order nothing cancels: each product is rounded once, in whatever dtype the step is divided.
+        return jnp.where(share < 1, (start + (1 - start) * share) * after, after)
+
+    return rate
+
+
+def _fall(config: OptimizerConfig, num_steps: int) -> tuple[int, int]:
+    """The step after which the rate falls, and over how many steps it does."""
+    warmup = config.warmup_steps
+    rest = max(num_steps - 1 - warmup, 1)
+    decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
+    whole = config.schedule in ("cosine", "linear", "constant")
+    if config.schedule_origin == "last_step":
+        span = rest if whole else decay
+        return warmup + rest - span, span
+    if config.schedule == "cosine":
+        return warmup, num_steps - warmup
+    constant = 0 if whole else num_steps - round(config.decay_fraction * num_steps)
+    return constant + warmup - 1, max(num_steps - constant - warmup, 1)
+
+
+def _in_cycles(config: OptimizerConfig, num_steps: int, cycle: Callable[[int, int], optax.Schedule]) -> optax.Schedule:
+    """Cycles, made of (start, length), one after another; after the last the value stays what it was at its end."""
+    lengths = config.schedule_steps or (num_steps,)
+    starts = [0, *itertools.accumulate(lengths)][:-1]
+    return optax.join_schedules([cycle(*each) for each in zip(starts, lengths, strict=True)], starts[1:])
