@@ -41,6 +41,8 @@ def config() -> TrainConfig:
             epsilon=1e-18,
             weight_decay=0.001,
             clip_norm=1.0,
+            clip_epsilon=1e-6,
+            schedule_origin="official",
         ),
         # 1,498,226,207 tokens, after which the learning rate is at its end.
         training=StepConfig(

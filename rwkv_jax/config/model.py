@@ -22,6 +22,7 @@ _FIELDS_OF_SOME = {
     **dict.fromkeys(("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "context_length"), "such size"),
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
+    "embedding_bound": "such choice",
 }
 """Fields that not every generation has, by `GenerationSpec.own_fields`, and what the others have not."""
 
@@ -61,6 +62,9 @@ class ModelConfig:
     unused_value_residual: bool = False
     """RWKV-7 only: layer 0 holds v0, v1 and v2 too, which nothing reads. Files straight out of the official trainer do,
     and so what is loaded can be saved again as it was."""
+    embedding_bound: float | None = None
+    """RWKV-4 only: token vectors begin uniform within +- this, as in RWKV-v4neo, which takes its highest learning rate;
+    None is the first trainer's orthogonal matrix."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if that is asked
     for), and the recurrence always runs in at least float32."""

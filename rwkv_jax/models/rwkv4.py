@@ -28,6 +28,7 @@ from rwkv_jax.models.layers import (
     row_parallel_gated_linear,
     row_parallel_linear,
     token_shift,
+    uniform,
 )
 from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
@@ -186,6 +187,8 @@ class RWKV4(LanguageModel):
 
     @staticmethod
     def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
-        """Initial token vectors [V, C]: orthogonal, with gain 1e-4 sqrt(max(V, C))."""
+        """Initial token vectors [V, C]: uniform within `embedding_bound`, or orthogonal, gain 1e-4 sqrt(max(V, C))."""
         shape = (config.vocab_size, config.width)
+        if config.embedding_bound is not None:
+            return uniform(rngs.params(), shape, config.embedding_bound, config.parameter_dtype)
         return orthogonal(rngs.params(), shape, 1e-4 * math.sqrt(max(shape)), config.parameter_dtype)

@@ -15,6 +15,7 @@ class RWKV4Spec(GenerationSpec):
     """RWKV-4."""
 
     name = "4"
+    own_fields = ("embedding_bound",)
     model_class = "rwkv_jax.models.rwkv4:RWKV4"
     operator = "wkv4"
     has_heads = False
@@ -33,6 +34,8 @@ class RWKV4Spec(GenerationSpec):
             epsilon=1e-8,
             weight_decay=0.0,
             clip_norm=1.0,
+            clip_epsilon=1e-6,
+            schedule_origin="official",
         ),
     )
 

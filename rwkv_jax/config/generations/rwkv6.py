@@ -37,6 +37,8 @@ class RWKV6Spec(MatrixStateSpec):
             epsilon=1e-18,
             weight_decay=0.001,
             clip_norm=1.0,
+            clip_epsilon=1e-6,
+            schedule_origin="official",
         ),
     )
 

@@ -42,6 +42,8 @@ class RWKV7Spec(MatrixStateSpec):
             epsilon=1e-18,
             weight_decay=0.1,
             clip_norm=1.0,
+            clip_epsilon=1e-6,
+            schedule_origin="official",
         ),
         sizes={
             1024: _ranks(64, 64, 32, 128),
