@@ -112,7 +112,6 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
         raise ConfigError(f"name = {name!r}: there is no such recipe; must be one of {', '.join(RELEASED_MODELS)}")
     model = RELEASED_MODELS[name]
     recipe = _recipe(model)
-    has_bound = "embedding_bound" in GENERATIONS[model.generation].own_fields  # v4neo takes its highest rate
     return TrainConfig(
         run_dir=f"runs/{name}",
         model=ModelConfig(
@@ -121,7 +120,7 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
             num_layers=model.num_layers,
             width=model.width,
             dtype="bfloat16",
-            embedding_bound=model.learning_rate if has_bound else None,
+            embedding_bound=model.learning_rate if recipe.has_embedding_bound else None,
             **recipe.sizes.get(model.width, {}),
         ),
         data=DataConfig(

@@ -51,6 +51,7 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
         "seed": config.seed,
         "data.order": config.data.order,  # a mixture is the corpus's
         "data.magic_prime": config.data.magic_prime,
+        "training.first_step": config.training.first_step,
         "training.batch_size": config.training.batch_size,
         "training.sequence_length": config.training.sequence_length,
         "training.reset_at_documents": config.training.reset_at_documents,

@@ -1,4 +1,4 @@
-"""The flags of RWKV-LM's trainer and ours for the same thing: what the help, the errors and docs/from-rwkv-lm.md say."""
+"""Flags of RWKV-LM's trainer and ours for the same thing, for the help, the errors and docs/from-rwkv-lm.md."""
 
 from __future__ import annotations
 
@@ -62,11 +62,15 @@ FLAGS: Mapping[str, Ours] = MappingProxyType(
         "my_pile_stage": Ours(("optimizer.stage",), "1 and 2; stage 3 is stage 1 again"),
         "train_stage": Ours((), "a run begins, or resumes, by what is in --run-dir"),
         "my_pile_edecay": Ours(("optimizer.decay_fraction",), "1 - my_pile_edecay / epoch_count, exponential schedule"),
-        "my_exit_tokens": Ours(("training.num_steps",), "tokens divided by those of a step; with --optimizer.schedule cosine"),
+        "my_exit_tokens": Ours(
+            ("training.num_steps",), "tokens divided by those of a step; with --optimizer.schedule cosine"
+        ),
         "magic_prime": Ours(("data.magic_prime", "data.order"), "with --data.order official"),
         "grad_cp": Ours(("training.remat",), "1 is full"),
         "precision": Ours(("model.dtype",), "bf16 is bfloat16"),
-        "strategy": Ours(("parallel.fsdp",), "deepspeed_stage_2 and 3 are fsdp; _offload is --parallel.offload-optimizer"),
+        "strategy": Ours(
+            ("parallel.fsdp",), "deepspeed_stage_2 and 3 are fsdp; _offload is --parallel.offload-optimizer"
+        ),
         "devices": Ours((), "all that JAX finds; --parallel.data, fsdp, tensor and sequence share them out"),
         "num_nodes": Ours((), "found from the cluster, or --distributed.num-processes"),
         "ds_bucket_mb": Ours((), "XLA plans its own transfers"),

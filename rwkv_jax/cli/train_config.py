@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from rwkv_jax.cli.rwkv_lm import refuse_official_flags
 from rwkv_jax.config import ConfigError, TrainConfig
 
 
@@ -36,6 +37,7 @@ def parse_train_config(arguments: Sequence[str], program: str = "train.py") -> T
       ConfigError: the file, or a value, cannot work.
     """
     arguments = list(arguments)
+    refuse_official_flags(arguments)
     default, place = TrainConfig(), f"{program} [CONFIG_FILE]"
     if arguments and not arguments[0].startswith("-"):
         place = f"{program} {arguments[0]}"

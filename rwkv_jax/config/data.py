@@ -16,7 +16,8 @@ class DataConfig:
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
     folder, of JSON records (.jsonl, .json), each perhaps compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
-    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH)."""
+    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH). RWKV-LM:
+    data_file."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Several sources and the share of the rows that each gives, as PATH 0.7 PATH 0.3, instead of data.source."""
     glob: str = "**/*"
@@ -28,9 +29,10 @@ class DataConfig:
     the last ones. 0 trains on all."""
     order: Literal["windows", "official"] = "windows"
     """Which tokens each row of a step reads: windows in an order of each epoch's own, or the official trainer's order
-    (cubes modulo the magic prime)."""
+    (cubes modulo the magic prime). RWKV-LM: magic_prime."""
     magic_prime: int | None = None
-    """Prime of the official order; None takes the largest that the official scripts would give for these tokens."""
+    """Prime of the official order; None takes the largest that the official scripts would give for these tokens.
+    RWKV-LM: magic_prime."""
     tokenizer: str | None = None
     """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder that holds one;
     None trains a sentencepiece model of model.vocab_size entries on the training documents."""

@@ -32,19 +32,21 @@ class ModelConfig:
     """The generation and the shape of a language model."""
 
     generation: Generation | str = DEFAULT_GENERATION
-    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose)."""
+    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose). RWKV-LM: my_testing."""
     architecture: Architecture = dataclasses.field(default="rwkv", kw_only=True)
     """rwkv, or transformer, to compare RWKV with; it has no generations."""
     vocab_size: int = 8192
-    """V: number of token ids; the tokenizer is trained to this size, or checked against it."""
+    """V: number of token ids; the tokenizer is trained to this size, or checked against it. RWKV-LM: vocab_size."""
     num_layers: int = 6
-    """L: number of blocks; at least 2, since the official initialization divides by L - 1."""
+    """L: number of blocks; at least 2, since the official initialization divides by L - 1. RWKV-LM: n_layer."""
     width: int = 512
-    """C: size of the residual stream; a multiple of head_dim."""
+    """C: size of the residual stream; a multiple of head_dim. RWKV-LM: n_embd."""
     head_dim: int = 64
-    """N: size of one head of the time mixing or attention; 64 in every released model. RWKV-4 has no heads."""
+    """N: size of one head of the time mixing or attention; 64 in every released model. RWKV-4 has no heads. RWKV-LM:
+    head_size, head_size_a."""
     ffn_width: int | None = None
-    """F: hidden size of the channel mixing; None is the official function of width: 4 C, or 3.5 C for 5.1, 5.2, 6."""
+    """F: hidden size of the channel mixing; None is the official function of width: 4 C, or 3.5 C for 5.1, 5.2, 6.
+    RWKV-LM: dim_ffn."""
     mix_rank: int | None = None
     """D of the token shift's low-rank maps (time_maa_w1, time_maa_w2) of RWKV-6; None is the official size."""
     decay_rank: int | None = None
@@ -67,9 +69,9 @@ class ModelConfig:
     None is the first trainer's orthogonal matrix."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if that is asked
-    for), and the recurrence always runs in at least float32."""
+    for), and the recurrence always runs in at least float32. RWKV-LM: precision."""
     wkv_implementation: str | None = None
-    """Implementation of the WKV operator; None takes the fastest that is valid on the platform."""
+    """Implementation of the WKV operator; None takes the fastest that is valid on the platform. RWKV-LM: kernel."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")

@@ -15,7 +15,8 @@ class ParallelConfig:
     data: int | Literal["auto"] = "auto"
     """Devices that share a step's rows, each with the whole model; auto takes those that remain."""
     fsdp: int | Literal["auto"] = "auto"
-    """Devices that share rows and, scattered between them, each weight; auto takes the fewest whose memory holds it."""
+    """Devices that share rows and, scattered between them, each weight; auto takes the fewest whose memory holds it.
+    RWKV-LM: strategy."""
     tensor: int = 1
     """Devices that share heads, feed-forward width and vocabulary of each row; divides the number of heads."""
     sequence: int = 1

@@ -35,7 +35,7 @@ class CheckpointConfig:
     """What is saved, and when."""
 
     every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. RWKV-LM: epoch_steps, epoch_save."""
     keep: int = 2
     """How many of the newest checkpoints stay; the best one stays beside them."""
 
@@ -52,7 +52,7 @@ class LoggingConfig:
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl (needs the `tensorboard` extra)."""
     wandb: str | None = None
-    """Weights & Biases project to log to (needs the `wandb` extra)."""
+    """Weights & Biases project to log to (needs the `wandb` extra). RWKV-LM: wandb."""
 
     def __post_init__(self) -> None:
         require_positive(self, "logging", "every")

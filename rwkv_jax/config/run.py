@@ -17,13 +17,13 @@ class TrainConfig:
     """One training run."""
 
     run_dir: str = "runs/default"
-    """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed."""
+    """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed. RWKV-LM: proj_dir."""
     seed: int = 0
-    """Seed of the initial parameters, of the order of the data and of the samples."""
+    """Seed of the initial parameters, of the order of the data and of the samples. RWKV-LM: random_seed."""
     initial_weights: str | None = None
     """Weights to start from, to fine-tune them: a file, a folder, a run or a name on the hub, as `rwkv convert` reads
     them; data.tokenizer names their tokenizer. None starts from the official initial values. A run that was begun goes
-    on from its own checkpoints."""
+    on from its own checkpoints. RWKV-LM: load_model."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -52,6 +52,18 @@ class TrainConfig:
             f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
         )
         self.model.spec.check_run(self)
+        require(
+            not self.training.first_step or self.initial_weights is not None,
+            "training.first_step",
+            self.training.first_step,
+            "takes up where other weights stopped; name them with initial_weights, or leave it out",
+        )
+        require(
+            0 <= self.training.first_step < self.training.num_steps,
+            "training.first_step",
+            self.training.first_step,
+            f"must not be negative, and less than training.num_steps = {self.training.num_steps}",
+        )
         require(
             self.optimizer.warmup_steps < self.training.num_steps,
             "optimizer.warmup_steps",

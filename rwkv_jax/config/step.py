@@ -16,9 +16,9 @@ class OptimizerConfig:
     """Adam with RWKV's parameter groups: weight decay on the large matrices only, `w0` at twice the rate."""
 
     learning_rate: float = 1e-3
-    """Highest learning rate, reached after the warm-up."""
+    """Highest learning rate, reached after the warm-up. RWKV-LM: lr_init."""
     final_learning_rate: float = 1e-4
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule. RWKV-LM: lr_final."""
     schedule: Literal["cosine", "linear", "wsd", "exponential", "constant"] = "cosine"
     """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), exponential
     (likewise, but by the same factor each step), constant."""
@@ -29,27 +29,29 @@ class OptimizerConfig:
     """Steps of the schedule; none takes training.num_steps. One number keeps a schedule when a run is made longer, and
     the rate stays at its end; several are cycles, each with a warm-up (a warm restart)."""
     warmup_steps: int = 10
-    """Steps over which the rate rises linearly to its highest value."""
+    """Steps over which the rate rises linearly to its highest value. RWKV-LM: warmup_steps."""
     warmup_start: float = 0.01
     """Share of the highest rate at which the warm-up begins: 0.01 in RWKV-LM since RWKV-5, 0.2 in v4neo."""
     decay_fraction: float = 0.2
-    """Share of the steps, the last ones, in which a wsd or exponential schedule decays."""
+    """Share of the steps, the last ones, in which a wsd or exponential schedule decays. RWKV-LM: my_pile_edecay."""
     beta1: float = 0.9
-    """Adam's decay of the gradient mean."""
+    """Adam's decay of the gradient mean. RWKV-LM: beta1."""
     beta2: float = 0.99
-    """Adam's decay of the squared gradient mean."""
+    """Adam's decay of the squared gradient mean. RWKV-LM: beta2."""
     epsilon: float = 1e-18
-    """Adam's epsilon; the official 1e-18 needs float32 moments, which is what we keep."""
+    """Adam's epsilon; the official 1e-18 needs float32 moments, which is what we keep. RWKV-LM: adam_eps."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices (embedding, head, projections)."""
+    """Decoupled weight decay of the matrices (embedding, head, projections). RWKV-LM: weight_decay."""
     weight_decay_final: float | None = None
-    """Weight decay at the end of the schedule, approached by the same factor each step; None keeps it as it is."""
+    """Weight decay at the end of the schedule, approached by the same factor each step; None keeps it as it is.
+    RWKV-LM: weight_decay_final."""
     clip_norm: float = 1.0
-    """Global norm above which gradients are scaled down; 0 switches clipping off."""
+    """Global norm above which gradients are scaled down; 0 switches clipping off. RWKV-LM: grad_clip."""
     clip_epsilon: float = 0.0
-    """Added to the norm that gradients are scaled by; the official trainer's clipping has 1e-6."""
+    """Added to the norm that gradients are scaled by; the official trainer's clipping has 1e-6. RWKV-LM: grad_clip."""
     stage: Literal[1, 2] = 1
-    """2 is RWKV-LM's my_pile_stage 2: token-shift blends, decay and bonus learn five times as fast as the rest."""
+    """2 is RWKV-LM's my_pile_stage 2: token-shift blends, decay and bonus learn five times as fast as the rest.
+    RWKV-LM: my_pile_stage."""
 
     def __post_init__(self) -> None:
         require_choices(self, "optimizer")
@@ -97,16 +99,16 @@ class StepConfig:
     """The shape of a step."""
 
     num_steps: int = 1000
-    """Optimizer steps in the whole run."""
+    """Optimizer steps in the whole run. RWKV-LM: epoch_count, my_exit_tokens."""
     first_step: int = 0
     """The step at which the run begins, in schedule and data order: for weights that another trainer has taken so far
-    (RWKV-LM's rwkv-N.pth: N times its epoch_steps), given by initial_weights."""
+    (RWKV-LM's rwkv-N.pth: N + 1 times its epoch_steps), given by initial_weights. RWKV-LM: epoch_begin."""
     batch_size: int = 8
-    """B: sequences in one optimizer step, over all micro-batches."""
+    """B: sequences in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
     sequence_length: int = 512
-    """T: tokens in one sequence."""
+    """T: tokens in one sequence. RWKV-LM: ctx_len."""
     accumulation_steps: int = 1
-    """Micro-batches into which a step's batch is split; divides batch_size."""
+    """Micro-batches into which a step's batch is split; divides batch_size. RWKV-LM: accumulate_grad_batches."""
     reset_at_documents: bool = True
     """Begin each document with the empty state: nothing of the text before it in the same row is seen. The official
     trainer does not."""
@@ -115,9 +117,9 @@ class StepConfig:
     so that documents longer than sequence_length are read whole."""
     remat: Remat = "none"
     """What the backward pass recomputes rather than keeps: none (of the matrix products), operator (all but what the
-    WKV operator read), full (all but each block's input)."""
+    WKV operator read), full (all but each block's input). RWKV-LM: grad_cp."""
     loss_chunk: int | None = None
-    """Tokens whose logits exist at one time; None holds all [B * T, V] of them."""
+    """Tokens whose logits exist at one time; None holds all [B * T, V] of them. RWKV-LM: head_chunk."""
     l2wrap: float = 1e-4
     """Strength of L2Wrap, the official pull of each token's largest logit towards zero; 0 switches it off."""
     max_bad_steps: int = 10

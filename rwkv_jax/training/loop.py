@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rwkv_jax import run_folder
-from rwkv_jax.config import ConfigError, TrainConfig, to_dict
+from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.data.tokens.batches import evaluation_windows
@@ -29,7 +29,6 @@ from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints
-from rwkv_jax.training.optimizer import learning_rate_schedule
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -37,6 +36,7 @@ from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.sample import Sampler
+from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.step import TrainFunctions, TrainState, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.stopping import StopRequest
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
@@ -119,6 +119,9 @@ def _train(
     if first_step > num_steps:
         raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 
+    if saved_run is not None and (notice := rate_notice(from_dict(saved_run["config"]), config, first_step)):
+        console.print(notice)
+
     writer = None
     if processes.is_first:
         writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
@@ -127,7 +130,7 @@ def _train(
         every=config.logging.every,
         max_bad_steps=training.max_bad_steps,
         bytes_per_token=corpus.bytes_per_token,
-        learning_rate=learning_rate_schedule(config.optimizer, num_steps),
+        learning_rate=learning_rate_schedule(config.optimizer, num_steps, training.first_step),
         row_locations=rows.row_locations,
         console=console,
         writer=writer,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.config import OptimizerConfig, TrainConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int, first_step: int = 0) -> optax.Schedule:
@@ -31,6 +32,29 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, first_step: 
         return _one_cycle(config, length, first_step - start if start <= first_step < start + length else 0)
 
     return _in_cycles(config, num_steps, cycle)
+
+
+def rate_notice(before: TrainConfig, after: TrainConfig, step: int) -> str | None:
+    """What to tell where a run that goes on at `step` has another learning rate than it would have had; else None.
+
+    Args:
+      before: the config that the run had so far; after: the one that it goes on with.
+    """
+
+    def rate(config: TrainConfig) -> float:
+        training = config.training
+        return float(learning_rate_schedule(config.optimizer, training.num_steps, training.first_step)(step))
+
+    old, new = rate(before), rate(after)
+    if math.isclose(old, new, rel_tol=1e-3):
+        return None
+    horizon = " ".join(map(str, before.optimizer.schedule_steps or (before.training.num_steps,)))
+    rest = after.training.num_steps - step
+    return (
+        f"learning rate: {new:.2e} at step {step + 1}, where the run as it was would have {old:.2e}; "
+        f"to keep that, leave the optimizer's settings as they were, with --optimizer.schedule-steps {horizon}; "
+        f"for a new cycle from here: --optimizer.schedule-steps {step} {rest}"
+    )
 
 
 def weight_decay_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models.layers import orthogonal
 from tests.golden import QUICK
 from tests.models.parameters import SMALL, initial_params, to_official
@@ -264,6 +264,13 @@ def test_outside_the_blocks(generation: str) -> None:
         assert_uniform(values["emb.weight"], 1e-4)
     assert np.all(values["ln_out.weight"] == 1)
     assert np.all(values["ln_out.bias"] == 0)
+
+
+def test_the_embedding_of_v4neo_is_uniform_within_its_bound() -> None:
+    config = dataclasses.replace(SMALL["4"], embedding_bound=6e-4)
+    assert_uniform(to_official(config, initial_params(config))["emb.weight"], 6e-4)
+    with pytest.raises(ConfigError, match=r"model.embedding_bound = 0.1: RWKV-7 has no such choice, only RWKV-4"):
+        dataclasses.replace(SMALL["7"], embedding_bound=0.1)
 
 
 def test_the_embedding_of_a_wide_rwkv4() -> None:

@@ -38,9 +38,11 @@ def test_more_steps_extend_the_run(finished: Run, copy: Path) -> None:
         finished.config,
         training=dataclasses.replace(finished.config.training, num_steps=10),
         evaluation=dataclasses.replace(finished.config.evaluation, sample_prompts=()),
+        optimizer=dataclasses.replace(finished.config.optimizer, schedule="cosine"),
     )
     extended = run(longer, copy)
     assert "resuming after step 8" in extended.output
+    assert "at step 9, where the run as it was would have 3.00e-03; to keep that," in extended.output
     assert int(extended.result.state.step) == 10
     assert read_figures(copy)[: len(read_figures(finished.folder))] == read_figures(finished.folder)
     assert steps_of(copy, "train") == [2, 4, 6, 8, 10]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_jax.config import ConfigError, OptimizerConfig
-from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
+from rwkv_jax.config import ConfigError, OptimizerConfig, StepConfig, TrainConfig
+from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice, weight_decay_schedule
 
 CONFIG = OptimizerConfig(
     learning_rate=6e-4, final_learning_rate=2e-5, warmup_steps=10, decay_fraction=0.4, schedule_origin="official"
@@ -104,3 +104,29 @@ def test_weight_decay_falls_by_the_same_factor_with_the_schedules_progress(float
 def test_values_that_cannot_work_are_refused(change: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         dataclasses.replace(CONFIG, **change)
+
+
+def run(num_steps: int, **changes: Any) -> TrainConfig:
+    optimizer = OptimizerConfig(warmup_steps=1, **changes)
+    return TrainConfig(training=StepConfig(num_steps=num_steps), optimizer=optimizer)
+
+
+def test_a_run_made_longer_is_told_that_its_learning_rate_jumps() -> None:
+    notice = rate_notice(run(6), run(12), 6)
+    assert notice is not None
+    assert notice == (
+        "learning rate: 5.50e-04 at step 7, where the run as it was would have 1.00e-04; to keep that, leave the "
+        "optimizer's settings as they were, with --optimizer.schedule-steps 6; for a new cycle from here: "
+        "--optimizer.schedule-steps 6 6"
+    )
+    # Either choice is what the notice says it is.
+    assert rate_notice(run(6), run(12, schedule_steps=(6,)), 6) is None
+    cycle = learning_rate_schedule(run(12, schedule_steps=(6, 6)).optimizer, 12)
+    again = learning_rate_schedule(run(6).optimizer, 6)
+    assert [float(np.asarray(cycle(6 + step))) for step in range(6)] == [float(np.asarray(again(s))) for s in range(6)]
+
+
+def test_a_schedule_that_stays_is_no_news() -> None:
+    assert rate_notice(run(6), run(6), 3) is None
+    assert rate_notice(run(6, schedule="constant"), run(12, schedule="constant"), 6) is None
+    assert rate_notice(run(6), run(6, schedule="linear"), 2) is not None

@@ -54,6 +54,8 @@ class Recipe:
     sequence_length: int
     optimizer: OptimizerConfig
     """With the learning rates of no model in particular."""
+    has_embedding_bound: bool = False
+    """Whether token vectors begin uniform within +- the highest learning rate, as in RWKV-v4neo."""
     sizes: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Sizes of released models that are not the functions of the width that today's trainer has, by width."""
 

@@ -26,6 +26,7 @@ class RWKV4Spec(GenerationSpec):
         tokenizer="20B_tokenizer.json",
         vocab_size=50277,
         sequence_length=1024,
+        has_embedding_bound=True,
         optimizer=OptimizerConfig(
             schedule="exponential",
             warmup_steps=0,
