@@ -38,7 +38,7 @@ class Ours(Peer):
     def read(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See Peer."""
         rows = zip(self._snapshots, tokens.tolist(), strict=True)
-        self._snapshots = snapshots = [self._engine.read(snapshot, row) for snapshot, row in rows]
+        self._snapshots = snapshots = [self._engine.prefill(snapshot, row) for snapshot, row in rows]
         return np.stack([np.asarray(snapshot.logits) for snapshot in snapshots])
 
     def start(self, tokens: NDArray[np.int32]) -> None:

@@ -59,10 +59,10 @@ def latency(
     snapshot: Snapshot | None = None
     snapshots: dict[int, Snapshot] = {}
     for before, length in itertools.pairwise([0, *lengths]):
-        snapshots[length] = snapshot = engine.read(snapshot, tokens[before:length])
+        snapshots[length] = snapshot = engine.prefill(snapshot, tokens[before:length])
     found: dict[int, list[float]] = {length: [] for length in lengths}
     for repetition, length in itertools.product(range(repetitions + 1), lengths):
-        seconds = _seconds_per_token(engine, [[]], num_tokens, start=snapshots[length])
+        seconds = _seconds_per_token(engine, [[]], num_tokens, state=snapshots[length])
         if repetition:  # the first compiles
             found[length].append(seconds)
     return {length: Timing(tuple(seconds)) for length, seconds in found.items()}
@@ -93,20 +93,20 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
 
 
 def _seconds_per_token(
-    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, start: Snapshot | None = None
+    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, state: Snapshot | None = None
 ) -> float:
     """Greedily, of texts that nothing ends."""
     burst = engine.options.burst_length
     num_timed = -(-num_tokens // burst) * burst
     with engine.stream(
-        prompts, max_tokens=burst + num_timed, sampling=SamplingParams.greedy(), stop_ids=(), start=start
+        prompts, max_tokens=burst + num_timed, sampling=SamplingParams.greedy(), stop_ids=(), state=state
     ) as stream:
         for _ in range(len(prompts) * burst):
             next(stream)
         begin = time.perf_counter()
-        num_written = sum(len(chunk.ids) for chunk in stream)
+        num_generated = sum(len(chunk.ids) for chunk in stream)
         seconds = time.perf_counter() - begin
-    assert num_written == len(prompts) * num_timed
+    assert num_generated == len(prompts) * num_timed
     return seconds / num_timed
 
 

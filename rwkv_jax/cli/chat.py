@@ -152,7 +152,7 @@ class ChatLoop:
         require_text(f"message {message!r}", message)
         seed, self._next_seed = self._next_seed, (self._next_seed + 1) % 2**32
         speed, is_in_line, is_first = Speed(self._burst_length), False, True
-        pieces = self.dialogue.say(message, seed=seed, **self._arguments)
+        pieces = self.dialogue.reply(message, seed=seed, **self._arguments)
         with contextlib.closing(pieces):
             try:
                 for piece in pieces:

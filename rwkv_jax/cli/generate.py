@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine import Engine
     from rwkv_jax.inference.requests import Completion
 
-_MOST_AT_ONCE = 16
-"""Texts that are written side by side; more wait."""
+_MAX_SLOTS = 16
+"""Texts that are generated side by side; others are queued."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +32,31 @@ class Generate:
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file that holds the prompt, instead."""
     tokens: int = 256
-    """Most tokens to write; the text ends earlier where the model ends it."""
+    """Most tokens to generate; the text ends earlier if the model ends it."""
     stop: tuple[str, ...] = ()
     """Strings that end the text, and are no part of it."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingFlags)
     seed: int = 0
-    """Seed of the draws: the same seed writes the same text."""
+    """Seed of the draws: the same seed generates the same text."""
     num: int = 1
-    """Texts to write, each with draws of its own."""
+    """Texts to generate, each with draws of its own."""
     best_of: int = 1
-    """Texts to write for each one that is shown: the one whose tokens are the likeliest on average."""
+    """Texts to generate for each one that is shown, the one with the greatest mean logprob."""
     json: bool = False
     """Print one JSON object a text, on a line of its own, rather than texts."""
-    log_probabilities: bool = False
-    """With --json: each token's id and its log-probability by the model alone."""
+    logprobs: bool = False
+    """With --json: each token's id and its logprob by the model alone."""
     verbose: bool = False
     """Say how fast it was, on standard error, as it is said on a terminal anyway."""
 
     def run(self) -> None:
-        """Loads the model and writes its text to stdout, as it comes if it is one."""
+        """Loads the model and prints its text, token by token if it is one."""
         arguments = self._arguments()
         prompt = self._read_prompt()
 
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        options = EngineOptions(num_slots=min(self.num * self.best_of, _MOST_AT_ONCE))
+        options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS))
         engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json
@@ -82,8 +82,8 @@ class Generate:
                 f"seed = {self.seed}: {self.num * self.best_of} texts take as many seeds from it on, which must all "
                 f"fit in 32 bits; give at most {most}"
             )
-        if self.log_probabilities and not self.json:
-            raise ConfigError("log_probabilities: are printed with --json only; add it")
+        if self.logprobs and not self.json:
+            raise ConfigError("logprobs: are printed with --json only; add it")
         stop = check_stop_strings(self.stop)
         return {"max_tokens": self.tokens, "sampling": self.sampling.sampling(), "seed": self.seed, "stop": stop}
 
@@ -132,8 +132,8 @@ class Generate:
             "stop": completion.stop,
             "num_prompt_tokens": completion.num_prompt_tokens,
             "num_tokens": len(completion.ids),
-            "mean_log_probability": completion.mean_log_probability,
+            "mean_logprob": completion.mean_logprob,
         }
-        if self.log_probabilities:
-            record |= {"ids": completion.ids, "log_probabilities": completion.log_probabilities}
+        if self.logprobs:
+            record |= {"ids": completion.ids, "logprobs": completion.logprobs}
         return record

@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkv_jax.cli.machine import instruction_sets
 
-SHORTEST_COMPILATION = 0.5
+MIN_COMPILE_SECONDS = 0.5
 """Seconds; what was compiled faster is compiled anew, unless JAX is told to keep that too."""
 
 
@@ -58,7 +58,7 @@ def keep_programs() -> None:
             file=sys.stderr,
         )
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    shortest = min(SHORTEST_COMPILATION, _setting("jax_persistent_cache_min_compile_time_secs"))
+    shortest = min(MIN_COMPILE_SECONDS, _setting("jax_persistent_cache_min_compile_time_secs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 

@@ -1,4 +1,4 @@
-"""A conversation between a user and a model in a chat format: the state is the history, and turns can be taken back."""
+"""A conversation between a user and a model in a chat format: the state is the history, and turns can be undone."""
 
 from __future__ import annotations
 
@@ -6,50 +6,43 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Generator
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.chat import ChatFormat
-from rwkv_jax.inference.session import EngineLike, Session
+from rwkv_jax.inference.session import Session
 from rwkv_jax.inference.snapshot import Snapshot
 
-MOST_TURNS_KEPT = 16
-"""Turns that can be taken back. Each keeps two states, so that a long conversation would hold many."""
+if TYPE_CHECKING:
+    from rwkv_jax.inference.engine import Engine
 
-
-class ChatEngine(EngineLike, Protocol):
-    """What a dialogue asks of an engine."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's."""
-        ...
+MAX_UNDO_TURNS = 16
+"""Turns that `undo` can take back; each keeps two states."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Standing:
-    """Where a conversation stands: behind a reply, or before all."""
+class _Position:
+    """A point between two turns."""
 
     snapshot: Snapshot | None = None
-    """The state behind all that was read."""
-    read: str = ""
-    """What the model has read since the last message, a stop string included."""
-    said: str = ""
-    """What of it is the reply."""
-    asked: Snapshot | None = None
-    """The state behind the last message, before the reply."""
+    """The state here."""
+    tail: str = ""
+    """Text since the last message, a stop string included."""
+    reply: str = ""
+    """The reply, which `tail` begins with."""
+    before_reply: Snapshot | None = None
+    """The state after the last message."""
     message: str | None = None
     """The last message."""
 
 
 class Dialogue:
-    """One conversation. Each turn reads nothing but its new text, whatever the length of the conversation.
+    """One conversation. A turn prefills only its new text, however long the conversation is.
 
-    After an error a dialogue stands where it stood before.
+    After an error a dialogue is where it was before.
     """
 
-    def __init__(self, engine: ChatEngine, chat_format: ChatFormat, system: str | None = None) -> None:
+    def __init__(self, engine: Engine, chat_format: ChatFormat, system: str | None = None) -> None:
         """At the start of a conversation.
 
         Args:
@@ -60,28 +53,28 @@ class Dialogue:
         """
         chat_format.first_turn("message", system)  # refuses it now rather than after the first message
         self._engine, self._format, self._system = engine, chat_format, system
-        self._standing = _Standing()
-        self._past: tuple[_Standing, ...] = ()
+        self._position = _Position()
+        self._past: tuple[_Position, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read since the conversation began."""
-        return 0 if self._standing.snapshot is None else self._standing.snapshot.num_tokens
+        """Tokens since the conversation began."""
+        return 0 if self._position.snapshot is None else self._position.snapshot.num_tokens
 
     @property
     def last_message(self) -> str | None:
-        """What the last reply answers; None if there is none."""
-        return self._standing.message
+        """The message of the last turn; None before the first."""
+        return self._position.message
 
     @property
     def thoughts(self) -> str:
         """What the model thought before its last answer, in a format that has it think."""
-        return self._format.thoughts(self._standing.said)
+        return self._format.thoughts(self._position.reply)
 
-    def say(self, message: str, **arguments: Any) -> Generator[str]:
+    def reply(self, message: str, **arguments: Any) -> Generator[str]:
         """The model's answer to a message, a piece a token; empty where a token shows nothing, as in thoughts.
 
-        Closing the iterator ends the reply behind what was given out, and the conversation goes on from there.
+        Closing the iterator ends the reply at what was shown, and the conversation continues from there.
 
         Args:
           arguments: as `Engine.stream` has them: max_tokens, sampling, seed.
@@ -89,72 +82,74 @@ class Dialogue:
         Raises:
           ConfigError: an empty message, or a value that the engine refuses; with the first piece.
         """
-        before, tokenizer = self._standing, self._engine.tokenizer
+        before, tokenizer = self._position, self._engine.tokenizer
         session = Session(self._engine, before.snapshot)
         session.append(self._prompt(message))
-        asked = session.snapshot
+        before_reply = session.snapshot
         ids: list[int] = []
-        said, stop, num_shown = "", None, 0
+        reply, stop, num_shown = "", None, 0
         ends = {"stop": self._format.stop_strings, "stop_ids": (tokenizer.end_of_text,)}
         with contextlib.suppress(GeneratorExit), session.stream(**ends, **arguments) as stream:
             for chunk in stream:
                 ids += chunk.ids
-                said, stop = said + chunk.text, chunk.stop
-                answer = self._format.answer(said)
+                reply, stop = reply + chunk.text, chunk.stop
+                answer = self._format.answer(reply)
                 yield answer[num_shown:]
                 num_shown = max(num_shown, len(answer))
         if stop == tokenizer.end_of_text:
-            # Behind that token another text begins, of which this conversation would be no part.
-            session = Session(self._engine, asked)
+            # After that token another text begins, which this conversation would be no part of.
+            session = Session(self._engine, before_reply)
             if ids:
                 session.append(ids)
-        self._past = (*self._past, before)[-MOST_TURNS_KEPT:]
-        self._standing = _Standing(session.snapshot, tokenizer.decode(ids), said, asked, message)
+        self._past = (*self._past, before)[-MAX_UNDO_TURNS:]
+        self._position = _Position(session.snapshot, tokenizer.decode(ids), reply, before_reply, message)
 
     def undo(self) -> str:
         """Takes the last turn back, and returns its message. Raises ConfigError if there is none, or none is kept."""
         if not self._past:
-            raise ConfigError(f"undo: there is no turn to take back; the last {MOST_TURNS_KEPT} are kept")
-        message = self._standing.message
+            raise ConfigError(f"undo: there is no turn to take back; the last {MAX_UNDO_TURNS} are kept")
+        message = self._position.message
         assert message is not None
-        *past, self._standing = self._past
+        *past, self._position = self._past
         self._past = tuple(past)
         return message
 
     def fork(self) -> Self:
-        """Another conversation that stands here and goes its own way; copies no array."""
+        """An independent conversation at the same point; copies no array."""
         other = type(self)(self._engine, self._format, self._system)
-        other._standing, other._past = self._standing, self._past
+        other._position, other._past = self._position, self._past
         return other
 
     def reset(self) -> None:
-        """Begins anew, and forgets all turns."""
-        self._standing, self._past = _Standing(), ()
+        """Starts over, and forgets all turns."""
+        self._position, self._past = _Position(), ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state, with the last reply closed, so that any turn may follow.
 
         Raises:
-          ConfigError: nothing was said yet, or as `Session.save`.
+          ConfigError: there is no turn to save, or as `Session.save`.
         """
-        standing = self._standing
-        session = Session(self._engine, standing.snapshot if standing.asked is None else standing.asked)
-        if standing.asked is not None:
-            # What stopped the reply may have begun the next turn: read it again without.
-            session.append(standing.said + self._format.closing(standing.said))
+        position = self._position
+        if position.snapshot is None:
+            raise ConfigError(f"{path}: there is nothing to save yet; a conversation has a state after its first reply")
+        session = Session(self._engine, position.snapshot if position.before_reply is None else position.before_reply)
+        if position.before_reply is not None:
+            # The stop string may have begun the next turn: prefill the reply again without it.
+            session.append(position.reply + self._format.closing(position.reply))
         session.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on from a file of `save`, or of a session whose last turn is closed; forgets all turns.
+        """Continues from a file of `save`, or of a session whose last turn is closed; forgets all turns.
 
         Raises:
           StateError: the state of another model or tokenizer.
           ConfigError: no such file, or a damaged one.
         """
         session = Session.load(self._engine, path)
-        self._standing, self._past = _Standing(session.snapshot, self._format.separator), ()
+        self._position, self._past = _Position(session.snapshot, self._format.separator), ()
 
     def _prompt(self, message: str) -> str:
-        if self._standing.snapshot is None:
+        if self._position.snapshot is None:
             return self._format.first_turn(message, self._system)
-        return self._format.next_turn(message, self._standing.read)
+        return self._format.next_turn(message, self._position.tail)

@@ -17,33 +17,33 @@ from jax.sharding import Mesh
 
 from rwkv_jax.checks import ConfigError, require_whole
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
-from rwkv_jax.inference.job import Job, Reader, Tables
+from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
 from rwkv_jax.inference.options import EngineOptions
-from rwkv_jax.inference.prefix_store import PrefixStore
+from rwkv_jax.inference.prefix_cache import PrefixCache
 from rwkv_jax.inference.programs import Programs
-from rwkv_jax.inference.prompts import MOST_COPIES, Arguments, is_one, requests_of
+from rwkv_jax.inference.prompts import MAX_BEST_OF, Arguments, build_requests, is_one
 from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
-from rwkv_jax.inference.sampling import bias_of, initial_occurrences, occurrence_weights
+from rwkv_jax.inference.sampling import bias_array, initial_occurrences, occurrence_weights
 from rwkv_jax.inference.scheduler import Scheduler, Shapes
 from rwkv_jax.inference.session import Session
+from rwkv_jax.inference.session_store import SessionStore
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.inference.state_file import Identity, model_identity
-from rwkv_jax.inference.stores import SessionStore
 from rwkv_jax.inference.stream import Stream, uninterrupted
 from rwkv_jax.inference.text import TextStream
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
 
-_SHORT_ROWS = 8  # prompts whose short pieces are read in one call
-_MOST_UNCOLLECTED = 1024  # chunks of a stream, behind which it waits for its reader
-_LEAST_CONVERSATION_BYTES = 1024  # that one counts with before it has a state, or names alone would fill the memory
+_SHORT_ROWS = 8  # prompts in a batched prefill
+_MAX_PENDING_CHUNKS = 1024  # uncollected chunks at which a stream pauses
+_MIN_CONVERSATION_BYTES = 1024  # what one without a state counts for, or names alone could fill the memory
 
 
 class Engine:
-    """Runs a model on texts: `generate`, `stream`, sessions. Safe to use from several threads.
+    """Continuous batching of any number of texts: `generate`, `stream`, sessions. Thread-safe.
 
-    Texts share a fixed number of slots on the device and join and leave as they come and end; nothing grows with the
-    length of a text but its text. The model is held with arrays of its own for each layer (`unstacked`).
+    Texts share a fixed number of slots on the device and join and leave as they come and end; memory does not grow with
+    the length of a text. The model is held with separate arrays for each layer (`unstacked`).
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Engine:
           tokenizer: the model's.
           options: None is the defaults.
           mesh: the devices over which the model's parameters lie (`from_pretrained(mesh=)`); slots are split over its
-            axes `data` and `fsdp` if these divide their number, and always written together.
+            axes `data` and `fsdp` if these divide their number, and always decoded together.
 
         Raises:
           ConfigError: the tokenizer is not the model's.
@@ -95,12 +95,12 @@ class Engine:
         self._weights = occurrence_weights(tokenizer, config.vocab_size)
         self._lock = threading.RLock()
         self._identity: Identity | None = None
-        self._identity_lock = threading.Lock()  # its own: hashing weights takes seconds, in which others are written
-        self.prefixes = PrefixStore(options.prefix_bytes) if options.prefix_bytes else None
+        self._identity_lock = threading.Lock()  # its own: hashing the weights takes seconds, in which other texts go on
+        self.prefix_cache = PrefixCache(options.prefix_bytes) if options.prefix_bytes else None
         self.sessions: SessionStore[Session] = SessionStore(
             options.session_bytes,
             options.session_idle_seconds,
-            least_bytes=_LEAST_CONVERSATION_BYTES,
+            min_bytes=_MIN_CONVERSATION_BYTES,
             may_go=lambda session: not session.is_in_use,
         )
         programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh)
@@ -110,12 +110,12 @@ class Engine:
                 options.sizes,
                 options.prefill_length,
                 options.short_prefill_length,
-                # Rows that are split over devices are read as they lie.
+                # Rows that are split over devices stay where they are.
                 options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
             ),
-            most_waiting=options.most_waiting,
-            prefixes=self.prefixes,
-            fewest_prefix_tokens=options.fewest_prefix_tokens,
+            max_queue=options.max_queue,
+            prefix_cache=self.prefix_cache,
+            min_prefix_tokens=options.min_prefix_tokens,
         )
 
     # Texts.
@@ -148,17 +148,16 @@ class Engine:
         Args:
           prompts: a text or token ids, or several of them. A text begins with the end-of-text token, as the training
             documents do; ids are taken as they are.
-          best_of: how many continuations to write of each prompt, with seeds of their own, of which the one with the
-            greatest mean log-probability is returned; one without text only if none has any.
-          conversation: the name of a conversation that one prompt goes on; its state is kept in `sessions`.
+          best_of: how many continuations to generate of each prompt, with seeds of their own, of which the one with the
+            greatest mean logprob is returned; an empty one only if all are.
+          conversation: the name of a conversation that one prompt continues; its state is kept in `sessions`.
           arguments: as `stream` has them.
 
         Returns:
           One completion for one prompt, a list for several, in their order.
 
         Raises:
-          ConfigError: a value that cannot work, a state of another model among them (StateError); nothing has been run
-            then.
+          ConfigError: an invalid value, such as a state of another model (StateError); nothing has been run then.
           QueueFullError: there is no room before others collect what they have asked for.
           NotFiniteError: the model's logits are not finite.
         """
@@ -170,7 +169,7 @@ class Engine:
                     "further prompts out"
                 )
             return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
-        require_whole("best_of", best_of, 1, MOST_COPIES)
+        require_whole("best_of", best_of, 1, MAX_BEST_OF)
         completions = self._run(self._requests(prompts, best_of, arguments))
         best = [
             dataclasses.replace(
@@ -186,44 +185,50 @@ class Engine:
 
         Args:
           prompts: as `generate` has them.
-          max_tokens: most tokens to write; 256 by default.
-          sampling: a `SamplingParams`, or one for each prompt; `SamplingParams()` by default.
+          max_tokens: most tokens to generate; 256 by default.
+          sampling: a `SamplingParams` or the name of a preset ("greedy", "openai", "rwkv"), or one for each prompt;
+            `SamplingParams()` by default.
           seed: of the draws. With one number, prompt i has seed + i; or a number for each prompt.
           stop: strings that end a text; neither they nor their first characters are shown.
           stop_ids: tokens that end a text; None is the end-of-text token alone.
-          num_top: how many of the likeliest tokens to report with each token, at most 20 and at most V.
-          guidance, unguided: classifier-free guidance away from what the model says after the prompt `unguided`.
-          start: the `Snapshot` that the prompt goes on from; None begins a text.
-          keep: whether `Stream.snapshot` will be asked for.
-          client: who asks; clients with waiting texts take turns.
+          top_logprobs: how many of the most likely tokens to report at each position, at most 20 and at most V.
+          guidance_scale, negative_prompt: classifier-free guidance, away from the logits after `negative_prompt`.
+          state: the `Snapshot` to continue from; None begins a text.
+          return_state: whether `Stream.snapshot` will be asked for.
+          client_id: who asks; clients with queued texts take turns.
 
-        A text of which a thousand chunks have not been collected is written on when they are.
+        A text pauses while a thousand of its chunks are not collected.
 
         Raises:
-          ConfigError: a value that cannot work.
-          QueueFullError: too many texts wait already.
+          ConfigError: an invalid value.
+          QueueFullError: too many texts are queued already.
         """
         requests = self._requests(prompts, 1, arguments)
-        return self._submitted([self._job(request, index, _MOST_UNCOLLECTED) for index, request in enumerate(requests)])
+        return self._submitted(
+            [self._job(request, index, _MAX_PENDING_CHUNKS) for index, request in enumerate(requests)]
+        )
 
     submit = stream
-    """The same: what is submitted is run whenever anybody waits for anything, and is collected when it is iterated."""
+    """The same: what is submitted runs whenever anybody waits for anything, and is collected by iterating over it."""
 
-    def read(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
-        """The state after a prompt that goes on from a state; None begins a text.
+    def prefill(self, state: Snapshot | None, prompt: Prompt) -> Snapshot:
+        """The state after a prompt that continues a state; None begins a text.
 
         Raises:
-          ConfigError: a value that cannot work.
+          ConfigError: an invalid value.
           QueueFullError: there is no room before others collect what they have asked for.
         """
-        (request,) = self._requests(prompt, 1, {"max_tokens": 0, "start": snapshot, "keep": True})
+        (request,) = self._requests(prompt, 1, {"max_tokens": 0, "state": state, "return_state": True})
         while True:
             with self._lock:
                 if self._scheduler.room:
                     stream = self._submitted([self._job(request, 0)])
                     break
             self._wait()
-        return _end_of(stream)
+        for _ in stream:
+            pass
+        assert stream.snapshot is not None
+        return stream.snapshot
 
     # Conversations.
 
@@ -232,11 +237,11 @@ class Engine:
         return Session(self)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
-        """A conversation from a file of `Session.save`; see `Session.load`."""
+        """A conversation from a file of `Session.save`; raises as `Session.load`."""
         return Session.load(self, path)
 
     def conversation(self, name: str) -> Session:
-        """The conversation of a name, kept in `sessions`; one that has not begun, if there is none.
+        """The conversation of a name, kept in `sessions`; a new one if there is none.
 
         Raises:
           ConfigError: the name is no string, or a single state is more than `session_bytes`.
@@ -256,33 +261,33 @@ class Engine:
             return session
 
     def _keep(self, name: str, session: Session) -> None:
-        """Counts a conversation's bytes anew; one that went to make room comes back, unless another has its name."""
+        """Updates a conversation's size; one that was evicted comes back, unless another has its name."""
         with self._lock:
             if self.sessions.get(name) not in (None, session):
                 return
             try:
                 self.sessions.put(name, session)
-            except ConfigError:  # with all that it has marked it is larger than the store; its user still has it
+            except ConfigError:  # larger than the store with its marks; its user still has it
                 self.sessions.pop(name)
 
     @property
     def owner(self) -> str:
-        """Checksum of the model's parameters: what its snapshots are marked with."""
+        """Checksum of the model's parameters, which its snapshots carry."""
         return self._scheduler.owner
 
     @property
     def identity(self) -> Identity:
-        """What states of this engine belong to; reads all parameters when it is first asked for."""
+        """What state files of this engine belong to; hashes all parameters on first use."""
         with self._identity_lock:
             if self._identity is None:
                 self._identity = model_identity(self.model, self.tokenizer)
             return self._identity
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Ids of a text, after an end-of-text token where it begins one.
+        """Ids of a text, after the end-of-text token if `begins`.
 
         Raises:
-          ConfigError: the text is empty, or no UTF-8.
+          ConfigError: the text is empty, or not UTF-8.
         """
         if not text:
             raise ConfigError("prompt = '': is empty; for a text from its start give [tokenizer.end_of_text]")
@@ -292,38 +297,38 @@ class Engine:
             raise ConfigError(f"prompt = {text!r}: is not UTF-8") from error
         return [self.tokenizer.end_of_text, *ids] if begins else ids
 
-    # From what is asked to what is run.
+    # From arguments to jobs.
 
     def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
-        """Requests that can be run; see `requests_of`."""
-        requests = requests_of(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
+        """Checked requests, copies of a prompt beside each other."""
+        requests = build_requests(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
         for i, request in enumerate(requests):
-            if request.start is not None:
-                self._check_state(request.start)
+            if request.state is not None:
+                self._check_state(request.state)
             name = "prompt" if len(requests) == copies else f"prompt {i // copies}"
             request.check(self.config.vocab_size, self._capacity, name=name)
-            bias_of(request.sampling, self._named)  # refuses bans that leave nothing
-            if request.unguided_ids and self.options.num_slots < 2:
+            bias_array(request.sampling, self._named)  # refuses bans that leave nothing
+            if request.negative_ids and self.options.num_slots < 2:
                 raise ConfigError(
-                    f"guidance = {request.guidance}: needs two slots; build the engine with num_slots >= 2"
+                    f"guidance_scale = {request.guidance_scale}: needs two slots; build the engine with num_slots >= 2"
                 )
         return requests
 
-    def _job(self, request: Request, index: int, most_uncollected: int | None = None) -> Job:
-        texts = [request.ids, request.unguided_ids] if request.unguided_ids else [request.ids]
-        readers = [Reader(tuple(map(int, ids))) for ids in texts]
+    def _job(self, request: Request, index: int, max_pending_chunks: int | None = None) -> Job:
+        texts = [request.ids, request.negative_ids] if request.negative_ids else [request.ids]
+        cursors = [PrefillCursor(tuple(map(int, ids))) for ids in texts]
         tables, text = functools.partial(self._tables, request), TextStream(self.tokenizer, request.stop)
-        return Job(request, index, readers, tables, text, most_uncollected)
+        return Job(request, index, cursors, tables, text, max_pending_chunks)
 
-    def _tables(self, request: Request) -> Tables:
-        """Made when a text gets its slot, not while it waits: each has an entry for every token."""
+    def _tables(self, request: Request) -> TokenTables:
+        """Made when a text gets its slot, not while it is queued: V entries each."""
         stops = np.zeros(self.config.vocab_size, np.bool_)
         stops[list(request.stop_ids)] = True
         occurrences = initial_occurrences(request.sampling, request.ids, self._weights)
-        return Tables(occurrences, bias_of(request.sampling, self._named), stops)
+        return TokenTables(occurrences, bias_array(request.sampling, self._named), stops)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs texts to their ends. No more of them are in the queue than may soon begin: it is for others, too."""
+        """Runs texts to their ends. Queues no more of them than may soon begin, to leave room for others."""
         pending = collections.deque(enumerate(requests))
         chunks: list[list[Chunk]] = [[] for _ in requests]
         streams: collections.deque[Stream] = collections.deque()
@@ -354,11 +359,11 @@ class Engine:
             return Stream(jobs, self._scheduler, self._lock)
 
     def _wait(self) -> None:
-        """Runs what others have submitted, one turn. Raises QueueFullError where all of it waits for its readers."""
+        """Runs what others have submitted, one step. Raises QueueFullError if all of it waits for its consumers."""
         with self._lock, uninterrupted():
-            if not self._scheduler.tick() and not self._scheduler.room:
+            if not self._scheduler.step() and not self._scheduler.room:
                 raise QueueFullError(
-                    f"queue: most_waiting = {self.options.most_waiting}, and as many texts are half collected; "
+                    f"queue: max_queue = {self.options.max_queue}, and as many texts are half collected; "
                     "collect or cancel some first, or build the engine with more"
                 )
 
@@ -371,14 +376,6 @@ class Engine:
         is_ours = snapshot.owner in (None, self._scheduler.owner)
         if not is_ours or jax.tree.structure(snapshot.state) != jax.tree.structure(like.state) or expected != found:
             raise StateError(
-                f"start: is a state of another model than this {self.config.title} of "
+                f"state: is of another model than this {self.config.title} of "
                 f"{self.config.num_layers} x {self.config.width}; give one that an engine of this very model made"
             )
-
-
-def _end_of(stream: Stream) -> Snapshot:
-    """The state after a stream that only reads."""
-    for _ in stream:
-        pass
-    assert stream.snapshot is not None
-    return stream.snapshot

@@ -1,49 +1,51 @@
-"""One text on its way through the engine: what is still to be read, what has been written, and who shows it."""
+"""One text on its way through the engine: what is left to prefill, and what was generated."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.inference.programs import Row
+from rwkv_jax.inference.programs import DecodeParams, SlotState
 from rwkv_jax.inference.requests import Chunk, FinishReason, Request
+from rwkv_jax.inference.sampling import stack_settings
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.text import TextStream
 
 
 @dataclasses.dataclass(eq=False)
-class Reader:
-    """One slot's worth of reading: a prompt, or the text that steers it."""
+class PrefillCursor:
+    """How far one slot has got with its prompt, or with the negative prompt."""
 
     ids: tuple[int, ...]
-    """Tokens to read."""
-    row: Row | None = None
-    """What its slot held when it was given up; None of a text that never gave one up."""
-    num_read: int = 0
-    """How many of `ids` its slot has read."""
+    """Tokens to prefill."""
+    saved: SlotState | None = None
+    """The slot's content when it was swapped out; None otherwise."""
+    num_prefilled: int = 0
+    """How many of `ids` are prefilled."""
     slot: int | None = None
-    """None while it has none."""
-    parting: int = 0
-    """How many of `ids` another known text has, too: worth keeping the state there."""
+    """None without a slot."""
+    shared_prefix_length: int = 0
+    """How many of `ids` another known prompt begins with, too: the state there is worth caching."""
 
     @property
     def next_remaining(self) -> int:
-        """Tokens to be read before a state is kept or the text ends."""
-        return (self.parting if self.num_read < self.parting else len(self.ids)) - self.num_read
+        """Tokens left until the next state to be cached, or until the end."""
+        end = self.shared_prefix_length if self.num_prefilled < self.shared_prefix_length else len(self.ids)
+        return end - self.num_prefilled
 
     @property
     def remaining(self) -> int:
-        """Tokens still to be read."""
-        return len(self.ids) - self.num_read
+        """Tokens left to prefill."""
+        return len(self.ids) - self.num_prefilled
 
 
-class Tables(NamedTuple):
-    """What a slot is told of each token, [V]; see `programs.Slots`."""
+class TokenTables(NamedTuple):
+    """Per-token inputs of a slot, [V] each; see `programs.Slots`."""
 
     occurrences: NDArray[np.float32]
     bias: NDArray[np.float32]
@@ -51,8 +53,8 @@ class Tables(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tail:
-    """The last burst of a text: where it began, and what was written in it."""
+class LastBurst:
+    """The last burst of a text: the state before it, and its tokens."""
 
     before: Snapshot
     ids: tuple[int, ...]
@@ -60,100 +62,127 @@ class Tail:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request and how far it is; belongs to the scheduler, whose lock guards it."""
+    """A request and its progress. Owned by the scheduler and guarded by its lock."""
 
     request: Request
     index: int
-    """Which of the prompts of a call it is."""
-    readers: list[Reader]
-    """The text's own, and behind it that of the text which guides it."""
-    tables: Callable[[], Tables]
-    """Makes what its slots are told of each token."""
+    """Index of its prompt in the call."""
+    cursors: list[PrefillCursor]
+    """Of the text itself, and then of the negative prompt if there is one."""
+    tables: Callable[[], TokenTables]
+    """Makes the per-token inputs of its slots."""
     text: TextStream
-    most_uncollected: int | None = None
-    """Chunks at which it waits for its reader; None for texts that are collected as a whole."""
+    max_pending_chunks: int | None = None
+    """Uncollected chunks at which it pauses; None for texts that are collected as a whole."""
     waits_for: Job | None = None
-    """One whose prompt, which this one's goes on from, is being read."""
+    """A job in prefill whose prompt is a prefix of this one's."""
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
-    """Written, and not yet collected."""
-    num_written: int = 0
-    """Tokens written, a stop token included."""
+    """Generated and not yet collected."""
+    num_generated: int = 0
+    """Tokens generated, a stop token included."""
     burst: list[int] = dataclasses.field(default_factory=list)
-    """Tokens of the last burst that are part of the text, a stop token included."""
-    burst_was_whole: bool = True
-    """Whether the slot has read no more than these."""
+    """Tokens of the last burst that belong to the text, a stop token included."""
+    burst_was_used_up: bool = True
+    """Whether `burst` is all that the slot has read since the burst began."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     is_abandoned: bool = False
-    """Nobody will collect it; set by whoever forgets it, at any moment."""
+    """Nobody will collect it; set by whoever drops the stream, at any moment."""
     is_done: bool = False
-    """Ended, refused, cancelled or failed: it holds no slot and writes nothing more."""
+    """Finished, refused, cancelled or failed: it holds no slot and generates nothing more."""
     snapshot: Snapshot | None = None
-    """The state after all that was written, of a request that asked to keep it."""
-    tail: Tail | None = None
-    """How to get from there back to a token of the last burst."""
+    """The state after all that was generated, for requests with `return_state`."""
+    last_burst: LastBurst | None = None
+    """What the state after an earlier token of the last burst is computed from."""
 
     @property
-    def is_reading(self) -> bool:
-        """Whether some of what it has to read is unread."""
-        return any(reader.remaining for reader in self.readers)
+    def is_prefilling(self) -> bool:
+        """Whether any prompt token is left."""
+        return any(cursor.remaining for cursor in self.cursors)
 
     @property
     def slots(self) -> list[int]:
-        """The slots it has."""
-        return [reader.slot for reader in self.readers if reader.slot is not None]
+        """The slots it holds."""
+        return [cursor.slot for cursor in self.cursors if cursor.slot is not None]
 
     @property
     def has_begun(self) -> bool:
         """Whether it has left the queue for the first time."""
-        return self.is_done or bool(self.slots) or self.num_written > 0
+        return self.is_done or bool(self.slots) or self.num_generated > 0
 
     @property
     def is_paused(self) -> bool:
-        """Whether it waits for its reader: so that a state stays within one burst of what has been read, and the chunks
-        of a reader who stays away do not pile up."""
-        most = 1 if self.request.keep else self.most_uncollected
-        return most is not None and len(self.chunks) >= most
+        """Whether it waits for its consumer.
+
+        With `return_state` the state must stay within one burst of what was collected; other streams are bounded so
+        that the chunks of an absent consumer do not pile up.
+        """
+        limit = 1 if self.request.return_state else self.max_pending_chunks
+        return limit is not None and len(self.chunks) >= limit
 
     @property
     def num_tokens(self) -> int:
         """Tokens that its slot has read since the text began."""
-        start = 0 if self.request.start is None else self.request.start.num_tokens
-        return start + self.readers[0].num_read + self.num_written
+        before = 0 if self.request.state is None else self.request.state.num_tokens
+        return before + self.cursors[0].num_prefilled + self.num_generated
 
-    def write(
-        self,
-        tokens: Sequence[int],
-        log_probabilities: Sequence[float],
-        top: Sequence[tuple[tuple[int, float], ...]],
+    def add_burst(
+        self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[tuple[tuple[int, float], ...]]
     ) -> None:
-        """Takes a burst's tokens up to where the text ends."""
-        self.burst, self.burst_was_whole = [], True
+        """Appends a burst's tokens, up to where the text ends."""
+        self.burst, self.burst_was_used_up = [], True
         for position, token in enumerate(tokens):
-            self.num_written += 1
+            self.num_generated += 1
             self.burst.append(token)
             if token in self.request.stop_ids:
                 self._end("stop", token, self.text.flush())
             else:
                 shown = self.text.push(token)
-                ids, values, likeliest = (token,), (log_probabilities[position],), tuple(top[position : position + 1])
+                of_token = ((token,), (logprobs[position],), tuple(top[position : position + 1]))
                 if self.text.stopped is not None:
-                    self._end("stop", self.text.stopped, shown, ids, values, likeliest)
-                elif self.num_written == self.request.max_tokens:
+                    self._end("stop", self.text.stopped, shown, *of_token)
+                elif self.num_generated == self.request.max_tokens:
                     shown += self.text.flush()
-                    reason: Any = "stop" if self.text.stopped is not None else "length"
-                    self._end(reason, self.text.stopped, shown, ids, values, likeliest)
+                    reason: FinishReason = "stop" if self.text.stopped is not None else "length"
+                    self._end(reason, self.text.stopped, shown, *of_token)
                 else:
-                    self.chunks.append(Chunk(self.index, shown, ids, values, likeliest))
+                    self.chunks.append(Chunk(self.index, shown, *of_token))
             if self.finish_reason is not None:
-                self.burst_was_whole = position + 1 == len(tokens)
+                self.burst_was_used_up = position + 1 == len(tokens)
                 return
 
-    def write_nothing(self) -> None:
+    def end_after_prefill(self) -> None:
         """Ends a text of which only the prompt was to be read."""
         self._end("length", None, "")
 
-    def _end(self, reason: FinishReason, stop: int | str | None, text: str, *token: Any) -> None:
+    def _end(
+        self,
+        reason: FinishReason,
+        stop: int | str | None,
+        text: str,
+        ids: tuple[int, ...] = (),
+        logprobs: tuple[float, ...] = (),
+        top: tuple[Any, ...] = (),
+    ) -> None:
         self.finish_reason = reason
-        ids, values, likeliest = token or ((), (), ())
-        self.chunks.append(Chunk(self.index, text, ids, values, likeliest, reason, stop))
+        self.chunks.append(Chunk(self.index, text, ids, logprobs, top, reason, stop))
+
+
+def decode_params(
+    jobs: Sequence[Job], row_of_slot: Mapping[int, int], num_rows: int, burst_length: int
+) -> DecodeParams:
+    """How the rows of a burst are decoded; rows without a job are left untouched."""
+    positions, max_tokens = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+    seeds, guidance_scale = np.zeros(num_rows, np.uint32), np.ones(num_rows, np.float32)
+    token_row, negative_row = np.arange(num_rows, dtype=np.int32), np.arange(num_rows, dtype=np.int32)
+    samplings = [jobs[0].request.sampling] * num_rows
+    for job in jobs:
+        own, *_ = rows = [row_of_slot[slot] for slot in job.slots]
+        for row in rows:
+            samplings[row], seeds[row] = job.request.sampling, job.request.seed
+            positions[row] = job.num_tokens % 2**31  # the key of a draw takes 31 bits
+            max_tokens[row] = min(job.request.max_tokens - job.num_generated, burst_length)
+            token_row[row] = own
+        negative_row[own], guidance_scale[own] = rows[-1], job.request.guidance_scale
+    settings = stack_settings(samplings)
+    return DecodeParams(settings, seeds, positions, max_tokens, token_row, negative_row, guidance_scale)

@@ -15,31 +15,31 @@ class EngineOptions:
     """The sizes of an engine. What is compiled depends on the first four alone, never on what is asked for."""
 
     num_slots: int = 8
-    """Texts that are held on the device at once; others wait."""
+    """Texts that are held on the device at once; others are queued."""
     batch_sizes: tuple[int, ...] | None = None
-    """How many texts are written at once: the least of these that holds them. None is 1 and all slots."""
+    """Rows of the decode programs: each burst takes the smallest that holds its texts. None is 1 and all slots."""
     prefill_length: int = 512
-    """Tokens of a long prompt that are read at once."""
+    """Tokens of a long prompt in one prefill call."""
     short_prefill_length: int = 64
-    """Tokens of short prompts, and of the ends of long ones, that are read at once."""
+    """Tokens of each short prompt, and of the ends of long ones, in one prefill call."""
     burst_length: int = 8
-    """Most tokens that the device writes on its own before the host sees them."""
-    most_waiting: int = 1024
-    """Texts that may wait for a slot; one more is refused."""
+    """Tokens that the device generates before the host sees them."""
+    max_queue: int = 1024
+    """Texts that may wait for a slot; further ones are refused."""
     prefix_bytes: int = 256 * _MIB
-    """For the states of prompts, so that one that begins like another is read from there on; 0 keeps none."""
-    fewest_prefix_tokens: int = 16
-    """Shorter prompts are not kept."""
+    """Size of the cache for states of prompts, from which prompts with the same prefix go on; 0 is no cache."""
+    min_prefix_tokens: int = 16
+    """Shorter prompts are not cached."""
     session_bytes: int = 1024 * _MIB
-    """For the states of named conversations; the least recently used go first."""
+    """Size of the store for named conversations; the least recently used go first."""
     session_idle_seconds: float = 3600.0
     """After which a named conversation is forgotten."""
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length", "most_waiting"):
+        for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length", "max_queue"):
             require_whole(name, getattr(self, name), 1)
-        for name, least in (("prefix_bytes", 0), ("fewest_prefix_tokens", 1), ("session_bytes", 1)):
-            require_whole(name, getattr(self, name), least)
+        for name, minimum in (("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1)):
+            require_whole(name, getattr(self, name), minimum)
         idle = self.session_idle_seconds
         if not is_number(idle) or not idle > 0:
             raise ConfigError(f"session_idle_seconds = {idle!r}: must be a positive number; math.inf for no limit")

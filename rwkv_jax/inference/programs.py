@@ -1,10 +1,10 @@
-"""What runs on the device: a fixed array of slots, each the state of one text, and the programs that change them.
+"""Compiled prefill and decode programs over a fixed array of slots.
 
-A slot is one row of every array. Its `logits` are those after the last token that it has read, so writing is: choose a
-token from them, then read it. Every token that comes out has therefore been read, the last one and a stop token too,
-and a text can be left and taken up at any of them. No shape depends on the length of a text, of a prompt, or on how
-many texts there are, so that the number of programs is known when the engine is built: three that make, fill and copy
-slots, three shapes of reading, and one of writing for each batch size (two, where likeliest tokens are asked for).
+A slot is one row of every array. Its `logits` are those after the last token that it has read, so decoding is: choose a
+token from them, then read it. Every token that comes out has therefore been read, the last one and a stop token too, so
+that a text can be continued after any of them. No shape depends on the length of a text, of a prompt, or on how many
+texts there are, so the number of programs is known when the engine is built: three that make, fill and copy slots,
+three prefill shapes, and one decode program for each batch size (two, where top logprobs are asked for).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from rwkv_jax.inference.sampling import Settings, choose, count, log_probabilities, top_log_probabilities
+from rwkv_jax.inference.sampling import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-"""To what the bits of numbers of so many bytes are read; eight bytes as two words."""
+"""Unsigned type of each item size; eight bytes are read as two words."""
 
 
 class Slots(NamedTuple):
-    """What is held of each text; S slots."""
+    """What the device holds of each text; S slots."""
 
     state: Any
     """The model's state of S rows."""
@@ -38,60 +38,60 @@ class Slots(NamedTuple):
     occurrences: Array
     """float32 [S, V], as `sampling.count` counts them."""
     bias: Array
-    """float32 [S, V], added to logits; -inf for tokens that must not be written."""
+    """float32 [S, V], added to logits; -inf for tokens that must not be chosen."""
     stops: Array
     """bool [S, V], tokens that end a text."""
 
 
-class Mark(NamedTuple):
-    """State and logits of each slot before the last burst that it took part in, to which a reader may go back."""
+class BurstStart(NamedTuple):
+    """State and logits of each slot before its last burst, so that a text can be left at an earlier token of it."""
 
     state: Any
     logits: Array
 
 
-class Row(NamedTuple):
-    """One slot's content that changes while it is written."""
+class SlotState(NamedTuple):
+    """What changes in one slot while its text is generated."""
 
     state: Any
     logits: Array
     occurrences: Array | NDArray[np.float32]
 
 
-class Draw(NamedTuple):
-    """How the rows of a burst are written; one entry a row."""
+class DecodeParams(NamedTuple):
+    """How the rows of a burst are decoded; one entry a row."""
 
     settings: Settings
     seeds: NDArray[np.uint32]
     positions: NDArray[np.int32]
     """Tokens of the text before this burst: with the seed, what the keys of its draws are made of."""
-    allowed: NDArray[np.int32]
-    """Most tokens to write in this burst; 0 leaves a row untouched."""
-    leader: NDArray[np.int32]
-    """The row whose token this one reads: itself, or the one that it guides."""
-    guide: NDArray[np.int32]
-    """The row whose logits this one is steered away from: itself where nothing guides it."""
-    guidance: NDArray[np.float32]
-    """1 where nothing guides the row."""
+    max_tokens: NDArray[np.int32]
+    """Most tokens to generate in this burst; 0 leaves a row untouched."""
+    token_row: NDArray[np.int32]
+    """The row whose token this one reads: itself, or the guided row if this is a negative prompt's."""
+    negative_row: NDArray[np.int32]
+    """The row of the negative prompt; itself without guidance."""
+    guidance_scale: NDArray[np.float32]
+    """1 without guidance."""
 
 
-class Burst(NamedTuple):
-    """What some rows b have written in at most k steps; a row's first `counts` entries are its own."""
+class DecodeBurst(NamedTuple):
+    """What b rows have generated in at most k steps; a row's first `counts` entries are its own."""
 
     counts: Array
     """int32 [b]."""
     tokens: Array
     """int32 [k, b]."""
-    log_probabilities: Array
+    logprobs: Array
     """float32 [k, b]."""
     top_tokens: Array
-    """int32 [k, b, n], n = num_top or, if that is less, V."""
-    top_log_probabilities: Array
+    """int32 [k, b, n], n = min(num_top, V)."""
+    top_logprobs: Array
     """float32 [k, b, n]."""
 
 
 class Programs:
-    """The engine's compiled functions, of one model and one number of slots. Slots and marks are donated to them."""
+    """The engine's compiled functions, for one model and one number of slots. They donate slots and burst starts."""
 
     def __init__(
         self, model: LanguageModel, num_slots: int, burst_length: int, weights: NDArray[np.float32], mesh: Mesh | None
@@ -99,9 +99,9 @@ class Programs:
         """Compiles nothing yet.
 
         Args:
-          burst_length: most tokens that a burst writes in each row.
+          burst_length: most tokens that a burst generates in each row.
           weights: [V], how much an occurrence of each token counts (`sampling.occurrence_weights`).
-          mesh: over whose axes `data` and `fsdp` rows are split where their number allows; None is one device.
+          mesh: rows are split over its axes `data` and `fsdp` if these divide their number; None is one device.
         """
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self.num_slots, self.burst_length = num_slots, burst_length
@@ -110,22 +110,22 @@ class Programs:
         self._weights = weights
         self._logits_dtype = model.config.parameter_dtype
         if mesh is None:
-            # Said outright: arrays that nobody has put anywhere and those that were put are arguments of two programs.
+            # Explicit: jit compiles twice for arrays that are committed to a device and arrays that are not.
             device = next(iter(jax.tree.leaves(self.params)[0].devices()))
-            whole = slots_on = mark_on = SingleDeviceSharding(device)
+            replicated = slots_on = start_on = SingleDeviceSharding(device)
         else:
-            whole = NamedSharding(mesh, PartitionSpec())
-            slots_on, mark_on = (self._split_rows(x, mesh) for x in jax.eval_shape(self._make, self.params))
-        self.make = jax.jit(self._make, out_shardings=(slots_on, mark_on))
-        self._checksum = jax.jit(_checksum, out_shardings=whole)
+            replicated = NamedSharding(mesh, PartitionSpec())
+            slots_on, start_on = (self._split_rows(x, mesh) for x in jax.eval_shape(self._make, self.params))
+        self.make = jax.jit(self._make, out_shardings=(slots_on, start_on))
+        self._checksum = jax.jit(_checksum, out_shardings=replicated)
         self.put = jax.jit(self._put, donate_argnums=0, out_shardings=slots_on)
-        self.take = jax.jit(self._take, out_shardings=whole)
-        self.read = jax.jit(self._read, donate_argnums=1, out_shardings=slots_on)
-        self.write = jax.jit(
-            self._write,
+        self.take = jax.jit(self._take, out_shardings=replicated)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=slots_on)
+        self.decode = jax.jit(
+            self._decode,
             static_argnames="num_top",
             donate_argnums=(1, 2),
-            out_shardings=(slots_on, mark_on, whole),
+            out_shardings=(slots_on, start_on, replicated),
         )
 
     def _model(self, params: Any) -> LanguageModel:
@@ -141,21 +141,32 @@ class Programs:
         in_state = on_stacked if self._rows_axis == 1 else on_rows
         return split._replace(state=jax.tree.map(lambda _: in_state, tree.state))
 
-    # Rows of the state, whose axis of rows comes after that of stacked layers.
-
-    def _rows(self, state: Any, rows: Array) -> Any:
-        return jax.tree.map(functools.partial(_taken, rows, self._rows_axis), state)
-
-    def _with_rows(self, state: Any, rows: Array, new: Any) -> Any:
-        return jax.tree.map(functools.partial(_put_back, rows, self._rows_axis), state, new)
+    # Rows of a state: axis 1 where layers are stacked, else axis 0.
 
     def _at(self, rows: Any) -> Any:
         return (slice(None), rows) if self._rows_axis == 1 else rows
 
-    def checksum(self) -> bytes:
-        """8 bytes that tell models of one shape apart, and prove nothing: of all parameters' bits, in order.
+    def _gather(self, x: Any, rows: Array | None) -> Any:
+        """Rows of slots or of a burst start; None is all of them."""
+        if rows is None:
+            return x
+        taken = {name: _take_rows(rows, 0, of) for name, of in x._asdict().items() if name != "state"}
+        state = jax.tree.map(functools.partial(_take_rows, rows, self._rows_axis), x.state)
+        return type(x)(state=state, **taken)
 
-        A program for each shape of parameters: one for all of them takes XLA a minute to compile for 24 layers.
+    def _scatter(self, x: Any, rows: Array | None, **new: Any) -> Any:
+        """Slots or a burst start with some fields' rows replaced; None is all rows."""
+        if rows is None:
+            return x._replace(**new)
+        for name, values in new.items():
+            set_rows = functools.partial(_set_rows, rows, self._rows_axis if name == "state" else 0)
+            new[name] = jax.tree.map(set_rows, getattr(x, name), values)
+        return x._replace(**new)
+
+    def checksum(self) -> bytes:
+        """8 bytes over the bits of all parameters, which tell models of one shape apart (not cryptographic).
+
+        One program per parameter shape: a single one takes XLA a minute to compile for 24 layers.
         """
         total = np.zeros(2, np.uint32)
         for of_leaf in jax.device_get([self._checksum(leaf) for leaf in jax.tree.leaves(self.params)]):
@@ -164,17 +175,17 @@ class Programs:
 
     # The programs.
 
-    def _make(self, params: Any) -> tuple[Slots, Mark]:
-        """Slots of texts that have not begun."""
+    def _make(self, params: Any) -> tuple[Slots, BurstStart]:
+        """Empty slots."""
         size, vocab = self.num_slots, self.vocab_size
         state = self._model(params).initial_state(size)
         logits = jnp.zeros((size, vocab), self._logits_dtype)
         zeros = jnp.zeros((size, vocab), jnp.float32)
         slots = Slots(state, logits, zeros, zeros, jnp.zeros((size, vocab), bool))
-        return slots, Mark(jax.tree.map(jnp.copy, state), logits)
+        return slots, BurstStart(jax.tree.map(jnp.copy, state), logits)
 
-    def _put(self, slots: Slots, slot: Array, row: Row, bias: Array, stops: Array) -> Slots:
-        """Begins or takes up a text in a slot."""
+    def _put(self, slots: Slots, slot: Array, row: SlotState, bias: Array, stops: Array) -> Slots:
+        """Loads a text into a slot."""
         state = jax.tree.map(lambda x, y: x.at[self._at(slot)].set(y), slots.state, row.state)
         return Slots(
             state,
@@ -184,74 +195,54 @@ class Programs:
             slots.stops.at[slot].set(stops),
         )
 
-    def _take(self, state: Any, logits: Array, occurrences: Array, slot: Array) -> Row:
-        """One row of slots, or of a mark."""
-        return Row(jax.tree.map(lambda x: x[self._at(slot)], state), logits[slot], occurrences[slot])
+    def _take(self, state: Any, logits: Array, occurrences: Array, slot: Array) -> SlotState:
+        """Copies one row out of the slots, or out of the burst starts."""
+        return SlotState(jax.tree.map(lambda x: x[self._at(slot)], state), logits[slot], occurrences[slot])
 
-    def _read(
+    def _prefill(
         self, params: Any, slots: Slots, rows: Array | None, tokens: Array, lengths: Array, wants_logits: Array
     ) -> Slots:
-        """Reads up to T tokens into each of r slots.
+        """Prefills up to T tokens in each of r slots.
 
         Args:
           rows: int32 [r], slots; None is all of them in order.
-          tokens: int32 [r, T], of which the first `lengths` [r] of a row are read; 0 leaves a slot untouched.
-          wants_logits: whether any row ends here; logits are left as they were otherwise.
+          tokens: int32 [r, T], the first `lengths` [r] of each row; 0 leaves a slot untouched.
+          wants_logits: whether any row needs its logits now; otherwise all are left as they were.
         """
         model = self._model(params)
-        state = slots.state if rows is None else self._rows(slots.state, rows)
-        logits = slots.logits if rows is None else _taken(rows, 0, slots.logits)
-        hidden, state = model.hidden(tokens, state, lengths=lengths)
+        own = self._gather(BurstStart(slots.state, slots.logits), rows)
+        hidden, state = model.hidden(tokens, own.state, lengths=lengths)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         logits = jax.lax.cond(
             wants_logits,
-            lambda: jnp.where((lengths > 0)[:, None], model.logits(last).astype(self._logits_dtype), logits),
-            lambda: logits,
+            lambda: jnp.where((lengths > 0)[:, None], model.logits(last).astype(self._logits_dtype), own.logits),
+            lambda: own.logits,
         )
-        if rows is None:
-            return slots._replace(state=state, logits=logits)
-        return slots._replace(
-            state=self._with_rows(slots.state, rows, state), logits=_put_back(rows, 0, slots.logits, logits)
-        )
+        return self._scatter(slots, rows, state=state, logits=logits)
 
-    def _write(
+    def _decode(
         self,
         params: Any,
         slots: Slots,
-        mark: Mark,
+        burst_start: BurstStart,
         rows: Array | None,
-        draw: Draw,
+        decode: DecodeParams,
         *,
         num_top: int,
-    ) -> tuple[Slots, Mark, Burst]:
-        """Writes tokens in b slots until each has written what it may, or a token that ends it.
+    ) -> tuple[Slots, BurstStart, DecodeBurst]:
+        """Generates tokens in b slots until each has its `max_tokens`, or a token that ends it.
 
         Args:
-          rows: int32 [b], slots; None is all of them in order; S stands for no slot.
-          num_top: likeliest tokens to report with each, all V if there are fewer; each number is a program of its own.
+          rows: int32 [b], slots; None is all of them in order; S stands for none.
+          num_top: most likely tokens to report at each position, at most V; each number compiles a program.
         """
         model = self._model(params)
         num_top = min(num_top, self.vocab_size)
-        if rows is None:
-            own = slots
-            mark = Mark(
-                *_where_rows(jnp.asarray(draw.allowed) > 0, (slots.state, slots.logits), tuple(mark), self._rows_axis)
-            )
-        else:
-            row = {name: _taken(rows, 0, x) for name, x in slots._asdict().items() if name != "state"}
-            own = Slots(self._rows(slots.state, rows), **row)
-            # In a branch, which takes rows and not slots: fused with what reads them, XLA would copy the slots, twice.
-            mark = jax.lax.cond(
-                jnp.any(draw.allowed > 0),
-                lambda mark: Mark(
-                    self._with_rows(mark.state, rows, own.state), _put_back(rows, 0, mark.logits, own.logits)
-                ),
-                lambda mark: mark,
-                mark,
-            )
+        own = self._gather(slots, rows)
+        burst_start = self._start_burst(burst_start, rows, own, decode)
         num_rows = own.logits.shape[0]
-        base_keys = jax.vmap(jax.random.key)(draw.seeds)
-        burst = Burst(
+        base_keys = jax.vmap(jax.random.key)(decode.seeds)
+        burst = DecodeBurst(
             jnp.zeros((num_rows,), jnp.int32),
             jnp.zeros((self.burst_length, num_rows), jnp.int32),
             jnp.zeros((self.burst_length, num_rows), jnp.float32),
@@ -259,56 +250,61 @@ class Programs:
             jnp.zeros((self.burst_length, num_rows, num_top), jnp.float32),
         )
 
-        def goes_on(carry: tuple[Array, Array, Any, Array, Array, Burst]) -> Array:
+        def is_unfinished(carry: tuple[Array, Array, Any, Array, Array, DecodeBurst]) -> Array:
             step, active, *_ = carry
             return (step < self.burst_length) & jnp.any(active)
 
-        def advance(carry: tuple[Array, Array, Any, Array, Array, Burst]) -> tuple[Any, ...]:
+        def advance(carry: tuple[Array, Array, Any, Array, Array, DecodeBurst]) -> tuple[Any, ...]:
             step, active, state, logits, occurrences, burst = carry
-            steered = jax.lax.cond(
-                jnp.any(draw.guidance != 1), functools.partial(_steer, draw), lambda logits: logits, logits
+            guided = jax.lax.cond(
+                jnp.any(decode.guidance_scale != 1), functools.partial(_guide, decode), lambda logits: logits, logits
             ).astype(jnp.float32)
-            keys = jax.vmap(jax.random.fold_in)(base_keys, draw.positions + burst.counts)
-            tokens = choose(steered, occurrences, own.bias, draw.settings, keys)[draw.leader]
-            top = top_log_probabilities(steered, num_top)
-            burst = Burst(
-                burst.counts + active,
+            keys = jax.vmap(jax.random.fold_in)(base_keys, decode.positions + burst.counts)
+            tokens = choose(guided, occurrences, own.bias, decode.settings, keys)[decode.token_row]
+            top = top_logprobs(guided, num_top)
+            burst = DecodeBurst(
+                burst.counts + active.astype(jnp.int32),
                 burst.tokens.at[step].set(tokens),
-                burst.log_probabilities.at[step].set(log_probabilities(steered, tokens)),
+                burst.logprobs.at[step].set(logprobs(guided, tokens)),
                 burst.top_tokens.at[step].set(top[1]),
-                burst.top_log_probabilities.at[step].set(top[0]),
+                burst.top_logprobs.at[step].set(top[0]),
             )
-            counted = count(occurrences, tokens, draw.settings, jnp.asarray(self._weights))
+            counted = count(occurrences, tokens, decode.settings, jnp.asarray(self._weights))
             occurrences = jnp.where(active[:, None], counted, occurrences)
             after, state = model(tokens[:, None], state, lengths=active.astype(jnp.int32))
             logits = jnp.where(active[:, None], after[:, 0].astype(self._logits_dtype), logits)
-            ends = jnp.take_along_axis(own.stops, tokens[:, None], axis=1)[:, 0] | (burst.counts >= draw.allowed)
+            ends = jnp.take_along_axis(own.stops, tokens[:, None], axis=1)[:, 0] | (burst.counts >= decode.max_tokens)
             return step + 1, active & ~ends, state, logits, occurrences, burst
 
-        begin = (jnp.int32(0), draw.allowed > 0, own.state, own.logits, own.occurrences, burst)
-        _, _, state, logits, occurrences, burst = jax.lax.while_loop(goes_on, advance, begin)
+        begin = (jnp.int32(0), decode.max_tokens > 0, own.state, own.logits, own.occurrences, burst)
+        _, _, state, logits, occurrences, burst = jax.lax.while_loop(is_unfinished, advance, begin)
+        return self._scatter(slots, rows, state=state, logits=logits, occurrences=occurrences), burst_start, burst
+
+    def _start_burst(self, start: BurstStart, rows: Array | None, own: Slots, decode: DecodeParams) -> BurstStart:
+        """Burst starts, with those of the rows that this burst decodes."""
         if rows is None:
-            return slots._replace(state=state, logits=logits, occurrences=occurrences), mark, burst
-        return (
-            slots._replace(
-                state=self._with_rows(slots.state, rows, state),
-                logits=_put_back(rows, 0, slots.logits, logits),
-                occurrences=_put_back(rows, 0, slots.occurrences, occurrences),
-            ),
-            mark,
-            burst,
+            active = jnp.asarray(decode.max_tokens) > 0
+            choose_rows = functools.partial(_where_rows, active)
+            state = jax.tree.map(functools.partial(choose_rows, self._rows_axis), own.state, start.state)
+            return BurstStart(state, choose_rows(0, own.logits, start.logits))
+        # In a branch: otherwise XLA fuses this with what reads the rows, and copies all slots twice.
+        return jax.lax.cond(
+            jnp.any(decode.max_tokens > 0),
+            lambda start: self._scatter(start, rows, state=own.state, logits=own.logits),
+            lambda start: start,
+            start,
         )
 
 
-def _taken(rows: Array, axis: int, x: Array) -> Array:
-    """Rows of an array, in this order."""
+def _take_rows(rows: Array, axis: int, x: Array) -> Array:
+    """Rows of an array along an axis."""
     if len(rows) == 1:
         return jax.lax.dynamic_slice_in_dim(x, rows[0], 1, axis)
     return jnp.take(x, rows, axis, mode="clip")
 
 
-def _put_back(rows: Array, axis: int, x: Array, new: Array) -> Array:
-    """The array with new rows; a row beyond the last is none. (A single row, always a real one, is put in place.)"""
+def _set_rows(rows: Array, axis: int, x: Array, new: Array) -> Array:
+    """The array with new rows; rows beyond the last are dropped (a single row is always a real one)."""
     if len(rows) == 1:
         return jax.lax.dynamic_update_slice_in_dim(x, new, rows[0], axis)
     return x.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
@@ -316,36 +312,29 @@ def _put_back(rows: Array, axis: int, x: Array, new: Array) -> Array:
 
 def _checksum(parameter: Array) -> Array:
     """uint32 [2] of a parameter's bits."""
-    is_whole = jnp.issubdtype(parameter.dtype, jnp.integer)
+    is_integer = jnp.issubdtype(parameter.dtype, jnp.integer)
     unsigned = _UNSIGNED[parameter.dtype.itemsize]
-    bits = parameter if is_whole else jax.lax.bitcast_convert_type(parameter, unsigned)
+    bits = parameter if is_integer else jax.lax.bitcast_convert_type(parameter, unsigned)
     words = bits.astype(jnp.uint32).reshape(-1)
     place = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jnp.stack([jnp.sum(words * place), jnp.sum(words * (place * place + 2))]).astype(jnp.uint32)
 
 
-def _steer(draw: Draw, logits: Array) -> Array:
-    """Classifier-free guidance: away from what another row says (arXiv 2306.17806, equation 7)."""
-    guided = draw.guidance[:, None] * logits + (1 - draw.guidance[:, None]) * logits[draw.guide]
-    return jnp.where((draw.guidance != 1)[:, None], guided, logits)
+def _guide(decode: DecodeParams, logits: Array) -> Array:
+    """Classifier-free guidance, away from the negative prompt's row (arXiv 2306.17806, equation 7)."""
+    scale = decode.guidance_scale[:, None].astype(logits.dtype)
+    return jnp.where(scale != 1, scale * logits + (1 - scale) * logits[decode.negative_row], logits)
 
 
-def _where_rows(condition: Array, x: Any, y: Any, rows_axis: int) -> Any:
-    """The rows of (state, logits) x where the condition [S] holds, of y elsewhere."""
-
-    def choose_rows(axis: int, x: Array, y: Array) -> Array:
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return jnp.where(condition.reshape(shape), x, y)
-
-    return tuple(
-        jax.tree.map(functools.partial(choose_rows, axis), *pair)
-        for axis, *pair in zip((rows_axis, 0), x, y, strict=True)
-    )
+def _where_rows(condition: Array, axis: int, x: Array, y: Array) -> Array:
+    """Rows of x along an axis where the condition [S] holds, of y elsewhere."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return jnp.where(condition.reshape(shape), x, y)
 
 
 def pad(values: Sequence[Any], size: int, filler: Any, dtype: Any) -> NDArray[Any]:
-    """Values as an array of a fixed size."""
+    """Values as an array of a fixed size, filled up at its end."""
     padded = np.full(size, filler, dtype)
     padded[: len(values)] = values
     return padded

@@ -1,4 +1,4 @@
-"""From what the engine is asked, in any of the forms that are convenient, to one request for each text."""
+"""Normalizes the arguments of `Engine.generate` and `Engine.stream` to one `Request` a text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from rwkv_jax.checks import ConfigError, is_whole, require_whole
-from rwkv_jax.inference.requests import MOST_SEED, Request
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.requests import MAX_SEED, Request
+from rwkv_jax.inference.sampling import Sampling, SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 
-MOST_COPIES = 1024
-"""Continuations of one prompt."""
+MAX_BEST_OF = 1024
+"""Upper bound of `best_of`."""
 
 _ELSEWHERE = {
     "conversation": "engine.generate has it, and engine.conversation(name).stream",
@@ -23,24 +23,24 @@ _ELSEWHERE = {
 
 
 class SessionArguments(TypedDict, total=False):
-    """What can be said of a continuation; `Engine.stream` says what each means."""
+    """Arguments of a continuation; `Engine.stream` documents them."""
 
     max_tokens: int
-    sampling: SamplingParams | Sequence[SamplingParams]
+    sampling: Sampling | Sequence[Sampling]
     seed: int | Sequence[int]
     stop: str | Sequence[str]
     stop_ids: Iterable[int] | None
-    num_top: int
-    guidance: float
-    unguided: str | Sequence[int] | None
-    client: str
+    top_logprobs: int
+    guidance_scale: float
+    negative_prompt: str | Sequence[int] | None
+    client_id: str
 
 
 class Arguments(SessionArguments, total=False):
-    """The same, and where it begins and whether its state is kept: which a session says itself."""
+    """The same, and the states before and after it, which a session holds itself."""
 
-    start: Snapshot | None
-    keep: bool
+    state: Snapshot | None
+    return_state: bool
 
 
 _ARGUMENTS = frozenset(Arguments.__annotations__)  # those of its base, too
@@ -63,7 +63,7 @@ def is_one(prompts: Any) -> bool:
     return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | np.ndarray)
 
 
-def requests_of(
+def build_requests(
     encode: Callable[..., list[int]], end_of_text: int, prompts: Any, copies: int, arguments: Mapping[str, Any]
 ) -> list[Request]:
     """One request for each prompt and copy, copies beside each other.
@@ -79,27 +79,28 @@ def requests_of(
         remedy = _ELSEWHERE.get(unknown[0], "Engine.stream lists them")
         raise ConfigError(f"{', '.join(unknown)}: no such argument; {remedy}")
     given = dict(arguments)
-    start: Snapshot | None = given.pop("start", None)
-    if start is not None and not isinstance(start, Snapshot):
-        raise ConfigError(f"start = {start!r}: must be a Snapshot, such as Session.snapshot")
+    state: Snapshot | None = given.pop("state", None)
+    if state is not None and not isinstance(state, Snapshot):
+        raise ConfigError(f"state = {state!r}: must be a Snapshot, such as Session.snapshot")
     each: list[Any] = [prompts] if is_one(prompts) else list(prompts)
-    if not each and start is not None:
+    if not each and state is not None:
         each = [""]  # no ids: nothing to read before going on
     if not each:
         raise ConfigError("prompts: there are none; give at least one")
-    if (start is not None or given.get("keep")) and len(each) * copies > 1:
-        raise ConfigError(f"start and keep are for one text; there are {len(each) * copies}")
-    samplings = _one_each("sampling", given.pop("sampling", SamplingParams()), SamplingParams, len(each))
+    if (state is not None or given.get("return_state")) and len(each) * copies > 1:
+        raise ConfigError(f"state and return_state are for one text; there are {len(each) * copies}")
+    samplings = _one_each("sampling", given.pop("sampling", SamplingParams()), SamplingParams | str, len(each))
+    samplings = [SamplingParams.preset(each) if isinstance(each, str) else each for each in samplings]
     seeds = _seeds(given.pop("seed", 0), len(each), copies)
-    stop, stop_ids, unguided = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("unguided", None)
-    strings = (stop,) if isinstance(stop, str) else _made(tuple, "stop", stop)
-    ends = _made(frozenset, "stop_ids", [end_of_text] if stop_ids is None else stop_ids)
-    steering = () if unguided is None else _ids("unguided", unguided, encode, begins=True)
+    stop, stop_ids, negative = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("negative_prompt", None)
+    strings = (stop,) if isinstance(stop, str) else _converted(tuple, "stop", stop)
+    ends = _converted(frozenset, "stop_ids", [end_of_text] if stop_ids is None else stop_ids)
+    negative_ids = () if negative is None else _ids("negative_prompt", negative, encode, begins=True)
     requests = []
     for i, prompt in enumerate(each):
         # After a state there may be nothing to read.
-        is_nothing = start is not None and isinstance(prompt, str) and not prompt
-        ids = () if is_nothing else _ids(f"prompt {i}", prompt, encode, begins=start is None)
+        is_nothing = state is not None and isinstance(prompt, str) and not prompt
+        ids = () if is_nothing else _ids(f"prompt {i}", prompt, encode, begins=state is None)
         for seed in seeds[i * copies : (i + 1) * copies]:
             requests.append(
                 Request(
@@ -108,8 +109,8 @@ def requests_of(
                     seed=seed,
                     stop=strings,
                     stop_ids=ends,
-                    start=start,
-                    unguided_ids=steering,
+                    state=state,
+                    negative_ids=negative_ids,
                     **given,
                 )
             )
@@ -119,13 +120,13 @@ def requests_of(
 def _seeds(seed: Any, count: int, copies: int) -> list[int]:
     """Of one number on, or of a number for each prompt on."""
     if is_whole(seed):
-        require_whole("seed", seed, 0, MOST_SEED)
+        require_whole("seed", seed, 0, MAX_SEED)
         return [int(seed) + i for i in range(count * copies)]
-    firsts = _made(list, "seed", seed)
+    firsts = _converted(list, "seed", seed)
     if len(firsts) != count:
         raise ConfigError(f"seed: {len(firsts)} for {count} prompts; give one, or one for each prompt")
     for first in firsts:
-        require_whole("seed", first, 0, MOST_SEED)
+        require_whole("seed", first, 0, MAX_SEED)
     return [int(first) + copy for first in firsts for copy in range(copies)]
 
 
@@ -134,10 +135,10 @@ def _ids(name: str, prompt: Any, encode: Callable[..., list[int]], *, begins: bo
         return tuple(encode(prompt, begins=begins))
     if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
         raise ConfigError(f"{name} = {prompt!r}: must be a text, or a sequence of token ids")
-    return _made(tuple, name, np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt)
+    return _converted(tuple, name, np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt)
 
 
-def _made(kind: type[Any], name: str, values: Any) -> Any:
+def _converted(kind: type[Any], name: str, values: Any) -> Any:
     if not isinstance(values, Iterable):
         raise ConfigError(f"{name} = {values!r}: must be a sequence")
     try:
@@ -146,10 +147,10 @@ def _made(kind: type[Any], name: str, values: Any) -> Any:
         raise ConfigError(f"{name} = {values!r}: {error}") from error
 
 
-def _one_each(name: str, values: Any, kind: type, count: int) -> list[Any]:
+def _one_each(name: str, values: Any, kind: Any, count: int) -> list[Any]:
     if isinstance(values, kind):
         return [values] * count
-    values = _made(list, name, values)
+    values = _converted(list, name, values)
     if len(values) != count:
         raise ConfigError(f"{name}: {len(values)} for {count} prompts; give one, or one for each prompt")
     return values

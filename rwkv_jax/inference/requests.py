@@ -1,4 +1,4 @@
-"""What is asked of the engine, checked before any of it is run, and what comes back."""
+"""A checked request to the engine, and the chunks and completions that come back."""
 
 from __future__ import annotations
 
@@ -17,50 +17,53 @@ from rwkv_jax.inference.text import check_stop_strings
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
-_MOST_GUIDANCE = 1e6
+TopLogprobs = tuple[tuple[int, float], ...]
+"""The most likely tokens at one position and their logprobs, the most likely first."""
 
-MOST_TOP_LOG_PROBABILITIES = 20
-"""Likeliest tokens that can be asked for with each token."""
+_MAX_GUIDANCE_SCALE = 1e6
 
-MOST_SEED = 2**32 - 1
+MAX_TOP_LOGPROBS = 20
+"""Upper bound of `Request.top_logprobs`."""
+
+MAX_SEED = 2**32 - 1
 """Seeds fit in 32 bits."""
 
 FinishReason = Literal["stop", "length"]
-"""A stop id or stop string was written, or as many tokens as were allowed."""
+"""A stop id or stop string was generated, or `max_tokens` was reached."""
 
 
 class QueueFullError(RuntimeError):
-    """More requests are waiting than the engine holds; try again when some of them have ended."""
+    """The engine's queue is full; try again when some requests have ended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One text to read and to continue."""
+    """One prompt to continue."""
 
     ids: tuple[int, ...]
-    """Tokens to read first; at least one, unless `start` has read some."""
+    """Prompt tokens; at least one, unless `state` has read some."""
     max_tokens: int = 256
-    """Most tokens to write; 0 only reads."""
+    """Most tokens to generate; 0 only prefills."""
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     """How tokens are chosen."""
     seed: int = 0
-    """Of the draws: the key of the text's token t is made of seed and t, whatever else is being run."""
+    """The key of the text's token t is derived from seed and t, whatever else is running."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; neither they nor their first characters are shown."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the text, and are no part of it."""
-    num_top: int = 0
-    """How many of the likeliest tokens are reported with each token."""
-    start: Snapshot | None = None
-    """The text so far; None begins a text."""
-    guidance: float = 1.0
-    """Logits are guidance x these + (1 - guidance) x those after `unguided_ids`."""
-    unguided_ids: tuple[int, ...] = ()
-    """The text to steer away from (classifier-free guidance, arXiv 2306.17806); none where guidance is 1."""
-    keep: bool = False
-    """Whether the state is wanted at the end. Such a text is written no further than its reader has read."""
-    client: str = ""
-    """Who asks: waiting clients take turns."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens to report at each position."""
+    state: Snapshot | None = None
+    """State to continue from; None begins a text."""
+    guidance_scale: float = 1.0
+    """Logits are guidance_scale x these + (1 - guidance_scale) x those after `negative_ids`."""
+    negative_ids: tuple[int, ...] = ()
+    """Negative prompt of classifier-free guidance (arXiv 2306.17806); empty where guidance_scale is 1."""
+    return_state: bool = False
+    """Whether the final state is wanted. Such a text runs at most a burst ahead of its consumer."""
+    client_id: str = ""
+    """Whose request it is: the engine takes the queues of clients in turn."""
 
     def check(self, vocab_size: int, capacity: int | None, *, name: str = "prompt") -> None:
         """Refuses what cannot be run.
@@ -73,38 +76,42 @@ class Request:
           ConfigError: names the value, and what would do.
         """
         if not isinstance(self.sampling, SamplingParams):
-            raise ConfigError(f"sampling = {self.sampling!r}: must be a Sampling")
-        if not isinstance(self.client, str):
-            raise ConfigError(f"client = {self.client!r}: must be a string")
+            raise ConfigError(f"sampling = {self.sampling!r}: must be a SamplingParams or the name of a preset")
+        if not isinstance(self.client_id, str):
+            raise ConfigError(f"client_id = {self.client_id!r}: must be a string")
         require_whole("max_tokens", self.max_tokens, 0)
-        require_whole("seed", self.seed, 0, MOST_SEED)
-        require_whole("num_top", self.num_top, 0, min(MOST_TOP_LOG_PROBABILITIES, vocab_size))
-        start = 0 if self.start is None else self.start.num_tokens
-        if not self.ids and not start:
+        require_whole("seed", self.seed, 0, MAX_SEED)
+        require_whole("top_logprobs", self.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size))
+        before = 0 if self.state is None else self.state.num_tokens
+        if not self.ids and not before:
             raise ConfigError(f"{name}: is empty; give at least one token (the end-of-text id begins a text)")
         if not self.ids and self.max_tokens == 0:
             raise ConfigError(f"{name}: is empty, and no tokens are asked for; give tokens to read")
-        for whose, ids in ((name, self.ids), ("stop_ids", self.stop_ids), ("unguided", self.unguided_ids)):
+        for whose, ids in ((name, self.ids), ("stop_ids", self.stop_ids), ("negative_prompt", self.negative_ids)):
             _check_ids(whose, ids, vocab_size)
         check_stop_strings(self.stop)
-        if not is_number(self.guidance) or not abs(self.guidance) <= _MOST_GUIDANCE:
-            raise ConfigError(
-                f"guidance = {self.guidance!r}: must be a number of at most {_MOST_GUIDANCE:g}; 1 is no guidance"
-            )
-        if (self.guidance != 1) != bool(self.unguided_ids):
-            raise ConfigError(
-                f"guidance = {self.guidance} and an unguided prompt of {len(self.unguided_ids)} tokens: guidance needs "
-                "both, a factor other than 1 and a text to steer away from"
-            )
-        if self.guidance != 1 and (self.keep or self.start is not None):
-            raise ConfigError(f"guidance = {self.guidance}: is for single texts; a conversation has one state, not two")
+        self._check_guidance()
         self.sampling.check_ids(vocab_size)
-        longest = max(start + len(self.ids), len(self.unguided_ids)) + self.max_tokens
+        longest = max(before + len(self.ids), len(self.negative_ids)) + self.max_tokens
         if capacity is not None and longest > capacity:
             raise ConfigError(
                 f"max_tokens = {self.max_tokens} after {longest - self.max_tokens} tokens: this model's state holds "
                 f"{capacity}; ask for less, or build it with a greater model.context_length"
             )
+
+    def _check_guidance(self) -> None:
+        scale = self.guidance_scale
+        if not is_number(scale) or not abs(scale) <= _MAX_GUIDANCE_SCALE:
+            raise ConfigError(
+                f"guidance_scale = {scale!r}: must be a number of at most {_MAX_GUIDANCE_SCALE:g}; 1 is no guidance"
+            )
+        if (scale != 1) != bool(self.negative_ids):
+            raise ConfigError(
+                f"guidance_scale = {scale} and a negative prompt of {len(self.negative_ids)} tokens: guidance needs "
+                "both, a scale other than 1 and a prompt to steer away from"
+            )
+        if scale != 1 and (self.return_state or self.state is not None):
+            raise ConfigError(f"guidance_scale = {scale}: is for single texts; a conversation has one state, not two")
 
 
 def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
@@ -121,18 +128,18 @@ def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a text as it is written."""
+    """One step of a stream: the text and the token that it adds."""
 
     index: int
     """Which of the prompts it continues."""
     text: str
     """Whole characters; may be empty while a character, or what may become a stop string, is incomplete."""
     ids: tuple[int, ...]
-    """The token behind it; none where a stop id, or nothing, was written."""
-    log_probabilities: tuple[float, ...]
+    """Its token; empty for a stop id, and where nothing was generated."""
+    logprobs: tuple[float, ...]
     """Of each of `ids`, by the model alone (after guidance): no temperature, no penalties."""
-    top: tuple[tuple[tuple[int, float], ...], ...] = ()
-    """With each of `ids`, the likeliest tokens and their log-probabilities, likeliest first."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """For each of `ids`, the most likely tokens there."""
     finish_reason: FinishReason | None = None
     """Set in a text's last chunk."""
     stop: int | str | None = None
@@ -148,11 +155,11 @@ class Completion:
     text: str
     """Without the prompt and without what stopped it."""
     ids: tuple[int, ...]
-    """Tokens written, without a stop id; those of a stop string are among them."""
-    log_probabilities: tuple[float, ...]
+    """Generated tokens, without a stop id; those of a stop string are among them."""
+    logprobs: tuple[float, ...]
     """Of each of `ids`, by the model alone (after guidance)."""
-    top: tuple[tuple[tuple[int, float], ...], ...]
-    """With each of `ids`, the likeliest tokens and their log-probabilities."""
+    top_logprobs: tuple[TopLogprobs, ...]
+    """For each of `ids`, the most likely tokens there."""
     finish_reason: FinishReason
     """Why it ended."""
     stop: int | str | None
@@ -161,14 +168,14 @@ class Completion:
     """Tokens of the prompt."""
 
     @property
-    def mean_log_probability(self) -> float:
-        """Of a token of the text; 0 for a text without tokens."""
-        return sum(self.log_probabilities) / max(1, len(self.log_probabilities))
+    def mean_logprob(self) -> float:
+        """Mean of `logprobs`; 0 for a text without tokens."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
     @property
     def score(self) -> float:
-        """What `best_of` takes the greatest of: the mean log-probability, but -inf for a text that says nothing."""
-        return self.mean_log_probability if self.text else -math.inf
+        """What `best_of` maximizes: `mean_logprob`, but -inf for an empty text."""
+        return self.mean_logprob if self.text else -math.inf
 
 
 def join(chunks: Sequence[Chunk], index: int, num_prompt_tokens: int) -> Completion:
@@ -180,8 +187,8 @@ def join(chunks: Sequence[Chunk], index: int, num_prompt_tokens: int) -> Complet
         index=index,
         text="".join(chunk.text for chunk in chunks),
         ids=tuple(token for chunk in chunks for token in chunk.ids),
-        log_probabilities=tuple(value for chunk in chunks for value in chunk.log_probabilities),
-        top=tuple(one for chunk in chunks for one in chunk.top),
+        logprobs=tuple(value for chunk in chunks for value in chunk.logprobs),
+        top_logprobs=tuple(top for chunk in chunks for top in chunk.top_logprobs),
         finish_reason=last.finish_reason,
         stop=last.stop,
         num_prompt_tokens=num_prompt_tokens,

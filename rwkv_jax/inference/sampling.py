@@ -1,17 +1,18 @@
-"""Choosing the next token from logits: the settings of a text, and functions that apply each row's own inside jit.
+"""Sampling the next token from logits: `SamplingParams`, and functions that apply each row's own inside jit.
 
-Two orders are in use, and `Sampling.order` names one of them. Both begin alike:
+Two orders are in use, and `SamplingParams.order` names one of them. Both begin alike:
 
     1. repetition penalty: the logit of a token that has occurred is divided by it if positive, else multiplied;
     2. presence and frequency penalty: it falls by presence + occurrences * frequency;
     3. logit bias is added, and banned tokens become impossible.
 
-Temperature 0 takes the likeliest token here. Otherwise "openai", the order of transformers and vLLM, goes on with
+Temperature 0 takes the most likely token here, and so does top_p 0, as in the `rwkv` package. Otherwise "openai", the
+order of transformers and vLLM, continues with
 
     4. temperature divides the logits;
-    5. top-k keeps the k likeliest tokens;
-    6. top-p keeps the likeliest of those whose probabilities, out of what step 5 left, add up to p;
-    7. min-p keeps tokens at least min_p times as likely as the likeliest;
+    5. top-k keeps the k most likely tokens;
+    6. top-p keeps the most likely of those whose probabilities, out of what step 5 left, add up to p;
+    7. min-p keeps tokens at least min_p times as likely as the most likely one;
     8. typical keeps, of what is left and by the probabilities there, the tokens whose surprise is nearest to its mean,
        until they add up to typical_p (Meister et al. 2023, https://arxiv.org/abs/2202.00666);
 
@@ -22,8 +23,8 @@ and "rwkv", the order of the official `rwkv` package, with
     6. min-p and typical, which the package does not have, as in the steps 7 and 8 above, at temperature 1;
     7. probabilities to the power of 1 / temperature.
 
-In both, tokens as likely (or as typical) as the last one kept are kept too, and the likeliest is kept by top-k, top-p
-and min-p whatever they are. Typical may drop it, and keeps at least one token.
+In both, tokens as likely (or as typical) as the last one kept are kept too, and the most likely is kept by top-k,
+top-p and min-p whatever they are. Typical may drop it, and keeps at least one token.
 
 The orders also differ in what counts as an occurrence. In "rwkv" space, tab, single digits and ascending runs of them,
 such as 12, weigh 0: they bear the presence penalty alone, as in the package. In "openai" each weighs 1. In both, what a
@@ -50,32 +51,35 @@ from rwkv_jax.inference.selection import draw, first_largest, largest_floor
 Order = Literal["openai", "rwkv"]
 """In which order the settings apply; see the module's docstring."""
 
+Preset = Literal["greedy", "openai", "rwkv"]
+"""Names of presets, which are taken in place of a `SamplingParams`."""
+
 _WEIGHTLESS = " \t0123456789"
 """A token whose text is a part of this weighs nothing in the order "rwkv", as in the official package."""
 
 _NEVER = -1.0
 """Occurrences of a token that has not occurred; 0 is what weightless ones have."""
 
-_LARGEST = 1e9
+_MAX_SETTING = 1e9
 """Settings beyond it, or below its reciprocal where they divide, would leave float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a text are chosen. Hashable.
+    """How the tokens of a text are sampled. Hashable.
 
     Raises:
       ConfigError: a value that cannot work, by its name.
     """
 
     temperature: float = 1.0
-    """Above 1 evens probabilities out, below 1 sharpens them; 0 always takes the likeliest token."""
+    """Above 1 flattens the distribution, below 1 sharpens it; 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities add up to this; 1 keeps all."""
+    """Keep the most likely tokens whose probabilities add up to this; 1 keeps all, 0 is greedy as temperature 0 is."""
     top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 keeps all."""
+    """Keep this many of the most likely tokens; 0 keeps all."""
     min_p: float = 0.0
-    """Keep tokens at least this many times as likely as the likeliest; 0 keeps all."""
+    """Keep tokens at least this many times as likely as the most likely one; 0 keeps all."""
     typical_p: float = 1.0
     """Keep the most typical tokens whose probabilities add up to this; 1 keeps all."""
     repetition_penalty: float = 1.0
@@ -97,13 +101,14 @@ class SamplingParams:
     """Ids never to be chosen. Kept as a tuple in their order."""
 
     def __post_init__(self) -> None:
-        self._require_between("temperature", 0, _LARGEST)
-        self._require_above_zero("top_p", 1)
+        self._require_between("temperature", 0, _MAX_SETTING)
+        self._require_between("top_p", 0, 1)
         self._require_between("min_p", 0, 1)
-        self._require_above_zero("typical_p", 1)
-        self._require_between("repetition_penalty", 1 / _LARGEST, _LARGEST)
-        self._require_between("presence_penalty", -_LARGEST, _LARGEST)
-        self._require_between("frequency_penalty", -_LARGEST, _LARGEST)
+        if not (is_number(self.typical_p) and 0 < self.typical_p <= 1):
+            raise ConfigError(f"typical_p = {self.typical_p!r}: must lie in (0, 1]")
+        self._require_between("repetition_penalty", 1 / _MAX_SETTING, _MAX_SETTING)
+        self._require_between("presence_penalty", -_MAX_SETTING, _MAX_SETTING)
+        self._require_between("frequency_penalty", -_MAX_SETTING, _MAX_SETTING)
         self._require_between("penalty_decay", 0, 1)
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
@@ -116,16 +121,11 @@ class SamplingParams:
         if both := sorted(set(self.banned) & dict(self.logit_bias).keys()):
             raise ConfigError(f"banned and logit_bias both name id {both[0]}: leave it out of one of them")
 
-    def _require_between(self, name: str, least: float, most: float) -> None:
+    def _require_between(self, name: str, minimum: float, maximum: float) -> None:
         value = getattr(self, name)
         # NaN lies nowhere.
-        if not (is_number(value) and least <= value <= most):
-            raise ConfigError(f"{name} = {value!r}: must be a number from {least:g} to {most:g}")
-
-    def _require_above_zero(self, name: str, most: float) -> None:
-        value = getattr(self, name)
-        if not (is_number(value) and 0 < value <= most):
-            raise ConfigError(f"{name} = {value!r}: must lie in (0, {most:g}]")
+        if not (is_number(value) and minimum <= value <= maximum):
+            raise ConfigError(f"{name} = {value!r}: must be a number from {minimum:g} to {maximum:g}")
 
     @classmethod
     def openai(cls, **changes: Any) -> Self:
@@ -146,9 +146,16 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls, **changes: Any) -> Self:
-        """Always the likeliest token; `changes` are fields."""
+        """Always the most likely token; `changes` are fields."""
         defaults: dict[str, Any] = {"temperature": 0.0}
         return cls(**(defaults | changes))
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The preset of a name: "greedy", "openai" or "rwkv"."""
+        if name not in typing.get_args(Preset):
+            raise ConfigError(f"sampling = {name!r}: must be one of {', '.join(typing.get_args(Preset))}")
+        return getattr(cls, name)()
 
     @property
     def penalizes(self) -> bool:
@@ -160,6 +167,10 @@ class SamplingParams:
         for name, ids in (("logit_bias", tuple(dict(self.logit_bias))), ("banned", self.banned)):
             if ids and max(ids) >= vocab_size:
                 raise ConfigError(f"{name} names id {max(ids)}: the model's ids are 0 to {vocab_size - 1}")
+
+
+Sampling = SamplingParams | Preset
+"""Settings, or the name of a preset."""
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
@@ -177,9 +188,9 @@ def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"logit_bias = {biases!r}: must be a mapping from token ids to numbers") from error
     for token, bias in of.items():
-        if not is_number(bias) or not abs(bias) <= _LARGEST:
+        if not is_number(bias) or not abs(bias) <= _MAX_SETTING:
             raise ConfigError(
-                f"logit_bias of id {token!r} is {bias!r}: must be a number from {-_LARGEST:g} to {_LARGEST:g}; "
+                f"logit_bias of id {token!r} is {bias!r}: must be a number from {-_MAX_SETTING:g} to {_MAX_SETTING:g}; "
                 "`banned` rules a token out"
             )
     return tuple((token, float(of[token])) for token in _ids("logit_bias", tuple(of)))
@@ -200,8 +211,9 @@ class Settings(NamedTuple):
     rwkv_order: Any
 
 
-def settings_of(rows: Sequence[SamplingParams]) -> Settings:
+def stack_settings(rows: Sequence[SamplingParams]) -> Settings:
     """NumPy arrays [B]: float32, but int32 for top_k and bool for rwkv_order."""
+    rows = [dataclasses.replace(row, temperature=0.0, top_p=1.0) if row.top_p == 0 else row for row in rows]
 
     def column(name: str) -> np.ndarray:
         if name == "rwkv_order":
@@ -211,7 +223,7 @@ def settings_of(rows: Sequence[SamplingParams]) -> Settings:
     return Settings(*map(column, Settings._fields))
 
 
-def bias_of(sampling: SamplingParams, is_named: np.ndarray) -> np.ndarray:
+def bias_array(sampling: SamplingParams, is_named: np.ndarray) -> np.ndarray:
     """float32 [V] to be added to logits: the bias, and -inf for what is banned.
 
     Args:
@@ -288,7 +300,7 @@ def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, k
     Args:
       logits: float32 [B, V].
       occurrences: float32 [B, V], of `initial_occurrences` and `count`.
-      bias: float32 [B, V], of `bias_of`.
+      bias: float32 [B, V], of `bias_array`.
       settings: arrays [B].
       keys: random keys [B]; rows of temperature 0 do not use theirs.
 
@@ -312,10 +324,10 @@ def choose_one_by_one(*arguments: Any) -> Array:
 def choose_together(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
     """As `choose`, all rows in each pass; a pass is left out when no row needs it."""
     adjusted = _penalized(logits, occurrences, settings) + bias
-    likeliest = first_largest(adjusted)
+    most_likely = first_largest(adjusted)
     is_greedy = settings.temperature <= 0
-    drawn = jax.lax.cond(jnp.all(is_greedy), lambda: likeliest, lambda: draw(_kept(adjusted, settings), keys))
-    return jnp.where(is_greedy, likeliest, drawn)
+    drawn = jax.lax.cond(jnp.all(is_greedy), lambda: most_likely, lambda: draw(_kept(adjusted, settings), keys))
+    return jnp.where(is_greedy, most_likely, drawn)
 
 
 def _penalizes(settings: Settings) -> Array:
@@ -335,7 +347,7 @@ def _penalized(logits: Array, occurrences: Array, settings: Settings) -> Array:
 def _kept(logits: Array, settings: Settings) -> Array:
     """Probabilities, up to a factor, of what temperature, top-k, top-p, min-p and typical leave; float32 [B, V].
 
-    A row with a finite logit is left a token, and the likeliest one has the weight 1.
+    A row with a finite logit is left a token, and the most likely one has the weight 1.
     """
     top_k, top_p, typical_p = settings.top_k, settings.top_p, settings.typical_p
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)[:, None]
@@ -374,7 +386,7 @@ def _kept(logits: Array, settings: Settings) -> Array:
         target = jnp.maximum(jnp.where(typical_p < 1, typical_p * total[:, 0], 0), jnp.finfo(kept.dtype).tiny)
         floor = largest_floor(lambda floor: _mass(kept, typicality >= floor), target, -jnp.inf, 0.0, lambda floor: 0.0)
         left = jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
-        # The likeliest may be gone: the largest that is left becomes 0 in its place, so that it has a weight again.
+        # The most likely may be gone: the largest that is left becomes 0 in its place, so that it has a weight again.
         largest = jnp.max(jnp.where(left > 0, relative, -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(left > 0, jnp.exp((relative - largest) / temperature), 0)
 
@@ -392,13 +404,13 @@ def _count(where: Array) -> Array:
     return jnp.sum(where, axis=-1, dtype=jnp.float32)
 
 
-def log_probabilities(logits: Array, tokens: Array) -> Array:
+def logprobs(logits: Array, tokens: Array) -> Array:
     """float32 [B]: of tokens [B] by the model's own distribution, logits [B, V], before any setting."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def top_log_probabilities(logits: Array, n: int) -> tuple[Array, Array]:
-    """The n likeliest tokens by the model's own distribution, likeliest first: float32 [B, n] and ids, int32 [B, n]."""
+def top_logprobs(logits: Array, n: int) -> tuple[Array, Array]:
+    """The n most likely tokens by the model's own distribution, in order: float32 [B, n] and ids, int32 [B, n]."""
     values, tokens = jax.lax.top_k(logits, n)
     return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), tokens

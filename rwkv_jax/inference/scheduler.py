@@ -1,8 +1,8 @@
 """Continuous batching: which texts hold the slots, and what the device does next.
 
-A tick is at most one call that reads prompts and one that writes, so that a long prompt holds nobody up: texts join and
-leave between ticks. Waiting clients take turns, and so do prompts that are being read. One thread at a time may use a
-scheduler; the engine's lock sees to that.
+A step is at most one prefill and one decode call, so that a long prompt delays nobody: texts join and leave between
+steps. Clients with queued texts take turns, and so do prompts in prefill. One thread at a time may use a scheduler; the
+engine's lock sees to that.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.inference.job import Job, Reader, Tables, Tail
-from rwkv_jax.inference.prefix_store import PrefixStore
-from rwkv_jax.inference.programs import Burst, Draw, Mark, Programs, Row, Slots, pad
-from rwkv_jax.inference.requests import MOST_TOP_LOG_PROBABILITIES, QueueFullError
-from rwkv_jax.inference.sampling import settings_of
+from rwkv_jax.inference.fair_queue import FairQueue
+from rwkv_jax.inference.job import Job, LastBurst, PrefillCursor, TokenTables, decode_params
+from rwkv_jax.inference.prefix_cache import PrefixCache
+from rwkv_jax.inference.programs import BurstStart, DecodeBurst, Programs, Slots, SlotState, pad
+from rwkv_jax.inference.requests import MAX_TOP_LOGPROBS, QueueFullError
 from rwkv_jax.inference.snapshot import Snapshot
 
-_SHORT_CALLS = 4
-"""Calls of the short kind that are worth more than one long call that is mostly padding."""
+_MAX_SHORT_CALLS = 4
+"""A prompt's rest that takes more short calls than this is prefilled in long ones, padding included."""
 
-_LEAST_SHARE = 1 / 4
-"""Of a call's rows that several prompts must pass to be read together: padding takes as long as they do."""
+_MIN_SHARE = 1 / 4
+"""Share of a batched prefill's rows that must be used: padding takes as long as they do."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -39,128 +39,116 @@ class Shapes:
     """The shapes for which programs are compiled."""
 
     batch_sizes: tuple[int, ...]
-    """Rows that are written at once, ascending; the last is the number of slots."""
+    """Rows that are decoded at once, ascending; the last is the number of slots."""
     long: int
-    """Tokens of one prompt that are read in one call."""
+    """Tokens of one prompt in a long prefill."""
     short: int
-    """Tokens of each of several prompts, or of one's rest, that are read in one call."""
+    """Tokens of each prompt in a short prefill, of one or of `short_rows` prompts."""
     short_rows: int
-    """Prompts of which such a call reads; all slots in order, if there are no more."""
+    """Prompts in a batched prefill; all slots in order, if there are no more."""
 
 
 class Scheduler:
-    """Runs jobs on slots, a tick at a time."""
+    """Runs jobs on slots, a step at a time."""
 
     def __init__(
         self,
         programs: Programs,
         shapes: Shapes,
         *,
-        most_waiting: int,
-        prefixes: PrefixStore | None,
-        fewest_prefix_tokens: int,
+        max_queue: int,
+        prefix_cache: PrefixCache | None,
+        min_prefix_tokens: int,
     ) -> None:
         """Allocates the slots.
 
         Args:
-          most_waiting: jobs that may wait for a slot.
-          prefixes: where states of prompts are kept and found; None keeps none.
-          fewest_prefix_tokens: shorter prompts are not kept.
+          max_queue: jobs that may wait for a slot.
+          prefix_cache: where states of prompts are kept and found; None keeps none.
+          min_prefix_tokens: shorter prompts are not kept.
         """
         self._programs, self._shapes = programs, shapes
-        self._most_waiting, self._prefixes, self._fewest_prefix_tokens = most_waiting, prefixes, fewest_prefix_tokens
-        self._waiting: dict[str, collections.deque[Job]] = {}
-        self._reading: collections.deque[Job] = collections.deque()
-        self._writing: list[Job] = []
-        self._away: list[Job] = []  # gave their slots up while their readers paused
-        self._is_in_turn = False
-        self.params = programs.params
-        self._owner = programs.checksum().hex()
+        self._max_queue, self._prefix_cache, self._min_prefix_tokens = max_queue, prefix_cache, min_prefix_tokens
+        self._queue = FairQueue()
+        self._prefilling: collections.deque[Job] = collections.deque()
+        self._decoding: list[Job] = []
+        self._swapped_out: list[Job] = []  # paused, and without their slots
+        self.is_busy = False
+        """Whether slots are being changed: asked, under the lock, by finalizers that run in the midst of it."""
+        self.owner = programs.checksum().hex()
+        """Checksum of the model's parameters, by which its snapshots are told from others."""
         self._allocate()
         self.empty_row = self._row(self._slots, 0)
         """The row of a text that has not begun."""
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
         """Of one snapshot."""
-        if prefixes is not None and self.state_bytes > prefixes.max_bytes:
-            self._prefixes = None  # not one of its states would fit
+        if prefix_cache is not None and self.state_bytes > prefix_cache.max_bytes:
+            self._prefix_cache = None  # not one of its states would fit
 
     def _allocate(self) -> None:
         self._free = list(range(self._programs.num_slots))[::-1]
-        self._slots, self._mark = self._programs.make(self.params)
+        self._slots, self._burst_start = self._programs.make(self._programs.params)
 
     # What the engine calls.
 
     @property
-    def owner(self) -> str:
-        """Checksum of the model's parameters, by which its snapshots are told from others."""
-        return self._owner
-
-    @property
-    def is_in_turn(self) -> bool:
-        """Whether the slots are being changed: asked, under the lock, by a finalizer that runs in the midst of it."""
-        return self._is_in_turn
-
-    @property
-    def num_waiting(self) -> int:
+    def num_queued(self) -> int:
         """Jobs that wait for a slot."""
-        return sum(len(jobs) for jobs in self._waiting.values())
-
-    @property
-    def room(self) -> int:
-        """Jobs that may still be submitted; none while as many as may wait gave their slots up for slow readers."""
-        return 0 if len(self._away) >= self._most_waiting else max(0, self._most_waiting - self.num_waiting)
+        return len(self._queue)
 
     @property
     def num_running(self) -> int:
         """Jobs with a slot."""
-        return len(self._reading) + len(self._writing)
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def room(self) -> int:
+        """Jobs that may still be submitted; none while `max_queue` jobs are swapped out for slow consumers."""
+        return 0 if len(self._swapped_out) >= self._max_queue else max(0, self._max_queue - self.num_queued)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Lets jobs wait for slots, all of them or none.
+        """Queues jobs, all of them or none.
 
         Raises:
-          QueueFullError: more than `most_waiting` would wait.
+          QueueFullError: more than `max_queue` would wait.
         """
-        with self._turn():
-            for queue in self._waiting.values():
-                for job in [job for job in queue if job.is_abandoned]:
-                    queue.remove(job)
-                    job.is_done = True
+        with self._exclusive():
+            self._queue.remove_abandoned()
             if len(jobs) > self.room:
-                away = f" ({len(self._away)} others are half collected)" if self._away else ""
+                others = f" ({len(self._swapped_out)} others are half collected)" if self._swapped_out else ""
                 raise QueueFullError(
-                    f"queue: {self.num_waiting} texts wait{away}, and {len(jobs)} more would pass most_waiting = "
-                    f"{self._most_waiting}; collect some first, or build the engine with more"
+                    f"queue: {self.num_queued} texts wait{others}, and {len(jobs)} more would pass max_queue = "
+                    f"{self._max_queue}; collect some first, or build the engine with more"
                 )
             for job in jobs:
-                self._wait_for_slot(job)
+                self._queue.append(job)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job at what its reader has collected of it; others go on. In a turn it is marked, and ends later."""
+        """Ends a job at what was collected of it; during a step it is only marked, and ends in the next one."""
         if job.is_done:
             return
-        if self._is_in_turn:
+        if self.is_busy:
             job.is_abandoned = True
         else:
-            with self._turn():
+            with self._exclusive():
                 self._cancel(job)
 
-    def read_on(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
-        """The state after some tokens more, at once: in a slot that is free, or lent by a text for the moment.
+    def extend(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
+        """The state after some more tokens, at once: in a free slot, or in one borrowed from a text for the moment.
 
-        Where the device fails, all jobs with a slot end with that error.
+        If the device fails, all jobs with a slot end with that error.
         """
-        with self._turn():
+        with self._exclusive():
             slot = self._free[-1] if self._free else 0
-            lender = next((job for job in [*self._reading, *self._writing] if slot in job.slots), None)
+            lender = next((job for job in [*self._prefilling, *self._decoding] if slot in job.slots), None)
             lent = self._row(self._slots, slot)
-            nothing = np.zeros(self._programs.vocab_size, np.float32)
-            reader = Reader(tuple(ids), slot=slot)
+            zeros = np.zeros(self._programs.vocab_size, np.float32)
+            cursor = PrefillCursor(tuple(ids), slot=slot)
             try:
-                self._put(slot, Row(snapshot.state, snapshot.logits, nothing), nothing, nothing > 0)
-                while reader.remaining:
-                    piece = (reader, min(reader.remaining, self._shapes.short))
-                    self._read_rows([piece], self._shapes.short, alone=True)
+                self._put(slot, SlotState(snapshot.state, snapshot.logits, zeros), zeros, zeros > 0)
+                while cursor.remaining:
+                    piece = (cursor, min(cursor.remaining, self._shapes.short))
+                    self._prefill_rows([piece], self._shapes.short, alone=True)
                 state = self._snapshot(self._row(self._slots, slot), snapshot.num_tokens + len(ids))
                 if lender is not None:
                     tables = lender.tables()
@@ -170,26 +158,26 @@ class Scheduler:
                 raise
             return state
 
-    def tick(self) -> bool:
-        """One turn: texts join, a prompt is read on, texts are written on.
+    def step(self) -> bool:
+        """Admits queued texts, prefills a piece of a prompt, and decodes a burst.
 
         Returns:
           Whether there was anything to do.
 
-        An error that one job has caused is that job's. Where the device fails, or the turn is interrupted, all jobs
-        with a slot end with that error, and those that wait go on in new slots.
+        An error that one job has caused is that job's. If the device fails, or the step is interrupted, all jobs with a
+        slot end with that error, and queued ones go on in new slots.
         """
-        with self._turn():
+        with self._exclusive():
             try:
-                for job in [*self._reading, *self._writing, *self._away]:
+                for job in [*self._prefilling, *self._decoding, *self._swapped_out]:
                     if job.is_abandoned:
                         self._cancel(job)
-                for job in [job for job in self._away if not job.is_paused]:
-                    self._away.remove(job)
-                    self._wait_for_slot(job)
-                joined = self._join()
-                read = self._read()
-                return self._write() or read or joined
+                for job in [job for job in self._swapped_out if not job.is_paused]:
+                    self._swapped_out.remove(job)
+                    self._queue.append(job)
+                admitted = self._admit_queued()
+                prefilled = self._prefill()
+                return self._decode() or prefilled or admitted
             except BaseException as error:
                 self._fail(error)
                 if not isinstance(error, Exception):
@@ -197,83 +185,60 @@ class Scheduler:
                 return True
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """In which nobody else changes slots: a thread's own finalizers may run at any moment, lock or no lock."""
-        if self._is_in_turn:
-            raise RuntimeError("the engine is in the midst of a turn: a finalizer (`__del__`) cannot run it")
-        self._is_in_turn = True
+    def _exclusive(self) -> Iterator[None]:
+        """Keeps this thread's own finalizers, which may run at any moment, from changing slots meanwhile."""
+        if self.is_busy:
+            raise RuntimeError("the engine is in the midst of a step: a finalizer (`__del__`) cannot run it")
+        self.is_busy = True
         try:
             yield
         finally:
-            self._is_in_turn = False
+            self.is_busy = False
 
     # Joining and leaving.
 
-    def _wait_for_slot(self, job: Job) -> None:
-        self._waiting.setdefault(job.request.client, collections.deque()).append(job)
-
-    def _wait_in_front(self, job: Job) -> None:
-        client = job.request.client
-        queue = self._waiting.pop(client, collections.deque())
-        queue.appendleft(job)
-        self._waiting = {client: queue} | self._waiting
-
     def _cancel(self, job: Job) -> None:
-        if job in self._away:
-            self._away.remove(job)
+        if job in self._swapped_out:
+            self._swapped_out.remove(job)
         elif job.slots:
-            self._keep(job)
+            self._save_state(job)
             self._release(job)
         else:
-            self._waiting[job.request.client].remove(job)
+            self._queue.remove(job)
         job.is_done = True
 
-    def _join(self) -> bool:
-        joined, lacks_slots = False, False
-        while self._free and not lacks_slots and (job := self._next_job()) is not None:
+    def _admit_queued(self) -> bool:
+        admitted, lacks_slots = False, False
+        while self._free and not lacks_slots and (job := self._queue.pop(self._is_prefix_in_prefill)) is not None:
             if job.is_abandoned:
                 job.is_done = True
-            elif len(job.readers) > len(self._free):
-                self._wait_in_front(job)
+            elif len(job.cursors) > len(self._free):
+                self._queue.put_back(job)
                 lacks_slots = True
             else:
                 self._admit(job)
-                joined = True
-        lacks_slots = lacks_slots or (not self._free and self.num_waiting > 0)
-        if lacks_slots and not joined:
-            # A text whose reader pauses makes room: its state is small, and comes back as it was.
-            paused = next((job for job in self._writing if job.is_paused), None)
+                admitted = True
+        lacks_slots = lacks_slots or (not self._free and self.num_queued > 0)
+        if lacks_slots and not admitted:
+            # A paused text makes room: its state is small, and is restored exactly.
+            paused = next((job for job in self._decoding if job.is_paused), None)
             if paused is not None:
-                self._send_away(paused)
-                return self._join()
-        return joined
+                self._swap_out(paused)
+                return self._admit_queued()
+        return admitted
 
-    def _next_job(self) -> Job | None:
-        """The first job of the client whose turn it is, but for those that had better wait for another's prompt."""
-        for client, queue in list(self._waiting.items()):
-            job = next((job for job in queue if not self._is_being_read(job)), None)
-            if job is None and queue:
-                continue
-            del self._waiting[client]
-            if job is not None:
-                queue.remove(job)
-                if queue:
-                    self._waiting[client] = queue  # behind the others
-                return job
-        return None
-
-    def _is_being_read(self, job: Job) -> bool:
-        """Whether someone is reading a prompt that will be of use to this job."""
-        if self._prefixes is None or job.request.start is not None or job.num_written:
+    def _is_prefix_in_prefill(self, job: Job) -> bool:
+        """Whether another job's prompt, which this one's begins with, is in prefill and will be cached."""
+        if self._prefix_cache is None or job.request.state is not None or job.num_generated:
             return False
-        if job.waits_for not in self._reading:  # prompts are compared once, not at every turn
+        if job.waits_for not in self._prefilling:  # prompts are compared once, not in every step
             ids = job.request.ids
             job.waits_for = next(
                 (
                     other
-                    for other in self._reading
-                    if other.request.start is None
-                    and self._fewest_prefix_tokens <= len(other.request.ids) <= len(ids)
+                    for other in self._prefilling
+                    if other.request.state is None
+                    and self._min_prefix_tokens <= len(other.request.ids) <= len(ids)
                     and ids[: len(other.request.ids)] == other.request.ids
                 ),
                 None,
@@ -281,234 +246,202 @@ class Scheduler:
         return job.waits_for is not None
 
     def _admit(self, job: Job) -> None:
-        self._reading.append(job)  # before the device is asked, so that what fails there is this text's failure too
-        job.snapshot = job.tail = None  # of when it gave its slot up
+        self._prefilling.append(job)  # before the device is asked, so that its failure is this text's failure too
+        job.snapshot = job.last_burst = None  # of when it was swapped out
         try:
             tables = job.tables()
-            for reader in job.readers:
-                row = reader.row or self._first_row(job, reader, tables)
-                reader.slot = self._free.pop()
-                self._put(reader.slot, row, tables.bias, tables.stops)
-                reader.row = None
+            for cursor in job.cursors:
+                row = cursor.saved or self._first_row(job, cursor, tables)
+                cursor.slot = self._free.pop()
+                self._put(cursor.slot, row, tables.bias, tables.stops)
+                cursor.saved = None
         except Exception as error:
             if any(x.is_deleted() for x in jax.tree.leaves(self._slots)):
                 raise
-            self._finish(job, error)  # what it brought along is at fault, a state that was deleted, say
+            self._finish(job, error)  # the request is at fault: its state was deleted, say
             return
-        if not job.is_reading:
-            self._start_writing(job)
+        if not job.is_prefilling:
+            self._start_decoding(job)
 
-    def _put(self, slot: int, row: Row, bias: Any, stops: Any) -> None:
+    def _put(self, slot: int, row: SlotState, bias: Any, stops: Any) -> None:
         # It may come from the host, or from other devices, if an engine of the same weights made it there.
         row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
         self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
-    def _first_row(self, job: Job, reader: Reader, tables: Tables) -> Row:
-        """Where a text begins: at its request's state, or at the longest beginning of its prompt that is known."""
-        start = job.request.start
-        if start is not None:
-            return Row(start.state, start.logits, tables.occurrences)
-        if self._prefixes is not None:
-            found = self._prefixes.longest(reader.ids)
-            if found is not None and found[1].owner == self._owner:
-                reader.num_read, prefix = found
-                return Row(prefix.state, prefix.logits, tables.occurrences)
-            parting = self._prefixes.parting(reader.ids)
-            reader.parting = parting if parting >= self._fewest_prefix_tokens else 0
-        return Row(self.empty_row.state, self.empty_row.logits, tables.occurrences)
+    def _first_row(self, job: Job, cursor: PrefillCursor, tables: TokenTables) -> SlotState:
+        """Where a text begins: at its request's state, or behind the longest cached prefix of its prompt."""
+        state = job.request.state
+        if state is not None:
+            return SlotState(state.state, state.logits, tables.occurrences)
+        if self._prefix_cache is not None:
+            found = self._prefix_cache.lookup(cursor.ids)
+            if found is not None and found[1].owner == self.owner:
+                cursor.num_prefilled, prefix = found
+                return SlotState(prefix.state, prefix.logits, tables.occurrences)
+            shared = self._prefix_cache.shared_prefix_length(cursor.ids)
+            cursor.shared_prefix_length = shared if shared >= self._min_prefix_tokens else 0
+        return SlotState(self.empty_row.state, self.empty_row.logits, tables.occurrences)
 
-    def _start_writing(self, job: Job) -> None:
-        self._reading.remove(job)
+    def _start_decoding(self, job: Job) -> None:
+        self._prefilling.remove(job)
         if job.request.max_tokens == 0:
-            job.write_nothing()
-            self._keep(job)
+            job.end_after_prefill()
+            self._save_state(job)
             self._finish(job)
         else:
-            self._writing.append(job)
+            self._decoding.append(job)
 
     def _finish(self, job: Job, error: Exception | None = None) -> None:
-        """Takes a job's slots from it for good."""
         self._release(job)
         job.error, job.is_done = error, True
 
     def _release(self, job: Job) -> None:
-        if job in self._reading:
-            self._reading.remove(job)
-        if job in self._writing:
-            self._writing.remove(job)
+        if job in self._prefilling:
+            self._prefilling.remove(job)
+        if job in self._decoding:
+            self._decoding.remove(job)
         self._free += job.slots
-        for reader in job.readers:
-            reader.slot = None
+        for cursor in job.cursors:
+            cursor.slot = None
 
-    def _send_away(self, job: Job) -> None:
-        for reader in job.readers:
-            assert reader.slot is not None
-            reader.row = self._row(self._slots, reader.slot)
-        self._keep(job)
+    def _swap_out(self, job: Job) -> None:
+        for cursor in job.cursors:
+            assert cursor.slot is not None
+            cursor.saved = self._row(self._slots, cursor.slot)
+        self._save_state(job)
         self._release(job)
-        self._away.append(job)
+        self._swapped_out.append(job)
 
     def _fail(self, error: BaseException) -> None:
         reason = (
-            error if isinstance(error, Exception) else RuntimeError("interrupted while this text was being written")
+            error if isinstance(error, Exception) else RuntimeError("interrupted while this text was being generated")
         )
-        for job in [*self._reading, *self._writing]:
+        for job in [*self._prefilling, *self._decoding]:
             job.error, job.is_done = reason, True
-            for reader in job.readers:
-                reader.slot = None
-        self._reading.clear()
-        self._writing.clear()
+            for cursor in job.cursors:
+                cursor.slot = None
+        self._prefilling.clear()
+        self._decoding.clear()
         self._allocate()
 
     # States on their way out.
 
-    def _row(self, source: Slots | Mark, slot: int) -> Row:
+    def _row(self, source: Slots | BurstStart, slot: int) -> SlotState:
         return self._programs.take(source.state, source.logits, self._slots.occurrences, np.int32(slot))
 
-    def _snapshot(self, row: Row, num_tokens: int) -> Snapshot:
-        return Snapshot(row.state, row.logits, num_tokens, self._owner)
+    def _snapshot(self, row: SlotState, num_tokens: int) -> Snapshot:
+        return Snapshot(row.state, row.logits, num_tokens, self.owner)
 
-    def _keep(self, job: Job) -> None:
-        """Takes out what a job's reader may ask for: the state now, and before the last burst."""
-        if not job.request.keep or job.is_reading:
+    def _save_state(self, job: Job) -> None:
+        """Takes out the states that a job's consumer may ask for: now, and before the last burst."""
+        if not job.request.return_state or job.is_prefilling:
             return
-        reader = job.readers[0]
-        assert reader.slot is not None
-        job.snapshot, job.tail = None, None
-        if job.burst_was_whole:
-            job.snapshot = self._snapshot(reader.row or self._row(self._slots, reader.slot), job.num_tokens)
-        # All that was written may have been collected; a text that came back then has no burst in its new slot yet.
-        if job.burst and (job.chunks or not job.burst_was_whole):
-            before = self._snapshot(self._row(self._mark, reader.slot), job.num_tokens - len(job.burst))
-            job.tail = Tail(before, tuple(job.burst))
+        cursor = job.cursors[0]
+        assert cursor.slot is not None
+        job.snapshot, job.last_burst = None, None
+        if job.burst_was_used_up:
+            job.snapshot = self._snapshot(cursor.saved or self._row(self._slots, cursor.slot), job.num_tokens)
+        # With all chunks collected nobody goes back; and a text that was swapped in has no burst in its slot yet.
+        if job.burst and (job.chunks or not job.burst_was_used_up):
+            before = self._snapshot(self._row(self._burst_start, cursor.slot), job.num_tokens - len(job.burst))
+            job.last_burst = LastBurst(before, tuple(job.burst))
 
-    # Reading.
+    # Prefill.
 
-    def _read(self) -> bool:
-        """Reads on: a long piece of the prompt whose turn it is, or a short piece of each that has no long one."""
-        readers = [reader for job in self._reading for reader in job.readers if reader.remaining]
-        if not readers:
+    def _prefill(self) -> bool:
+        """A long piece of the prompt whose turn it is, or else a short piece of each that has no long one."""
+        cursors = [cursor for job in self._prefilling for cursor in job.cursors if cursor.remaining]
+        if not cursors:
             return False
         shapes = self._shapes
-        reader = readers[0]
-        most = _SHORT_CALLS * shapes.short
-        if reader.next_remaining > most:
-            self._read_rows([(reader, min(reader.next_remaining, shapes.long))], shapes.long, alone=True)
+        max_short = _MAX_SHORT_CALLS * shapes.short
+        if (length := cursors[0].next_remaining) > max_short:
+            self._prefill_rows([(cursors[0], min(length, shapes.long))], shapes.long, alone=True)
         else:
-            short = [reader for reader in readers if reader.next_remaining <= most]
-            pieces = [(reader, min(reader.next_remaining, shapes.short)) for reader in short]
+            short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]
+            pieces = [(cursor, min(cursor.next_remaining, shapes.short)) for cursor in short]
             while pieces:
-                alone = len(pieces) <= max(1, _LEAST_SHARE * shapes.short_rows)
+                alone = len(pieces) <= max(1, _MIN_SHARE * shapes.short_rows)
                 count = 1 if alone else shapes.short_rows
-                self._read_rows(pieces[:count], shapes.short, alone=alone)
+                self._prefill_rows(pieces[:count], shapes.short, alone=alone)
                 pieces = pieces[count:]
-        self._reading.rotate(-1)
-        for job in [job for job in self._reading if not job.is_reading]:
-            self._start_writing(job)
+        self._prefilling.rotate(-1)
+        for job in [job for job in self._prefilling if not job.is_prefilling]:
+            self._start_decoding(job)
         return True
 
-    def _read_rows(self, pieces: Sequence[tuple[Reader, int]], length: int, *, alone: bool) -> None:
+    def _prefill_rows(self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool) -> None:
         num_rows, num_slots = 1 if alone else self._shapes.short_rows, self._programs.num_slots
-        slots = [reader.slot for reader, _ in pieces]
+        slots = [cursor.slot for cursor, _ in pieces]
         rows = None if num_rows == num_slots else pad(slots, num_rows, num_slots, np.int32)
         tokens = np.zeros((num_rows, length), np.int32)
         lengths = np.zeros(num_rows, np.int32)
-        for place, (reader, size) in enumerate(pieces):
-            assert reader.slot is not None
-            row = reader.slot if rows is None else place
-            tokens[row, :size] = reader.ids[reader.num_read : reader.num_read + size]
+        for i, (cursor, size) in enumerate(pieces):
+            assert cursor.slot is not None
+            row = cursor.slot if rows is None else i
+            tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
             lengths[row] = size
-        ends = any(reader.remaining == size for reader, size in pieces)
-        kept = [reader for reader, size in pieces if self._is_worth_keeping(reader, size)]
-        self._slots = self._programs.read(self.params, self._slots, rows, tokens, lengths, np.bool_(ends or bool(kept)))
-        for reader, size in pieces:
-            reader.num_read += size
-        for reader in kept:
-            assert self._prefixes is not None
-            assert reader.slot is not None
-            snapshot = self._snapshot(self._row(self._slots, reader.slot), reader.num_read)
-            self._prefixes.put(reader.ids[: reader.num_read], snapshot)
+        to_cache = [cursor for cursor, size in pieces if self._is_worth_caching(cursor, size)]
+        wants_logits = bool(to_cache) or any(cursor.remaining == size for cursor, size in pieces)
+        self._slots = self._programs.prefill(
+            self._programs.params, self._slots, rows, tokens, lengths, np.bool_(wants_logits)
+        )
+        for cursor, size in pieces:
+            cursor.num_prefilled += size
+        for cursor in to_cache:
+            assert self._prefix_cache is not None
+            assert cursor.slot is not None
+            snapshot = self._snapshot(self._row(self._slots, cursor.slot), cursor.num_prefilled)
+            self._prefix_cache.put(cursor.ids[: cursor.num_prefilled], snapshot)
 
-    def _is_worth_keeping(self, reader: Reader, size: int) -> bool:
-        """Whether the state after `size` more tokens is stored: at a prompt's end, or where it parts from another."""
-        if self._prefixes is None or not any(
-            reader in job.readers and job.request.start is None for job in self._reading
+    def _is_worth_caching(self, cursor: PrefillCursor, size: int) -> bool:
+        """Whether the state after `size` more tokens is cached: at a prompt's end, or where it parts from another."""
+        if self._prefix_cache is None or not any(
+            cursor in job.cursors and job.request.state is None for job in self._prefilling
         ):
             return False
-        num_tokens = reader.num_read + size
-        return num_tokens >= self._fewest_prefix_tokens and (reader.remaining == size or reader.parting == num_tokens)
+        end = cursor.num_prefilled + size
+        return end >= self._min_prefix_tokens and end in (len(cursor.ids), cursor.shared_prefix_length)
 
-    # Writing.
+    # Decode.
 
-    def _write(self) -> bool:
-        """Writes on in every text that does not wait for its reader."""
-        jobs = [job for job in self._writing if not job.is_paused]
+    def _decode(self) -> bool:
+        """A burst of every text that is not paused, in all slots or the smallest batch that holds them."""
+        jobs = [job for job in self._decoding if not job.is_paused]
         if not jobs:
             return False
-        jobs, rows, draw = self._rows_to_write(jobs)
-        num_top = MOST_TOP_LOG_PROBABILITIES if any(job.request.num_top for job in jobs) else 0
-        self._slots, self._mark, burst = self._programs.write(
-            self.params,
-            self._slots,
-            self._mark,
-            rows,
-            draw,
-            num_top=num_top,
-        )
-        burst: Burst = jax.device_get(burst)
-        places = {slot: place for place, slot in enumerate(range(self._programs.num_slots) if rows is None else rows)}
-        for job in jobs:
-            self._take_burst(job, burst, places[job.slots[0]])
-        return True
-
-    def _rows_to_write(self, jobs: list[Job]) -> tuple[list[Job], np.ndarray | None, Draw]:
-        """The rows of the next burst: all slots in order, or the fewest that are compiled for and hold these jobs."""
         num_slots = self._programs.num_slots
         used = [slot for job in jobs for slot in job.slots]
         size = next(size for size in self._shapes.batch_sizes if size >= len(used))
         rows = None if size == num_slots else pad(used, size, num_slots, np.int32)
-        places = {slot: slot if rows is None else place for place, slot in enumerate(used)}
-        draws: dict[int, tuple[Job, int, int]] = {}  # place -> job, its leader, what guides it
+        row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
+        params = decode_params(jobs, row_of_slot, size, self._programs.burst_length)
+        num_top = MAX_TOP_LOGPROBS if any(job.request.top_logprobs for job in jobs) else 0
+        self._slots, self._burst_start, burst = self._programs.decode(
+            self._programs.params, self._slots, self._burst_start, rows, params, num_top=num_top
+        )
+        burst: DecodeBurst = jax.device_get(burst)
         for job in jobs:
-            own, *others = (places[slot] for slot in job.slots)
-            draws[own] = (job, own, others[0] if others else own)
-            draws |= {other: (job, own, other) for other in others}
-        positions, allowed = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        seeds, guidance = np.zeros(size, np.uint32), np.ones(size, np.float32)
-        leader, guide = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)
-        samplings = [jobs[0].request.sampling] * size
-        for place, (job, own, other) in draws.items():
-            samplings[place], seeds[place] = job.request.sampling, job.request.seed
-            # (The key of a draw takes a position of 31 bits.)
-            positions[place] = job.num_tokens % 2**31
-            allowed[place] = min(job.request.max_tokens - job.num_written, self._programs.burst_length)
-            leader[place], guide[place] = own, other
-            guidance[place] = job.request.guidance if place == own else 1
-        return jobs, rows, Draw(settings_of(samplings), seeds, positions, allowed, leader, guide, guidance)
+            self._add_burst(job, burst, row_of_slot[job.slots[0]])
+        return True
 
-    def _take_burst(self, job: Job, burst: Burst, place: int) -> None:
-        size = int(burst.counts[place])
-        values = burst.log_probabilities[:size, place]
-        if np.isnan(values).any():
+    def _add_burst(self, job: Job, burst: DecodeBurst, row: int) -> None:
+        size = int(burst.counts[row])
+        logprobs = burst.logprobs[:size, row]
+        if np.isnan(logprobs).any():
             broken = (
                 "the model's logits are not finite: its weights are broken, or the state from which this text went on"
             )
             self._finish(job, NotFiniteError(broken))
             return
-        num_top = job.request.num_top
-        top = [
-            tuple(zip(ids.tolist(), likely.tolist(), strict=True))
-            for ids, likely in zip(
-                burst.top_tokens[:size, place, :num_top],
-                burst.top_log_probabilities[:size, place, :num_top],
-                strict=True,
-            )
-        ]
+        num_top = job.request.top_logprobs
+        ids, values = (x[:size, row, :num_top].tolist() for x in (burst.top_tokens, burst.top_logprobs))
+        top = [tuple(zip(*of_token, strict=True)) for of_token in zip(ids, values, strict=True)] if num_top else []
         try:
-            job.write(burst.tokens[:size, place].tolist(), values.tolist(), top if num_top else ())
+            job.add_burst(burst.tokens[:size, row].tolist(), logprobs.tolist(), top)
         except Exception as error:  # its tokenizer's, say: nobody else's business
             self._finish(job, error)
             return
         if job.finish_reason is not None:
-            self._keep(job)
+            self._save_state(job)
             self._finish(job)

@@ -17,7 +17,7 @@ def largest_floor(
     target: Array,
     smallest: float,
     largest: Array | float,
-    least_mass: Callable[[Array], Array | float],
+    min_mass: Callable[[Array], Array | float],
 ) -> Array:
     """The largest floor, float32 [B], above which there is still enough mass; `smallest` where there never is.
 
@@ -29,20 +29,20 @@ def largest_floor(
       target: [B], the mass that is enough.
       smallest: the values of all tokens are at least this.
       largest: and at most this, [B] or one for all rows.
-      least_mass: from a floor [B] to the least mass that a token not below it can have.
+      min_mass: from a floor [B] to the least mass that a token not below it can have.
     """
 
     def middle_of(low: Array, high: Array) -> Array:
         return (low & high) + ((low ^ high) >> 1)  # the sum of the two could overflow
 
     def is_open(low: Array, high: Array, low_mass: Array, high_mass: Array) -> Array:
-        several = low_mass - high_mass > 1.5 * least_mass(_float_of(low))
+        several = low_mass - high_mass > 1.5 * min_mass(_from_order(low))
         return (middle_of(low, high) > low) & several
 
     def halve(bounds: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, low_mass, high_mass = bounds
         middle = middle_of(low, high)
-        mass = mass_above(_float_of(middle)[:, None])
+        mass = mass_above(_from_order(middle)[:, None])
         is_enough = mass >= target
         halved = (
             jnp.where(is_enough, middle, low),
@@ -56,19 +56,19 @@ def largest_floor(
     def each(value: Array | float) -> Array:
         return jnp.broadcast_to(jnp.float32(value), target.shape)
 
-    low, high = _order_of(each(smallest)), _order_of(each(largest)) + 1
+    low, high = _to_order(each(smallest)), _to_order(each(largest)) + 1
     bounds = (low, high, each(jnp.inf), each(0))
     low, *_ = jax.lax.while_loop(lambda bounds: jnp.any(is_open(*bounds)), halve, bounds)
-    return _float_of(low)
+    return _from_order(low)
 
 
-def _order_of(value: Array) -> Array:
+def _to_order(value: Array) -> Array:
     """int32 in the order of float32."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _float_of(order: Array) -> Array:
+def _from_order(order: Array) -> Array:
     """The float32 that has this place in the order."""
     return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
 
@@ -85,7 +85,7 @@ def draw(weights: Array, keys: Array) -> Array:
 
     Two random numbers a row serve, where the Gumbel trick needs V; and unlikely tokens are drawn as finely as others.
     """
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     size = weights.shape[-1]
     blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(len(weights), -1, _BLOCK)
     block = _draw_by_sums(jnp.sum(blocks, axis=-1), uniform[:, 0])

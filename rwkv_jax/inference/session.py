@@ -1,4 +1,4 @@
-"""Conversations: the state is the context, so a session has one size however long it goes on, and forks for free."""
+"""Conversations: the state is the context, so a session has a constant size, and forking it copies nothing."""
 
 from __future__ import annotations
 
@@ -9,88 +9,43 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.prompts import SessionArguments, is_one
 from rwkv_jax.inference.requests import Chunk, Completion, Prompt, join
 from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.state_file import Identity, load_snapshot, save_snapshot
+from rwkv_jax.inference.state_file import load_snapshot, save_snapshot
+
+if TYPE_CHECKING:
+    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.stream import Stream
 
 
 class SessionBusyError(ConfigError):
-    """A session that is used while something else uses it: its state is not known before that has ended."""
+    """A session that is in use: its state is not known before that call has ended."""
 
 
 class SessionCancelledError(RuntimeError):
-    """Somebody cancelled what another call was waiting for."""
-
-
-class StreamLike(Protocol):
-    """What a session asks of an engine's stream; one that has raised anything but an interrupt has ended."""
-
-    def __next__(self) -> Chunk:
-        """The next chunk; StopIteration from the end on."""
-        ...
-
-    async def __anext__(self) -> Chunk:
-        """The same for tasks; StopAsyncIteration from the end on."""
-        ...
-
-    def cancel(self) -> None:
-        """Ends it behind the chunks that were collected; an ended one stays as it is."""
-        ...
-
-    @property
-    def snapshot(self) -> Snapshot | None:
-        """After the end: the state behind the tokens that were collected, a stop token included."""
-        ...
-
-    @property
-    def num_prompt_tokens(self) -> tuple[int, ...]:
-        """Tokens of the one prompt."""
-        ...
-
-
-class EngineLike(Protocol):
-    """What a session asks of an engine; `rwkv_jax.inference.engine.Engine` is one."""
-
-    @property
-    def identity(self) -> Identity:
-        """What its states belong to."""
-        ...
-
-    @property
-    def owner(self) -> str:
-        """What it marks its own snapshots with, to tell them from another model's."""
-        ...
-
-    def read(self, snapshot: Snapshot | None, prompt: Prompt, /) -> Snapshot:
-        """The state after a prompt that goes on from a state; None begins a text. Raises ConfigError."""
-        ...
-
-    @property
-    def stream(self) -> Callable[..., StreamLike]:
-        """Called as stream(prompt, start=, keep=True), with whatever else it takes by name."""
-        ...
+    """A generation that was cancelled from elsewhere while a call waited for it."""
 
 
 class Session:
-    """One conversation's state, which moves on with what is appended and generated.
+    """One conversation's state, which advances with what is appended and generated.
 
-    Texts are encoded one by one: two appended texts may be other tokens than both in one. What a call generates is part
-    of the state, down to its last token or its stop token, so that the next call goes on behind it. Penalties count
-    what one call writes, as in the official package: each begins anew. After an error the session is as it was. Calls
+    Each text is encoded by itself, so two appended texts may have other tokens than their concatenation. What a call
+    generates is part of the state, down to its last token or its stop token, and the next call continues from there.
+    Penalties count the tokens of one call, as in the official package. After an error the session is as it was. Calls
     from several threads do not wait for each other: the later one raises SessionBusyError.
     """
 
     def __init__(
         self,
-        engine: EngineLike,
+        engine: Engine,
         snapshot: Snapshot | None = None,
         on_change: Callable[[Session], None] = lambda session: None,
     ) -> None:
-        """At a snapshot of the engine's model; None is the start of a text.
+        """Starts at a snapshot of the engine's model; None is the start of a text.
 
         Args:
           on_change: called when the state or the marks have changed.
@@ -101,45 +56,45 @@ class Session:
         self._marks: dict[str, Snapshot | None] = {}
         self._lock = threading.Lock()  # held for a moment at a time
         self._in_use: str | None = None
-        # A stream that its reader forgets ends by itself, and must not be kept alive from here.
-        self._stream: weakref.ref[StreamLike] | None = None
+        # Weak: a stream that its consumer drops ends by itself, and must not be kept alive from here.
+        self._stream: weakref.ref[Stream] | None = None
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The state; None before anything was read. Nothing changes it. Raises SessionBusyError."""
+        """The state, which is immutable; None before any token. Raises SessionBusyError."""
         with self._alone("snapshot"):
             return self._snapshot
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read since the text began, without those of a stream that is running."""
+        """Tokens since the text began, without those of a running stream."""
         snapshot = self._snapshot
         return 0 if snapshot is None else snapshot.num_tokens
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a call, or a stream that has not ended, is using it."""
-        return self._in_use is not None and not self._is_forgotten()
+        """Whether a call or a running stream uses it."""
+        return self._in_use is not None and not self._was_dropped()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and of those that are marked, without what a running stream holds."""
+        """Bytes of the state and of the marked ones, without those of a running stream."""
         states = {id(state): state for state in (self._snapshot, *self._marks.copy().values()) if state is not None}
         return sum(state.nbytes for state in states.values())
 
     def append(self, prompt: Prompt) -> None:
-        """Reads a text, or token ids as they are.
+        """Prefills a text, or token ids as they are.
 
         Raises ConfigError if it is empty or has ids beyond the vocabulary, SessionBusyError.
         """
         with self._alone("append"):
-            self._snapshot = self._engine.read(self._snapshot, prompt)
+            self._snapshot = self._engine.prefill(self._snapshot, prompt)
         self._on_change(self)
 
     def generate(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> Completion:
-        """Goes on, after a prompt if one is given; arguments and errors as `stream` has them.
+        """Continues, after a prompt if one is given; arguments and errors as `stream` has them.
 
-        Interrupted, the session stays where it was: nobody has seen what was written.
+        If interrupted, the session stays where it was: nobody has seen what was generated.
         """
         with self.stream(prompt, **arguments) as stream:
             try:
@@ -154,26 +109,26 @@ class Session:
         return join(chunks, 0, stream.num_prompt_tokens)
 
     def stream(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> SessionStream:
-        """Goes on chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
+        """Continues chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
 
-        A stream that is forgotten before its end leaves the session where it was.
+        A stream that is dropped before its end leaves the session where it was.
 
         Args:
-          prompt: read first; empty, if something was read already.
+          prompt: prefilled first; may be empty if the session has a state.
           arguments: as `rwkv_jax.inference.engine.Engine.stream` has them, for one text.
 
         Raises:
-          ConfigError: there is nothing to go on from, or a value that the engine refuses.
+          ConfigError: there is nothing to continue, or a value that the engine refuses.
           SessionBusyError: the session is in use.
         """
         if not is_one(prompt) and len(prompt):
             raise ConfigError("prompt: a session goes on with one text at a time; there are several")
-        for name in ("start", "keep"):
+        for name in ("state", "return_state"):
             if name in arguments:
                 raise ConfigError(f"{name}: a session goes on from its own state, which it keeps; leave {name} out")
         self._claim("stream")
         try:
-            stream = self._engine.stream(prompt, start=self._snapshot, keep=True, **arguments)
+            stream = self._engine.stream(prompt, state=self._snapshot, return_state=True, **arguments)
         except BaseException:
             self._release()
             raise
@@ -181,25 +136,25 @@ class Session:
         return SessionStream(self, stream)
 
     def cancel(self) -> None:
-        """Ends the running stream, if there is one, behind the chunks that were collected; from any thread."""
+        """Ends the running stream, if there is one, at the chunks that were collected; from any thread."""
         if (stream := self._running()) is not None:
             self._cancel(stream)
 
     def fork(self) -> Session:
-        """Another session in the same state and with the same marks, which goes its own way. Copies no array."""
+        """An independent session in the same state, with the same marks. Copies no array."""
         with self._alone("fork"):
             other = Session(self._engine, self._snapshot)
             other._marks = dict(self._marks)
             return other
 
     def mark(self, name: str) -> None:
-        """Gives the state a name for `rewind`; a mark of that name moves here."""
+        """Names the current state for `rewind`; a mark of that name moves here."""
         with self._alone("mark"):
             self._marks[name] = self._snapshot
         self._on_change(self)
 
     def rewind(self, name: str) -> None:
-        """Goes back, or forth, to the state of a name; all marks stay. Raises ConfigError for an unknown name."""
+        """Returns to a marked state; all marks stay. Raises ConfigError for an unknown name."""
         with self._alone("rewind"):
             if name not in self._marks:
                 names = ", ".join(map(repr, self._marks)) or "none"
@@ -208,7 +163,7 @@ class Session:
         self._on_change(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state, and no marks, to a file that only the same model and tokenizer read.
+        """Writes the state, without marks, to a file that only the same model and tokenizer load.
 
         Raises ConfigError if nothing was read yet, and as `rwkv_jax.inference.state_file.save_snapshot`.
         """
@@ -218,50 +173,50 @@ class Session:
             save_snapshot(path, self._snapshot, self._engine.identity)
 
     @classmethod
-    def load(cls, engine: EngineLike, path: str | os.PathLike[str]) -> Self:
+    def load(cls, engine: Engine, path: str | os.PathLike[str]) -> Self:
         """A session in a saved state. Raises as `rwkv_jax.inference.state_file.load_snapshot`."""
         return cls(engine, dataclasses.replace(load_snapshot(path, engine.identity), owner=engine.owner))
 
-    # Of the streams, which are its hands.
+    # For its streams.
 
-    def _cancel(self, stream: StreamLike) -> None:
+    def _cancel(self, stream: Stream) -> None:
         stream.cancel()
         self._settle(stream)
 
-    def _settle(self, stream: StreamLike) -> None:
-        """Moves on behind a stream that has ended."""
+    def _settle(self, stream: Stream) -> None:
+        """Takes over the state of a stream that has ended."""
         if self._running() is not stream:
             return
         try:
-            snapshot = stream.snapshot  # before anything changes: an interrupted session can still be cancelled
+            snapshot = stream.snapshot  # first: if this is interrupted, the session can still be cancelled
         except Exception:
             self._give_up(stream)
             raise
         if self._end(stream, snapshot):
             self._on_change(self)
 
-    def _give_up(self, stream: StreamLike) -> None:
-        """Stays before a stream that has failed."""
+    def _give_up(self, stream: Stream) -> None:
+        """Keeps the state from before a stream that has failed."""
         self._end(stream, self._snapshot)
 
-    def _end(self, stream: StreamLike, snapshot: Snapshot | None) -> bool:
-        """Frees the session, at a state. True once: reader and canceller may both find that a stream has ended."""
+    def _end(self, stream: Stream, snapshot: Snapshot | None) -> bool:
+        """Frees the session at a state. True once: consumer and canceller may both find that a stream has ended."""
         with self._lock:
             if self._running() is not stream:
                 return False
             self._snapshot, self._stream, self._in_use = snapshot, None, None
             return True
 
-    def _running(self) -> StreamLike | None:
+    def _running(self) -> Stream | None:
         return None if self._stream is None else self._stream()
 
-    def _is_forgotten(self) -> bool:
-        """Whether it was in use by a stream that nobody has any more."""
+    def _was_dropped(self) -> bool:
+        """Whether it was in use by a stream that was dropped."""
         return self._stream is not None and self._stream() is None
 
     def _claim(self, use: str) -> None:
         with self._lock:
-            if self._in_use is not None and not self._is_forgotten():
+            if self._in_use is not None and not self._was_dropped():
                 raise SessionBusyError(
                     f"{use}: the session is in use by a call of {self._in_use}; wait for its end, and of a stream read "
                     "all chunks or cancel() it (a `with` block does), or fork() the session before"
@@ -282,14 +237,14 @@ class Session:
 
 
 class SessionStream:
-    """Chunks of what a session says, for `for` and for `async for`; at their end the session stands behind them.
+    """Chunks of a session's continuation, for `for` and `async for`; when it ends, the session takes over its state.
 
-    The end is the last chunk, `cancel` here or of the session, or that of a `with` block. Of a stream that ends before
-    its first chunk the prompt has been read or not, as `Session.num_tokens` says. If the engine fails, the session
-    stands where it stood before.
+    It ends with the last chunk, with `cancel` here or of the session, or with its `with` block. If it ends before its
+    first chunk, the prompt has been prefilled or not, as `Session.num_tokens` says. If the engine fails, the session
+    stays where it was.
     """
 
-    def __init__(self, session: Session, stream: StreamLike) -> None:
+    def __init__(self, session: Session, stream: Stream) -> None:
         self._session, self._stream = session, stream
 
     def __iter__(self) -> Self:
@@ -302,7 +257,7 @@ class SessionStream:
             self._session._settle(self._stream)
             raise
         except Exception:
-            # Not of an interrupt, after which a stream can still be cancelled where it is.
+            # Not after an interrupt, when the stream can still be cancelled where it is.
             self._session._give_up(self._stream)
             raise
 
@@ -321,7 +276,7 @@ class SessionStream:
             raise
 
     def cancel(self) -> None:
-        """Ends the stream behind the chunks that were collected, from any thread; an ended one stays as it is."""
+        """Ends the stream at the chunks that were collected, from any thread; an ended one stays as it is."""
         self._session._cancel(self._stream)
 
     @property

@@ -1,4 +1,4 @@
-"""Texts as they are written: chunks for `for` and for `async for`, which can be cancelled at any token."""
+"""Streams of chunks, for `for` and for `async for`, which can be cancelled at any token."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rwkv_jax.inference.snapshot import Snapshot
 
 
 class Stream:
-    """Chunks of one text or of several, in the order in which they are written.
+    """Chunks of one text or of several, in the order in which they are generated.
 
-    Whoever waits for a chunk runs the engine until there is one, for everybody: no thread of ours is in the background.
-    Any number of threads and tasks may read streams of one engine, each stream being read by one of them. Leaving a
-    `with` block, `cancel()` and forgetting a stream all end what it has not written yet.
+    Whoever waits for a chunk runs the engine for everybody until there is one: there is no background thread. Streams
+    of one engine may be consumed by any threads and tasks, each stream by one of them. Leaving a `with` block,
+    `cancel()` and dropping a stream all end what it has not generated yet.
 
-    A `with` block may also be left by the garbage collector (a generator that nobody refers to), which may come in the
-    midst of a turn of the engine. The state is then the one from which the stream went on.
+    A `with` block may also be left by the garbage collector (in a generator that nobody refers to), in the midst of a
+    step of the engine. The snapshot is then the state that the stream continued.
     """
 
     def __init__(self, jobs: Sequence[Job], scheduler: Scheduler, lock: RLock) -> None:
-        """For jobs that have been submitted."""
+        """Of jobs that have been submitted."""
         self._jobs = tuple(jobs)
         self._open = list(jobs)
         self._open_lock = Lock()  # held for a moment, so that a task that collects never waits for the device
@@ -41,7 +41,7 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        """The next chunk; raises what ended a text that could not be written."""
+        """The next chunk; raises the error that ended a text."""
         while (chunk := self._collect()) is None:
             self._run()
         return chunk
@@ -59,9 +59,9 @@ class Stream:
         return chunk
 
     def cancel(self) -> None:
-        """Ends the texts where their reader stands; chunks that were not collected are dropped."""
+        """Ends the texts at what was collected; other chunks are dropped."""
         with self._lock, uninterrupted():
-            self._is_given_up = self._is_given_up or (self._scheduler.is_in_turn and bool(self._open))
+            self._is_given_up = self._is_given_up or (self._scheduler.is_busy and bool(self._open))
             for job in self._jobs:
                 self._scheduler.cancel(job)
             with self._open_lock:
@@ -94,36 +94,36 @@ class Stream:
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The state after exactly what was collected, of a stream that has ended and was asked to keep it.
+        """The state after exactly what was collected, once a stream with `return_state` has ended.
 
-        A text that was cancelled while its prompt was being read is where it was before: None, if it had not begun.
+        That of a text that was cancelled during prefill is the one it continued: None, if it began there.
         """
         job = self._jobs[0]
-        if not job.request.keep or self._open:
-            raise RuntimeError("snapshot: is that of a single text, given keep=True, whose stream has ended")
-        with self._lock, uninterrupted():  # the turn in which the text ended may not be over
+        if not job.request.return_state or self._open:
+            raise RuntimeError("snapshot: is that of a single text, given return_state=True, whose stream has ended")
+        with self._lock, uninterrupted():  # the step in which the text ended may not be over
             if self._snapshot is None:
                 self._snapshot = self._after_collected(job)
             return self._snapshot
 
     def _after_collected(self, job: Job) -> Snapshot | None:
-        if job.error is not None or self._is_given_up or self._scheduler.is_in_turn:
-            return job.request.start
+        if job.error is not None or self._is_given_up or self._scheduler.is_busy:
+            return job.request.state
         num_collected = max(0, len(job.burst) - len(job.chunks))
         if job.snapshot is not None and num_collected == len(job.burst):
             return job.snapshot
-        if job.tail is not None:
-            collected = job.tail.ids[:num_collected]
-            return self._scheduler.read_on(job.tail.before, collected) if collected else job.tail.before
-        return job.request.start
+        if job.last_burst is not None:
+            collected = job.last_burst.ids[:num_collected]
+            return self._scheduler.extend(job.last_burst.before, collected) if collected else job.last_burst.before
+        return job.request.state
 
     def _run(self) -> None:
-        """Runs the engine for one turn, unless there is something to collect.
+        """Runs the engine for one step, unless there is something to collect.
 
-        One, so that a task gives its thread back to those that wait for one.
+        One only, so that a task gives its thread back to others.
         """
         with self._lock, uninterrupted():
-            if not self._has_news() and not self._scheduler.tick() and not self._has_news():
+            if not self._has_news() and not self._scheduler.step() and not self._has_news():
                 raise RuntimeError("the engine has nothing to do, and this text is not finished: this is our mistake")
 
     def _has_news(self) -> bool:
@@ -137,7 +137,7 @@ class Stream:
                 is_done = job.is_done  # asked first: chunks come before it
                 if job.chunks:
                     chunk = job.chunks.popleft()
-                    # The others' turn next; a text whose last chunk this was is done.
+                    # Behind the others; a text whose last chunk this was is done.
                     self._open.remove(job)
                     if chunk.finish_reason is None:
                         self._open.append(job)
@@ -145,7 +145,7 @@ class Stream:
                 if is_done:
                     self._open.remove(job)
                     if isinstance(job.error, StopIteration):  # which would pass for the text's end
-                        raise RuntimeError("the text could not be written") from job.error
+                        raise RuntimeError("the text could not be generated") from job.error
                     if job.error is not None:
                         raise job.error
             if not self._open:
@@ -155,7 +155,7 @@ class Stream:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off until the end: a turn of the engine is everybody's, and who interrupts it means his own text."""
+    """Defers Ctrl-C to the end: a step of the engine is for everybody, and an interrupt is meant for one's own text."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
-from rwkv_jax.inference.sampling import SamplingParams, Settings, bias_of, choose, no_occurrences, settings_of
+from rwkv_jax.inference.sampling import SamplingParams, Settings, bias_array, choose, no_occurrences, stack_settings
 
 TOKENS_PER_CALL = 16
 """Tokens for which the device runs on its own."""
@@ -99,7 +99,7 @@ class Sampler:
         given = np.asarray(self._tokenizer.encode(prompt), np.int32)
         if self._room is not None:
             num_tokens = min(num_tokens, self._room - len(given) - 1)
-        drawing = _Drawing(settings_of([sampling]), bias_of(sampling, self._named)[None])
+        drawing = _Drawing(stack_settings([sampling]), bias_array(sampling, self._named)[None])
         cursor = self._begin(params, np.uint32(seed))
         drawn: list[int] = []
         while len(drawn) < num_tokens:

@@ -46,7 +46,7 @@ def test_latency_is_of_whole_bursts_after_each_context(engine: Engine, monkeypat
     stream = engine.stream
 
     def noted(prompts: Any, **arguments: Any) -> Any:
-        start = arguments.get("start")
+        start = arguments.get("state")
         if start is not None:
             started.append(start.num_tokens)
             assert arguments["max_tokens"] == 4 + 8

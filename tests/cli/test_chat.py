@@ -38,7 +38,7 @@ def test_messages_are_answered_with_a_seed_each() -> None:
     replies = answers(chat, "hello", "more")
     expected, dialogue = [], Dialogue(FakeEngine(), WORLD)
     for message, seed in (("hello", 2**32 - 1), ("more", 0)):
-        expected.append("".join(dialogue.say(message, max_tokens=6, sampling=SamplingParams(), seed=seed)) + "\n")
+        expected.append("".join(dialogue.reply(message, max_tokens=6, sampling=SamplingParams(), seed=seed)) + "\n")
     assert replies == expected
     assert chat.dialogue.num_tokens == dialogue.num_tokens
 

@@ -105,7 +105,7 @@ def test_several_texts(rwkv: Command, engine: Engine, run_dir: Path) -> None:
     records = [json.loads(line) for line in printed.out.splitlines()]
     for record, expected in zip(records, best, strict=True):
         assert (record["prompt"], record["text"], record["ids"]) == ("def", expected.text, list(expected.ids))
-        assert record["log_probabilities"] == pytest.approx(expected.log_probabilities, abs=1e-5)
+        assert record["logprobs"] == pytest.approx(expected.logprobs, abs=1e-5)
         assert (record["num_prompt_tokens"], record["num_tokens"]) == (expected.num_prompt_tokens, len(expected.ids))
         assert (record["finish_reason"], record["stop"]) == (expected.finish_reason, expected.stop)
     assert [record["index"] for record in records] == [0, 1]

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from rwkv_jax.cli.machine import instruction_sets
-from rwkv_jax.cli.program_cache import SHORTEST_COMPILATION, default_folder, describe_program_cache, keep_programs
+from rwkv_jax.cli.program_cache import MIN_COMPILE_SECONDS, default_folder, describe_program_cache, keep_programs
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_programs_are_kept_there(as_at_start: Path, capsys: pytest.CaptureFixtur
     keep_programs()
     folder = as_at_start / "rwkv-jax" / "programs" / instruction_sets()
     assert setting("jax_compilation_cache_dir") == str(folder)
-    assert setting("jax_persistent_cache_min_compile_time_secs") == SHORTEST_COMPILATION
+    assert setting("jax_persistent_cache_min_compile_time_secs") == MIN_COMPILE_SECONDS
     assert list(folder.iterdir()) == []
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -19,7 +19,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bytes": ({"prompts": b"abc"}, "^prompts = b'abc': must be a text"),
     "bytes among others": ({"prompts": ["a", b"b"]}, "^prompt 1 = b'b': must be a text"),
     "a set": ({"prompts": {1, 2}}, "^prompts = {1, 2}: must be a text"),
-    "huge guidance": ({"guidance": 1e300, "unguided": "x"}, "^guidance = 1e.300: must be a number of at most"),
+    "huge guidance": (
+        {"guidance_scale": 1e300, "negative_prompt": "x"},
+        "^guidance_scale = 1e.300: must be a number of at most",
+    ),
     "ids by name": ({"ids": (1,)}, "^ids: no such argument"),
     "copies": ({"copies": 2}, "^copies: no such argument"),
     "a true seed": ({"seed": True}, "^seed = True: must be a sequence"),
@@ -45,8 +48,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seeds for others": ({"seed": [1, 2, 3]}, "^seed: 3 for 1 prompts"),
     "no seed": ({"seed": None}, "^seed = None: must be a sequence"),
     "a seed in words": ({"seed": ["one"]}, "^seed = 'one': must be a whole number"),
-    "too many of the likeliest": ({"num_top": 21}, "^num_top = 21: must be a whole number, from 0 to 20"),
-    "half of the likeliest": ({"num_top": 0.5}, "^num_top = 0.5: must be a whole number"),
+    "too many of the likeliest": ({"top_logprobs": 21}, "^top_logprobs = 21: must be a whole number, from 0 to 20"),
+    "half of the likeliest": ({"top_logprobs": 0.5}, "^top_logprobs = 0.5: must be a whole number"),
     "samplings for others": ({"sampling": [GREEDY] * 2}, "^sampling: 2 for 1 prompts"),
     "no sampling": ({"sampling": {"temperature": 1.0}}, "^sampling = 'temperature': must be a Sampling"),
     "an empty stop": ({"stop": ["a", ""]}, "^stop string 1 = '': must be a string with at least one"),
@@ -54,16 +57,37 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a number for stops": ({"stop": 5}, "^stop = 5: must be a sequence"),
     "a number for stop ids": ({"stop_ids": 5}, "^stop_ids = 5: must be a sequence"),
     "a stop id beyond V": ({"stop_ids": [256]}, "^stop_ids: token id 256 must lie from 0"),
-    "guidance alone": ({"guidance": 2.0}, "^guidance = 2.0 and an unguided prompt of 0 tokens: guidance needs both"),
-    "unguided alone": ({"unguided": "x"}, "^guidance = 1.0 and an unguided prompt of 2 tokens: guidance needs both"),
-    "infinite guidance": ({"guidance": float("inf"), "unguided": "x"}, "^guidance = inf: must be a number"),
-    "guidance in words": ({"guidance": "much", "unguided": "x"}, "^guidance = 'much': must be a number"),
-    "unguided beyond V": ({"guidance": 2.0, "unguided": [256]}, "^unguided: token id 256 must lie from 0"),
-    "guided and kept": ({"guidance": 2.0, "unguided": "x", "keep": True}, "^guidance = 2.0: is for single texts"),
-    "two texts and one state": ({"prompts": ["a", "b"], "keep": True}, "^start and keep are for one text"),
-    "no state": ({"start": {"state": 1}}, "^start = .*: must be a Snapshot"),
+    "guidance alone": (
+        {"guidance_scale": 2.0},
+        "^guidance_scale = 2.0 and a negative prompt of 0 tokens: guidance needs both",
+    ),
+    "unguided alone": (
+        {"negative_prompt": "x"},
+        "^guidance_scale = 1.0 and a negative prompt of 2 tokens: guidance needs both",
+    ),
+    "infinite guidance": (
+        {"guidance_scale": float("inf"), "negative_prompt": "x"},
+        "^guidance_scale = inf: must be a number",
+    ),
+    "guidance in words": (
+        {"guidance_scale": "much", "negative_prompt": "x"},
+        "^guidance_scale = 'much': must be a number",
+    ),
+    "unguided beyond V": (
+        {"guidance_scale": 2.0, "negative_prompt": [256]},
+        "^negative_prompt: token id 256 must lie from 0",
+    ),
+    "guided and kept": (
+        {"guidance_scale": 2.0, "negative_prompt": "x", "return_state": True},
+        "^guidance_scale = 2.0: is for single texts",
+    ),
+    "two texts and one state": (
+        {"prompts": ["a", "b"], "return_state": True},
+        "^state and return_state are for one text",
+    ),
+    "no state": ({"state": {"state": 1}}, "^state = .*: must be a Snapshot"),
     "an option that there is not": ({"color": "red", "shape": 2}, "^color, shape: no such argument"),
-    "no client": ({"client": None}, "^client = None: must be a string"),
+    "no client": ({"client_id": None}, "^client_id = None: must be a string"),
     "everything banned": ({"sampling": SamplingParams(banned=range(VOCAB_SIZE))}, "leaves no token to choose"),
     "bias beyond V": ({"sampling": SamplingParams(logit_bias={256: 1.0})}, "^logit_bias names id 256"),
 }
@@ -71,7 +95,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 BAD_SAMPLING: list[dict[str, Any]] = [
     {"temperature": float("nan")},
     {"temperature": -1.0},
-    {"top_p": 0.0},
+    {"top_p": -0.1},
     {"top_k": -1},
     {"min_p": float("nan")},
     {"order": "mine"},
@@ -99,7 +123,7 @@ def bad_requests(engine: Engine) -> list[Callable[[], None]]:
         requests.append(functools.partial(ask, engine.generate, {"best_of": best_of}, message))
 
     def overfill() -> None:
-        most = engine.options.most_waiting
+        most = engine.options.max_queue
         with pytest.raises(QueueFullError, match=rf"^queue: \d+ texts wait.* {most + 1} more .* = {most}; collect"):
             engine.stream(["a"] * (most + 1))
 

@@ -20,10 +20,10 @@ def compiled() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def engine(compiled: list[str]) -> Engine:
-    return quick_engine(random_model(CONFIGS["7"]), most_waiting=60)
+    return quick_engine(random_model(CONFIGS["7"]), max_queue=60)
 
 
 @pytest.fixture(scope="module")
 def narrow() -> Engine:
     """With one slot."""
-    return quick_engine(random_model(CONFIGS["7"]), num_slots=1, most_waiting=4)
+    return quick_engine(random_model(CONFIGS["7"]), num_slots=1, max_queue=4)

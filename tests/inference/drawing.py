@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.inference.sampling import SamplingParams, choose, no_occurrences, settings_of
+from rwkv_jax.inference.sampling import SamplingParams, choose, no_occurrences, stack_settings
 
 DRAWS = 4000
 LOGITS = np.random.default_rng(0).normal(0, 2, 12)
@@ -85,7 +85,7 @@ def draw(
         filled(no_occurrences(size) if occurrences is None else occurrences, -1),
         filled(np.zeros(size) if bias is None else bias, 0),
     )
-    settings = settings_of([*rows, *[SamplingParams.greedy()] * (num_rows - len(rows))])
+    settings = stack_settings([*rows, *[SamplingParams.greedy()] * (num_rows - len(rows))])
     keys = jax.random.split(jax.random.key(seed), num_rows)
     tokens = []
     for start in range(0, num_rows, DRAWS):

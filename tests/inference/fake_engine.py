@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ VOCAB_SIZE = 257
 _LAYERS = 2
 
 
-class FakeEngine:
+class FakeEngine(Any):  # passes for an engine
     """Reads, draws and streams as the real one: each token that is drawn is read before anyone sees it."""
 
     def __init__(self, model: int = 0) -> None:
@@ -46,7 +47,7 @@ class FakeEngine:
             raise ConfigError(f"prompt: has ids beyond the vocabulary of {VOCAB_SIZE}")
         return [token for token in ids if isinstance(token, int)]
 
-    def read(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
+    def prefill(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
         ids = self.ids(snapshot, prompt)
         if not ids:
             raise ConfigError("prompt: is empty")
@@ -67,15 +68,15 @@ class FakeEngine:
         seed: int = 0,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
-        start: Snapshot | None,
-        keep: bool,
+        state: Snapshot | None,
+        return_state: bool,
         fails_after: int | None = None,
     ) -> FakeStream:
-        assert keep
-        ids = self.ids(start, prompt)
-        if not ids and start is None:
+        assert return_state
+        ids = self.ids(state, prompt)
+        if not ids and state is None:
             raise ConfigError("prompt: is empty")
-        request = Request(tuple(ids), max_tokens, sampling, seed, tuple(stop), frozenset(stop_ids), start=start)
+        request = Request(tuple(ids), max_tokens, sampling, seed, tuple(stop), frozenset(stop_ids), state=state)
         stream = FakeStream(self, request, fails_after)
         self.streams.append(stream)
         return stream
@@ -84,8 +85,8 @@ class FakeEngine:
 class FakeStream:
     def __init__(self, engine: FakeEngine, request: Request, fails_after: int | None) -> None:
         self._engine, self._request, self._fails_after = engine, request, fails_after
-        self._snapshot = request.start
-        self._num_written = 0
+        self._snapshot = request.state
+        self._num_generated = 0
         self._said = bytearray()
         self.has_ended = False
 
@@ -97,21 +98,21 @@ class FakeStream:
         if self.has_ended:
             raise StopIteration
         request = self._request
-        if self._num_written == self._fails_after:
+        if self._num_generated == self._fails_after:
             self.has_ended = True
             raise RuntimeError("the device is gone")
-        if self._num_written == 0 and request.ids:
-            self._snapshot = self._engine.read(request.start, request.ids)
+        if self._num_generated == 0 and request.ids:
+            self._snapshot = self._engine.prefill(request.state, request.ids)
         token = self._draw()
-        self._snapshot = self._engine.read(self._snapshot, [token])
-        self._num_written += 1
+        self._snapshot = self._engine.prefill(self._snapshot, [token])
+        self._num_generated += 1
         if token in request.stop_ids:
             self.has_ended = True
             return Chunk(0, "", (), (), (), "stop", token)
         before = len(self._said.decode(errors="ignore"))
         self._said += self._engine.tokenizer.token_bytes(token)
         stop = next((stop for stop in request.stop if self._said.endswith(stop.encode())), None)
-        reason = "stop" if stop is not None else "length" if self._num_written == request.max_tokens else None
+        reason = "stop" if stop is not None else "length" if self._num_generated == request.max_tokens else None
         if reason is not None:
             self.has_ended = True
         return Chunk(0, self._said.decode(errors="ignore")[before:], (token,), (-1.0,), (), reason, stop)
@@ -135,7 +136,7 @@ class FakeStream:
         scores = np.asarray(self._snapshot.logits)
         if self._request.sampling.temperature == 0:
             return int(scores.argmax())
-        noise = np.random.default_rng((self._request.seed, self._num_written)).gumbel(size=scores.shape)
+        noise = np.random.default_rng((self._request.seed, self._num_generated)).gumbel(size=scores.shape)
         return int((scores / self._request.sampling.temperature + noise).argmax())
 
 

@@ -28,7 +28,7 @@ def written(engine: Engine) -> dict[str, Any]:
         "together": [text.ids for text in engine.generate(each, max_tokens=9, sampling=GREEDY)],
         "alone": [engine.generate(prompt, max_tokens=9, sampling=GREEDY).ids for prompt in each],
         "drawn": [text.ids for text in engine.generate(each, max_tokens=9, sampling=SamplingParams(top_p=0.9))],
-        "guided": engine.generate(each[1], max_tokens=9, sampling=GREEDY, guidance=2.0, unguided="x").ids,
+        "guided": engine.generate(each[1], max_tokens=9, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x").ids,
         "conversation": [first, session.generate(max_tokens=5, sampling=GREEDY).ids],
     }
 

@@ -13,22 +13,17 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.engine import Engine
 from rwkv_jax.inference.requests import Chunk, Completion
 from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import EngineLike, Session, SessionBusyError
+from rwkv_jax.inference.session import Session, SessionBusyError
 from rwkv_jax.inference.snapshot import Snapshot
 
-MOST_SESSIONS = 6
+MAX_SESSIONS = 6
 LONGEST = 120
 """Tokens after which a text begins anew, so that plain runs stay short."""
 
 PIECES = ("a", "def f(x):\n", " é", "日本", "\n\n", "User: hello", "\U0001f469")
-
-
-class EngineToTest(EngineLike, Protocol):
-    """An engine that also says which tokens a text is."""
-
-    def encode(self, text: str, *, begins: bool) -> list[int]: ...
 
 
 class Comparison(Protocol):
@@ -64,7 +59,7 @@ class Operations:
 
     def __init__(
         self,
-        engine: EngineToTest,
+        engine: Engine,
         vocab_size: int,
         folder: Path,
         *,
@@ -117,7 +112,7 @@ class Operations:
         if found is None:
             assert conversation.ids == ()
         else:
-            self.same(found, self.engine.read(None, conversation.ids))
+            self.same(found, self.engine.prefill(None, conversation.ids))
 
     def pick(self, options: Any) -> Any:
         return options[self.rng.integers(len(options))]
@@ -180,7 +175,7 @@ class Operations:
             conversation.ids += (*self.prompt_ids(conversation, settings["prompt"]), *emitted)
 
     def fork(self, conversation: Conversation) -> None:
-        if len(self.conversations) == MOST_SESSIONS:
+        if len(self.conversations) == MAX_SESSIONS:
             others = [other for other in self.conversations if other is not conversation]
             self.conversations.remove(self.pick(others))
         other = Conversation(conversation.session.fork(), conversation.ids, dict(conversation.marks))

@@ -37,7 +37,7 @@ def like(engine: Engine, **options: Any) -> Engine:
 @pytest.fixture(scope="module")
 def size(engine: Engine) -> int:
     """Bytes of a state."""
-    return engine.read(None, IDS).nbytes
+    return engine.prefill(None, IDS).nbytes
 
 
 def test_one_that_is_larger_than_the_store_is_refused_before_any_work(engine: Engine, size: int) -> None:
@@ -109,7 +109,7 @@ def test_going_back_counts_the_bytes_anew(engine: Engine, size: int) -> None:
     assert other.sessions.nbytes == size
 
 
-@pytest.mark.parametrize("name", ["start", "keep"])
+@pytest.mark.parametrize("name", ["state", "return_state"])
 def test_where_a_session_begins_is_its_own_business(engine: Engine, name: str) -> None:
     session = engine.session()
     session.append(IDS)
@@ -136,19 +136,17 @@ def test_states_of_other_weights_are_refused_by_whichever_way(engine: Engine, tm
     session.append(IDS)
     session.save(tmp_path / "state.safetensors")
     params = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, in_dtype(random_params(CONFIG), CONFIG))
-    other = quick_engine(merge(CONFIG, params), fewest_prefix_tokens=1)
+    other = quick_engine(merge(CONFIG, params), min_prefix_tokens=1)
     for snapshot in (session.snapshot, engine.load_session(tmp_path / "state.safetensors").snapshot):
         with pytest.raises(StateError, match="is a state of another model"):
-            other.generate("x", start=snapshot, max_tokens=1)
-    expected = other.generate((*IDS, 7), max_tokens=5, sampling=GREEDY).log_probabilities
-    other.prefixes = None
-    again = quick_engine(merge(CONFIG, params), fewest_prefix_tokens=1)
-    assert again.prefixes is not None
+            other.generate("x", state=snapshot, max_tokens=1)
+    expected = other.generate((*IDS, 7), max_tokens=5, sampling=GREEDY).logprobs
+    other.prefix_cache = None
+    again = quick_engine(merge(CONFIG, params), min_prefix_tokens=1)
+    assert again.prefix_cache is not None
     assert session.snapshot is not None
-    again.prefixes.put(IDS, session.snapshot)
-    np.testing.assert_allclose(
-        again.generate((*IDS, 7), max_tokens=5, sampling=GREEDY).log_probabilities, expected, rtol=1e-5
-    )
+    again.prefix_cache.put(IDS, session.snapshot)
+    np.testing.assert_allclose(again.generate((*IDS, 7), max_tokens=5, sampling=GREEDY).logprobs, expected, rtol=1e-5)
 
 
 def test_prompts_may_be_arrays_and_bad_ones_are_named(engine: Engine) -> None:
@@ -169,7 +167,7 @@ def test_prompts_may_be_arrays_and_bad_ones_are_named(engine: Engine) -> None:
     [
         ({"num_slots": 2.5}, r"num_slots = 2\.5: must be a whole number"),
         ({"num_slots": "8"}, r"num_slots = '8': must be a whole number"),
-        ({"fewest_prefix_tokens": -5}, r"fewest_prefix_tokens = -5: must be a whole number, not less than 1"),
+        ({"min_prefix_tokens": -5}, r"min_prefix_tokens = -5: must be a whole number, not less than 1"),
         ({"prefix_bytes": -1}, r"prefix_bytes = -1: must be a whole number, not less than 0"),
         ({"session_bytes": 0}, r"session_bytes = 0: must be a whole number, not less than 1"),
         ({"session_idle_seconds": -1}, r"session_idle_seconds = -1: must be a positive number"),

@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat import RAVEN, WORLD
-from rwkv_jax.inference.dialogue import MOST_TURNS_KEPT, Dialogue
+from rwkv_jax.inference.dialogue import MAX_UNDO_TURNS, Dialogue
 from rwkv_jax.inference.requests import Chunk
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Prompt
@@ -30,12 +30,12 @@ class ScriptedEngine(FakeEngine):
         self.replies = list(replies)
         self.prompts: list[str] = []
 
-    def read(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
+    def prefill(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
         if not isinstance(prompt, str) and len(prompt) > 1:
             self.prompts.append(self.tokenizer.decode(prompt))
         elif isinstance(prompt, str):
             self.prompts.append(prompt)
-        return super().read(snapshot, prompt)
+        return super().prefill(snapshot, prompt)
 
     def stream(self, prompt: Prompt, **arguments: Any) -> Any:
         if not self.replies:
@@ -53,13 +53,13 @@ class ScriptedStream:
         engine: ScriptedEngine,
         ids: Sequence[int],
         *,
-        start: Snapshot,
+        state: Snapshot,
         stop: Sequence[str],
         stop_ids: Sequence[int],
         max_tokens: int,
         **_: Any,
     ) -> None:
-        self._engine, self.snapshot = engine, start
+        self._engine, self.snapshot = engine, state
         self._chunks = self._write(ids, stop, stop_ids, max_tokens)
 
     def _write(
@@ -68,7 +68,7 @@ class ScriptedStream:
         # Nothing is shown before it is clear what ends the text, as where a stop string may have begun.
         said, held = "", ""
         for count, token in enumerate(ids, start=1):
-            self.snapshot = FakeEngine.read(self._engine, self.snapshot, [token])
+            self.snapshot = FakeEngine.prefill(self._engine, self.snapshot, [token])
             if token in stop_ids:
                 yield Chunk(0, held, (), (), (), "stop", token)
                 return
@@ -92,7 +92,7 @@ class ScriptedStream:
 
 
 def say(dialogue: Dialogue, message: str, seed: int = 0, **changes: Any) -> str:
-    return "".join(dialogue.say(message, seed=seed, **(ARGUMENTS | changes)))
+    return "".join(dialogue.reply(message, seed=seed, **(ARGUMENTS | changes)))
 
 
 def standing(dialogue: Dialogue) -> tuple[int, np.ndarray | None]:
@@ -101,7 +101,7 @@ def standing(dialogue: Dialogue) -> tuple[int, np.ndarray | None]:
 
 
 def assert_stands_behind(dialogue: Dialogue, engine: FakeEngine, text: str) -> None:
-    expected = FakeEngine.read(engine, None, text)
+    expected = FakeEngine.prefill(engine, None, text)
     num_tokens, state = standing(dialogue)
     assert num_tokens == expected.num_tokens
     np.testing.assert_array_equal(state, expected.state[0].att_shift)
@@ -136,7 +136,7 @@ def test_the_end_of_text_token_is_no_part_of_a_conversation() -> None:
 def test_a_reply_that_is_cut_short_stays_as_far_as_it_was_given_out() -> None:
     engine = ScriptedEngine(" one\n\ntwo", " three")
     dialogue = Dialogue(engine, WORLD)
-    pieces = dialogue.say("a", **ARGUMENTS)
+    pieces = dialogue.reply("a", **ARGUMENTS)
     assert [next(pieces) for _ in range(4)] == ["", "o", "n", "e"]
     pieces.close()
     assert_stands_behind(dialogue, engine, "User: a\n\nAssistant: one")
@@ -147,14 +147,14 @@ def test_a_reply_that_is_cut_short_stays_as_far_as_it_was_given_out() -> None:
 def test_a_reply_that_nobody_begins_to_read_was_never_asked_for() -> None:
     engine = ScriptedEngine(" one")
     dialogue = Dialogue(engine, WORLD)
-    dialogue.say("a", **ARGUMENTS).close()
+    dialogue.reply("a", **ARGUMENTS).close()
     assert (dialogue.num_tokens, dialogue.last_message, engine.prompts) == (0, None, [])
 
 
 def test_thoughts_are_not_part_of_the_answer() -> None:
     reply = "> hm, well\n</think>\n so it is "
     dialogue = Dialogue(ScriptedEngine(reply), dataclasses.replace(WORLD, thinking="think"))
-    pieces = list(dialogue.say("a", max_tokens=len(reply), sampling=SamplingParams()))
+    pieces = list(dialogue.reply("a", max_tokens=len(reply), sampling=SamplingParams()))
     assert "".join(pieces) == " so it is"
     assert len(pieces) == len(reply)
     assert dialogue.thoughts == "hm, well"
@@ -170,15 +170,15 @@ def test_undo_goes_back_turn_by_turn() -> None:
         assert dialogue.last_message == message
         assert dialogue.undo() == message
         np.testing.assert_equal(standing(dialogue), place)
-    with pytest.raises(ConfigError, match=f"no turn to take back; the last {MOST_TURNS_KEPT} are kept"):
+    with pytest.raises(ConfigError, match=f"no turn to take back; the last {MAX_UNDO_TURNS} are kept"):
         dialogue.undo()
 
 
 def test_old_turns_are_not_kept() -> None:
     dialogue = Dialogue(FakeEngine(), WORLD)
-    for turn in range(MOST_TURNS_KEPT + 3):
+    for turn in range(MAX_UNDO_TURNS + 3):
         say(dialogue, f"message {turn}", max_tokens=1)
-    for _ in range(MOST_TURNS_KEPT):
+    for _ in range(MAX_UNDO_TURNS):
         dialogue.undo()
     assert dialogue.last_message == "message 2"
     with pytest.raises(ConfigError, match="no turn to take back"):

@@ -59,13 +59,13 @@ def reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]
     """Tokens that each call of the reading program has read."""
     programs = engine._scheduler._programs
     counts: list[int] = []
-    read = programs.read
+    read = programs.prefill
 
     def counted(params: Any, slots: Any, rows: Any, tokens: Any, lengths: Any, wants_logits: Any) -> Any:
         counts.append(int(lengths.sum()))
         return read(params, slots, rows, tokens, lengths, wants_logits)
 
-    monkeypatch.setattr(programs, "read", counted)
+    monkeypatch.setattr(programs, "prefill", counted)
     yield counts
     monkeypatch.undo()
 
@@ -99,9 +99,11 @@ def test_reading_and_writing_equal_one_parallel_pass(float64: None, generation: 
     snapshot = None
     for start, end in ((0, 1), (1, 18), (18, 21), (21, len(ids)), (len(ids), len(text) - 1)):
         if end < len(text) - 1:
-            snapshot = engine.read(snapshot, text[start:end])
+            snapshot = engine.prefill(snapshot, text[start:end])
         else:
-            with engine.stream("", start=snapshot, keep=True, sampling=GREEDY, max_tokens=end - start) as stream:
+            with engine.stream(
+                "", state=snapshot, return_state=True, sampling=GREEDY, max_tokens=end - start
+            ) as stream:
                 list(stream)
             snapshot = stream.snapshot
         assert snapshot is not None
@@ -172,20 +174,20 @@ def test_a_batch_of_ragged_prompts_is_each_alone(engine: Engine, sampling: Sampl
         assert found.ids == alone.ids
         assert found.text == alone.text
         assert (found.index, found.num_prompt_tokens) == (i, len(ids_of(engine, prompt)))
-        np.testing.assert_allclose(found.log_probabilities, alone.log_probabilities, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found.logprobs, alone.logprobs, rtol=0, atol=1e-4)
 
 
 def test_few_prompts_do_not_have_all_slots_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an engine with more slots than one call reads of: some together, then the last few one by one."""
     wide = quick_engine(random_model(CONFIG), num_slots=10, batch_sizes=(10,), prefix_bytes=0)
     programs, shapes = wide._scheduler._programs, []
-    read = programs.read
+    read = programs.prefill
 
     def recorded(params: Any, slots: Any, rows: Any, tokens: Any, *rest: Any) -> Any:
         shapes.append(tokens.shape)
         return read(params, slots, rows, tokens, *rest)
 
-    monkeypatch.setattr(programs, "read", recorded)
+    monkeypatch.setattr(programs, "prefill", recorded)
     texts = list(prompts(11, 12, 12))
     together = wide.generate(texts, max_tokens=5, sampling=GREEDY)
     assert set(shapes) == {(8, 4), (1, 4)}
@@ -210,13 +212,13 @@ def test_nothing_may_be_asked_for(engine: Engine) -> None:
     """The prompt is read then, and its end reported."""
     completion = engine.generate("abc", max_tokens=0)
     assert (completion.text, completion.ids, completion.finish_reason) == ("", (), "length")
-    stream = engine.stream("abc", max_tokens=0, keep=True)
+    stream = engine.stream("abc", max_tokens=0, return_state=True)
     assert [chunk.finish_reason for chunk in stream] == ["length"]
-    assert_same(stream.snapshot, engine.read(None, "abc"))
+    assert_same(stream.snapshot, engine.prefill(None, "abc"))
 
 
 def test_a_state_of_another_model_is_refused(engine: Engine) -> None:
-    own = engine.read(None, "a")
+    own = engine.prefill(None, "a")
     row = quick_engine(random_model(CONFIGS["4"]))._scheduler.empty_row
     strangers = (
         dataclasses.replace(own, state=row.state),
@@ -226,7 +228,7 @@ def test_a_state_of_another_model_is_refused(engine: Engine) -> None:
     )
     for stranger in strangers:
         with pytest.raises(StateError, match=r"^start: is a state of another model than this RWKV-7 of 2 x 16"):
-            engine.stream("a", start=stranger)
+            engine.stream("a", state=stranger)
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
@@ -238,7 +240,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     ("options", "message"),
     [
         ({"num_slots": 0}, "num_slots = 0: must be a whole number, not less than 1"),
-        ({"most_waiting": 0}, "most_waiting = 0: must be a whole number, not less than 1"),
+        ({"max_queue": 0}, "max_queue = 0: must be a whole number, not less than 1"),
         ({"short_prefill_length": 600}, "short_prefill_length = 600: must not exceed prefill_length = 512"),
         ({"batch_sizes": (1, 2)}, r"batch_sizes = \(1, 2\): must have num_slots = 8, too"),
         ({"batch_sizes": (0, 8)}, "batch_sizes = 0: must be a whole number, from 1 to 8"),
@@ -261,17 +263,15 @@ def test_a_transformer_has_no_more_room_than_its_state() -> None:
 
 def test_log_probabilities_and_the_likeliest_are_the_models(engine: Engine) -> None:
     ids = ids_of(engine, PROMPTS[1])
-    found = engine.generate(PROMPTS[1], max_tokens=9, seed=4, num_top=5)
+    found = engine.generate(PROMPTS[1], max_tokens=9, seed=4, top_logprobs=5)
     values = log_softmax(whole_logits(CONFIG, ids + list(found.ids)))[len(ids) - 1 : -1]
-    np.testing.assert_allclose(
-        found.log_probabilities, values[np.arange(len(found.ids)), list(found.ids)], rtol=0, atol=1e-4
-    )
-    for top, expected in zip(found.top, values, strict=True):
+    np.testing.assert_allclose(found.logprobs, values[np.arange(len(found.ids)), list(found.ids)], rtol=0, atol=1e-4)
+    for top, expected in zip(found.top_logprobs, values, strict=True):
         likeliest = np.argsort(-expected, kind="stable")[:5]
         assert [token for token, _ in top] == likeliest.tolist()
         np.testing.assert_allclose([value for _, value in top], expected[likeliest], rtol=0, atol=1e-4)
     without = engine.generate(PROMPTS[1], max_tokens=9, seed=4)
-    assert (without.ids, without.top) == (found.ids, ())
+    assert (without.ids, without.top_logprobs) == (found.ids, ())
 
 
 def test_the_best_of_several_has_the_greatest_mean_log_probability(engine: Engine, reads: list[int]) -> None:
@@ -283,15 +283,17 @@ def test_the_best_of_several_has_the_greatest_mean_log_probability(engine: Engin
         seeds = range(7 + 3 * i, 10 + 3 * i)
         single = [engine.generate(each, max_tokens=8, sampling=hot, seed=seed) for seed in seeds]
         assert len({one.ids for one in single}) == 3
-        expected = max(single, key=lambda one: float(np.mean(one.log_probabilities)))
+        expected = max(single, key=lambda one: float(np.mean(one.logprobs)))
         assert (best[i].ids, best[i].index) == (expected.ids, i)
 
 
 def test_guidance_steers_away_from_another_text(engine: Engine) -> None:
     prompt, unguided, factor = "the good", "bad, bad", 2.5
-    found = engine.generate(prompt, max_tokens=8, sampling=GREEDY, guidance=factor, unguided=unguided, num_top=3)
+    found = engine.generate(
+        prompt, max_tokens=8, sampling=GREEDY, guidance_scale=factor, negative_prompt=unguided, top_logprobs=3
+    )
     own, other = ids_of(engine, prompt), ids_of(engine, unguided)
-    for token, value, top in zip(found.ids, found.log_probabilities, found.top, strict=True):
+    for token, value, top in zip(found.ids, found.logprobs, found.top_logprobs, strict=True):
         logits, away = (whole_logits(CONFIG, ids)[-1].astype(np.float64) for ids in (own, other))
         steered = factor * logits + (1 - factor) * away
         assert token == steered.argmax() == top[0][0]
@@ -299,7 +301,9 @@ def test_guidance_steers_away_from_another_text(engine: Engine) -> None:
         own, other = [*own, token], [*other, token]
     plain = engine.generate(prompt, max_tokens=8, sampling=GREEDY)
     assert plain.ids != found.ids
-    together = engine.generate([prompt, prompt], max_tokens=8, sampling=GREEDY, guidance=factor, unguided=unguided)
+    together = engine.generate(
+        [prompt, prompt], max_tokens=8, sampling=GREEDY, guidance_scale=factor, negative_prompt=unguided
+    )
     assert [each.ids for each in together] == [found.ids] * 2
 
 
@@ -330,9 +334,9 @@ def test_a_seed_says_what_is_drawn(engine: Engine) -> None:
 def test_a_text_does_not_depend_on_where_bursts_end(engine: Engine) -> None:
     """Going on from its own state a text draws what it would have drawn."""
     whole = engine.generate("a", max_tokens=11, seed=3, stop_ids=())
-    snapshot, ids = engine.read(None, "a"), ()
+    snapshot, ids = engine.prefill(None, "a"), ()
     for count in (1, 5, 2, 3):
-        stream = engine.stream("", start=snapshot, keep=True, max_tokens=count, seed=3, stop_ids=())
+        stream = engine.stream("", state=snapshot, return_state=True, max_tokens=count, seed=3, stop_ids=())
         ids += what_was_read(list(stream))
         snapshot = stream.snapshot
     assert ids == whole.ids
@@ -346,7 +350,7 @@ def test_a_shared_beginning_is_read_once(engine: Engine, forgetful: Engine, read
     expected = [forgetful.generate(beginning + end, max_tokens=7, sampling=GREEDY).ids for end in "xyz"]
     reads.clear()
 
-    engine.read(None, beginning)
+    engine.prefill(None, beginning)
     assert sum(reads) == len(ids_of(engine, beginning))
     for end, ids in zip("xyz", expected, strict=True):
         reads.clear()
@@ -379,7 +383,7 @@ def test_the_end_of_a_prompt_is_read_by_pieces_of_every_kind(engine: Engine) -> 
     text = next(iter(prompts(9, 1, 1))) + tuple(range(1, 70))
     for length in (1, 3, 4, 5, 15, 16, 17, 20, 32, 33, 36, 37, 48):
         expected = whole_logits(CONFIG, text[:length])[-1]
-        np.testing.assert_allclose(engine.read(None, text[:length]).logits, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(engine.prefill(None, text[:length]).logits, expected, rtol=0, atol=1e-4)
 
 
 # Conversations
@@ -414,7 +418,7 @@ def test_bytes_of_a_conversation_count_however_it_goes_on(engine: Engine) -> Non
 
 
 def test_conversations_have_so_many_bytes_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = sum(x.nbytes for x in arrays(engine.read(None, "a")))
+    size = sum(x.nbytes for x in arrays(engine.prefill(None, "a")))
     monkeypatch.setattr(engine, "sessions", type(engine.sessions)(5 * size // 2))
     for name in "abc":
         engine.generate("Hello", conversation=name, max_tokens=1)

@@ -14,14 +14,14 @@ from jax import Array
 
 from rwkv_jax.inference.sampling import (
     SamplingParams,
-    bias_of,
+    bias_array,
     choose,
     choose_together,
     count,
-    log_probabilities,
+    logprobs,
     no_occurrences,
-    settings_of,
-    top_log_probabilities,
+    stack_settings,
+    top_logprobs,
 )
 from tests.inference.drawing import DRAWS, LOGITS, agrees, compiled, draw, expected, softmax
 
@@ -160,19 +160,19 @@ def test_rows_beside_each_other_get_what_they_get_alone() -> None:
     bias = np.zeros_like(logits)
     keys = jax.random.split(jax.random.key(1), len(rows))
     weights = np.ones(300, np.float32)
-    together = compiled()(logits, occurrences, bias, settings_of(rows), keys)
+    together = compiled()(logits, occurrences, bias, stack_settings(rows), keys)
     counting = jax.jit(count)
-    counted = counting(occurrences, together, settings_of(rows), weights)
-    at_once = jax.jit(choose_together)(logits, occurrences, bias, settings_of(rows), keys)
+    counted = counting(occurrences, together, stack_settings(rows), weights)
+    at_once = jax.jit(choose_together)(logits, occurrences, bias, stack_settings(rows), keys)
     np.testing.assert_array_equal(at_once, together)
     for i, sampling in enumerate(rows):
         own = slice(i, i + 1)
-        alone = compiled()(logits[own], occurrences[own], bias[own], settings_of([sampling]), keys[own])
+        alone = compiled()(logits[own], occurrences[own], bias[own], stack_settings([sampling]), keys[own])
         assert alone.tolist() == together[own].tolist()
-        after = counting(occurrences[own], alone, settings_of([sampling]), weights)
+        after = counting(occurrences[own], alone, stack_settings([sampling]), weights)
         np.testing.assert_array_equal(after, counted[own])
     order = rng.permutation(len(rows))
-    settings = settings_of([rows[i] for i in order])
+    settings = stack_settings([rows[i] for i in order])
     shuffled = compiled()(logits[order], occurrences[order], bias[order], settings, keys[order])
     np.testing.assert_array_equal(shuffled, together[order])
 
@@ -196,12 +196,12 @@ def test_other_settings_do_not_compile_again() -> None:
 
     logits = np.asarray(LOGITS, np.float32)[None]
     for sampling in [*MIXED, SamplingParams(logit_bias={3: 2.0}, banned=[4])]:
-        bias = bias_of(sampling, np.ones(12, bool))[None]
+        bias = bias_array(sampling, np.ones(12, bool))[None]
         arguments = (
             logits,
             no_occurrences(12)[None],
             bias,
-            settings_of([sampling]),
+            stack_settings([sampling]),
             jax.random.split(jax.random.key(0), 1),
         )
         step(*arguments, np.ones(12, np.float32))
@@ -212,9 +212,9 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     logits = np.stack([LOGITS, LOGITS[::-1]]).astype(np.float32)
     logits[1, 3] = -np.inf
     wanted = np.log(np.maximum([softmax(row) for row in logits.astype(np.float64)], 1e-300))
-    of = log_probabilities(jnp.asarray(logits), jnp.array([4, 7]))
+    of = logprobs(jnp.asarray(logits), jnp.array([4, 7]))
     np.testing.assert_allclose(of, [wanted[0, 4], wanted[1, 7]], rtol=1e-5)
-    values, tokens = jax.jit(top_log_probabilities, static_argnums=1)(logits, 3)
+    values, tokens = jax.jit(top_logprobs, static_argnums=1)(logits, 3)
     assert values.dtype == jnp.float32
     assert tokens.dtype == jnp.int32
     order = np.argsort(-wanted, axis=-1)[:, :3]

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from rwkv_jax.inference.sampling import (
     Order,
     SamplingParams,
-    bias_of,
+    bias_array,
     choose,
     choose_together,
     no_occurrences,
-    settings_of,
+    stack_settings,
 )
 from tests.golden import QUICK
 
@@ -44,10 +44,10 @@ def drawn(
     logits: NDArray[np.float32], sampling: SamplingParams, *, times: int = 64, function: Any = choose
 ) -> NDArray[np.int32]:
     """Tokens [times] of draws from the same logits [V]."""
-    bias = bias_of(sampling, np.ones(VOCAB_SIZE, np.bool_))
+    bias = bias_array(sampling, np.ones(VOCAB_SIZE, np.bool_))
     rows = [np.tile(x, (times, 1)) for x in (logits, no_occurrences(VOCAB_SIZE), bias)]
     keys = jax.vmap(jax.random.key)(np.arange(times, dtype=np.uint32))
-    return np.asarray(_compiled(function)(*rows, settings_of([sampling] * times), keys))
+    return np.asarray(_compiled(function)(*rows, stack_settings([sampling] * times), keys))
 
 
 @pytest.mark.parametrize("function", [choose, choose_together])
@@ -97,9 +97,9 @@ def test_what_is_impossible_is_never_drawn(logits: NDArray[np.float32], order: O
         SamplingParams(**dict(zip(EXTREMES, values, strict=True)), order=order, banned=banned)  # pyright: ignore[reportArgumentType]
         for values in itertools.product(*EXTREMES.values())
     ]
-    bias = bias_of(rows[0], np.ones(VOCAB_SIZE, np.bool_))
+    bias = bias_array(rows[0], np.ones(VOCAB_SIZE, np.bool_))
     tables = [np.tile(x, (len(rows), 1)) for x in (logits, no_occurrences(VOCAB_SIZE), bias)]
     keys = jax.vmap(jax.random.key)(np.arange(len(rows), dtype=np.uint32))
-    tokens = np.asarray(_compiled(choose_together)(*tables, settings_of(rows), keys))
+    tokens = np.asarray(_compiled(choose_together)(*tables, stack_settings(rows), keys))
     wrong = [row for row, token in zip(rows, tokens, strict=True) if np.isneginf((logits + bias)[token])]
     assert not wrong

@@ -14,12 +14,12 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
 from rwkv_jax.inference.sampling import (
     SamplingParams,
-    bias_of,
+    bias_array,
     count,
     initial_occurrences,
     no_occurrences,
     occurrence_weights,
-    settings_of,
+    stack_settings,
 )
 from tests.inference.drawing import DRAWS, LOGITS, agrees, compiled, draw, expected
 
@@ -50,7 +50,7 @@ def test_a_sequence_is_that_of_the_official_penalties() -> None:
     weights = np.where(np.arange(40) % 4, 1, 0).astype(np.float32)
     official = OfficialPenalties(0.2, 0.2, 0.996)
     occurrences = jnp.asarray(no_occurrences(40)[None])
-    zero, settings = jnp.zeros((1, 40)), settings_of([sampling])
+    zero, settings = jnp.zeros((1, 40)), stack_settings([sampling])
     keys = jax.random.split(jax.random.key(0), 1)
     counted = jax.jit(count)
     tokens, unpenalized = [], []
@@ -93,7 +93,7 @@ def test_repetition_presence_and_frequency_in_the_openai_order() -> None:
 
 def test_rows_that_penalize_nothing_count_nothing() -> None:
     occurrences = jnp.asarray([[-1.0, 2.0, 0.5]] * 2)
-    settings = settings_of(
+    settings = stack_settings(
         [SamplingParams(penalty_decay=0.5), SamplingParams(frequency_penalty=0.1, penalty_decay=0.5)]
     )
     after = count(occurrences, jnp.array([0, 0]), settings, jnp.ones(3))
@@ -114,10 +114,10 @@ def test_digits_and_white_space_weigh_nothing() -> None:
 
 def test_bias_bans_and_ids_without_a_name() -> None:
     named = np.array([True, True, False, True])
-    bias = bias_of(SamplingParams(logit_bias={3: 1.5, 0: -2}, banned=(1,)), named)
+    bias = bias_array(SamplingParams(logit_bias={3: 1.5, 0: -2}, banned=(1,)), named)
     assert bias.dtype == np.float32
     assert bias.tolist() == [-2, -math.inf, -math.inf, 1.5]
     with pytest.raises(ConfigError, match="banned names 3 ids, and leaves no token"):
-        bias_of(SamplingParams(banned=(0, 1, 3)), named)
+        bias_array(SamplingParams(banned=(0, 1, 3)), named)
     with pytest.raises(ConfigError, match="banned names id 4: the model's ids are 0 to 3"):
-        bias_of(SamplingParams(banned=(4,)), named)
+        bias_array(SamplingParams(banned=(4,)), named)

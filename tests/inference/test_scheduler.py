@@ -29,7 +29,7 @@ from tests.inference.models import (
     what_was_read,
 )
 
-OURS = {"jit(_make)", "jit(_put)", "jit(_take)", "jit(_read)", "jit(_write)"}
+OURS = {"jit(_make)", "jit(_put)", "jit(_take)", "jit(_prefill)", "jit(_decode)"}
 
 
 def slots_of(engine: Engine) -> list[Any]:
@@ -40,8 +40,8 @@ def slots_of(engine: Engine) -> list[Any]:
 def count_ticks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Grows with every turn of the scheduler."""
     ticks: list[bool] = []
-    tick = engine._scheduler.tick
-    monkeypatch.setattr(engine._scheduler, "tick", lambda: ticks.append(tick()) or ticks[-1])
+    step = engine._scheduler.step
+    monkeypatch.setattr(engine._scheduler, "step", lambda: ticks.append(step()) or ticks[-1])
     return ticks
 
 
@@ -55,13 +55,13 @@ def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[st
     slots = engine._scheduler._slots
     some_of_them = list(prompts(1, 40, 90))
     engine.generate(some_of_them, max_tokens=5, sampling=SamplingParams.rwkv(top_k=4, min_p=0.01, typical_p=0.9))
-    engine.generate(some_of_them[:5], max_tokens=5, guidance=1.5, unguided="x", stop=["a"], best_of=2)
+    engine.generate(some_of_them[:5], max_tokens=5, guidance_scale=1.5, negative_prompt="x", stop=["a"], best_of=2)
     assert set(compiled) >= OURS
     assert sum(name in OURS for name in compiled) <= 8
 
     compiled.clear()
     engine.generate(some_of_them[::-1], max_tokens=9, sampling=[GREEDY, SamplingParams(temperature=2.0)] * 20)
-    with engine.stream("", start=engine.read(None, "a"), keep=True) as stream:
+    with engine.stream("", state=engine.prefill(None, "a"), return_state=True) as stream:
         some(stream, 5)
     assert stream.snapshot is not None
     assert compiled == []
@@ -75,8 +75,8 @@ def test_weights_that_were_put_on_a_device_take_no_more_programs(engine: Engine,
     compiled.clear()
     for seed in range(2):
         placed.generate("a", max_tokens=3, seed=seed)
-    snapshot = placed.read(None, "b")
-    placed.generate("c", start=dataclasses.replace(snapshot, state=jax.device_get(snapshot.state)), max_tokens=3)
+    snapshot = placed.prefill(None, "b")
+    placed.generate("c", state=dataclasses.replace(snapshot, state=jax.device_get(snapshot.state)), max_tokens=3)
     ours = [name for name in compiled if name in OURS]
     assert len(ours) == len(set(ours))
 
@@ -91,8 +91,8 @@ def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: in
             "max_tokens": int(draws.integers(1, 20)),
             "sampling": samplings[draws.integers(3)],
             "seed": i,
-            "keep": bool(draws.integers(2)),
-            "client": "xyz"[draws.integers(3)],
+            "return_state": bool(draws.integers(2)),
+            "client_id": "xyz"[draws.integers(3)],
         }
         for i, prompt in enumerate(prompts(seed, 40))
     ]
@@ -110,20 +110,20 @@ def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: in
         if len(found[i]) >= min(most, settings[i]["max_tokens"]) or found[i][-1].finish_reason:
             stream.cancel()
             del running[i]
-            states[i] = stream.snapshot if settings[i]["keep"] else None
+            states[i] = stream.snapshot if settings[i]["return_state"] else None
     assert any(chunks[-1].finish_reason is None for chunks in found.values())
     for i, chunks in found.items():
-        options: dict[str, Any] = settings[i] | {"keep": False}
+        options: dict[str, Any] = settings[i] | {"return_state": False}
         alone = engine.generate(options.pop("prompts"), **options)
         _, ids = texts_of(chunks)
         assert ids == alone.ids[: len(ids)]
-        if settings[i]["keep"]:
-            assert_same(states[i], engine.read(None, settings[i]["prompts"] + what_was_read(chunks)))
+        if settings[i]["return_state"]:
+            assert_same(states[i], engine.prefill(None, settings[i]["prompts"] + what_was_read(chunks)))
 
 
 def test_rows_that_take_no_part_are_untouched(engine: Engine) -> None:
     """Of a paused text, and of slots that nobody has, down to the last bit."""
-    paused = engine.stream(IDS, keep=True, max_tokens=50, sampling=SamplingParams.rwkv())
+    paused = engine.stream(IDS, return_state=True, max_tokens=50, sampling=SamplingParams.rwkv())
     next(paused)
     (own,) = paused._jobs[0].slots
     before = slots_of(engine)
@@ -152,11 +152,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine, monkeypatch
         ticks = count_ticks(engine, monkeypatch)
         next(short)
         assert len(ticks) <= 3
-        assert long._jobs[0].is_reading
+        assert long._jobs[0].is_prefilling
         with engine.stream(long_prompt[::-1]) as other:
             some(short, 8)
-            assert 0 < long._jobs[0].readers[0].num_read < 1000
-            assert 0 < other._jobs[0].readers[0].num_read < 1000
+            assert 0 < long._jobs[0].cursors[0].num_prefilled < 1000
+            assert 0 < other._jobs[0].cursors[0].num_prefilled < 1000
 
 
 # Waiting
@@ -164,10 +164,10 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine, monkeypatch
 
 def test_a_full_queue_refuses_and_goes_on(narrow: Engine) -> None:
     streams = [narrow.stream([IDS, IDS], max_tokens=3, sampling=GREEDY) for _ in range(2)]
-    with pytest.raises(QueueFullError, match=r"^queue: 4 texts wait, and 1 more would pass most_waiting = 4; collect"):
+    with pytest.raises(QueueFullError, match=r"^queue: 4 texts wait, and 1 more would pass max_queue = 4; collect"):
         narrow.stream(IDS)
     next(streams[0])
-    with pytest.raises(QueueFullError, match=r"^queue: 3 texts wait, and 2 more would pass most_waiting = 4; collect"):
+    with pytest.raises(QueueFullError, match=r"^queue: 3 texts wait, and 2 more would pass max_queue = 4; collect"):
         narrow.stream([IDS, IDS])
     # Of a list what does not fit waits outside the queue.
     alone = narrow.generate([IDS] * 9, max_tokens=3, sampling=GREEDY)
@@ -181,12 +181,12 @@ def test_clients_take_turns(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> 
     admit = narrow._scheduler._admit
 
     def noted(job: Any) -> None:
-        order.append(f"{job.request.client}{job.index}")
+        order.append(f"{job.request.client_id}{job.index}")
         admit(job)
 
     monkeypatch.setattr(narrow._scheduler, "_admit", noted)
-    first = narrow.stream([IDS] * 3, max_tokens=2, client="a")
-    second = narrow.stream([IDS], max_tokens=2, client="b")
+    first = narrow.stream([IDS] * 3, max_tokens=2, client_id="a")
+    second = narrow.stream([IDS], max_tokens=2, client_id="b")
     list(first)
     list(second)
     assert order == ["a0", "b0", "a1", "a2"]
@@ -196,7 +196,7 @@ def test_texts_whose_readers_pause_share_one_slot(narrow: Engine) -> None:
     samplings = (SamplingParams.rwkv(temperature=2.0), GREEDY, SamplingParams.rwkv(penalize_prompt=True))
     options = [{"max_tokens": 11, "sampling": sampling, "stop_ids": ()} for sampling in samplings]
     alone = [narrow.generate(IDS, **each) for each in options]
-    streams = [narrow.stream(IDS, keep=True, **each) for each in options]
+    streams = [narrow.stream(IDS, return_state=True, **each) for each in options]
     found: list[list[Any]] = [[], [], []]
     for _ in range(10):
         for stream, chunks in zip(streams, found, strict=True):
@@ -205,28 +205,30 @@ def test_texts_whose_readers_pause_share_one_slot(narrow: Engine) -> None:
         stream.cancel()
         _, ids = texts_of(chunks)
         assert ids == expected.ids[:10]
-        assert_same(stream.snapshot, narrow.read(None, IDS + ids))
+        assert_same(stream.snapshot, narrow.prefill(None, IDS + ids))
 
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_a_text_without_its_slot_can_be_cancelled_anywhere(narrow: Engine, count: int) -> None:
-    stream = narrow.stream(IDS, max_tokens=9, keep=True, sampling=GREEDY, stop_ids=())
+    stream = narrow.stream(IDS, max_tokens=9, return_state=True, sampling=GREEDY, stop_ids=())
     chunks = some(stream, count)
     narrow.generate((3, 4), max_tokens=2)
     stream.cancel()
-    assert narrow._scheduler.num_waiting == 0
-    assert_same(stream.snapshot, narrow.read(None, IDS + texts_of(chunks)[1]))
+    assert narrow._scheduler.num_queued == 0
+    assert_same(stream.snapshot, narrow.prefill(None, IDS + texts_of(chunks)[1]))
 
 
 def test_paused_texts_make_room_for_one_that_needs_two_slots(engine: Engine) -> None:
-    expected = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x")
-    streams = [engine.stream((i, *IDS), keep=True, max_tokens=20, seed=i) for i in range(2, 6)]
+    expected = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x")
+    streams = [engine.stream((i, *IDS), return_state=True, max_tokens=20, seed=i) for i in range(2, 6)]
     chunks = [some(stream, 1) for stream in streams]
     assert engine._scheduler.num_running == 4
-    found = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x")
+    found = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x")
     assert found.ids == expected.ids
     streams.pop().cancel()
-    assert engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance=2.0, unguided="x").ids == expected.ids
+    assert (
+        engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x").ids == expected.ids
+    )
     for i, stream in enumerate(streams):
         _, ids = texts_of(chunks[i] + list(stream))
         assert ids == engine.generate((i + 2, *IDS), max_tokens=20, seed=i + 2).ids
@@ -237,7 +239,7 @@ def test_two_prompts_of_which_one_begins_the_other_can_both_be_left(engine: Engi
     first = engine.stream((200, *LONG_IDS), max_tokens=3)
     second = engine.stream((200, *LONG_IDS, 7), max_tokens=3, sampling=GREEDY)
     engine.generate((5,), max_tokens=1)
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (1, 1)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (1, 1)
     first.cancel()
     assert len(list(second)) == 3
 
@@ -268,7 +270,7 @@ def test_fifty_sessions_never_mix(engine: Engine) -> None:
                 texts[i] += chunk.ids
     for i, (session, prompt) in enumerate(zip(sessions, each, strict=True)):
         assert session.num_tokens == len(texts[i]) == len(prompt) + 2 * (2 + 7)
-        assert_same(session.snapshot, engine.read(None, texts[i]))
+        assert_same(session.snapshot, engine.prefill(None, texts[i]))
         alone = engine.generate((*prompt, 1, i + 1), max_tokens=7, seed=i, stop_ids=())
         assert list(alone.ids) == texts[i][len(prompt) + 2 : len(prompt) + 9]
 
@@ -283,8 +285,8 @@ def test_sessions_with_equal_requests_at_different_states(narrow: Engine) -> Non
     ids = [[*next(streams[i]).ids, *next(streams[i]).ids] for i in range(2)]
     for stream in streams:
         stream.cancel()
-    assert_same(begun.snapshot, narrow.read(None, (*IDS, *ids[0])))
-    assert_same(other.snapshot, narrow.read(None, (*IDS, 9, *ids[1])))
+    assert_same(begun.snapshot, narrow.prefill(None, (*IDS, *ids[0])))
+    assert_same(other.snapshot, narrow.prefill(None, (*IDS, 9, *ids[1])))
 
 
 def resident_bytes() -> int:

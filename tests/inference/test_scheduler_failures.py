@@ -52,7 +52,7 @@ def test_more_prompts_than_may_wait_are_all_written(narrow: Engine) -> None:
     expected = narrow.generate(IDS, max_tokens=3, sampling=GREEDY)
     waiting = [narrow.stream(IDS, max_tokens=2) for _ in range(4)]  # others have filled the queue
     assert [done.ids for done in narrow.generate([IDS] * 7, max_tokens=3, sampling=GREEDY)] == [expected.ids] * 7
-    assert narrow.read(None, IDS).num_tokens == len(IDS)
+    assert narrow.prefill(None, IDS).num_tokens == len(IDS)
     for stream in waiting:
         assert len(list(stream)) == 2
 
@@ -64,14 +64,14 @@ def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch:
     stream = session.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
     other = engine.stream(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
     ids = [*next(stream).ids, *next(stream).ids]
-    tick = engine._scheduler.tick
+    step = engine._scheduler.step
 
     def interrupted() -> bool:
-        monkeypatch.setattr(engine._scheduler, "tick", tick)
+        monkeypatch.setattr(engine._scheduler, "step", step)
         signal.raise_signal(signal.SIGINT)
-        return tick()
+        return step()
 
-    monkeypatch.setattr(engine._scheduler, "tick", interrupted)
+    monkeypatch.setattr(engine._scheduler, "step", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             ids.extend(token for chunk in stream for token in chunk.ids)
@@ -82,7 +82,7 @@ def test_an_interrupt_waits_for_the_end_of_the_turn(engine: Engine, monkeypatch:
     assert texts_of(list(other))[1] == engine.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=()).ids
 
 
-@pytest.mark.parametrize("program", ["put", "read", "write", "take"])
+@pytest.mark.parametrize("program", ["put", "prefill", "decode", "take"])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 def test_a_failure_of_the_device_ends_what_is_running(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, program: str, kind: type[BaseException]
@@ -103,7 +103,7 @@ def test_a_failure_of_the_device_ends_what_is_running(
     running = [engine.stream((i, *LONG_IDS), max_tokens=1000, stop_ids=()) for i in range(2, 5)]
     for stream in running:
         next(stream)
-    last = engine.stream((100, *LONG_IDS[::-1]), max_tokens=9, keep=True)
+    last = engine.stream((100, *LONG_IDS[::-1]), max_tokens=9, return_state=True)
     waiting = [engine.stream(IDS, max_tokens=9, sampling=GREEDY) for _ in range(3)]
     monkeypatch.setattr(programs, program, fails)
     with pytest.raises(kind, match="the device is gone"):
@@ -118,32 +118,32 @@ def test_a_failure_of_the_device_ends_what_is_running(
     for stream in waiting:
         assert texts_of(list(stream))[1] == expected.ids
     assert session.generate(max_tokens=9, sampling=GREEDY).ids == expected.ids
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
     assert len(engine._scheduler._free) == 4
 
 
 def test_a_text_without_a_slot_outlives_a_failure(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = narrow.generate(IDS, max_tokens=9, sampling=GREEDY, stop_ids=())
-    away = narrow.stream(IDS, max_tokens=9, keep=True, sampling=GREEDY, stop_ids=())
+    away = narrow.stream(IDS, max_tokens=9, return_state=True, sampling=GREEDY, stop_ids=())
     chunks = some(away, 2)
     programs = narrow._scheduler._programs
-    write = programs.write
+    write = programs.decode
 
     def fails(*_: Any, **__: Any) -> Any:
-        monkeypatch.setattr(programs, "write", write)
+        monkeypatch.setattr(programs, "decode", write)
         raise OSError("the device is gone")
 
-    monkeypatch.setattr(programs, "write", fails)
+    monkeypatch.setattr(programs, "decode", fails)
     with pytest.raises(OSError, match="the device is gone"):
         narrow.generate((3,), max_tokens=2)
     assert texts_of(chunks + list(away))[1] == expected.ids
 
 
 def test_logits_that_are_not_finite_end_their_text_alone(engine: Engine) -> None:
-    snapshot = engine.read(None, IDS)
+    snapshot = engine.prefill(None, IDS)
     broken = copy.copy(snapshot)
     object.__setattr__(broken, "logits", snapshot.logits.at[3].set(np.nan))
-    streams = [engine.stream("", start=start, max_tokens=6, seed=2, stop_ids=()) for start in (broken, snapshot)]
+    streams = [engine.stream("", state=start, max_tokens=6, seed=2, stop_ids=()) for start in (broken, snapshot)]
     with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite"):
         list(streams[0])
     alone = engine.generate(IDS, max_tokens=6, seed=2, stop_ids=())
@@ -179,8 +179,8 @@ def test_bad_requests_harm_nobody(engine: Engine) -> None:
     for stream in under_way.values():
         stream.cancel()
     for session, ids in zip(sessions, written, strict=True):
-        assert_same(session.snapshot, engine.read(None, ids))
+        assert_same(session.snapshot, engine.prefill(None, ids))
     assert len(good) == 70
     for settings, completion in good:
         assert engine.generate(**settings).ids == completion.ids
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)

@@ -21,7 +21,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def _assert_read(session: Session, engine: FakeEngine, ids: list[int]) -> None:
     assert session.num_tokens == len(ids)
-    assert_identical(_snapshot(session), engine.read(None, ids))
+    assert_identical(_snapshot(session), engine.prefill(None, ids))
 
 
 def _snapshot(session: Session) -> Snapshot:
@@ -54,8 +54,8 @@ def test_random_operations_equal_plain_runs(engine: FakeEngine, tmp_path: Path, 
 
 def test_the_comparison_can_fail(engine: FakeEngine, tmp_path: Path) -> None:
     class Forgetful(FakeEngine):
-        def read(self, snapshot: Snapshot | None, tokens: Any) -> Snapshot:
-            return super().read(snapshot, tokens if snapshot is None or len(tokens) < 3 else tokens[1:])
+        def prefill(self, snapshot: Snapshot | None, tokens: Any) -> Snapshot:
+            return super().prefill(snapshot, tokens if snapshot is None or len(tokens) < 3 else tokens[1:])
 
     with pytest.raises(AssertionError):
         Operations(Forgetful(), VOCAB_SIZE, tmp_path).run(50)
@@ -91,7 +91,7 @@ def test_a_completion_is_all_chunks(engine: FakeEngine, session: Session) -> Non
     assert len(chunks) == 7
     assert completion.text == "".join(chunk.text for chunk in chunks)
     assert completion.ids == tuple(token for chunk in chunks for token in chunk.ids)
-    assert completion.log_probabilities == (-1.0,) * 7
+    assert completion.logprobs == (-1.0,) * 7
     assert completion.finish_reason == "length"
     assert completion.num_prompt_tokens == len(" upon")
 

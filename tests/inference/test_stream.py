@@ -42,7 +42,7 @@ def nothing_is_left(engine: Engine) -> Any:
     """No test leaves a text in a slot or in the queue."""
     yield
     engine.generate("x", max_tokens=1)
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
 
 
 # What is shown
@@ -59,16 +59,16 @@ def test_a_text_is_its_chunks_and_its_ids(engine: Engine, seed: int) -> None:
     whole = engine.generate(IDS, **options)
     assert (whole.text, whole.ids) == (text, ids)
     assert [chunk.finish_reason for chunk in chunks] == [None] * 22 + ["length"]
-    assert all(len(chunk.ids) == len(chunk.log_probabilities) == 1 for chunk in chunks)
+    assert all(len(chunk.ids) == len(chunk.logprobs) == 1 for chunk in chunks)
 
 
 def test_a_character_is_shown_once_it_is_whole(engine: Engine) -> None:
     in_order = [0xE6, 0x97, 0xA5]
     shown = []
-    snapshot = engine.read(None, IDS)
+    snapshot = engine.prefill(None, IDS)
     for token in in_order[:2]:
         sampling = SamplingParams.greedy(logit_bias={token: 1e6})
-        (chunk,) = engine.stream("", start=snapshot, keep=True, max_tokens=1, sampling=sampling)
+        (chunk,) = engine.stream("", state=snapshot, return_state=True, max_tokens=1, sampling=sampling)
         shown.append(chunk.text)
     assert shown == ["�", "�"]  # each text ends there
     stream = engine.stream(IDS, max_tokens=3, sampling=SamplingParams.greedy(logit_bias={0xE6: 1e6}))
@@ -81,11 +81,11 @@ def test_a_stop_id_ends_a_text_and_is_no_part_of_it(engine: Engine) -> None:
         stop = whole.ids[place]
         expected = whole.ids[: whole.ids.index(stop)]
         options: dict[str, Any] = DRAWN | {"stop_ids": [stop]}
-        stream = engine.stream(IDS, max_tokens=12, keep=True, **options)
+        stream = engine.stream(IDS, max_tokens=12, return_state=True, **options)
         chunks = list(stream)
         assert texts_of(chunks) == (engine.tokenizer.decode(expected), expected)
         assert (chunks[-1].finish_reason, chunks[-1].stop, chunks[-1].ids) == ("stop", stop, ())
-        assert_same(stream.snapshot, engine.read(None, (*IDS, *expected, stop)))
+        assert_same(stream.snapshot, engine.prefill(None, (*IDS, *expected, stop)))
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
@@ -96,11 +96,11 @@ def test_a_stop_string_ends_a_text_and_is_never_shown(engine: Engine, length: in
     for place in range(14 - length):
         stop = whole.text[place : place + length]
         end = whole.text.index(stop)
-        stream = engine.stream(IDS, keep=True, stop=["never", stop], **options)
+        stream = engine.stream(IDS, return_state=True, stop=["never", stop], **options)
         chunks = list(stream)
         assert texts_of(chunks) == (whole.text[:end], whole.ids[: end + length])
         assert (chunks[-1].finish_reason, chunks[-1].stop) == ("stop", stop)
-        assert_same(stream.snapshot, engine.read(None, IDS + whole.ids[: end + length]))
+        assert_same(stream.snapshot, engine.prefill(None, IDS + whole.ids[: end + length]))
 
 
 def test_what_might_have_become_a_stop_string_is_shown_in_the_end(engine: Engine) -> None:
@@ -126,74 +126,74 @@ def test_chunks_of_several_texts_name_theirs(engine: Engine) -> None:
 
 @pytest.mark.parametrize("count", range(11))
 def test_a_cancelled_text_stands_behind_what_was_collected(engine: Engine, count: int) -> None:
-    going_on: dict[str, Any] = {"start": engine.read(None, IDS)}
+    going_on: dict[str, Any] = {"state": engine.prefill(None, IDS)}
     for prompt, options in ((IDS, {}), ("", going_on)):
-        stream = engine.stream(prompt, max_tokens=9, keep=True, **DRAWN, **options)
+        stream = engine.stream(prompt, max_tokens=9, return_state=True, **DRAWN, **options)
         chunks = some(stream, count)
         stream.cancel()
         stream.cancel()
         assert next(stream, None) is None
         if count == 0:  # nobody has waited for anything
-            assert stream.snapshot is options.get("start")
+            assert stream.snapshot is options.get("state")
         else:
-            assert_same(stream.snapshot, engine.read(None, IDS + what_was_read(chunks)))
+            assert_same(stream.snapshot, engine.prefill(None, IDS + what_was_read(chunks)))
             assert stream.snapshot is stream.snapshot
 
 
 def test_a_text_that_was_written_and_not_collected_stands_behind_its_prompt(engine: Engine) -> None:
-    stream = engine.stream(IDS, max_tokens=9, keep=True, **DRAWN)
+    stream = engine.stream(IDS, max_tokens=9, return_state=True, **DRAWN)
     engine.generate(IDS, max_tokens=9)
     stream.cancel()
-    assert_same(stream.snapshot, engine.read(None, IDS))
+    assert_same(stream.snapshot, engine.prefill(None, IDS))
 
 
 @pytest.mark.parametrize("collected", [1, 3])
 def test_a_text_that_ended_unseen_stands_behind_what_was_collected(engine: Engine, collected: int) -> None:
-    stream = engine.stream(IDS, max_tokens=4, keep=True, **DRAWN)
+    stream = engine.stream(IDS, max_tokens=4, return_state=True, **DRAWN)
     chunks = some(stream, collected)
     engine.generate(IDS, max_tokens=9)
     stream.cancel()
-    assert_same(stream.snapshot, engine.read(None, IDS + what_was_read(chunks)))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + what_was_read(chunks)))
 
 
 @pytest.mark.parametrize("count", range(1, 6))
 @pytest.mark.parametrize("num_others", [1, 3])
 def test_a_text_that_pauses_is_not_moved_by_others(engine: Engine, count: int, num_others: int) -> None:
-    stream = engine.stream(IDS, max_tokens=9, keep=True, **DRAWN)
+    stream = engine.stream(IDS, max_tokens=9, return_state=True, **DRAWN)
     chunks = some(stream, count)
     engine.generate([IDS] * num_others, max_tokens=9)
     stream.cancel()
-    assert_same(stream.snapshot, engine.read(None, IDS + what_was_read(chunks)))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + what_was_read(chunks)))
 
 
 def test_a_text_that_is_being_read_stands_where_it_was(engine: Engine) -> None:
-    going_on: dict[str, Any] = {"start": engine.read(None, IDS)}
+    going_on: dict[str, Any] = {"state": engine.prefill(None, IDS)}
     for options in ({}, going_on):
-        stream = engine.stream(LONG_IDS, keep=True, **options)
+        stream = engine.stream(LONG_IDS, return_state=True, **options)
         engine.generate(IDS, max_tokens=1)
         assert engine._scheduler.num_running == 1
         stream.cancel()
         assert engine._scheduler.num_running == 0
-        assert stream.snapshot is options.get("start")
+        assert stream.snapshot is options.get("state")
 
 
 def test_equal_texts_in_the_queue_are_told_apart(engine: Engine) -> None:
-    streams = [engine.stream(IDS, max_tokens=5, keep=True, sampling=GREEDY) for _ in range(9)]
+    streams = [engine.stream(IDS, max_tokens=5, return_state=True, sampling=GREEDY) for _ in range(9)]
     for stream in streams[1::2]:
         stream.cancel()
         assert stream.snapshot is None
-    assert engine._scheduler.num_waiting == 5
+    assert engine._scheduler.num_queued == 5
     assert len({texts_of(list(stream)) for stream in streams[::2]}) == 1
 
 
 def test_a_state_is_asked_for_at_the_end_only(engine: Engine) -> None:
-    stream = engine.stream(IDS, max_tokens=3, keep=True)
-    expected = "single text, given keep=True, whose stream has ended"
+    stream = engine.stream(IDS, max_tokens=3, return_state=True)
+    expected = "single text, given return_state=True, whose stream has ended"
     with pytest.raises(RuntimeError, match=expected):
         _ = stream.snapshot
     chunks = some(stream, 3)
     assert chunks[-1].finish_reason == "length"
-    assert_same(stream.snapshot, engine.read(None, IDS + what_was_read(chunks)))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + what_was_read(chunks)))
     without = engine.stream(IDS, max_tokens=3)
     list(without)
     with pytest.raises(RuntimeError, match=expected):
@@ -204,22 +204,22 @@ def test_leaving_a_block_ends_what_is_in_it(engine: Engine) -> None:
     with engine.stream([IDS] * 6, max_tokens=1000) as stream:
         some(stream, 3)
         assert engine._scheduler.num_running == 4
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
     with pytest.raises(ZeroDivisionError), engine.stream(IDS, max_tokens=1000) as stream:
         raise ZeroDivisionError
-    assert engine._scheduler.num_waiting == 0
+    assert engine._scheduler.num_queued == 0
 
 
 def test_forgotten_streams_free_their_slots(engine: Engine) -> None:
-    for keep in (False, True):
-        streams = [engine.stream(IDS, max_tokens=10_000, keep=keep) for _ in range(7)]
+    for return_state in (False, True):
+        streams = [engine.stream(IDS, max_tokens=10_000, return_state=return_state) for _ in range(7)]
         for stream in streams[:4]:
             next(stream)
         assert engine._scheduler.num_running == 4
         del stream, streams
         gc.collect()
         engine.generate(IDS, max_tokens=1)
-        assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+        assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
 
 
 # Threads and tasks
@@ -243,18 +243,18 @@ def test_many_tasks_read_at_once(engine: Engine) -> None:
 
 def test_a_task_that_gives_up_waiting_loses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It need not wait for the device; a chunk that comes too late is the next one's, and no part of the state yet."""
-    tick = engine._scheduler.tick
+    step = engine._scheduler.step
 
     def slow_tick() -> bool:
         time.sleep(0.02)
-        return tick()
+        return step()
 
-    monkeypatch.setattr(engine._scheduler, "tick", slow_tick)
+    monkeypatch.setattr(engine._scheduler, "step", slow_tick)
 
     async def main() -> tuple[list[Chunk], int, Any]:
         chunks: list[Chunk] = []
         timeouts = 0
-        async with engine.stream(IDS, max_tokens=12, keep=True, **DRAWN) as stream:
+        async with engine.stream(IDS, max_tokens=12, return_state=True, **DRAWN) as stream:
             while len(chunks) < 6:
                 try:
                     chunks.append(await asyncio.wait_for(anext(stream), 0.005))
@@ -266,7 +266,7 @@ def test_a_task_that_gives_up_waiting_loses_nothing(engine: Engine, monkeypatch:
     assert timeouts > 1
     ids = texts_of(chunks)[1]
     assert ids == engine.generate(IDS, max_tokens=12, **DRAWN).ids[:6]
-    assert_same(stream.snapshot, engine.read(None, IDS + ids))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + ids))
 
 
 def test_many_threads_write_at_once(engine: Engine) -> None:
@@ -288,27 +288,27 @@ def test_many_threads_write_at_once(engine: Engine) -> None:
 
 def test_a_state_waits_for_the_turn_in_which_its_text_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread's turn, of which the last chunk comes before the state is taken out."""
-    stream = engine.stream(IDS, max_tokens=6, keep=True, **DRAWN)
+    stream = engine.stream(IDS, max_tokens=6, return_state=True, **DRAWN)
     chunks = some(stream, 3)
-    keep = engine._scheduler._keep
+    keep = engine._scheduler._save_state
 
     def slow_keep(job: Any) -> None:
         time.sleep(0.05)
         keep(job)
 
-    monkeypatch.setattr(engine._scheduler, "_keep", slow_keep)
+    monkeypatch.setattr(engine._scheduler, "_save_state", slow_keep)
     chunks += some(stream, 1)
     other = threading.Thread(target=engine.generate, args=(IDS,), kwargs={"max_tokens": 9})
     other.start()
     while stream._jobs[0].finish_reason is None:
         time.sleep(0.0002)
     chunks += list(stream)
-    assert_same(stream.snapshot, engine.read(None, IDS + texts_of(chunks)[1]))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + texts_of(chunks)[1]))
     other.join()
 
 
 def test_another_thread_may_cancel(engine: Engine) -> None:
-    stream = engine.stream(IDS, max_tokens=100_000, keep=True, sampling=GREEDY, stop_ids=())
+    stream = engine.stream(IDS, max_tokens=100_000, return_state=True, sampling=GREEDY, stop_ids=())
     chunks = some(stream, 3)
     thread = threading.Timer(0.05, stream.cancel)
     thread.start()
@@ -319,4 +319,4 @@ def test_another_thread_may_cancel(engine: Engine) -> None:
     assert snapshot is not None
     assert snapshot.num_tokens == len(IDS) + len(chunks)
     ids = IDS + texts_of(chunks)[1]
-    assert_same(snapshot, engine.read(None, ids))
+    assert_same(snapshot, engine.prefill(None, ids))

@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {"sampling": GREEDY, "stop_ids": ()}
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return quick_engine(random_model(CONFIGS["7"]), num_slots=2, prefix_bytes=0, most_waiting=6)
+    return quick_engine(random_model(CONFIGS["7"]), num_slots=2, prefix_bytes=0, max_queue=6)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def nothing_is_left(engine: Engine) -> Any:
     """No test leaves a text in a slot or in the queue."""
     yield
     engine.generate("x", max_tokens=1)
-    assert (engine._scheduler.num_running, engine._scheduler.num_waiting) == (0, 0)
+    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +47,29 @@ def stopped(engine: Engine) -> dict[str, Any]:
 
 
 def in_the_next_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
-    """Has something done in the midst of the next turn that writes."""
-    scheduler = engine._scheduler
-    rows_to_write = scheduler._rows_to_write
+    """Has something done in the midst of the next step that decodes."""
+    programs = engine._scheduler._programs
+    decode = programs.decode
 
-    def disturbed(jobs: Any) -> Any:
-        monkeypatch.setattr(scheduler, "_rows_to_write", rows_to_write)
-        found = rows_to_write(jobs)
+    def disturbed(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(programs, "decode", decode)
         action()
-        return found
+        return decode(*arguments, **named)
 
-    monkeypatch.setattr(scheduler, "_rows_to_write", disturbed)
+    monkeypatch.setattr(programs, "decode", disturbed)
 
 
 # States at the end
 
 
 def test_a_stop_string_after_a_pause_leaves_the_state_behind_it(engine: Engine, stopped: dict[str, Any]) -> None:
-    stream = engine.stream(IDS, keep=True, **stopped)
+    stream = engine.stream(IDS, return_state=True, **stopped)
     chunks = some(stream, 1)
     engine.generate([OTHER, IDS, OTHER], max_tokens=3)  # both slots are wanted, so that the stream gives its own up
     chunks += list(stream)
     ids = texts_of(chunks)[1]
     assert len(ids) == 6
-    assert_same(stream.snapshot, engine.read(None, IDS + ids))
+    assert_same(stream.snapshot, engine.prefill(None, IDS + ids))
 
 
 def test_the_end_of_a_reply_waits_for_nobodys_slot(
@@ -78,7 +77,7 @@ def test_the_end_of_a_reply_waits_for_nobodys_slot(
 ) -> None:
     """The state behind a stop string is read in a slot that is lent for the moment, and given back as it was."""
     expected = [engine.generate(ids, max_tokens=30, **PLAIN).ids for ids in (OTHER, IDS)]
-    stream = engine.stream(IDS, keep=True, **stopped)
+    stream = engine.stream(IDS, return_state=True, **stopped)
     chunks = some(stream, 4)
     others = [engine.stream(ids, max_tokens=30, **PLAIN) for ids in (OTHER, IDS)]
     while not stream._jobs[0].is_done:
@@ -86,18 +85,18 @@ def test_the_end_of_a_reply_waits_for_nobodys_slot(
     begun = [some(other, 1) for other in others]
     assert not engine._scheduler._free
     with monkeypatch.context() as context:
-        context.setattr(engine._scheduler, "tick", lambda: pytest.fail("it ran the others"))
+        context.setattr(engine._scheduler, "step", lambda: pytest.fail("it ran the others"))
         chunks += list(stream)
         snapshot = stream.snapshot
     for other, first, ids in zip(others, begun, expected, strict=True):
         assert texts_of([*first, *other])[1] == ids
-    assert_same(snapshot, engine.read(None, IDS + texts_of(chunks)[1]))
+    assert_same(snapshot, engine.prefill(None, IDS + texts_of(chunks)[1]))
 
 
 def test_a_device_that_fails_while_a_slot_is_lent_ends_the_texts_with_slots(
     engine: Engine, stopped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = engine.stream(IDS, keep=True, **stopped)
+    stream = engine.stream(IDS, return_state=True, **stopped)
     list(stream)
     others = [engine.stream(ids, max_tokens=30, **PLAIN) for ids in (OTHER, IDS)]
     for other in others:
@@ -107,7 +106,7 @@ def test_a_device_that_fails_while_a_slot_is_lent_ends_the_texts_with_slots(
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as context:
-        context.setattr(engine._scheduler._programs, "read", broken)
+        context.setattr(engine._scheduler._programs, "prefill", broken)
         with pytest.raises(RuntimeError, match="the device is gone"):
             _ = stream.snapshot
     for other in others:
@@ -172,7 +171,7 @@ def test_an_interrupted_end_can_be_taken_up(
 
     chunks = []
     with monkeypatch.context() as context:
-        context.setattr(engine._scheduler, "read_on", interrupted)
+        context.setattr(engine._scheduler, "extend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             chunks.extend(chunk for chunk in stream if chunks.append(chunk))
     session.cancel()
@@ -182,15 +181,15 @@ def test_an_interrupted_end_can_be_taken_up(
 def test_an_interrupted_generate_leaves_its_session(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     session = engine.session()
     session.append(IDS)
-    tick, count = engine._scheduler.tick, iter(range(9))
+    step, count = engine._scheduler.step, iter(range(9))
 
     def interrupted() -> bool:
         if next(count) == 2:
             raise KeyboardInterrupt
-        return tick()
+        return step()
 
     with monkeypatch.context() as context:
-        context.setattr(engine._scheduler, "tick", interrupted)
+        context.setattr(engine._scheduler, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.generate(max_tokens=50, **PLAIN)
     assert session.num_tokens == len(IDS)
@@ -200,7 +199,7 @@ def test_an_interrupted_generate_leaves_its_session(engine: Engine, monkeypatch:
 def test_an_iterators_end_is_no_error_of_a_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """StopIteration from somewhere within would pass for the end of the text."""
     stream = engine.stream(IDS, max_tokens=5, **PLAIN)
-    monkeypatch.setattr(stream._jobs[0], "write", lambda *_: next(iter(())))
+    monkeypatch.setattr(stream._jobs[0], "add_burst", lambda *_: next(iter(())))
     with pytest.raises(RuntimeError, match="could not be written"):
         list(stream)
 
@@ -210,13 +209,13 @@ def test_an_iterators_end_is_no_error_of_a_text(engine: Engine, monkeypatch: pyt
 
 def test_a_deleted_state_is_its_own_texts_failure(engine: Engine) -> None:
     expected = engine.generate(OTHER, max_tokens=20, **PLAIN).ids
-    snapshot = engine.read(None, IDS)
+    snapshot = engine.prefill(None, IDS)
     state = jax.tree.map(lambda x: x + 0, snapshot.state)
     jax.tree.leaves(state)[0].delete()
     other = engine.stream(OTHER, max_tokens=20, **PLAIN)
     first = some(other, 1)
     with pytest.raises(RuntimeError, match="deleted"):
-        engine.generate("x", start=dataclasses.replace(snapshot, state=state), max_tokens=2)
+        engine.generate("x", state=dataclasses.replace(snapshot, state=state), max_tokens=2)
     assert texts_of([*first, *other])[1] == expected
 
 
@@ -224,10 +223,10 @@ def test_a_deleted_state_is_its_own_texts_failure(engine: Engine) -> None:
 
 
 def test_texts_that_come_back_let_others_pass(engine: Engine) -> None:
-    readers = [engine.stream(IDS, max_tokens=4000, keep=True, client=str(i), **PLAIN) for i in range(3)]
+    readers = [engine.stream(IDS, max_tokens=4000, return_state=True, client_id=str(i), **PLAIN) for i in range(3)]
     for reader in readers:
         next(reader)
-    last = engine.stream(OTHER, max_tokens=3, client="last", **PLAIN)
+    last = engine.stream(OTHER, max_tokens=3, client_id="last", **PLAIN)
     for _ in range(20):
         for reader in readers:
             next(reader)
@@ -238,13 +237,13 @@ def test_texts_that_come_back_let_others_pass(engine: Engine) -> None:
 
 def test_half_collected_texts_do_not_make_others_wait_for_ever(engine: Engine) -> None:
     streams = []
-    for _ in range(2 + engine.options.most_waiting):
-        streams.append(engine.stream(IDS, max_tokens=50, keep=True, **PLAIN))
+    for _ in range(2 + engine.options.max_queue):
+        streams.append(engine.stream(IDS, max_tokens=50, return_state=True, **PLAIN))
         next(streams[-1])
     with pytest.raises(QueueFullError, match=r"0 texts wait \(6 others are half collected\), and 1 more"):
         engine.stream(IDS)
-    for call in (lambda: engine.generate(OTHER, max_tokens=2), lambda: engine.read(None, OTHER)):
-        with pytest.raises(QueueFullError, match=r"most_waiting = 6, and as many texts are half collected"):
+    for call in (lambda: engine.generate(OTHER, max_tokens=2), lambda: engine.prefill(None, OTHER)):
+        with pytest.raises(QueueFullError, match=r"max_queue = 6, and as many texts are half collected"):
             call()
     for stream in streams:
         stream.cancel()
@@ -252,15 +251,15 @@ def test_half_collected_texts_do_not_make_others_wait_for_ever(engine: Engine) -
 
 def test_many_prompts_at_once_leave_room_for_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms: list[int] = []
-    tick = engine._scheduler.tick
-    monkeypatch.setattr(engine._scheduler, "tick", lambda: (rooms.append(engine._scheduler.room), tick())[1])
+    step = engine._scheduler.step
+    monkeypatch.setattr(engine._scheduler, "step", lambda: (rooms.append(engine._scheduler.room), step())[1])
     found = engine.generate(list(prompts(5, 30, 9)), max_tokens=3, **PLAIN)
     assert [completion.index for completion in found] == list(range(30))
-    assert min(rooms) == engine.options.most_waiting - engine.options.num_slots
+    assert min(rooms) == engine.options.max_queue - engine.options.num_slots
 
 
 def test_a_text_that_nobody_collects_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_MOST_UNCOLLECTED", 6)
+    monkeypatch.setattr(engine_module, "_MAX_PENDING_CHUNKS", 6)
     expected = engine.generate(IDS, max_tokens=40, **PLAIN).ids
     left_alone = engine.stream(IDS, max_tokens=40, **PLAIN)
     for _ in range(5):
@@ -269,15 +268,17 @@ def test_a_text_that_nobody_collects_waits(engine: Engine, monkeypatch: pytest.M
     assert texts_of(list(left_alone))[1] == expected
 
 
-def test_prompts_are_compared_once_and_not_at_every_turn() -> None:
+def test_prompts_are_compared_once_and_not_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = quick_engine(random_model(CONFIGS["7"]), num_slots=2)
     beginning = tuple(np.random.default_rng(0).integers(1, 256, 200).tolist())
+    assert engine.prefix_cache is not None
+    lookup, found = engine.prefix_cache.lookup, []
+    monkeypatch.setattr(engine.prefix_cache, "lookup", lambda ids: (found.append(lookup(ids)), found[-1])[1])
     first = engine.stream(beginning, max_tokens=1, **PLAIN)
-    engine._scheduler.tick()
+    engine._scheduler.step()
     others = [engine.stream((*beginning, i), max_tokens=1, **PLAIN) for i in range(5)]
-    engine._scheduler.tick()
+    engine._scheduler.step()
     assert [other._jobs[0].waits_for for other in others] == [first._jobs[0]] * 5
     for other in others:
         assert len(list(other)) == 1
-    assert engine.prefixes is not None
-    assert engine.prefixes.statistics.hits == 5
+    assert [length for length, _ in filter(None, found)] == [200] * 5

@@ -1,7 +1,7 @@
-"""States of beginnings that many texts share, found by their tokens: each is read once.
+"""Prefix cache: states after token sequences that many prompts begin with, so that each is prefilled once.
 
-A radix tree: an edge holds the tokens that no stored text parts with, so that a prompt of any length costs a node or
-two, and looking one up compares whole edges at a time.
+A radix tree: an edge holds the tokens between two branches, so that a prompt of any length costs a node or two, and a
+lookup compares whole edges at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,6 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.snapshot import Snapshot
 
 Tokens = NDArray[np.int32]
-
-
-class PrefixStatistics(NamedTuple):
-    """What a store has been asked for since it was made."""
-
-    hits: int = 0
-    """Lookups that found a beginning."""
-    misses: int = 0
-    """Lookups that found none."""
-    tokens_found: int = 0
-    """Tokens of the beginnings found, which nobody had to read again."""
-    evictions: int = 0
-    """Entries that went to make room."""
-    refusals: int = 0
-    """Entries larger than the whole store."""
 
 
 class _Node:
@@ -52,11 +37,11 @@ class _Node:
         self.num_bytes = 0
 
 
-class PrefixStore:
-    """Token sequences to snapshots, found by the longest stored one that a text begins with.
+class PrefixCache:
+    """Token sequences to snapshots, looked up by the longest one that a prompt begins with. Thread-safe.
 
-    The least recently used go first when there are too many bytes. An entry counts with its snapshot and four bytes a
-    token, whether or not it shares some with others. Any number of threads may use the store.
+    The least recently used are evicted first. An entry counts with its snapshot and four bytes a token, whether or not
+    it shares some with others.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -68,10 +53,9 @@ class PrefixStore:
         self._root = _Node(np.empty(0, np.int32), None)
         self._entries: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
-        self._statistics = PrefixStatistics()
 
-    def longest(self, tokens: Sequence[int] | NDArray[Any]) -> tuple[int, Snapshot] | None:
-        """The longest stored beginning of some tokens, which may be all of them, or None.
+    def lookup(self, tokens: Sequence[int] | NDArray[Any]) -> tuple[int, Snapshot] | None:
+        """The longest cached prefix of some tokens, which may be all of them, or None.
 
         Returns:
           Its number of tokens, and the snapshot after them, which becomes the most recently used.
@@ -85,19 +69,17 @@ class PrefixStore:
                 node = _next_node(node, wanted, position)
                 position += 0 if node is None else len(node.edge)
             if found is None or found.snapshot is None:
-                self._count(misses=1)
                 return None
             self._entries.move_to_end(found)
-            self._count(hits=1, tokens_found=found.snapshot.num_tokens)
             return found.snapshot.num_tokens, found.snapshot
 
     @property
     def max_bytes(self) -> int:
-        """What it holds at most."""
+        """Its bound."""
         return self._max_bytes
 
-    def parting(self, tokens: Sequence[int] | NDArray[Any]) -> int:
-        """How many tokens the longest beginning has that some stored text begins with, too."""
+    def shared_prefix_length(self, tokens: Sequence[int] | NDArray[Any]) -> int:
+        """Length of the longest prefix of some tokens that a cached sequence begins with, too."""
         wanted = _as_tokens(tokens)
         with self._lock:
             node, position = self._root, 0
@@ -113,13 +95,13 @@ class PrefixStore:
             return position
 
     def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot) -> bool:
-        """Keep the snapshot after some tokens, in the place of one that is there already.
+        """Keeps the snapshot after some tokens, replacing one that is there.
 
         Args:
           tokens: all that the snapshot has read since its text began.
 
         Returns:
-          Whether it is kept; not, where it is larger than the whole store, which then stays as it is.
+          Whether it is kept: not if it is larger than the whole cache, which then stays as it is.
 
         Raises:
           ConfigError: no tokens, or not as many as the snapshot has read.
@@ -133,7 +115,6 @@ class PrefixStore:
         num_bytes = snapshot.nbytes + path.nbytes
         with self._lock:
             if num_bytes > self._max_bytes:
-                self._count(refusals=1)
                 return False
             node = self._node_at(path)
             self._num_bytes += num_bytes - node.num_bytes
@@ -152,12 +133,6 @@ class PrefixStore:
         """Bytes of all entries together."""
         with self._lock:
             return self._num_bytes
-
-    @property
-    def statistics(self) -> PrefixStatistics:
-        """Of all calls so far."""
-        with self._lock:
-            return self._statistics
 
     def _node_at(self, path: Tokens) -> _Node:
         """The node that ends exactly there, made if need be; an edge from which the path parts is cut in two."""
@@ -180,12 +155,6 @@ class PrefixStore:
             self._num_bytes -= node.num_bytes
             node.snapshot, node.num_bytes = None, 0
             _prune(node)
-            self._count(evictions=1)
-
-    def _count(self, **more: int) -> None:
-        self._statistics = PrefixStatistics(
-            *(getattr(self._statistics, name) + more.get(name, 0) for name in PrefixStatistics._fields)
-        )
 
 
 def _as_tokens(tokens: Sequence[int] | NDArray[Any]) -> Tokens:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Session
-from rwkv_jax.inference.stores import SessionStatistics, SessionStore
+from rwkv_jax.inference.session_store import SessionStore
 from tests.inference.fake_engine import FakeEngine
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized:
+class Sized(Any):  # passes for a session
     nbytes: int
     name: str = ""
 
@@ -33,7 +33,7 @@ class Clock:
 
 
 def test_what_was_put_is_got() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     first, second = Sized(4), Sized(5)
     store.put("a", first)
     store.put("b", second)
@@ -41,11 +41,10 @@ def test_what_was_put_is_got() -> None:
     assert store.get("b") is second
     assert store.get("c") is None
     assert (len(store), store.nbytes) == (2, 9)
-    assert store.statistics == SessionStatistics(hits=2, misses=1)
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     for name in "abc":
         store.put(name, Sized(3))
     store.get("a")
@@ -54,11 +53,10 @@ def test_the_least_recently_used_goes_first() -> None:
     store.put("e", Sized(7))  # over a and c
     assert [name for name in "abcde" if store.get(name)] == ["d", "e"]
     assert store.nbytes == 10
-    assert store.statistics.evictions == 3
 
 
 def test_put_again_replaces_and_counts_anew() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     store.put("a", Sized(6))
     store.put("b", Sized(4))
     last = Sized(5)
@@ -70,26 +68,24 @@ def test_put_again_replaces_and_counts_anew() -> None:
 
 
 def test_replacing_makes_its_own_room_first() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     store.put("a", Sized(6))
     store.put("b", Sized(4))
     store.put("a", Sized(6))
     assert len(store) == 2
-    assert store.statistics.evictions == 0
 
 
 def test_pop_takes_it_out() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     entry = Sized(4)
     store.put("a", entry)
     assert store.pop("a") is entry
     assert store.pop("a") is None
     assert (len(store), store.nbytes) == (0, 0)
-    assert store.statistics == SessionStatistics(hits=1, misses=1)
 
 
 def test_an_entry_larger_than_the_store_is_refused_by_name() -> None:
-    store = SessionStore[Sized](10)
+    store = SessionStore(10)
     entry = Sized(10)
     store.put("fits exactly", entry)
     with pytest.raises(ConfigError, match="conversation 'too large': has 11 bytes where the store holds 10; raise"):
@@ -101,7 +97,7 @@ def test_an_entry_larger_than_the_store_is_refused_by_name() -> None:
 
 def test_idle_entries_expire() -> None:
     clock = Clock()
-    store = SessionStore[Sized](100, max_idle_seconds=5, clock=clock)
+    store = SessionStore(100, max_idle_seconds=5, clock=clock)
     store.put("a", Sized(1))
     store.put("b", Sized(1))
     clock.now += 4
@@ -114,12 +110,11 @@ def test_idle_entries_expire() -> None:
     clock.now += 5
     assert (len(store), store.nbytes) == (0, 0)
     assert store.pop("a") is None
-    assert store.statistics == SessionStatistics(hits=2, misses=2, expirations=2)
 
 
 def test_without_a_bound_nothing_expires() -> None:
     clock = Clock()
-    store = SessionStore[Sized](100, clock=clock)
+    store = SessionStore(100, clock=clock)
     store.put("a", Sized(1))
     clock.now += 1e12
     assert store.get("a")
@@ -149,7 +144,7 @@ OPERATIONS = st.lists(
 @given(OPERATIONS)
 def test_it_does_what_a_plain_list_does(operations: list[tuple[str, str, int]]) -> None:
     clock, max_bytes, max_idle = Clock(), 20, 15
-    store = SessionStore[Sized](max_bytes, max_idle, clock)
+    store = SessionStore(max_bytes, max_idle, clock)
     kept: OrderedDict[str, tuple[Sized, float]] = OrderedDict()
     for operation, name, number in operations:
         kept = OrderedDict((n, (x, used)) for n, (x, used) in kept.items() if clock.now - used < max_idle)
@@ -177,7 +172,7 @@ def test_it_does_what_a_plain_list_does(operations: list[tuple[str, str, int]]) 
 
 
 def test_many_threads_use_it_at_once() -> None:
-    store = SessionStore[Sized](50, max_idle_seconds=1e-5)
+    store = SessionStore(50, max_idle_seconds=1e-5)
     wrong: list[str] = []
 
     def use(seed: int) -> None:
@@ -191,21 +186,17 @@ def test_many_threads_use_it_at_once() -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(use, range(8)))
     assert not wrong
-    assert store.statistics.hits + store.statistics.misses == 8 * 400
 
 
-def test_sessions_and_snapshots_are_kept() -> None:
+def test_sessions_are_kept() -> None:
     session = Session(FakeEngine())
     session.append("hello")
     snapshot = session.snapshot
     assert snapshot is not None
-    sessions = SessionStore[Session](snapshot.nbytes)
+    sessions = SessionStore(snapshot.nbytes)
     sessions.put("a", session)
     assert sessions.nbytes == snapshot.nbytes
     assert sessions.get("a") is session
     session.generate(max_tokens=3, sampling=SamplingParams(temperature=0.0))
     sessions.put("a", session)
     assert sessions.nbytes == snapshot.nbytes  # however much it has read
-    snapshots = SessionStore(10**6)
-    snapshots.put("a", snapshot)
-    assert snapshots.get("a") is snapshot

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.prefix_store import PrefixStatistics, PrefixStore
+from rwkv_jax.inference.prefix_cache import PrefixCache
 from rwkv_jax.inference.snapshot import Snapshot
 
 STATE_BYTES = 100
@@ -28,13 +28,13 @@ def snapshot(num_tokens: int, num_bytes: int = STATE_BYTES) -> Snapshot:
     return Snapshot((), logits, num_tokens)
 
 
-def put(store: PrefixStore, *tokens: int) -> Snapshot:
+def put(store: PrefixCache, *tokens: int) -> Snapshot:
     state = snapshot(len(tokens))
     assert store.put(tokens, state)
     return state
 
 
-def check_tree(store: PrefixStore) -> int:
+def check_tree(store: PrefixCache) -> int:
     """The number of nodes besides the root, of which each must have a reason to be."""
     nodes, count = [store._root], 0
     while nodes:
@@ -52,62 +52,59 @@ def check_tree(store: PrefixStore) -> int:
 
 
 def test_the_longest_beginning_is_found() -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     short, long, other = put(store, 1, 2), put(store, 1, 2, 3, 4), put(store, 1, 2, 3, 5)
-    assert store.longest([1, 2, 3]) == (2, short)
-    assert store.longest([1, 2]) == (2, short)
-    assert store.longest([1, 2, 3, 4]) == (4, long)
-    assert store.longest([1, 2, 3, 4, 9, 9]) == (4, long)
-    assert store.longest([1, 2, 3, 5, 9]) == (4, other)
-    assert store.longest([1]) is None
-    assert store.longest([2, 1]) is None
-    assert store.longest([]) is None
-    assert store.statistics == PrefixStatistics(hits=5, misses=3, tokens_found=2 + 2 + 4 + 4 + 4)
+    assert store.lookup([1, 2, 3]) == (2, short)
+    assert store.lookup([1, 2]) == (2, short)
+    assert store.lookup([1, 2, 3, 4]) == (4, long)
+    assert store.lookup([1, 2, 3, 4, 9, 9]) == (4, long)
+    assert store.lookup([1, 2, 3, 5, 9]) == (4, other)
+    assert store.lookup([1]) is None
+    assert store.lookup([2, 1]) is None
+    assert store.lookup([]) is None
     assert (len(store), check_tree(store)) == (3, 4)
 
 
 def test_an_entry_replaces_the_one_before() -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     put(store, 1, 2)
     again = put(store, 1, 2)
-    found = store.longest([1, 2])
+    found = store.lookup([1, 2])
     assert found is not None
     assert found[1] is again
     assert (len(store), store.nbytes) == (1, STATE_BYTES + 8)
 
 
 def test_the_least_recently_used_goes_and_its_branch_with_it() -> None:
-    store = PrefixStore(3 * (STATE_BYTES + 12))
+    store = PrefixCache(3 * (STATE_BYTES + 12))
     put(store, 1, 2, 3)
     put(store, 1, 2, 4)
     put(store, 5, 6, 7)
     assert check_tree(store) == 4
-    store.longest([1, 2, 3])
+    store.lookup([1, 2, 3])
     put(store, 5, 6, 8)  # over 1, 2, 4; what it shared with 1, 2, 3 is one edge again
-    assert store.longest([1, 2, 4]) is None
-    assert [store.longest(tokens) is not None for tokens in ([1, 2, 3], [5, 6, 7], [5, 6, 8])] == [True] * 3
+    assert store.lookup([1, 2, 4]) is None
+    assert [store.lookup(tokens) is not None for tokens in ([1, 2, 3], [5, 6, 7], [5, 6, 8])] == [True] * 3
     assert check_tree(store) == 4
-    assert store.statistics.evictions == 1
 
 
 def test_a_beginning_goes_and_what_follows_stays() -> None:
-    store = PrefixStore(2 * STATE_BYTES + 4 * (2 + 4))
+    store = PrefixCache(2 * STATE_BYTES + 4 * (2 + 4))
     put(store, 1, 2)
     long = put(store, 1, 2, 3, 4)
     put(store, 9)
-    assert store.longest([1, 2]) is None
-    assert store.longest([1, 2, 3, 4]) == (4, long)
+    assert store.lookup([1, 2]) is None
+    assert store.lookup([1, 2, 3, 4]) == (4, long)
     assert check_tree(store) == 2
 
 
 def test_an_entry_larger_than_the_store_is_not_kept() -> None:
-    store = PrefixStore(STATE_BYTES + 4)
+    store = PrefixCache(STATE_BYTES + 4)
     first = put(store, 1)
     for tokens in ([1], [3, 4]):
         assert not store.put(tokens, snapshot(len(tokens), STATE_BYTES + 1))
-    assert store.longest([1]) == (1, first)
+    assert store.lookup([1]) == (1, first)
     assert (len(store), check_tree(store)) == (1, 1)
-    assert store.statistics == PrefixStatistics(hits=1, tokens_found=1, refusals=2)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +120,7 @@ def test_an_entry_larger_than_the_store_is_not_kept() -> None:
     ],
 )
 def test_what_are_no_tokens_of_the_snapshot(tokens: Any, num_tokens: int, message: str) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     with pytest.raises(ConfigError, match=message):
         store.put(tokens, snapshot(num_tokens))
     assert (len(store), check_tree(store)) == (0, 0)
@@ -132,7 +129,7 @@ def test_what_are_no_tokens_of_the_snapshot(tokens: Any, num_tokens: int, messag
 @pytest.mark.parametrize("max_bytes", [0, -1])
 def test_bounds_that_cannot_be(max_bytes: int) -> None:
     with pytest.raises(ConfigError, match=f"max_bytes = {max_bytes}"):
-        PrefixStore(max_bytes)
+        PrefixCache(max_bytes)
 
 
 class Plain:
@@ -174,10 +171,10 @@ OPERATIONS = st.lists(
 @given(OPERATIONS)
 def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...], int]]) -> None:
     size = 5 * (STATE_BYTES + 4)  # the larger states fit after up to five tokens, and not after more
-    store, plain = PrefixStore(size), Plain(size)
+    store, plain = PrefixCache(size), Plain(size)
     for operation, tokens, num_bytes in operations:
         if operation == "find":
-            assert store.longest(tokens) == plain.longest(tokens)
+            assert store.lookup(tokens) == plain.lookup(tokens)
         else:
             state = snapshot(len(tokens), num_bytes)
             assert store.put(tokens, state) is plain.put(tokens, state)
@@ -185,7 +182,7 @@ def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...], i
         assert store.nbytes == plain.nbytes <= size
         check_tree(store)
     for tokens, state in plain.entries.items():
-        found = store.longest(tokens)
+        found = store.lookup(tokens)
         assert found is not None
         assert found[1] is state
 
@@ -193,12 +190,12 @@ def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...], i
 def test_long_prompts_cost_nodes_by_the_entry_and_little_time() -> None:
     rng = np.random.default_rng(0)
     shared = rng.integers(65536, size=100_000)
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     started = time.process_time()
     for i in range(20):
         tokens = np.concatenate([shared[: 5000 * (i + 1)], [i]])
         store.put(tokens, snapshot(len(tokens)))
-        found = store.longest(np.concatenate([tokens, shared]))
+        found = store.lookup(np.concatenate([tokens, shared]))
         assert found is not None
         assert found[0] == len(tokens)
     assert check_tree(store) < 2 * 20
@@ -208,20 +205,20 @@ def test_long_prompts_cost_nodes_by_the_entry_and_little_time() -> None:
 @pytest.mark.parametrize("recently_used", [0, 2999])
 def test_a_chain_of_many_entries_is_made_found_and_let_go(recently_used: int) -> None:
     length = 3000  # deeper than Python recurses
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     tokens = np.arange(length)
     for end in range(length, 0, -1):
         store.put(tokens[:end], snapshot(end, 1))
-    found = store.longest(tokens)
+    found = store.lookup(tokens)
     assert found is not None
     assert found[0] == length == check_tree(store)
-    store.longest(tokens[: recently_used + 1])
+    store.lookup(tokens[: recently_used + 1])
     store.put([7], snapshot(1, PLENTY - 4))
     assert (len(store), check_tree(store)) == (1, 1)
 
 
 def test_a_chain_of_many_entries_is_collected() -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     tokens = np.arange(3000)
     for end in range(len(tokens), 0, -1):
         store.put(tokens[:end], snapshot(end, 1))
@@ -232,7 +229,7 @@ def test_a_chain_of_many_entries_is_collected() -> None:
 
 
 def test_many_threads_use_it_at_once() -> None:
-    store = PrefixStore(12 * (STATE_BYTES + 4 * 6))
+    store = PrefixCache(12 * (STATE_BYTES + 4 * 6))
     wrong: list[object] = []
 
     def use(seed: int) -> None:
@@ -240,7 +237,7 @@ def test_many_threads_use_it_at_once() -> None:
         for _ in range(300):
             tokens = rng.integers(0, 3, rng.integers(1, 7))
             store.put(tokens, snapshot(len(tokens)))
-            found = store.longest(tokens)
+            found = store.lookup(tokens)
             if found is not None and (found[0] != found[1].num_tokens or found[0] > len(tokens)):
                 wrong.append(found)
 
