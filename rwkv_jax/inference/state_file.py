@@ -1,4 +1,4 @@
-"""States on disk: one safetensors file a text, which says what it belongs to and is refused everywhere else.
+"""States on disk: one safetensors file a text, which names its model and tokenizer and is refused with any other.
 
     blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    what layer 3 carries, as `rwkv_jax.models.state` has it
     blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three in the place of wkv
@@ -6,7 +6,8 @@
     logits                                                  of the token that comes next
 
 The metadata hold the format and its version, generation, digests of the parameters and of the tokenizer, the number of
-tokens read, and the version of this library. Nothing is rounded, so a text goes on elsewhere as it would have here.
+tokens, the version of this library, and checksums of the tensors and of all these. Nothing is rounded, so a text
+continues elsewhere as it would have here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,17 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
+from rwkv_jax.weights.tensors import UnsafeFileError
 
 FORMAT = "rwkv-jax state"
-VERSION = "1"
-"""Of the names and the metadata; a file of another version is refused."""
+VERSION = "2"
+"""Of the names and the metadata (2: with checksums); a file of another version is refused."""
 
+_CHECKSUMS = "checksums"
 _LOGITS = "logits"
 _LAYERS = "blocks"  # of states in a file as of parameters in a model
 _WKV4_PARTS = ("numerator", "denominator", "max_exponent")
@@ -44,11 +50,13 @@ _REMEDIES = {
     "model": "load the very parameters that it was made with, in the same dtype and quantization",
     "tokenizer": "take the tokenizer that it was made with",
 }
+_REMEDY = "a file that a session was saved to"
+_DAMAGED = "get another copy of the file, or go back to an earlier state"
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a state belongs to: it means nothing to any other model, and its tokens nothing to any other tokenizer."""
+    """The model and tokenizer that a state belongs to; with others it is meaningless."""
 
     generation: str
     """Of the model's config."""
@@ -67,7 +75,7 @@ class Identity:
 def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
     """The identity of the states that a model makes; the same with stacked and unstacked layers, on any devices.
 
-    Reads every parameter once, which takes some seconds a gigabyte: compute it when it is first needed, and keep it.
+    Reads every parameter once, which takes some seconds a gigabyte: compute it on first use, and keep it.
     Raises StateError for parameters of which parts are on other hosts.
     """
     config = model.config
@@ -127,16 +135,17 @@ def _fetched(leaf: Any) -> NDArray:
 
 
 def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Identity) -> None:
-    """Write a state to a file that appears whole or not at all, and never in the place of another.
+    """Writes a state to a file that appears whole or not at all, and never replaces another.
 
     Raises:
-      StateError: the state has not the form of the model's, holds numbers that are not finite, or a cache of another
+      StateError: the state does not fit the model, holds numbers that are not finite, or a cache of another
         number of tokens.
       WeightsError: the file exists already, or cannot be written there.
     """
     path = Path(path).expanduser()
     tensors = {name: np.asarray(x) for name, x in _by_name(snapshot.state, snapshot.logits).items()}
     _check_tensors(path, tensors, identity)
+    _check_finite(path, tensors)
     _check_positions(path, tensors, identity, snapshot.num_tokens)
     metadata = {
         "format": FORMAT,
@@ -147,26 +156,45 @@ def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Id
         "tokenizer": identity.tokenizer,
         "num_tokens": str(snapshot.num_tokens),
     }
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, tensors, metadata | {_CHECKSUMS: checksums(tensors, metadata)})
+
+
+def checksums(tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of each tensor's bytes by its name, and of the metadata, as JSON.
+
+    Against damage, which finite numbers would not show; not against forgery.
+    """
+    found = {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in tensors.items()}
+    ours = json.dumps({name: x for name, x in metadata.items() if name != _CHECKSUMS}, sort_keys=True)
+    return json.dumps(found | {"metadata": zlib.crc32(ours.encode())}, sort_keys=True)
 
 
 def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
-    """Read the state that `save_snapshot` wrote, onto the default device; nothing of the file is used afterwards.
+    """Reads the state that `save_snapshot` wrote, onto the default device; the file is not used afterwards.
 
     Raises:
       StateError: there is no such file, it is no state or one of another version, it belongs to another model,
         generation or tokenizer (each difference is named, and what to do), tensors are missing, not expected, of
-        another shape or dtype, or hold numbers that are not finite; a cache is of another number of tokens.
+        another shape or dtype, damaged, or hold numbers that are not finite; a cache is of another number of tokens.
       UnsafeFileError: the file is cut short, or holds anything but whole, plain tensors.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise StateError(f"{path}: there is no such file; name one that a session was saved to")
-    found = read_safetensors(path)
-    num_tokens = _check_metadata(path, _metadata(path), identity)
+        kind = describe_wrong_file(path, _REMEDY)  # a web address
+        raise StateError(f"{path}: {kind or f'there is no such file; name {_REMEDY}'}")
+    try:
+        found = read_safetensors(path)
+    except UnsafeFileError as error:
+        if kind := describe_wrong_file(path, _REMEDY, ("safetensors",)):
+            raise UnsafeFileError(f"{path}: {kind}") from error
+        raise
+    metadata = _metadata(path)
+    num_tokens = _check_metadata(path, metadata, identity)
     _check_tensors(path, found, identity)
+    _check_checksums(path, found, metadata)
+    _check_finite(path, found)
     _check_positions(path, found, identity, num_tokens)
-    # Copies, for the file may change; and made by NumPy, for JAX may take over an array of the host as it is.
+    # Copies by NumPy: the file may change, and JAX may take over an array of the host without copying.
     leaves = [jax.device_put(np.array(found[name])) for name in _by_name(identity.state, identity.logits)]
     *state, logits = leaves
     return Snapshot(jax.tree.structure(identity.state).unflatten(state), logits, num_tokens)
@@ -189,17 +217,19 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity) -> int:
-    """The number of tokens, of metadata that are this identity's."""
+    """The number of tokens, from metadata that match an identity."""
     if metadata.get("format") != FORMAT:
         raise StateError(
             f"{path}: is not the state of a text (its format is {_quoted(metadata, 'format')}, not {FORMAT!r}); "
-            "name a file that a session was saved to"
+            f"name {_REMEDY}"
         )
     if metadata.get("version") != VERSION:
         raise StateError(
             f"{path}: is of version {_quoted(metadata, 'version')}, written by {_quoted(metadata, 'producer')}, "
             f"where version {VERSION!r} is read; use the rwkv-jax that wrote it, or one that is as new"
         )
+    if _recorded(metadata).get("metadata") != json.loads(checksums({}, metadata))["metadata"]:
+        raise StateError(f"{path}: is damaged, its metadata differ from their checksum; {_DAMAGED}")
     differences = [
         f"{name}: {_quoted(metadata, name)} in the file, {getattr(identity, name)!r} here; {remedy}"
         for name, remedy in _REMEDIES.items()
@@ -232,12 +262,31 @@ def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity)
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         first = f"{path}: these are not the tensors of a state of this model; take one that it made:"
         raise StateError("\n  ".join([first, *(line[:200] for line in lines[:_LISTED]), *more]))
-    for name in expected:
-        if not np.isfinite(found[name]).all():
+
+
+def _check_finite(path: Path, tensors: Mapping[str, NDArray]) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
             raise StateError(
                 f"{path}: the tensor {name!r} holds numbers that are not finite, after which a model says nothing; "
                 "go back to an earlier state"
             )
+
+
+def _check_checksums(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
+    recorded, found = _recorded(metadata), json.loads(checksums(tensors, metadata))
+    for name in tensors:
+        if found[name] != recorded.get(name):
+            raise StateError(f"{path}: the tensor {name!r} is damaged, it differs from its checksum; {_DAMAGED}")
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The checksums of a file; none, if what stands there is damaged."""
+    try:
+        recorded = json.loads(metadata.get(_CHECKSUMS, ""))
+    except (ValueError, RecursionError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _check_positions(path: Path, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:

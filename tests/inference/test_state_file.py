@@ -26,6 +26,7 @@ from rwkv_jax.inference.state_file import (
     FORMAT,
     VERSION,
     Identity,
+    checksums,
     load_snapshot,
     model_identity,
     parameters_digest,
@@ -134,6 +135,7 @@ def test_what_is_in_a_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / "x", framework="numpy") as file:
         metadata = file.metadata()
     assert metadata.pop("producer").startswith("rwkv-jax")
+    assert json.loads(metadata.pop("checksums")).keys() == {*load_file(tmp_path / "x"), "metadata"}
     assert metadata == {
         "format": FORMAT,
         "version": VERSION,
@@ -286,7 +288,8 @@ def _write(path: Path, tensors: dict[str, NDArray], **metadata: str | None) -> P
         "tokenizer": identity.tokenizer,
         "num_tokens": "17",
     }
-    write_safetensors(path, tensors, {name: x for name, x in (ours | metadata).items() if x is not None})
+    present = {name: x for name, x in (ours | metadata).items() if x is not None}
+    write_safetensors(path, tensors, {"checksums": checksums(tensors, present)} | present)
     return path
 
 
@@ -304,7 +307,7 @@ def test_files_of_others_that_are_right_are_read(tmp_path: Path) -> None:
     [
         ({"format": None}, "is not the state of a text .its format is None, not 'rwkv-jax state'"),
         ({"format": "pt"}, "its format is 'pt'"),
-        ({"version": "2"}, "is of version '2', written by 'somebody else', where version '1' is read; use"),
+        ({"version": "3"}, "is of version '3', written by 'somebody else', where version '2' is read; use"),
         ({"version": None}, "is of version None"),
         ({"version": "9" * 10**6}, "is of version '9{50,80}, written"),
         ({"generation": None}, "generation: None in the file, '7' here"),
@@ -374,6 +377,64 @@ def test_files_cut_short(tmp_path: Path, part: float) -> None:
     assert part == 0 or isinstance(refusal.value, UnsafeFileError)
 
 
+@pytest.mark.parametrize("recorded", [None, "", "[]", "{}", "[" * 10**5])
+def test_a_state_needs_its_checksums(tmp_path: Path, recorded: str | None) -> None:
+    path = _write(tmp_path / "x", _tensors(tmp_path), checksums=recorded)
+    if recorded is None:  # by default the right ones stand there
+        load_snapshot(path, _identity(SEVEN))
+    else:
+        with pytest.raises(StateError, match="is damaged, its metadata differ from their checksum; get another copy"):
+            load_snapshot(path, _identity(SEVEN))
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "x")
+    content = bytearray(path.read_bytes())
+    place = content.find(np.asarray(_snapshot(_identity(SEVEN)).state[1].wkv).tobytes())
+    content[place + 5] ^= 1  # still a number, and finite
+    path.write_bytes(content)
+    with pytest.raises(StateError, match=r"the tensor 'blocks\.1\.wkv' is damaged, it differs from its checksum; get"):
+        load_snapshot(path, _identity(SEVEN))
+
+
+def _load(path: Path) -> Snapshot | ConfigError:
+    try:
+        return load_snapshot(path, _identity(SEVEN))
+    except ConfigError as error:
+        return error
+
+
+def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "x")
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in (*range(8, header, 7), *range(header, len(content), 199)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x04
+        path.write_bytes(damaged)
+        found = _load(path)
+        if isinstance(found, Snapshot):  # harmless: one of the spaces that fill the header up
+            assert place < header
+            assert_identical(found, _snapshot(_identity(SEVEN)))
+        else:
+            assert str(path) in str(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1\n", "Git LFS pointer"),
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html><body>Not found</body></html>", "web page"),
+    ],
+)
+def test_what_is_no_state_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_snapshot(path, _identity(SEVEN))
+
+
 def test_metadata_that_are_there_twice(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": {"format": FORMAT}}).replace("}}", ', "format": "x"}}').encode()
     path = tmp_path / "x"
@@ -390,7 +451,7 @@ def test_weights_are_no_state(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_no_such_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StateError, match="there is no such file; name one that a session was saved to"):
+    with pytest.raises(StateError, match="there is no such file; name a file that a session was saved to"):
         load_snapshot(tmp_path / name, _identity(SEVEN))
 
 
