@@ -96,8 +96,10 @@ class Engine:
         self._lock = threading.RLock()
         self._identity: Identity | None = None
         self._identity_lock = threading.Lock()  # its own: hashing the weights takes seconds, in which other texts go on
-        self.prefix_cache = PrefixCache(options.prefix_bytes) if options.prefix_bytes else None
-        self.sessions: SessionStore[Session] = SessionStore(
+        self.prefix_cache = (
+            PrefixCache(options.prefix_bytes) if options.prefix_bytes and not options.batch_invariant else None
+        )
+        self.sessions = SessionStore(
             options.session_bytes,
             options.session_idle_seconds,
             min_bytes=_MIN_CONVERSATION_BYTES,
@@ -112,6 +114,7 @@ class Engine:
                 options.short_prefill_length,
                 # Rows that are split over devices stay where they are.
                 options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
+                always_batched=options.batch_invariant,
             ),
             max_queue=options.max_queue,
             prefix_cache=self.prefix_cache,

@@ -30,6 +30,9 @@ class EngineOptions:
     """Size of the cache for states of prompts, from which prompts with the same prefix go on; 0 is no cache."""
     min_prefix_tokens: int = 16
     """Shorter prompts are not cached."""
+    batch_invariant: bool = False
+    """Whether a text's numbers are bit for bit the same alone and among others: every burst decodes all slots, short
+    prompts are prefilled in batches only, and there is no prefix cache. Costs time where few texts run."""
     session_bytes: int = 1024 * _MIB
     """Size of the store for named conversations; the least recently used go first."""
     session_idle_seconds: float = 3600.0
@@ -40,6 +43,12 @@ class EngineOptions:
             require_whole(name, getattr(self, name), 1)
         for name, minimum in (("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1)):
             require_whole(name, getattr(self, name), minimum)
+        if type(self.batch_invariant) is not bool:
+            raise ConfigError(f"batch_invariant = {self.batch_invariant!r}: must be True or False")
+        if self.batch_invariant and self.batch_sizes is not None and set(self.batch_sizes) != {self.num_slots}:
+            raise ConfigError(
+                f"batch_sizes = {self.batch_sizes}: with batch_invariant all slots are decoded at once; leave it out"
+            )
         idle = self.session_idle_seconds
         if not is_number(idle) or not idle > 0:
             raise ConfigError(f"session_idle_seconds = {idle!r}: must be a positive number; math.inf for no limit")
@@ -60,4 +69,6 @@ class EngineOptions:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
+        if self.batch_invariant:
+            return (self.num_slots,)
         return tuple(sorted(set(self.batch_sizes or (1, self.num_slots))))

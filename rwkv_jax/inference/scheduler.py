@@ -46,6 +46,8 @@ class Shapes:
     """Tokens of each prompt in a short prefill, of one or of `short_rows` prompts."""
     short_rows: int
     """Prompts in a batched prefill; all slots in order, if there are no more."""
+    always_batched: bool = False
+    """Whether a single short piece takes a batched prefill, too, and so the same rounding."""
 
 
 class Scheduler:
@@ -361,7 +363,7 @@ class Scheduler:
             short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]
             pieces = [(cursor, min(cursor.next_remaining, shapes.short)) for cursor in short]
             while pieces:
-                alone = len(pieces) <= max(1, _MIN_SHARE * shapes.short_rows)
+                alone = not shapes.always_batched and len(pieces) <= max(1, _MIN_SHARE * shapes.short_rows)
                 count = 1 if alone else shapes.short_rows
                 self._prefill_rows(pieces[:count], shapes.short, alone=alone)
                 pieces = pieces[count:]
