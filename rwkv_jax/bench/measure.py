@@ -1,8 +1,7 @@
-"""How fast an engine is and what a text takes of memory, measured so that the figures can be relied on.
+"""Speed of an engine, and memory of a model and its texts.
 
-What is timed begins behind a burst, so that all programs are compiled and all prompts read, and ends when the tokens
-are on the host. What is compared takes turns (A B C A B C ...), so that a change of the machine's speed meets all of
-them alike.
+Timing begins after a burst, when all programs are compiled and all prompts prefilled, and ends when the tokens are on
+the host. Things that are compared take turns (A B C A B C ...), so that changes of the machine's speed affect all.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from rwkv_jax.models.packed import Int4Matrix, Int8Matrix
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long the same thing took several times."""
+    """Repeated measurements of one thing."""
 
     seconds: tuple[float, ...]
-    """Of a token of each text, once for each repetition."""
+    """Per token of each text, one for each repetition."""
 
     @property
     def median(self) -> float:
@@ -44,10 +43,10 @@ class Timing:
 def latency(
     engine: Engine, contexts: Sequence[int], *, num_tokens: int = 32, repetitions: int = 5, seed: int = 0
 ) -> dict[int, Timing]:
-    """Seconds that a token of one text takes after contexts of random tokens.
+    """Seconds per token of one text after contexts of random tokens.
 
     Args:
-      contexts: tokens that were read before.
+      contexts: tokens before those that are timed.
       num_tokens: timed in a repetition, rounded up to whole bursts.
 
     Raises:
@@ -69,7 +68,7 @@ def latency(
 
 
 def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitions: int = 5) -> dict[int, Timing]:
-    """Seconds that a token of each text takes where several are written at once; tokens/s are the number over that.
+    """Seconds per token of each text when several run at once; tokens/s are their number over that.
 
     Args:
       engines: by the number of texts, at most their slots.
@@ -84,7 +83,7 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
             raise ConfigError(f"batch size {size}: the engine has {engine.options.num_slots} slots; build it with more")
     found: dict[int, list[float]] = {size: [] for size in engines}
     for repetition, (size, engine) in itertools.product(range(repetitions + 1), engines.items()):
-        # Texts that differ, so that each is read.
+        # Different texts, so that each is prefilled.
         prompts = [[1 + i % (engine.config.vocab_size - 1)] for i in range(size)]
         seconds = _seconds_per_token(engine, prompts, num_tokens)
         if repetition:  # the first compiles
@@ -95,7 +94,7 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
 def _seconds_per_token(
     engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, state: Snapshot | None = None
 ) -> float:
-    """Greedily, of texts that nothing ends."""
+    """Greedy, without stop tokens."""
     burst = engine.options.burst_length
     num_timed = -(-num_tokens // burst) * burst
     with engine.stream(
@@ -112,16 +111,16 @@ def _seconds_per_token(
 
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
-    """What a model and its texts take of memory; bytes."""
+    """Bytes of a model and of its texts."""
 
     parameters: Mapping[str, int]
-    """By the dtype in which they are held."""
+    """By dtype."""
     state: int
     """The state of one text, by its arrays."""
     state_expected: int
     """The same in closed form."""
     logits: int
-    """What an engine keeps beside each state: the logits of the next token."""
+    """Which an engine keeps with each state."""
     transformer: str
     """The Transformer of equal size."""
     caches: Mapping[int, int]
@@ -167,8 +166,8 @@ def _bytes_by_dtype(tree: Any) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def held_in(model: LanguageModel) -> str:
-    """How a model's matrices are held: `int8`, `int4`, or the dtype of most bytes of its parameters."""
+def weights_format(model: LanguageModel) -> str:
+    """Format of a model's matrices: `int8`, `int4`, or the dtype of most of its parameters' bytes."""
     params = nnx.state(model, nnx.Param)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix | Int4Matrix))
     if any(isinstance(leaf, Int4Matrix) for leaf in leaves):  # besides matrices in 8 bits, of those too small for 4

@@ -1,4 +1,4 @@
-"""Models of random weights and a tokenizer for them, to measure where weights are absent, and to hold against peers."""
+"""Models with random weights and a tokenizer for them, for measurements and for comparisons with peers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rwkv_jax.weights.quantized import Quantization, place_quantized_params
 
 
 def random_model(config: ModelConfig, quantize: Quantization | None = None, seed: int = 0) -> LanguageModel:
-    """A model of a config's shape, always alike, as fast as a trained one; what it says means nothing.
+    """A model with random weights, the same for the same seed, and as fast as a trained one.
 
     Args:
-      config: parameters are held in its dtype, in which the model computes.
+      config: its dtype is that of the parameters and of the computation.
       quantize: as `from_pretrained` has it.
     """
     tensors = RandomTensors(config, seed)
@@ -32,10 +32,10 @@ def random_model(config: ModelConfig, quantize: Quantization | None = None, seed
 
 
 class RandomTensors(Mapping[str, NDArray]):
-    """float32 tensors of a model under official names, drawn when they are asked for, always alike.
+    """float32 tensors of a model under official names, drawn on access, the same for the same seed.
 
-    They are spread as training spreads them, so that each shows in the logits, which are neither constant nor chaotic.
-    With the official initial values every block's output is zero: a peer that had half of the model wrong would pass.
+    Their scales are like those of trained models, so that each tensor affects the logits, which are neither constant
+    nor chaotic. With the official initial values every block's output is zero, which would hide errors of a peer.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
@@ -63,7 +63,7 @@ def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float
     if name == "emb.weight":
         return 0.0, 1.0
     if parameter == "weight":  # [out, in]
-        # Blocks add less to the residual stream than it has, or rounding would grow from layer to layer.
+        # Small outputs of the blocks, or rounding errors would grow from layer to layer.
         writes = module[-1] == "output" or module[-2:] == ["ffn", "value"]
         return 0.0, (0.3 if writes else 1.0) * shape[-1] ** -0.5
     if parameter.endswith(("1", "2")):  # of low rank, [in, out]
@@ -88,11 +88,11 @@ class NumberTokenizer:
 
     @property
     def saved(self) -> SavedTokenizer:
-        """It is not for saving."""
+        """Not supported."""
         raise NotImplementedError("a NumberTokenizer is made, never loaded")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of numbers that stand between spaces."""
+        """Ids of numbers separated by spaces."""
         return [int(word) for word in text.split()]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -104,5 +104,5 @@ class NumberTokenizer:
         return f"{token} ".encode() if token != self.end_of_text else b""
 
     def is_named(self, token: int) -> bool:
-        """Every id of the model is."""
+        """Every id below the vocabulary size."""
         return 0 <= token < self.vocab_size

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BenchedModel:
-    """What is measured."""
+    """The model to measure."""
 
     source: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[SOURCE]")]] = None
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub; or give --random."""
@@ -39,9 +39,9 @@ class BenchedModel:
     tokenizer: str | None = None
     """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """In which to hold weights and compute; None is what the weights are in, float32 with --random."""
+    """Of the weights and of the computation; None is that of the file, float32 with --random."""
     quantize: Quantize | None = None
-    """Hold matrices in fewer bits, and everything else in float32; None leaves them as they are."""
+    """Hold the matrices in fewer bits and everything else in float32; None changes nothing."""
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer.
@@ -83,23 +83,23 @@ class BenchedModel:
 
     def describe(self, model: LanguageModel) -> str:
         """The model in a line."""
-        from rwkv_jax.bench.measure import held_in
+        from rwkv_jax.bench.measure import weights_format
 
         config = model.config
         return (
             f"{config.title}, {config.num_layers} x {config.width}, vocabulary {config.vocab_size}, "
-            f"{config.num_parameters() / 1e6:.1f}M parameters in {held_in(model)}"
+            f"{config.num_parameters() / 1e6:.1f}M parameters in {weights_format(model)}"
             f"{', random weights' if self.random else ''}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Time that a token takes after contexts of several lengths, one text at a time."""
+    """Time per token after contexts of several lengths, one text at a time."""
 
     model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
     contexts: tuple[int, ...] = (512, 2048, 8192)
-    """Tokens that were read before."""
+    """Tokens before those that are timed."""
     tokens: int = 32
     """Timed in each repetition, in whole bursts of 8."""
     repetitions: int = 5
@@ -129,7 +129,7 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Tokens a second where several texts are written at once."""
+    """Tokens a second of several texts at once."""
 
     model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
@@ -236,9 +236,9 @@ def _spread(timing: Timing) -> str:
 
 
 def _require_constant_state(config: ModelConfig) -> None:
-    """Refuses a Transformer, of whose latency an engine would not tell the truth.
+    """Refuses a Transformer, whose latency an engine would not measure fairly.
 
-    Its cache has the length of the longest context after every context, and bursts copy whole rows of it.
+    Its cache is as long as the longest context in every case, and bursts copy whole rows of it.
     """
     if config.sizes().context_length:
         raise ConfigError(

@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.dialogue import Dialogue
 
 FIRST_BRANCH = "main"
-"""Name of the conversation with which a chat begins."""
+"""Name of the first conversation."""
 
 HELP = """\
 /fork NAME     keep a copy of the conversation as it stands under a name, and stay here
-/switch NAME   go on with the conversation of a name; the one you leave stays under its own
+/switch NAME   continue the conversation of a name; the one you leave keeps its own
 /save FILE     write the state to a file, for any machine with the same model
-/load FILE     go on from a saved state
+/load FILE     continue from a saved state
 /retry         take the last reply back and have another one
 /undo          take the last turn back
 /thoughts      what the model thought before its last answer
-/reset         begin anew
+/reset         start over
 /help          this
 /quit          end, as the end of input does
 A line that ends with a backslash goes on in the next one.
-Ctrl-C ends a reply; the conversation goes on behind what was shown. Twice in a row, it ends the program."""
+Ctrl-C ends a reply; the conversation continues from what was shown. Twice in a row, it ends the program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Converse with a model; its state is the history, so that each turn reads nothing but its new text."""
+    """Chat with a model; its state is the history, so that each turn prefills only its new text."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     format: Literal["world", "raven", "pile-qa"] = "world"
@@ -59,12 +59,12 @@ class Chat:
         default_factory=lambda: SamplingFlags(preset="rwkv")
     )
     seed: int = 0
-    """Seed of the first reply's draws; each reply has the next one."""
+    """Seed of the first reply; each reply has the next one."""
     verbose: bool = False
-    """Say how fast each reply was, on standard error, as it is said on a terminal anyway."""
+    """Report the speed of each reply on standard error, as on a terminal."""
 
     def run(self) -> None:
-        """Answers lines of standard input until it ends."""
+        """Answers lines of standard input until its end."""
         require(self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         if self.system is not None:
@@ -76,7 +76,9 @@ class Chat:
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0)
-        engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
+        engine = Engine(
+            *self.weights.load(), options
+        )  # has its own arrays for each layer; nothing keeps the stacked ones
         tells = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(
             Dialogue(engine, chat_format, self.system),
@@ -87,12 +89,12 @@ class Chat:
             burst_length=engine.options.burst_length,
         )
         if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):  # edits lines and remembers them, where there is one
+            with contextlib.suppress(ImportError):  # line editing and history, where available
                 import readline
 
-                # What is pasted comes as one message, whatever its lines; libedit, in its place on macOS, ignores it.
+                # A pasted text is one message, whatever its lines; libedit, which macOS has instead, ignores this.
                 readline.parse_and_bind("set enable-bracketed-paste on")
-            print("Type /help for what there is besides talking.")
+            print("Type /help for the commands.")
         converse(chat)
 
     def _format(self) -> ChatFormat:
@@ -103,7 +105,7 @@ class Chat:
 
 
 class ChatLoop:
-    """Lines in, text out: messages, and commands that begin with a slash."""
+    """Answers to lines: messages, and commands that begin with a slash."""
 
     def __init__(
         self,
@@ -128,17 +130,17 @@ class ChatLoop:
         self._arguments, self._next_seed = arguments, seed
         self._tell_speed, self._tell_thinking, self._burst_length = tell_speed, tell_thinking, burst_length
         self.is_over = False
-        """Whether /quit was said."""
+        """Whether /quit was given."""
 
     @property
     def dialogue(self) -> Dialogue:
-        """The conversation that is going on."""
+        """The current conversation."""
         return self._dialogues[self._branch]
 
     def answer(self, line: str) -> Generator[str]:
-        """What there is to say to a line, in pieces, the last of which ends a line; closing it ends the reply.
+        """The answer to a line, in pieces, the last of which ends a line; closing it ends the reply.
 
-        Errors of values, and logits that are not finite, are told, and change nothing.
+        Invalid values and logits that are not finite are reported, and change nothing.
         """
         try:
             if line.startswith("/"):
@@ -163,7 +165,7 @@ class ChatLoop:
                     is_in_line |= bool(piece)
                     yield piece
             except FloatingPointError:
-                if is_in_line:  # what is told of the error begins a line
+                if is_in_line:  # the error begins a line
                     yield "\n"
                 raise
         yield "\n"
@@ -201,7 +203,7 @@ class ChatLoop:
         if name in self._dialogues:
             raise ConfigError(f"/fork {name}: there is a conversation of that name; take another")
         self._dialogues[name] = self.dialogue.fork()
-        yield f"{name} stands here too; you are still in {self._branch}\n"
+        yield f"{name} is a copy of this conversation; you are still in {self._branch}\n"
 
     def _switch(self, name: str) -> Iterator[str]:
         if name not in self._dialogues:
@@ -224,7 +226,7 @@ class ChatLoop:
         self._dialogues[self._branch] = undone
         try:
             yield from self._reply(message)
-        except Exception:  # there is no new reply, so the old one stays
+        except Exception:  # no new reply: keep the old one
             self._dialogues[self._branch] = before
             raise
 
@@ -273,7 +275,7 @@ def converse(chat: ChatLoop) -> None:
 
 
 def _read_message() -> str | None:
-    """The next line, with those in which it goes on behind a backslash; None at the end of input."""
+    """The next line, with the lines that continue it after a backslash; None at the end of input."""
     lines: list[str] = []
     while (line := _read_line("... " if lines else "> ")) is not None:
         lines.append(line.removesuffix("\\"))
@@ -301,7 +303,7 @@ def _tell(line: str) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, for whoever asks, so that nothing is torn apart; the second time it interrupts."""
+    """Gives a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def press(signum: int, frame: Any) -> None:

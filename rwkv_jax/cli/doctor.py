@@ -1,4 +1,4 @@
-"""`rwkv doctor`: what this machine has, what would run on it, and whether it computes what it should."""
+"""`rwkv doctor`: machine, devices and packages, which operators run here, and whether they compute correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rwkv_kernels.cases import Shape
 
 NEEDED = ("rwkv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-"""Packages whose versions are told."""
+"""Packages whose versions are printed."""
 
 OPTIONAL = {
     "jax-cuda13-plugin": "NVIDIA GPUs, and `rwkv plan` for them",
@@ -32,14 +32,14 @@ OPTIONAL = {
     "tensorboardX": "TensorBoard logs",
     "wandb": "Weights & Biases logs",
 }
-"""Packages that some things need, and what for."""
+"""Optional packages, and what needs them."""
 
 BOUND = 1e-4
-"""Relative error of an operator in float32 beyond which something is broken; it is below 1e-5 on a CPU."""
+"""Relative error in float32 beyond which an operator is broken; on a CPU it is below 1e-5."""
 
 
 class Check(NamedTuple):
-    """An operator held against its definition in float64."""
+    """An operator compared with its definition in float64."""
 
     operator: str
     implementation: str
@@ -50,19 +50,19 @@ class Check(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether it computes what it should."""
+        """Whether the error is within `BOUND`."""
         return self.error <= BOUND
 
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Say what this machine has, which implementation of each operator runs on it and why, and whether it is right."""
+    """Report on this machine: devices, packages, which implementation of each operator runs and why, and its error."""
 
     def run(self) -> None:
-        """Prints the report; exits with 1 if an operator computes what it should not.
+        """Prints the report; exits with 1 if an operator is wrong.
 
         Raises:
-          ConfigError: there is no device; behind what can be told without.
+          ConfigError: there is no device; after the rest of the report.
         """
         problem = None
         _tell(describe_platform())
@@ -97,7 +97,7 @@ class Doctor:
 def describe_platform() -> Iterator[str]:
     """Platform, processor and memory, a line each."""
     yield f"platform: {platform.platform()}, {platform.machine()}"
-    yield f"processor: {processor()}; {available_cores()} of {os.cpu_count()} cores are ours, and so many threads run"
+    yield f"processor: {processor()}; using {available_cores()} of {os.cpu_count()} cores"
     if hasattr(os, "sysconf"):
         yield f"memory: {_gibibytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
 
@@ -111,7 +111,7 @@ def describe_devices() -> Iterator[str]:
 
 
 def describe_packages() -> Iterator[str]:
-    """Versions, what is set in the environment, and optional packages, a line each."""
+    """Versions, environment variables and optional packages, a line each."""
     yield f"python {platform.python_version()}"
     for name in NEEDED:
         yield f"{name} {_version(name) or 'not installed, but run from its folder'}"
@@ -124,7 +124,7 @@ def describe_packages() -> Iterator[str]:
 
 
 def describe_operators() -> Iterator[str]:
-    """Which implementation training takes, and why the others do not run or are not taken."""
+    """Which implementation training uses, and why not the others."""
     import rwkv_kernels
 
     for name in rwkv_kernels.OPERATORS:
@@ -133,17 +133,17 @@ def describe_operators() -> Iterator[str]:
 
 
 def describe_engine() -> Iterator[str]:
-    """Which implementation the engine takes, where nothing is differentiated, and why."""
+    """Which implementation the engine uses, without gradients, and why."""
     import rwkv_kernels
 
     for name in rwkv_kernels.OPERATORS:
-        named, reason = _reading(name)
+        named, reason = _prefill_choice(name)
         of_prompts, of_tokens = (named or rwkv_kernels.explain(name, _shape(name, time)).chosen for time in (256, 1))
         yield f"  {name:<6} prompts: {of_prompts}, single tokens: {of_tokens}; {reason}"
 
 
 def check_operators() -> list[Check]:
-    """Runs every operator on a small problem, as training and the engine would here, and in float64 by definition."""
+    """Runs every operator on a small problem, as training and the engine would here, and its definition in float64."""
     import jax
     import numpy as np
 
@@ -163,8 +163,8 @@ def check_operators() -> list[Check]:
     }
     checks = []
     for name, (operator, make_inputs) in operators.items():
-        named, _ = _reading(name)
-        # Two calls, and one for each of a few tokens: it shows what the state between them is.
+        named, _ = _prefill_choice(name)
+        # Several calls, so that the state between them counts.
         for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
             shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
             inputs = make_inputs("realistic", shape)
@@ -181,7 +181,7 @@ def check_operators() -> list[Check]:
 
 
 def _in_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implementation: str, num_calls: int) -> Any:
-    """y [B, T, ...] of equal parts of the steps, one after the other."""
+    """y [B, T, ...] in several calls over equal parts of the time axis."""
     import jax
     import numpy as np
 
@@ -196,8 +196,8 @@ def _in_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implement
     return np.concatenate(ys, axis=1)
 
 
-def _reading(operator: str) -> tuple[str | None, str]:
-    """What the engine takes for models of an operator's newest generation, None being what training takes; and why."""
+def _prefill_choice(operator: str) -> tuple[str | None, str]:
+    """What the engine uses for an operator's newest generation (None: what training uses), and why."""
     import jax
 
     from rwkv_jax.models.decoding import prefill_implementation
@@ -212,7 +212,7 @@ def _shape(operator: str, time: int) -> tuple[int, ...]:
 
 
 def _tell(lines: Iterator[str]) -> None:
-    """Prints each line as it comes: what comes after may hang, or fail."""
+    """Prints each line as it comes: the next one may hang, or fail."""
     for line in lines:
         print(line, flush=True)
 

@@ -1,4 +1,4 @@
-"""Flags that several commands have: which model is run, and how its tokens are chosen."""
+"""Flags shared by commands: the model, and how its tokens are sampled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rwkv_jax.models import LanguageModel
 
 Quantize = Literal["int8", "int4", "bfloat16"]
-"""How matrices may be held, as `rwkv_jax.weights.quantized` has it."""
+"""Formats of `rwkv_jax.weights.quantized`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class WeightsFlags:
     tokenizer: str | None = None
     """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """In which to hold weights and compute; None is what the weights are in."""
+    """Of the weights and of the computation; None is that of the file."""
     quantize: Quantize | None = None
-    """Hold matrices in fewer bits, and everything else in float32; None leaves them as they are."""
+    """Hold the matrices in fewer bits and everything else in float32; None changes nothing."""
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """The model and its tokenizer, which is looked at first.
+        """The model and its tokenizer, which is loaded first.
 
         Raises:
           ConfigError: no device, flags that do not go together, or as `from_pretrained` and `load_tokenizer`.
@@ -104,7 +104,7 @@ def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int
 
 
 def require_text(place: str, text: str) -> None:
-    """Refuses what a terminal or a command line has given as text and is none.
+    """Refuses input of a terminal or a command line that is not text.
 
     Raises:
       ConfigError: bytes that are not UTF-8, which arrive as lone surrogates.
@@ -116,25 +116,25 @@ def require_text(place: str, text: str) -> None:
 
 
 def _preset_of(metavar: str) -> Any:
-    """For flags whose default is another one with each preset."""
+    """For flags whose default depends on the preset."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """How tokens are chosen: a preset, and what is to differ from it."""
+    """How tokens are sampled: a preset, and changes to it."""
 
     preset: Literal["plain", "openai", "rwkv"] = "plain"
-    """What the flags below are by default. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's own
+    """Defaults of the flags below. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's own
     probabilities. rwkv: as the official package, top-p 0.85, both penalties 0.2, decay 0.996, temperature last."""
     temperature: Annotated[float | None, _preset_of("FLOAT")] = None
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_p: Annotated[float | None, _preset_of("FLOAT")] = None
-    """Keep the likeliest tokens whose probabilities add up to this; 1 keeps all."""
+    """Keep the most likely tokens whose probabilities add up to this; 1 keeps all, 0 is greedy."""
     top_k: Annotated[int | None, _preset_of("INT")] = None
-    """Keep this many of the likeliest tokens; 0 keeps all."""
+    """Keep this many of the most likely tokens; 0 keeps all."""
     min_p: Annotated[float | None, _preset_of("FLOAT")] = None
-    """Keep tokens at least this many times as likely as the likeliest; 0 keeps all."""
+    """Keep tokens at least this many times as likely as the most likely one; 0 keeps all."""
     typical_p: Annotated[float | None, _preset_of("FLOAT")] = None
     """Keep the most typical tokens whose probabilities add up to this; 1 keeps all."""
     repetition_penalty: Annotated[float | None, _preset_of("FLOAT")] = None

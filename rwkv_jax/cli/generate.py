@@ -28,9 +28,9 @@ class Generate:
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     prompt: str = ""
-    """Text to continue; none begins a text, and - reads it from standard input."""
+    """Text to continue; an empty one begins a text, and - reads it from standard input."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A file that holds the prompt, instead."""
+    """File with the prompt, instead."""
     tokens: int = 256
     """Most tokens to generate; the text ends earlier if the model ends it."""
     stop: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Generate:
     logprobs: bool = False
     """With --json: each token's id and its logprob by the model alone."""
     verbose: bool = False
-    """Say how fast it was, on standard error, as it is said on a terminal anyway."""
+    """Report the speed on standard error, as on a terminal."""
 
     def run(self) -> None:
         """Loads the model and prints its text, token by token if it is one."""
@@ -57,7 +57,9 @@ class Generate:
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS))
-        engine = Engine(*self.weights.load(), options)  # keeps layers of its own, and nothing keeps the others
+        engine = Engine(
+            *self.weights.load(), options
+        )  # has its own arrays for each layer; nothing keeps the stacked ones
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json
         speed = Speed(engine.options.burst_length if is_streamed else None)
@@ -71,7 +73,7 @@ class Generate:
             print(speed, file=sys.stderr)
 
     def _arguments(self) -> dict[str, Any]:
-        """What the engine is asked for. Raises ConfigError, before weights are loaded."""
+        """Arguments of the engine. Raises ConfigError, before weights are loaded."""
         from rwkv_jax.inference.text import check_stop_strings
 
         for name in ("tokens", "num", "best_of"):

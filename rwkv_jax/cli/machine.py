@@ -1,4 +1,4 @@
-"""What a command ran on, in a line."""
+"""Descriptions of the machine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def processor() -> str:
 
 
 def instruction_sets() -> str:
-    """The architecture, and in 8 digits which instructions its processor has; `x86_64-1b2c3d4e`, say.
+    """The architecture and a hash of the processor's instruction sets, such as `x86_64-1b2c3d4e`.
 
-    Programs that are compiled for a CPU run on processors that have the same.
+    Programs compiled for a CPU run on processors with the same instruction sets.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -51,7 +51,7 @@ def find_devices() -> list[Any]:
 
 
 def available_cores() -> int:
-    """How many of the machine's cores this process may run on."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

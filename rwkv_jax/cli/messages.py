@@ -1,4 +1,4 @@
-"""Errors in the words of a command line."""
+"""Error messages of the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def with_flags(message: str, arguments: Sequence[str]) -> str:
-    """An error's message with flags where it names the fields behind them: `--top-p 2.0` for `top_p = 2.0`.
+    """An error message with flags in place of field names: `--top-p 2.0` for `top_p = 2.0`.
 
     Only flags that were given are named: other values come from a file, or from a default.
 
@@ -25,7 +25,7 @@ def with_flags(message: str, arguments: Sequence[str]) -> str:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What is said where memory was too small, on a device or on the host; None for any other error."""
+    """The message for a device or host that is out of memory; None for any other error."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         return None

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between starts, so that only the first one with a model waits for the compiler."""
+"""The on-disk cache of compiled programs, so that only the first start with a model compiles it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from rwkv_jax.cli.machine import instruction_sets
 
 MIN_COMPILE_SECONDS = 0.5
-"""Seconds; what was compiled faster is compiled anew, unless JAX is told to keep that too."""
+"""Programs that compile faster are not cached, unless JAX is configured to."""
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:
-    """A folder in `rwkv-jax/programs` in the user's cache folder.
+    """A folder in `rwkv-jax/programs` in the user's cache folder, one for each kind of processor.
 
-    Each kind of processor has its own: machines of several kinds may share the user's folders, and what JAX keeps for a
-    CPU does not say which instructions it needs.
+    Machines of several kinds may share the user's folders, and the entries of JAX's cache do not say which CPU
+    instructions they need.
 
     Source: the XDG Base Directory Specification, by which relative paths in XDG_CACHE_HOME count for nothing.
     """
@@ -29,9 +29,9 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
 
 def keep_programs() -> None:
-    """Has JAX keep compiled programs in the default folder, unless its user has chosen one or switched that off.
+    """Configures JAX's compilation cache in the default folder, unless the user has configured or disabled it.
 
-    A folder that cannot be written is told on standard error, and does no harm.
+    A folder that cannot be written is reported on standard error, and does no harm.
     """
     if _is_chosen_by_user():
         return
@@ -58,12 +58,12 @@ def keep_programs() -> None:
             file=sys.stderr,
         )
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    shortest = min(MIN_COMPILE_SECONDS, _setting("jax_persistent_cache_min_compile_time_secs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+    minimum = min(MIN_COMPILE_SECONDS, _setting("jax_persistent_cache_min_compile_time_secs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum)
 
 
 def describe_program_cache() -> str:
-    """Where the programs of generate, chat and bench are kept, in a line."""
+    """Where compiled programs are cached, in a line."""
     if not _setting("jax_enable_compilation_cache"):
         return "compiled programs: not kept, by JAX_ENABLE_COMPILATION_CACHE"
     if _is_chosen_by_user():
@@ -72,7 +72,7 @@ def describe_program_cache() -> str:
 
 
 def _is_chosen_by_user() -> bool:
-    """Whether JAX has been told where to keep programs, or not to."""
+    """Whether the user has configured or disabled JAX's cache."""
     return _setting("jax_compilation_cache_dir") is not None or not _setting("jax_enable_compilation_cache")
 
 

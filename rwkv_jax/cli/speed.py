@@ -1,4 +1,4 @@
-"""How fast text was written, for people."""
+"""Tokens per second, for people."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class Speed:
-    """Counts tokens as they come. The first ones wait for compilation and for the prompt, and are timed apart."""
+    """Counts tokens as they come. The first ones wait for compilation and prefill, and are timed apart."""
 
     def __init__(self, num_first: int | None, clock: Callable[[], float] = time.perf_counter) -> None:
         """Starts the clock.
 
         Args:
-          num_first: tokens that come together first, a burst of the engine's; None where all come together.
+          num_first: tokens of the first burst; None if all tokens come at once.
           clock: seconds.
         """
         self._num_first, self._clock = num_first, clock
@@ -21,7 +21,7 @@ class Speed:
         self._num_tokens = 0
 
     def count(self, num_tokens: int) -> None:
-        """Says that so many tokens have come."""
+        """Counts some more tokens."""
         if not num_tokens:
             return
         self._num_tokens += num_tokens

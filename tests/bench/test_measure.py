@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.bench import measure
-from rwkv_jax.bench.measure import Timing, cache_bytes, held_in, latency, memory, state_bytes, throughput
+from rwkv_jax.bench.measure import Timing, cache_bytes, latency, memory, state_bytes, throughput, weights_format
 from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.inference.engine import Engine, EngineOptions
@@ -113,7 +113,7 @@ def test_memory_of_packed_weights() -> None:
 )
 def test_how_matrices_are_held_is_seen_from_the_parameters(dtype: Any, quantize: Any, held: str) -> None:
     config = ModelConfig(vocab_size=50, num_layers=2, width=64, dtype=dtype)
-    assert held_in(random_model(config, quantize)) == held
+    assert weights_format(random_model(config, quantize)) == held
 
 
 def test_what_cannot_be_measured_is_said(engine: Engine) -> None:

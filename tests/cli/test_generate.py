@@ -101,7 +101,7 @@ def test_several_texts(rwkv: Command, engine: Engine, run_dir: Path) -> None:
     texts = [text.text for text in engine.generate(["def"] * 2, max_tokens=6, sampling=SamplingParams(0.8, 0.9))]
     assert rwkv(*short).out == f"--- 1 of 2\ndef{texts[0]}\n--- 2 of 2\ndef{texts[1]}\n"
     best = engine.generate(["def"] * 2, best_of=2, max_tokens=6, sampling=SamplingParams(0.8, 0.9))
-    printed = rwkv(*short, "--best-of", 2, "--json", "--log-probabilities")
+    printed = rwkv(*short, "--best-of", 2, "--json", "--logprobs")
     records = [json.loads(line) for line in printed.out.splitlines()]
     for record, expected in zip(records, best, strict=True):
         assert (record["prompt"], record["text"], record["ids"]) == ("def", expected.text, list(expected.ids))
@@ -125,7 +125,7 @@ def test_says_how_fast_it_was_if_it_is_to(rwkv: Command, run_dir: Path) -> None:
         (["--best-of", "0"], "--best-of 0: must be at least 1"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--temperature", "nan"], "--temperature nan"),
-        (["--top-p", "0"], "--top-p 0.0"),
+        (["--top-p", "-1"], "--top-p -1.0"),
         (["--top-p", "1.5"], "--top-p 1.5"),
         (["--top-k", "-3"], "--top-k -3"),
         (["--penalty-decay", "2"], "--penalty-decay 2.0"),
@@ -140,7 +140,8 @@ def test_says_how_fast_it_was_if_it_is_to(rwkv: Command, run_dir: Path) -> None:
         (["--prompt", "a", "--prompt-file", "b"], "--prompt: is given, and --prompt-file too; leave one"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file 'nowhere.txt': cannot be read (No such file"),
         (["--stop", "a", ""], "stop string 1 = ''"),
-        (["--log-probabilities"], "--log-probabilities: are printed with --json only"),
+        (["--stop", "\udcff"], r"stop string 0 = '\udcff': is not UTF-8"),  # what a shell's $'\xff' arrives as
+        (["--logprobs"], "--logprobs: are printed with --json only"),
     ],
     ids=str,
 )

@@ -96,7 +96,7 @@ def say(dialogue: Dialogue, message: str, seed: int = 0, **changes: Any) -> str:
 
 
 def standing(dialogue: Dialogue) -> tuple[int, np.ndarray | None]:
-    snapshot = dialogue._standing.snapshot
+    snapshot = dialogue._position.snapshot
     return dialogue.num_tokens, None if snapshot is None else np.asarray(snapshot.state[0].att_shift)
 
 
@@ -227,7 +227,7 @@ def test_a_saved_conversation_goes_on_with_its_last_turn_closed(reply: str | lis
 def test_errors_change_nothing(tmp_path: Path) -> None:
     engine = FakeEngine()
     dialogue = Dialogue(engine, WORLD)
-    with pytest.raises(ConfigError, match="nothing that could be saved"):
+    with pytest.raises(ConfigError, match="there is nothing to save yet"):
         dialogue.save(tmp_path / "state")
     say(dialogue, "a")
     dialogue.save(tmp_path / "state")

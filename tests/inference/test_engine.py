@@ -261,7 +261,7 @@ def test_a_transformer_has_no_more_room_than_its_state() -> None:
 # What is chosen
 
 
-def test_log_probabilities_and_the_likeliest_are_the_models(engine: Engine) -> None:
+def test_logprobs_and_top_logprobs_are_the_models(engine: Engine) -> None:
     ids = ids_of(engine, PROMPTS[1])
     found = engine.generate(PROMPTS[1], max_tokens=9, seed=4, top_logprobs=5)
     values = log_softmax(whole_logits(CONFIG, ids + list(found.ids)))[len(ids) - 1 : -1]

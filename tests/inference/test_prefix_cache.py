@@ -152,7 +152,7 @@ class Plain:
             self.entries.popitem(last=False)
         return True
 
-    def longest(self, tokens: tuple[int, ...]) -> tuple[int, Snapshot] | None:
+    def lookup(self, tokens: tuple[int, ...]) -> tuple[int, Snapshot] | None:
         for length in range(len(tokens), 0, -1):
             if tokens[:length] in self.entries:
                 self.entries.move_to_end(tokens[:length])

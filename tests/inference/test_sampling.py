@@ -91,6 +91,16 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_rest() -> None:
     assert draw(np.array([1.0, 5.0, 5.0]), [SamplingParams.greedy()]).tolist() == [1]
 
 
+def test_top_p_zero_is_greedy_as_in_the_rwkv_package() -> None:
+    for sampling in (SamplingParams(top_p=0), SamplingParams.rwkv(top_p=0.0, temperature=3.0, typical_p=0.1)):
+        assert set(draw(LOGITS, [sampling] * 20).tolist()) == {int(LOGITS.argmax())}
+        assert draw(np.array([1.0, 5.0, 5.0]), [sampling]).tolist() == [1]  # the first of equals
+    rows = [SamplingParams(top_p=0), SamplingParams(temperature=50.0)] * 200
+    drawn = draw(LOGITS, rows)
+    assert set(drawn[::2].tolist()) == {int(LOGITS.argmax())}
+    assert len(set(drawn[1::2].tolist())) > 5  # others in the batch are drawn as they were
+
+
 @pytest.mark.parametrize(
     ("values", "kept"),
     [
@@ -208,7 +218,7 @@ def test_other_settings_do_not_compile_again() -> None:
     assert len(traced) == 1
 
 
-def test_log_probabilities_are_those_of_the_model() -> None:
+def test_logprobs_are_those_of_the_model() -> None:
     logits = np.stack([LOGITS, LOGITS[::-1]]).astype(np.float32)
     logits[1, 3] = -np.inf
     wanted = np.log(np.maximum([softmax(row) for row in logits.astype(np.float64)], 1e-300))

@@ -15,11 +15,11 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.session import Session
 from rwkv_jax.inference.session_store import SessionStore
-from tests.inference.fake_engine import FakeEngine
+from tests.inference.fake_engine import PASSES_FOR_ANY, FakeEngine
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized(Any):  # passes for a session
+class Sized(PASSES_FOR_ANY):
     nbytes: int
     name: str = ""
 
@@ -179,7 +179,7 @@ def test_many_threads_use_it_at_once() -> None:
         for i in range(400):
             name = f"{(seed * 7 + i * 13) % 17}"
             store.put(name, Sized(i % 11, name))
-            found = (store.get if i % 3 else store.pop)(f"{i % 17}")
+            found: Any = (store.get if i % 3 else store.pop)(f"{i % 17}")
             if (found is not None and found.name != f"{i % 17}") or store.nbytes > 50:
                 wrong.append(name)
 

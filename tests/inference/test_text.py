@@ -146,6 +146,7 @@ def test_time_is_linear_in_the_text() -> None:
         ([3], "stop string 0 = 3"),
         ([b"a"], "stop string 0 = b'a'"),
         ([None], "stop string 0 = None"),
+        (["a", "\udcff"], r"stop string 1 = '\\udcff': is not UTF-8"),
     ],
 )
 def test_stop_strings_that_cannot_work_are_named(stops: list[str], message: str) -> None:
