@@ -34,7 +34,7 @@ HELP = """\
 /reset         start over
 /help          this
 /quit          end, as the end of input does
-A line that ends with a backslash goes on in the next one.
+A line that ends with a backslash continues in the next one.
 Ctrl-C ends a reply; the conversation continues from what was shown. Twice in a row, it ends the program."""
 
 

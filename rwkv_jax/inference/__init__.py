@@ -1,4 +1,4 @@
-"""What runs a trained model: an engine for any number of texts, sampling, conversations whose state is the context."""
+"""Inference: an engine for any number of texts, sampling, and conversations whose state is the context."""
 
 from __future__ import annotations
 

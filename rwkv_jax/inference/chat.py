@@ -34,7 +34,7 @@ _END_OF_THOUGHTS = "</think>"
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """What stands around the messages of a conversation."""
+    """The text around the messages of a conversation."""
 
     before_message: str
     """Opens a turn; `User: `."""
@@ -47,7 +47,7 @@ class ChatFormat:
     begins_with: str = ""
     """Opens the conversation."""
     stop_strings: tuple[str, ...] = ()
-    """What ends a reply, where the model goes on with the other's turn. The end-of-text token ends one too."""
+    """What ends a reply: the beginning of the next turn. The end-of-text token ends one, too."""
     thinking: Thinking = "none"
     """How the model comes to its answer."""
 

@@ -168,8 +168,8 @@ class Engine:
         if conversation is not None:
             if not one or best_of != 1:
                 raise ConfigError(
-                    f"conversation = {conversation!r}: goes on with one prompt and one continuation; leave best_of and "
-                    "further prompts out"
+                    f"conversation = {conversation!r}: continues with one prompt and one continuation; leave best_of "
+                    "and further prompts out"
                 )
             return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
         require_whole("best_of", best_of, 1, MAX_BEST_OF)

@@ -12,7 +12,7 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """The sizes of an engine. What is compiled depends on the first four alone, never on what is asked for."""
+    """The sizes of an engine. Only the first five determine what is compiled, never the requests."""
 
     num_slots: int = 8
     """Texts that are held on the device at once; others are queued."""
@@ -27,7 +27,7 @@ class EngineOptions:
     max_queue: int = 1024
     """Texts that may wait for a slot; further ones are refused."""
     prefix_bytes: int = 256 * _MIB
-    """Size of the cache for states of prompts, from which prompts with the same prefix go on; 0 is no cache."""
+    """Size of the cache for states of prompts, which prompts with the same prefix start from; 0 is no cache."""
     min_prefix_tokens: int = 16
     """Shorter prompts are not cached."""
     batch_invariant: bool = False

@@ -27,9 +27,8 @@ In both, tokens as likely (or as typical) as the last one kept are kept too, and
 top-p and min-p whatever they are. Typical may drop it, and keeps at least one token.
 
 The orders also differ in what counts as an occurrence. In "rwkv" space, tab, single digits and ascending runs of them,
-such as 12, weigh 0: they bear the presence penalty alone, as in the package. In "openai" each weighs 1. In both, what a
-token has gathered is multiplied by `penalty_decay` at each token, and a token that has occurred once stays one that
-has.
+such as 12, weigh 0: they bear the presence penalty alone, as in the package. In "openai" each weighs 1. In both, a
+token's occurrences are multiplied by `penalty_decay` at each token, and it keeps the presence penalty.
 """
 
 from __future__ import annotations
@@ -154,7 +153,9 @@ class SamplingParams:
     def preset(cls, name: str) -> Self:
         """The preset of a name: "greedy", "openai" or "rwkv"."""
         if name not in typing.get_args(Preset):
-            raise ConfigError(f"sampling = {name!r}: must be one of {', '.join(typing.get_args(Preset))}")
+            raise ConfigError(
+                f"sampling = {name!r}: must be a SamplingParams, or one of {', '.join(typing.get_args(Preset))}"
+            )
         return getattr(cls, name)()
 
     @property
@@ -313,7 +314,7 @@ def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, k
 
 
 def choose_one_by_one(*arguments: Any) -> Array:
-    """As `choose`, a row after the other."""
+    """`choose`, row by row."""
 
     def one(row: Any) -> Array:
         return choose_together(*jax.tree.map(lambda x: x[None], row))[0]
@@ -322,7 +323,7 @@ def choose_one_by_one(*arguments: Any) -> Array:
 
 
 def choose_together(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
-    """As `choose`, all rows in each pass; a pass is left out when no row needs it."""
+    """`choose`, all rows in each pass; a pass is skipped if no row needs it."""
     adjusted = _penalized(logits, occurrences, settings) + bias
     most_likely = first_largest(adjusted)
     is_greedy = settings.temperature <= 0

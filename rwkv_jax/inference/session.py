@@ -104,7 +104,7 @@ class Session:
                 raise
         if not chunks or chunks[-1].finish_reason is None:
             raise SessionCancelledError(
-                f"generate: was cancelled after {len(chunks)} tokens; the session stands at {self.num_tokens} tokens"
+                f"generate: was cancelled after {len(chunks)} tokens; the session has {self.num_tokens} tokens"
             )
         return join(chunks, 0, stream.num_prompt_tokens)
 
@@ -122,10 +122,10 @@ class Session:
           SessionBusyError: the session is in use.
         """
         if not is_one(prompt) and len(prompt):
-            raise ConfigError("prompt: a session goes on with one text at a time; there are several")
+            raise ConfigError("prompt: a session continues with one text at a time; there are several")
         for name in ("state", "return_state"):
             if name in arguments:
-                raise ConfigError(f"{name}: a session goes on from its own state, which it keeps; leave {name} out")
+                raise ConfigError(f"{name}: a session continues its own state, which it keeps; leave {name} out")
         self._claim("stream")
         try:
             stream = self._engine.stream(prompt, state=self._snapshot, return_state=True, **arguments)

@@ -1,4 +1,4 @@
-"""Where a text stands: everything a model knows after some tokens, in a size that does not depend on how many."""
+"""The state of one text between two calls: all that a model keeps of its tokens, in a constant size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class StateError(ConfigError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One text's state; nothing changes it, so that texts which begin alike can share it."""
+    """One text's state; immutable, so that texts with a common prefix can share it."""
 
     state: Any
     """What the model carries, without an axis of rows: a tuple of one `State` (`KeyValueCache`) a layer."""
     logits: Array
     """[V] of the token that comes next, in float32; in float64 of a float64 model."""
     num_tokens: int
-    """Tokens read since the text began."""
+    """Tokens since the text began."""
     owner: str | None = None
-    """Checksum of the parameters that made it; None where only a state file says whose it is."""
+    """Checksum of the parameters that made it; None if unknown."""
 
     @property
     def nbytes(self) -> int:

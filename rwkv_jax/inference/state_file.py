@@ -281,7 +281,7 @@ def _check_checksums(path: Path, tensors: Mapping[str, NDArray], metadata: Mappi
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The checksums of a file; none, if what stands there is damaged."""
+    """The checksums of a file; none if they are damaged themselves."""
     try:
         recorded = json.loads(metadata.get(_CHECKSUMS, ""))
     except (ValueError, RecursionError):
@@ -290,7 +290,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_positions(path: Path, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:
-    """Refuses a cache of another number of tokens, in which a text would go on as if it were shorter or longer."""
+    """Refuses a cache of another number of tokens, from which a text would continue at the wrong position."""
     if identity.capacity is not None and num_tokens > identity.capacity:
         raise StateError(
             f"{path}: num_tokens = {num_tokens}: a state of this model holds {identity.capacity}; go back to an "

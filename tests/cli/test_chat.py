@@ -84,7 +84,7 @@ def test_a_reply_that_is_not_finite_ends_alone(monkeypatch: pytest.MonkeyPatch, 
     answers(chat, "a")
     num_tokens = chat.dialogue.num_tokens
     with monkeypatch.context() as broken:
-        broken.setattr(chat.dialogue, "say", say)
+        broken.setattr(chat.dialogue, "reply", say)
         shown = "one\n" if pieces == ["o", "ne"] else ""
         assert answers(chat, "b") == [f"{shown}! the model's logits are not finite: its weights are broken\n"]
     assert (chat.dialogue.num_tokens, chat.dialogue.last_message) == (num_tokens, "a")
@@ -278,7 +278,7 @@ def test_thinking_is_told_once_and_only_where_nothing_is_shown(
 ) -> None:
     told: list[str] = []
     chat = new_chat(tell_thinking=lambda: told.append("thinking"))
-    monkeypatch.setattr(chat.dialogue, "say", lambda message, **arguments: (piece for piece in pieces))
+    monkeypatch.setattr(chat.dialogue, "reply", lambda message, **arguments: (piece for piece in pieces))
     answers(chat, "a")
     assert len(told) == times
 

@@ -115,14 +115,14 @@ def test_where_a_session_begins_is_its_own_business(engine: Engine, name: str) -
     session.append(IDS)
     given: dict[str, Any] = {name: None}
     for call in (session.generate, lambda **given: engine.generate("x", conversation="q", **given)):
-        with pytest.raises(ConfigError, match=rf"^{name}: a session goes on from its own state"):
+        with pytest.raises(ConfigError, match=rf"^{name}: a session continues its own state"):
             call(**given)
     assert not session.is_in_use
 
 
 def test_a_session_takes_one_text(engine: Engine) -> None:
     texts: Any = ["a", "b"]
-    with pytest.raises(ConfigError, match=r"^prompt: a session goes on with one text at a time"):
+    with pytest.raises(ConfigError, match=r"^prompt: a session continues with one text at a time"):
         engine.session().generate(texts)
     arguments: dict[str, Any] = {"best_of": 2}
     with pytest.raises(ConfigError, match=r"^best_of: no such argument; engine\.generate has it"):
@@ -138,7 +138,7 @@ def test_states_of_other_weights_are_refused_by_whichever_way(engine: Engine, tm
     params = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, in_dtype(random_params(CONFIG), CONFIG))
     other = quick_engine(merge(CONFIG, params), min_prefix_tokens=1)
     for snapshot in (session.snapshot, engine.load_session(tmp_path / "state.safetensors").snapshot):
-        with pytest.raises(StateError, match="is a state of another model"):
+        with pytest.raises(StateError, match="is of another model"):
             other.generate("x", state=snapshot, max_tokens=1)
     expected = other.generate((*IDS, 7), max_tokens=5, sampling=GREEDY).logprobs
     other.prefix_cache = None

@@ -227,7 +227,7 @@ def test_a_state_of_another_model_is_refused(engine: Engine) -> None:
         dataclasses.replace(own, owner="another"),
     )
     for stranger in strangers:
-        with pytest.raises(StateError, match=r"^start: is a state of another model than this RWKV-7 of 2 x 16"):
+        with pytest.raises(StateError, match=r"^state: is of another model than this RWKV-7 of 2 x 16"):
             engine.stream("a", state=stranger)
 
 
@@ -402,7 +402,7 @@ def test_named_conversations_go_on(engine: Engine) -> None:
     ids = (*ids_of(engine, "Hello."), *what_was_read(first), *b" And?")
     assert second.ids == engine.generate(ids, max_tokens=5, sampling=GREEDY).ids
     assert engine.conversation("x").num_tokens == len(ids) + len(what_was_read(second))
-    with pytest.raises(ConfigError, match=r"^conversation = 'x': goes on with one prompt and one continuation"):
+    with pytest.raises(ConfigError, match=r"^conversation = 'x': continues with one prompt and one continuation"):
         engine.generate(["a", "b"], conversation="x")  # pyright: ignore[reportArgumentType]
 
 

@@ -54,7 +54,9 @@ def test_presets_are_taken_by_name() -> None:
         assert engine.generate(IDS, max_tokens=5, seed=3, sampling=named).ids == expected[0].ids
     wrongs: list[Any] = ["best", ["best"]]
     for wrong in wrongs:
-        with pytest.raises(ConfigError, match="sampling = 'best': must be one of greedy, openai, rwkv"):
+        with pytest.raises(
+            ConfigError, match="sampling = 'best': must be a SamplingParams, or one of greedy, openai, rwkv"
+        ):
             engine.generate(IDS, sampling=wrong)
 
 

@@ -230,7 +230,7 @@ def test_what_another_thread_cancels_is_named_as_such(
 
     monkeypatch.setattr(engine, "stream", stream)
     before = session.num_tokens
-    with pytest.raises(SessionCancelledError, match=rf"cancelled after 1 tokens; the session stands at {before}"):
+    with pytest.raises(SessionCancelledError, match=rf"cancelled after 1 tokens; the session has {before}"):
         session.generate(max_tokens=5, sampling=GREEDY)
 
 

@@ -1,4 +1,4 @@
-"""What comes at a bad moment: finalizers and interrupts in the midst of a turn, slow readers, broken states."""
+"""What comes at a bad moment: finalizers and interrupts in the midst of a step, slow readers, broken states."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_finalizer_cannot_run_the_engine_in_its_turn(engine: Engine, monkeypat
     stream = engine.stream(OTHER, max_tokens=9, **PLAIN)
 
     def run_the_engine() -> None:
-        with pytest.raises(RuntimeError, match="midst of a turn"):
+        with pytest.raises(RuntimeError, match="midst of a step"):
             next(stream)
 
     in_the_next_turn(engine, monkeypatch, run_the_engine)
@@ -200,7 +200,7 @@ def test_an_iterators_end_is_no_error_of_a_text(engine: Engine, monkeypatch: pyt
     """StopIteration from somewhere within would pass for the end of the text."""
     stream = engine.stream(IDS, max_tokens=5, **PLAIN)
     monkeypatch.setattr(stream._jobs[0], "add_burst", lambda *_: next(iter(())))
-    with pytest.raises(RuntimeError, match="could not be written"):
+    with pytest.raises(RuntimeError, match="could not be generated"):
         list(stream)
 
 
