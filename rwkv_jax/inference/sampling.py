@@ -288,7 +288,7 @@ def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array)
     def counted() -> Array:
         weight = jnp.where(settings.rwkv_order, jnp.asarray(weights)[tokens], 1)[:, None]
         decayed = jnp.where(occurrences >= 0, occurrences * settings.penalty_decay[:, None], occurrences)
-        is_chosen = jnp.arange(occurrences.shape[-1]) == tokens[:, None]
+        is_chosen = jnp.arange(occurrences.shape[-1], dtype=jnp.int32)[None] == tokens[:, None]
         one_more = jnp.where(is_chosen, jnp.maximum(decayed, 0) + weight, decayed)
         return jnp.where(_penalizes(settings)[:, None], one_more, occurrences)
 
@@ -362,7 +362,8 @@ def _kept(logits: Array, settings: Settings) -> Array:
     everything = jnp.full(top_k.shape, -jnp.inf, logits.dtype)
 
     def top_k_floor() -> Array:
-        floor = largest_floor(lambda floor: _count(logits >= floor), top_k, -jnp.inf, largest[:, 0], lambda floor: 1.0)
+        k = top_k.astype(jnp.float32)
+        floor = largest_floor(lambda floor: _count(logits >= floor), k, -jnp.inf, largest[:, 0], lambda floor: 1.0)
         return jnp.where(top_k > 0, floor, everything)
 
     in_top_k = logits >= jax.lax.cond(jnp.any(top_k > 0), top_k_floor, lambda: everything)[:, None]
