@@ -120,9 +120,7 @@ class TestRunFolder:
 
     def test_a_run_is_not_kept_at_an_address(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            ConfigError, match=r"run_dir = 'gs:/bucket/run': is a web address, not a path; name a"
-        ):
+        with pytest.raises(ConfigError, match=r"run_dir = 'gs:/bucket/run': is a web address, not a path; name a"):
             run_folder.prepare_run_dir(Path("gs://bucket/run"))
         assert names_in(tmp_path) == []
 

@@ -96,7 +96,7 @@ def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int
     from rwkv_jax.weights.pretrained import find_tokenizer
     from rwkv_jax.weights.sources import open_weights, prefix_errors
 
-    weights = open_weights(place)
+    weights = open_weights(place, warn=False)
     with prefix_errors(place):
         vocab_size = read_config(weights.tensors).vocab_size
     tokenizer = find_tokenizer(place, vocab_size) if named is None else load_tokenizer(named, vocab_size)

@@ -152,7 +152,7 @@ def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, t
     """
     path = find_weights(source)
     _weights_for(path, config)
-    beside = load_run_tokenizer(path) if path.is_dir() else find_tokenizer(path, config.vocab_size)
+    beside = find_tokenizer(path, config.vocab_size)
     if beside is not None and beside.fingerprint != tokenizer.fingerprint:
         folder = path if path.is_dir() else path.parent
         raise WeightsError(
@@ -170,18 +170,18 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
     Raises:
       WeightsError: as `check_initial_weights`.
     """
-    weights = _weights_for(find_weights(source), config)
+    weights = _weights_for(find_weights(source), config, warn=False)
     return place_params(
         weights.tensors, config, dtype=config.parameter_dtype, shardings=shardings, drop_pages=weights.drop_pages
     )
 
 
-def _weights_for(path: Path, config: ModelConfig) -> Weights:
+def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
     if path.is_dir():
         loaded = load_model(path, "newest")
         weights = Weights(OfficialTensors(loaded.config.model, loaded.params), "official", lambda: None)
     else:
-        weights = open_weights(path)
+        weights = open_weights(path, warn=warn)
     with prefix_errors(path):
         own = read_config(weights.tensors)
         if may_have_unused(own) and may_have_unused(config):  # a run has them or not, whatever the file has
@@ -281,7 +281,6 @@ def convert(
     if path.is_dir():
         loaded = load_model(path, "newest")
         config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
-        found: Tokenizer | None = load_run_tokenizer(path) if takes_beside else None
     else:
         weights = open_weights(path)
         with prefix_errors(path):
@@ -290,7 +289,7 @@ def convert(
         # Another project's file has another order; an official one keeps its own.
         official = weights.layout == "official"
         tensors = weights.tensors if official else Selected(weights.tensors, official_shapes(config))
-        found = find_tokenizer(path, config.vocab_size) if takes_beside else None
+    found = find_tokenizer(path, config.vocab_size) if takes_beside else None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
     if with_unused:
@@ -306,11 +305,13 @@ def convert(
 
 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that lies beside a file of weights, or None.
+    """The tokenizer of a run, or the one beside a file of weights, or None.
 
     Raises:
-      ConfigError: there is one that does not fit the vocabulary.
+      ConfigError: there is one that does not fit the vocabulary, or a run's has changed.
     """
+    if path.is_dir():
+        return load_run_tokenizer(path)
     if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(path.parent, vocab_size)

@@ -185,8 +185,11 @@ def prefix_errors(path: object) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, warn: bool = True) -> Weights:
     """Opens a file of weights under official names; reads only names, shapes and dtypes.
+
+    Args:
+      warn: of prefixes that are taken off and of tied weights; False for who opens the file once more.
 
     Raises:
       WeightsError: it is no file of weights, is of no known layout, or has been converted for the `rwkv` package.
@@ -202,7 +205,7 @@ def open_weights(path: Path) -> Weights:
             tensors if dequantized is None else dequantized,
             values,
             tied=_is_tied(path.with_name(_CONFIG)),
-            report=lambda found: _LOG.warning("%s: %s", path, found),
+            report=lambda found: _LOG.warning("%s: %s", path, found) if warn else None,
         )
     return Weights(official, layout, tensors.drop_pages)
 

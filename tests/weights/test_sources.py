@@ -204,6 +204,9 @@ def test_tied_weights_are_read_unless_their_config_denies_it(
         (tmp_path / "config.json").write_text(config)
     tensors = open_weights(find_weights(tmp_path)).tensors
     assert "model.safetensors: every name begins with 'module.', which is taken off" in caplog.text
+    said = len(caplog.records)
+    open_weights(find_weights(tmp_path), warn=False)
+    assert len(caplog.records) == said
     if config is not None and "false" in config:
         with pytest.raises(WeightsError, match=r"missing +head\.weight"):
             from_pretrained(tmp_path)
