@@ -48,7 +48,8 @@ from rwkv_jax.config import (
 from rwkv_jax.data.tokens.binidx import BinidxWriter
 from rwkv_jax.training import loop
 from rwkv_jax.training.batch import batch_loader
-from rwkv_jax.training.step import StepMetrics, TrainFunctions, TrainState, abstract_state
+from rwkv_jax.training.functions import TrainFunctions, abstract_state
+from rwkv_jax.training.state import StepMetrics, TrainState
 
 WARM_STEPS = 20
 

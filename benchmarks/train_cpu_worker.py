@@ -77,7 +77,7 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
 
     from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
     from rwkv_jax.training.batch import Batch
-    from rwkv_jax.training.step import initial_state, make_train_functions
+    from rwkv_jax.training.functions import initial_state, make_train_functions
 
     config = TrainConfig(
         model=ModelConfig(vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width),

@@ -29,13 +29,13 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     """Mean loss over batches of held-out text.
 
     Args:
-      eval_step: (params, batch) -> `nll`, the sum of losses in nats, and `count`, of how many tokens.
+      eval_step: (params, batch) -> `loss`, a sum in nats, and `count`, of how many tokens.
     """
     # Sums stay on the device until the end, so that batches follow each other without waiting.
     sums = [eval_step(params, batch) for batch in batches]
-    nll = sum(float(batch.nll) for batch in sums)
+    total = sum(float(batch.loss) for batch in sums)
     count = sum(float(batch.count) for batch in sums)
-    loss = nll / count
+    loss = total / count
     return HeldOut(loss, bits_per_byte(loss, held_out.bytes_per_token))
 
 

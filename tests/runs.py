@@ -17,8 +17,9 @@ import pytest
 
 from rwkv_jax.cli import load_config
 from rwkv_jax.training import checkpoints as ckpt
+from rwkv_jax.training.functions import abstract_state, make_train_functions
 from rwkv_jax.training.reporting.metrics import read_metrics
-from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
+from rwkv_jax.training.state import TrainState
 from tests.golden import QUICK
 from tests.parallel.process_pair import free_port
 from tests.small_runs import assert_same_bits, write_corpus

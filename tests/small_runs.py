@@ -20,7 +20,7 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.reporting.metrics import read_metrics
-from rwkv_jax.training.step import TrainState
+from rwkv_jax.training.state import TrainState
 
 CODE = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(200))
 """Enough for a tokenizer of 300 entries."""

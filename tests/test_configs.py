@@ -15,7 +15,7 @@ from rwkv_jax.config import (
     ModelConfig,
     TrainConfig,
 )
-from rwkv_jax.training.step import abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_state, make_train_functions
 from tests.small_runs import small_config, train_and_learn
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -19,8 +19,8 @@ from rwkv_jax.data.corpus import TokenFile
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
 from rwkv_jax.training.batch import Batch, make_batch
-from rwkv_jax.training.loss import TokenLosses
-from rwkv_jax.training.step import TrainFunctions, make_train_functions
+from rwkv_jax.training.functions import TrainFunctions, make_train_functions
+from rwkv_jax.training.state import EvalSums
 
 BATCH, LENGTH = 3, 16
 
@@ -72,9 +72,9 @@ def test_loss_is_the_mean_over_every_predicted_token(trainer: TrainFunctions, pa
 def test_windows_count_by_their_tokens() -> None:
     """A window that is hardly filled weighs little: sums are divided once, at the end."""
 
-    def eval_step(params: float, batch: Batch) -> TokenLosses:
+    def eval_step(params: float, batch: Batch) -> EvalSums:
         count = jnp.float32(batch.mask.sum())
-        return TokenLosses(params * batch.tokens[0, 0] * count, jnp.float32(0), count)
+        return EvalSums(params * batch.tokens[0, 0] * count, count)
 
     full, rest = np.ones((2, 4), np.float32), np.zeros((2, 4), np.float32)
     rest[0, :2] = 1

@@ -16,7 +16,8 @@ from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_state, make_train_functions
+from rwkv_jax.training.state import TrainState
 from tests.small_runs import CODE, assert_same_bits, names_in
 from tests.training.saved import CONFIG, truncate_data
 

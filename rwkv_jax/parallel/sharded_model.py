@@ -71,16 +71,34 @@ class ShardedModel:
         """
         return self._map(lax.psum, gradients)
 
+    def specs_of(self, params: Any) -> Any:
+        """The partition specs of a nested dict of some of the parameters; None without a mesh."""
+        return None if self.mesh is None else jax.tree.map_with_path(lambda path, _: self._spec(path), params)
+
+    def batch_specs(self, batch: Any) -> Any:
+        """The partition specs of a batch's arrays [B, ...].
+
+        Those that share the axes [B, T] of the first one are split over rows and time, all others over rows.
+        """
+        first = jax.tree.leaves(batch)[0].shape[:2]
+        return jax.tree.map(
+            lambda x: self.tokens_spec if x.ndim > 1 and x.shape[:2] == first else self.rows_spec, batch
+        )
+
     def _map(self, change: Callable[[Array, tuple[str, ...]], Array], params: Any) -> Any:
         """Applies change(parameter, axes) with the axes of `token_axes` over which a parameter is replicated."""
         if self.mesh is None:
             return params
 
-        def changed(x: Array, spec: PartitionSpec) -> Array:
-            axes = tuple(name for name in self.token_axes if name not in _names_in(spec))
+        def changed(path: tuple[Any, ...], x: Array) -> Array:
+            axes = tuple(name for name in self.token_axes if name not in _names_in(self._spec(path)))
             return change(x, axes) if axes else x
 
-        return jax.tree.map(changed, params, self.param_specs)
+        return jax.tree.map_with_path(changed, params)
+
+    def _spec(self, path: tuple[Any, ...]) -> PartitionSpec:
+        """The partition spec of the parameter at a path of the nested dict."""
+        return functools.reduce(lambda specs, entry: specs[entry.key], path, self.param_specs)
 
 
 def _names_in(spec: PartitionSpec) -> set[str]:

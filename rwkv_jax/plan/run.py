@@ -13,7 +13,7 @@ from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
 from rwkv_jax.plan.devices import Topology, topology_devices
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 
 
 def plan_run(config: TrainConfig, topology: Topology) -> Plan:

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
 from rwkv_jax.run_folder import BEST, CHECKPOINTS, open_checkpoints
-from rwkv_jax.training.step import TrainState
+from rwkv_jax.training.state import TrainState
 
 
 class Checkpoints:

@@ -29,6 +29,7 @@ from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints
+from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -37,7 +38,7 @@ from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
-from rwkv_jax.training.step import TrainFunctions, TrainState, abstract_state, initial_state, make_train_functions
+from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import StopRequest
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 

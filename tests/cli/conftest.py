@@ -17,7 +17,7 @@ from rwkv_jax import cli, run_folder
 from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import make_train_functions
+from rwkv_jax.training.functions import make_train_functions
 from tests.cli.commands import Command, Printed
 from tests.golden import QUICK
 from tests.programs import kept_on_disk

@@ -19,9 +19,9 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.models import Transformer, model_type
 from rwkv_jax.training.batch import make_batch
+from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.optimizer import parameter_groups
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
 from tests.golden import QUICK
 from tests.models.parameters import abstract, initial_params
 from tests.models.small_transformers import FLOAT32, SMALL

@@ -15,7 +15,7 @@ import jax
 
 from rwkv_jax.plan.costs import find_collectives
 from rwkv_jax.plan.program import parse_module
-from rwkv_jax.training.step import abstract_batch, abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 from tests.golden import QUICK
 from tests.parallel.meshes import config_of, make_mesh
 

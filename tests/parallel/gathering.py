@@ -13,7 +13,7 @@ from jax import Array
 
 from rwkv_jax.models.layers import Embedding
 from rwkv_jax.parallel.sharded_model import shard_model
-from rwkv_jax.training.step import make_train_functions
+from rwkv_jax.training.functions import make_train_functions
 from tests.parallel.meshes import config_of, make_mesh
 
 

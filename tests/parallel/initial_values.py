@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.training.step import initial_state, make_train_functions
+from rwkv_jax.training.functions import initial_state, make_train_functions
 from tests.parallel.meshes import config_of, make_mesh
 
 

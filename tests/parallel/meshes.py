@@ -16,7 +16,8 @@ import numpy as np
 from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.training.batch import make_batch
-from rwkv_jax.training.step import make_train_functions
+from rwkv_jax.training.functions import make_train_functions
+from rwkv_jax.training.step import loss_and_gradients
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import initial_params, named_config, random_params
 
@@ -103,9 +104,13 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
     )
     # In float32 rounding is the question, so that is compiled as users do.
     options = QUICK if config.model.dtype == "float64" else None
-    loss, gradients, recurrent_state = jax.jit(trainer.loss_and_gradients, compiler_options=options)(
-        params, batch, recurrent_state
-    )
+
+    def step(params: Any, batch: Any, recurrent_state: Any) -> tuple[Any, Any, Any]:
+        return loss_and_gradients(
+            params, {}, batch, recurrent_state, trainer.objective, trainer.sharded, trainer.accumulation_steps
+        )
+
+    (loss, _), gradients, recurrent_state = jax.jit(step, compiler_options=options)(params, batch, recurrent_state)
     found = {"loss": loss, "gradients": gradients, "recurrent_state": recurrent_state}
     if not carries:
         found["evaluation"] = jax.jit(trainer.eval_step, compiler_options=options)(params, batch)

@@ -18,8 +18,9 @@ from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training import loop
+from rwkv_jax.training.functions import abstract_state, make_train_functions
 from rwkv_jax.training.reporting.metrics import read_metrics
-from rwkv_jax.training.step import TrainState, abstract_state, make_train_functions
+from rwkv_jax.training.state import TrainState
 from tests.small_runs import names_in
 
 

@@ -13,8 +13,8 @@ import pytest
 from rwkv_jax.config import CheckpointConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
-from rwkv_jax.training import step as step_module
 from rwkv_jax.training.loss import TokenLosses, sum_losses
+from rwkv_jax.training.objectives import next_token
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.reporting.step_logger import NonFiniteError
 from tests.small_runs import assert_same_bits, names_in
@@ -38,7 +38,7 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
         return total._replace(nll=total.nll * jnp.where(jnp.all(targets == BAD_TOKEN), jnp.nan, 1))
 
     monkeypatch.setattr(TrainingRows, "read", read)
-    monkeypatch.setattr(step_module, "sum_losses", losses)
+    monkeypatch.setattr(next_token, "sum_losses", losses)
     return steps
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import TrainState
+from rwkv_jax.training.state import TrainState
 
 CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
 

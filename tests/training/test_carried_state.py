@@ -12,7 +12,8 @@ import pytest
 
 from rwkv_jax.config import OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.training.batch import make_batch
-from rwkv_jax.training.step import TrainFunctions, TrainState, make_train_functions
+from rwkv_jax.training.functions import TrainFunctions, make_train_functions
+from rwkv_jax.training.state import TrainState
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import SMALL, random_params
 
@@ -61,11 +62,11 @@ def three_steps() -> tuple[list[float], TrainState]:
 def test_three_steps_read_what_one_long_step_reads(float64: None, three_steps: tuple[list[float], TrainState]) -> None:
     trainer, _ = trainer_and_step(config(sequence_length=24))
     whole = jax.jit(trainer.eval_step, compiler_options=QUICK)(begin(trainer).params, make_batch(TEXT, end_of_text=0))
-    assert relative_error(np.mean(three_steps[0]), whole.nll / whole.count) < 1e-12
+    assert relative_error(np.mean(three_steps[0]), whole.loss / whole.count) < 1e-12
     # And not what three steps read that know nothing of each other.
     apart, _ = trainer_and_step(config())
     alone = apart.eval_step(begin(apart).params, make_batch(TEXT[:, 8:17], end_of_text=0))
-    assert abs(three_steps[0][1] - alone.nll / alone.count) > 1e-3
+    assert abs(three_steps[0][1] - alone.loss / alone.count) > 1e-3
 
 
 def test_micro_batches_carry_their_own_rows(float64: None, three_steps: tuple[list[float], TrainState]) -> None:
@@ -97,7 +98,7 @@ def test_nothing_of_the_document_before_is_seen_in_a_row(float64: None) -> None:
         mask = np.tile(np.arange(8) >= 4, (4, 1)).astype(np.float32)
         batch = make_batch(rows, end_of_text=0 if resets else None, mask=mask)
         sums = jax.jit(trainer.eval_step, compiler_options=QUICK)(begin(trainer).params, batch)
-        return float(sums.nll / sums.count)
+        return float(sums.loss / sums.count)
 
     assert second_loss(1, resets=True) == second_loss(2, resets=True)
     assert abs(second_loss(1, resets=False) - second_loss(2, resets=False)) > 1e-3

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError, OptimizerConfig, ParallelConfig, StepConfig, TrainConfig
-from rwkv_jax.training import step as step_module
+from rwkv_jax.training import functions as functions_module
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.checkpoints import Checkpoints
-from rwkv_jax.training.step import abstract_state, initial_state, make_train_functions
+from rwkv_jax.training.functions import abstract_state, initial_state, make_train_functions
 from tests.golden import QUICK
 from tests.models.parameters import SMALL
 
@@ -55,6 +55,6 @@ def test_devices_without_host_memory_are_refused(monkeypatch: pytest.MonkeyPatch
         def with_memory_kind(self, kind: str) -> Any:
             raise ValueError(f"Could not find memory addressable by device cpu. Got memory kind: {kind}")
 
-    monkeypatch.setattr(step_module, "_sharding", lambda mesh, spec: NoHostMemory())
+    monkeypatch.setattr(functions_module, "_sharding", lambda mesh, spec: NoHostMemory())
     with pytest.raises(ConfigError, match=r"^parallel.offload_optimizer = True: these devices cannot reach"):
         make_train_functions(OFFLOADED)

@@ -13,7 +13,7 @@ from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.data.tokenizers import train_sentencepiece
 from rwkv_jax.training import checkpoints as ckpt
-from rwkv_jax.training.step import abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_state, make_train_functions
 from tests.small_runs import CODE
 
 

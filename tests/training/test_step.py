@@ -17,9 +17,9 @@ from jax import Array
 from rwkv_jax.config import OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.models import RWKV7
 from rwkv_jax.training.batch import Batch, make_batch
-from rwkv_jax.training.loss import TokenLosses
+from rwkv_jax.training.functions import TrainFunctions, make_train_functions
 from rwkv_jax.training.optimizer import make_optimizer
-from rwkv_jax.training.step import StepMetrics, TrainFunctions, TrainState, make_train_functions
+from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
 from tests.golden import QUICK, relative_error
 from tests.models import parameters
 from tests.models.parameters import merge, random_params
@@ -130,7 +130,7 @@ def test_every_generation_learns(float64: None, generation: str) -> None:
         assert bool(metrics.finite)
         losses.append(float(metrics.loss))
     total = jax.jit(trainer_of(config).eval_step, compiler_options=QUICK)(params, BATCH)
-    assert relative_error(losses[0], total.nll / total.count) < 1e-12
+    assert relative_error(losses[0], total.loss / total.count) < 1e-12
     assert losses[-1] < 0.25 * losses[0], losses
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         assert np.any(before != after)
@@ -144,13 +144,13 @@ def test_evaluation_gives_the_loss_that_training_reports(
 ) -> None:
     total = eval_step()(start().params, BATCH)
     assert total.count == 72
-    assert relative_error(total.nll / total.count, first_step[1].loss) < 1e-12
+    assert relative_error(total.loss / total.count, first_step[1].loss) < 1e-12
 
 
 def test_masked_tokens_are_read_but_not_counted(float64: None) -> None:
     params = start().params
 
-    def evaluate(mask: np.ndarray) -> TokenLosses:
+    def evaluate(mask: np.ndarray) -> EvalSums:
         return eval_step()(params, BATCH._replace(mask=mask))
 
     mask = np.random.default_rng(1).integers(0, 2, (8, 9)).astype(np.float32)
@@ -159,7 +159,7 @@ def test_masked_tokens_are_read_but_not_counted(float64: None) -> None:
     for part, total in zip(zip(*parts, strict=True), whole, strict=True):
         assert relative_error(sum(part), total) < 1e-12
     assert parts[0].count == mask.sum()
-    assert not np.isclose(parts[0].nll / parts[0].count, parts[1].nll / parts[1].count)
+    assert not np.isclose(parts[0].loss / parts[0].count, parts[1].loss / parts[1].count)
 
 
 # Steps that are not finite

@@ -9,7 +9,7 @@ from rwkv_jax.held_out import HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput
-from rwkv_jax.training.step import StepMetrics
+from rwkv_jax.training.state import StepMetrics
 
 
 class NonFiniteError(RuntimeError):

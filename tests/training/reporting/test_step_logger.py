@@ -17,7 +17,7 @@ from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics
 from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
-from rwkv_jax.training.step import StepMetrics
+from rwkv_jax.training.state import StepMetrics
 
 BYTES_PER_TOKEN = 2.0
 

@@ -1,0 +1,235 @@
+"""A run's pure functions of (state, batch), built from its config, to be compiled once each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from rwkv_jax.config import ConfigError, StepConfig, TrainConfig
+from rwkv_jax.models import model_type
+from rwkv_jax.parallel.mesh import default_device
+from rwkv_jax.parallel.rules import shardings
+from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
+from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.objectives.next_token import NextToken
+from rwkv_jax.training.optimizer import make_optimizer
+from rwkv_jax.training.partition import split_params, train_all
+from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
+from rwkv_jax.training.step import Objective, Partition, train_step
+from rwkv_kernels.arguments import broadcast_varying_axes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainFunctions:
+    """What a run computes; `jax.jit` its methods as they are.
+
+    Whatever is to be trained otherwise is another value of these fields: `dataclasses.replace` changes some.
+    """
+
+    objective: Objective
+    partition: Partition
+    optimizer: optax.GradientTransformation
+    """Of the trained parameters."""
+    sharded: ShardedModel
+    """What is where; `sharded.param_specs` names every parameter of the run."""
+    params: Any
+    """The shape of every parameter of the run, a nested dict."""
+    draw_params: Callable[[Array], Any]
+    """key -> initial parameters."""
+    empty_state: Callable[[], Any] | None
+    """The recurrent state before a text, of all rows, where a row goes on with what a step before left; else None."""
+    graphdef: Any
+    """`nnx.merge(graphdef, params)` is the model."""
+    accumulation_steps: int = 1
+    offload_optimizer: bool = False
+    """Whether the optimizer's state waits in host memory from step to step."""
+
+    def init(self, key: Array) -> TrainState:
+        """The first state, of which `initial_state` makes one that lies where it should."""
+        params = self.draw_params(key)
+        # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
+        step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
+        recurrent_state = None if self.empty_state is None else jax.tree.map(jnp.copy, self.empty_state())
+        opt_state = self.optimizer.init(split_params(params, self.partition)[0])
+        if self.sharded.mesh is not None:
+            opt_state = jax.lax.with_sharding_constraint(opt_state, self._device_shardings.opt_state)
+        return TrainState(params, opt_state, step, jax.random.key_data(key), bad_steps, skipped_steps, recurrent_state)
+
+    def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        """One step of the optimizer, from and to where the state's arrays lie."""
+        if self.offload_optimizer:
+            state = state._replace(opt_state=jax.device_put(state.opt_state, self._device_shardings.opt_state))
+        state, metrics = train_step(
+            state,
+            batch,
+            objective=self.objective,
+            partition=self.partition,
+            optimizer=self.optimizer,
+            sharded=self.sharded,
+            accumulation_steps=self.accumulation_steps,
+            empty_state=None if self.empty_state is None else self.empty_state(),
+        )
+        if self.sharded.mesh is not None or self.offload_optimizer:
+            state = jax.tree.map(jax.device_put, state, self.state_shardings)
+        return state, metrics
+
+    def eval_step(self, params: Any, batch: Any) -> EvalSums:
+        """The sums over all rows of a batch, each read from the empty state."""
+
+        def local_sums(params: Any, batch: Any) -> EvalSums:
+            sums, _ = self.objective.loss_sums(params, batch, None)
+            count, _ = broadcast_varying_axes(self.objective.count(batch), batch)
+            return self.sharded.psum(EvalSums(sums.loss, count))
+
+        specs = (self.sharded.specs_of(params), self.sharded.batch_specs(batch))
+        return self.sharded.shard_map(local_sums, specs, PartitionSpec())(params, batch)
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        """Where each array of the state lies between steps.
+
+        Raises:
+          ConfigError: an optimizer to offload where devices cannot.
+        """
+        where = self._device_shardings
+        if self.offload_optimizer:
+            where = where._replace(opt_state=jax.tree.map(_in_host_memory, where.opt_state))
+        return where
+
+    @functools.cached_property
+    def _device_shardings(self) -> TrainState:
+        """Where each array lies during a step: Adam's moments where their parameters do, counters everywhere."""
+        mesh, whole = self.sharded.mesh, _sharding(self.sharded.mesh, PartitionSpec())
+        trained, _ = split_params(self.params, self.partition)
+        opt_state = jax.eval_shape(self.optimizer.init, trained)
+        recurrent_state = None if self.empty_state is None else jax.eval_shape(self.empty_state)
+        if mesh is None:
+            params, opt_state, recurrent_state = jax.tree.map(
+                lambda _: whole, (self.params, opt_state, recurrent_state)
+            )
+        else:
+            params = shardings(mesh, self.sharded.param_specs)
+            opt_state = optax.tree.map_params(
+                self.optimizer,
+                lambda _, sharding: sharding,
+                opt_state,
+                split_params(params, self.partition)[0],
+                transform_non_params=lambda _: whole,
+            )
+            recurrent_state = None if recurrent_state is None else shardings(mesh, self.sharded.state_specs)
+        return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state)
+
+    @property
+    def tokens_sharding(self) -> Any:
+        """Where arrays with axes [B, T] of a batch lie."""
+        return _sharding(self.sharded.mesh, self.sharded.tokens_spec)
+
+    @property
+    def rows_sharding(self) -> Any:
+        """Where arrays with the axis [B] of a batch lie."""
+        return _sharding(self.sharded.mesh, self.sharded.rows_spec)
+
+
+def make_train_functions(
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    objective: Callable[[Any, ShardedModel, StepConfig], Objective] = NextToken,
+    partition: Partition = train_all,
+) -> TrainFunctions:
+    """Builds a config's pure functions; nothing is allocated or compiled.
+
+    The model is defined with NNX but trained as a plain dict of arrays under `jax.jit`: in a hot loop that costs a
+    fraction of `nnx.jit`, and checkpoints, conversion and sharding see nothing but a dict. On a mesh the loss and its
+    gradient run within one `jax.shard_map`, and the optimizer, which is element by element, outside it.
+
+    Args:
+      objective: makes one of the model's graphdef, its split over the mesh and `config.training`.
+      partition: which parameters are trained; the others have no gradient and no optimizer state.
+
+    Raises:
+      ConfigError: a size that the mesh does not divide, an optimizer to offload where devices cannot, or a partition
+        that trains nothing.
+    """
+    kind, training = model_type(config.model), config.training
+    abstract = nnx.eval_shape(lambda: kind(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    sharded = shard_model(config.model, params, mesh)
+    trained, _ = split_params(params, partition)
+    if not trained:
+        raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
+
+    def draw_local(key: Array) -> Any:
+        model = kind(config.model, rngs=nnx.Rngs(key), shard_params=sharded.shard_params)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def empty_state() -> Any:
+        return nnx.merge(graphdef, params).initial_state(training.batch_size)
+
+    functions = TrainFunctions(
+        objective=objective(graphdef, sharded, training),
+        partition=partition,
+        optimizer=make_optimizer(config.optimizer, training.num_steps, trained, kind.parameter_group),
+        sharded=sharded,
+        params=params,
+        draw_params=sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
+        empty_state=empty_state if training.carry_state else None,
+        graphdef=graphdef,
+        accumulation_steps=training.accumulation_steps,
+        offload_optimizer=config.parallel.offload_optimizer,
+    )
+    _ = functions.state_shardings  # or devices without host memory would be refused by the first step
+    return functions
+
+
+def initial_state(functions: TrainFunctions, seed: int) -> TrainState:
+    """The state of a run that begins, each array where it belongs: the same numbers on every mesh."""
+    # Two programs: the first is the same on every mesh but for where it cuts matrices.
+    return jax.device_put(jax.jit(functions.init)(jax.random.key(seed)), functions.state_shardings)
+
+
+def abstract_state(functions: TrainFunctions) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; nothing is allocated."""
+    shapes = jax.eval_shape(functions.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        functions.state_shardings,
+    )
+
+
+def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Batch:
+    """Shapes, dtypes and shardings of what a run's step reads; nothing is allocated."""
+    training = config.training
+    shape = (training.batch_size, training.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=functions.tokens_sharding)
+    rows = jax.ShapeDtypeStruct(shape[:1], jnp.bool_, sharding=functions.rows_sharding)
+    return Batch(
+        tokens=tokens,
+        targets=tokens,
+        segment_ids=tokens if training.reset_at_documents else None,
+        continues_previous=rows if training.carry_state else None,
+    )
+
+
+def _sharding(mesh: Mesh | None, spec: PartitionSpec) -> Any:
+    return SingleDeviceSharding(default_device()) if mesh is None else NamedSharding(mesh, spec)
+
+
+def _in_host_memory(sharding: Any) -> Any:
+    try:
+        return sharding.with_memory_kind("pinned_host")
+    except ValueError as error:
+        raise ConfigError(
+            "parallel.offload_optimizer = True: these devices cannot reach their hosts' memory; switch it off"
+        ) from error

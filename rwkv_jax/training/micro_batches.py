@@ -1,0 +1,58 @@
+"""A batch in micro-batches, one after the other, and recurrent states by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rwkv_kernels.arguments import broadcast_varying_axes
+
+
+def sum_over_micro_batches(
+    step: Callable[[Any, Any], tuple[Any, Any]], params: Any, batch: Any, recurrent_state: Any, steps: int
+) -> tuple[Any, Any]:
+    """A step's results, summed over micro-batches.
+
+    Args:
+      step: (micro-batch, its recurrent state) -> ((scalars, gradients by `params`), the next recurrent state).
+      params: nested dict; gives the gradients their form.
+      batch: arrays [B, ...]; recurrent_state: arrays [L, B, ...], or None.
+      steps: how many micro-batches; divides B.
+
+    Returns:
+      Both sums, and the next recurrent state of all rows.
+    """
+    if steps == 1:
+        return step(batch, recurrent_state)
+    micro = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+    states = jax.tree.map(lambda x: _split_rows(x, steps), recurrent_state)
+
+    def add(total: Any, micro: tuple[Any, Any]) -> tuple[Any, Any]:
+        terms, next_state = step(*micro)
+        return jax.tree.map(jnp.add, total, terms), next_state
+
+    (scalars, _), _ = jax.eval_shape(step, *jax.tree.map(lambda x: x[0], (micro, states)))
+    scalars = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros(x.shape, x.dtype), batch)[0], scalars)
+    gradients = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros_like(x), x)[0], params)
+    total, states = jax.lax.scan(add, (scalars, gradients), (micro, states))
+    return total, jax.tree.map(_merge_rows, states)
+
+
+def where_rows(condition: Array, x: Any, y: Any) -> Any:
+    """x in the rows [B] where the condition holds, else y; trees of arrays [L, B, ...]."""
+    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(1, -1, *(1,) * (x.ndim - 2)), x, y), x, y)
+
+
+def _split_rows(x: Array, steps: int) -> Array:
+    """[L, B, ...] -> [steps, L, B / steps, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], steps, -1, *x.shape[2:]), 1, 0)
+
+
+def _merge_rows(x: Array) -> Array:
+    """[steps, L, b, ...] -> [L, steps * b, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

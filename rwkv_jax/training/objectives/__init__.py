@@ -1,0 +1,1 @@
+"""What training minimizes, one file an objective; the form they have is `training.step.Objective`."""

@@ -1,0 +1,49 @@
+"""Cross-entropy of the next token, with L2Wrap: how language models are pretrained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import StepConfig
+from rwkv_jax.parallel.sharded_model import ShardedModel
+from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.loss import sum_losses
+from rwkv_jax.training.step import LossSums
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextToken:
+    """Mean -log p(token), in nats, of the tokens that the batch's mask counts; all without one."""
+
+    graphdef: Any
+    """`nnx.merge(graphdef, params)` is the model."""
+    sharded: ShardedModel
+    config: StepConfig
+    """Of which it reads how logits are computed (`remat`, `loss_chunk`) and the strength of L2Wrap."""
+
+    def count(self, batch: Batch) -> Array:
+        """The number of tokens that count."""
+        return jnp.sum(jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask)
+
+    def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
+        """The sums over a device's rows, and their next recurrent state."""
+        sharded, config = self.sharded, self.config
+        model = nnx.merge(self.graphdef, params)
+        hidden, next_state = model.hidden(
+            batch.tokens,
+            recurrent_state,
+            segment_ids=batch.segment_ids,
+            remat=config.remat,
+            axes=sharded.axes,
+            gather_params=sharded.gather_params,
+        )
+        with jax.named_scope("loss"):
+            model.head = sharded.gather_params("head", model.head)
+            sums = sum_losses(model.logits, hidden, batch.targets, batch.mask, config.loss_chunk, sharded.axes.tensor)
+        return LossSums(minimized=sums.nll + config.l2wrap * sums.peak, loss=sums.nll), next_state

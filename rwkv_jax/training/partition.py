@@ -1,0 +1,40 @@
+"""Parameters in two parts, trained and frozen, as nested dicts without what is in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def train_all(path: tuple[str, ...]) -> bool:
+    """The partition in which nothing is frozen."""
+    del path
+    return True
+
+
+def split_params(
+    params: Any, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
+) -> tuple[Any, Any]:
+    """The trained and the frozen parameters of a nested dict of anything.
+
+    Args:
+      is_trained: a `step.Partition`; layers 1 to L - 1 are one path under "blocks", layer 0 is "first_block".
+      path: where in the whole dict `params` is.
+    """
+    trained, frozen = {}, {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            for side, part in zip((trained, frozen), split_params(value, is_trained, (*path, name)), strict=True):
+                if part:
+                    side[name] = part
+        else:
+            (trained if is_trained((*path, name)) else frozen)[name] = value
+    return trained, frozen
+
+
+def merge_params(trained: Any, frozen: Any) -> Any:
+    """The nested dict of which `split_params` made these two."""
+    merged = dict(frozen)
+    for name, value in trained.items():
+        merged[name] = merge_params(value, frozen[name]) if name in frozen else value
+    return merged
