@@ -134,11 +134,16 @@ def _join(files: Sequence[TokenFile], tokenizer: Tokenizer) -> TokenFile | None:
     if not files:
         return None
     end_of_text = np.array([tokenizer.end_of_text], np.int32)
+    mask = None
+    if any(file.mask is not None for file in files):
+        masks = (np.ones(file.num_tokens, bool) if file.mask is None else file.mask for file in files)
+        mask = np.concatenate([np.ones(1, bool), *(mask[1:] for mask in masks)])
     return TokenFile(
         path=files[0].path,
         tokens=np.concatenate([end_of_text, *(file.tokens[1:].astype(np.int32) for file in files)]),
         num_bytes=sum(file.num_bytes for file in files),
         num_documents=sum(file.num_documents for file in files),
+        mask=mask,
     )
 
 

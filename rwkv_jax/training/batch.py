@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from rwkv_jax.config import StepConfig
+from rwkv_jax.data.tokens.rows import Rows
 from rwkv_jax.parallel.coordination import global_array
 
 
@@ -68,39 +68,32 @@ def batch_loader(placement: _Placement, training: StepConfig, end_of_text: int) 
       end_of_text: the token that begins each document.
 
     Returns:
-      (read, *, mask=None, trains=False) -> Batch, where read takes a slice of the B rows to int32 [n, T + 1], mask is
-      float32 [B, T] or None, and `trains` says that rows go on where those of the step before stopped, if the run
-      carries states.
+      (read, *, trains=False) -> Batch, where read takes a slice of the B rows to `Rows`, and `trains` says that rows go
+      on where those of the step before stopped, if the run carries states.
     """
     shape = (training.batch_size, training.sequence_length)
 
-    def load(read: Callable[[slice], np.ndarray], *, mask: np.ndarray | None = None, trains: bool = False) -> Batch:
-        @functools.cache
-        def own(start: int, stop: int) -> Batch:
-            rows = slice(start, stop)
-            return make_batch(
-                read(rows),
-                end_of_text=end_of_text if training.reset_at_documents else None,
-                carries_state=trains and training.carry_state,
-                mask=None if mask is None else mask[rows],
-            )
+    def load(read: Callable[[slice], Rows], *, trains: bool = False) -> Batch:
+        parts: dict[tuple[int, int], Batch] = {}
 
-        def placed(name: str) -> Any:
-            return global_array(
-                placement.tokens_sharding, shape, lambda rows: getattr(own(rows.start, rows.stop), name)
-            )
+        def part(rows: slice) -> Batch:
+            if (rows.start, rows.stop) not in parts:
+                tokens, mask = read(rows)
+                parts[rows.start, rows.stop] = make_batch(
+                    tokens,
+                    end_of_text=end_of_text if training.reset_at_documents else None,
+                    carries_state=trains and training.carry_state,
+                    mask=mask,
+                )
+            return parts[rows.start, rows.stop]
 
-        continues_previous = None
-        if trains and training.carry_state:
-            continues_previous = global_array(
-                placement.rows_sharding, shape[:1], lambda rows: own(rows.start, rows.stop).continues_previous
-            )
-        return Batch(
-            tokens=placed("tokens"),
-            targets=placed("targets"),
-            segment_ids=placed("segment_ids") if training.reset_at_documents else None,
-            continues_previous=continues_previous,
-            mask=None if mask is None else placed("mask"),
-        )
+        def placed(name: str, ndim: int) -> Any:
+            sharding = placement.rows_sharding if ndim == 1 else placement.tokens_sharding
+            return global_array(sharding, shape[:ndim], lambda rows: getattr(part(rows), name))
+
+        tokens = placed("tokens", 2)
+        some = next(iter(parts.values()))._replace(tokens=None)  # the others have the same fields
+        others = {name: None if value is None else placed(name, value.ndim) for name, value in some._asdict().items()}
+        return Batch(**others | {"tokens": tokens})
 
     return load

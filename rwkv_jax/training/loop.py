@@ -236,8 +236,8 @@ def _held_out_evaluation(
     shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
 
     def evaluate_held_out(params: Any, num_batches: int | None) -> HeldOut:
-        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches)
-        batches = (load(tokens.__getitem__, mask=mask) for tokens, mask in windows)
+        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches, mask=held_out.mask)
+        batches = (load(rows.select) for rows in windows)
         return evaluate(eval_step, params, batches, held_out)
 
     return evaluate_held_out

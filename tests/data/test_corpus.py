@@ -79,7 +79,7 @@ class TestBinidx:
         prime = next(p for p in range(num_sequences - 1, 1, -1) if p % 3 == 2 and all(p % d for d in range(2, p)))
         rows = training_rows(_prepare(data, held_out=0), order="official", seed=9, batch_size=2, sequence_length=length)
         for step in range(20):
-            for row, found in enumerate(rows.read(step).tolist()):
+            for row, found in enumerate(rows.read(step).tokens.tolist()):
                 sample = 1 + 2 * step + row
                 start = (int(prime * (5**0.5 - 1) / 2) * sample**3) % prime * length
                 assert found == tokens[start : start + length + 1]

@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.config import CheckpointConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
-from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
+from rwkv_jax.data.tokens.rows import Rows, TrainingRows, training_rows
 from rwkv_jax.training.loss import TokenLosses, sum_losses
 from rwkv_jax.training.objectives import next_token
 from rwkv_jax.training.reporting.metrics import read_metrics
@@ -29,9 +29,9 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     steps: set[int] = set()
     read_rows = TrainingRows.read
 
-    def read(self: TrainingRows, step: int, rows: slice = slice(None)) -> np.ndarray:
-        tokens = read_rows(self, step, rows)
-        return np.full_like(tokens, BAD_TOKEN) if step in steps else tokens
+    def read(self: TrainingRows, step: int, rows: slice = slice(None)) -> Rows:
+        found = read_rows(self, step, rows)
+        return Rows(np.full_like(found.tokens, BAD_TOKEN)) if step in steps else found
 
     def losses(logits_of: Any, hidden: Any, targets: Any, *options: Any) -> TokenLosses:
         total = sum_losses(logits_of, hidden, targets, *options)

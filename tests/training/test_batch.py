@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import StepConfig
+from rwkv_jax.data.tokens.rows import Rows
 from rwkv_jax.training.batch import Batch, batch_loader, make_batch
 
 ROWS = np.array([[5, 6, 0, 7, 8], [0, 1, 2, 0, 3], [1, 2, 3, 4, 0]], np.int32)
@@ -45,19 +47,23 @@ def test_a_loaded_batch_is_the_made_one_and_its_rows_are_read_once(carries: bool
     training = StepConfig(batch_size=3, sequence_length=4, carry_state=carries, reset_at_documents=resets)
     read: list[slice] = []
 
-    def rows(which: slice) -> np.ndarray:
-        read.append(which)
-        return ROWS[which]
+    mask = np.tri(3, 4, dtype=np.float32)
+
+    def reader(rows: Rows) -> Callable[[slice], Rows]:
+        def select(which: slice) -> Rows:
+            read.append(which)
+            return rows.select(which)
+
+        return select
 
     load = batch_loader(Placement(), training, 0)
-    mask = np.tri(3, 4, dtype=np.float32)
     end_of_text = 0 if resets else None
-    for options, expected in (
-        ({"trains": True}, make_batch(ROWS, end_of_text=end_of_text, carries_state=carries)),
-        ({"mask": mask}, make_batch(ROWS, end_of_text=end_of_text, mask=mask)),
+    for rows, trains, expected in (
+        (Rows(ROWS), True, make_batch(ROWS, end_of_text=end_of_text, carries_state=carries)),
+        (Rows(ROWS, mask), False, make_batch(ROWS, end_of_text=end_of_text, mask=mask)),
     ):
         read.clear()
-        batch: Batch = load(rows, **options)
+        batch: Batch = load(reader(rows), trains=trains)
         assert read == [slice(0, 3)]
         assert jax.tree.structure(batch) == jax.tree.structure(expected)
         for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rwkv_jax.data.tokens.rows import Rows
+
 
 def num_evaluation_batches(num_tokens: int, *, batch_size: int, sequence_length: int) -> int:
     """Number of batches in which `evaluation_windows` predicts every token but the first."""
@@ -13,12 +15,18 @@ def num_evaluation_batches(num_tokens: int, *, batch_size: int, sequence_length:
 
 
 def evaluation_windows(
-    tokens: np.ndarray, *, batch_size: int, sequence_length: int, num_batches: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens int32 [B, T + 1] and mask float32 [B, T], 1 at each position t whose next token t + 1 is to be predicted.
+    tokens: np.ndarray,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    num_batches: int | None = None,
+    mask: np.ndarray | None = None,
+) -> Iterator[Rows]:
+    """Batches of rows with a mask, 1 at each position t whose next token t + 1 is to be predicted.
 
     The windows cover the tokens in order and predict each but the first exactly once; all shapes are alike, what is
     missing in the last one is padded and masked. `num_batches` takes so many of them, evenly spaced over the tokens.
+    `mask` [n] says which tokens count; None counts all.
     """
     total = num_evaluation_batches(len(tokens), batch_size=batch_size, sequence_length=sequence_length)
     taken = total if num_batches is None else min(num_batches, total)
@@ -28,4 +36,5 @@ def evaluation_windows(
         positions = start + row_starts[:, None] + np.arange(sequence_length + 1)
         inside = positions < len(tokens)
         batch = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
-        yield np.where(inside, batch, np.int32(0)), inside[:, 1:].astype(np.float32)
+        counted = inside if mask is None else inside & mask[np.minimum(positions, len(tokens) - 1)]
+        yield Rows(np.where(inside, batch, np.int32(0)), counted[:, 1:].astype(np.float32))

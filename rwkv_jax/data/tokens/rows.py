@@ -30,6 +30,19 @@ class RowStarts(NamedTuple):
     """Position of the first token in that source."""
 
 
+class Rows(NamedTuple):
+    """Rows of tokens, for training or evaluation."""
+
+    tokens: np.ndarray
+    """int32 [n, T + 1]: the first T tokens are inputs, the last T targets."""
+    mask: np.ndarray | None = None
+    """float32 [n, T], 1 where the target counts; None where all do."""
+
+    def select(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.tokens[rows], None if self.mask is None else self.mask[rows])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRows:
     """Reads the rows of any step; made by `training_rows`, which checks that these values fit each other."""
@@ -73,20 +86,20 @@ class TrainingRows:
             starts[chosen] = self._window_starts(int(source), members[chosen])
         return RowStarts(sources, starts)
 
-    def read(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """The selected rows of a step, int32 [n, T + 1]: the first T tokens are inputs, the last T targets.
+    def read(self, step: int, rows: slice = slice(None)) -> Rows:
+        """The selected rows of a step, with a mask if any of the sources has one.
 
         `rows` selects from the B rows, so that a process reads its own.
         Raises ConfigError, naming the place, for a token outside the vocabulary.
         """
         length = self.sequence_length + 1
         sources, starts = self.locate(step, rows)
-        result = np.empty((len(starts), length), np.int32)
-        for row, source, start in zip(result, sources.tolist(), starts.tolist(), strict=True):
+        result = Rows(np.empty((len(starts), length), np.int32))
+        if any(source.mask is not None for source in self.sources):
+            result = result._replace(mask=np.ones((len(starts), length - 1), np.float32))
+        for row, (source, start) in enumerate(zip(sources.tolist(), starts.tolist(), strict=True)):
             file = self.sources[source]
-            tokens = np.asarray(file.tokens)[start : start + length]  # slices of a memmap take longer
-            if len(tokens) < length:  # the tokens are a ring
-                tokens = np.concatenate([tokens, file.tokens[: length - len(tokens)]])
+            tokens = _read_ring(file.tokens, start, length)
             wrong = first_wrong_token(tokens, self.vocab_size)  # before the cast, which would wrap around
             if wrong is not None:
                 position = (start + wrong) % file.num_tokens
@@ -94,7 +107,9 @@ class TrainingRows:
                     f"{file.path}: token {position} is {tokens[wrong]}, and the vocabulary has {self.vocab_size}; the "
                     "file is damaged, or was made by another tokenizer than data.tokenizer"
                 )
-            row[:] = tokens
+            result.tokens[row] = tokens
+            if result.mask is not None and file.mask is not None:
+                result.mask[row] = _read_ring(file.mask, start, length)[1:]
         return result
 
     def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
@@ -108,6 +123,12 @@ class TrainingRows:
         return shuffled_windows(
             row_index, num_tokens=num_tokens, seed=self.seed, sequence_length=self.sequence_length
         ).start
+
+
+def _read_ring(values: np.ndarray, start: int, length: int) -> np.ndarray:
+    """Consecutive values of a ring, in which the first follow the last."""
+    found = np.asarray(values)[start : start + length]  # slices of a memmap take longer
+    return found if len(found) == length else np.concatenate([found, values[: length - len(found)]])
 
 
 def training_rows(

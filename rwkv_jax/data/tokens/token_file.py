@@ -24,6 +24,12 @@ class TokenFile:
     num_bytes: int
     """UTF-8 bytes of the documents; of the training side of a large binidx an estimate."""
     num_documents: int
+    mask: np.ndarray | None = None
+    """[n] bool, which tokens count where they are to be predicted; None where all do."""
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mask.shape != self.tokens.shape:
+            raise ValueError(f"{self.path}: mask of shape {self.mask.shape} for tokens of shape {self.tokens.shape}")
 
     @property
     def num_tokens(self) -> int:

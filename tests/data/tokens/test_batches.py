@@ -38,3 +38,13 @@ def test_a_few_evaluation_batches_are_spread_over_the_text() -> None:
     assert len(every) == 16
     assert [batch[0, 0] for batch, _ in some] == [every[index][0][0, 0] for index in (0, 4, 8, 12)]
     assert len(list(evaluation_windows(_TOKENS, **_SHAPE, num_batches=99))) == 16
+
+
+def test_masked_tokens_do_not_count() -> None:
+    counts = _TOKENS % 5 == 0
+    counted = [
+        token
+        for batch, mask in evaluation_windows(_TOKENS, **_SHAPE, mask=counts)
+        for token in batch[:, 1:][mask == 1].tolist()
+    ]
+    assert counted == _TOKENS[1:][counts[1:]].tolist()

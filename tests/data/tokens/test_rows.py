@@ -45,11 +45,11 @@ def test_rows_are_consecutive_tokens_from_where_they_begin(order: RowOrder) -> N
     rows = _rows(order=order)
     assert rows.num_tokens == 1003
     for step in range(80):
-        batch = rows.read(step)
+        batch = rows.read(step).tokens
         assert (batch.shape, batch.dtype) == ((4, 17), np.int32)
         assert (np.diff(batch) % 1003 == 1).all()
         assert rows.row_locations(step) == [f"x.bin, token {token}" for token in batch[:, 0]]
-    whole = np.stack([rows.read(step) for step in range(80)])
+    whole = np.stack([rows.read(step).tokens for step in range(80)])
     # The tokens are a ring, but for the official order.
     assert bool((np.diff(whole) < 0).any()) == (order != "official")
 
@@ -59,33 +59,33 @@ def test_rows_are_consecutive_tokens_from_where_they_begin(order: RowOrder) -> N
 @given(step=st.integers(0, 10**9), start=st.integers(0, 4), stop=st.integers(0, 4))
 def test_hosts_together_read_what_one_would(order: RowOrder, step: int, start: int, stop: int) -> None:
     rows = _rows(order=order)
-    assert rows.read(step, slice(start, stop)).tolist() == rows.read(step)[start:stop].tolist()
+    assert rows.read(step, slice(start, stop)).tokens.tolist() == rows.read(step).tokens[start:stop].tolist()
     assert rows.row_locations(step, slice(start, stop)) == rows.row_locations(step)[start:stop]
 
 
 def test_the_seed_is_that_of_windows_and_streams() -> None:
     for order in _ORDERS:
-        same = _rows(order=order).read(3).tolist() == _rows(order=order, seed=2).read(3).tolist()
+        same = _rows(order=order).read(3).tokens.tolist() == _rows(order=order, seed=2).read(3).tokens.tolist()
         assert same == (order == "official")
 
 
 def test_an_epoch_of_windows_predicts_no_token_twice() -> None:
     rows = _rows(batch_size=2)
-    predicted = np.concatenate([rows.read(step)[:, 1:].ravel() for step in range(31)])
+    predicted = np.concatenate([rows.read(step).tokens[:, 1:].ravel() for step in range(31)])
     assert len(predicted) == len(np.unique(predicted)) == 62 * 16
 
 
 def test_the_same_windows_come_for_another_batch_size() -> None:
     small, large = _rows(batch_size=2), _rows(batch_size=6)
-    assert [row for step in range(6) for row in small.read(step).tolist()] == [
-        row for step in range(2) for row in large.read(step).tolist()
+    assert [row for step in range(6) for row in small.read(step).tokens.tolist()] == [
+        row for step in range(2) for row in large.read(step).tokens.tolist()
     ]
 
 
 def test_streams_go_on_where_they_stopped() -> None:
     rows = _rows(order="streams")
     for step in range(100):
-        assert (rows.read(step)[:, -1] == rows.read(step + 1)[:, 0]).all()
+        assert (rows.read(step).tokens[:, -1] == rows.read(step + 1).tokens[:, 0]).all()
 
 
 def test_the_official_order_never_reads_past_the_end() -> None:
@@ -93,16 +93,16 @@ def test_the_official_order_never_reads_past_the_end() -> None:
     starts = np.concatenate([rows.locate(step).starts for step in range(101)])
     assert starts.max() == 100 * 16
     assert _rows(101 * 16 + 16 + 3, "official").magic_prime == 101
-    assert rows.read(0)[0, 0] == 62 * 16  # f = int(101 * 0.618) = 62, sample 1
+    assert rows.read(0).tokens[0, 0] == 62 * 16  # f = int(101 * 0.618) = 62, sample 1
 
 
 def test_a_mixture_reads_each_source_in_its_share(mixed: Corpus) -> None:
     rows = training_rows(mixed, order="windows", seed=0, batch_size=64, sequence_length=9)
     assert rows.num_tokens == 1100
-    firsts = np.concatenate([rows.read(step)[:, 0] for step in range(64)])
+    firsts = np.concatenate([rows.read(step).tokens[:, 0] for step in range(64)])
     assert (firsts >= 10000).sum() == 1024
     for step in range(3):
-        batch = rows.read(step)
+        batch = rows.read(step).tokens
         names = [place.split(",")[0] for place in rows.row_locations(step)]
         assert names == ["b" if first >= 10000 else "a" for first in batch[:, 0]]
         assert (np.diff(batch)[batch[:, :-1] < 999] == 1).all()
@@ -110,7 +110,7 @@ def test_a_mixture_reads_each_source_in_its_share(mixed: Corpus) -> None:
     for source, chosen, count in [(0, firsts < 10000, 3072), (1, firsts >= 10000, 1024)]:
         corpus = _corpus(mixed.sources[source].tokens)
         alone = training_rows(corpus, order="windows", seed=0, batch_size=1, sequence_length=9)
-        assert sorted(firsts[chosen].tolist()) == sorted(int(alone.read(step)[0, 0]) for step in range(count))
+        assert sorted(firsts[chosen].tolist()) == sorted(int(alone.read(step).tokens[0, 0]) for step in range(count))
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,54 @@ def test_whole_numbers_of_any_type_are_tokens() -> None:
         rows = training_rows(
             _corpus(np.arange(100).astype(dtype)), order="streams", seed=0, batch_size=2, sequence_length=8
         )
-        assert (np.diff(rows.read(0)) % 100 == 1).all()
+        assert (np.diff(rows.read(0).tokens) % 100 == 1).all()
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+def test_masks_are_read_with_the_tokens_they_are_of(order: RowOrder) -> None:
+    tokens = np.arange(1003, dtype=np.uint16)
+    corpus = _corpus(tokens)
+    masked = dataclasses.replace(corpus.train, mask=tokens % 3 == 0)
+    rows = training_rows(dataclasses.replace(corpus, sources=(masked,)), **{"order": order, "seed": 1} | _SHAPE)
+    for step in range(80):  # around the ring, too
+        found, mask = rows.read(step)
+        assert mask is not None
+        assert mask.dtype == np.float32
+        np.testing.assert_array_equal(mask, found[:, 1:] % 3 == 0)
+    assert _rows(order=order).read(0).mask is None
+
+
+def test_in_a_mixture_all_of_a_source_without_a_mask_counts(mixed: Corpus) -> None:
+    masked = dataclasses.replace(mixed.sources[1], mask=np.zeros(100, bool))
+    corpus = dataclasses.replace(mixed, sources=(mixed.sources[0], masked))
+    rows = training_rows(corpus, order="windows", seed=0, batch_size=64, sequence_length=9)
+    found, mask = rows.read(0)
+    assert mask is not None
+    assert mask.tolist() == [[float(row[0] < 10000)] * 9 for row in found]
+    assert 0 < mask.mean() < 1
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x.bin: mask of shape \(4,\) for tokens of shape \(5,\)"):
+        TokenFile(Path("x.bin"), np.arange(5), 5, 1, mask=np.ones(4, bool))
+
+
+def test_masks_of_held_out_tokens_are_joined() -> None:
+    parts = [
+        dataclasses.replace(_corpus(np.arange(9)), held_out=TokenFile(Path("h"), np.arange(5), 5, 1, mask=mask))
+        for mask in (np.arange(5) > 2, None)
+    ]
+    held_out, without = (mix(chosen, (1, 1)).held_out for chosen in (parts, parts[1:] * 2))
+    assert held_out is not None
+    assert held_out.mask is not None
+    assert held_out.mask.tolist() == [True, False, False, True, True, True, True, True, True]
+    assert without is not None
+    assert without.mask is None
 
 
 @pytest.mark.parametrize("order", _ORDERS)
 def test_a_corpus_of_just_one_batch_will_do(order: RowOrder) -> None:
-    assert _rows(12 * 16 + 1, order, batch_size=12).read(3).shape == (12, 17)
+    assert _rows(12 * 16 + 1, order, batch_size=12).read(3).tokens.shape == (12, 17)
 
 
 @pytest.mark.parametrize("order", _ORDERS)
