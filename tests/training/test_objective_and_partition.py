@@ -118,7 +118,7 @@ def preference_functions(config: TrainConfig = CONFIG, mesh: Mesh | None = None)
 def batch_of(step: int, functions: TrainFunctions) -> PairBatch:
     draws = np.random.default_rng(step)
     texts = draws.integers(0, CONFIG.model.vocab_size, (2, PAIRS, TIME + 1)).astype(np.int32)
-    batch = PairBatch(*texts, draws.uniform(0.5, 1.5, PAIRS))
+    batch = PairBatch(texts[0], texts[1], draws.uniform(0.5, 1.5, PAIRS))
     if functions.sharded.mesh is None:
         return batch
     return jax.device_put(batch, shardings(functions.sharded.mesh, functions.sharded.batch_specs(batch)))

@@ -22,6 +22,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(num_tokens: int, bat
     assert len(windows) == num_evaluation_batches(num_tokens, batch_size=batch_size, sequence_length=length)
     predicted: list[int] = []
     for batch, mask in windows:
+        assert mask is not None
         assert batch.shape == (batch_size, length + 1)
         assert mask.shape == (batch_size, length)
         assert (batch.dtype, mask.dtype) == (np.int32, np.float32)
