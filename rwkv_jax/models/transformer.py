@@ -32,7 +32,7 @@ ROTARY_BASE = 10000.0
 INITIAL_SCALE = 0.02
 """Standard deviation of the initial matrices, GPT-2's; of those that write the residual stream, over sqrt(2 L)."""
 
-PIECE, MOST_PREFIXES = 128, 8
+PIECE, MAX_PREFIXES = 128, 8
 """Queries of a call are taken so many at a time, each time with one of at most so many prefixes of the keys."""
 
 CACHE_BLOCK = 256
@@ -143,14 +143,14 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
     """Causal attention of a call's tokens to each other.
 
     Queries are taken in pieces, each with a prefix of the keys: nearly half of all scores are never computed, and of a
-    text of more than PIECE * MOST_PREFIXES tokens one piece's exist at one time, in the backward pass too, which
+    text of more than PIECE * MAX_PREFIXES tokens one piece's exist at one time, in the backward pass too, which
     computes them again.
 
     Args:
       q, k, v: [B, H, T, N]; segments: int32 [B, T], tokens of different segments not seeing each other.
     """
     time = q.shape[2]
-    prefix = PIECE * -(-time // (PIECE * MOST_PREFIXES))
+    prefix = PIECE * -(-time // (PIECE * MAX_PREFIXES))
     parts = []
     for begin in range(0, time, prefix):
         end = min(begin + prefix, time)

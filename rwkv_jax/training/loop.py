@@ -83,7 +83,7 @@ def _train(
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
     saved_run = run_folder.prepare_run_dir(run_dir)
-    trainer = make_train_functions(config, make_mesh(config, jax.devices(), _least_memory(config, processes)))
+    trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
         check_initial_weights(config.initial_weights, config.model, tokenizer)
@@ -195,7 +195,7 @@ def _shared_settings(config: TrainConfig) -> dict[str, Any]:
     return fields
 
 
-def _least_memory(config: TrainConfig, processes: Processes) -> int | None:
+def _min_device_memory(config: TrainConfig, processes: Processes) -> int | None:
     """Bytes of the smallest device's memory over all processes; None where a device does not say."""
     own = str(device_memory(jax.local_devices()[0]) or 0)
     memories = allgather_text(processes, "device memory", own, seconds=config.distributed.join_seconds)

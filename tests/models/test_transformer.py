@@ -18,7 +18,7 @@ from rwkv_jax.models import Transformer
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.transformer import (
     CACHE_BLOCK,
-    MOST_PREFIXES,
+    MAX_PREFIXES,
     PIECE,
     KeyValueCache,
     attend_to_cache,
@@ -94,7 +94,7 @@ def test_the_model_is_its_definition(float64: None) -> None:
     np.testing.assert_allclose(run(TOKENS)[0][0], expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("time", [PIECE + 1, 3 * PIECE * MOST_PREFIXES - PIECE + 5])
+@pytest.mark.parametrize("time", [PIECE + 1, 3 * PIECE * MAX_PREFIXES - PIECE + 5])
 def test_pieces_of_a_long_text_are_one_attention(float64: None, time: int) -> None:
     rng = np.random.default_rng(2)
     q, k, v = rng.standard_normal((3, 1, 1, time, 2))
