@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.snapshot import Snapshot, StateError
-from rwkv_jax.inference.state_file import Identity, load_snapshot, model_identity, save_snapshot
+from rwkv_jax.inference.state_file import Identity, checksums, load_snapshot, model_identity, save_snapshot
 from rwkv_jax.weights.safetensors import write_safetensors
 from tests.inference.models import CONFIGS, random_model
 from tests.inference.operations import assert_identical
@@ -45,9 +45,10 @@ def _snapshot(num_tokens: int) -> Snapshot:
 
 
 def _like(true: Path, path: Path, tensors: dict[str, NDArray], **metadata: str) -> None:
-    """Writes a file of other tensors, with the metadata of the true one but for some."""
+    """Writes a file of other tensors, with the metadata of the true one but for some, and checksums that are right."""
     with safe_open(true, framework="numpy") as file:
-        write_safetensors(path, tensors, file.metadata() | metadata)
+        changed = file.metadata() | metadata
+    write_safetensors(path, tensors, changed | {"checksums": checksums(tensors, changed)})
 
 
 @pytest.mark.parametrize("num_tokens", [1, 24])
