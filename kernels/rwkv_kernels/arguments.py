@@ -16,6 +16,20 @@ def is_concrete(x: Array) -> bool:
     return not isinstance(x, core.Tracer) and x.is_fully_addressable
 
 
+def values_at_hand(x: Any, validate: bool | None = None) -> bool:
+    """Whether the values of x are to be looked at, which exist outside jit only.
+
+    Args:
+      validate: None looks where that copies nothing from an accelerator, True wherever there are values, which then
+        waits for the device, False nowhere.
+    """
+    if validate is False or isinstance(x, core.Tracer):
+        return False
+    if not isinstance(x, Array):
+        return True
+    return x.is_fully_addressable and (validate is True or all(device.platform == "cpu" for device in x.devices()))
+
+
 def check_inputs(inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Checks floating arrays against their axes' names and sizes.
 
@@ -52,13 +66,13 @@ def check_axes(name: str, x: Array, axes: str) -> None:
         raise ValueError(f"{name}: shape {x.shape} must be [{axes}]")
 
 
-def check_log_decay(log_w: Array) -> None:
-    """Refuses decays that cannot be right, where the values are at hand (outside jit).
+def check_log_decay(log_w: Array, validate: bool | None) -> None:
+    """Refuses decays that cannot be right, where `values_at_hand(log_w, validate)`.
 
     Raises:
       ValueError: a value above 0, or NaN.
     """
-    if not is_concrete(log_w):
+    if not values_at_hand(log_w, validate):
         return
     values = np.asarray(log_w, np.float32)
     if values.size and not values.max() <= 0:

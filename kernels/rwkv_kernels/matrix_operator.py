@@ -42,7 +42,9 @@ class MatrixOperator:
     affine_map: Callable[..., pieces.AffineMap]
     """(run, silenced inputs by name, a state, segments, lengths) -> what these steps do to a state."""
 
-    def _prepare(self, inputs: dict[str, Any], state: Any, axis_t: str) -> tuple[dict[str, Array], Array]:
+    def _prepare(
+        self, inputs: dict[str, Any], state: Any, axis_t: str, validate: bool | None = None
+    ) -> tuple[dict[str, Array], Array]:
         """Checked arguments, and the initial state in the dtype of the recurrence."""
         inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
         axes = {name: letters.replace("T ", axis_t) for name, letters in self.axes.items()}
@@ -55,7 +57,7 @@ class MatrixOperator:
                 inputs[name] = jnp.broadcast_to(inputs[name], (sizes["H"], sizes["N"]))
         expected = {name: (letters, tuple(sizes[x] for x in letters.split())) for name, letters in axes.items()}
         arguments.check_inputs(inputs, expected)
-        arguments.check_log_decay(inputs["log_w"])
+        arguments.check_log_decay(inputs["log_w"], validate)
         shape = tuple(sizes[x] for x in "BHMN")
         if state is None:
             return inputs, jnp.zeros(shape, arguments.recurrence_dtype(inputs))
@@ -88,9 +90,10 @@ class MatrixOperator:
         lengths: Any,
         implementation: str | dispatch.Implementation | None,
         precision: Precision,
+        validate: bool | None,
     ) -> tuple[Array, Array]:
         """The operator over a sequence: y in v's dtype, and the final state."""
-        inputs, state = self._prepare(inputs, state, "T ")
+        inputs, state = self._prepare(inputs, state, "T ", validate)
         check_precision(precision)
         chosen = self._choose(inputs, state, implementation)
         batch, time = inputs["r"].shape[:2]

@@ -31,7 +31,7 @@ from rwkv_jax.models.layers import (
 )
 from rwkv_jax.models.shards import UNSHARDED, MeshAxes, as_replicated, copy_to_tensor_parallel
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels.arguments import check_lengths, check_segment_ids, is_concrete
+from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
 
 Axes = tuple[str | None, ...]
 """What the axes of a parameter mean: fields of `rwkv_jax.parallel.rules.Rules`; None for one that stays whole."""
@@ -361,13 +361,13 @@ class LanguageModel(nnx.Module):
             if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[-1] != width:
                 raise ValueError(f"inputs_embeds: shape {inputs_embeds.shape} must be [B, T, C = {width}], T from 1")
             return inputs_embeds.astype(self.config.dtype)
-        tokens = jnp.asarray(tokens)
+        given, tokens = tokens, jnp.asarray(tokens)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T], T from 1"
             )
-        if is_concrete(tokens):
-            values = np.asarray(tokens)
+        if values_at_hand(given):
+            values = np.asarray(given)
             if values.min() < 0 or values.max() >= vocab_size:
                 raise ValueError(
                     f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"

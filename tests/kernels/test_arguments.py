@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rwkv_kernels.arguments import values_at_hand
 from rwkv_kernels.cases import Shape
 from tests.kernels.operators import OPERATORS, Operator, Way, as_jax, at, each_operator, each_way, named
 
@@ -151,3 +153,25 @@ def test_shapes_are_checked_inside_jit_too(operator: Operator) -> None:
     inputs = small_inputs(operator)
     with pytest.raises(ValueError, match=r"^v: shape"):
         jax.jit(operator.run)(**inputs | {"v": inputs["v"][:, :3]})
+
+
+@each_operator
+def test_values_are_checked_unless_that_is_switched_off(operator: Operator) -> None:
+    inputs = small_inputs(operator)
+    wrong = inputs | {"log_w": -inputs["log_w"]}
+    for validate in (None, True):
+        with pytest.raises(ValueError, match=r"^log_w: its largest value is"):
+            operator.run(**wrong, validate=validate)
+    operator.run(**wrong, validate=False)
+
+
+@pytest.mark.parametrize(
+    ("platform", "validate", "checked"),
+    [("cpu", None, True), ("cuda", None, False), ("cuda", True, True), ("cpu", False, False)],
+)
+def test_nothing_is_copied_from_an_accelerator_unless_that_is_asked_for(
+    platform: str, validate: bool | None, checked: bool
+) -> None:
+    x = mock.Mock(spec=jax.Array, is_fully_addressable=True)
+    x.devices = mock.Mock(return_value={mock.Mock(platform=platform)})
+    assert values_at_hand(x, validate) is checked

@@ -65,6 +65,7 @@ def wkv4(
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
+    validate: bool | None = None,
 ) -> tuple[Array, State]:
     """WKV-4 over a sequence: a mean of all values so far, weighted by e^key and by a decay per channel and step.
 
@@ -81,6 +82,8 @@ def wkv4(
         row continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
       implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
+      validate: whether values of log_w are checked, outside jit: None does so where nothing has to be copied from an
+        accelerator, True always, False never.
 
     Returns:
       y [B, T, C] in v's dtype, and the final state, float32 (float64 where an input is). Both are differentiable in
@@ -91,7 +94,7 @@ def wkv4(
       ValueError: shapes, dtypes or a state that do not go together, a log_w above 0 or lengths outside 0 to T (where
         values are at hand), an unknown implementation or one that cannot run here.
     """
-    inputs, state = _prepare(log_w, u, k, v, state, "B T C")
+    inputs, state = _prepare(log_w, u, k, v, state, "B T C", validate)
     batch, time = inputs["k"].shape[:2]
     chosen = _choose(inputs, state, implementation)
     lengths = arguments.check_lengths(lengths, batch, time)
@@ -212,7 +215,9 @@ _ALGEBRA = pieces.Algebra(advance=_advance, compose=jnp.add, add=_add)
 """How stretches of tokens act on states: a transition is the logarithm of their decay, [B, C]."""
 
 
-def _prepare(log_w: Any, u: Any, k: Any, v: Any, state: Any, axes: str) -> tuple[dict[str, Array], State]:
+def _prepare(
+    log_w: Any, u: Any, k: Any, v: Any, state: Any, axes: str, validate: bool | None = None
+) -> tuple[dict[str, Array], State]:
     """Checked arguments, and the initial state in the dtype of the recurrence; axes are those of k."""
     k = jnp.asarray(k)
     arguments.check_axes("k", k, axes)
@@ -220,7 +225,7 @@ def _prepare(log_w: Any, u: Any, k: Any, v: Any, state: Any, axes: str) -> tuple
     batch, channels = k.shape[0], k.shape[-1]
     expected = {"k": (axes, k.shape), "v": (axes, k.shape), "log_w": ("C", (channels,)), "u": ("C", (channels,))}
     arguments.check_inputs(inputs, expected)
-    arguments.check_log_decay(inputs["log_w"])
+    arguments.check_log_decay(inputs["log_w"], validate)
     inputs = {name: inputs[name] for name in ("log_w", "u", "k", "v")}
     if state is None:
         return inputs, empty_state(batch, channels, arguments.recurrence_dtype(inputs))

@@ -56,6 +56,7 @@ def wkv6(
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
     precision: Precision = "full",
+    validate: bool | None = None,
 ) -> tuple[Array, Array]:
     """WKV-6 over a sequence: y_t = (S_{t-1} + v_t (u k_t)^T) r_t and S_t = S_{t-1} diag(w_t) + v_t k_t^T.
 
@@ -72,6 +73,8 @@ def wkv6(
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
       implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
       precision: of the products inside: `full`, `default` or `fast`.
+      validate: whether values of log_w are checked, outside jit: None does so where nothing has to be copied from an
+        accelerator, True always, False never.
 
     Returns:
       y [B, T, H, M] in v's dtype, and the final state [B, H, M, N], float32 (float64 where an input is). Both are
@@ -88,6 +91,7 @@ def wkv6(
         lengths=lengths,
         implementation=implementation,
         precision=precision,
+        validate=validate,
     )
 
 
