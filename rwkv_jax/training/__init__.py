@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from rwkv_jax.training.loop import TrainResult, train
     from rwkv_jax.training.loss import TokenLosses, sum_losses, token_losses
     from rwkv_jax.training.objectives.next_token import NextToken
-    from rwkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
+    from rwkv_jax.training.optimizer import make_optimizer
     from rwkv_jax.training.reporting.step_logger import NonFiniteError
+    from rwkv_jax.training.schedule import learning_rate_schedule
     from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
     from rwkv_jax.training.step import LossSums, Objective, Partition, train_step
 
@@ -53,8 +54,9 @@ __getattr__, __dir__ = lazy_names(
         "loop": ("TrainResult", "train"),
         "loss": ("TokenLosses", "sum_losses", "token_losses"),
         "objectives.next_token": ("NextToken",),
-        "optimizer": ("learning_rate_schedule", "make_optimizer"),
+        "optimizer": ("make_optimizer",),
         "reporting.step_logger": ("NonFiniteError",),
+        "schedule": ("learning_rate_schedule",),
         "state": ("EvalSums", "StepMetrics", "TrainState"),
         "step": ("LossSums", "Objective", "Partition", "train_step"),
     },

@@ -37,7 +37,7 @@ class StepLogger:
     ) -> None:
         self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
         self._bytes_per_token = bytes_per_token
-        self._learning_rate, self._places = learning_rate, row_locations
+        self._learning_rate, self._row_locations = learning_rate, row_locations
         self._console, self._writer, self.throughput = console, writer, throughput
         self._pending: tuple[int, StepMetrics] | None = None
         self._losses: list[float] = []
@@ -95,7 +95,7 @@ class StepLogger:
             time_left=self.throughput.time_left(self._num_steps - done),
         )
         if len(self._bad) >= self._max_bad_steps:
-            listed = "\n".join(f"  step {bad}: {'; '.join(self._places(bad))}" for bad in self._bad)
+            listed = "\n".join(f"  step {bad}: {'; '.join(self._row_locations(bad))}" for bad in self._bad)
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
                 f"optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
