@@ -1,4 +1,4 @@
-"""Leaving cleanly when asked to: SIGTERM (a scheduler's warning) and SIGINT (Ctrl-C)."""
+"""Stopping cleanly on SIGTERM (a scheduler's warning) and SIGINT (Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, remembers the first SIGTERM or SIGINT; a second one acts as it always does.
+    """Within its context, records the first SIGTERM or SIGINT; a second one has its usual effect.
 
     Signals reach the main thread only; elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Name of the signal that came, or None."""
+        """Name of the signal received, or None."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def requested(self) -> str | None:
-        """`name`, as it is by now."""
+        """`name` at present."""
         return self.name
 
     def __enter__(self) -> StopRequest:
