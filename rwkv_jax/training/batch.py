@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Sharding
 
 from rwkv_jax.config import StepConfig
 from rwkv_jax.data.tokens.rows import Rows
@@ -50,21 +51,14 @@ def make_batch(
     return Batch(tokens, targets, segment_ids, continues_previous, mask)
 
 
-class _Placement(Protocol):
-    """Where the arrays of a batch lie."""
-
-    @property
-    def tokens_sharding(self) -> Any: ...
-
-    @property
-    def rows_sharding(self) -> Any: ...
-
-
-def batch_loader(placement: _Placement, training: StepConfig, end_of_text: int) -> Callable[..., Batch]:
+def batch_loader(
+    tokens_sharding: Sharding, rows_sharding: Sharding, training: StepConfig, end_of_text: int
+) -> Callable[..., Batch]:
     """A function that puts a batch on the devices, of which each process reads only its own devices' rows.
 
     Args:
-      placement: a run's `TrainFunctions`.
+      tokens_sharding: of arrays [B, T].
+      rows_sharding: of arrays [B].
       end_of_text: the token that begins each document.
 
     Returns:
@@ -88,7 +82,7 @@ def batch_loader(placement: _Placement, training: StepConfig, end_of_text: int) 
             return parts[rows.start, rows.stop]
 
         def placed(name: str, ndim: int) -> Any:
-            sharding = placement.rows_sharding if ndim == 1 else placement.tokens_sharding
+            sharding = rows_sharding if ndim == 1 else tokens_sharding
             return global_array(sharding, shape[:ndim], lambda rows: getattr(part(rows), name))
 
         tokens = placed("tokens", 2)

@@ -90,7 +90,7 @@ def _train(
 
     # Data.
     corpus, rows = _open_data(config, processes, console)
-    load = batch_loader(trainer, training, corpus.tokenizer.end_of_text)
+    load = batch_loader(trainer.tokens_sharding, trainer.rows_sharding, training, corpus.tokenizer.end_of_text)
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if saved_run is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,15 +31,6 @@ def test_a_row_goes_on_unless_a_document_begins_there(end_of_text: int | None, c
     assert make_batch(ROWS, end_of_text=end_of_text, carries_state=True).continues_previous.tolist() == continues
 
 
-class Placement:
-    """Everything on one device."""
-
-    def __init__(self) -> None:
-        device = jax.devices()[0]
-        self.tokens_sharding: Any = jax.sharding.SingleDeviceSharding(device)
-        self.rows_sharding: Any = self.tokens_sharding
-
-
 @pytest.mark.parametrize("carries", [True, False])
 @pytest.mark.parametrize("resets", [True, False])
 def test_a_loaded_batch_is_the_made_one_and_its_rows_are_read_once(carries: bool, resets: bool) -> None:
@@ -56,7 +46,8 @@ def test_a_loaded_batch_is_the_made_one_and_its_rows_are_read_once(carries: bool
 
         return select
 
-    load = batch_loader(Placement(), training, 0)
+    on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load = batch_loader(on_one_device, on_one_device, training, 0)
     end_of_text = 0 if resets else None
     for rows, trains, expected in (
         (Rows(ROWS), True, make_batch(ROWS, end_of_text=end_of_text, carries_state=carries)),
