@@ -1,4 +1,4 @@
-"""What a training step reads, from rows of tokens."""
+"""Batches of a training or evaluation step, made from rows of tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rwkv_jax.parallel.coordination import global_array
 
 
 class Batch(NamedTuple):
-    """Rows of text: the tokens to read, the tokens to predict, and where texts begin."""
+    """Rows of text: inputs, targets, and where documents begin."""
 
     tokens: Any
     """int32 [B, T]."""
     targets: Any
-    """int32 [B, T], the token after each."""
+    """int32 [B, T], the token after each input."""
     segment_ids: Any = None
-    """int32 [B, T]; a document begins where the number changes along a row. None takes each row for one text."""
+    """int32 [B, T]; a document begins where the id changes along a row. None: each row is one text."""
     continues_previous: Any = None
-    """bool [B], whether a row goes on with the text that it stopped in; None where no state is carried."""
+    """bool [B], whether a row continues the text of the same row a step before; None where no state is carried."""
     mask: Any = None
     """float32 [B, T], 1 where a target counts; None where all do."""
 

@@ -21,7 +21,7 @@ class TokenLosses(NamedTuple):
     nll: Array
     """Sum of -log p(target), in nats."""
     peak: Array
-    """Sum of half the square of each token's largest logit: what L2Wrap holds down."""
+    """Sum of half the square of each token's largest logit, which L2Wrap penalizes."""
     count: Array
     """Number of tokens counted."""
 
@@ -121,14 +121,14 @@ def sum_losses(
     if chunk is None or chunk >= tokens:
         return losses(flat, wanted, weight)
     padding = -tokens % chunk
-    pieces = math.ceil(tokens / chunk)
-    flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(pieces, chunk, -1)
-    wanted, weight = (jnp.pad(x, (0, padding)).reshape(pieces, chunk) for x in (wanted, weight))
+    num_chunks = math.ceil(tokens / chunk)
+    flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
+    wanted, weight = (jnp.pad(x, (0, padding)).reshape(num_chunks, chunk) for x in (wanted, weight))
 
-    def body(total: TokenLosses, piece: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
-        return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*piece)), None
+    def add_chunk(total: TokenLosses, inputs: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*inputs)), None
 
     shapes = jax.eval_shape(losses, flat[0], wanted[0], weight[0])
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     zero, _ = broadcast_varying_axes(zero, (flat, wanted, weight))
-    return jax.lax.scan(body, zero, (flat, wanted, weight))[0]
+    return jax.lax.scan(add_chunk, zero, (flat, wanted, weight))[0]
