@@ -1,4 +1,4 @@
-"""Draws the README's picture: the time of a token by the tokens before it, from the table of docs/benchmarks.md.
+"""Draws the README's picture, the time of a token by the tokens before it, from the table of docs/benchmarks.md.
 
 python benchmarks/draw_context.py
 """
