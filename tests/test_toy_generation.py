@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import Array
+from typing_extensions import override
 
 from rwkv_jax.cli import doctor
 from rwkv_jax.config import (
@@ -36,9 +37,11 @@ from rwkv_jax.config import (
     to_dict,
 )
 from rwkv_jax.config.generations import Shapes, StateArray, size_of
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
+    Mixer,
     broadcast_param,
     channel_param,
     low_rank,
@@ -46,7 +49,6 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     token_shift,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_jax.plan.devices import parse_topology
 from rwkv_jax.plan.run import plan_run
@@ -115,7 +117,8 @@ class ToySpec(GenerationSpec):
 
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     shift = jnp.zeros((batch_size, config.width), config.dtype)
-    return State(shift, shift, jnp.zeros((batch_size, config.width // axes.num_tensor_shards), config.parameter_dtype))
+    average = jnp.zeros((batch_size, config.width // axes.num_tensor_shards), config.parameter_dtype)
+    return State(shift, shift, average, generation=config.generation)
 
 
 def moving_average(v: Array, w: Array, h: Array, segment_ids: Array | None, lengths: Array | None) -> Array:
@@ -138,7 +141,7 @@ def moving_average(v: Array, w: Array, h: Array, segment_ids: Array | None, leng
     return kept * h[:, None] + added
 
 
-class TimeMix(nnx.Module):
+class TimeMix(Mixer):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, rank, dtype = config.width, config.sizes().gate_rank, config.parameter_dtype
@@ -149,47 +152,35 @@ class TimeMix(nnx.Module):
         self.g2 = nnx.Param(orthogonal(rngs.params(), (rank, width), 0.1, dtype))
         self.output = Linear(jnp.zeros((width, width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        state: TimeMixState | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, TimeMixState]:
-        if state is None:
-            empty = initial_state(self.config, x.shape[0], axes)
-            state = TimeMixState(empty.att_shift, empty.wkv)
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        return initial_state(self.config, batch_size).time_mix
+
+    @override
+    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+        x_prev, shift = token_shift(x, state.shift, context)
         xv, xg = (x + (x_prev - x) * broadcast_param(blend[...], x) for blend in (self.x_v, self.x_g))
         w = jax.nn.sigmoid(self.average[...].astype(self.config.parameter_dtype))
-        h = moving_average(self.value(xv).astype(w.dtype), w, state.wkv, segment_ids, lengths)
+        h = moving_average(self.value(xv).astype(w.dtype), w, state.wkv, context.segment_ids, context.lengths)
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
-        y = row_parallel_linear(h.astype(x.dtype) * g, self.output.weight[...], axes.tensor)
-        return y, TimeMixState(shift, h[:, -1])
+        y = row_parallel_linear(h.astype(x.dtype) * g, self.output.weight[...], context)
+        return y, TimeMixState(shift, h[:, -1], generation=self.config.generation)
 
 
-class ChannelMix(nnx.Module):
+class ChannelMix(Mixer):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         del layer
+        self.config = config
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         self.x_k = channel_param(jnp.arange(width, dtype=dtype) / width)
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        shift: Array | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, Array]:
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
+    @override
+    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        x_prev, shift = token_shift(x, state, context)
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return row_parallel_linear(k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_linear(k, self.value.weight[...], context), shift
 
 
 class ToyBlock(Block):
@@ -213,10 +204,15 @@ BLOCK_AXES: dict[str, Axes] = {
 class Toy(LanguageModel):
     block_type = ToyBlock
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
 
-    @staticmethod
-    def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
         return 1.0, path[-1] == "weight" and ndim >= 2
 
 

@@ -7,6 +7,7 @@ time therefore does not grow with depth. For decoding there is a form with array
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -18,19 +19,22 @@ from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
 from rwkv_jax.config.generations import all_specs
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.layers import (
     CHECKPOINT_MATMUL,
     CHECKPOINT_WKV_INPUT,
     Embedding,
     LayerNorm,
     Linear,
+    as_replicated,
+    copy_to_tensor_parallel,
     head_gain,
     linear,
     orthogonal,
     uniform,
+    wide_dtype,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes, as_replicated, copy_to_tensor_parallel
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.state import State, TimeMixState, check_state
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
 
 Axes = tuple[str | None, ...]
@@ -65,7 +69,9 @@ class Block(nnx.Module):
     """A residual block of layer l: time mixing, then channel mixing, each behind a layer norm."""
 
     time_mix_type: ClassVar[type[Any]]
+    """A `Mixer`."""
     channel_mix_type: ClassVar[type[Any]]
+    """A `Mixer`."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         dtype = config.parameter_dtype
@@ -79,33 +85,27 @@ class Block(nnx.Module):
         self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: MeshAxes, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array | None, TimeMixState]:
-        """Time mixing as the model calls it; only RWKV-7 has a use for `v_first`, the first layer's values."""
-        y, state = self.att(x, state, axes=axes, **rows)
+        """Time mixing as the model calls it; only RWKV-7 reads `v_first`, the first layer's values."""
+        y, state = self.att.mix(x, state, context)
         return y, v_first, state
 
     def __call__(
-        self, x: Array, state: State, v_first: Array | None, *, axes: MeshAxes = UNSHARDED, **rows: Array | None
+        self, x: Array, state: State, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array | None, State]:
-        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block.
-
-        Args:
-          axes, and in rows `segment_ids` and `lengths`: as `LanguageModel.hidden` has them.
-        """
+        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
         if self.is_first:
             x = self.ln0(x)
         with jax.named_scope("time_mix"):
-            before = TimeMixState(state.att_shift, state.wkv)
-            entering = copy_to_tensor_parallel(self.ln1(x), axes.tensor)
-            y, v_first, att = self.mix_time(entering, before, v_first, axes=axes, **rows)
+            y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
+            y, v_first, att = self.mix_time(y, state.time_mix, v_first, context)
             x = x + y
         with jax.named_scope("channel_mix"):
-            y, ffn_shift = self.ffn(
-                copy_to_tensor_parallel(self.ln2(x), axes.tensor), state.ffn_shift, axes=axes, **rows
-            )
+            y = copy_to_tensor_parallel(self.ln2(x), context.axes.tensor)
+            y, ffn_shift = self.ffn.mix(y, state.ffn_shift, context)
             x = x + y
-        return x, v_first, State(att.shift, ffn_shift, att.wkv)
+        return x, v_first, State(att.shift, ffn_shift, att.wkv, generation=state.generation)
 
 
 SHARED_AXES: dict[str, Axes] = {
@@ -123,8 +123,8 @@ class LanguageModel(nnx.Module):
     block_axes: ClassVar[dict[str, Axes]]
     """What the axes of a block's own parameters mean, by official name within the block."""
 
-    @staticmethod
-    def initial_block_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The empty state of one block."""
         raise NotImplementedError
 
@@ -138,8 +138,8 @@ class LanguageModel(nnx.Module):
         name = ".".join(path[1:] if path[0] in ("blocks", "first_block") else path)
         return (SHARED_AXES | cls.block_axes)[name]
 
-    @staticmethod
-    def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
         """How the official trainer treats a parameter.
 
         Args:
@@ -182,30 +182,45 @@ class LanguageModel(nnx.Module):
         self.ln_out = shard_params("ln_out", LayerNorm(config.width, config.parameter_dtype))
         self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
 
-    @staticmethod
-    def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+    @classmethod
+    def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         """Initial token vectors [V, C]: uniform in +-1e-4, as the official trainers have them from RWKV-5.2 on.
 
         (That of the previews 5.0 and 5.1 takes its learning rate, which is of that size, for the bound.)
         """
         return uniform(rngs.params(), (config.vocab_size, config.width), 1e-4, config.parameter_dtype)
 
-    @staticmethod
-    def initial_head(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+    @classmethod
+    def initial_head(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         """Initial output head [V, C]: orthogonal, with the official gain."""
         shape = (config.vocab_size, config.width)
         return orthogonal(rngs.params(), shape, head_gain(*shape), config.parameter_dtype)
 
-    @staticmethod
-    def alike_on_shards(state: Any, axes: MeshAxes) -> Any:
-        """A state of which JAX knows what all shards of `axes.tensor` hold alike."""
+    @classmethod
+    def replicate_state(cls, state: Any, axes: MeshAxes) -> Any:
+        """The state, with what every shard of `axes.tensor` has computed alike marked as replicated."""
         att_shift, ffn_shift = (as_replicated(shift, axes.tensor) for shift in (state.att_shift, state.ffn_shift))
-        return State(att_shift, ffn_shift, state.wkv)
+        return dataclasses.replace(state, att_shift=att_shift, ffn_shift=ffn_shift)
 
     @property
     def is_stacked(self) -> bool:
         """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `decoding.unstacked`."""
         return not isinstance(self.blocks, nnx.List)
+
+    def block(self, layer: int) -> Block:
+        """Layer l of 0 to L - 1; where layers are stacked, a new module with slices of their arrays.
+
+        Raises:
+          IndexError: there is no such layer.
+        """
+        if not 0 <= layer < self.config.num_layers:
+            raise IndexError(f"layer {layer}: must lie from 0 to L - 1 = {self.config.num_layers - 1}")
+        if layer == 0:
+            return self.first_block
+        if not self.is_stacked:
+            return self.blocks[layer - 1]
+        graphdef, params = nnx.split(self.blocks, nnx.Param)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer - 1], params))
 
     def initial_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The empty state of `batch_size` texts; arrays have a leading axis L, or `unstacked` layers their own."""
@@ -216,7 +231,7 @@ class LanguageModel(nnx.Module):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
 
     def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """What the layers are given where a call is without a state."""
+        """What the layers get where a call has no state."""
         return self.initial_state(batch_size, axes)
 
     def hidden(
@@ -278,7 +293,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in at least float32 of hidden vectors [..., C]; a shard's, of its own part of V."""
-        return linear(hidden, self.head.weight[...], out_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+        return linear(hidden, self.head.weight[...], out_dtype=wide_dtype(hidden.dtype))
 
     def __call__(
         self,
@@ -316,11 +331,11 @@ class LanguageModel(nnx.Module):
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
         lengths = check_lengths(lengths, batch, whole_time)
         states = self.empty_state(batch, axes) if state is None else self._check_state(state, batch, axes)
-        rows = {"segment_ids": segment_ids, "lengths": lengths}
+        context = SequenceContext(segment_ids, lengths, axes)
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
         def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
-            return gather_params(name, block)(x, state, v_first, axes=axes, **rows)
+            return gather_params(name, block)(x, state, v_first, context)
 
         def run(name: str, **options: Any) -> Any:
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)
@@ -332,7 +347,7 @@ class LanguageModel(nnx.Module):
                 x, _, next_state = run("blocks")(block, x, block_state, v_first)
                 next_states.append(next_state)
                 streams.append(x)
-            states = tuple(self.alike_on_shards(state, axes) for state in next_states)
+            states = tuple(self.replicate_state(state, axes) for state in next_states)
             return x, states, jnp.stack(streams) if every_layer else None
 
         first_state = jax.tree.map(lambda s: s[0], states)
@@ -347,7 +362,7 @@ class LanguageModel(nnx.Module):
 
         x, (other_states, streams) = jax.lax.scan(body, x_first, (self.blocks, other_states))
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, other_states)
-        states = self.alike_on_shards(states, axes)
+        states = self.replicate_state(states, axes)
         return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
 
     def _inputs(
@@ -376,12 +391,6 @@ class LanguageModel(nnx.Module):
 
     def _check_state(self, state: Any, batch: int, axes: MeshAxes) -> Any:
         expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
-        if jax.tree.structure(state) != jax.tree.structure(expected):
-            raise ValueError(
-                f"state: is none of {self.config.title}, whose states have the form of "
-                f"model.initial_state(batch_size={batch})"
-            )
-        for (path, leaf), like in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
-            if leaf.shape != like.shape:
-                raise ValueError(f"state{jax.tree_util.keystr(path)}: shape {leaf.shape} must be {like.shape}")
+        source = f"model.initial_state(batch_size={batch})"
+        check_state(state, expected, owner=self.config.title, source=source)
         return state

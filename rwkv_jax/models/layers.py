@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes, first_index_here, reduce_from_tensor_parallel
+from rwkv_jax.models.state import check_state
 from rwkv_kernels.arguments import broadcast_varying_axes
 from rwkv_kernels.sharded import from_last_shard, from_previous_shard
 
@@ -55,7 +57,7 @@ def linear(
     Returns:
       [..., out].
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rearrange(x, "... C -> (...) C")
     out_dtype = out_dtype or x.dtype
     if isinstance(weight, PackedMatrix):
         y = product(flat, weight if in_axis == 1 else weight.T).astype(out_dtype)
@@ -111,59 +113,93 @@ def broadcast_param(parameter: Array, x: Array) -> Array:
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
-def row_parallel_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
-    """`linear` of an x whose last axis is split over a mesh axis, each shard having its columns of the weight."""
+def copy_to_tensor_parallel(x: Array, axis_name: str | None) -> Array:
+    """Marks what is replicated over a mesh axis as input of work that differs between its shards.
+
+    The value stays as it is; its gradient is the sum of the shards' gradients, taken once where they part.
+    """
+    return x if axis_name is None else lax.pcast(x, axis_name, to="varying")
+
+
+def reduce_from_tensor_parallel(x: Array, axis_name: str | None) -> Array:
+    """The sum of the shards' partial results, replicated."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def as_replicated(x: Array, axis_name: str | None) -> Array:
+    """Marks what every shard of an axis has computed alike as replicated."""
+    if axis_name is None:
+        return x
+    return lax.psum(jnp.where(lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x)), axis_name)
+
+
+def shard_offset(size: int, axis_name: str | None) -> Array | int:
+    """Global index of a shard's first entry along an axis of which it holds `size` entries."""
+    return 0 if axis_name is None else size * lax.axis_index(axis_name)
+
+
+def row_parallel_linear(x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
+    """`linear` of an x whose last axis is split over `tensor`, each shard holding its columns of the weight."""
     y = linear(x, weight)
-    return y if axis_name is None else checkpoint_name(reduce_from_tensor_parallel(y, axis_name), CHECKPOINT_MATMUL)
+    if context.axes.tensor is None:
+        return y
+    return checkpoint_name(reduce_from_tensor_parallel(y, context.axes.tensor), CHECKPOINT_MATMUL)
 
 
-def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
-    """gate * (x @ weight^T), where x's last axis is split over a mesh axis and each shard has its channels of the gate.
+def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
+    """gate * (x @ weight^T), where x's last axis is split over `tensor` and each shard holds its channels of the gate.
 
-    The sum over shards is scattered, gated and gathered: what travels forward is what a plain sum takes.
+    The sum over shards is scattered, gated and gathered, which sends as much as the plain sum of `row_parallel_linear`.
 
     Args:
       gate: [..., out / shards]; x: [..., in / shards]; weight: [out, in / shards].
     """
     y = linear(x, weight)
-    if axis_name is None:
+    if context.axes.tensor is None:
         return gate * y
-    own = checkpoint_name(lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 1, tiled=True), CHECKPOINT_MATMUL)
-    return lax.all_gather(gate * own, axis_name, axis=y.ndim - 1, tiled=True, to="invarying")
+    own = lax.psum_scatter(y, context.axes.tensor, scatter_dimension=y.ndim - 1, tiled=True)
+    own = checkpoint_name(own, CHECKPOINT_MATMUL)
+    return lax.all_gather(gate * own, context.axes.tensor, axis=y.ndim - 1, tiled=True, to="invarying")
 
 
-def token_shift(
-    x: Array,
-    shift: Array | None,
-    segment_ids: Array | None = None,
-    lengths: Array | None = None,
-    axes: MeshAxes = UNSHARDED,
-) -> tuple[Array, Array]:
+def wkv_operator(
+    operator: Callable[..., Any], sharded: Callable[..., Any], context: SequenceContext, implementation: str | None
+) -> Callable[..., Any]:
+    """A WKV operator with all of its arguments bound but arrays and state: packing, padding, mesh axis, implementation.
+
+    Args:
+      operator: over the whole sequence; sharded: over time that is split over a mesh axis.
+    """
+    if context.axes.sequence is not None:
+        operator = functools.partial(sharded, axis_name=context.axes.sequence)
+    rows = {"segment_ids": context.segment_ids, "lengths": context.lengths}
+    return functools.partial(operator, **rows, implementation=implementation)
+
+
+def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array, Array]:
     """The previous token's input at every position.
 
     Args:
-      x: [B, T, C]; a shard's steps, where `axes.sequence` splits time.
-      shift: [B, C], the input just before x; None, like zeros, is the start of a text.
-      segment_ids: integers [B, T]; a segment begins, with nothing before it, where the id changes along a row.
-      lengths: integers [B]; steps beyond a row's length are not part of it.
-      axes: where x is split; shift and lengths are those of the whole sequence, on every shard.
+      x: [B, T, C]; a shard's steps, where `sequence` splits time.
+      shift: [B, C], the input just before x, zeros at the start of a text; replicated over `sequence`.
 
     Returns:
       x_prev [B, T, C], and the next shift [B, C], which is x at each row's last step (`shift` in a row of length 0).
     """
-    shift = jnp.zeros_like(x[:, 0]) if shift is None else shift.astype(x.dtype)
+    segment_ids, axis_name = context.segment_ids, context.axes.sequence
+    shift = shift.astype(x.dtype)
     before, id_before = shift[:, None], None if segment_ids is None else segment_ids[:, :1]
-    if axes.sequence is not None:
-        is_first = lax.axis_index(axes.sequence) == 0
-        before = jnp.where(is_first, before, from_previous_shard(x[:, -1:], axes.sequence))
+    if axis_name is not None:
+        is_first = lax.axis_index(axis_name) == 0
+        before = jnp.where(is_first, before, from_previous_shard(x[:, -1:], axis_name))
         if segment_ids is not None:
-            halo = from_previous_shard(segment_ids[:, -1:], axes.sequence)
+            halo = from_previous_shard(segment_ids[:, -1:], axis_name)
             id_before = jnp.where(is_first, segment_ids[:, :1], halo)
     x_prev = jnp.concatenate([before, x[:, :-1]], axis=1)
     if segment_ids is not None:
         begins = jnp.diff(segment_ids, axis=1, prepend=id_before) != 0
         x_prev = jnp.where(begins[:, :, None], 0, x_prev)
-    return x_prev, _last_step(x, shift, lengths, axes.sequence)
+    return x_prev, _last_step(x, shift, context.lengths, axis_name)
 
 
 def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | None) -> Array:
@@ -171,7 +207,7 @@ def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | N
     if lengths is None:
         return x[:, -1] if axis_name is None else from_last_shard(x[:, -1], axis_name)
     time = x.shape[1]
-    index = lengths - 1 - first_index_here(time, axis_name)
+    index = lengths - 1 - shard_offset(time, axis_name)
     last = jnp.take_along_axis(x, jnp.clip(index, 0, time - 1)[:, None, None], axis=1)[:, 0]
     if axis_name is not None:
         is_here = (index >= 0) & (index < time)
@@ -179,9 +215,52 @@ def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | N
     return jnp.where((lengths > 0)[:, None], last, shift)
 
 
+class Mixer(nnx.Module):
+    """Base of time and channel mixing: `mix` has a paper's equations, a call is for use in a model of one's own."""
+
+    config: ModelConfig
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The state at the start of a text: of channel mixing the last input, [B, C]."""
+        return jnp.zeros((batch_size, self.config.width), self.config.dtype)
+
+    def mix(self, x: Array, state: Any, context: SequenceContext) -> tuple[Array, Any]:
+        """x [B, T, C], already normalized, and the state before it -> y [B, T, C] and the next state."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Array, state: Any = None, *, segment_ids: Array | None = None, lengths: Array | None = None
+    ) -> tuple[Array, Any]:
+        """Mixing alone, for use in a model of one's own.
+
+        Args:
+          x: [B, T, C], already normalized.
+          state: what an earlier call returned; None is the start of a text.
+          segment_ids, lengths: as `LanguageModel.hidden` has them.
+
+        Returns:
+          y [B, T, C] and the next state.
+
+        Raises:
+          ValueError: a state of another generation, size or batch.
+        """
+        batch_size = x.shape[0]
+        if state is None:
+            state = self.initial_state(batch_size)
+        else:
+            expected = jax.eval_shape(lambda: self.initial_state(batch_size))
+            check_state(state, expected, owner="this layer", source=f"layer.initial_state(batch_size={batch_size})")
+        return self.mix(x, state, SequenceContext(segment_ids, lengths))
+
+
+def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """float64 for float64, float32 for anything less: the dtype of norms, attention scores and logits."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def _normalize(x: Array, epsilon: float) -> Array:
     """Zero mean and unit variance over the last axis, in at least float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(wide_dtype(x.dtype))
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
     return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + epsilon)
 
@@ -206,12 +285,12 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Array, dtype: str | None = None, axes: MeshAxes = UNSHARDED) -> Array:
         """[B, T] integers in [0, V) -> [B, T, C] in a dtype, or the table's own.
 
-        Where `axes.tensor` splits V, each shard looks up its own tokens.
+        Where `axes.tensor` splits V, each shard looks up the tokens that it holds.
         """
         weight = self.weight[...]
         if axes.tensor is None:
             return _rows(weight, tokens).astype(dtype or weight.dtype)
-        rows = tokens - first_index_here(weight.shape[0], axes.tensor)
+        rows = tokens - shard_offset(weight.shape[0], axes.tensor)
         is_here = (rows >= 0) & (rows < weight.shape[0])
         vectors = jnp.where(is_here[..., None], _rows(weight, jnp.where(is_here, rows, 0)), 0)
         return reduce_from_tensor_parallel(
@@ -255,7 +334,7 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, H, N] -> [B, T, C] in x's dtype."""
-        y = _normalize(x, self.epsilon).reshape(*x.shape[:-2], -1)
+        y = rearrange(_normalize(x, self.epsilon), "B T H N -> B T (H N)")
         return (y * broadcast_param(self.weight[...], y) + broadcast_param(self.bias[...], y)).astype(x.dtype)
 
 
@@ -267,7 +346,7 @@ def initial_head_norm(config: ModelConfig, layer: int | Array, epsilon: float) -
 
 def channel_param(values: Array) -> nnx.Param[Array]:
     """A parameter of one number a channel in the official shape [1, 1, C]."""
-    return nnx.Param(values.reshape(1, 1, -1))
+    return nnx.Param(rearrange(values, "C -> 1 1 C"))
 
 
 def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> Array:

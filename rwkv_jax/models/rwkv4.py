@@ -8,19 +8,20 @@ F feed-forward width, L layers, l the layer's index.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
+    Mixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -29,8 +30,8 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     token_shift,
     uniform,
+    wkv_operator,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv4, wkv4_sharded
 from rwkv_kernels.ops.wkv4.scan import empty_state
@@ -39,11 +40,23 @@ from rwkv_kernels.ops.wkv4.scan import empty_state
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
     """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
     shift, dtype = jnp.zeros((batch_size, config.width), config.dtype), jnp.dtype(config.parameter_dtype)
-    return State(shift, shift, empty_state(batch_size, config.width // axes.num_tensor_shards, dtype))
+    wkv = empty_state(batch_size, config.width // axes.num_tensor_shards, dtype)
+    return State(shift, shift, wkv, generation=config.generation)
 
 
-class TimeMix(nnx.Module):
-    """Time mixing of layer l: token shift, three projections, the WKV-4 mean, receptance as its gate."""
+class TimeMix(Mixer):
+    """Time mixing of layer l: token shift, three projections, the WKV-4 mean, receptance as its gate.
+
+    Initial values, with c the channel and q = l / (L - 1):
+
+        time_decay               -5 + 8 (c / (C - 1))^(0.7 + 1.3 q)
+        time_first               ln 0.3 + 0.5 ((c + 1) mod 3 - 1)
+        time_mix_k               (c / C)^(1 - l / L)
+        time_mix_v               (c / C)^(1 - l / L) + 0.3 q
+        time_mix_r               (c / C)^(0.5 (1 - l / L))
+        key, receptance, output  0
+        value                    orthogonal, gain 1
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -65,28 +78,16 @@ class TimeMix(nnx.Module):
         self.key, self.receptance, self.output = zeros(), zeros(), zeros()
         self.value = Linear(orthogonal(rngs.params(), (width, width), 1.0, dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        state: TimeMixState | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        return initial_state(self.config, batch_size).time_mix
 
-        Args:
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
-        """
+    @override
+    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
         config = self.config
-        if state is None:
-            empty = initial_state(config, x.shape[0], axes)
-            state = TimeMixState(empty.att_shift, empty.wkv)
 
         # (11)-(13), r, k, v: each reads a mix of the present token, whose share mu is, and the one before it.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
+        x_prev, shift = token_shift(x, state.shift, context)
 
         def mix(mu: nnx.Param) -> Array:
             share = broadcast_param(mu[...], x)
@@ -100,26 +101,26 @@ class TimeMix(nnx.Module):
         # decay w = exp(-e^{time_decay}) and the bonus u, both in float32 whatever the compute dtype.
         log_w = -jnp.exp(self.time_decay[...].astype(config.parameter_dtype))
         u = self.time_first[...].astype(config.parameter_dtype)
-        operator: Any = wkv4 if axes.sequence is None else functools.partial(wkv4_sharded, axis_name=axes.sequence)
-        y, wkv = operator(
-            log_w,
-            u,
-            *checkpoint_wkv_inputs(k, v),
-            state.wkv,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            implementation=config.wkv_implementation,
-        )
+        wkv = wkv_operator(wkv4, wkv4_sharded, context, config.wkv_implementation)
+        y, wkv_state = wkv(log_w, u, *checkpoint_wkv_inputs(k, v), state.wkv)
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
-        o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], axes.tensor)
-        return o, TimeMixState(shift, wkv)
+        o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], context)
+        return o, TimeMixState(shift, wkv_state, generation=config.generation)
 
 
-class ChannelMix(nnx.Module):
-    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+class ChannelMix(Mixer):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance.
+
+    Initial values, with c the channel:
+
+        time_mix_k, time_mix_r   (c / C)^(1 - l / L)
+        key                      orthogonal, gain sqrt(max(F / C, 1))
+        receptance, value        0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
         self.time_mix_k, self.time_mix_r = channel_param(mix), channel_param(mix)
@@ -128,17 +129,9 @@ class ChannelMix(nnx.Module):
         self.receptance = Linear(jnp.zeros((width, width), dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        shift: Array | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, Array]:
-        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
+    @override
+    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        x_prev, shift = token_shift(x, state, context)
 
         def mix(mu: nnx.Param) -> Array:
             share = broadcast_param(mu[...], x)
@@ -148,7 +141,7 @@ class ChannelMix(nnx.Module):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
 
 
 class RWKV4Block(Block):
@@ -171,22 +164,27 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): RWKV-4's `heads` are single channels."""
 
 
-def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """See `LanguageModel.parameter_group`: decay and bonus learn faster, and all matrices decay."""
-    factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
-    return factor, path[-1] == "weight" and ndim >= 2
-
-
 class RWKV4(LanguageModel):
     """An RWKV-4 language model (Pile, World, Raven): `model(tokens, state) -> (logits, state)`."""
 
     block_type = RWKV4Block
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
-    parameter_group = staticmethod(parameter_group)
 
-    @staticmethod
-    def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        # Decay and bonus learn faster, and all matrices decay.
+        factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
+        return factor, path[-1] == "weight" and ndim >= 2
+
+    @override
+    @classmethod
+    def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         """Initial token vectors [V, C]: uniform within `embedding_bound`, or orthogonal, gain 1e-4 sqrt(max(V, C))."""
         shape = (config.vocab_size, config.width)
         if config.embedding_bound is not None:

@@ -9,20 +9,22 @@ The previews have one decay and one bonus a head, [H], where 5.2 has one a key c
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import RWKV5Spec
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
+    Mixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -31,8 +33,8 @@ from rwkv_jax.models.layers import (
     row_parallel_gated_linear,
     row_parallel_linear,
     token_shift,
+    wkv_operator,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv5, wkv5_sharded
 
@@ -50,11 +52,25 @@ def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARD
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
-    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype), generation=config.generation)
 
 
-class TimeMix(nnx.Module):
-    """Time mixing of layer l: token shift, projections, the WKV-5 recurrence, norm over each head, gate."""
+class TimeMix(Mixer):
+    """Time mixing of layer l: token shift, projections, the WKV-5 recurrence, norm over each head, gate.
+
+    Initial values, with c the channel, q = l / (L - 1) and p = c / (C - 1), in the previews h / (H - 1) of head h:
+
+        time_mix_k               (c / C)^(1 - l / L)
+        time_mix_v               (c / C)^(1 - l / L) + 0.3 q
+        time_mix_r, time_mix_g   (c / C)^(0.5 (1 - l / L))
+        time_decay               -6 + 5 p^(0.7 + 1.3 q)
+        time_faaaa               q (1 - p) + 0.1 ((c + 1) mod 3 - 1), in the previews q (1 - p)
+        time_first               -3, in place of time_faaaa where the bonus is exponential
+        receptance, value        orthogonal, gain 1
+        key, gate                orthogonal, gain 0.1, in the previews 1
+        output                   0
+        ln_x                     weight ((1 + l) / L)^0.7, bias 0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -93,69 +109,56 @@ class TimeMix(nnx.Module):
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
-    def __call__(
-        self,
-        x: Array,
-        state: TimeMixState | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        return initial_state(self.config, batch_size).time_mix
 
-        Args:
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
-        """
+    @override
+    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
         config = self.config
-        batch, time, _ = x.shape
-        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
-        if state is None:
-            empty = initial_state(config, batch, axes)
-            state = TimeMixState(empty.att_shift, empty.wkv)
-
         # (3), (4) r, k, v, g: each reads a mix of the present token, whose share mu is, and the one before it.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
+        x_prev, shift = token_shift(x, state.shift, context)
 
         def mix(mu: nnx.Param) -> Array:
             share = broadcast_param(mu[...], x)
             return x * share + x_prev * (1 - share)
 
-        r = self.receptance(mix(self.time_mix_r)).reshape(heads)
-        k = self.key(mix(self.time_mix_k)).reshape(heads)
-        v = self.value(mix(self.time_mix_v)).reshape(heads)
+        def split_heads(x: Array) -> Array:
+            return rearrange(x, "B T (H N) -> B T H N", N=config.head_dim)
+
+        r = split_heads(self.receptance(mix(self.time_mix_r)))
+        k = split_heads(self.key(mix(self.time_mix_k)))
+        v = split_heads(self.value(mix(self.time_mix_v)))
 
         # (8) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (9) S_t = diag(w) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t, with
-        # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype.
-        time_decay = self.time_decay[...].astype(config.parameter_dtype).reshape(r.shape[2], -1)
-        bonus = (self.time_first if config.exponential_bonus else self.time_faaaa)[...]
-        u = bonus.astype(config.parameter_dtype).reshape(r.shape[2], -1)
-        operator: Any = wkv5 if axes.sequence is None else functools.partial(wkv5_sharded, axis_name=axes.sequence)
+        # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype. A number a head is [H, 1].
+        bonus = self.time_first if config.exponential_bonus else self.time_faaaa
+        decay, u = (z[...].astype(config.parameter_dtype).reshape(r.shape[2], -1) for z in (self.time_decay, bonus))
         r, k, v = checkpoint_wkv_inputs(r, k, v)
-        y, wkv = operator(
-            r,
-            -jnp.exp(time_decay),
-            k,
-            v,
-            jnp.exp(u) if config.exponential_bonus else u,
-            state.wkv,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            implementation=config.wkv_implementation,
-        )
+        log_w, u = -jnp.exp(decay), jnp.exp(u) if config.exponential_bonus else u
+        wkv = wkv_operator(wkv5, wkv5_sharded, context, config.wkv_implementation)
+        y, wkv_state = wkv(r, log_w, k, v, u, state.wkv)
 
         # (7) Norm over each head, gate, projection.
         y = self.ln_x(y)
         if self.has_gate:
             y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
-        return row_parallel_linear(y, self.output.weight[...], axes.tensor), TimeMixState(shift, wkv)
+        o = row_parallel_linear(y, self.output.weight[...], context)
+        return o, TimeMixState(shift, wkv_state, generation=config.generation)
 
 
-class ChannelMix(nnx.Module):
-    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+class ChannelMix(Mixer):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance.
+
+    Initial values, with c the channel:
+
+        time_mix_k, time_mix_r   (c / C)^(1 - l / L)
+        key                      orthogonal, gain 1, in the previews sqrt(max(F / C, 1))
+        receptance, value        0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         mix = (jnp.arange(width, dtype=dtype) / width) ** (1.0 - layer / config.num_layers)
         self.time_mix_k, self.time_mix_r = channel_param(mix), channel_param(mix)
@@ -164,17 +167,9 @@ class ChannelMix(nnx.Module):
         self.receptance = Linear(jnp.zeros((width, width), dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        shift: Array | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, Array]:
-        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
+    @override
+    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        x_prev, shift = token_shift(x, state, context)
 
         def mix(mu: nnx.Param) -> Array:
             share = broadcast_param(mu[...], x)
@@ -184,7 +179,7 @@ class ChannelMix(nnx.Module):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
 
 
 class RWKV5Block(Block):
@@ -209,16 +204,20 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """See `LanguageModel.parameter_group`: the decay learns twice as fast, and all matrices decay."""
-    factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
-    return factor, path[-1] == "weight" and ndim >= 2
-
-
 class RWKV5(LanguageModel):
     """An RWKV-5 language model, 5.2 or a preview: `model(tokens, state) -> (logits, state)`."""
 
     block_type = RWKV5Block
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
-    parameter_group = staticmethod(parameter_group)
+
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        # The decay learns twice as fast, and all matrices decay.
+        factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
+        return factor, path[-1] == "weight" and ndim >= 2

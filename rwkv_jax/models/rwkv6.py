@@ -7,18 +7,19 @@ T time, C width, H heads, N head size, F feed-forward width, D low rank, L layer
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
+    Mixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -30,8 +31,8 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     token_shift,
     uniform,
+    wkv_operator,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv6, wkv6_sharded
 
@@ -43,15 +44,30 @@ def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARD
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
-    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype), generation=config.generation)
 
 
-class TimeMix(nnx.Module):
-    """Time mixing of layer l: data-dependent token shift, projections, the WKV-6 recurrence, norm, gate."""
+class TimeMix(Mixer):
+    """Time mixing of layer l: data-dependent token shift, projections, the WKV-6 recurrence, norm, gate.
+
+    Initial values, with c the channel and q = l / (L - 1):
+
+        time_maa_x, _w, _k       1 - (c / C)^(1 - l / L)
+        time_maa_v               1 - (c / C)^(1 - l / L) - 0.3 q
+        time_maa_r, _g           1 - (c / C)^(0.5 (1 - l / L))
+        time_decay               -6 + 5 (c / (C - 1))^(0.7 + 1.3 q)
+        time_faaaa               q (1 - c / (C - 1)) + 0.1 ((c + 1) mod 3 - 1)
+        time_maa_w1, _decay_w1   0
+        time_maa_w2, _decay_w2   uniform in [-0.01, 0.01)
+        receptance, value        orthogonal, gain 1
+        key, gate                orthogonal, gain 0.1
+        output                   0
+        ln_x                     weight ((1 + l) / L)^0.7, bias 0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
+        width, head_dim, dtype = config.width, config.head_dim, config.parameter_dtype
         mix_rank, decay_rank = config.sizes().mix_rank, config.sizes().decay_rank
         ratio_0_to_1 = layer / (config.num_layers - 1)
         ratio_1_to_0 = 1.0 - layer / config.num_layers
@@ -72,7 +88,7 @@ class TimeMix(nnx.Module):
         self.time_decay_w1 = nnx.Param(jnp.zeros((width, decay_rank), dtype))
         self.time_decay_w2 = nnx.Param(uniform(rngs.params(), (decay_rank, width), 0.01, dtype))
         bonus = ratio_0_to_1 * (1 - line) + 0.1 * ((channel + 1) % 3 - 1)
-        self.time_faaaa = nnx.Param(bonus.reshape(heads, head_dim))
+        self.time_faaaa = nnx.Param(rearrange(bonus, "(H N) -> H N", N=head_dim))
 
         def square(gain: float) -> Linear:
             return Linear(orthogonal(rngs.params(), (width, width), gain, dtype))
@@ -81,31 +97,16 @@ class TimeMix(nnx.Module):
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
-    def __call__(
-        self,
-        x: Array,
-        state: TimeMixState | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, TimeMixState]:
-        """Time mixing of x [B, T, C], already normalized: y [B, T, C] and the next state.
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        return initial_state(self.config, batch_size).time_mix
 
-        Args:
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
-        """
+    @override
+    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
         config = self.config
-        batch, time, _ = x.shape
-        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
-        if state is None:
-            empty = initial_state(config, batch, axes)
-            state = TimeMixState(empty.att_shift, empty.wkv)
-
         # Data-dependent token shift, mu being the previous token's share: (14) lora_j(z) = mu_j + tanh(z A_j) B_j and
         # (15) ddlerp_j(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) lora_j(x_t + (x_{t-1} - x_t) mu_x), j = w, k, v, r, g.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
+        x_prev, shift = token_shift(x, state.shift, context)
         xx = x_prev - x
         z = x + xx * broadcast_param(self.time_maa_x[...], x)
         inner = jnp.split(jnp.tanh(linear(z, self.time_maa_w1[...], in_axis=0)), 5, axis=-1)
@@ -115,34 +116,39 @@ class TimeMix(nnx.Module):
             for share, hidden, up in zip(shares, inner, self.time_maa_w2[...], strict=True)
         )
 
+        def split_heads(x: Array) -> Array:
+            return rearrange(x, "B T (H N) -> B T H N", N=config.head_dim)
+
         # (16) r, k, v, g; (17) d_t = lora_d(xw), (18) the decay w_t = exp(-e^{d_t}), whose last steps run in float32.
-        r = self.receptance(xr).reshape(heads)
-        k = self.key(xk).reshape(heads)
-        v = self.value(xv).reshape(heads)
+        r = split_heads(self.receptance(xr))
+        k = split_heads(self.key(xk))
+        v = split_heads(self.value(xv))
         g = jax.nn.silu(self.gate(xg))
         decay = low_rank(xw, self.time_decay_w1[...], self.time_decay_w2[...], jnp.tanh).astype(config.parameter_dtype)
-        log_w = -jnp.exp(broadcast_param(self.time_decay[...], decay) + decay).reshape(heads)
+        log_w = -split_heads(jnp.exp(broadcast_param(self.time_decay[...], decay) + decay))
 
         # (21) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (22) S_t = diag(w_t) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t.
-        operator: Any = wkv6 if axes.sequence is None else functools.partial(wkv6_sharded, axis_name=axes.sequence)
-        y, wkv = operator(
-            *checkpoint_wkv_inputs(r, log_w, k, v),
-            self.time_faaaa[...].astype(config.parameter_dtype),
-            state.wkv,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            implementation=config.wkv_implementation,
-        )
+        u = self.time_faaaa[...].astype(config.parameter_dtype)
+        wkv = wkv_operator(wkv6, wkv6_sharded, context, config.wkv_implementation)
+        y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v), u, state.wkv)
 
         # (20) Norm over each head, gate, projection.
-        o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], axes.tensor)
-        return o, TimeMixState(shift, wkv)
+        o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], context)
+        return o, TimeMixState(shift, wkv_state, generation=config.generation)
 
 
-class ChannelMix(nnx.Module):
-    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance."""
+class ChannelMix(Mixer):
+    """Channel mixing of layer l: a feed-forward network with squared ReLU on the shifted input, gated by receptance.
+
+    Initial values, with c the channel:
+
+        time_maa_k, time_maa_r   1 - (c / C)^((1 - l / L)^3)
+        key                      orthogonal, gain 1
+        receptance, value        0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         mix = 1 - (jnp.arange(width, dtype=dtype) / width) ** (ratio_1_to_0**3)
@@ -151,23 +157,15 @@ class ChannelMix(nnx.Module):
         self.receptance = Linear(jnp.zeros((width, width), dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        shift: Array | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, Array]:
-        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
+    @override
+    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        x_prev, shift = token_shift(x, state, context)
         xx = x_prev - x
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(x + xx * broadcast_param(self.time_maa_r[...], x))
         k = self.key(x + xx * broadcast_param(self.time_maa_k[...], x))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
 
 
 class RWKV6Block(Block):
@@ -197,15 +195,19 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """See `LanguageModel.parameter_group`: the decay learns twice as fast, and all matrices decay."""
-    return 2.0 if path[-1] == "time_decay" else 1.0, path[-1] == "weight" and ndim >= 2
-
-
 class RWKV6(LanguageModel):
     """An RWKV-6 language model: `model(tokens, state) -> (logits, state)`."""
 
     block_type = RWKV6Block
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
-    parameter_group = staticmethod(parameter_group)
+
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        # The decay learns twice as fast, and all matrices decay.
+        return 2.0 if path[-1] == "time_decay" else 1.0, path[-1] == "weight" and ndim >= 2

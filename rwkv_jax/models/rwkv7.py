@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
+    Mixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -28,8 +31,9 @@ from rwkv_jax.models.layers import (
     orthogonal,
     row_parallel_linear,
     token_shift,
+    wide_dtype,
+    wkv_operator,
 )
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv7, wkv7_sharded
 
@@ -44,11 +48,29 @@ def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARD
     """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
     shift = jnp.zeros((batch_size, config.width), config.dtype)
     heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
-    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype))
+    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype), generation=config.generation)
 
 
-class TimeMix(nnx.Module):
-    """Time mixing of layer l: token shift, six projections, the WKV-7 recurrence, norm, bonus and gate."""
+class TimeMix(Mixer):
+    """Time mixing of layer l: token shift, six projections, the WKV-7 recurrence, norm, bonus and gate.
+
+    Initial values, with c the channel, q = l / (L - 1), m = c / (C - 1) - 1/2, and z = s |s|, where s goes from -1 to 1
+    along the channels of a head:
+
+        x_r, x_g                 1 - (c / C)^(0.2 (1 - l / L))
+        x_k, x_v                 1 - (c / C)^(0.7 (1 - l / L))
+        x_w, x_a                 1 - (c / C)^(0.9 (1 - l / L))
+        w0                       -5.5 + 6 (c / (C - 1))^(1 + q^0.3) + 2.5 z
+        a0                       -0.19 + 0.3 z + 0.4 m
+        v0                       0.73 - 0.4 m
+        w1, a1, v1, g1           0
+        w2, a2, v2, g2           orthogonal, gain 0.1 sqrt(max(D / C, 1))
+        k_k, k_a, r_k            0.71 - 0.1 m, 1.02, -0.04
+        receptance, value        orthogonal, gain 1
+        key                      orthogonal, gain 0.1
+        output                   0
+        ln_x                     weight ((1 + l) / L)^0.7, bias 0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -99,60 +121,33 @@ class TimeMix(nnx.Module):
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
-    def __call__(
-        self,
-        x: Array,
-        state: TimeMixState | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, TimeMixState]:
-        """Time mixing alone, for use in a model of one's own.
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        return initial_state(self.config, batch_size).time_mix
 
-        Args:
-          x: [B, T, C], already normalized.
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
-
-        Returns:
-          y [B, T, C] and the next state. Without an earlier layer there is no value residual: v is this layer's own.
-        """
-        y, _, state = self.mix(x, state, None, segment_ids=segment_ids, lengths=lengths, axes=axes)
+    @override
+    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+        y, _, state = self.mix_with_residual(x, state, None, context)
         return y, state
 
-    def mix(
-        self,
-        x: Array,
-        state: TimeMixState | None,
-        v_first: Array | None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
+    def mix_with_residual(
+        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array, TimeMixState]:
-        """Time mixing within a model.
-
-        Args:
-          x: [B, T, C]; state: None is the start of a text.
-          v_first: [B, T, C], the first layer's values; None in the first layer.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them.
+        """`mix` with the value residual, whose source v_first [B, T, C] is the first layer's values.
 
         Returns:
-          y [B, T, C], the first layer's values to hand on, and the next state.
+          y [B, T, C], v_first and the next state. Where v_first is None, as in the first layer, it is this layer's own.
         """
         config = self.config
-        batch, time, _ = x.shape
-        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
-        if state is None:
-            empty = initial_state(config, batch, axes)
-            state = TimeMixState(empty.att_shift, empty.wkv)
 
         def cast(parameter: nnx.Param, like: Array) -> Array:
             return broadcast_param(parameter[...], like)
 
+        def split_heads(x: Array) -> Array:
+            return rearrange(x, "B T (H N) -> B T H N", N=config.head_dim)
+
         # (3) Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
-        x_prev, shift = token_shift(x, state.shift, segment_ids, lengths, axes)
+        x_prev, shift = token_shift(x, state.shift, context)
         xx = x_prev - x
         xr, xw, xk, xv, xa, xg = (
             x + xx * cast(blend, x) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
@@ -175,41 +170,43 @@ class TimeMix(nnx.Module):
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
-        kk = _normalize_heads((k * cast(self.k_k, k)).reshape(heads))
+        kk = _normalize_heads(split_heads(k * cast(self.k_k, k)))
         k = k * (1 + (a - 1) * cast(self.k_a, k))
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
-        r, log_w, k, v_heads, a = (z.reshape(heads) for z in (r, log_w, k, v, a))
-        operator: Any = wkv7 if axes.sequence is None else functools.partial(wkv7_sharded, axis_name=axes.sequence)
-        y, wkv = operator(
-            *checkpoint_wkv_inputs(r, log_w, k, v_heads, -kk, kk * a),
-            state.wkv,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            implementation=config.wkv_implementation,
-        )
+        r, log_w, k, v_heads, a = map(split_heads, (r, log_w, k, v, a))
+        wkv = wkv_operator(wkv7, wkv7_sharded, context, config.wkv_implementation)
+        y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v_heads, -kk, kk * a), state.wkv)
 
         # (21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate and projection.
         y = self.ln_x(y)
         # (Sums over N as contractions: as a product and a sum they take XLA's CPU backend up to 30 times as long.)
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        bonus = einsum("bthn,bthn->bth", r * broadcast_param(self.r_k[...], r), k)
-        bonus = einsum("bth,bthn->bthn", bonus, v_heads)
-        y = row_parallel_linear((y + bonus.reshape(y.shape)) * g, self.output.weight[...], axes.tensor)
-        return y, v_first, TimeMixState(shift, wkv)
+        bonus = einsum("BTHN,BTHN->BTH", r * broadcast_param(self.r_k[...], r), k)
+        bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v_heads), "B T H N -> B T (H N)")
+        o = row_parallel_linear((y + bonus) * g, self.output.weight[...], context)
+        return o, v_first, TimeMixState(shift, wkv_state, generation=config.generation)
 
 
 def _normalize_heads(kk: Array) -> Array:
     """kk / max(|kk|, 1e-12) over the last axis, in at least float32 and back; its gradient is finite at zero."""
-    wide = kk.astype(jnp.promote_types(kk.dtype, jnp.float32))
+    wide = kk.astype(wide_dtype(kk.dtype))
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(kk.dtype)
 
 
-class ChannelMix(nnx.Module):
-    """Channel mixing of layer l (the MLP): a feed-forward network with squared ReLU on the shifted input."""
+class ChannelMix(Mixer):
+    """Channel mixing of layer l (the MLP): a feed-forward network with squared ReLU on the shifted input.
+
+    Initial values, with c the channel:
+
+        x_k                      1 - (c / C)^((1 - l / L)^4)
+        key                      orthogonal, gain 1
+        value                    0
+    """
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.config = config
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
         ratio_1_to_0 = 1.0 - layer / config.num_layers
         fraction = jnp.arange(width, dtype=dtype) / width
@@ -217,20 +214,12 @@ class ChannelMix(nnx.Module):
         self.key = Linear(orthogonal(rngs.params(), (ffn_width, width), 1.0, dtype))
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
-    def __call__(
-        self,
-        x: Array,
-        shift: Array | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, Array]:
-        """Channel mixing of x [B, T, C] after shift [B, C] (None: the start of a text): y [B, T, C], next shift."""
-        x_prev, shift = token_shift(x, shift, segment_ids, lengths, axes)
+    @override
+    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        x_prev, shift = token_shift(x, state, context)
         # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return row_parallel_linear(k, self.value.weight[...], axes.tensor), shift
+        return row_parallel_linear(k, self.value.weight[...], context), shift
 
 
 class RWKV7Block(Block):
@@ -239,11 +228,11 @@ class RWKV7Block(Block):
     time_mix_type = TimeMix
     channel_mix_type = ChannelMix
 
+    @override
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, *, axes: MeshAxes, **rows: Array | None
+        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array | None, TimeMixState]:
-        """Time mixing with the value residual."""
-        return self.att.mix(x, state, v_first, axes=axes, **rows)
+        return self.att.mix_with_residual(x, state, v_first, context)
 
 
 _VECTOR_OF_HEADS = (None, None, "heads")
@@ -265,15 +254,19 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """See `LanguageModel.parameter_group`: the decay's bias learns twice as fast, and all matrices decay."""
-    return 2.0 if path[-2:] == ("att", "w0") else 1.0, path[-1] == "weight" and ndim >= 2
-
-
 class RWKV7(LanguageModel):
     """An RWKV-7 language model: `model(tokens, state) -> (logits, state)`."""
 
     block_type = RWKV7Block
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
-    parameter_group = staticmethod(parameter_group)
+
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        # The decay's bias learns twice as fast, and all matrices decay.
+        return 2.0 if path[-2:] == ("att", "w0") else 1.0, path[-1] == "weight" and ndim >= 2

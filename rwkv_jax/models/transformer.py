@@ -16,14 +16,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
-from rwkv_jax.models.layers import LayerNorm, Linear, checkpoint_wkv_inputs, row_parallel_linear
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes, copy_to_tensor_parallel
+from rwkv_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Mixer,
+    checkpoint_wkv_inputs,
+    copy_to_tensor_parallel,
+    row_parallel_linear,
+    wide_dtype,
+)
 from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, number_segments, starts
 
 ROTARY_BASE = 10000.0
@@ -72,7 +82,7 @@ class Places(NamedTuple):
 
 def places_of(position: Array, time: int, segment_ids: Array | None = None, lengths: Array | None = None) -> Places:
     """Where `time` tokens after `position` [B] stand; segment_ids and lengths as `LanguageModel.hidden` has them."""
-    step = jnp.arange(time, dtype=jnp.int32)
+    step = jnp.arange(time, dtype=jnp.int32)[None, :]
     lengths = jnp.full_like(position, time) if lengths is None else lengths
     is_read = step < lengths[:, None]
     segments = number_segments(segment_ids, lengths, len(position), time)
@@ -95,9 +105,9 @@ def rotate(x: Array, positions: Array) -> Array:
       [B, T, H, N] in x's dtype, computed in at least float32.
     """
     half = x.shape[-1] // 2
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     theta = jnp.asarray(ROTARY_BASE ** -(np.arange(half) / half), wide)
-    angle = positions[:, :, None, None].astype(wide) * theta
+    angle = positions[:, :, None, None].astype(wide) * theta[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     real, imaginary = x[..., :half].astype(wide), x[..., half:].astype(wide)
     return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1).astype(x.dtype)
@@ -122,13 +132,13 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
       Sums in at least float32. Of a query that sees nothing `y` means nothing, and `log_total` is so low that nothing
       of it remains once it is joined with another.
     """
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhtn,bhsn->bhts", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    wide = wide_dtype(q.dtype)
+    scores = jnp.einsum("BHTN,BHSN->BHTS", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
     scores = jnp.where(is_visible, scores, -1e30)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum("bhts,bhsn->bhtn", weights.astype(v.dtype), v, preferred_element_type=wide)
+    y = jnp.einsum("BHTS,BHSN->BHTN", weights.astype(v.dtype), v, preferred_element_type=wide)
     return Attended(y / total, (largest + jnp.log(total))[..., 0])
 
 
@@ -159,7 +169,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
         @jax.checkpoint
         def of_piece(first: Array | int, q: Array, keys: Array = keys, values: Array = values) -> Attended:
             queries = first + jnp.arange(q.shape[2])
-            is_visible = queries[:, None] >= jnp.arange(keys.shape[2])
+            is_visible = (queries[:, None] >= jnp.arange(keys.shape[2])[None, :])[None, None]  # [1, 1, T, S]
             if segments is not None:
                 own = lax.dynamic_slice_in_dim(segments, first, q.shape[2], axis=1)
                 is_visible = is_visible & (own[:, None, :, None] == segments[:, None, None, : keys.shape[2]])
@@ -167,7 +177,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
 
         whole = begin + (end - begin) // PIECE * PIECE
         if whole - begin > PIECE:  # a loop, which keeps XLA from computing all pieces at once
-            pieces = jnp.moveaxis(q[:, :, begin:whole].reshape(*q.shape[:2], -1, PIECE, q.shape[-1]), 2, 0)
+            pieces = rearrange(q[:, :, begin:whole], "B H (piece T) N -> piece B H T N", T=PIECE)
             mapped = lax.map(lambda piece: of_piece(*piece), (jnp.arange(begin, whole, PIECE), pieces))
             parts += [Attended(*part) for part in zip(*mapped, strict=True)]
             begin = whole
@@ -189,7 +199,7 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
     capacity = cache.keys.shape[2]
     block = min(CACHE_BLOCK, capacity)
     continues = jnp.ones((batch, time), bool) if segments is None else segments == 0
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q.dtype)
     nothing = Attended(jnp.zeros(q.shape, wide), jnp.full((batch, heads, time), -1e30, wide))
 
     def read(attended: Attended, begin: Array) -> tuple[Attended, None]:
@@ -197,7 +207,7 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
             first = jnp.minimum(begin, capacity - block)  # the last block is whole, too
             k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (cache.keys, cache.values))
             place = first + jnp.arange(block)
-            is_held = (place >= begin) & (place < cache.position[:, None])
+            is_held = (place >= begin)[None, :] & (place[None, :] < cache.position[:, None])
             return join(attended, attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None]))
 
         return lax.cond(begin < jnp.max(cache.position), with_block, lambda: attended), None
@@ -212,7 +222,7 @@ def store(cache: KeyValueCache, k: Array, v: Array, places: Places) -> KeyValueC
     rows = jnp.arange(len(index))[:, None]
 
     def written(held: Array, new: Array) -> Array:
-        return held.at[rows, :, index].set(new.swapaxes(1, 2).astype(held.dtype), mode="drop")
+        return held.at[rows, :, index].set(rearrange(new, "B H T N -> B T H N").astype(held.dtype), mode="drop")
 
     return KeyValueCache(written(cache.keys, k), written(cache.values, v), places.next_position)
 
@@ -222,7 +232,7 @@ def normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Arra
     return scale * jax.random.normal(key, shape, jnp.dtype(dtype))
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Causal self-attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -234,21 +244,18 @@ class Attention(nnx.Module):
         self.query, self.key, self.value = (square(INITIAL_SCALE) for _ in range(3))
         self.output = square(INITIAL_SCALE / math.sqrt(2 * config.num_layers))
 
-    def __call__(
-        self,
-        x: Array,
-        state: KeyValueCache | None = None,
-        *,
-        segment_ids: Array | None = None,
-        lengths: Array | None = None,
-        axes: MeshAxes = UNSHARDED,
-    ) -> tuple[Array, KeyValueCache]:
-        """Attention alone, for use in a model of one's own.
+    @override
+    def initial_state(self, batch_size: int) -> KeyValueCache:
+        return initial_state(self.config, batch_size)
+
+    @override
+    def mix(self, x: Array, state: KeyValueCache | None, context: SequenceContext) -> tuple[Array, KeyValueCache]:
+        """Attention to a call's own tokens and those of the state.
 
         Args:
           x: [B, T, C], already normalized.
-          state: what an earlier call returned; None is the start of a text, for which no cache is read.
-          segment_ids, lengths, axes: as `LanguageModel.hidden` has them, but for `axes.sequence`, which must be None.
+          state: None is the start of a text, for which no cache is read.
+          context: of which `axes.sequence` must be None.
 
         Returns:
           y [B, T, C] and the next state. A token for which a state has no room is seen within its own call only.
@@ -256,6 +263,7 @@ class Attention(nnx.Module):
         Raises:
           ConfigError: time that is split over a mesh axis, or more tokens than a new state has room for.
         """
+        axes = context.axes
         if axes.sequence is not None:
             raise ConfigError(
                 f"axes.sequence = {axes.sequence!r}: a Transformer's attention is not split over time; use other axes"
@@ -269,12 +277,12 @@ class Attention(nnx.Module):
             )
         held = initial_state(config, batch, axes) if state is None else state
         held, _ = broadcast_varying_axes(held, x)
-        places = places_of(held.position, time, segment_ids, lengths)
+        places = places_of(held.position, time, context.segment_ids, context.lengths)
 
-        heads = (batch, time, config.num_heads // axes.num_tensor_shards, config.head_dim)
-        q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
+        projected = (project(x) for project in (self.query, self.key, self.value))
+        q, k, v = (rearrange(z, "B T (H N) -> B T H N", N=config.head_dim) for z in projected)
         q, k = rotate(q, places.positions), rotate(k, places.positions)
-        q, k, v = checkpoint_wkv_inputs(*(z.swapaxes(1, 2) for z in (q, k, v)))
+        q, k, v = checkpoint_wkv_inputs(*(rearrange(z, "B T H N -> B H T N") for z in (q, k, v)))
         attended = attend_to_call(q, k, v, places.segments)
         next_state = store(held, k, v, places)
         if state is None:
@@ -285,8 +293,8 @@ class Attention(nnx.Module):
             before = held if places.segments is not None else next_state._replace(position=held.position)
             y = join(attended, attend_to_cache(q, before, places.segments)).y
         # Kept for the backward pass under the name of what it is to RWKV: the result of what mixes tokens.
-        y = checkpoint_name(y.swapaxes(1, 2).reshape(batch, time, -1).astype(x.dtype), "wkv")
-        return row_parallel_linear(y, self.output.weight[...], axes.tensor), next_state
+        y = checkpoint_name(rearrange(y, "B H T N -> B T (H N)").astype(x.dtype), "wkv")
+        return row_parallel_linear(y, self.output.weight[...], context), next_state
 
 
 class FeedForward(nnx.Module):
@@ -298,9 +306,9 @@ class FeedForward(nnx.Module):
         scale = INITIAL_SCALE / math.sqrt(2 * config.num_layers)
         self.value = Linear(normal(rngs.params(), (width, ffn_width), scale, dtype))
 
-    def __call__(self, x: Array, *, axes: MeshAxes = UNSHARDED) -> Array:
+    def __call__(self, x: Array, context: SequenceContext) -> Array:
         """[B, T, C] -> [B, T, C]."""
-        return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], axes.tensor)
+        return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], context)
 
 
 class TransformerBlock(Block):
@@ -313,15 +321,15 @@ class TransformerBlock(Block):
         self.att = Attention(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
+    @override
     def __call__(
-        self, x: Array, state: Any, v_first: Array | None, *, axes: MeshAxes = UNSHARDED, **rows: Array | None
+        self, x: Array, state: Any, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array | None, Any]:
-        """As `Block` has it; `v_first` is handed on as it is."""
         with jax.named_scope("attention"):
-            y, state = self.att(copy_to_tensor_parallel(self.ln1(x), axes.tensor), state, axes=axes, **rows)
+            y, state = self.att.mix(copy_to_tensor_parallel(self.ln1(x), context.axes.tensor), state, context)
             x = x + y
         with jax.named_scope("feed_forward"):
-            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), axes.tensor), axes=axes)
+            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context)
         return x, v_first, state
 
 
@@ -334,11 +342,6 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-def parameter_group(path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-    """See `LanguageModel.parameter_group`: all learn alike, and all matrices decay."""
-    return 1.0, path[-1] == "weight" and ndim >= 2
-
-
 class Transformer(LanguageModel):
     """A Transformer language model: `model(tokens, state) -> (logits, state)`, the state being a key-value cache.
 
@@ -349,28 +352,38 @@ class Transformer(LanguageModel):
 
     block_type = TransformerBlock
     block_axes = BLOCK_AXES
-    initial_block_state = staticmethod(initial_state)
-    parameter_group = staticmethod(parameter_group)
 
-    @staticmethod
-    def initial_embedding(config: ModelConfig, rngs: nnx.Rngs) -> Array:
-        """Initial token vectors [V, C]."""
+    @override
+    @classmethod
+    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
+        return initial_state(config, batch_size, axes)
+
+    @override
+    @classmethod
+    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+        # All learn alike, and all matrices decay.
+        return 1.0, path[-1] == "weight" and ndim >= 2
+
+    @override
+    @classmethod
+    def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
 
-    @staticmethod
-    def initial_head(config: ModelConfig, rngs: nnx.Rngs) -> Array:
-        """Initial output head [V, C]."""
+    @override
+    @classmethod
+    def initial_head(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
 
+    @override
     def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """No cache, for there is nothing to read in it: a training step then computes none."""
         del batch_size, axes
         return None if self.is_stacked else (None,) * self.config.num_layers
 
-    @staticmethod
-    def alike_on_shards(state: Any, axes: MeshAxes) -> Any:
-        """The state as it is: shards share its positions, of which JAX knows that they are alike."""
-        del axes
+    @override
+    @classmethod
+    def replicate_state(cls, state: Any, axes: MeshAxes) -> Any:
+        del axes  # Its positions are known to be replicated.
         return state
 
     def room(self, state: Any) -> Array:
@@ -378,6 +391,7 @@ class Transformer(LanguageModel):
         position = state.position[0] if self.is_stacked else state[0].position
         return self.config.sizes().context_length - position
 
+    @override
     def _run(self, tokens: Array | None, state: Any, *arguments: Any, **options: Any) -> tuple[Array, Any, Any]:
         """As `LanguageModel` has it, but refuses, where values are at hand, what the state has no room for."""
         x, next_state, streams = super()._run(tokens, state, *arguments, **options)

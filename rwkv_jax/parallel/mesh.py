@@ -1,4 +1,4 @@
-"""The mesh: how many devices share the rows, the weights, the heads and the time of a training step."""
+"""The device mesh of a run: its axes, its shape, and the choice of sizes that are left to `auto`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jax.sharding import AxisType, Mesh
 from rwkv_jax.config import ConfigError, ParallelConfig, TrainConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-"""The mesh's axes. Devices that follow each other are neighbors along the last one, which has the most to tell."""
+"""The mesh axes. Consecutive devices are neighbors along the last one, which communicates most."""
 
 BYTES_PER_PARAMETER = 16
-"""Parameter, its gradient and Adam's two moments in float32."""
+"""A parameter, its gradient and Adam's two moments in float32."""
 
 _SHARE_FOR_STATE = 0.5
-"""Of a device's memory; the rest is for activations."""
+"""Fraction of a device's memory for parameters, gradients and optimizer; the rest is for activations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return math.prod(dataclasses.astuple(self))
 
     def __str__(self) -> str:
-        """As `data 2 x fsdp 4`; axes of one device are left out."""
+        """For example `data 2 x fsdp 4`; axes of size 1 are left out."""
         named = [f"{name} {size}" for name, size in dataclasses.asdict(self).items() if size > 1]
         return " x ".join(named) or "one device"
 
@@ -46,7 +46,7 @@ class MeshShape:
 def choose_shape(
     parallel: ParallelConfig, num_devices: int, *, num_parameters: int, rows: int, device_memory: int | None
 ) -> MeshShape:
-    """The shape of the mesh, with a size for each axis that is left to `auto`.
+    """The shape of the mesh, with a size chosen for each axis that is `auto`.
 
     `fsdp` gets the fewest devices over which parameters, gradients and optimizer take at most half of each device's
     memory; `data` gets the devices that remain.
@@ -105,7 +105,7 @@ def check_rows(shape: MeshShape, rows: int) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, in order."""
+    """All divisors, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -114,7 +114,7 @@ def _listed(sizes: dict[str, Any]) -> str:
 
 
 def mesh_from_shape(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
-    """A mesh of a shape on as many devices, neighbors in it being neighbors in the machine where JAX knows how.
+    """A mesh of this shape, laid out along the devices' own topology where JAX knows it.
 
     Raises:
       ConfigError: another number of devices.
@@ -159,7 +159,7 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any], device_memory: int | 
 
 
 def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int:
-    """The most devices that share the rows evenly, tensor and sequence given."""
+    """The most devices among which the rows divide evenly, for given sizes of tensor and sequence."""
     each = parallel.tensor * parallel.sequence
     if num_devices % each:
         return num_devices  # which `choose_shape` refuses

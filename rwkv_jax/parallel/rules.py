@@ -1,4 +1,4 @@
-"""The table of what is split over which mesh axes, and what it makes of every parameter."""
+"""Sharding rules: which mesh axes split which axes of parameters and states, and the partition specs that follow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rwkv_jax.models import LanguageModel, model_type
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """For each meaning of an axis the mesh axes that split it, the first of them outermost."""
+    """For each logical axis the mesh axes that split it, outermost first."""
 
     rows: tuple[str, ...] = ("data", "fsdp")
     """B, of tokens, activations and states."""
@@ -55,7 +55,7 @@ class Rules:
             )
 
     def spec(self, axes: tuple[str | None, ...], name: str) -> PartitionSpec:
-        """The partition of an array whose axes have these meanings.
+        """The partition spec of an array with these logical axes.
 
         Raises:
           ConfigError: two axes of the array would be split over the same mesh axis.
@@ -72,7 +72,7 @@ class Rules:
         return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
     def on(self, mesh: Mesh) -> Rules:
-        """The same rules without mesh axes of one device, which split nothing."""
+        """The same rules without mesh axes of size 1."""
         own = {name: tuple(axis for axis in axes if mesh.shape[axis] > 1) for name, axes in vars(self).items()}
         return Rules(**own)
 
@@ -97,7 +97,7 @@ def check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, nam
 
 
 def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES) -> Any:
-    """The partition of every parameter.
+    """The partition spec of every parameter.
 
     Args:
       kind: the model's class.
@@ -118,26 +118,26 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
 
 
 def state_specs(config: ModelConfig, rules: Rules = RULES) -> Any:
-    """The partition of every array of a model's state."""
+    """The partition spec of every array of a model's state."""
     config = dataclasses.replace(config, dtype="float32")  # for which JAX need not have float64 switched on
     structure = jax.tree.structure(jax.eval_shape(lambda: model_type(config).initial_block_state(config, 1)))
     return structure.unflatten(rules.spec((None, "rows", *array.axes), "state") for array in config.spec.state(config))
 
 
 def is_spec(x: Any) -> bool:
-    """Whether this is one partition, in a tree of them."""
+    """Whether a node of a tree of partition specs is one of them."""
     return isinstance(x, PartitionSpec)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """The shardings of a tree of partitions."""
+    """The named shardings of a tree of partition specs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def check_model(
     kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh, rules: Rules = RULES
 ) -> None:
-    """Holds a model's sizes against a mesh.
+    """Checks that a mesh divides a model's sizes.
 
     Raises:
       ConfigError: an axis of a parameter that the mesh cannot divide, or heads that would be cut.

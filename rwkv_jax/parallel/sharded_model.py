@@ -1,6 +1,6 @@
 """A model on a mesh: partition specs, and the collectives of loss and gradient within one `jax.shard_map`.
 
-Every collective of loss and gradient is written here, in models/shards.py, models/layers.py, rwkv_kernels/sharded.py or
+Every collective of loss and gradient is written here, in models/layers.py, rwkv_kernels/sharded.py or
 training/loss.py; none is left to the compiler to find. (The optimizer stays outside, and with it the gradient's norm.)
 Rows are split over `data` and `fsdp`, weights are scattered over `fsdp` and gathered where a block uses them (ZeRO
 stage 3, arXiv 1910.02054), heads and vocabulary are split over `tensor`, time over `sequence`.
@@ -21,8 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
+from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
-from rwkv_jax.models.shards import UNSHARDED, MeshAxes
 from rwkv_jax.parallel.rules import RULES, check_model, is_spec, parameter_specs, state_specs
 
 

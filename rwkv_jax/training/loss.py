@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_jax.models.shards import first_index_here, reduce_from_tensor_parallel
+from rwkv_jax.models.layers import reduce_from_tensor_parallel, shard_offset
 from rwkv_kernels.arguments import broadcast_varying_axes
 
 
@@ -64,7 +64,7 @@ def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
     if axis_name is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     vocab_size = logits.shape[-1] * lax.axis_size(axis_name)
-    own = targets - first_index_here(logits.shape[-1], axis_name)
+    own = targets - shard_offset(logits.shape[-1], axis_name)
     is_here = (own >= 0) & (own < logits.shape[-1])
     found = jnp.take_along_axis(logits, jnp.where(is_here, own, 0)[:, None], axis=-1)[:, 0]
     found = reduce_from_tensor_parallel(jnp.where(is_here, found, 0), axis_name)
@@ -77,7 +77,7 @@ def _token_losses_backward(
     logits, targets, log_normalizer, largest = saved
     dnll, dpeak = cotangents
     size = logits.shape[-1]
-    vocabulary = jnp.arange(size) + first_index_here(size, axis_name)
+    vocabulary = jnp.arange(size) + shard_offset(size, axis_name)
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
     # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does one by one.

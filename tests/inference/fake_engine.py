@@ -150,7 +150,7 @@ def _first_number(model: int) -> int:
 def _snapshot(number: int, num_tokens: int) -> Snapshot:
     """A number's 16-bit digits, which float32 holds exactly, in an order of each array's own."""
     digits = np.array([number >> 16 * i & 0xFFFF for i in range(4)], np.float32)
-    layer = State(*map(jax.device_put, (digits, digits[::-1].copy(), digits.reshape(2, 2))))
+    layer = State(*map(jax.device_put, (digits, digits[::-1].copy(), digits.reshape(2, 2))), generation="7")
     logits = np.random.default_rng(number).standard_normal(VOCAB_SIZE, np.float32)
     return Snapshot((layer,) * _LAYERS, jax.device_put(logits), num_tokens)
 

@@ -34,4 +34,4 @@ def from_golden(config: ModelConfig, numbers: Mapping[str, NDArray], prefix: str
         wkv = tuple(stacked(name) for name in ("aa", "bb", "pp"))
     else:
         wkv = stacked("S") if config.generation == "7" else stacked("S").swapaxes(-1, -2)
-    return State(stacked("att_x"), stacked("ffn_x"), wkv)
+    return State(stacked("att_x"), stacked("ffn_x"), wkv, generation=config.generation)

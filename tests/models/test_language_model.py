@@ -62,7 +62,8 @@ def test_shapes_and_dtypes_of_the_state(generation: str, dtype: Any) -> None:
         streams_shape = streams(config).eval_shape(params, jnp.zeros((ROWS, 2, width), dtype))[0]
 
     def shapes(state: State) -> Any:
-        return jax.tree.map(lambda x: (x.shape, x.dtype.name), state)
+        found = jax.tree.map(lambda x: (x.shape, x.dtype.name), state)
+        return found.att_shift, found.ffn_shift, found.wkv
 
     # The same after a token as before, so that a loop over tokens is one program.
     assert shapes(first) == shapes(state) == (shift, shift, wkv)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.layers import HeadNorm, LayerNorm, head_gain, linear, token_shift
 from rwkv_jax.models.state import TimeMixState
 from tests.golden import QUICK, relative_error
@@ -157,11 +158,11 @@ def test_channel_mixing_alone(x: NDArray, generation: str) -> None:
 
 def test_token_shift_gives_the_previous_token(x: NDArray) -> None:
     before = np.random.default_rng(2).standard_normal((BATCH, WIDTH))
-    shifted, after = token_shift(jnp.asarray(x), jnp.asarray(before))
+    shifted, after = token_shift(jnp.asarray(x), jnp.asarray(before), SequenceContext())
     np.testing.assert_array_equal(shifted[:, 0], before)
     np.testing.assert_array_equal(shifted[:, 1:], x[:, :-1])
     np.testing.assert_array_equal(after, x[:, -1])
-    one, after = token_shift(jnp.asarray(x[:, :1]), jnp.asarray(before))
+    one, after = token_shift(jnp.asarray(x[:, :1]), jnp.asarray(before), SequenceContext())
     np.testing.assert_array_equal(one[:, 0], before)
     np.testing.assert_array_equal(after, x[:, 0])
 
@@ -169,7 +170,7 @@ def test_token_shift_gives_the_previous_token(x: NDArray) -> None:
 def test_token_shift_begins_anew_in_a_segment_and_ends_with_the_row(x: NDArray) -> None:
     before = np.random.default_rng(2).standard_normal((BATCH, WIDTH))
     segment_ids, lengths = jnp.asarray([[3, 3, 1, 3], [0, 0, 0, 0]]), jnp.asarray([0, 3])
-    shifted, after = token_shift(jnp.asarray(x), jnp.asarray(before), segment_ids, lengths)
+    shifted, after = token_shift(jnp.asarray(x), jnp.asarray(before), SequenceContext(segment_ids, lengths))
     np.testing.assert_array_equal(shifted[0], [before[0], x[0, 0], np.zeros(WIDTH), np.zeros(WIDTH)])
     np.testing.assert_array_equal(shifted[1], [before[1], x[1, 0], x[1, 1], x[1, 2]])
     np.testing.assert_array_equal(after, [before[0], x[1, 2]])

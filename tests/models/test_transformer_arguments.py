@@ -12,7 +12,7 @@ from flax import nnx
 from rwkv_jax import save_pretrained
 from rwkv_jax.config import ConfigError
 from rwkv_jax.models import Transformer
-from rwkv_jax.models.shards import MeshAxes
+from rwkv_jax.models.context import MeshAxes, SequenceContext
 from rwkv_jax.models.state import State
 from rwkv_jax.models.transformer import Attention
 from rwkv_jax.weights.tensors import WeightsError
@@ -62,14 +62,14 @@ def test_under_jit_what_does_not_fit_is_forgotten_and_told(float64: None) -> Non
 def test_time_that_is_split_is_refused() -> None:
     attention = Attention(FLOAT32, rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match=r"axes\.sequence = 'time': a Transformer's attention is not split over time"):
-        attention(jnp.zeros((1, 2, 32)), axes=MeshAxes(sequence="time"))
+        attention.mix(jnp.zeros((1, 2, 32)), None, SequenceContext(axes=MeshAxes(sequence="time")))
 
 
 def test_a_state_of_another_kind_is_refused() -> None:
     model = small_float32()
     shift = jnp.zeros((2, 1, 32))
     with pytest.raises(ValueError, match=r"state: is none of Transformer, whose states have the form of"):
-        model(jnp.zeros((1, 2), jnp.int32), State(shift, shift, jnp.zeros((2, 1, 4, 8, 8))))
+        model(jnp.zeros((1, 2), jnp.int32), State(shift, shift, jnp.zeros((2, 1, 4, 8, 8)), generation="7"))
     with pytest.raises(ValueError, match=r"state\.keys: shape \(2, 3, 4, 24, 8\) must be \(2, 1, 4, 24, 8\)"):
         model(jnp.zeros((1, 2), jnp.int32), model.initial_state(3))
 
