@@ -23,3 +23,10 @@ def float64() -> Iterator[None]:
     """Makes float64 JAX's default dtype for one test, and allows it at all."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Makes JAX refuse, for one test, to promote ranks (of all but scalars) and dtypes silently."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield

@@ -21,7 +21,9 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array, lax
+from typing_extensions import override
 
 GROUP_SIZE = 32
 """Neighbors along the input axis that share a multiplier and an offset, in 4 bits."""
@@ -114,16 +116,16 @@ class Int8Matrix(PackedMatrix):
     """weight[o, i] = scale[o] codes[o, i], with codes int8 [..., out, in]."""
 
     @property
+    @override
     def num_inputs(self) -> int:
-        """See `PackedMatrix`."""
         return self.codes.shape[-1]
 
+    @override
     def integers(self) -> Array:
-        """See `PackedMatrix`."""
         return self.codes
 
+    @override
     def times(self, x: Array) -> Array:
-        """See `PackedMatrix`."""
         return self.scale * lax.platform_dependent(x, self.codes, cpu=_times_by_digits, default=_times_converted)
 
 
@@ -142,16 +144,16 @@ class Int4Matrix(PackedMatrix):
     """int8 [..., out, in / 32]."""
 
     @property
+    @override
     def num_inputs(self) -> int:
-        """See `PackedMatrix`."""
         return self.codes.shape[-2] * GROUP_SIZE
 
+    @override
     def integers(self) -> Array:
-        """See `PackedMatrix`."""
         return _unpacked(self.codes, self.multiplier, self.offset)
 
+    @override
     def times(self, x: Array) -> Array:
-        """See `PackedMatrix`."""
         parts = (self.codes, self.multiplier, self.offset)
         return self.scale * lax.platform_dependent(x, *parts, cpu=_times_int4_by_digits, default=_times_int4_converted)
 
@@ -191,7 +193,7 @@ def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1
         x = x - parts[-1]
     rows = jnp.concatenate(parts).astype(weight.dtype)
     y = lax.dot_general(rows, weight, (((1,), (in_axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return jnp.sum(y.reshape(3, x.shape[0], -1), axis=0)
+    return jnp.sum(rearrange(y, "(part rows) out -> part rows out", part=3), axis=0)
 
 
 def split_rows(x: Array) -> tuple[Array, Array]:
@@ -236,7 +238,8 @@ def _times_many(digits: Array, integers: Array) -> Array:
 
     (Turned round as `_contract_digits` has it, so large a result would take longer than the product.)
     """
-    return _added_up(*_contract(digits, integers, jnp.int32).astype(jnp.float32).reshape(NUM_DIGITS, -1, len(integers)))
+    sums = _contract(digits, integers, jnp.int32).astype(jnp.float32)
+    return _added_up(*rearrange(sums, "(digit rows) out -> digit rows out", digit=NUM_DIGITS))
 
 
 def _contract_digits(digits: Array, integers: Array) -> Array:
@@ -263,7 +266,7 @@ def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Arr
 
 def _joined(sums: Array, unit: Array) -> Array:
     """The product of rows x from the products int32 [out, 3 rows] of their digits: [rows, out]."""
-    shares = jnp.moveaxis(sums.astype(jnp.float32).reshape(-1, NUM_DIGITS, unit.shape[0]), 1, 0)
+    shares = rearrange(sums.astype(jnp.float32), "out (digit rows) -> digit out rows", digit=NUM_DIGITS)
     return (unit[:, 0] * _added_up(*shares)).T
 
 
@@ -280,12 +283,11 @@ def _times_tiles(
       times: x and an int8 matrix [out, in] -> [out, rows].
     """
     out, num_groups, half = codes.shape
-    rows = x.shape[0]
     # The two halves of the bytes are multiplied one after the other, so that they need not be interleaved.
-    x_halves = jnp.moveaxis(x.reshape(rows, num_groups, 2, half), 2, 0).reshape(2, rows, num_groups * half)
+    x_halves = rearrange(x, "rows (group two half) -> two rows (group half)", two=2, half=half)
 
     def tile(*parts: Array) -> Array:
-        low, high = (part.reshape(part.shape[0], -1) for part in _unpacked_halves(*parts))
+        low, high = (rearrange(part, "out group half -> out (group half)") for part in _unpacked_halves(*parts))
         return times(x_halves[0], low) + times(x_halves[1], high)
 
     size = min(out, max(1, _TILE_ELEMENTS // (num_groups * GROUP_SIZE)))
@@ -295,7 +297,7 @@ def _times_tiles(
     # The last tile is as large as the others: it begins earlier, and what it does again is left out.
     starts = jnp.minimum(jnp.arange(num_tiles) * size, out - size)
     y = lax.map(lambda start: tile(*(_from(start, size, part) for part in (codes, multiplier, offset))), starts)
-    return jnp.concatenate([y[:-1].reshape(-1, rows), y[-1][num_tiles * size - out :]])
+    return jnp.concatenate([rearrange(y[:-1], "tile out rows -> (tile out) rows"), y[-1][num_tiles * size - out :]])
 
 
 def _from(start: Array, size: int, x: Array) -> Array:
@@ -305,7 +307,7 @@ def _from(start: Array, size: int, x: Array) -> Array:
 def _unpacked(codes: Array, multiplier: Array, offset: Array) -> Array:
     """int8 [..., in] of bytes [..., in / 32, 16], in units of the row's scale."""
     halves = jnp.concatenate(_unpacked_halves(codes, multiplier, offset), axis=-1)
-    return halves.reshape(*codes.shape[:-2], codes.shape[-2] * GROUP_SIZE)
+    return rearrange(halves, "... group code -> ... (group code)")
 
 
 def _unpacked_halves(codes: Array, multiplier: Array, offset: Array) -> tuple[Array, Array]:

@@ -1,0 +1,72 @@
+"""Patterns of einops name axes and compute nothing: the jaxpr of a block is that of plain reshapes and transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.models import layers, rwkv4, rwkv5, rwkv6, rwkv7, transformer
+from tests.models.parameters import SMALL, abstract
+from tests.models.small_models import FLOAT32
+from tests.models.small_transformers import FLOAT32 as TRANSFORMER
+
+CONFIGS = {**FLOAT32, "transformer": TRANSFORMER}
+TIME = 2 * transformer.PIECE + 3  # so that attention is mapped over pieces, too
+
+PLAIN: dict[str, Callable[..., Array]] = {
+    "... C -> (...) C": lambda x: x if x.ndim == 2 else x.reshape(-1, x.shape[-1]),
+    "C -> 1 1 C": lambda x: x.reshape(1, 1, -1),
+    "(H N) -> H N": lambda x, size: x.reshape(-1, size),
+    "B T (H N) -> B T H N": lambda x, size: x.reshape(*x.shape[:2], -1, size),
+    "B T H N -> B T (H N)": lambda x: x.reshape(*x.shape[:2], -1),
+    "B T H N -> B H T N": lambda x: x.swapaxes(1, 2),
+    "B H T N -> B T H N": lambda x: x.swapaxes(1, 2),
+    "B H T N -> B T (H N)": lambda x: x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1),
+    "B H (piece T) N -> piece B H T N": lambda x, size: jnp.moveaxis(
+        x.reshape(*x.shape[:2], -1, size, x.shape[-1]), 2, 0
+    ),
+}
+
+
+def block_jaxprs(generation: str) -> list[str]:
+    """Of the initial values, and of the second block's output and all gradients, in packed and ragged rows."""
+    config = CONFIGS[generation]
+    graphdef, params = abstract(config)
+    model = nnx.merge(graphdef, params)
+    block_def, block_params = nnx.split(nnx.eval_shape(lambda params: nnx.merge(graphdef, params).block(1), params))
+    state = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), jax.eval_shape(lambda: model.initial_state(2))
+    )
+
+    def loss(params: Any, x: Array, state: Any, v_first: Array, segment_ids: Array, lengths: Array) -> Array:
+        context = rwkv7.SequenceContext(segment_ids, lengths)
+        y, _, state = nnx.merge(block_def, params)(x, state, v_first, context)
+        return jnp.sum(y) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
+
+    x = jax.ShapeDtypeStruct((2, TIME, config.width), jnp.float32)
+    segment_ids, lengths = jax.ShapeDtypeStruct((2, TIME), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(block_params, x, state, x, segment_ids, lengths)
+    initial = jax.make_jaxpr(lambda key: nnx.state(type(model)(config, rngs=nnx.Rngs(key))))(jax.random.key(0))
+    return [str(gradient), str(initial)]
+
+
+@pytest.mark.parametrize("generation", [name for name in SMALL if name != "5.1"] + ["transformer"])
+def test_patterns_add_no_equation(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = block_jaxprs(generation)
+    used: set[str] = set()
+
+    def plain(x: Array, pattern: str, **sizes: int) -> Array:
+        used.add(pattern)
+        return PLAIN[pattern](x, *sizes.values())
+
+    for module in (layers, rwkv4, rwkv5, rwkv6, rwkv7, transformer):
+        if hasattr(module, "rearrange"):
+            monkeypatch.setattr(module, "rearrange", plain)
+    assert block_jaxprs(generation) == patterns
+    assert len(used) >= 2
