@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_jax.models import model_type, rwkv4, rwkv5, rwkv6, rwkv7
 from tests.models.parameters import abstract
 from tests.models.small_models import FLOAT32
 from tests.models.small_transformers import FLOAT32 as TRANSFORMER
@@ -58,5 +58,5 @@ def test_nothing_is_promoted(
 
 @pytest.mark.parametrize("generation", CONFIGS)
 def test_no_initial_value_is_promoted(generation: str) -> None:
-    model = type(nnx.merge(*abstract(CONFIGS[generation])))
-    jax.eval_shape(lambda key: nnx.state(model(CONFIGS[generation], rngs=nnx.Rngs(key))), jax.random.key(0))
+    config = CONFIGS[generation]
+    jax.eval_shape(lambda key: nnx.state(model_type(config)(config, rngs=nnx.Rngs(key))), jax.random.key(0))
