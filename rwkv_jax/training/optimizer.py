@@ -64,19 +64,25 @@ def clip_by_global_norm(limit: float, epsilon: float) -> optax.GradientTransform
     return optax.stateless(clip)
 
 
-def _decay_weights(config: OptimizerConfig, num_steps: int, decays: Any) -> optax.GradientTransformation:
+def _decay_weights(
+    config: OptimizerConfig, num_steps: int, decays: Any, first_step: int
+) -> optax.GradientTransformation:
     """Adds weight decay to the updates of the matrices; its own count of steps where the decay changes."""
     if config.weight_decay_final is None:
         return optax.add_decayed_weights(config.weight_decay, mask=decays)
     schedule = weight_decay_schedule(config, num_steps)
 
-    def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> Any:
+    def init(params: Any) -> Any:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         def decayed(update: Array, param: Array, decays: bool) -> Array:
-            return update + jnp.asarray(schedule(state.count), update.dtype) * param if decays else update
+            return update + jnp.asarray(schedule(state.count + first_step), update.dtype) * param if decays else update
 
         return jax.tree.map(decayed, updates, params, decays), optax.ScaleByScheduleState(state.count + 1)
 
-    return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformation(init, update)
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:
@@ -103,7 +109,7 @@ def make_optimizer(
     return optax.chain(
         clip_by_global_norm(config.clip_norm, config.clip_epsilon),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        _decay_weights(config, num_steps, decays),
+        _decay_weights(config, num_steps, decays, first_step),
         _scale_each(factors),
         optax.scale_by_learning_rate(lambda count: rate(count + first_step)),
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rwkv_jax.config import OptimizerConfig, TrainConfig
@@ -43,7 +44,8 @@ def rate_notice(before: TrainConfig, after: TrainConfig, step: int) -> str | Non
 
     def rate(config: TrainConfig) -> float:
         training = config.training
-        return float(learning_rate_schedule(config.optimizer, training.num_steps, training.first_step)(step))
+        schedule = learning_rate_schedule(config.optimizer, training.num_steps, training.first_step)
+        return np.asarray(schedule(step)).item()
 
     old, new = rate(before), rate(after)
     if math.isclose(old, new, rel_tol=1e-3):
