@@ -1,4 +1,4 @@
-"""One model on many devices: the mesh, how each array is split, the split model, and processes."""
+"""Meshes, sharding rules, the sharded model, and runs of several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: agree on its settings, take turns, stop at one step, read their own rows."""
+"""Coordination of a run's processes: same settings, work done first by one, a common stop, global arrays."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 def assert_same(
     processes: Processes, values: Mapping[str, object], *, seconds: float, subject: str = "settings"
 ) -> None:
-    """Makes sure that all processes were given the same values, before any work is lost.
+    """Checks that all processes have the same values.
 
     Args:
-      values: by field; compared by their text.
-      seconds: how long the processes wait for each other.
-      subject: of the comparison; one name is compared once in a run.
+      values: by field; compared as text.
+      seconds: how long to wait for the other processes.
+      subject: name of the comparison, unique within a run.
 
     Raises:
-      DisagreementError: in every process, with a table of the values that differ and which process has which.
-      LostProcessError: not every process has come.
+      DisagreementError: in every process, with a table of the values that differ and the processes that have them.
+      LostProcessError: a process did not arrive in time.
     """
     text = json.dumps({name: str(value) for name, value in values.items()})
     texts = allgather_text(processes, f"their {subject}", text, seconds=seconds)
@@ -43,26 +43,26 @@ def assert_same(
 
 
 def allgather_text(processes: Processes, subject: str, text: str, *, seconds: float = FOREVER / 1000) -> list[str]:
-    """What each process says, in their order; none goes on before all have spoken.
+    """Gathers a text from every process, in process order; a barrier.
 
     Args:
-      subject: of what they say; one name is used once in a run.
-      seconds: how long the processes wait for each other.
+      subject: name of what is gathered, unique within a run.
+      seconds: how long to wait for the other processes.
 
     Raises:
-      LostProcessError: not every process has come.
+      LostProcessError: a process did not arrive in time.
     """
     if processes.count == 1:
         return [text]
-    client, place = coordination_client(), f"rwkv_jax/gather/{subject}"
-    client.key_value_set(f"{place}/{processes.index}", text)
+    client, key = coordination_client(), f"rwkv_jax/gather/{subject}"
+    client.key_value_set(f"{key}/{processes.index}", text)
     try:
-        client.wait_at_barrier(place, int(seconds * 1000))
+        client.wait_at_barrier(key, int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
-        came: dict[int, str] = dict.fromkeys(range(processes.count), "")
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # The service may be gone, and cannot say who came.
-            came = _said(client, place)
-        missing = [index for index in range(processes.count) if index not in came]
+        arrived: dict[int, str] = dict.fromkeys(range(processes.count), "")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # The service may be gone, and cannot say who arrived.
+            arrived = _texts_by_process(client, key)
+        missing = [index for index in range(processes.count) if index not in arrived]
         plural = "es" if len(missing) > 1 else ""
         who = f"process{plural} {_ranges(missing)} did not come" if missing else "not all processes came in time"
         raise LostProcessError(
@@ -70,20 +70,19 @@ def allgather_text(processes: Processes, subject: str, text: str, *, seconds: fl
             f"({str(error).splitlines()[0]}); see what each printed last, and start all processes again with the same "
             "command; where the start alone takes long, with a larger --distributed.join-seconds"
         ) from error
-    texts = _said(client, place)
+    texts = _texts_by_process(client, key)
     return [texts[index] for index in range(processes.count)]
 
 
-def _said(client: Any, place: str) -> dict[int, str]:
-    """What has been said so far, by process."""
-    return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(f"{place}/")}
+def _texts_by_process(client: Any, key: str) -> dict[int, str]:
+    return {int(name.rpartition("/")[2]): text for name, text in client.key_value_dir_get(f"{key}/")}
 
 
 def differences(values: Sequence[Mapping[str, str]]) -> str:
-    """A table of the fields in which some processes' values differ, with the processes that have each; or ''.
+    """Table of the fields that differ between processes, with the processes that have each value; '' if none does.
 
     Args:
-      values: by field, of each process in order.
+      values: each process' values by field, in process order.
     """
     rows = []
     for name in dict.fromkeys(name for own in values for name in own):
@@ -98,7 +97,7 @@ def differences(values: Sequence[Mapping[str, str]]) -> str:
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """0, 1, 2, 5 as `0-2, 5`; `indices` ascend."""
+    """Ascending indices such as 0, 1, 2, 5 as `0-2, 5`."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and runs[-1][-1] == index - 1:
@@ -109,13 +108,13 @@ def _ranges(indices: Sequence[int]) -> str:
 
 
 def run_on_first_process(processes: Processes, name: str, work: Callable[[], Result]) -> Result:
-    """What `work` returns, in every process: the first does it alone, then all others at once.
+    """Runs `work` on the first process, then on all others at once; returns its result in each.
 
-    For work that leaves files behind, a token file say: where processes share a disk the others find it done, and where
-    they do not each has its own. If the first process fails, all end as `join` ends them.
+    For work that writes files, such as a token file: on a shared disk the others find it done, on separate disks each
+    does its own. If the first process fails, `join` ends all of them.
 
     Args:
-      name: of the work; one name is used once in a run.
+      name: of the work, unique within a run.
     """
     if processes.count == 1:
         return work()
@@ -129,10 +128,10 @@ def run_on_first_process(processes: Processes, name: str, work: Callable[[], Res
 
 
 class SyncedStop:
-    """Turns a request to stop that reaches any process into one that all see after the same step.
+    """Makes all processes see a stop request, made to any one of them, after the same step.
 
-    Each call starts a maximum over all devices, and returns that of the call before: no device waits for a host, and
-    the request is seen one step after it was made.
+    Each call of `name` starts a maximum over all devices and returns the result of the call before: no device waits for
+    a host, and a request is seen one step late.
     """
 
     def __init__(self, requested: Callable[[], str | None], processes: Processes) -> None:
@@ -145,29 +144,27 @@ class SyncedStop:
             self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def name(self) -> str | None:
-        """Name of the signal that asks all processes to stop now, or None; every process calls this after each step."""
+        """Name of the signal that stops all processes now, or None; every process calls this after each step."""
         requested = self._requested()
         if self._alone:
             return requested
         number = signal.Signals[requested].value if requested else 0
         if number not in self._flags:
-            self._flags[number] = global_array(self._sharding, (jax.device_count(),), lambda rows: _fill(rows, number))
+            self._flags[number] = global_array(
+                self._sharding, (jax.device_count(),), lambda rows: np.full(rows.stop - rows.start, number, np.int32)
+            )
         before, self._before = self._before, self._maximum(self._flags[number])
-        agreed = 0 if before is None else int(before)
-        return signal.Signals(agreed).name if agreed else None
-
-
-def _fill(rows: slice, number: int) -> np.ndarray:
-    return np.full(rows.stop - rows.start, number, np.int32)
+        synced = 0 if before is None else int(before)
+        return signal.Signals(synced).name if synced else None
 
 
 def global_array(sharding: Sharding, shape: Sequence[int], read_rows: Callable[[slice], np.ndarray]) -> jax.Array:
-    """An array [B, ...] over the devices of all processes, of which each process reads only its own devices' rows.
+    """Builds an array [B, ...] over all processes' devices; each process reads only its own devices' rows.
 
     Args:
-      sharding: of the array; later axes may be split too.
+      sharding: may split later axes too.
       shape: of the whole array.
-      read_rows: rows start:stop -> array [stop - start, ...]; called once for each distinct slice of rows.
+      read_rows: rows start:stop -> array [stop - start, ...]; called once per distinct slice of rows.
     """
     read: dict[tuple[int, int], np.ndarray] = {}
 

@@ -1,4 +1,4 @@
-"""The device mesh of a run: its axes, its shape, and the choice of sizes that are left to `auto`."""
+"""Device meshes with axes data, fsdp, sequence and tensor: their shapes and how `auto` sizes are chosen."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from jax.sharding import AxisType, Mesh
 from rwkv_jax.config import ConfigError, ParallelConfig, TrainConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-"""The mesh axes. Consecutive devices are neighbors along the last one, which communicates most."""
+"""The mesh's axes, outermost first. Consecutive devices are neighbors along `tensor`, which communicates most."""
 
 BYTES_PER_PARAMETER = 16
-"""A parameter, its gradient and Adam's two moments in float32."""
+"""A parameter, its gradient and Adam's two moments, in float32."""
 
 _SHARE_FOR_STATE = 0.5
-"""Fraction of a device's memory for parameters, gradients and optimizer; the rest is for activations."""
+"""Share of a device's memory for parameters, gradients and optimizer; the rest is for activations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis."""
+    """Number of devices along each axis of a mesh."""
 
     data: int = 1
     fsdp: int = 1
@@ -38,7 +38,7 @@ class MeshShape:
         return math.prod(dataclasses.astuple(self))
 
     def __str__(self) -> str:
-        """For example `data 2 x fsdp 4`; axes of size 1 are left out."""
+        """As `data 2 x fsdp 4`, without axes of size 1."""
         named = [f"{name} {size}" for name, size in dataclasses.asdict(self).items() if size > 1]
         return " x ".join(named) or "one device"
 
@@ -46,23 +46,23 @@ class MeshShape:
 def choose_shape(
     parallel: ParallelConfig, num_devices: int, *, num_parameters: int, rows: int, device_memory: int | None
 ) -> MeshShape:
-    """The shape of the mesh, with a size chosen for each axis that is `auto`.
+    """Chooses the mesh's shape, with sizes for the axes that are `auto`.
 
-    `fsdp` gets the fewest devices over which parameters, gradients and optimizer take at most half of each device's
-    memory; `data` gets the devices that remain.
+    `fsdp` gets the smallest size at which parameters, gradients and optimizer take at most half of each device's
+    memory; `data` gets the remaining devices.
 
     Args:
-      rows: of a micro-batch, which data and fsdp split between them.
-      device_memory: bytes of one device; None where it is not known, and fsdp is then 1.
+      rows: of a micro-batch, split over data and fsdp.
+      device_memory: bytes of one device; None if unknown, and `auto` fsdp is then 1.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices; the nearest that do are named.
+      ConfigError: the sizes do not multiply to the number of devices, or do not divide the rows.
     """
     given = {name: getattr(parallel, name) for name in AXES}
     fixed = math.prod(size for size in given.values() if size != "auto")
     if num_devices % fixed:
         raise ConfigError(
-            f"parallel: {_listed(given)} take a multiple of {fixed} devices, but there are {num_devices}; sizes that "
+            f"parallel: {_named(given)} take a multiple of {fixed} devices, but there are {num_devices}; sizes that "
             f"divide it are {', '.join(map(str, divisors(num_devices)))}, or leave parallel.data to auto"
         )
     remaining = num_devices // fixed
@@ -72,8 +72,7 @@ def choose_shape(
         else:
             shards = 1
             if device_memory is not None:
-                # What is split over heads is split already.
-                needed = BYTES_PER_PARAMETER * num_parameters / given["tensor"]
+                needed = BYTES_PER_PARAMETER * num_parameters / given["tensor"]  # bytes without fsdp
                 shards = needed / (_SHARE_FOR_STATE * device_memory)
             fsdp = next((size for size in divisors(remaining) if size >= shards), remaining)
         given["fsdp"] = fsdp
@@ -83,7 +82,7 @@ def choose_shape(
         remaining = 1
     if remaining != 1:
         raise ConfigError(
-            f"parallel: {_listed(given)} take {num_devices // remaining} devices, but there are {num_devices}; leave "
+            f"parallel: {_named(given)} take {num_devices // remaining} devices, but there are {num_devices}; leave "
             "parallel.data to auto, or let the sizes multiply to their number"
         )
     shape = MeshShape(**given)
@@ -92,11 +91,10 @@ def choose_shape(
 
 
 def check_rows(shape: MeshShape, rows: int) -> None:
-    """Raises ConfigError where a micro-batch's rows cannot be shared out evenly."""
+    """Raises ConfigError if data and fsdp do not divide a micro-batch's rows."""
     ways = shape.data * shape.fsdp
     if rows % ways:
-        below = rows // ways * ways
-        nearest = " or ".join(str(size) for size in (below, below + ways) if size)
+        nearest = " or ".join(map(str, nearest_multiples(rows, ways)))
         raise ConfigError(
             f"training.batch_size: {rows} rows at a time (batch_size / accumulation_steps) cannot be shared by "
             f"data {shape.data} x fsdp {shape.fsdp} = {ways} devices; the nearest sizes are {nearest}, or give "
@@ -109,22 +107,32 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _listed(sizes: dict[str, Any]) -> str:
+def nearest_multiples(number: int, divisor: int) -> list[int]:
+    """The positive multiples of a divisor just below and just above a number that is none."""
+    below = number // divisor * divisor
+    return [size for size in (below, below + divisor) if size]
+
+
+def _named(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def mesh_from_shape(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
-    """A mesh of this shape, laid out along the devices' own topology where JAX knows it.
+    """Makes a mesh; neighbors in it are neighbors in the hardware where JAX knows the topology.
 
     Raises:
-      ConfigError: another number of devices.
+      ConfigError: another number of devices, or a shape that cannot be laid out on them.
     """
     if shape.size != len(devices):
         raise ConfigError(f"parallel: {shape} takes {shape.size} devices, but there are {len(devices)}")
     sizes = tuple(getattr(shape, name) for name in AXES)
     try:
         placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError, AssertionError) as error:  # whatever JAX makes of a torus that is too odd
+    except (
+        NotImplementedError,
+        ValueError,
+        AssertionError,
+    ) as error:  # JAX cannot split the torus so
         raise ConfigError(
             f"parallel: {shape} cannot be laid out on these {len(devices)} devices ({error}); take other sizes"
         ) from error
@@ -132,13 +140,12 @@ def mesh_from_shape(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
 
 
 def make_mesh(config: TrainConfig, devices: Sequence[Any], device_memory: int | None = None) -> Mesh | None:
-    """The mesh of a run on these devices; None for one device.
+    """Makes the mesh of a run; None for one device.
 
-    Where data and fsdp are left to `auto` and one process has all devices, no more of them are used than share the rows
-    evenly.
+    If data and fsdp are `auto` and one process has all devices, only as many are used as divide the rows evenly.
 
     Args:
-      device_memory: bytes of one device, the same in all processes; None where it is not known.
+      device_memory: bytes of one device, the same in all processes; None if unknown.
 
     Raises:
       ConfigError: as `choose_shape`.
@@ -159,7 +166,7 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any], device_memory: int | 
 
 
 def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int:
-    """The most devices among which the rows divide evenly, for given sizes of tensor and sequence."""
+    """The largest number of devices that divides the rows evenly, given tensor and sequence."""
     each = parallel.tensor * parallel.sequence
     if num_devices % each:
         return num_devices  # which `choose_shape` refuses
@@ -167,12 +174,12 @@ def usable_devices(parallel: ParallelConfig, num_devices: int, rows: int) -> int
 
 
 def mesh_shape(mesh: Mesh) -> MeshShape:
-    """Devices along each axis of a mesh that `mesh_from_shape` made."""
+    """The shape of a mesh that `mesh_from_shape` made."""
     return MeshShape(**{name: mesh.shape[name] for name in AXES})
 
 
 def device_memory(device: Any) -> int | None:
-    """Bytes that JAX may use of a device of this process, where it says so; a CPU does not."""
+    """Bytes that JAX may use on a device of this process; None if the device does not say, as CPUs do not."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:
@@ -180,7 +187,7 @@ def device_memory(device: Any) -> int | None:
 
 
 def default_device() -> Any:
-    """The device of this process that JAX puts new arrays on."""
-    settings: Any = jax.config  # its type does not know its settings
+    """The device on which this process creates arrays."""
+    settings: Any = jax.config  # its type does not declare its settings
     chosen = settings.jax_default_device  # a device, or the name of a platform
     return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen

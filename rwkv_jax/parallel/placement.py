@@ -1,4 +1,4 @@
-"""What is where: a table of the bytes that each device holds."""
+"""Table of per-device memory."""
 
 from __future__ import annotations
 
@@ -8,43 +8,40 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
+from rwkv_jax.parallel.rules import spec_axes
 from rwkv_jax.tables import format_table
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 class GroupMemory(NamedTuple):
-    """A group of arrays, as a whole and on one device."""
+    """Memory of a group of arrays, in bytes."""
 
     group: str
     whole: int
-    """Bytes."""
     per_device: int
-    """Bytes of the shards that one device holds."""
     split_over: tuple[str, ...]
-    """Mesh axes that split at least one of the arrays."""
+    """Mesh axes over which at least one of the arrays is split."""
 
 
 def memory_by_group(group: str, arrays: Any) -> GroupMemory:
-    """What a device holds of a tree of arrays, or of shapes with shardings."""
+    """Memory of a tree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(arrays)
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    per_device = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    names = {
-        name
-        for x in leaves
-        if isinstance(x.sharding, NamedSharding)
-        for entry in x.sharding.spec
-        for name in ((entry,) if isinstance(entry, str) else entry or ())
-    }
-    return GroupMemory(group, whole, per_device, tuple(sorted(names)))
+    names = (spec_axes(x.sharding.spec) for x in leaves if isinstance(x.sharding, NamedSharding))
+    return GroupMemory(group, whole, sum(map(shard_bytes, leaves)), tuple(sorted(set[str]().union(*names))))
+
+
+def shard_bytes(x: Any) -> int:
+    """Bytes of an array's shard on one device, from its shape, dtype and sharding."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def memory_table(groups: dict[str, Any]) -> str:
-    """A line for each group of arrays: its bytes, those on each device, and what splits it.
+    """Table with a row for each group of arrays: its size in all and per device, and the mesh axes it is split over.
 
     Args:
-      groups: trees of arrays, or of shapes with shardings, by name; None and empty ones are left out.
+      groups: trees of arrays, or of shapes with shardings, by name; None and empty trees are left out.
     """
     rows = [memory_by_group(name, arrays) for name, arrays in groups.items() if jax.tree.leaves(arrays)]
     rows.append(GroupMemory("together", sum(row.whole for row in rows), sum(row.per_device for row in rows), ()))
@@ -54,7 +51,7 @@ def memory_table(groups: dict[str, Any]) -> str:
 
 
 def _bytes(number: int) -> str:
-    """As 12.3 MB."""
+    """A number of bytes as `12.3 MB`."""
     size, units = float(number), iter(_UNITS)
     unit = next(units)
     while size >= 999.5:  # which would be written as 1e+03

@@ -1,9 +1,8 @@
-"""Several processes as one run: who they are, how they join, and how all of them end when one fails or is lost.
+"""Runs of several processes: how they join, and how all of them end when one fails or is lost.
 
-JAX runs the same program in every process, and any collective waits for all of them: a process that raises or dies
-would leave the others waiting. So a process that raises tells the others why, through JAX's coordination service, and
-they end too. One that dies without a word is missed by that service within `distributed.heartbeat_seconds`, and JAX
-aborts the rest.
+Every process runs the same program, and a collective waits for all of them: if one raised or died, the others would
+hang. So a process that raises tells the others why through JAX's coordination service, and they end too. If one is
+killed, its heartbeats stop, and JAX aborts the others after `distributed.heartbeat_seconds`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import jax
 from rwkv_jax.config import ConfigError, DistributedConfig
 
 FOREVER = 10**9
-"""Milliseconds, 11 days: for waits that end when the run does."""
+"""A timeout in milliseconds, 11 days: for waits that end with the run."""
 
 _FAILURE = "rwkv_jax/failure"
 _SECONDS_TO_END_BY_ITSELF = 2.0
@@ -32,7 +31,7 @@ _SECONDS_TO_UNWIND = 60.0
 
 
 class DisagreementError(ConfigError):
-    """Processes were started with different settings; every one of them raises it."""
+    """Processes were started with different settings; raised in all of them."""
 
 
 class LostProcessError(RuntimeError):
@@ -41,15 +40,14 @@ class LostProcessError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them."""
+    """This process' index in a run, and the number of processes."""
 
     index: int = 0
-    """Which one this is."""
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes what is written once."""
+        """Whether this process writes what is written once: console, metrics, run.json."""
         return self.index == 0
 
     def __str__(self) -> str:
@@ -57,16 +55,16 @@ class Processes:
 
 
 def recognized_cluster(environment: Mapping[str, str]) -> str | None:
-    """The launcher that has started this process as one of several, by the variables that it sets; None on a laptop.
+    """Name of the launcher that started this process as one of several, from environment variables, or None.
 
     Raises:
-      ConfigError: Open MPI 5 or later, which does not say where process 0 runs.
+      ConfigError: Open MPI 5 or later, which does not tell the host of process 0.
     """
 
     def number(name: str) -> int:
         return int(environment.get(name, "1"))
 
-    # A step's own number of tasks: a script in an allocation for many tasks may run one process without srun.
+    # The step's number of tasks first: a script in an allocation for many tasks may run one process without srun.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     if all(name in environment for name in slurm) and int(tasks) > 1:
@@ -77,30 +75,29 @@ def recognized_cluster(environment: Mapping[str, str]) -> str | None:
         raise ConfigError(
             "distributed.coordinator = None: this Open MPI does not say where process 0 runs; give --distributed."
             "coordinator HOST:PORT --distributed.num-processes $OMPI_COMM_WORLD_SIZE --distributed.process-id "
-            "$OMPI_COMM_WORLD_RANK, or --distributed.no-detect for processes that are strangers to each other"
+            "$OMPI_COMM_WORLD_RANK, or --distributed.no-detect for independent processes"
         )
     hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
-    # On a TPU machine where nobody has forbidden it, JAX asks the machine for its pod, which may have one host.
-    asks = environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment
-    if "," in hosts or number("MEGASCALE_NUM_SLICES") > 1 or asks:
+    # On a TPU VM JAX queries the metadata server for the pod, which may have one host, unless that is disabled.
+    queries = environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment
+    if "," in hosts or number("MEGASCALE_NUM_SLICES") > 1 or queries:
         return "TPU pod"
     return None
 
 
 @contextlib.contextmanager
 def join(config: DistributedConfig, report: Callable[[str], None] = print) -> Iterator[Processes]:
-    """Makes this process one of a run's; to be entered before JAX has touched a device, and left at the run's end.
+    """Joins this process to a run for the duration of the context; enter it before JAX initializes its devices.
 
-    With one process nothing is done, nor where the program has joined already. With several, an exception that leaves
-    the context ends all processes: each prints which one failed and why, and its exit status is not zero. JAX aborts
-    processes that do not find each other within `distributed.join_seconds`, or lose one; the last line that each prints
-    has the remedy.
+    Does nothing for one process, or if JAX is already distributed. With several, an exception that leaves the context
+    ends all processes: each prints which one failed and why, and exits with a nonzero status. JAX aborts processes that
+    do not find each other within `distributed.join_seconds` or lose one; the last line that each prints has the remedy.
 
     Args:
-      report: gets one line, which process this is and how many devices it has.
+      report: gets one line with this process' index and its number of devices.
 
     Raises:
-      ConfigError: JAX could not begin to join, or another program has the coordinator's port.
+      ConfigError: JAX cannot initialize, or the coordinator's port is taken.
     """
     if jax.distributed.is_initialized():
         yield Processes(jax.process_index(), jax.process_count())
@@ -109,13 +106,13 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
     if config.coordinator is None and cluster is None:
         yield Processes()
         return
-    place = cluster or f"distributed.coordinator = {config.coordinator!r}, process {config.process_id}"
+    source = cluster or f"distributed.coordinator = {config.coordinator!r}, process {config.process_id}"
     remedy = "start every process" if cluster else "start every process, each with its own distributed.process_id"
     with _last_words(
-        f"{place}: the processes have not found each other within distributed.join_seconds = {config.join_seconds}; "
+        f"{source}: the processes have not found each other within distributed.join_seconds = {config.join_seconds}; "
         f"{remedy}, and see that the others can reach process 0"
     ):
-        _initialize(config, cluster, place)
+        _initialize(config, cluster, source)
         processes = Processes(jax.process_index(), jax.process_count())
         report(f"{processes}: {jax.local_device_count()} of {jax.device_count()} devices")
     with _last_words(
@@ -127,18 +124,18 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
         try:
             yield processes
         except BaseException as error:
-            if not isinstance(error, DisagreementError):  # That one all processes raise: none needs to be told.
+            if not isinstance(error, DisagreementError):  # All processes raise that one.
                 membership.announce(error)
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # Nothing must hide the error itself.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # It must not hide the error itself.
                 membership.leave()
             raise
         membership.leave()
 
 
 def coordination_client() -> Any:
-    """JAX's client of the coordination service, which has a key-value store and barriers.
+    """JAX's client of the coordination service: a key-value store and barriers.
 
-    JAX has no public name for it; Orbax takes it from the same place.
+    JAX has no public name for it; Orbax imports it the same way.
     """
     from jax._src import distributed
 
@@ -146,38 +143,38 @@ def coordination_client() -> Any:
 
 
 def exception_handled_in(thread: int) -> BaseException | None:
-    """The exception that a thread, by its identifier, is handling, or that is leaving a `with` or `finally` of it."""
+    """The exception that a thread is handling or that is unwinding its `with` and `finally` blocks, or None."""
     handled: Any = sys._current_exceptions().get(thread)
-    return handled[1] if isinstance(handled, tuple) else handled  # Python 3.11 gives what sys.exc_info() does.
+    return handled[1] if isinstance(handled, tuple) else handled  # Python 3.11 has sys.exc_info() tuples.
 
 
-def _initialize(config: DistributedConfig, cluster: str | None, place: str) -> None:
+def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> None:
     if config.coordinator is not None and config.process_id == 0:
         _refuse_taken_port(config.coordinator)
-    # JAX would take SIGTERM for itself; `SyncedStop` asks about every request to stop, Ctrl-C too.
+    # JAX would handle SIGTERM itself; `SyncedStop` handles all stop requests, Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.num_processes,
             config.process_id,
-            # Under SLURM JAX would otherwise leave each process one device of those that it was told to use.
+            # Under SLURM, JAX would otherwise give each process only one of the devices that it may use.
             cluster_detection_method=None if cluster else "deactivate",
             initialization_timeout=config.join_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            # At the end process 0 may have more to do than the others, who wait for it; if it is lost, they notice.
+            # At the end process 0 may work longer than the others, which wait for it; heartbeats tell if it is lost.
             shutdown_timeout_seconds=FOREVER // 1000,
         )
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{place}: JAX cannot join the processes ({reason}); name them with --distributed.coordinator HOST:PORT, "
+            f"{source}: JAX cannot join the processes ({reason}); name them with --distributed.coordinator HOST:PORT, "
             "--distributed.num-processes and --distributed.process-id, or run one with --distributed.no-detect"
         ) from error
 
 
 def _refuse_taken_port(coordinator: str) -> None:
-    """Raises ConfigError if the port cannot be opened on this host, which JAX answers with a crash."""
+    """Raises ConfigError if this host cannot open the port; JAX would crash."""
     port = int(coordinator.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -191,7 +188,7 @@ def _refuse_taken_port(coordinator: str) -> None:
 
 
 class _Membership:
-    """This process' place in the coordination service: hears of other processes' failures and tells them of its own."""
+    """Sends this process' failure to the others, and ends it when another process fails."""
 
     def __init__(self, processes: Processes, withdraw_last_words: Callable[[], None]) -> None:
         self._processes, self._client = processes, coordination_client()
@@ -203,23 +200,23 @@ class _Membership:
         self._listener.start()
 
     def announce(self, error: BaseException) -> None:
-        """Tells all other processes why this one ends."""
+        """Tells the other processes why this one ends."""
         message = f"{self._processes} has stopped: {type(error).__name__}: {error}"
-        with self._lock:  # Held by the listener for good if it is ending the process, which may have caused this error.
+        with self._lock:  # The listener keeps it while it ends the process, which may have caused this error.
             self._ending.set()
-            print(message, file=sys.stderr, flush=True)  # Before anything can hang: the others may be gone.
-            # Another has failed before us, or the service is gone.
+            print(message, file=sys.stderr, flush=True)  # Before the service, which may hang.
+            # Another process failed first, or the service is gone.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.key_value_set(_FAILURE, message)
 
     def leave(self) -> None:
-        """Leaves, once all others do."""
+        """Shuts down, once all processes do."""
         try:
             with self._lock:
                 self._ending.set()
                 jax.distributed.shutdown()
         finally:
-            # A thread that comes back from JAX while the interpreter ends would abort the process.
+            # A thread that returns from JAX during interpreter shutdown would abort the process.
             self._listener.join(_SECONDS_TO_END_BY_ITSELF)
 
     def _listen(self) -> None:
@@ -227,7 +224,7 @@ class _Membership:
             message = self._client.blocking_key_value_get(_FAILURE, FOREVER)
         except jax.errors.JaxRuntimeError:
             return  # The run is over.
-        # The same may have befallen this process: it then ends by itself, with its own words, once it has unwound.
+        # The same error may have hit this process: give it time to unwind and end with its own message.
         for _ in range(round(_SECONDS_TO_UNWIND / _SECONDS_TO_END_BY_ITSELF)):
             if self._ending.wait(_SECONDS_TO_END_BY_ITSELF) or exception_handled_in(self._member_thread) is None:
                 break
@@ -238,22 +235,22 @@ class _Membership:
             own = "" if error is None else f", before it could end by itself after {type(error).__name__}: {error}"
             print(f"{message}\n{self._processes} ends with it{own}", file=sys.stderr, flush=True)
             self._withdraw_last_words()
-            # The main thread may wait for the other process within a collective, where no exception reaches it.
+            # The main thread may hang in a collective, where no exception reaches it.
             jax.distributed.shutdown()
             os._exit(1)
 
 
 @contextlib.contextmanager
 def _last_words(message: str) -> Iterator[Callable[[], None]]:
-    """Prints a message, from a shell beside this process, if the process ends without leaving the context.
+    """Has a child shell print a message if this process ends without leaving the context.
 
-    JAX aborts a process from a thread of its own, after which no Python runs. Yields what withdraws the message.
+    JAX aborts the process from its own thread, after which no Python runs. Yields a function that cancels the message.
     """
     shell = shutil.which("sh")
     if shell is None:
         yield lambda: None
         return
-    # Ctrl-C in a terminal is for the run, which may yet save, so the shell has a session of its own.
+    # In a session of its own: Ctrl-C in the terminal is for the run, which may still save.
     speaker = subprocess.Popen(
         [shell, "-c", 'read -r withdrawn || printf "%s\\n" "$0" >&2', message],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Sharding rules: which mesh axes split which axes of parameters and states, and the partition specs that follow."""
+"""Sharding rules: which mesh axes split which array axes, and the partition specs that follow from them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.parallel.mesh import divisors, nearest_multiples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,28 +19,28 @@ class Rules:
     """For each logical axis the mesh axes that split it, outermost first."""
 
     rows: tuple[str, ...] = ("data", "fsdp")
-    """B, of tokens, activations and states."""
+    """B of tokens, activations and states."""
     time: tuple[str, ...] = ("sequence",)
-    """T, of tokens and activations."""
+    """T of tokens and activations."""
     vocab: tuple[str, ...] = ("tensor",)
-    """V, of embedding, head and logits."""
+    """V of embedding, head and logits."""
     heads: tuple[str, ...] = ("tensor",)
-    """H, or C where it is cut by heads: projections, per-head parameters, WKV states."""
+    """H, or C split by heads: projections, per-head parameters, WKV states."""
     ffn: tuple[str, ...] = ("tensor",)
     """F."""
     gate: tuple[str, ...] = ("tensor",)
     """C of the feed-forward network's gate."""
     embed: tuple[str, ...] = ("fsdp",)
-    """C where a matrix reads or writes the residual stream; weights are gathered along it when they are used."""
+    """C where a matrix reads or writes the residual stream; weights are all-gathered along it before use."""
     low_rank_heads: tuple[str, ...] = ("tensor", "fsdp")
-    """C where a low-rank map writes it for the heads; its other axis is too short to split."""
+    """C of a low-rank projection's output for the heads; the other axis, D, is too short to split."""
 
     def __post_init__(self) -> None:
         own = {name: set(axes) for name, axes in vars(self).items()}
         if not self.vocab == self.heads == self.ffn == self.gate or len(self.heads) > 1:
             raise ConfigError(
                 f"rules: vocab {self.vocab}, heads {self.heads}, ffn {self.ffn} and gate {self.gate} must be split "
-                "over the same one mesh axis, along which the model adds up partial results"
+                "over the same one mesh axis, along which the model sums partial results"
             )
         if self.embed not in ((), ("fsdp",)) or not own["embed"] <= own["rows"]:
             raise ConfigError(
@@ -58,7 +59,7 @@ class Rules:
         """The partition spec of an array with these logical axes.
 
         Raises:
-          ConfigError: two axes of the array would be split over the same mesh axis.
+          ConfigError: two axes would be split over the same mesh axis.
         """
         entries = [() if axis is None else getattr(self, axis) for axis in axes]
         used = [mesh_axis for entry in entries for mesh_axis in entry]
@@ -72,23 +73,22 @@ class Rules:
         return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
     def on(self, mesh: Mesh) -> Rules:
-        """The same rules without mesh axes of size 1."""
+        """The same rules without the mesh axes of size 1."""
         own = {name: tuple(axis for axis in axes if mesh.shape[axis] > 1) for name, axes in vars(self).items()}
         return Rules(**own)
 
 
 RULES = Rules()
-"""Megatron's split of each layer over `tensor`, and weights scattered over `fsdp`."""
+"""Megatron's tensor parallelism over `tensor` (arXiv 1909.08053), fully sharded weights over `fsdp`."""
 
 
 def check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, name: str) -> None:
-    """Raises ConfigError, with the nearest sizes, where a mesh axis does not divide the array axis that it splits."""
+    """Raises ConfigError, naming the nearest valid sizes, if the mesh does not divide an axis of an array."""
     for axis, entry in enumerate(spec):
-        mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+        mesh_axes = entry_axes(entry)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if shape[axis] % ways:
-            below = shape[axis] // ways * ways
-            nearest = " and ".join(str(size) for size in (below, below + ways) if size)
+            nearest = " and ".join(map(str, nearest_multiples(shape[axis], ways)))
             over = " x ".join(f"parallel.{mesh_axis} = {mesh.shape[mesh_axis]}" for mesh_axis in mesh_axes)
             raise ConfigError(
                 f"{name}: size {shape[axis]} of axis {axis} of {list(shape)} is no multiple of {over}; the nearest "
@@ -101,7 +101,7 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
 
     Args:
       kind: the model's class.
-      params: nested dict of the parameters or their shapes; those under "blocks" have a leading axis of layers.
+      params: nested dict of the parameters or their shapes; those under "blocks" have a leading axis L - 1.
 
     Raises:
       ConfigError: as `Rules.spec`.
@@ -111,7 +111,7 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
         names = tuple(str(entry.key) for entry in path)
         own = kind.parameter_axes(names)
         stacked = (None,) if names[0] == "blocks" else ()
-        # The previews of RWKV-5 have one number a head where the others have one a channel.
+        # RWKV-5.0 and 5.1 have one number per head where the others have one per channel.
         return rules.spec((stacked + own)[: parameter.ndim], ".".join(names))
 
     return jax.tree_util.tree_map_with_path(spec, params)
@@ -119,18 +119,28 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
 
 def state_specs(config: ModelConfig, rules: Rules = RULES) -> Any:
     """The partition spec of every array of a model's state."""
-    config = dataclasses.replace(config, dtype="float32")  # for which JAX need not have float64 switched on
+    config = dataclasses.replace(config, dtype="float32")  # whatever the dtype: float64 would need x64
     structure = jax.tree.structure(jax.eval_shape(lambda: model_type(config).initial_block_state(config, 1)))
     return structure.unflatten(rules.spec((None, "rows", *array.axes), "state") for array in config.spec.state(config))
 
 
 def is_spec(x: Any) -> bool:
-    """Whether a node of a tree of partition specs is one of them."""
+    """Whether x is a partition spec: a leaf of a tree of specs."""
     return isinstance(x, PartitionSpec)
 
 
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def spec_axes(spec: PartitionSpec) -> set[str]:
+    """All mesh axes of a partition spec."""
+    return {name for entry in spec for name in entry_axes(entry)}
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """The named shardings of a tree of partition specs."""
+    """Shardings on a mesh from a tree of partition specs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
@@ -140,13 +150,13 @@ def check_model(
     """Checks that a mesh divides a model's sizes.
 
     Raises:
-      ConfigError: an axis of a parameter that the mesh cannot divide, or heads that would be cut.
+      ConfigError: an axis that the mesh does not divide, or a head that it would split.
     """
     ways = mesh.shape["tensor"]
     if num_heads is not None and num_heads % ways:
         raise ConfigError(
             f"parallel.tensor = {ways}: must divide the model's {num_heads} heads; sizes that do are "
-            + ", ".join(str(size) for size in range(1, num_heads + 1) if num_heads % size == 0)
+            + ", ".join(map(str, divisors(num_heads)))
         )
     vocab_size = params["emb"]["weight"].shape[0]
     if vocab_size % ways:

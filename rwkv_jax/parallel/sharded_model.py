@@ -1,9 +1,9 @@
-"""A model on a mesh: partition specs, and the collectives of loss and gradient within one `jax.shard_map`.
+"""A model on a mesh: its partition specs, and the collectives of loss and gradient inside one `jax.shard_map`.
 
-Every collective of loss and gradient is written here, in models/layers.py, rwkv_kernels/sharded.py or
-training/loss.py; none is left to the compiler to find. (The optimizer stays outside, and with it the gradient's norm.)
-Rows are split over `data` and `fsdp`, weights are scattered over `fsdp` and gathered where a block uses them (ZeRO
-stage 3, arXiv 1910.02054), heads and vocabulary are split over `tensor`, time over `sequence`.
+All collectives of loss and gradient are explicit: here, in models/layers.py, rwkv_kernels/sharded.py and
+training/loss.py. XLA partitions only the optimizer and the gradient norm, which stay outside. Rows are split over
+`data` and `fsdp`; weights are sharded over `fsdp` and all-gathered where a block uses them (ZeRO stage 3,
+arXiv 1910.02054); heads and vocabulary are split over `tensor`, time over `sequence`.
 """
 
 from __future__ import annotations
@@ -23,62 +23,69 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
-from rwkv_jax.parallel.rules import RULES, check_model, is_spec, parameter_specs, state_specs
+from rwkv_jax.parallel.rules import (
+    RULES,
+    check_model,
+    entry_axes,
+    is_spec,
+    parameter_specs,
+    spec_axes,
+    state_specs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-    """Partition specs of a model on a mesh and the collectives of its training step; `ONE_DEVICE` has no mesh."""
+    """Partition specs and collectives of a model on a mesh; `ONE_DEVICE` has no mesh."""
 
     mesh: Mesh | None
     param_specs: Any
-    """Of each parameter, a nested dict under official names."""
+    """Nested dict of partition specs by official parameter names."""
     state_specs: Any
-    """Of a model's recurrent state."""
+    """Partition specs of the recurrent state."""
     tokens_spec: PartitionSpec
-    """Of arrays [B, T]."""
+    """For arrays [B, T]."""
     rows_spec: PartitionSpec
-    """Of arrays [B]."""
+    """For arrays [B]."""
     token_axes: tuple[str, ...]
-    """The mesh axes along which devices have different tokens."""
+    """Mesh axes along which devices have different tokens."""
     axes: MeshAxes
     gather_params: PartTransform
-    """All-gathers a part's weights over `fsdp`."""
+    """All-gathers the weights of a block, the embedding or the head over `fsdp`."""
     shard_params: PartTransform
-    """Cuts this device's shard out of a part's matrices."""
+    """Slices this device's shard out of a part's whole matrices."""
     initial_param_specs: Any
-    """Of each parameter after `shard_params`, which leaves vectors whole."""
+    """`param_specs` after `shard_params`, which leaves vectors whole."""
 
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`jax.shard_map` over the mesh; without one the function itself."""
+        """`jax.shard_map` over the mesh; without a mesh, the function itself."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def psum(self, values: Any) -> Any:
-        """The sum over devices that have different tokens."""
+        """Sums over devices with different tokens."""
         return lax.psum(values, self.token_axes) if self.token_axes else values
 
     def as_varying(self, params: Any) -> Any:
-        """Parameters marked as varying over `token_axes`, so that their gradients stay local until `psum_gradients`."""
+        """Marks parameters as varying over `token_axes`: their gradients stay local until `psum_gradients`."""
         return self._map(lambda x, axes: lax.pcast(x, axes, to="varying"), params)
 
     def psum_gradients(self, gradients: Any) -> Any:
-        """The sum of the local gradients of `as_varying` parameters.
+        """Sums the local gradients of `as_varying` parameters over `token_axes`.
 
-        Of a weight scattered over `fsdp` it is this device's shard, which `gather_params` has reduced in its backward
-        pass already.
+        Gradients of weights sharded over `fsdp` were reduce-scattered over it in `gather_params`' backward pass.
         """
         return self._map(lax.psum, gradients)
 
     def specs_of(self, params: Any) -> Any:
-        """The partition specs of a nested dict of some of the parameters; None without a mesh."""
+        """Partition specs of a nested dict of some of the parameters; None without a mesh."""
         return None if self.mesh is None else jax.tree.map_with_path(lambda path, _: self._spec(path), params)
 
     def batch_specs(self, batch: Any) -> Any:
-        """The partition specs of a batch's arrays [B, ...].
+        """Partition specs of a batch's arrays [B, ...].
 
-        Those that share the axes [B, T] of the first one are split over rows and time, all others over rows.
+        Arrays with the leading axes [B, T] of the first one are split over rows and time, all others over rows.
         """
         first = jax.tree.leaves(batch)[0].shape[:2]
         return jax.tree.map(
@@ -86,12 +93,12 @@ class ShardedModel:
         )
 
     def _map(self, change: Callable[[Array, tuple[str, ...]], Array], params: Any) -> Any:
-        """Applies change(parameter, axes) with the axes of `token_axes` over which a parameter is replicated."""
+        """Applies change(parameter, axes) with the axes of `token_axes` over which the parameter is replicated."""
         if self.mesh is None:
             return params
 
         def changed(path: tuple[Any, ...], x: Array) -> Array:
-            axes = tuple(name for name in self.token_axes if name not in _names_in(self._spec(path)))
+            axes = tuple(name for name in self.token_axes if name not in spec_axes(self._spec(path)))
             return change(x, axes) if axes else x
 
         return jax.tree.map_with_path(changed, params)
@@ -101,22 +108,18 @@ class ShardedModel:
         return functools.reduce(lambda specs, entry: specs[entry.key], path, self.param_specs)
 
 
-def _names_in(spec: PartitionSpec) -> set[str]:
-    return {name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())}
-
-
 ONE_DEVICE = ShardedModel(None, None, None, PartitionSpec(), PartitionSpec(), (), UNSHARDED, identity, identity, None)
 
 
 def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedModel:
-    """How a model is split over a mesh.
+    """Shards a model over a mesh.
 
     Args:
       params: nested dict of the parameters' shapes.
-      mesh: as `mesh_from_shape` has it; None, like a mesh of one device, splits nothing.
+      mesh: from `mesh_from_shape`; None for one device.
 
     Raises:
-      ConfigError: a size that the mesh does not divide, with the parameter's name and the nearest that it does.
+      ConfigError: a size that the mesh does not divide; the message has the parameter's name and the nearest sizes.
     """
     if mesh is None:
         return ONE_DEVICE
@@ -124,10 +127,10 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     check_model(kind, params, config.num_heads if config.spec.has_heads else None, mesh)
     rules = RULES.on(mesh)
     full_specs, specs = parameter_specs(kind, params), parameter_specs(kind, params, rules)
-    # A vector's shard would be computed with another rounding than the same numbers of the whole vector; a matrix is
-    # drawn in a loop, whose result is cut.
+    # Initial vectors are computed and kept whole, since XLA may round a shard of the computation differently. Matrices
+    # are drawn whole in a loop, and only the results are sliced.
     initial_specs = jax.tree.map(
-        lambda full, spec: spec if "fsdp" in _names_in(full) else PartitionSpec(), full_specs, specs, is_leaf=is_spec
+        lambda full, spec: spec if "fsdp" in spec_axes(full) else PartitionSpec(), full_specs, specs, is_leaf=is_spec
     )
     return ShardedModel(
         mesh=mesh,
@@ -153,7 +156,7 @@ def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array])
     def transform(name: str, part: Part) -> Part:
         graphdef, params = nnx.split(part)
         own = specs[name]
-        if name == "blocks":  # of which this is one layer
+        if name == "blocks":  # the part is one layer, without the leading axis L - 1
             own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
         return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own))
 
@@ -162,16 +165,16 @@ def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array])
 
 def _gather(x: Array, spec: PartitionSpec, *, dtype: jnp.dtype) -> Array:
     for axis, entry in enumerate(spec):
-        if entry == "fsdp" or (isinstance(entry, tuple) and "fsdp" in entry):
+        if "fsdp" in entry_axes(entry):
             return _all_gather(x, axis, dtype, x.dtype)
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype) -> Array:
-    """All-gathers a weight over `fsdp` in the compute dtype and casts it back to the dtype in which it is stored.
+    """All-gathers a weight over `fsdp` in the compute dtype and casts it back to its own dtype.
 
-    The cast back keeps its gradient, which may be a sum over tokens or loss chunks, from being rounded at each term.
+    The cast back keeps the gradient, a sum over tokens or loss chunks, from being rounded at every term.
     """
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True).astype(own_dtype)
 
@@ -192,8 +195,7 @@ _all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 def _local_shard(x: Array, spec: PartitionSpec) -> Array:
     for axis, entry in enumerate(spec):
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        if names:
+        if names := entry_axes(entry):
             size = x.shape[axis] // lax.axis_size(names)
             x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * size, size, axis)
     return x

@@ -1,4 +1,4 @@
-"""What a run would take on devices that are not there."""
+"""Ahead-of-time plans: memory, FLOPs and communication of a training step on devices that need not be present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled XLA program computes, moves and sends on one device, loops counted as often as they run."""
+"""Costs of a compiled XLA program on one device: FLOPs, memory traffic, collectives; loops by their trip counts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Literal, get_args
 import numpy as np
 
 from rwkv_jax.plan.program import Array, Computation, Instruction, Module
-from rwkv_jax.plan.replica_groups import Groups, parse_groups
+from rwkv_jax.plan.replica_groups import Groups, integers, parse_groups
 
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all"]
 KINDS: tuple[CollectiveKind, ...] = get_args(CollectiveKind)
 _OPCODES: Mapping[str, CollectiveKind] = {name: kind for kind in KINDS for name in (kind, f"{kind}-start")}
 _OTHER_OPCODES = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
-"""Of what else devices send each other; a training step has none of it, and so it is refused rather than reckoned."""
+"""Other communication opcodes, which a training step does not have; they are refused."""
 _HIGHEST = re.compile(r"operand_precision=\{[^}]*highest|\"operand_precision\":\[[^\]]*HIGHEST")
-"""Full precision, in the words of a product and in those of a call of cuBLAS."""
+"""Full precision, as a dot and as a cuBLAS call write it."""
 
 Precision = Literal["bfloat16", "float32 default", "float32 highest"]
-"""Of a matrix product: inputs of at most 16 bits; wider ones with what the platform takes for good enough (TF32, or one
-pass of bfloat16); wider ones in full."""
+"""Of a matrix product: 16-bit inputs; wider inputs at the platform's default (TF32, or one pass of bfloat16); wider
+inputs in full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,45 +33,45 @@ class Collective:
 
     kind: CollectiveKind
     groups: Groups
-    """Of a collective-permute: pairs of sender and receiver."""
+    """For a collective-permute, pairs of sender and receiver."""
     bytes: int
-    """Of the whole array that one run gathers, reduces, exchanges or hands on, on one device."""
+    """Of the whole array that one execution gathers, reduces, exchanges or permutes, on one device."""
     executions: int
 
     @property
     def group_size(self) -> int:
-        """Devices that take part together."""
+        """Devices in the largest group."""
         return max(map(len, self.groups))
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that a device sends in all runs, by the usual ring algorithms."""
+        """Bytes that a device sends in all executions, by ring algorithms."""
         share = (self.group_size - 1) / self.group_size
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return round(self.executions * self.bytes * factor)
 
 
 def find_collectives(module: Module, num_devices: int) -> tuple[Collective, ...]:
-    """Every collective that more than one device takes part in; the start and the end of an asynchronous one are one.
+    """All collectives between two or more devices; start and done of an asynchronous one count once.
 
     Args:
-      num_devices: those of the mesh, all of which take part in a collective without groups.
+      num_devices: of the mesh; all take part in a collective without groups.
 
     Raises:
-      ValueError: a collective of a kind that is not known here.
+      ValueError: an unknown kind of collective.
     """
     found = []
     for computation, instruction, executions in module.running():
         is_to_host = "is_host_transfer=true" in instruction.attributes
         if instruction.opcode.removesuffix("-start") in _OTHER_OPCODES and not is_to_host:
-            raise ValueError(f"{instruction.name}: what a {instruction.opcode} sends is not known here")
+            raise ValueError(f"{instruction.name}: what a {instruction.opcode} sends is not known")
         kind = _OPCODES.get(instruction.opcode)
         if kind is None or _is_later_part(computation, instruction):
             continue
         size = sum(array.bytes for array in computation.operand_arrays(instruction))
         groups = parse_groups(instruction.attributes, num_devices)
         collective = Collective(kind, groups, size, executions)
-        if kind == "all-gather":  # the operand is one device's share
+        if kind == "all-gather":  # the operand is one device's shard
             collective = dataclasses.replace(collective, bytes=size * collective.group_size)
         if collective.group_size > 1:
             found.append(collective)
@@ -79,21 +79,17 @@ def find_collectives(module: Module, num_devices: int) -> tuple[Collective, ...]
 
 
 def _is_later_part(computation: Computation, instruction: Instruction) -> bool:
-    """Whether this is a collective that a TPU runs beside matrix products, at another place than where it starts.
+    """Whether this repeats a collective that a TPU runs asynchronously beside matrix products.
 
-    Such a collective stands in the program several times over; where it starts, AsyncCollectiveStart stands beside it.
+    Such a collective appears several times in the program, only the first time beside an AsyncCollectiveStart.
     """
     if '"async_collective_fusion_config"' not in instruction.attributes:
         return False
     return not any("AsyncCollectiveStart" in other.attributes for other in computation.instructions.values())
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
 def product_flops(module: Module) -> dict[Precision, int]:
-    """Floating-point operations of all matrix products, 2 for each multiplication and addition."""
+    """FLOPs of all matrix products by precision; a multiply-add is 2."""
     flops: collections.Counter[Precision] = collections.Counter()
     for computation, instruction, executions in module.running():
         count = _product_flops(computation, instruction)
@@ -116,12 +112,12 @@ def _product_flops(computation: Computation, instruction: Instruction) -> int:
     else:
         return 0
     left = computation.operand_arrays(instruction)[0]
-    sizes = [left.dims[dim] for dim in _integers(contracted)] if contracted else []
+    sizes = [left.dims[dim] for dim in integers(contracted)] if contracted else []
     return 2 * instruction.results[0].size * math.prod(sizes)
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """A convolution's: TPU programs write matrix products so, and batches of them as spatial axes with dilations."""
+    """FLOPs of a convolution: TPU programs write matmuls so, batched ones with dilated spatial axes."""
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels") or "")
     if labels is None:
         raise ValueError(f"convolution {instruction.name}: no dim_labels in {instruction.attributes[:200]!r}")
@@ -156,14 +152,14 @@ _FREE = {
     "replica-id",
     "iota",
 }
-"""Instructions that read and write no array in memory, or leave it to the computations that they call."""
+"""Instructions without memory traffic of their own; some call computations that have it."""
 
 
 def memory_traffic(module: Module) -> int:
-    """Bytes that the program reads from and writes to the device's main memory, if nothing stays in a cache.
+    """Bytes read from and written to the device's main memory, without caches.
 
-    Each instruction that is not inside a fusion reads its operands and writes its results; of an array from which only
-    slices are taken, or into which only a slice is written in place, the slice counts.
+    Each instruction outside fusions reads its operands and writes its results; where only a slice of an array is read,
+    or updated in place, the slice counts.
     """
     traffic = 0
     for computation, instruction, executions in module.running():
@@ -192,7 +188,7 @@ def _main_memory(arrays: Sequence[Array]) -> int:
 
 
 _VIEWS = {"bitcast", "reshape", "transpose", "copy", "convert"}
-"""Instructions inside a fusion that hand on each element, in another place or dtype."""
+"""Instructions inside a fusion that only move or convert elements."""
 
 
 def _fusion_traffic(inside: Computation, operands: Sequence[Array], results: Sequence[Array]) -> int:

@@ -1,4 +1,4 @@
-"""The devices that a run can be planned for: what each can do by its data sheet, and slices of them by name."""
+"""Devices to plan for, with their data-sheet figures, and topologies by name."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from rwkv_jax.config import ConfigError
 Platform = Literal["cuda", "tpu", "cpu"]
 
 PREALLOCATED = 0.75
-"""Share of a GPU's memory that JAX takes, and says it has, unless it is told another."""
+"""Share of a GPU's memory that JAX preallocates by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's figures: bytes, bytes a second, floating-point operations a second."""
+    """One accelerator by its data sheet, in bytes, bytes/s and FLOP/s."""
 
     name: str
     platform: Platform
     memory: int
-    """All of it; see `memory_for_jax`."""
+    """In all; `memory_for_jax` is what JAX may use of it."""
     bfloat16: float
-    """Matrix products with inputs of 16 bits, dense."""
+    """Dense matrix products with 16-bit inputs."""
     float32_default: float
-    """Those of float32 with XLA's default precision: TF32 on NVIDIA, one pass of bfloat16 on a TPU."""
+    """Matrix products of float32 at XLA's default precision: TF32 on NVIDIA, one pass of bfloat16 on a TPU."""
     float32_highest: float
-    """Those of float32 in full: no tensor cores on NVIDIA, six passes of bfloat16 on a TPU."""
+    """Matrix products of float32 in full: no tensor cores on NVIDIA, six passes of bfloat16 on a TPU."""
     memory_bandwidth: float
     link_bandwidth: float
-    """To devices of the same host (of the same slice, for a TPU), one way, over all links at once."""
+    """To devices of the same host (for a TPU, of the same slice), one way, all links together."""
     host_bandwidth: float
-    """To other hosts, one way, a device's share of its host's network; not used within a TPU slice."""
+    """To other hosts, one way, per device; not used within a TPU slice."""
     devices_per_host: int
     dimensions: int
-    """Sizes in the name of a slice."""
+    """Number of sizes in a topology's name."""
     max_devices: int
-    """Of one slice; for GPUs and CPUs what a plan of this kind still makes sense for."""
+    """Of one TPU slice; for GPUs and CPUs, the most that a plan supports."""
 
     @property
     def memory_for_jax(self) -> int | None:
-        """Bytes that JAX would say such a device has, by which `auto` sizes are chosen; None for CPUs, which do not."""
+        """Bytes that JAX reports for such a device, by which `auto` sizes are chosen; None for CPUs."""
         shares: Mapping[Platform, float | None] = {"cuda": PREALLOCATED, "tpu": 1.0, "cpu": None}
         share = shares[self.platform]
         return None if share is None else int(share * self.memory)
 
 
-# NVIDIA: data sheets of H100 SXM, H200 and A100 80GB SXM; NVLink's 900 (600) GB/s are both ways together. A host is
-# taken to have one network card of 400 Gb/s (200 for A100) for each GPU, as in DGX and HGX machines. Memory is what
-# XLA finds on one. TPU: cloud.google.com/tpu/docs, v4 to v6e; interconnect figures there are both ways together, and a
-# chip's share of the data center's network is left out, since a plan is of one slice.
+# NVIDIA: data sheets of H100 SXM, H200 and A100 80GB SXM; NVLink's 900 (600) GB/s are for both directions together.
+# Hosts are assumed to have one 400 Gb/s network card (200 for A100) per GPU, like DGX and HGX machines. Memory is what
+# XLA reports. TPU: cloud.google.com/tpu/docs, v4 to v6e; interconnect figures there are for both directions together.
+# The data center network is left out, since a plan is of one slice.
 _H100 = Device(
     "h100",
     "cuda",
@@ -82,7 +82,7 @@ _A100 = dataclasses.replace(
 
 
 def _tpu(
-    name: str, gibibytes: int, bfloat16: float, bandwidth: float, link: float, dimensions: int, most: int
+    name: str, gibibytes: int, bfloat16: float, bandwidth: float, link: float, dimensions: int, max_devices: int
 ) -> Device:
     return Device(
         name,
@@ -96,7 +96,7 @@ def _tpu(
         host_bandwidth=link,
         devices_per_host=4,
         dimensions=dimensions,
-        max_devices=most,
+        max_devices=max_devices,
     )
 
 
@@ -106,11 +106,11 @@ DEVICES: Mapping[str, Device] = {
         _H100,
         dataclasses.replace(_H100, name="h200", memory=151_397_597_184, memory_bandwidth=4.8e12),
         _A100,
-        _tpu("v4", 32, 275e12, 1.228e12, 300e9, dimensions=3, most=4096),
-        _tpu("v5e", 16, 197e12, 0.819e12, 200e9, dimensions=2, most=256),
-        _tpu("v5p", 95, 459e12, 2.765e12, 600e9, dimensions=3, most=6144),
-        _tpu("v6e", 32, 918e12, 1.640e12, 400e9, dimensions=2, most=256),
-        # For tests: round figures of a server's socket, and of no machine in particular.
+        _tpu("v4", 32, 275e12, 1.228e12, 300e9, dimensions=3, max_devices=4096),
+        _tpu("v5e", 16, 197e12, 0.819e12, 200e9, dimensions=2, max_devices=256),
+        _tpu("v5p", 95, 459e12, 2.765e12, 600e9, dimensions=3, max_devices=6144),
+        _tpu("v6e", 32, 918e12, 1.640e12, 400e9, dimensions=2, max_devices=256),
+        # For tests: round figures for a server CPU, of no particular machine.
         Device("cpu", "cpu", 64 << 30, 2e12, 2e12, 2e12, 200e9, 100e9, 100e9, 64, dimensions=1, max_devices=512),
     )
 }
@@ -118,20 +118,20 @@ DEVICES: Mapping[str, Device] = {
 _FLAT_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 """Slices of v5e and v6e."""
 _SMALL_CUBOIDS = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-"""Slices of v4 and v5p of less than a cube of 4 x 4 x 4; of more, every size is a multiple of 4."""
+"""Slices of v4 and v5p smaller than 4x4x4; in larger ones every size is a multiple of 4."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of devices and how they are connected."""
+    """Devices and how they are connected."""
 
     device: Device
     shape: tuple[int, ...]
-    """Hosts and GPUs of each; the torus of a TPU slice; a number of CPU devices."""
+    """Hosts and GPUs per host; the torus of a TPU slice; the number of CPU devices."""
 
     @property
     def num_devices(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -139,10 +139,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """A topology from its name: `h100:8x8` (hosts x GPUs of each), `v5p:4x4x8` (the torus), `cpu:8`.
+    """Parses `h100:8x8` (hosts x GPUs per host), `v5p:4x4x8` (the torus) or `cpu:8`.
 
     Raises:
-      ConfigError: an unknown device, a shape of another rank, or a slice that does not exist.
+      ConfigError: an unknown device, a wrong number of sizes, or a slice that does not exist.
     """
     name, _, sizes = text.partition(":")
     if name not in DEVICES:
@@ -181,7 +181,7 @@ def _problem(topology: Topology) -> str | None:
 
 
 def cuda_target(device: Device) -> str:
-    """What XLA needs to know of an NVIDIA GPU: GpuTargetConfigProto in its text form."""
+    """XLA's description of an NVIDIA GPU: GpuTargetConfigProto as text."""
     is_hopper = device.name in ("h100", "h200")
     shared, optin, cores, floats = (233472, 232448, 132, 128) if is_hopper else (167936, 166912, 108, 64)
     description = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}.get(device.name, "NVIDIA A100-SXM4-80GB")
@@ -205,15 +205,15 @@ TPU_ENVIRONMENT: Mapping[str, str] = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a compiler holds no TPU, so several may run at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no TPU, so several processes may
 }
-"""What keeps libtpu from looking for a TPU."""
+"""Environment variables that keep libtpu from looking for a TPU."""
 
 _COMPILERS: Mapping[Platform, str] = {"cuda": "jax_cuda13_plugin", "tpu": "libtpu"}
 
 
 def check_compiler(topology: Topology) -> None:
-    """Raises ConfigError, with the remedy, where the compiler for a topology's devices is not installed."""
+    """Raises ConfigError if the compiler for a topology's devices is not installed."""
     module = _COMPILERS.get(topology.device.platform)
     if module is not None and importlib.util.find_spec(module) is None:
         raise ConfigError(
@@ -223,9 +223,9 @@ def check_compiler(topology: Topology) -> None:
 
 
 def prepare_compiler(topology: Topology) -> None:
-    """Keeps JAX on the CPU, with as many devices as a plan for CPUs asks for.
+    """Keeps JAX on the CPU, with as many CPU devices as the topology has.
 
-    To be called before JAX is first used, in a process of its own: it sets environment variables and JAX's settings.
+    Sets environment variables and JAX's settings: call it before JAX is first used, in a process of its own.
 
     Raises:
       ConfigError: the compiler is not installed.
@@ -240,10 +240,10 @@ def prepare_compiler(topology: Topology) -> None:
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-    """The JAX devices of a topology, to compile for and nothing else (for CPUs: those of this process).
+    """The JAX devices of a topology, only to compile for (for CPUs, those of this process).
 
     Raises:
-      ConfigError: the compiler knows no such slice, or there are fewer CPU devices than the topology has.
+      ConfigError: the compiler refuses the topology, or this process has fewer CPU devices.
     """
     import jax
     from jax.experimental import topologies
@@ -262,7 +262,7 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         if device.platform == "cuda":
             options = {"target_config": cuda_target(device), "topology": f"1x{sizes}"}
             return topologies.get_topology_desc(device.name, platform="cuda", **options).devices
-        # Both cores of a v4 chip as one device, as a program that runs there sees them.
+        # A v4 chip's two cores as one device, as JAX has it there.
         options = {"chip_config_name": "megacore"} if device.name == "v4" else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{device.name}:{sizes}", **options).devices
     except jax.errors.JaxRuntimeError as error:

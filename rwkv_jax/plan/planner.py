@@ -1,4 +1,4 @@
-"""What a compiled training step takes and costs on devices that need not be there."""
+"""Plans of a compiled training step: memory, FLOPs, collectives and lower bounds of its time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from rwkv_jax.parallel.mesh import MeshShape
+from rwkv_jax.parallel.placement import shard_bytes
 from rwkv_jax.plan.costs import (
     Collective,
     CollectiveKind,
@@ -25,22 +26,22 @@ from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.replica_groups import mesh_axes
 
 ON_HOST = "pinned_host"
-"""JAX's name of the memory of a device's host from which it can read."""
+"""JAX's memory kind for host memory that a device can read."""
 
 USABLE_SHARE: Mapping[Platform, float] = {"cuda": 0.95, "tpu": 1.0, "cpu": 1.0}
-"""Of a device's memory. The rest of a GPU's goes to the driver, to NCCL and to gaps between arrays; a TPU's compiler
-keeps its own share back, and refuses what does not fit."""
+"""Share of a device's memory that a program can use. The rest of a GPU's is for the driver, NCCL and fragmentation; a
+TPU's compiler accounts for its own reserve and refuses what does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one step does, counted by hand."""
+    """Work of one step over all devices, from the config alone."""
 
     tokens: int
     model_flops: int
-    """Of forward and backward passes over all devices: what model FLOPs utilization (MFU) is measured by."""
+    """Of forward and backward pass: the basis of model FLOPs utilization (MFU)."""
     recomputed_flops: int
-    """Which rematerialization adds, at most."""
+    """What rematerialization adds, at most."""
     dtype: str
     """Of the matrix products: bfloat16 or float32."""
 
@@ -50,23 +51,23 @@ class Arguments:
     """Bytes of the step's arguments on one device."""
 
     groups: Mapping[str, int]
-    """By what they are, from shapes and shardings alone."""
+    """By name, from shapes and shardings."""
     padding: int = 0
-    """What the compiler's layouts add to them; none but on TPUs."""
+    """What the compiler's layouts add; only on TPUs."""
     compiled: int | None = None
-    """The compiler's own account of their sum with the padding; None where it refused."""
+    """The compiler's total, with padding; None where it refused."""
     on_host: int = 0
-    """Of their sum with the padding what lies in the host's memory: an offloaded optimizer."""
+    """What of that total lies in host memory: an offloaded optimizer."""
 
     @property
     def total(self) -> int:
-        """Of all groups, without padding."""
+        """Sum of all groups, without padding."""
         return sum(self.groups.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveTotal:
-    """All collectives of one kind along the same mesh axes, in one step, on one device."""
+    """All collectives of one kind along the same mesh axes, per step and device."""
 
     kind: CollectiveKind
     axes: tuple[str, ...]
@@ -74,56 +75,56 @@ class CollectiveTotal:
     group_size: int
     count: int
     bytes: int
-    """Of the whole arrays that are gathered, reduced, exchanged or handed on."""
+    """Of the whole arrays that are gathered, reduced, exchanged or permuted."""
     sent_bytes: int
     """What the device sends, by ring algorithms."""
     seconds: float
-    """The time for that over links that do nothing else: an estimate, since some algorithms send less than a ring."""
+    """Time to send them over otherwise idle links: an estimate, since some algorithms send less than a ring."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Floors:
-    """Least times of a step, in seconds, each as if the others cost nothing; `interconnect` is only an estimate."""
+    """Lower bounds of a step's time in seconds, each for one resource; `interconnect` is only an estimate."""
 
     arithmetic: float
-    """The model's FLOPs, counted by hand, at the dtype's peak."""
+    """The model's FLOPs at the dtype's peak."""
     products: float
-    """The compiled program's matrix products, recomputation included, each at its precision's peak."""
+    """The compiled program's matrix products, with recomputation, each at its precision's peak."""
     memory: float
-    """Every argument in the device's memory read once and every result written once. What an offloaded optimizer
-    costs on its way from the host and back is in none of these."""
+    """Every argument in device memory read once and every result written once. None of these bounds has the transfers
+    of an offloaded optimizer."""
     interconnect: float
-    """All collectives, one after the other, by ring algorithms. Better ones exist: hierarchical ones between hosts, and
-    reductions inside the switches."""
+    """All collectives one after the other, by ring algorithms. Hierarchical algorithms and in-network reductions are
+    faster."""
 
     @property
     def largest(self) -> tuple[str, float]:
-        """The name and the seconds of the highest floor."""
+        """Name and seconds of the largest bound."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiled program takes and does on one device in one step.
+    """Costs of the compiled program, per step and device.
 
-    Loops are counted as often as they run, and of a conditional every branch.
+    Loops count as often as they run; of a conditional, every branch counts.
     """
 
     results: int
-    """Bytes of results that do not take an argument's place."""
+    """Bytes of results that are not written to a donated argument."""
     temporary: int
-    """Bytes of intermediate arrays at the worst moment."""
+    """Peak bytes of intermediate arrays."""
     code: int
-    """Bytes of the program itself, where it lies in the device's memory."""
+    """Bytes of the program itself in device memory."""
     product_flops: Mapping[Precision, int]
     traffic: int
-    """Bytes that instructions read and write in the device's memory, if nothing stays in a cache."""
+    """Bytes that instructions read and write in device memory, without caches."""
     collectives: tuple[CollectiveTotal, ...]
     unknown_loops: tuple[str, ...]
-    """Loops that were counted once, their trip count being unknown."""
+    """Loops with an unknown trip count, which count once."""
     chosen_loops: tuple[str, ...]
-    """Loops whose first or last turn the data choose out of two, the larger of which was counted. In the chunked
-    operators of RWKV-5 and 6 that is the faster of two loops, which runs while no decay is strong."""
+    """Loops whose trip count depends on the data; the larger of its two values is counted. In the chunked operators of
+    RWKV-5 and 6 that is the fast loop, which runs as long as no decay is strong."""
     floors: Floors
 
 
@@ -139,13 +140,13 @@ class Plan:
     program: Program | None
     """None where the compiler refused."""
     refusal: str | None = None
-    """Why it did: a TPU's compiler does, where the program takes more memory than there is."""
+    """Its reason: a TPU's compiler refuses programs that do not fit into memory."""
     idle_devices: int = 0
-    """Of the topology: those that cannot share the rows evenly."""
+    """Devices of the topology that are in no mesh, since the rows do not divide evenly."""
 
     @property
     def peak(self) -> int | None:
-        """Bytes of one device at the worst moment; None where the compiler refused."""
+        """Peak bytes of one device; None where the compiler refused."""
         if self.program is None:
             return None
         program, arguments = self.program, self.arguments
@@ -155,22 +156,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into what a program can use of the device's memory."""
+        """Whether the peak is within `usable_memory`."""
         return self.peak is not None and self.peak <= self.usable_memory
 
     @property
     def usable_memory(self) -> int:
-        """Bytes of a device's memory that a program can use."""
+        """Bytes of device memory that a program can use."""
         return int(USABLE_SHARE[self.device.platform] * self.device.memory)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """What the highest floor allows, over all devices."""
+        """Upper bound over all devices, from the largest floor."""
         return None if self.program is None else self.work.tokens / self.program.floors.largest[1]
 
     @property
     def mfu(self) -> float | None:
-        """The highest model FLOPs utilization that the highest floor allows."""
+        """Upper bound of the model FLOPs utilization, from the largest floor."""
         return None if self.program is None else self.program.floors.arithmetic / self.program.floors.largest[1]
 
 
@@ -180,7 +181,7 @@ class Compiled(NamedTuple):
     executable: Any
     """`jax.jit(step).lower(...).compile()`."""
     text: str
-    """Of its program, as its compiler wrote it."""
+    """Text of its HLO module."""
 
 
 def make_plan(
@@ -192,12 +193,12 @@ def make_plan(
     compiled: Compiled | None,
     refusal: str | None = None,
 ) -> Plan:
-    """The plan of a compiled step.
+    """Makes the plan of a compiled step.
 
     Args:
       mesh: None for one device.
-      arguments: the step's arguments as shapes with shardings, as it was lowered with them.
-      groups: the same leaves by what they are.
+      arguments: shapes with shardings, as the step was lowered with them.
+      groups: the same leaves, grouped by name.
       compiled: None where the compiler refused; `refusal` is its reason.
     """
     bytes_by_group = {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in groups.items()}
@@ -221,13 +222,8 @@ def make_plan(
     return Plan(str(topology), sizes, topology.device, work, found, program, refusal, idle)
 
 
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of a leaf's part on one device, from its shape, dtype and sharding."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
 def padded_bytes(leaf: Any, layout: Any) -> int:
-    """The same as it lies in memory: a TPU stores arrays as tiles, and fills up those at the edges."""
+    """`shard_bytes` with the padding of a layout: a TPU stores arrays as tiles and fills up those at the edges."""
     if layout is None or not layout.tiling:
         return shard_bytes(leaf)
     shard = leaf.sharding.shard_shape(leaf.shape)
@@ -274,10 +270,10 @@ def _read_program(
 def total_collectives(
     collectives: Sequence[Collective], device: Device, axis_sizes: Mapping[str, int], hosts: Sequence[int]
 ) -> tuple[CollectiveTotal, ...]:
-    """Collectives added up by kind, mesh axes and whether they leave the host.
+    """Sums of collectives by kind, mesh axes and whether they leave the host.
 
     Args:
-      hosts: of each device, by its position in the mesh.
+      hosts: of each device, in mesh order.
     """
 
     def key(collective: Collective) -> tuple[CollectiveKind, tuple[str, ...], bool, int]:
@@ -299,10 +295,10 @@ def total_collectives(
 
 
 def bandwidth(collective: Collective, device: Device, hosts: Sequence[int]) -> float:
-    """Bytes a second that a device can send in a collective, the other groups sending as much.
+    """Bytes/s that a device can send in a collective while the other groups send as much.
 
-    Between hosts a ring passes through the network cards of all members of a host, and so the more of them it has on
-    each, the faster it is, up to the links inside. The chips of a TPU slice have links of their own to each other.
+    Between hosts a ring uses the network cards of all its members on a host: the more members per host, the faster, up
+    to the bandwidth inside a host. Chips of a TPU slice have direct links.
     """
     if device.platform != "cuda":
         return device.link_bandwidth

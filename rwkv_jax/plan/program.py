@@ -1,7 +1,7 @@
-"""Reads the text of a compiled XLA program: its computations, their instructions, and how often each runs.
+"""Parser of optimized HLO text: computations, instructions, and how often each is executed.
 
-The text is that of `compiled.as_text()` for CPUs, GPUs and TPUs. XLA's own cost analysis counts the body of a loop
-once, whatever its trip count; here it counts as often as it runs.
+Reads `compiled.as_text()` for CPUs, GPUs and TPUs. XLA's own cost analysis counts the body of a loop once; here it
+counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-"""Bits of an element whose dtype's name does not say them (a predicate takes a byte)."""
+"""Bits per element of dtypes whose name does not tell (a predicate takes a byte)."""
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,<= ]*)\](?P<layout>\{[^{}]*\})?")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
@@ -25,12 +25,12 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Dtype, shape and memory of an instruction's result."""
+    """Dtype, shape and memory space of an instruction's result."""
 
     dtype: str
     dims: tuple[int, ...]
     memory_space: int = 0
-    """0 is the device's main memory; others are on the chip, or the host's."""
+    """0 is the device's main memory; others are on-chip or host memory."""
 
     @property
     def size(self) -> int:
@@ -39,14 +39,14 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Bits of an element."""
+        """Bits per element."""
         if self.dtype in BITS:
             return BITS[self.dtype]
         return int(re.findall(r"\d+", self.dtype)[0])  # f32, s8, u4, f8e4m3fn
 
     @property
     def bytes(self) -> int:
-        """Bytes of the array, without what a layout pads."""
+        """Bytes of the array, without padding."""
         return -(-self.size * self.bits // 8)
 
 
@@ -57,21 +57,21 @@ class Instruction:
     name: str
     opcode: str
     results: tuple[Array, ...]
-    """One array, or those of a tuple and of the tuples in it, in order."""
+    """One array, or the leaves of a (nested) tuple in order."""
     operands: tuple[str, ...]
-    """Names of instructions of the same computation."""
+    """Names of instructions in the same computation."""
     arguments: str
     """The text between the parentheses."""
     attributes: str
-    """The text after them."""
+    """The text after the parentheses."""
 
     def attribute(self, name: str) -> str | None:
-        """The text of an attribute such as `dimensions={0}`, without braces; None where there is none."""
+        """The text of an attribute such as `dimensions={0}`, without braces, or None."""
         found = re.search(rf"\b{name}=(\{{[^{{}}]*\}}|[^\s,]+)", self.attributes)
         return found[1].strip("{}") if found else None
 
     def called(self, name: str) -> tuple[str, ...]:
-        """The computations that an attribute such as `calls=%f` or `branch_computations={%f, %g}` names."""
+        """Computations named by an attribute such as `calls=%f` or `branch_computations={%f, %g}`."""
         text = self.attribute(name)
         return tuple(part.strip().removeprefix("%") for part in text.split(",")) if text else ()
 
@@ -99,22 +99,22 @@ class Module:
 
     @functools.cached_property
     def executions(self) -> Mapping[str, int]:
-        """How often each computation runs in one run of the program; see `unknown_loops`."""
+        """How often each computation runs per execution of the program; loops in `unknown_loops` count once."""
         return self._walk[0]
 
     @property
     def unknown_loops(self) -> tuple[str, ...]:
-        """Loops whose trip count the text does not tell; they are counted as if they ran once."""
+        """Loops with an unknown trip count."""
         return self._walk[1]
 
     @property
     def chosen_loops(self) -> tuple[str, ...]:
-        """Loops whose first or last turn the data choose out of two; the larger number of the two is counted."""
+        """Loops whose trip count is one of two values, chosen by the data; the larger one is counted."""
         return self._walk[2]
 
     @functools.cached_property
     def fused(self) -> frozenset[str]:
-        """Computations that are the inside of a fusion: their intermediate results never reach memory."""
+        """Computations inside fusions: their intermediate results are never in memory."""
         instructions = (x for computation in self.computations.values() for x in computation.instructions.values())
         fusions = (x for x in instructions if x.opcode in ("fusion", "fusion-start"))
         return frozenset(name for x in fusions for name in x.called("calls"))
@@ -144,7 +144,7 @@ class Module:
         return counts, tuple(unknown), tuple(chosen)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs, with its computation and how often it does."""
+        """Every instruction that runs, with its computation and how often it runs."""
         for name, times in self.executions.items():
             computation = self.computations[name]
             for instruction in computation.instructions.values() if times else ():
@@ -152,7 +152,7 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """The program of `compiled.as_text()`.
+    """Parses `compiled.as_text()`.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -189,7 +189,7 @@ def _parse_instruction(name: str, rest: str) -> Instruction:
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type such as `(f32[2,3]{1,0}, s32[])`."""
+    """Parses the arrays of a type such as `(f32[2,3]{1,0}, s32[])`."""
 
     def array(found: re.Match[str]) -> Array:
         dims = tuple(int(size.strip("<= ")) for size in found["dims"].split(",") if size.strip())
@@ -200,7 +200,7 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -210,12 +210,12 @@ def _closing(text: str, start: int) -> int:
 
 
 def _callees(instruction: Instruction) -> tuple[str, ...]:
-    """Computations that an instruction runs; not the sums inside reductions, which are no programs of their own."""
+    """Computations that an instruction executes; not the scalar reducers of reductions."""
     if instruction.opcode == "while":
         return instruction.called("body") + instruction.called("condition")
     if instruction.opcode in ("call", "call-start"):
         return instruction.called("to_apply")
-    if instruction.opcode == "conditional":  # each branch as if it were taken
+    if instruction.opcode == "conditional":  # every branch counts
         names = ("branch_computations", "true_computation", "false_computation")
         return tuple(callee for name in names for callee in instruction.called(name))
     if instruction.opcode == "fusion" or instruction.opcode.endswith("-start"):
@@ -225,25 +225,25 @@ def _callees(instruction: Instruction) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """An integer that the text of a program tells."""
+    """An integer found in the program's text."""
 
     value: int
     chosen_by_data: bool
-    """Whether it is the larger of two between which the data choose."""
+    """Whether it is the larger of two values between which the data choose."""
 
 
 def trip_count(computations: Mapping[str, Computation], computation: Computation, loop: Instruction) -> Number | None:
-    """How often a while loop's body runs; None where the text does not tell.
+    """Trip count of a while loop, or None if unknown.
 
-    XLA writes it down for most loops on CPUs and GPUs. Elsewhere it is read off the condition, `counter < limit`, what
-    the body adds to the counter, and the values with which the loop starts.
+    XLA annotates most loops on CPUs and GPUs with it. Otherwise it follows from the condition `counter < limit`, the
+    body's increment of the counter and the initial values.
     """
     if found := _TRIP_COUNT.search(loop.attributes):
         return Number(int(found[1]), chosen_by_data=False)
     condition, body = (computations[loop.called(name)[0]] for name in ("condition", "body"))
-    compare = _origin(computations, _Place(condition, condition.instructions[condition.root]))
-    after = _origin(computations, _Place(body, body.instructions[body.root]))
-    before = _origin(computations, _Place(computation, loop).operand(0))
+    compare = _origin(computations, _Value(condition, condition.instructions[condition.root]))
+    after = _origin(computations, _Value(body, body.instructions[body.root]))
+    before = _origin(computations, _Value(computation, loop).operand(0))
     is_less_than = compare.instruction.opcode == "compare" and compare.instruction.attribute("direction") == "LT"
     if not is_less_than or after.instruction.opcode != "tuple" or before.instruction.opcode != "tuple":
         return None
@@ -255,7 +255,7 @@ def trip_count(computations: Mapping[str, Computation], computation: Computation
     limit_index = _carried_index(computations, compare.operand(1))
     if limit_index is None:
         limit = _number(computations, compare.operand(1))
-    elif _carried_index(computations, after.operand(limit_index)) == limit_index:  # which the body leaves as it is
+    elif _carried_index(computations, after.operand(limit_index)) == limit_index:  # constant in the loop
         limit = _number(computations, before.operand(limit_index))
     else:
         limit = None
@@ -266,50 +266,50 @@ def trip_count(computations: Mapping[str, Computation], computation: Computation
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """An instruction, with the fusion that its computation is the inside of, if one was entered on the way to it."""
+class _Value:
+    """An instruction's result, with the fusion that was entered to reach it, if any."""
 
     computation: Computation
     instruction: Instruction
-    fusion: _Place | None = None
+    fusion: _Value | None = None
 
-    def operand(self, index: int) -> _Place:
+    def operand(self, index: int) -> _Value:
         instruction = self.computation.instructions[self.instruction.operands[index]]
         return dataclasses.replace(self, instruction=instruction)
 
 
-def _origin(computations: Mapping[str, Computation], place: _Place) -> _Place:
-    """Where a value comes from: through copies, tuples and fusions, into them and out again."""
+def _origin(computations: Mapping[str, Computation], value: _Value) -> _Value:
+    """Where a value originates: follows copies, tuples and fusions."""
     while True:
-        instruction = place.instruction
+        instruction = value.instruction
         if instruction.opcode in ("copy", "bitcast"):
-            place = place.operand(0)
+            value = value.operand(0)
         elif instruction.opcode == "fusion":
             inside = computations[instruction.called("calls")[0]]
-            place = _Place(inside, inside.instructions[inside.root], fusion=place)
-        elif instruction.opcode == "parameter" and place.fusion is not None:
-            place = place.fusion.operand(int(instruction.arguments))
+            value = _Value(inside, inside.instructions[inside.root], fusion=value)
+        elif instruction.opcode == "parameter" and value.fusion is not None:
+            value = value.fusion.operand(int(instruction.arguments))
         elif instruction.opcode == "get-tuple-element":
-            whole = _origin(computations, place.operand(0))
+            whole = _origin(computations, value.operand(0))
             if whole.instruction.opcode != "tuple":
-                return place
-            place = whole.operand(int(instruction.attribute("index") or 0))
+                return value
+            value = whole.operand(int(instruction.attribute("index") or 0))
         else:
-            return place
+            return value
 
 
-def _carried_index(computations: Mapping[str, Computation], place: _Place) -> int | None:
-    """Which of the values that a loop carries this is, in its condition or body; None where it is none of them."""
-    origin = _origin(computations, place)
+def _carried_index(computations: Mapping[str, Computation], value: _Value) -> int | None:
+    """Index of a value among those that a loop carries, in its condition or body; None if it is none of them."""
+    origin = _origin(computations, value)
     if origin.instruction.opcode != "get-tuple-element":
         return None
     is_carried = _origin(computations, origin.operand(0)).instruction.opcode == "parameter"
     return int(origin.instruction.attribute("index") or 0) if is_carried else None
 
 
-def _step(computations: Mapping[str, Computation], place: _Place, counter: int) -> int | None:
-    """What a loop's body adds to its counter."""
-    added = _origin(computations, place)
+def _step(computations: Mapping[str, Computation], value: _Value, counter: int) -> int | None:
+    """A loop body's increment of its counter, or None if unknown."""
+    added = _origin(computations, value)
     if added.instruction.opcode != "add":
         return None
     indices = [_carried_index(computations, added.operand(side)) for side in (0, 1)]
@@ -319,8 +319,8 @@ def _step(computations: Mapping[str, Computation], place: _Place, counter: int) 
     return None if step is None or step.chosen_by_data else step.value
 
 
-def _number(computations: Mapping[str, Computation], place: _Place) -> Number | None:
-    origin = _origin(computations, place)
+def _number(computations: Mapping[str, Computation], value: _Value) -> Number | None:
+    origin = _origin(computations, value)
     instruction = origin.instruction
     if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments):
         return Number(int(instruction.arguments), chosen_by_data=False)

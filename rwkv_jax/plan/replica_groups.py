@@ -1,4 +1,4 @@
-"""The groups of devices between which a collective of a compiled program runs."""
+"""Replica groups: which devices take part in a collective of a compiled XLA program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
-"""Devices that take part in a collective together, by their position in the mesh."""
+"""Groups of devices, each device by its position in the mesh."""
 
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=(?P<groups>\{(?:\{[\d,]*\},?)*\})")
 _NUMBERED = re.compile(r"replica_groups=\[(?P<shape>[\d,]+)\]<=(?P<numbers>\[[\d,]+\](?:T\([\d,]+\))?)(?=[,\s]|$)")
@@ -20,28 +20,29 @@ _AXIS = re.compile(r"'?(?P<name>\w+)'?(?::\((?P<before>\d+)\)(?P<size>\d+))?")
 
 
 def parse_groups(attributes: str, num_devices: int) -> Groups:
-    """The groups of a collective, from any of the forms in which XLA writes them.
+    """Parses a collective's groups in any of XLA's forms.
 
-    Listed, `{{0,2},{1,3}}`; numbered, `[2,2]<=[2,2]T(1,0)`; or along axes of a mesh, `mesh['a'=2,'b'=2] {'a'}`.
+    Listed, `{{0,2},{1,3}}`; iota, `[2,2]<=[2,2]T(1,0)`; or along mesh axes, `mesh['a'=2,'b'=2] {'a'}`.
 
     Args:
       attributes: the text after an instruction's operands.
-      num_devices: those that take part in a collective that names no group.
+      num_devices: of the mesh; all take part in a collective without groups.
 
     Raises:
-      ValueError: there are none, or they have a form that is not known here.
+      ValueError: no groups, or an unknown form.
     """
     if found := _LISTED.search(attributes):
         listed = re.findall(r"\{([\d,]+)\}", found["groups"])
-        return tuple(_integers(group) for group in listed) or (tuple(range(num_devices)),)
+        return tuple(integers(group) for group in listed) or (tuple(range(num_devices)),)
     if found := _NUMBERED.search(attributes):
-        return _rows(_numbers(found["numbers"]).reshape(_integers(found["shape"])))
+        return _rows(_numbers(found["numbers"]).reshape(integers(found["shape"])))
     if found := _MESH.search(attributes):
         return _along_axes(found["axes"], found["numbers"], found["along"])
     raise ValueError(f"no replica groups of a known form in {attributes[:200]!r}")
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
+    """Integers separated by commas."""
     return tuple(map(int, text.split(",")))
 
 
@@ -50,12 +51,12 @@ def _rows(array: np.ndarray) -> Groups:
 
 
 def _numbers(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: 0, 1, 2, ... in this shape, transposed; or the numbers themselves."""
+    """Parses `[2,4]T(1,0)` (an iota of this shape, transposed) or the numbers themselves."""
     found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
-        return np.array(_integers(text))
-    shape = _integers(found[1])
-    order = _integers(found[2]) if found[2] else tuple(range(len(shape)))
+        return np.array(integers(text))
+    shape = integers(found[1])
+    order = integers(found[2]) if found[2] else tuple(range(len(shape)))
     return np.arange(math.prod(shape)).reshape(shape).transpose(order)
 
 
@@ -63,7 +64,7 @@ def _along_axes(axes: str, numbers: str | None, along: str) -> Groups:
     sizes = {name.strip("' "): int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
     count = math.prod(sizes.values())
     devices = np.arange(count) if numbers is None else _numbers(numbers).reshape(-1)
-    # An axis of which only a part takes part, 'a':(2)4, is three axes: what is before that part, the part, the rest.
+    # An axis of which only a part is used, 'a':(2)4, is split in three: before the part, the part, after it.
     wanted = {found["name"]: found for found in _AXIS.finditer(along)}
     shape: list[int] = []
     taking_part: list[int] = []
@@ -84,11 +85,11 @@ def _along_axes(axes: str, numbers: str | None, along: str) -> Groups:
 
 
 def mesh_axes(groups: Sequence[Sequence[int]], axis_sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ, in the mesh's order.
+    """The mesh axes along which members of a group differ, in mesh order.
 
     Args:
       groups: devices by their position in the mesh.
-      axis_sizes: the mesh's axes, the last of which varies fastest.
+      axis_sizes: of the mesh, the fastest-varying axis last.
     """
     coordinates = np.stack(np.unravel_index(np.arange(math.prod(axis_sizes.values())), tuple(axis_sizes.values())))
     differ = np.zeros(len(axis_sizes), bool)

@@ -1,4 +1,4 @@
-"""A plan in words and as plain data."""
+"""Plans as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rwkv_jax.plan.planner import USABLE_SHARE, Plan, Program
 from rwkv_jax.tables import format_table
 
 VERSION = 2
-"""Of the JSON form; it changes when a field changes its name or its meaning."""
+"""Of the JSON format; changes when a field is renamed or changes its meaning."""
 
 CHOSEN_BY_DATA = "the data choose one of two loops; counted as for weak decays"
-"""Of the chunked operators of RWKV-5 and 6, which alone have such loops; initial values have weak decays."""
+"""For the chunked operators of RWKV-5 and 6, which alone have such loops; official initial values have weak decays."""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data for JSON; docs/plan.md names every field."""
+    """The plan as JSON data; docs/plan.md describes the fields."""
     values = dataclasses.asdict(plan) | {"version": VERSION, "peak": plan.peak, "fits": plan.fits}
     values["arguments"]["total"] = plan.arguments.total
     return values | {"tokens_per_second": plan.tokens_per_second, "mfu": plan.mfu}
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     return "\n".join(_lines(plan))
 
 

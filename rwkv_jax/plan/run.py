@@ -1,4 +1,4 @@
-"""A run's training step, compiled for devices that need not be there."""
+"""Compiles a run's training step for devices that need not be present."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rwkv_jax.training.functions import abstract_batch, abstract_state, make_tra
 
 
 def plan_run(config: TrainConfig, topology: Topology) -> Plan:
-    """Compiles the step that `train.py` would run there, and reads what it takes; nothing is allocated.
+    """Compiles a run's training step for a topology and plans it; nothing is allocated.
 
     Raises:
-      ConfigError: float64, a slice that the compiler does not know, or a mesh or sizes that do not go with it.
+      ConfigError: float64, a topology that the compiler refuses, or a mesh or sizes that do not fit it.
     """
     if config.model.dtype == "float64":
         raise ConfigError(
@@ -29,8 +29,7 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     devices = topology_devices(topology)
     mesh = make_mesh(config, devices, topology.device.memory_for_jax)
     if mesh is None and config.parallel.offload_optimizer:
-        # The step itself then names the devices between whose memories it copies, and without a mesh those of this
-        # machine. A mesh of one device splits nothing either.
+        # An offloading step names the devices that it copies between; without a mesh, those of this machine.
         mesh = mesh_from_shape(MeshShape(), devices[:1])
     trainer = make_train_functions(config, mesh)
     state, batch = abstract_state(trainer), abstract_batch(trainer, config)
@@ -49,19 +48,19 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
 
 
 def _on(device: Any, tree: Any) -> Any:
-    """Shapes of arrays that lie on one device."""
+    """The same shapes, placed on one device."""
     sharding = SingleDeviceSharding(device)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:
-    """The compiled step, or why its compiler would not have it in the memory that there is."""
+    """The compiled step, or the compiler's message that memory is too small."""
     platform = topology.device.platform
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {}
-        if platform == "cpu":  # nobody runs it, so its machine code need not be good: that takes a third of the time
+        if platform == "cpu":  # never run, so not optimized: a third of the time
             options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-        elif platform == "tpu":  # only libtpu can write down all that is in its programs, and only into a file
+        elif platform == "tpu":  # only libtpu's own dump is complete
             options = {"xla_dump_to": folder}
         try:
             executable = lowered.compile(compiler_options=options)
@@ -71,19 +70,19 @@ def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | N
             return None, str(error).strip().splitlines()[0]
         if platform != "tpu":
             return Compiled(executable, executable.as_text()), None
-        # Pieces of the program that it tries out by themselves are written down beside it, without the step's name.
+        # Parts that libtpu compiles on trial are dumped too, without the step's name.
         (dumped,) = Path(folder).glob("*.jit_*.after_optimizations.txt")
         return Compiled(executable, dumped.read_text(encoding="utf-8")), None
 
 
 def work_of(config: TrainConfig) -> Work:
-    """What a step of a run does, from its config alone."""
+    """Work of a step, from the config alone."""
     model, training = config.model, config.training
     tokens = training.batch_size * training.sequence_length
     flops = model.flops_per_token(training.sequence_length)
     head = 2 * model.vocab_size * model.width
     recomputed = 0
-    if training.remat != "none":  # for `operator` it is less, by what stood between the kept inputs and results
+    if training.remat != "none":  # an upper bound for `operator`, which keeps some results
         recomputed += flops - head
     if training.loss_chunk is not None:
         recomputed += head
