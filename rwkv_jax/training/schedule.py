@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from rwkv_jax.config import OptimizerConfig, TrainConfig
 
@@ -68,7 +69,7 @@ def weight_decay_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sche
     def cycle(_: int, length: int) -> optax.Schedule:
         begin, span = _fall(config, length)
         decay = optax.exponential_decay(config.weight_decay, span, final / config.weight_decay, end_value=final)
-        return lambda step: decay(jnp.maximum(step - begin, 0))
+        return lambda step: decay(_steps_after(begin, step))
 
     return _in_cycles(config, num_steps, cycle)
 
@@ -85,15 +86,20 @@ def _one_cycle(config: OptimizerConfig, num_steps: int, first_step: int) -> opta
     }
     fall = falls[config.schedule]()
     if config.warmup_steps == 0:
-        return lambda step: fall(jnp.maximum(step - begin, 0))
+        return lambda step: fall(_steps_after(begin, step))
 
     def rate(step: Any) -> Any:
-        after = fall(jnp.maximum(step - begin, 0))
-        share = (step - first_step) / config.warmup_steps
+        after = fall(_steps_after(begin, step))
+        share = (step - first_step) / float(config.warmup_steps)
         # In this order nothing cancels: each product is rounded once, in whatever dtype the step is divided.
         return jnp.where(share < 1, (start + (1 - start) * share) * after, after)
 
     return rate
+
+
+def _steps_after(begin: int, step: Any) -> Array:
+    """At least 0, in JAX's default float dtype: an int32 divided by an integer would be float32 whatever that is."""
+    return jnp.asarray(jnp.maximum(step - begin, 0), float)
 
 
 def _fall(config: OptimizerConfig, num_steps: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,8 @@ STEPS = 50
 
 def rates(config: OptimizerConfig, num_steps: int = STEPS, upto: int = STEPS, first_step: int = 0) -> np.ndarray:
     schedule = learning_rate_schedule(config, num_steps, first_step)
-    return np.array([float(np.asarray(schedule(step))) for step in range(upto)])
+    steps = jnp.arange(upto, dtype=jnp.int32)  # as the training step counts
+    return np.array([float(np.asarray(schedule(step))) for step in steps])
 
 
 def official(config: OptimizerConfig, step: int, num_steps: int = STEPS, begun: int = 0) -> float:
@@ -86,7 +88,7 @@ def test_weight_decay_falls_by_the_same_factor_with_the_schedules_progress(float
     for step in range(STEPS):
         progress = max(step - 10, 0) / (STEPS - 10)
         expected = 0.1 * math.exp(math.log(0.001 / 0.1) * progress)
-        assert float(np.asarray(schedule(step))) == pytest.approx(expected, rel=1e-13)
+        assert float(np.asarray(schedule(jnp.int32(step)))) == pytest.approx(expected, rel=1e-13)
     assert float(np.asarray(weight_decay_schedule(CONFIG, STEPS)(7))) == CONFIG.weight_decay
 
 
