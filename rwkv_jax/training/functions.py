@@ -49,6 +49,8 @@ class TrainFunctions:
     """The recurrent state before a text, of all rows, where a row goes on with what a step before left; else None."""
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
+    first_step: int = 0
+    """The step at which the run begins, in schedule and data order."""
     accumulation_steps: int = 1
     offload_optimizer: bool = False
     """Whether the optimizer's state waits in host memory from step to step."""
@@ -57,7 +59,7 @@ class TrainFunctions:
         """The first state, of which `initial_state` makes one that lies where it should."""
         params = self.draw_params(key)
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
-        step, bad_steps, skipped_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
+        step, bad_steps, skipped_steps = (jnp.full((), count, jnp.int32) for count in (self.first_step, 0, 0))
         recurrent_state = None if self.empty_state is None else jax.tree.map(jnp.copy, self.empty_state())
         opt_state = self.optimizer.init(split_params(params, self.partition)[0])
         if self.sharded.mesh is not None:
@@ -179,12 +181,15 @@ def make_train_functions(
     functions = TrainFunctions(
         objective=objective(graphdef, sharded, training),
         partition=partition,
-        optimizer=make_optimizer(config.optimizer, training.num_steps, trained, kind.parameter_group),
+        optimizer=make_optimizer(
+            config.optimizer, training.num_steps, trained, kind.parameter_group, training.first_step
+        ),
         sharded=sharded,
         params=params,
         draw_params=sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
         empty_state=empty_state if training.carry_state else None,
         graphdef=graphdef,
+        first_step=training.first_step,
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,
     )

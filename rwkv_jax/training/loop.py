@@ -256,7 +256,8 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, res
     model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
-    begin = "starting" if resumed_step is None else f"resuming after step {resumed_step}"
+    after = training.first_step if resumed_step is None else resumed_step
+    begin = ("starting" if resumed_step is None else "resuming") + (f" after step {after}" if after else "")
     lines = [
         f"{model.title} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",

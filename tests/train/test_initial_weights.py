@@ -10,8 +10,10 @@ import pytest
 
 from rwkv_jax import run_folder
 from rwkv_jax.cli import parse_train_config
-from rwkv_jax.config import ConfigError
+from rwkv_jax.config import ConfigError, LoggingConfig, TrainConfig
 from rwkv_jax.data.tokenizers import train_sentencepiece
+from rwkv_jax.data.tokens.rows import Rows, TrainingRows
+from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, from_pretrained, initial_params
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, run
@@ -37,6 +39,45 @@ def test_the_parameters_are_those_of_the_weights(finished: Run, weights: Path) -
     params = finished.result.state.params
     for source in (weights, finished.folder):
         assert_same_bits(initial_params(source, finished.config.model), params)
+
+
+def test_a_run_takes_up_at_the_step_where_its_weights_stood(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_read, read = set(), TrainingRows.read
+
+    def spy(rows: TrainingRows, step: int, selected: slice = slice(None)) -> Rows:
+        steps_read.add(step)
+        return read(rows, step, selected)
+
+    def upto(num_steps: int) -> TrainConfig:
+        training = dataclasses.replace(finished.config.training, first_step=8, num_steps=num_steps)
+        evaluation = dataclasses.replace(finished.config.evaluation, sample_prompts=())
+        data = dataclasses.replace(finished.config.data, tokenizer=str(finished.folder))
+        return dataclasses.replace(
+            finished.config,
+            initial_weights=str(finished.folder),
+            training=training,
+            evaluation=evaluation,
+            data=data,
+            logging=LoggingConfig(every=1),
+            profile=None,
+        )
+
+    monkeypatch.setattr(TrainingRows, "read", spy)
+    whole = run(upto(13), tmp_path / "whole")
+    assert steps_read == {8, 9, 10, 11, 12}
+    assert "starting after step 8: 13 steps" in whole.output
+    records = [record for record in read_metrics(whole.folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in records] == [9, 10, 11, 12, 13]
+    warmup = [0.01, 0.34, 0.67, 1, 1]  # three steps, as in any run that begins
+    assert [record["learning_rate"] for record in records] == pytest.approx([3e-3 * share for share in warmup])
+
+    steps_read.clear()
+    run(upto(11), tmp_path / "parts")
+    resumed = run(upto(13), tmp_path / "parts")
+    assert steps_read == {8, 9, 10, 11, 12}
+    assert_same_bits(resumed.result.state, whole.result.state)
 
 
 @pytest.mark.long
