@@ -3,7 +3,7 @@
 #   make test    runs the linter, the type checker and the tests, and then
 #   make test-devices    compiles the kernels for GPUs and TPUs that need not be there, in .venv-devices (Linux, x86-64)
 # and by itself, since it installs PyTorch,
-#   make test-peers      holds our models against the official `rwkv` package, in .venv-peers
+#   make test-peers      holds our models and training steps against the official ones, in .venv-peers
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,7 +31,7 @@ test-devices:
 endif
 
 test-peers: .venv/installed-dev .venv-peers/installed
-	$(BIN)/python -m pytest -m peers tests/weights
+	$(BIN)/python -m pytest -m peers tests
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
