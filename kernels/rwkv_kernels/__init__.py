@@ -1,4 +1,4 @@
-"""The WKV operators of RWKV in JAX: one call for each generation, whatever the platform.
+"""The WKV operators of RWKV in JAX: one function per generation, on any platform.
 
 Shape letters: B batch, T time, C width, H heads, N head size of keys, M head size of values. The package imports jax
 only.
@@ -20,7 +20,7 @@ from rwkv_kernels.ops.wkv7.api import wkv7, wkv7_sharded, wkv7_step
 from rwkv_kernels.sharded import from_previous_shard
 
 OPERATORS: dict[str, dispatch.Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
-"""Every operator, by name."""
+"""All operators, by name."""
 
 
 def _operator(name: str) -> dispatch.Operator:
@@ -30,10 +30,10 @@ def _operator(name: str) -> dispatch.Operator:
 
 
 def implementations(operator: str) -> tuple[str, ...]:
-    """Names of all implementations of an operator ("wkv7"); `explain` says which can run.
+    """Names of all implementations of an operator such as "wkv7"; `explain` says which can run.
 
     Raises:
-      ValueError: there is no such operator.
+      ValueError: an unknown operator.
     """
     return tuple(_operator(operator).implementations)
 
@@ -41,19 +41,19 @@ def implementations(operator: str) -> tuple[str, ...]:
 def explain(
     operator: str, shape: tuple[int, ...], dtype: str = "float32", platform: str | None = None
 ) -> dispatch.Explanation:
-    """What would run here, and why the other implementations would not.
+    """Explains which implementation would run, and why others cannot.
 
     Args:
       operator: "wkv4" to "wkv7".
-      shape: B, T, H, N and M of the problem; M may be left out where it equals N, and for WKV-4 B, T, C do.
-      dtype: in which the recurrence runs: float32, or float64 if any argument is.
-      platform: `cpu`, `gpu` or `tpu`; None is the one at hand.
+      shape: (B, T, H, N, M), (B, T, H, N) if M equals N, or (B, T, C) for WKV-4.
+      dtype: of the recurrence: float32, or float64 if any argument is.
+      platform: `cpu`, `gpu` or `tpu`; None is JAX's default backend.
 
     Returns:
-      The chosen implementation, and for each of the others the reason why not; print it.
+      The chosen implementation, and for each other one the reason why it cannot run, if any; print it.
 
     Raises:
-      ValueError: there is no such operator, or a shape of another length.
+      ValueError: an unknown operator, or a shape of another length.
     """
     if len(shape) not in (3, 4, 5):
         raise ValueError(f"shape = {shape}: must be (B, T, H, N), (B, T, H, N, M) or, for wkv4, (B, T, C)")

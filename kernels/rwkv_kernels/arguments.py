@@ -1,4 +1,4 @@
-"""Checks that every operator makes of its arguments, and packing and padding in the form that implementations take."""
+"""Argument checks that all operators share, and segments, lengths and padding as implementations take them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jax import Array, core
 
 
 def is_concrete(x: Array) -> bool:
-    """Whether the values of x are at hand: outside jit, and all on this process."""
+    """Whether x has values that this process can read: outside jit, and fully addressable."""
     return not isinstance(x, core.Tracer) and x.is_fully_addressable
 
 
 def values_at_hand(x: Any, validate: bool | None = None) -> bool:
-    """Whether the values of x are to be looked at, which exist outside jit only.
+    """Whether to check the values of x; inside jit there are none.
 
     Args:
-      validate: None looks where that copies nothing from an accelerator, True wherever there are values, which then
-        waits for the device, False nowhere.
+      validate: None checks values if nothing has to be copied from an accelerator; True always, which waits for the
+        device; False never.
     """
     if validate is False or isinstance(x, core.Tracer):
         return False
@@ -31,14 +31,14 @@ def values_at_hand(x: Any, validate: bool | None = None) -> bool:
 
 
 def check_inputs(inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Checks floating arrays against their axes' names and sizes.
+    """Checks number of axes, shape and floating dtype of arrays.
 
     Args:
       inputs: arrays by name.
-      expected: for each of them, the axes in letters ("B T H N") and their sizes.
+      expected: for each array the letters of its axes ("B T H N") and their sizes.
 
     Raises:
-      ValueError: a number of axes, a size, a dtype or an empty axis; the message names the argument.
+      ValueError: a wrong number of axes, shape or dtype, or an empty axis; the message names the argument.
     """
     for name, x in inputs.items():
         axes, shape = expected[name]
@@ -57,7 +57,7 @@ def check_inputs(inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, 
 
 
 def check_axes(name: str, x: Array, axes: str) -> None:
-    """Checks the number of axes of the array whose sizes the others are held against.
+    """Checks the number of axes of the array that the other shapes follow from.
 
     Raises:
       ValueError: naming the argument and the axes.
@@ -67,7 +67,7 @@ def check_axes(name: str, x: Array, axes: str) -> None:
 
 
 def check_log_decay(log_w: Array, validate: bool | None) -> None:
-    """Refuses decays that cannot be right, where `values_at_hand(log_w, validate)`.
+    """Checks that log_w is at most 0, if `values_at_hand(log_w, validate)`.
 
     Raises:
       ValueError: a value above 0, or NaN.
@@ -83,7 +83,7 @@ def check_state(name: str, state: Array, shape: tuple[int, ...], axes: str) -> N
     """Checks an initial state's shape and dtype.
 
     Raises:
-      ValueError: naming the argument, what it is and what it must be.
+      ValueError: a wrong shape or dtype; the message names the argument and what it must be.
     """
     if state.shape != shape:
         raise ValueError(f"{name}: shape {state.shape} must be {shape}, {axes}")
@@ -92,16 +92,16 @@ def check_state(name: str, state: Array, shape: tuple[int, ...], axes: str) -> N
 
 
 def recurrence_dtype(inputs: Mapping[str, Array], *states: Array) -> jnp.dtype:
-    """Dtype in which the recurrence runs: float64 where any argument is, otherwise float32."""
+    """Dtype of the recurrence: float64 if any argument is, otherwise float32."""
     is_double = any(x.dtype == jnp.float64 for x in (*inputs.values(), *states))
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def check_lengths(lengths: Array | None, batch: int, time: int) -> Array | None:
-    """Checks the number of steps of each row.
+    """Checks rows' lengths and casts them to int32.
 
     Raises:
-      ValueError: a shape other than [B], no integer dtype, or (where values are at hand) a length outside 0 to T.
+      ValueError: a shape other than [B], a dtype that is not integer, or (if values are known) a length outside 0 to T.
     """
     if lengths is None:
         return None
@@ -123,10 +123,10 @@ def is_active(lengths: Array, time: int) -> Array:
 
 
 def check_segment_ids(segment_ids: Array, batch: int, time: int) -> Array:
-    """Checks the segment of each step.
+    """Checks segment ids.
 
     Raises:
-      ValueError: a shape other than [B, T] or no integer dtype.
+      ValueError: a shape other than [B, T], or a dtype that is not integer.
     """
     segment_ids = jnp.asarray(segment_ids)
     if segment_ids.shape != (batch, time):
@@ -139,17 +139,17 @@ def check_segment_ids(segment_ids: Array, batch: int, time: int) -> Array:
 def number_segments(
     segment_ids: Array | None, lengths: Array | None, batch: int, time: int, previous: Array | None = None
 ) -> Array | None:
-    """Numbers segments in the order of time, so that a chunk can compare its ends.
+    """Numbers segments from 0 in order of time, so that two steps of a chunk can be compared.
 
     Args:
       segment_ids: [B, T], any integers; a segment ends where they change. Changes beyond a row's length do not count.
-      previous: [B], the id before the first step where the row began elsewhere; None if it begins here.
+      previous: [B], the id before the first step if the row begins on another shard; else None.
 
     Returns:
       int32 [B, T] that grows by 1 at each change, or None. Segment 0 continues the initial state.
 
     Raises:
-      ValueError: a shape other than [B, T] or no integer dtype.
+      ValueError: a shape other than [B, T], or a dtype that is not integer.
     """
     if segment_ids is None:
         return None
@@ -162,12 +162,12 @@ def number_segments(
 
 
 def starts(segments: Array) -> Array:
-    """[B, T]: whether a step begins another segment than the one before it; segments as `number_segments` has them."""
+    """[B, T]: whether a segment starts at a step, from `number_segments`."""
     return jnp.diff(segments, axis=1, prepend=jnp.zeros_like(segments[:, :1])) != 0
 
 
 def silence(inputs: tuple[Array, ...], lengths: Array | None) -> tuple[Array, ...]:
-    """Zeroes what lies beyond a row's length: [B, T, ...] arrays whose zeros change no state and make y zero."""
+    """Zeroes arrays [B, T, ...] beyond each row's length; zero inputs change no state and give y = 0."""
     if lengths is None:
         return inputs
     active = is_active(lengths, inputs[0].shape[1])
@@ -175,7 +175,7 @@ def silence(inputs: tuple[Array, ...], lengths: Array | None) -> tuple[Array, ..
 
 
 def pad_time(x: Array, padding: int, *, edge: bool = False) -> Array:
-    """Appends steps of zeros, or of the last step, to [B, T, ...]."""
+    """Appends steps to [B, T, ...]: zeros, or copies of the last step."""
     if not padding:
         return x
     widths = ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))
@@ -183,7 +183,7 @@ def pad_time(x: Array, padding: int, *, edge: bool = False) -> Array:
 
 
 def _varying_axes(x: Array) -> frozenset[str]:
-    """Mesh axes over which x differs from shard to shard, within `shard_map`."""
+    """Mesh axes over which x varies, inside `shard_map`."""
     kind = jax.typeof(x)
     if hasattr(kind, "vma"):  # the name that other releases of JAX have
         return kind.vma
@@ -191,7 +191,7 @@ def _varying_axes(x: Array) -> frozenset[str]:
 
 
 def varying_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """The description of an array that varies over the mesh axes that x varies over."""
+    """Shape and dtype of an array that varies over the same mesh axes as x."""
     kind = jax.typeof(x)
     if hasattr(kind, "vma"):  # the name that other releases of JAX have
         return jax.ShapeDtypeStruct(shape, dtype, **{"vma": kind.vma})
@@ -199,9 +199,9 @@ def varying_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
 
 
 def broadcast_varying_axes(*trees: Any) -> tuple[Any, ...]:
-    """Arrays made to vary over every mesh axis that any of them varies over, within `shard_map`; else as they are.
+    """Inside `shard_map`, makes all arrays vary over every mesh axis that any of them varies over.
 
-    A gradient of an argument that is the same on all shards is then the sum of the shards' gradients, as it must be.
+    The gradient of an argument that all shards share is then the sum of the shards' gradients.
     """
     leaves, structure = jax.tree.flatten(trees)
     axes = frozenset[str]().union(*map(_varying_axes, leaves))

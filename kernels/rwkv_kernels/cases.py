@@ -1,4 +1,4 @@
-"""What the cases of all operators share: sizes of problems, and inputs that float32 holds exactly; numpy only."""
+"""Problem sizes and inputs shared by the test cases of all operators; numpy only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NEAR_ONE = -1e-4
-"""A log w at which a state lives for ten thousand tokens."""
+"""A log w with a time constant of ten thousand tokens."""
 
 FAST = -50.0
-"""A log w at which nothing is left after one token, and whose e^{-log w} overflows float32 after two."""
+"""A log w that leaves nothing after one token; e^{-log w} overflows float32 after two."""
 
 MIXED = (-1e-6, -90.0)
-"""Log w of channels side by side: one keeps everything for a million tokens, another is below float32 at once."""
+"""Range of log w in one head: from a time constant of a million tokens to an underflow in one."""
 
 
 class Shape(NamedTuple):
@@ -42,28 +42,25 @@ SHAPES: tuple[Shape, ...] = (
     Shape(3, 257, 2, 7, 9),
     Shape(1, 1024, 2, 64, 64),
 )
-"""One token, one short of a block of 16, a block, one more; several chunks; value sizes that differ from key sizes.
-
-Tests and the error table go through all of them.
-"""
+"""T of 1, 15, 16 and 17, several chunks, and M unlike N; used by tests and by docs/errors.md."""
 
 
 def rounded(inputs: dict[str, Floats]) -> dict[str, Floats]:
-    """The same arguments as float64 arrays whose values float32 holds exactly."""
+    """Inputs rounded to float32, as float64 arrays."""
     return {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
 
 
 class AttentionCase(NamedTuple):
-    """What is special about inputs of WKV-5 or WKV-6."""
+    """Settings of a test case of WKV-5 or WKV-6."""
 
     log_w: float | None = None
-    """One decay for all; None draws them as a trained model has them."""
+    """One value for all; None draws values like a trained model's."""
     mixed: bool = False
-    """Decays over all of `MIXED`, instead."""
+    """Instead, values spread over `MIXED`."""
     one_per_head: bool = False
     """WKV-5 only: log_w and u are [H, 1]."""
     aligned: bool = False
-    """Keys and readings of a head point almost one way, so that what was written adds up and is read whole."""
+    """Keys and receptances of a head point in almost one direction, so that writes add up and are read in full."""
     state_scale: float = 1.0
     """Standard deviation of the initial state."""
 
@@ -76,7 +73,7 @@ ATTENTION_CASES: dict[str, AttentionCase] = {
     "mixed_decay": AttentionCase(mixed=True),
     "large_state": AttentionCase(state_scale=1e3),
 }
-"""Cases that WKV-5 and WKV-6 have in common, by name."""
+"""Test cases of both WKV-5 and WKV-6, by name."""
 
 
 def attention_inputs(
@@ -85,8 +82,7 @@ def attention_inputs(
     """Arguments of `wkv5` or `wkv6`, by name, rounded to float32.
 
     Args:
-      rng: where random numbers come from.
-      drawn_log_w: log_w as a trained model has it, of the shape that log_w is to have.
+      drawn_log_w: log_w like a trained model's, in its final shape.
     """
     batch, time, heads, key_dim, value_dim = shape
     keys = (batch, time, heads, key_dim)

@@ -1,4 +1,4 @@
-"""What the chunked forms share: slices of time, segments within a chunk, and the loop that recomputes."""
+"""Shared by the chunked forms: slices of time, segments within a chunk, and a loop whose backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def with_ndim(x: Array, ndim: int) -> Array:
 
 
 def masked(mask: Array, x: Array) -> Array:
-    """x where the mask holds, else zero; the mask may lack leading axes."""
+    """x where the mask is True, else zero; the mask may lack leading axes."""
     return jnp.where(with_ndim(mask, x.ndim), x, 0)
 
 
 def fitting_size(chunk_size: int, time: int) -> int:
-    """The size of chunks for a sequence: what is asked for, or the smallest power of two that holds all of it.
+    """Chunk size for a sequence: chunk_size, or the smallest power of two that is at least T if that is less.
 
     Raises:
-      ValueError: chunk_size is no power of two.
+      ValueError: chunk_size is not a power of two.
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size = {chunk_size}: must be a power of two")
@@ -51,11 +51,11 @@ def fitting_size(chunk_size: int, time: int) -> int:
 
 
 def number_within_chunks(segments: Array | None, padding: int, size: int) -> Array | None:
-    """Segment numbers counted from the one that each chunk's incoming state belongs to, which is 0 there.
+    """Segment numbers relative to the segment of each chunk's incoming state, which is 0.
 
     Args:
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      padding: steps to append, so that T becomes a multiple of size; they go on with the last segment.
+      padding: steps to append to make T a multiple of size; they continue the last segment.
     """
     if segments is None:
         return None
@@ -65,20 +65,20 @@ def number_within_chunks(segments: Array | None, padding: int, size: int) -> Arr
 
 
 class Packing(NamedTuple):
-    """Who sees whom where a chunk holds parts of several segments."""
+    """Masks for a chunk with parts of several segments."""
 
     same: Array
-    """[..., C, C]: two steps lie in one segment."""
+    """[..., C, C]: two steps are in the same segment."""
     reads: Array
-    """[..., C, 1]: a step lies in the segment of the chunk's incoming state."""
+    """[..., C, 1]: a step is in the segment of the incoming state."""
     writes: Array
-    """[..., C, 1]: a step lies in the segment of the state that leaves."""
+    """[..., C, 1]: a step is in the segment of the outgoing state."""
     keeps: Array
-    """[..., 1, 1]: both states lie in one segment."""
+    """[..., 1, 1]: both states are in the same segment."""
 
 
 def packing(within: Array) -> Packing:
-    """Packing of a chunk whose segment numbers, as `number_within_chunks` counts them, are [..., C, 1]."""
+    """Masks of a chunk from its segment numbers [..., C, 1] (`number_within_chunks`)."""
     last = jnp.max(within, axis=-2, keepdims=True)
     return Packing(within == transpose(within), within == 0, within == last, last == 0)
 
@@ -89,10 +89,10 @@ or None, whether a step counts [B or 1, 1, C, 1] or None) -> (next state, y [B, 
 
 
 class Recomputing:
-    """An operator over whole chunks that stores only their first states; backwards, each chunk is run again.
+    """An operator over whole chunks that stores only each chunk's initial state; the backward pass recomputes the rest.
 
-    The arrays over time are [B, T, H, ...], those per head [H, N]. Constants, which have no gradients: segment numbers
-    from `number_within_chunks` [B, T] or None, and whether a step counts [B or 1, T] or None.
+    Arrays over time are [B, T, H, ...], those per head [H, N]. Constants, without gradients, are segment numbers from
+    `number_within_chunks` [B, T] or None, and whether a step counts [B or 1, T] or None.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class Recomputing:
 
         Args:
           size: steps in a chunk.
-          chunk: right for any inputs.
-          chunk_if_weak: faster, where it applies.
-          is_weak: (over time, per head) -> whether it does, a scalar; asked once for the whole sequence.
+          chunk: valid for any inputs.
+          chunk_if_weak: faster, valid for weak decays.
+          is_weak: (over time, per head) -> whether all decays are weak, a scalar; called once per sequence.
         """
         self._size = size
         self._chunk = chunk
@@ -122,7 +122,7 @@ class Recomputing:
         ]
 
     def _loop(self, inputs: tuple[Any, Any], body: Callable[[ChunkFunction], Any], carry: Any) -> Any:
-        """Goes through all chunks with one of the two chunk functions; the loop of the other has no turns."""
+        """Loops over all chunks with one of the two chunk functions; the loop of the other runs zero times."""
         count = inputs[0][0].shape[1] // self._size
         if_weak = jnp.where(self._is_weak(*inputs), count, 0)
         carry = lax.fori_loop(0, if_weak, body(self._chunk_if_weak), carry)
@@ -159,7 +159,7 @@ class Recomputing:
     def forward_with_residuals(
         self, constants: Any, over_time: Any, per_head: Any, state: Array
     ) -> tuple[tuple[Array, Array], Array]:
-        """Also the state at the start of each chunk, [T / C, B, H, M, N]."""
+        """Also the initial state of each chunk, [T / C, B, H, M, N]."""
         return checkpoint_name(self._forward(True, constants, over_time, per_head, state), "wkv")
 
     def backward(
@@ -169,7 +169,7 @@ class Recomputing:
         trace: Array,
         cotangents: tuple[Array, Array],
     ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
-        """JAX's derivative of each chunk, last chunk first."""
+        """JAX's vector-Jacobian product of each chunk, last chunk first."""
         over_time, per_head, state = inputs
         dy, dstate = cotangents
         dtype, last = state.dtype, over_time[0].shape[1] // self._size - 1

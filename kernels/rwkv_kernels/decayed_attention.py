@@ -1,24 +1,24 @@
-"""One chunk of WKV-5 and WKV-6: attention whose scores decay channel by channel, exact for any decay.
+"""One chunk of WKV-5 and WKV-6: linear attention with a decay per channel, exact for any decay.
 
 With y_t = (S_{t-1} + v_t (u k_t)^T) r_t and S_t = S_{t-1} diag(w_t) + v_t k_t^T, a chunk of C steps is
 
     Y = (r e^{before}) S^T + A V                 S_end = S diag(e^{total}) + V^T (k e^{after})
     A_ij = sum_n r_in k_jn e^{log w_{j+1} + ... + log w_{i-1}}  (j < i)        A_ii = r_i (u k_i)
 
-where before_t and after_t are the sums of log w over the chunk's steps before and after t. A factor e^{c_i} e^{-c_j}
-for every pair, which would make A one product, overflows when decays are strong. Here A is built by doubling: among
-blocks of s steps, the pairs with i in an odd block and j in the even block just before it have
+where before_t and after_t are the sums of log w over the chunk's steps before and after t. With factors
+e^{c_i} e^{-c_j}, A would be one matrix product, but strong decays overflow. Here A is built by doubling: among blocks
+of s steps, the pairs with i in an odd block and j in the even block just before it have
 
     A_ij = (r_i e^{sum within i's block before i}) (k_j e^{sum within j's block after j})^T
 
-whose exponents are never positive. Every pair is met at exactly one s of 1, 2, 4, ..., C/2, so log2 C masked products
-give all of A, and each exponent is a sum of at most C logarithms rather than a difference of longer ones.
+whose exponents are never positive. Every pair belongs to exactly one s of 1, 2, 4, ..., C/2, so log2 C masked products
+give all of A, and each exponent is a sum of at most C logarithms, not a difference of longer sums.
 
-Everything is written on the last two axes and without slices, gathers or constants, so that the same lines run under
-XLA ([B, H, C, N]) and within Pallas kernels ([C, N]).
+Only the last two axes matter, and there are no slices, gathers or array constants, so the same code runs in XLA
+([B, H, C, N]) and in Pallas kernels ([C, N]).
 
-Sources: RWKV-5 and 6 (arXiv 2404.05892); gated linear attention (arXiv 2312.06635) for the trouble with factors and
-sub-blocks as the way out.
+Sources: RWKV-5 and 6 (arXiv 2404.05892); gated linear attention (arXiv 2312.06635) for the overflow and for sub-blocks
+as the remedy.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from rwkv_kernels.gauge import middle_gauge
 from rwkv_kernels.products import Products
 
 LARGEST_EXPONENT = 20.0
-"""Half a chunk's sum of log w up to which the gauge serves; e^x has a relative error of about x times that of x."""
+"""Limit of |sum of log w| over half a chunk for the gauge; e^x has about x times the relative error of x."""
 
 _SMALLEST_LOG = -1e4
-"""e to this is 0 in every dtype; -inf would make NaN of a sum written as a product."""
+"""e to this power is 0 in every dtype; -inf would give NaN in sums written as matrix products."""
 
 
 AttentionChunk = Callable[[Products, Array, Array, Array, Array, Array, Array, Packing | None], tuple[Array, Array]]
@@ -49,7 +49,7 @@ def _indices(size: int) -> tuple[Array, Array]:
 
 
 def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
-    """A below its diagonal, [..., C, C]; zero elsewhere and between segments."""
+    """A below the diagonal, [..., C, C]; zero elsewhere and between segments."""
     size = r.shape[-2]
     row, column = _indices(size)
     scores = jnp.zeros((*r.shape[:-1], size), r.dtype)
@@ -67,7 +67,7 @@ def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: 
 
 
 def _with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
-    """A with its diagonal, what a step reads of its own key."""
+    """A with its diagonal, a step's own contribution."""
     row, column = _indices(r.shape[-2])
     return jnp.where(with_ndim(row == column, scores.ndim), jnp.sum(r * u * k, axis=-1, keepdims=True), scores)
 
@@ -85,7 +85,7 @@ def decayed_attention_chunk(
     """A chunk of WKV-5 or WKV-6.
 
     Args:
-      products: how matrices are multiplied.
+      products: matrix products at some precision.
       state: [..., M, N]; r, k: [..., C, N]; v: [..., C, M], C a power of two; all float32 or float64.
       log_w: [..., C, N]; its leading axes may be 1 or absent where decays do not depend on the row.
       u: [..., 1, N], the bonus of a step's own key.
@@ -118,7 +118,7 @@ def gauged_attention_chunk(
     u: Array,
     packing: Packing | None,
 ) -> tuple[Array, Array]:
-    """As `decayed_attention_chunk`, for decays that `is_weak`: one product gives all of A."""
+    """`decayed_attention_chunk` for weak decays (`is_weak`): one matrix product gives all of A."""
     row, column = _indices(r.shape[-2])
     gauge = middle_gauge(products, log_w, packing)
     queries, keys = r * jnp.exp(gauge.from_middle - log_w), k * jnp.exp(-gauge.from_middle)
@@ -133,7 +133,7 @@ def gauged_attention_chunk(
 
 
 def is_weak(log_w: Array, size: int) -> Array:
-    """Whether the gauge of the middle row costs float32 no more than its own rounding: a scalar.
+    """Whether decays are weak enough for the gauge to lose no float32 precision: a scalar.
 
     Args:
       log_w: [B, T, H, N], T a multiple of size, or [H, N].

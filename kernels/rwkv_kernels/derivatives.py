@@ -1,7 +1,7 @@
-"""Operators with a backward pass of their own that forward-mode differentiation can still pass through.
+"""Hand-written backward passes that still allow forward-mode differentiation, which `jax.custom_vjp` does not.
 
-`jax.custom_vjp` shuts forward mode out. Here the tangent map of an operator is one linear primitive: run, it is JAX's
-own derivative of the plain forward pass; transposed, it is the hand-written backward pass.
+The tangent map of an operator is one linear primitive. Evaluated, it is JAX's derivative of the forward pass;
+transposed, it is the hand-written backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 from rwkv_kernels.arguments import broadcast_varying_axes
 
 Flat = Sequence[jax.Array]
-"""Arrays without structure, as primitives have them."""
+"""A flat sequence of arrays, as primitives take them."""
 
 _linear_p = Primitive("rwkv_linear")
 _linear_p.multiple_results = True
@@ -61,7 +61,7 @@ def _batch(arguments: Flat, axes: Sequence[int | None], *, tangent: Any, cotange
 
 
 def _differentiate(primals: Flat, tangents: Flat, **params: Any) -> tuple[Flat, Flat]:
-    """Derivatives of derivatives: by JAX, through the tangent map."""
+    """Higher derivatives: JAX differentiates the tangent map."""
     tangents = [ad.instantiate_zeros(x) for x in tangents]
     return jax.jvp(lambda *x: _run(*x, **params), tuple(primals), tuple(tangents))
 
@@ -77,17 +77,17 @@ def with_backward(
     forward_with_residuals: Callable[..., tuple[Any, Any]],
     backward: Callable[[Any, Any, Any, Any], tuple],
 ) -> Callable[..., Any]:
-    """A function of trees of floating arrays that is differentiated backwards by hand and forwards by JAX.
+    """A function of trees of floating arrays with a hand-written backward pass; forward mode is JAX's.
 
     Args:
-      forward: (constants, *inputs) -> outputs; JAX must be able to differentiate it forwards. The constants, a tree of
-        arrays, have no gradients.
-      forward_with_residuals: (constants, *inputs) -> (the same outputs, whatever backward needs besides).
+      forward: (constants, *inputs) -> outputs, with forward-mode derivatives. The constants, a tree of arrays, have no
+        gradients.
+      forward_with_residuals: (constants, *inputs) -> (the same outputs, what backward needs).
       backward: (constants, inputs, residuals, cotangents of outputs) -> cotangents of inputs, a tuple.
 
     Returns:
-      The function (constants, *inputs) -> outputs. No argument may be closed over. Under forward mode its outputs are
-      computed a second time together with their tangents.
+      The function (constants, *inputs) -> outputs. It must close over no tracers. Forward mode computes the outputs a
+      second time, with their tangents.
     """
 
     @jax.custom_jvp

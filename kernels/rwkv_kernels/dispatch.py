@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs where, and why another would not."""
+"""Chooses an operator's implementation, and explains the choice."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What an implementation needs to know to say whether it can run."""
+    """What decides whether an implementation can run."""
 
     platform: str
     """`cpu`, `gpu` or `tpu`."""
     shape: tuple[int, int, int, int, int]
-    """B, T, H, N (key size) and M (value size); WKV-4 has C heads of size 1."""
+    """B, T, H, N and M; WKV-4 has C heads of size 1."""
     dtype: str
-    """Dtype in which the recurrence runs: float32 or float64."""
+    """Dtype of the recurrence: float32 or float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,41 +26,41 @@ class Implementation:
     """One way to compute an operator."""
 
     run: Callable[..., tuple[jax.Array, Any]]
-    """The function; its arguments are checked, its state is given, and time is of any length."""
+    """The function; its arguments are checked, its state is never None, T is at least 1."""
     refuses: Callable[[Problem], str | None]
-    """The reason why this problem cannot be run, or None."""
+    """Why a problem cannot be run, or None."""
 
 
 class Operator(Protocol):
-    """What the package needs to know of an operator to explain it."""
+    """What `explain` needs of an operator."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
 
     @property
     def implementations(self) -> Mapping[str, Implementation]:
-        """Every way to compute it, by name."""
+        """All implementations, by name."""
         ...
 
     @property
     def preferred(self) -> Callable[[Problem], tuple[str, ...]]:
-        """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
+        """Names in the order that `implementation=None` tries; docs/operators.md says what was measured where."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What would run a problem, and why the other implementations would not; `str` is for people."""
+    """Which implementation would run, and why others cannot; `str` gives a table."""
 
     operator: str
     problem: Problem
     chosen: str
-    """The implementation that `implementation=None` takes."""
+    """The one that `implementation=None` takes."""
     refusals: Mapping[str, str | None]
-    """For each implementation the reason why it cannot run, or None where it can."""
+    """For each implementation the reason why it cannot run, or None."""
 
     def __str__(self) -> str:
-        """One line an implementation."""
+        """One line per implementation."""
         sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", self.problem.shape, strict=True))
         lines = [f"{self.operator} {sizes} {self.problem.dtype} on {self.problem.platform}:"]
         for name, refusal in self.refusals.items():
@@ -70,7 +70,7 @@ class Explanation:
 
 
 def default_order(problem: Problem) -> tuple[str, ...]:
-    """Names in the order in which `None` tries them, from what was measured on CPUs; kernels run only when named."""
+    """Order that `implementation=None` tries, as measured on CPUs; kernels run only when named."""
     return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
@@ -85,14 +85,14 @@ def choose(
     problem: Problem,
     requested: str | Implementation | None,
 ) -> Implementation:
-    """The implementation that is asked for, or the first preferred one that can run.
+    """The requested implementation, or the first preferred one that can run.
 
     Args:
-      preferred: names in the order to try; an implementation that is not among them runs on request only.
-      requested: a name, None, or an implementation of one's own.
+      preferred: names in the order to try; any other implementation runs on request only.
+      requested: a name, None, or an `Implementation`.
 
     Raises:
-      ValueError: the name is unknown, or that implementation cannot run the problem; nothing else is taken silently.
+      ValueError: an unknown name, or the requested implementation cannot run the problem; there is no fallback.
     """
     if requested is None:
         return implementations[_first_able(implementations, preferred, problem)]
@@ -115,6 +115,6 @@ def _first_able(implementations: Mapping[str, Implementation], preferred: tuple[
 def explain(
     operator: str, implementations: Mapping[str, Implementation], preferred: tuple[str, ...], problem: Problem
 ) -> Explanation:
-    """What would run the problem, and why the others would not."""
+    """Explains which implementation would run the problem, and why others cannot."""
     refusals = {name: implementation.refuses(problem) for name, implementation in implementations.items()}
     return Explanation(operator, problem, _first_able(implementations, preferred, problem), refusals)

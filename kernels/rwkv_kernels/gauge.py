@@ -1,8 +1,8 @@
-"""The gauge of a chunk's middle row, in which decays disappear from products between steps.
+"""Scaling by cumulative decay around a chunk's middle row (a gauge), so that one matrix product gives decayed scores.
 
-Let c_t be the running sum of log w and m its value at the middle row. What reads at step t is scaled by e^{c_t - m},
-what writes by e^{m - c_t}: a product of the two then decays by all steps in between. Exponents grow to half a chunk of
-log w, so this is for decays that are known to be weak enough; where it applies, one product gives all pairs of steps.
+Let c_t be the cumulative sum of log w and m its value at the middle row. Vectors that read at step t are scaled by
+e^{c_t - m} and vectors that write by e^{m - c_t}, so their product decays by all steps in between. Exponents reach half
+a chunk of log w, so decays must be weak enough.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from rwkv_kernels.products import Products
 
 
 class Gauge(NamedTuple):
-    """Sums of log w around the middle row of a chunk."""
+    """Sums of log w relative to the middle row of a chunk."""
 
     from_middle: Array
     """[..., C, N]: c_t - m."""
     entering: Array
-    """[..., 1, N]: m, from the chunk's first state into the gauge."""
+    """[..., 1, N]: m, for the incoming state."""
     leaving: Array
-    """[..., 1, N]: c_C - m, from the gauge to the chunk's last state."""
+    """[..., 1, N]: c_C - m, for the outgoing state."""
 
 
 def middle_gauge(products: Products, log_w: Array, packing: Packing | None) -> Gauge:
-    """Sums of log w [..., C, N] from the middle row outwards: no long sums are subtracted from one another.
+    """Sums of log w [..., C, N] from the middle row outwards, without differences of long sums.
 
-    Where segments begin and end within the chunk, a row's sums go as far as its own segment does: what decays in one
-    segment does not touch another, not even by rounding.
+    With several segments in a chunk, sums end at the borders of a row's segment: segments do not affect each other, not
+    even by rounding.
     """
     size = log_w.shape[-2]
     middle = (size - 1) // 2
@@ -54,7 +54,7 @@ def middle_gauge(products: Products, log_w: Array, packing: Packing | None) -> G
 
 
 def nan_out_of_range(gauge: Gauge) -> Array:
-    """[..., 1, N]: 0, or NaN where a state of size 1 would lose digits to underflow: it would go unnoticed."""
+    """[..., 1, N]: 0, or NaN where a state of size 1 would silently lose digits to underflow."""
     limits = jnp.finfo(gauge.entering.dtype)
     in_range = jnp.minimum(gauge.entering, gauge.leaving) >= -math.log(limits.eps / limits.tiny)
     return jnp.where(in_range, 0, jnp.nan)

@@ -1,4 +1,4 @@
-"""What stands before the implementations of WKV-5, 6 and 7, whose state is a matrix a head: checks, packing, choice."""
+"""Front end of WKV-5, 6 and 7, whose state is a matrix per head: argument checks, packing, choice of implementation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_kernels.precision import Precision, check_precision
 def _run(
     chosen: dispatch.Implementation, inputs: dict[str, Array], state: Array, options: dict[str, Any]
 ) -> tuple[Array, Array]:
-    """An implementation on arguments that all vary over the same mesh axes."""
+    """Runs an implementation on arguments that all vary over the same mesh axes."""
     precision = options["precision"]
     arrays, state, rest = arguments.broadcast_varying_axes(tuple(inputs.values()), state, options | {"precision": None})
     return chosen.run(*arrays, state, **rest | {"precision": precision})
@@ -30,22 +30,22 @@ class MatrixOperator:
 
     name: str
     axes: Mapping[str, str]
-    """Arguments in order, each with its axes: "B T H N", "B T H M" or "H N"."""
+    """Axes of the arguments, in order: "B T H N", "B T H M" or "H N"."""
     step: Callable[..., tuple[Array, Array]]
     """(state, *arguments of one token in the state's dtype) -> (state, y)."""
     implementations: Mapping[str, dispatch.Implementation]
-    """Every way to compute it, by name."""
+    """All implementations, by name."""
     preferred: Callable[[dispatch.Problem], tuple[str, ...]]
-    """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
+    """Names in the order that `implementation=None` tries; docs/operators.md says what was measured where."""
     algebra: pieces.Algebra
-    """How its transitions act on states."""
+    """Operations on its state transitions."""
     affine_map: Callable[..., pieces.AffineMap]
-    """(run, silenced inputs by name, a state, segments, lengths) -> what these steps do to a state."""
+    """(run, inputs by name, a state, segments, lengths) -> the affine map of these steps."""
 
     def _prepare(
         self, inputs: dict[str, Any], state: Any, axis_t: str, validate: bool | None = None
     ) -> tuple[dict[str, Array], Array]:
-        """Checked arguments, and the initial state in the dtype of the recurrence."""
+        """Checked arguments, and the initial state in the recurrence's dtype."""
         inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
         axes = {name: letters.replace("T ", axis_t) for name, letters in self.axes.items()}
         sizes: dict[str, int] = {}
@@ -53,7 +53,7 @@ class MatrixOperator:
             arguments.check_axes(name, inputs[name], axes[name])
             sizes = dict(zip(axes[name].split(), inputs[name].shape, strict=True)) | sizes
         for name, letters in axes.items():
-            if letters == "H N" and inputs[name].shape == (sizes["H"], 1):  # one value for all of a head
+            if letters == "H N" and inputs[name].shape == (sizes["H"], 1):  # one value per head
                 inputs[name] = jnp.broadcast_to(inputs[name], (sizes["H"], sizes["N"]))
         expected = {name: (letters, tuple(sizes[x] for x in letters.split())) for name, letters in axes.items()}
         arguments.check_inputs(inputs, expected)
@@ -75,10 +75,10 @@ class MatrixOperator:
         return dispatch.choose(self.name, self.implementations, self.preferred(problem), problem, implementation)
 
     def _silence(self, inputs: dict[str, Array], lengths: Array | None) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Inputs that are zero beyond lengths, and what implementations must still be told of lengths."""
+        """Inputs zeroed beyond lengths, and `lengths` for implementations that still need it."""
         over_time = {name: x for name, x in inputs.items() if "T" in self.axes[name]}
         silenced = inputs | dict(zip(over_time, arguments.silence(tuple(over_time.values()), lengths), strict=True))
-        # A decay that is the same at every step cannot be silenced by zeros.
+        # A decay that does not depend on the step cannot be zeroed.
         return silenced, {} if "log_w" in over_time else {"lengths": lengths}
 
     def run(
@@ -115,9 +115,9 @@ class MatrixOperator:
         implementation: str | dispatch.Implementation | None,
         precision: Precision,
     ) -> tuple[Array, Array]:
-        """The operator over a sequence whose time is split over a mesh axis, within `shard_map`.
+        """The operator over a sequence whose time is split over a mesh axis, inside `shard_map`.
 
-        Each shard finds the affine map of its own steps, gathers those of all, and runs from the state that enters it.
+        Each shard computes the affine map of its steps, all-gathers the maps, and runs from its incoming state.
 
         Args:
           inputs: this shard's steps; state: of the whole sequence, the same on every shard of the axis.
@@ -135,7 +135,7 @@ class MatrixOperator:
         segments = sharded.segments_of_this_shard(segment_ids, lengths, batch, time, axis_name)
         silenced, options = self._silence(inputs, lengths)
         options |= {"segments": segments, "precision": precision}
-        # So that the gradients of the two runs are added before they are rounded.
+        # In the state's dtype, so that the gradients of the two runs are summed before they are rounded.
         silenced = {name: x.astype(state.dtype) for name, x in silenced.items()}
         run = functools.partial(_run, chosen, options=options)
         piece = self.affine_map(run, silenced, state, segments, lengths)

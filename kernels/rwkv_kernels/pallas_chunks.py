@@ -1,9 +1,9 @@
 """Runs an operator's chunk function as a Pallas kernel: on NVIDIA through Triton, on TPU through Mosaic.
 
-One program goes through the chunks of one head of one row, with the state in registers or VMEM. Backwards it goes the
-other way: only the state at each chunk's start was stored, and JAX's derivative of the chunk function, taken while the
-kernel is traced, does the rest. Both backends get the operator's mathematics from the same chunk function, written on
-[C, N] tiles; what differs is how time is cut up and where the state lives.
+One program loops over the chunks of one head of one row, with the state in registers or VMEM. The backward kernel loops
+in reverse from the stored state at each chunk's start, with JAX's derivative of the chunk function, taken while the
+kernel is traced. Both backends share the chunk function, written for [C, N] tiles; they differ in how time is split
+into blocks and where the state is kept.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
 
 MakeChunk = Callable[[Products], ChunkFunction]
-"""From products to the chunk function of an operator."""
+"""(products) -> chunk function of an operator."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An operator's chunk function with what a backend needs to run it."""
+    """An operator's chunk function and launch parameters."""
 
     name: str
     chunk: MakeChunk
     chunk_size: int
-    """Steps in a chunk, a power of two from 16."""
+    """Steps in a chunk, a power of two, at least 16."""
     num_warps: int = 4
-    """Triton only: warps a program, forward."""
+    """Triton only: warps per program, forward."""
     num_warps_backward: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """One operator on one backend, for arrays whose time is a whole number of chunks."""
+    """An operator on a backend, for arrays whose T is a multiple of the chunk size."""
 
     kernel: Kernel
     products: Products
@@ -60,13 +60,13 @@ class _Call:
         return lambda state, over_time, per_head: chunk(state, over_time, per_head, *constants)
 
     def chunk(self, state: Array, over_time: Any, per_head: Any, constants: Any) -> tuple[Array, Array]:
-        """The chunk's last state and its y."""
+        """The chunk's final state and its y."""
         return products.without_rules(self._chunk(constants))(state, over_time, per_head)
 
     def chunk_backward(
         self, state: Array, over_time: Any, per_head: Any, constants: Any, dstate: Array, dy: Array
     ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-        """Cotangents of the chunk's first state, of its arrays over time and of those per head."""
+        """Cotangents of the chunk's initial state, its arrays over time and those per head."""
         _, pull_back = jax.vjp(self._chunk(constants), state, over_time, per_head)
         return pull_back((dstate, dy))
 
@@ -105,7 +105,7 @@ def _triton_call(
     inputs: Sequence[tuple[Array, str]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, str]],
 ) -> Any:
-    """A grid of one program a row and head; each array comes as the part of it that its kind says.
+    """Calls a kernel on a grid with one program per row and head; an array's kind says which block a program gets.
 
     Kinds: `time` [B, T, H, N] -> [T, N]; `steps` [B, T] -> [T]; `head` [H, N] -> [N]; `state` [B, H, ...] -> [...].
     """
@@ -137,7 +137,7 @@ def _with_kind(xs: Sequence[Array | None], kind: str) -> list[tuple[Array, str]]
 
 
 def _take_constants(constants: Sequence[Array | None], loaded: Sequence[Array]) -> list[Array | None]:
-    """Loaded segment numbers and activity in the places of those that are given."""
+    """Loads segment numbers and activity, where given."""
     remaining = iter(loaded)
     return [None if x is None else next(remaining) for x in constants]
 
@@ -231,7 +231,7 @@ def _tpu_call(
     *,
     backwards: bool,
 ) -> Any:
-    """A grid of rows, heads and, in order, chunks; each array comes as the part of it that its kind says.
+    """Calls a kernel on a grid of rows, heads and sequential chunks; an array's kind says which block a program gets.
 
     Kinds: `time` [B, H, T, N] -> [C, N]; `steps` [B, T, 1] -> [C, 1]; `head` [H, 1, N] -> [1, N];
     `state` [B, H, ...] -> [...]; `trace` [B, H, T / C, M, N] -> [M, N].
@@ -362,15 +362,15 @@ def _tpu_backward(
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """How chunk functions run on one kind of device."""
+    """Runs chunk functions on one kind of device."""
 
     forward: Callable[..., Any]
     backward: Callable[..., tuple[list[Array], list[Array], Array]]
     products: Callable[[Precision], Products]
     smallest_size: int
-    """Head sizes are padded to a power of two from this; 1 leaves them as they are."""
+    """Head sizes are padded to a power of two of at least this; 1 means no padding."""
     cannot_load: tuple[str, ...] = ()
-    """Dtypes that kernels cannot read; such arrays become float32 before."""
+    """Dtypes that kernels cannot load; such arrays are cast to float32 first."""
 
 
 TRITON = Backend(_triton_forward, _triton_backward, products.triton, smallest_size=16)
@@ -426,16 +426,16 @@ def run(
     interpret: bool,
     with_products: Products | None = None,
 ) -> tuple[Array, Array]:
-    """An operator over a sequence by a Pallas kernel.
+    """Runs an operator over a sequence by a Pallas kernel.
 
     Args:
-      over_time: [B, T, H, N] or [B, T, H, M], floating; steps of zeros must change nothing but a fixed decay.
+      over_time: [B, T, H, N] or [B, T, H, M], floating; zeros must not change the state, except by a fixed decay.
       per_head: [H, N].
       state: float32 [B, H, M, N].
-      segments, lengths: as `matrix_operator` hands them to implementations.
-      fixed_decay: the decay does not depend on the token, so that steps which do not count must be marked.
-      interpret: run by XLA on any machine, slowly, for tests.
-      with_products: other products than the backend's; without them, an interpreted kernel multiplies in float32.
+      segments, lengths: as `matrix_operator` passes them to implementations.
+      fixed_decay: the decay does not depend on the token, so steps beyond a length must be masked.
+      interpret: Pallas' interpret mode: on any machine, slowly, for tests.
+      with_products: replaces the backend's matmuls; by default, `full` is float32 in interpret mode.
 
     Returns:
       y [B, T, H, M] and the final state [B, H, M, N], float32.

@@ -1,10 +1,10 @@
-"""A sequence in pieces: each piece is an affine map of the state, and maps can be joined before any state is known.
+"""State passing between pieces of a sequence, each of which is an affine map of the state.
 
-Over a piece WKV-6 does S -> S diag(g) + Q, and WKV-7 does S -> S P + Q with a matrix P. Joining maps is associative, so
-the states at the starts of all pieces come from a prefix over maps, and every piece then runs by itself. Pieces are
-chunks of one device's sequence (`associative_scan`) or the shards of a mesh axis (sharded.py).
+Over a piece WKV-6 maps S to S diag(g) + Q, and WKV-7 maps S to S P + Q with a matrix P. Composition is associative, so
+a prefix scan over the maps gives the states at the starts of all pieces, which then run in parallel. Pieces are chunks
+of one device's sequence (`associative_scan`) or the shards of a mesh axis (sharded.py).
 
-Sources: Blelloch (1990) for prefixes over recurrences; RWKV-7 (arXiv 2503.14456), whose transition is the matrix
+Sources: Blelloch (1990) for prefix scans over recurrences; RWKV-7 (arXiv 2503.14456), whose transition is the matrix
 diag(w) + a b^T.
 """
 
@@ -25,17 +25,17 @@ State = Any
 
 
 class AffineMap(NamedTuple):
-    """What a piece does to the state that enters it."""
+    """The map that a piece applies to its incoming state."""
 
     transition: Array
-    """What becomes of the old state: [..., H, 1, N] for a diagonal, [..., H, N, N] for a matrix, [..., C] for WKV-4's
-    logarithm of it."""
+    """The linear part: [..., H, 1, N] for a diagonal, [..., H, N, N] for a matrix, [..., C] for the log of WKV-4's
+    decay."""
     contribution: State
-    """The state that the piece makes of the empty one."""
+    """The constant part: the piece's final state from the empty state."""
 
 
 class Algebra(NamedTuple):
-    """How an operator's transitions act."""
+    """Operations on an operator's transitions."""
 
     advance: Callable[[State, Array], State]
     """(state, transition) -> state."""
@@ -64,12 +64,12 @@ MATRIX = Algebra(advance=_matmul, compose=_matmul, add=_add)
 
 
 def apply(algebra: Algebra, piece: AffineMap, state: State) -> State:
-    """The state after a piece."""
+    """The state after a piece, from the state before it."""
     return algebra.add(algebra.advance(state, piece.transition), piece.contribution)
 
 
 def join(algebra: Algebra, first: AffineMap, second: AffineMap) -> AffineMap:
-    """The map of two pieces, one after the other."""
+    """The composition of two consecutive pieces' maps."""
     return AffineMap(algebra.compose(first.transition, second.transition), apply(algebra, second, first.contribution))
 
 
@@ -84,7 +84,7 @@ def diagonal_map(run: Run, total_log_decay: Array, state: Array, segments: Array
       run: state -> (y, state) over the piece.
       total_log_decay: [B or 1, H, N], the sum of log w over its steps.
       state: any state of the right shape and dtype, [B, H, M, N].
-      segments: [B, T] or None; a piece in which a segment starts forgets the old state.
+      segments: [B, T] or None; in a piece where a segment starts, the linear part is 0.
     """
     transition = jnp.exp(total_log_decay)[:, :, None, :]
     if segments is not None:
@@ -93,7 +93,7 @@ def diagonal_map(run: Run, total_log_decay: Array, state: Array, segments: Array
 
 
 def matrix_map(run: Run, v: Array, state: Array) -> AffineMap:
-    """The map of a piece of WKV-7: its rows of the state do not mix, so one run on [0; I] gives both parts.
+    """The map of a piece of WKV-7; the state's rows are independent, so one run from [0; I] gives both parts.
 
     Args:
       run: (v, state) -> (y, state) over the piece.
@@ -109,21 +109,20 @@ def matrix_map(run: Run, v: Array, state: Array) -> AffineMap:
 
 
 class Folded(NamedTuple):
-    """A sequence whose pieces lie along the batch axis: row b's piece i is row b * n + i."""
+    """A sequence cut into pieces along the batch axis: piece i of row b is row b * n + i."""
 
     over_time: tuple[Array, ...]
     """[B * n, C, ...]."""
     segments: Array | None
-    """[B * n, C], each counted from the segment of the state that enters the piece."""
+    """[B * n, C], relative to the segment of the piece's incoming state."""
     count: int
-    """n."""
+    """n, pieces per row."""
 
 
 def fold(over_time: tuple[Array, ...], segments: Array | None, size: int, dtype: jnp.dtype) -> Folded:
-    """Cuts [B, T, ...] into pieces of `size` steps; steps of zeros fill the last one.
+    """Cuts [B, T, ...] into pieces of `size` steps, the last one padded with zeros.
 
-    Everything comes in the dtype of the recurrence, so that gradients of the two runs over it are added before they are
-    rounded.
+    Casts to the recurrence's dtype, so that gradients of the two runs over it are summed before they are rounded.
     """
     batch, time = over_time[0].shape[:2]
     padding = -time % size
@@ -134,10 +133,10 @@ def fold(over_time: tuple[Array, ...], segments: Array | None, size: int, dtype:
 
 
 def states_at_starts(algebra: Algebra, pieces: AffineMap, state: State, count: int) -> tuple[State, State]:
-    """The states that enter each piece, and the one that leaves the last.
+    """The incoming state of every piece, and the final state.
 
     Args:
-      pieces: maps of the pieces of `fold`, [B * n, ...].
+      pieces: maps of the pieces from `fold`, [B * n, ...].
       state: the initial state, [B, ...].
       count: n.
 
@@ -158,5 +157,5 @@ def states_at_starts(algebra: Algebra, pieces: AffineMap, state: State, count: i
 
 
 def unfold(y: Array, count: int, time: int) -> Array:
-    """Puts the pieces of y, [B * n, C, ...], together again: [B, T, ...]."""
+    """Inverse of `fold`: y [B * n, C, ...] -> [B, T, ...]."""
     return y.reshape(y.shape[0] // count, count * y.shape[1], *y.shape[2:])[:, :time]

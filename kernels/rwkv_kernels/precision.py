@@ -1,4 +1,4 @@
-"""How exact matrix products are, where the hardware offers a choice."""
+"""Precisions of matrix products."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from jax import lax
 
 Precision = Literal["full", "default", "fast"]
-"""Arithmetic of the products inside an operator; sums, decays and states are float32 whatever it is.
+"""Precision of the matrix products inside an operator; sums, decays and states are always float32.
 
-    full     as exact as float32: bfloat16 six times
-    default  TF32 (NVIDIA), bfloat16 three times (TPU)
+    full     as exact as float32: six passes of bfloat16
+    default  TF32 (NVIDIA), three passes of bfloat16 (TPU)
     fast     bfloat16
 
 A CPU has float32 only, and uses it for all three. docs/errors.md has the error of each.
@@ -21,14 +21,14 @@ XLA: dict[Precision, lax.Precision] = {
     "default": lax.Precision.HIGH,
     "fast": lax.Precision.DEFAULT,
 }
-"""What each means to XLA; on NVIDIA it has nothing below TF32 for float32 operands, so `fast` is `default` there."""
+"""XLA's precision for each; on NVIDIA it has none below TF32 for float32 operands, so `fast` is `default` there."""
 
 
 def check_precision(precision: str) -> None:
-    """Refuses a word that is no precision.
+    """Checks that this is a `Precision`.
 
     Raises:
-      ValueError: naming it and the choices.
+      ValueError: it is not.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision = {precision!r}: must be one of {', '.join(get_args(Precision))}")

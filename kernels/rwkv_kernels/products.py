@@ -1,7 +1,7 @@
-"""Matrix products as chunks and kernels take them: x y, x y^T and x^T y, in an arithmetic that the caller chooses.
+"""Matmuls (NN, NT, TN) used inside a chunk, at a precision chosen by the caller.
 
-The derivative of each product is made of the other two, in the same arithmetic: left to JAX, a product of bfloat16
-operands would be differentiated by one of mixed dtypes, which the kernel backends do not have.
+Each one's derivative is written with the other two at the same precision: JAX would differentiate a product of bfloat16
+operands by products of mixed dtypes, which the kernel backends do not have.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from jax import Array, lax
 from rwkv_kernels.precision import XLA, Precision
 
 Form = Literal["nn", "nt", "tn"]
-"""Which side is transposed."""
+"""Which operand is transposed: none, the right one, the left one."""
 
 Multiply = Callable[[Array, Array, Form], Array]
 """(x, y, form) -> their product over the last two axes, in float32 (float64 stays float64)."""
 
 
 class Products(NamedTuple):
-    """The products of a chunk."""
+    """Matmuls inside a chunk."""
 
     multiply: Multiply
-    """For vectors, scores and states: in the precision that was asked for."""
+    """For vectors, scores and states, at the requested precision."""
     add_up: Multiply
-    """For sums of logarithms, written as products with 0, 1 and -1: as exact as float32 whatever the precision."""
+    """For sums of logarithms, written as matmuls with 0, 1 and -1: always as exact as float32."""
 
     def nn(self, x: Array, y: Array) -> Array:
         """x y."""
@@ -44,14 +44,14 @@ class Products(NamedTuple):
         return self.multiply(x, y, "tn")
 
     def sums(self, terms: Array, x: Array) -> Array:
-        """terms x, where terms [..., I, C] says which rows of x [..., C, N] are added up, and with which sign."""
+        """terms x, where terms [..., I, C] of 0, 1 and -1 select the rows of x [..., C, N] to sum, with their signs."""
         leading = jnp.broadcast_shapes(terms.shape[:-2], x.shape[:-2])
         terms = jnp.broadcast_to(terms.astype(x.dtype), (*leading, *terms.shape[-2:]))
         return self.add_up(terms, jnp.broadcast_to(x, (*leading, *x.shape[-2:])), "nn")
 
 
 def plain(precision: lax.PrecisionLike) -> Multiply:
-    """Products by XLA, which JAX differentiates."""
+    """Matmuls by XLA, differentiated by JAX."""
 
     def multiply(x: Array, y: Array, form: Form) -> Array:
         x = x.swapaxes(-1, -2) if form == "tn" else x
@@ -62,12 +62,12 @@ def plain(precision: lax.PrecisionLike) -> Multiply:
 
 
 def xla(precision: Precision) -> Products:
-    """Products for the chunked forms."""
+    """Matmuls of the chunked forms."""
     return Products(plain(XLA[precision]), plain(lax.Precision.HIGHEST))
 
 
 def _dot(x: Array, y: Array, form: Form, precision: lax.PrecisionLike) -> Array:
-    """The product of two matrices as one `dot_general`, whose sides kernels need not transpose themselves."""
+    """The product of two matrices as one `dot_general`, without explicit transposes."""
     contracted = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[form]
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -83,10 +83,10 @@ def _kernel_multiply(precision: lax.PrecisionLike, half: bool) -> Multiply:
 
 
 def triton(precision: Precision) -> Products:
-    """Products of 2-D float32 tiles on NVIDIA tensor cores: bfloat16 six times, TF32, bfloat16.
+    """Matmuls of 2-D float32 tiles on NVIDIA tensor cores: six passes of bfloat16, TF32, or bfloat16.
 
-    TF32 three times takes as many steps of the tensor core as bfloat16 six times, and its operands a third more
-    registers, which is what the kernels run out of.
+    Three passes of TF32 take as many tensor-core operations as six of bfloat16, and a third more registers, which are
+    what the kernels run out of.
     """
     preset = lax.DotAlgorithmPreset
     chosen = preset.BF16_BF16_F32_X6 if precision == "full" else preset.TF32_TF32_F32
@@ -94,7 +94,7 @@ def triton(precision: Precision) -> Products:
 
 
 def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
-    """The product of float32 matrices by their leading and next bfloat16 parts; Mosaic has no word for it."""
+    """Three-pass bfloat16 product of float32 matrices, which Mosaic does not have as a precision."""
 
     def split(x: Array) -> tuple[Array, Array]:
         leading = x.astype(jnp.bfloat16)
@@ -105,17 +105,17 @@ def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
 
 
 def mosaic_tpu(precision: Precision) -> Products:
-    """Products of 2-D float32 tiles on a TPU's matrix unit: bfloat16 six times, three times, once."""
+    """Matmuls of 2-D float32 tiles on a TPU's matrix unit: six, three or one pass of bfloat16."""
     exact = _kernel_multiply(lax.Precision.HIGHEST, False)
     lesser = {"default": _with_own_derivative(_three_bfloat16), "fast": _kernel_multiply(None, True)}
     return Products(lesser.get(precision, exact), _kernel_sums)
 
 
 def _sums_in_parts(terms: Array, x: Array, form: Form) -> Array:
-    """terms x or terms^T x for terms that bfloat16 holds and x in float32, as exact as float32: x in three parts.
+    """terms x or terms^T x as exact as float32, where terms are exact in bfloat16; x is split in three bfloat16 parts.
 
-    Half the products of what serves for any two matrices, and operands of a quarter of the size: a kernel's masks stay
-    in registers through all its chunks.
+    Takes half the passes of a general float32 product, and masks take a quarter of the registers in which kernels keep
+    them through all chunks.
     """
     parts: list[Array] = []
     for _ in range(3):
@@ -141,17 +141,17 @@ Rounding = Literal["tf32", "bfloat16"]
 
 
 def _round(x: Array, rounding: Rounding) -> Array:
-    """The nearest number that a tensor core's operand holds."""
+    """Rounds to the precision of a tensor core's operands."""
     mantissa_bits = {"tf32": 10, "bfloat16": 7}[rounding]
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=mantissa_bits)
 
 
 def emulated(rounding: Rounding, terms: int) -> Multiply:
-    """Products as tensor cores compute them from operands split into rounded parts, on a machine that has none.
+    """Emulates tensor-core matmuls of operands split into rounded parts.
 
     Args:
-      rounding: of each part of an operand.
-      terms: products of parts that are added, largest first: 1, 3 (two parts) or 6 (three parts).
+      rounding: of each part.
+      terms: number of products of parts: 1 (one part), 3 (two parts) or 6 (three parts).
     """
     parts = {1: 1, 3: 2, 6: 3}[terms]
 
@@ -171,16 +171,16 @@ def emulated(rounding: Rounding, terms: int) -> Multiply:
 
 
 def interpreted(precision: Precision) -> Products:
-    """Products of a kernel that XLA interprets: float32, or what an NVIDIA tensor core makes of lesser precisions."""
+    """Matmuls of a kernel in interpret mode: float32, or emulated tensor cores for `default` and `fast`."""
     exact = _kernel_multiply(lax.Precision.HIGHEST, False)
     lesser = {"default": emulated("tf32", 1), "fast": emulated("bfloat16", 1)}
     return Products(lesser.get(precision, exact), exact)
 
 
 def without_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function in operations without a derivative of their own, which Triton's lowering does not know.
+    """The same function without `custom_vjp` calls, which Triton's lowering does not support.
 
-    To differentiate replaces functions that have one by what they are made of; compilers drop the rest of it.
+    Taking the vjp inlines them; compilers drop the unused residuals.
     """
     return lambda *arguments: jax.vjp(function, *arguments)[0]
 

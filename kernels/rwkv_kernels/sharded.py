@@ -1,4 +1,4 @@
-"""Time split over a mesh axis: what shards of one sequence tell each other, within `jax.shard_map`."""
+"""Communication between the shards of a sequence whose time is split over a mesh axis, inside `jax.shard_map`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ State = Any
 
 
 def from_previous_shard(x: Array, axis_name: str) -> Array:
-    """What the shard before has: the halo of a token shift, or of segment ids; zeros on the first shard.
+    """The previous shard's x (the halo of a token shift or of segment ids); zeros on the first shard.
 
     Args:
-      x: any array, for a token shift [B, 1, C], a shard's last token.
+      x: any array; for a token shift a shard's last token, [B, 1, C].
       axis_name: the mesh axis over which time is split.
     """
     count = lax.axis_size(axis_name)
@@ -26,14 +26,14 @@ def from_previous_shard(x: Array, axis_name: str) -> Array:
 
 
 def lengths_of_this_shard(lengths: Array | None, time: int, axis_name: str) -> Array | None:
-    """How many of a shard's steps lie within each row's length, where a mesh axis splits time into shards of `time`."""
+    """Number of this shard's `time` steps that are within each row's length."""
     return None if lengths is None else jnp.clip(lengths - lax.axis_index(axis_name) * time, 0, time)
 
 
 def segments_of_this_shard(
     segment_ids: Array | None, lengths: Array | None, batch: int, time: int, axis_name: str
 ) -> Array | None:
-    """As `number_segments`, for steps that go on with those of the shard before; segment 0 is where that one ended.
+    """`number_segments` for this shard's steps; segment 0 continues the previous shard's last one.
 
     Args:
       lengths: of this shard's steps.
@@ -47,13 +47,13 @@ def segments_of_this_shard(
 
 
 def state_of_shard(algebra: pieces.Algebra, piece: pieces.AffineMap, state: State, axis_name: str) -> State:
-    """The state that enters this shard, within `shard_map`.
+    """The incoming state of this shard.
 
-    Every shard gathers the maps of all, which are small beside the sequence, and folds those before its own.
+    All-gathers the maps of all shards, which are small beside the sequence, and applies those before this one.
 
     Args:
       piece: the map of this shard's steps.
-      state: the state that enters the first shard.
+      state: the first shard's incoming state.
       axis_name: the mesh axis over which time is split.
     """
     maps = jax.tree.map(lambda x: lax.all_gather(x, axis_name), piece)
@@ -66,6 +66,6 @@ def state_of_shard(algebra: pieces.Algebra, piece: pieces.AffineMap, state: Stat
 
 
 def from_last_shard(state: State, axis_name: str) -> State:
-    """The last shard's value, on all of them."""
+    """Broadcasts the last shard's value to all shards."""
     is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
     return jax.tree.map(lambda x: lax.psum(jnp.where(is_last, x, 0), axis_name), state)

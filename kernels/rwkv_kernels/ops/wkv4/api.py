@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-4 (Dove): arguments checked, an implementation chosen, one token or a sequence."""
+"""The WKV operator of RWKV-4 (Dove): the public functions, for one token or a sequence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_kernels.pallas_chunks import refuse_unless
 
 
 def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
-    # Imported when it runs: it is not to burden those who have no use for it.
+    # Imported when it runs: most users never need it.
     from rwkv_kernels.ops.wkv4.pallas_triton import wkv4_pallas_triton
 
     return wkv4_pallas_triton(*inputs, **options)
@@ -32,13 +32,13 @@ def _pallas_mosaic_tpu(*inputs: Any, **options: Any) -> tuple[Array, State]:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelOperator:
-    """A WKV operator whose state is three numbers a channel."""
+    """A WKV operator with a state of three numbers per channel."""
 
     name: str
     implementations: Mapping[str, dispatch.Implementation]
-    """Every way to compute it, by name."""
+    """All implementations, by name."""
     preferred: Callable[[dispatch.Problem], tuple[str, ...]]
-    """Names in the order in which `None` tries them; docs/operators.md says what was measured where."""
+    """Names in the order that `implementation=None` tries; docs/operators.md says what was measured where."""
 
 
 OPERATOR = ChannelOperator(
@@ -67,7 +67,7 @@ def wkv4(
     implementation: str | dispatch.Implementation | None = None,
     validate: bool | None = None,
 ) -> tuple[Array, State]:
-    """WKV-4 over a sequence: a mean of all values so far, weighted by e^key and by a decay per channel and step.
+    """WKV-4 over a sequence: a mean of all values so far, weighted by e^key and a decay per channel.
 
     RWKV-4 (arXiv 2305.13048): y_t = (A_t + e^{u + k_t} v_t) / (B_t + e^{u + k_t}), then A <- w A + e^k v and
     B <- w B + e^k. The state holds A and B over a common e^max_exponent, and nothing overflows whatever k is.
@@ -78,12 +78,12 @@ def wkv4(
       k, v: [B, T, C], float16, bfloat16, float32 or float64, T from 1.
       state: (numerator, denominator, max_exponent), each [B, C], float32 or float64; None is the empty state, which is
         (0, 0, -1e38).
-      segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
-        row continues `state`.
+      segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
+        continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
-      validate: whether values of log_w are checked, outside jit: None does so where nothing has to be copied from an
-        accelerator, True always, False never.
+      implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
+        True always, False never.
 
     Returns:
       y [B, T, C] in v's dtype, and the final state, float32 (float64 where an input is). Both are differentiable in
@@ -91,8 +91,8 @@ def wkv4(
       may depend on numerator * e^max_exponent and denominator * e^max_exponent only.
 
     Raises:
-      ValueError: shapes, dtypes or a state that do not go together, a log_w above 0 or lengths outside 0 to T (where
-        values are at hand), an unknown implementation or one that cannot run here.
+      ValueError: shapes, dtypes or a state that do not go together, a log_w above 0 or lengths outside 0 to T (if
+        values are known), an unknown implementation or one that cannot run here.
     """
     inputs, state = _prepare(log_w, u, k, v, state, "B T C", validate)
     batch, time = inputs["k"].shape[:2]
@@ -115,10 +115,10 @@ def wkv4_sharded(
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
 ) -> tuple[Array, State]:
-    """`wkv4` over a sequence whose time is split evenly over a mesh axis; to be called within `shard_map`.
+    """`wkv4` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
 
-    Values and gradients are those of `wkv4` over the whole sequence. Each shard goes through its steps twice, and what
-    travels between shards is four numbers a row and channel.
+    Values and gradients are those of `wkv4` over the whole sequence. Each shard runs its steps twice;
+    shards exchange four numbers per row and channel.
 
     Args:
       k, v and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same on every shard of
@@ -138,7 +138,7 @@ def wkv4_sharded(
     lengths = sharded.lengths_of_this_shard(lengths, time, axis_name)
     segments = sharded.segments_of_this_shard(segment_ids, lengths, batch, time, axis_name)
     dtype = state[0].dtype
-    # In the state's dtype, so that the gradients of the two runs are added before they are rounded.
+    # In the state's dtype, so that the gradients of the two runs are summed before they are rounded.
     silenced = {name: x.astype(dtype) for name, x in _silence(inputs, lengths).items()}
 
     _, left = _run(chosen, silenced, empty_state(batch, channels, dtype), segments, lengths)
@@ -179,7 +179,7 @@ def _choose(
 
 
 def _silence(inputs: dict[str, Array], lengths: Array | None) -> dict[str, Array]:
-    """Inputs whose keys and values are zero beyond lengths, whatever was there."""
+    """Zeroes keys and values beyond lengths."""
     k, v = arguments.silence((inputs["k"], inputs["v"]), lengths)
     return inputs | {"k": k, "v": v}
 
@@ -191,7 +191,7 @@ def _run(
     segments: Array | None,
     lengths: Array | None,
 ) -> tuple[Array, State]:
-    """An implementation on arguments that all vary over the same mesh axes."""
+    """Runs an implementation on arguments that all vary over the same mesh axes."""
     arrays, state, segments, lengths = arguments.broadcast_varying_axes(
         tuple(inputs.values()), state, segments, lengths
     )
@@ -204,7 +204,7 @@ def _advance(state: State, log_decay: Array) -> State:
 
 
 def _add(first: State, second: State) -> State:
-    """A and B of both, over the larger exponent."""
+    """The sum of two states, over the larger exponent."""
     largest = lax.stop_gradient(jnp.maximum(first[2], second[2]))
     from_first, from_second = jnp.exp(first[2] - largest), jnp.exp(second[2] - largest)
     numerator = from_first * first[0] + from_second * second[0]
@@ -212,13 +212,13 @@ def _add(first: State, second: State) -> State:
 
 
 _ALGEBRA = pieces.Algebra(advance=_advance, compose=jnp.add, add=_add)
-"""How stretches of tokens act on states: a transition is the logarithm of their decay, [B, C]."""
+"""Operations on WKV-4's transitions, each the logarithm of a decay, [B, C]."""
 
 
 def _prepare(
     log_w: Any, u: Any, k: Any, v: Any, state: Any, axes: str, validate: bool | None = None
 ) -> tuple[dict[str, Array], State]:
-    """Checked arguments, and the initial state in the dtype of the recurrence; axes are those of k."""
+    """Checked arguments, and the initial state in the recurrence's dtype; `axes` are k's."""
     k = jnp.asarray(k)
     arguments.check_axes("k", k, axes)
     inputs = {"k": k, "log_w": jnp.asarray(log_w), "u": jnp.asarray(u), "v": jnp.asarray(v)}
@@ -231,7 +231,7 @@ def _prepare(
         return inputs, empty_state(batch, channels, arguments.recurrence_dtype(inputs))
     numerator, denominator, exponent = _check_state(state, (batch, channels))
     dtype = arguments.recurrence_dtype(inputs, numerator, denominator, exponent)
-    # Some write the empty state with -inf, of which no difference can be taken.
+    # Other code writes the empty state with -inf, and -inf - -inf is NaN.
     exponent = jnp.where(exponent < EMPTY_EXPONENT, EMPTY_EXPONENT, exponent)
     return inputs, (numerator.astype(dtype), denominator.astype(dtype), exponent.astype(dtype))
 
@@ -240,7 +240,7 @@ def _check_state(state: Any, shape: tuple[int, int]) -> State:
     """Checks an initial state's structure, shapes and dtypes.
 
     Raises:
-      ValueError: naming the part, what it is and what it must be.
+      ValueError: names the part, what it is and what it must be.
     """
     layout = "a tuple (numerator, denominator, max_exponent), each [B, C]"
     if not isinstance(state, (tuple, list)) or len(state) != 3:

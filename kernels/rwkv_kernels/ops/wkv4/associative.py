@@ -1,8 +1,8 @@
 """WKV-4 as an associative scan over time: of logarithmic depth, differentiated by JAX.
 
-A stretch of tokens is a map of the state, and five numbers hold it: how many steps it decays, and the weighted sum of
-its values and of its weights over a common exponent, like a state. Two neighbors join to one of the same form, so
-`jax.lax.associative_scan` finds the state after every token by a tree. Trees add up fewer roundings than a loop does.
+A span of tokens is an affine map of the state, given by whether it resets, its number of steps of decay, and the state
+that it adds. Maps of adjacent spans compose to one of the same form, so `jax.lax.associative_scan` computes the state
+after every token. A tree also accumulates less rounding than a loop.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rwkv_kernels.ops.wkv4.scan import State, empty_state, fix_gauge, read, sele
 
 
 class _Stretch(NamedTuple):
-    """A stretch of tokens as a map of the state, for every row (and channel)."""
+    """A span of tokens as a map of the state, for every row (and channel)."""
 
-    restarts: Array  # [B, T, 1]: it forgets the state that comes in
-    steps: Array  # [B, T, 1]: how many times the state that comes in decays
-    state: State  # each [B, T, C]: what it leaves behind if the incoming state is empty
+    restarts: Array  # [B, T, 1]: the incoming state is reset
+    steps: Array  # [B, T, 1]: how many times the incoming state decays
+    state: State  # each [B, T, C]: the final state from the empty state
 
 
 def wkv4_associative(
@@ -35,15 +35,15 @@ def wkv4_associative(
     segments: Array | None = None,
     lengths: Array | None = None,
 ) -> tuple[Array, State]:
-    """WKV-4 over a sequence by a tree over time.
+    """WKV-4 over a sequence by an associative scan.
 
-    Args and results are those of `wkv4_scan`.
+    Arguments and results are those of `wkv4_scan`.
     """
     dtype = state[0].dtype
     batch, time, channels = k.shape
     log_w, u, k, v = (x.astype(dtype) for x in (log_w, u, k, v))
     u = u[None, None]  # [1, 1, C]
-    decay = jnp.maximum(log_w, -1e30)[None, None]  # so that no step of -inf is still no decay, not NaN
+    decay = jnp.maximum(log_w, -1e30)[None, None]  # 0 * -inf would be NaN
     restarts = jnp.zeros((batch, time), bool) if segments is None else starts(segments)
     active = jnp.ones((batch, time), bool) if lengths is None else is_active(lengths, time)
 

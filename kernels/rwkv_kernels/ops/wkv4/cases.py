@@ -10,20 +10,20 @@ from rwkv_kernels.cases import FAST, NEAR_ONE, Shape
 
 
 class Case(NamedTuple):
-    """What is special about the inputs."""
+    """Settings of a test case."""
 
     log_w: float | None = None
-    """One decay for every channel; None spreads them from a millionth to 20, as a trained model has them."""
+    """One value for every channel; None spreads -log w from a millionth to 20, like a trained model's."""
     key_scale: float = 1.0
     """Standard deviation of the keys, which are clipped at `LARGEST_KEY`."""
     key_offset: float = 0.0
-    """What is added to every key."""
+    """Added to every key."""
     state_scale: float = 1.0
     """Standard deviation of the initial state's numerator, and of the size of its denominator."""
 
 
 LARGEST_KEY = 60.0
-"""Official trainers clip keys here: e^60 squared still is a float32 that a sum may hold."""
+"""Official trainers clip keys here; e^60 is finite in float32."""
 
 CASES: dict[str, Case] = {
     "realistic": Case(),
@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
     "large_keys_slow_decay": Case(log_w=-1e-6, key_scale=0.5, key_offset=59.0),
     "large_state": Case(state_scale=1e3),
 }
-"""Every case, by name. In `large_keys_slow_decay` a step's decay is below the spacing of float32 at the exponent."""
+"""All cases, by name. In `large_keys_slow_decay` a step's decay is below the spacing of float32 at the exponent."""
 
 
 def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Any]:

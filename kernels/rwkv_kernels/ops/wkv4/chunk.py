@@ -1,18 +1,17 @@
-"""Tokens of WKV-4, forwards and backwards, on plain values of any shape: for arrays and inside kernels alike.
+"""Tokens of WKV-4, forward and backward, on values of any shape, in XLA and in kernels.
 
 Write m and m' for the exponents before and after a token, and a and b for the numerator and denominator before it:
 
     read     y = (q a + p v) / (q b + p)      q : p = e^m : e^{u + k}, the larger of the two set to 1
     update   a' = f a + g v, b' = f b + g     f = e^{log_w + m - m'}, g = e^{k - m'}
 
-By the gauge rule of scan.py exponents are constants to differentiation. With h = dy / (q b + p) and the cotangents da',
-db' of what the token leaves,
+By the gauge rule of scan.py exponents are constants in differentiation. With h = dy / (q b + p) and the cotangents da',
+db' of the state after the token,
 
     da = f da' + q h      dv = g da' + p h                      dlog_w = f (a da' + b db')
     db = f db' - q h y    dk = g (v da' + db') + p h (v - y)    du = p h (v - y)
 
-No factor is above 1 but for rounding, so nothing overflows; and da, db run backwards in time by a linear recurrence
-that does not depend on how a and b came about.
+No factor exceeds 1, except by rounding, so nothing overflows; da and db follow a linear recurrence backward in time.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State
 
 
 class Marks(NamedTuple):
-    """What is special about tokens, or None where nothing is."""
+    """Flags of tokens; None where they are the same for all."""
 
     restart: Array | None
-    """The state restarts, empty, before the token."""
+    """The state is reset before the token."""
     active: Array | None
-    """The token counts; else the state stays as it was, and y is zero."""
+    """The token counts; otherwise the state is unchanged and y is zero."""
 
 
 class Factors(NamedTuple):
-    """How much of the past and of the present token goes into a result."""
+    """Weights of the past and of the current token in a result."""
 
     past: Array
     present: Array
@@ -60,7 +59,7 @@ class Cotangents(NamedTuple):
 
 
 def mix(factors: Factors, past: Array, present: Array | float) -> Array:
-    """Past and present, each by its factor."""
+    """Weighted sum of past and current token."""
     return factors.past * past + factors.present * present
 
 
@@ -75,9 +74,8 @@ def reading(exponent: Array, u: Array, k: Array) -> Factors:
 def updating(marks: Marks, exponent: Array, log_w: Array, k: Array) -> tuple[Factors, Array]:
     """Factors f and g of an update, and the exponent after it.
 
-    The new exponent is rounded when it is formed; taking differences from that same rounded number keeps the rounding
-    out of the factors. Else a decay near 1 would be lost beside a large key. The larger factor is e to the power of
-    that rounding x and nothing else, which is 1 + x.
+    The new exponent is rounded; subtracting that same rounded number keeps its rounding error out of the factors.
+    Otherwise a decay near 1 would be lost beside a large key. The larger factor is e to the rounding error x, 1 + x.
     """
     decayed = log_w + exponent
     following = lax.stop_gradient(jnp.maximum(decayed, k))
@@ -92,7 +90,7 @@ def updating(marks: Marks, exponent: Array, log_w: Array, k: Array) -> tuple[Fac
 
 
 def restart(marks: Marks, state: State) -> State:
-    """The state that a token starts from."""
+    """The state before a token, reset where a segment starts."""
     if marks.restart is None:
         return state
     numerator, denominator, exponent = state
@@ -104,7 +102,7 @@ def restart(marks: Marks, state: State) -> State:
 
 
 def read(marks: Marks, state: State, u: Array, k: Array, v: Array) -> Array:
-    """y of a token, from the state that it starts from."""
+    """y of a token, from the state before it."""
     numerator, denominator, exponent = state
     factors = reading(exponent, u, k)
     y = mix(factors, numerator, v) / mix(factors, denominator, 1)
@@ -112,7 +110,7 @@ def read(marks: Marks, state: State, u: Array, k: Array, v: Array) -> Array:
 
 
 def advance(before: State, log_w: Array, token: Token) -> State:
-    """The state that a token leaves, from the one that it starts from."""
+    """The state after a token, from the state before it."""
     numerator, denominator, exponent = before
     factors, following = updating(token.marks, exponent, log_w, token.k)
     return mix(factors, numerator, token.v), mix(factors, denominator, 1), following
@@ -121,11 +119,11 @@ def advance(before: State, log_w: Array, token: Token) -> State:
 def backward(
     before: State, log_w: Array, u: Array, token: Token, dy: Array, later: tuple[Array, Array]
 ) -> tuple[Cotangents, tuple[Array, Array]]:
-    """Cotangents of a token's inputs, and of the numerator and denominator that come to it.
+    """Cotangents of a token's inputs, and of the numerator and denominator before it.
 
     Args:
-      before: the state that the token starts from.
-      later: cotangents of the numerator and denominator that it leaves.
+      before: the state before the token, after a reset.
+      later: cotangents of the numerator and denominator after it.
     """
     (marks, k, v), (numerator, denominator, exponent), (dnumerator, ddenominator) = token, before, later
     to_read, (to_update, _) = reading(exponent, u, k), updating(marks, exponent, log_w, k)
@@ -146,7 +144,7 @@ def backward(
 
 
 def run_tokens(state: State, log_w: Array, u: Array, tokens: Sequence[Token]) -> tuple[State, list[Array]]:
-    """A few tokens one after the other: the state after them, and the y of each."""
+    """Runs a few tokens: the state after them, and the y of each."""
     ys = []
     for token in tokens:
         state = restart(token.marks, state)
@@ -158,11 +156,11 @@ def run_tokens(state: State, log_w: Array, u: Array, tokens: Sequence[Token]) ->
 def run_tokens_backward(
     state: State, log_w: Array, u: Array, tokens: Sequence[Token], dys: Sequence[Array], later: tuple[Array, Array]
 ) -> tuple[list[Cotangents], tuple[Array, Array]]:
-    """Cotangents of a few tokens' inputs, in their order, and of the numerator and denominator that come to them.
+    """Cotangents of a few tokens' inputs, in order, and of the numerator and denominator before them.
 
     Args:
-      state: what comes to the first of them.
-      later: cotangents of the numerator and denominator that the last of them leaves.
+      state: before the first token.
+      later: cotangents of the numerator and denominator after the last token.
     """
     befores = []
     for token in tokens:

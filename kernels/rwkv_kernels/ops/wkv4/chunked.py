@@ -1,10 +1,10 @@
-"""WKV-4 token by token like the definition, with a backward pass of its own that stores a state for each chunk only.
+"""WKV-4 token by token like the definition, with a hand-written backward pass that stores one state per chunk.
 
-Backwards, chunk by chunk, the states before its tokens are computed again from the one that was stored at its start,
-and then chunk.py's equations run over the tokens in reverse.
+The backward pass recomputes the states of a chunk from its initial one and then runs chunk.py's equations over its
+tokens in reverse.
 
-Each token is one step of a loop in full. Work that does not depend on the token before could be done for all of a
-chunk at once, but on a CPU that is slower: what a token needs fits the nearest cache, and a chunk does not.
+A loop step does all the work of a token. Work that does not depend on the token before could be done for a whole chunk
+at once, but on a CPU that is slower: a token's data fit into the L1 cache, a chunk's do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_SIZE = 32
 """Default steps between stored states; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 UNROLL = 2
-"""Tokens in one step of XLA's loop: with one, it copies the state before it writes the next one."""
+"""Tokens per step of XLA's loop: with one, XLA copies the state at each step."""
 
 Inputs = tuple[Array, Array, Array, Array, State]
 """log_w, u, k, v and the initial state, whose exponent is a constant."""
@@ -44,7 +44,7 @@ def _set(tree: Any, parts: Any, index: Array, axis: int) -> Any:
 
 
 class _Chunked:
-    """The operator over whole chunks: its forward pass, and the backward pass by hand."""
+    """Forward and hand-written backward pass over whole chunks."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -88,7 +88,7 @@ class _Chunked:
         return self._forward(marks, inputs, with_trace=False)[0]
 
     def forward_with_residuals(self, marks: Marks, *inputs: Any) -> tuple[tuple[Array, State], State | None]:
-        """Also the state at the start of each chunk, each part [B, T / size, C]."""
+        """Also the initial state of each chunk, each part [B, T / size, C]."""
         outputs, trace = self._forward(marks, inputs, with_trace=True)
         return checkpoint_name((outputs, trace), "wkv")
 
@@ -153,13 +153,13 @@ def wkv4_chunked(
     lengths: Array | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, State]:
-    """WKV-4 over a sequence, with its own backward pass; args and results are those of `wkv4_scan`.
+    """WKV-4 over a sequence, with a hand-written backward pass; arguments and results are those of `wkv4_scan`.
 
     Args:
       chunk_size: steps between stored states, at most.
     """
     batch, time, _ = k.shape
-    size = -(-time // -(-time // chunk_size))  # as even as it goes, so that little is padded
+    size = -(-time // -(-time // chunk_size))  # nearly equal chunks need little padding
     padding = -time % size
     restart = active = None
     if segments is not None:

@@ -1,7 +1,7 @@
-"""What the kernels share: marks as numbers, padding to whole blocks, and a backward pass that JAX knows of.
+"""Shared by the WKV-4 kernels: flags of tokens as integers, padding to whole blocks, and the custom backward pass.
 
-A kernel walks over blocks of tokens with the state in registers or scratch memory, forwards storing the state at the
-start of each block, and backwards computing the states within a block again from there (chunk.run_tokens_backward).
+A kernel loops over blocks of tokens with the state in registers or scratch memory. The forward kernel stores the
+initial state of each block; the backward kernel recomputes the states within a block (chunk.run_tokens_backward).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rwkv_kernels.ops.wkv4.chunk import Marks
 from rwkv_kernels.ops.wkv4.scan import State, fix_gauge
 
 BLOCK = 8
-"""Tokens between stored states, which a kernel's text has one after the other."""
+"""Tokens between stored states; kernels unroll over them."""
 
 RESTART, INACTIVE = 1, 2
-"""Marks of tokens, as numbers; 0 is a token like any other."""
+"""Flags of tokens as integers; 0 is a token without any."""
 
 
 def number_marks(segments: Array | None, lengths: Array | None, batch: int, time: int, padding: int) -> Array | None:
-    """Marks int32 [B, T + padding], or None where no token has any."""
+    """Flags int32 [B, T + padding], or None if no token has any."""
     if segments is None and lengths is None and not padding:
         return None
     marks = jnp.zeros((batch, time), jnp.int32) if segments is None else starts(segments).astype(jnp.int32)
@@ -35,15 +35,15 @@ def number_marks(segments: Array | None, lengths: Array | None, batch: int, time
 
 
 def read_mark(mark: Array | None) -> Marks:
-    """A token's marks from their number."""
+    """A token's flags from their integer."""
     return Marks(None, None) if mark is None else Marks(mark == RESTART, mark != INACTIVE)
 
 
 class Kernels(Protocol):
     """A backend's two kernels, over whole blocks of tokens and of channels; all float32 but k, v, y, dy, dk and dv.
 
-    log_w, u: [C]; k, v, y, dy: [B, T, C]; marks: int32 [B, T] or None; states: each part [B, C]; the trace, the states
-    at the start of each block of tokens, are kept between the two kernels as the backend likes.
+    log_w, u: [C]; k, v, y, dy: [B, T, C]; marks: int32 [B, T] or None; states: each part [B, C]; the trace, the initial
+    states of all blocks of tokens, is in a layout of the backend's choice.
     """
 
     def forward(
@@ -109,7 +109,7 @@ def run(
     time_multiple: int,
     channel_multiple: int,
 ) -> tuple[Array, State]:
-    """The operator by kernels that need T and C to be multiples of something; `kernels` must compare by value."""
+    """Runs the operator by kernels, padding T and C to multiples of their blocks; `kernels` must compare by value."""
     batch, time, channels = k.shape
     later, wider = -time % time_multiple, -channels % channel_multiple
 
@@ -118,7 +118,7 @@ def run(
 
     marks = number_marks(segments, lengths, batch, time, later)
     numerator, denominator, exponent = fix_gauge(state)
-    # Channels beyond C hold nothing and read v = 0, with a weight of e^0.
+    # Padded channels have an empty state and v = 0, with weight e^0.
     outputs: Any = _run(
         kernels,
         widen(log_w.astype(jnp.float32)),

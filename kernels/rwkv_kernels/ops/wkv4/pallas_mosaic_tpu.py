@@ -1,8 +1,8 @@
-"""WKV-4 as Pallas kernels for TPUs, through Mosaic: tiles of channels, the chunks of a row one after the other.
+"""WKV-4 as Pallas kernels for TPUs, through Mosaic: tiles of channels, the chunks of a row in sequence.
 
-C is folded to [R, 128], so that a token's channels fill whole registers of 8 x 128 numbers. The state stays in the
-outputs that hold the final one: their block is the same for all chunks of a row, so it leaves the chip only when the
-row is done. y is rounded to v's dtype where it is written.
+C is folded to [R, 128], so that a token's channels fill registers of 8 x 128 numbers. The state is kept in the outputs
+for the final state: their block is the same for all chunks of a row, so it leaves the chip only at the row's end. y is
+rounded to v's dtype when it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rwkv_kernels.ops.wkv4.pallas_form import BLOCK, read_mark
 from rwkv_kernels.ops.wkv4.scan import State
 
 LANES = 128
-"""Width of a TPU's registers."""
+"""Lanes of a TPU's registers."""
 
 
 def _fold(x: Array) -> Array:
@@ -35,7 +35,7 @@ def _unfold(x: Array) -> Array:
 
 
 def _load(ref: Any, block: Array) -> list[Array]:
-    """A block of tokens of [tokens, rows, 128], each in float32."""
+    """Loads a block of tokens [tokens, rows, 128] as float32."""
     return [ref[block * BLOCK + step].astype(jnp.float32) for step in range(BLOCK)]
 
 
@@ -57,12 +57,12 @@ def _set_all(refs: Any, parts: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TpuKernels:
-    """The two kernels, with the sizes of their blocks."""
+    """The two kernels and their block sizes."""
 
     rows: int
-    """Rows of 128 channels of a program."""
+    """Rows of 128 channels per program."""
     tokens: int
-    """Tokens of a program: a chunk."""
+    """Tokens per program: a chunk."""
     interpret: bool
 
     def _call(self, kernel: Any, name: str, k: Array, **specs: Any) -> Any:
@@ -102,7 +102,7 @@ class TpuKernels:
     def forward(
         self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
     ) -> tuple[Array, State, State | None]:
-        """See `pallas_form.Kernels`."""
+        """Runs the forward kernel: y, the final state and, if requested, the trace."""
         log_w, u, k, v, *folded = map(_fold, (log_w, u, k, v, *state))
         batch, time, rows, _ = k.shape
         of_channels, of_row, of_tokens, of_trace, of_marks = self._specs()
@@ -156,7 +156,7 @@ class TpuKernels:
         dy: Array,
         dstate: tuple[Array, Array],
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
-        """See `pallas_form.Kernels`; the trace stays folded."""
+        """Runs the backward kernel on a folded trace: gradients of the inputs and of the initial state."""
         log_w, u, k, v, dy, *folded = map(_fold, (log_w, u, k, v, dy, *dstate))
         batch, time, rows, _ = k.shape
         of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time // self.tokens - 1)
@@ -237,13 +237,13 @@ def wkv4_pallas_mosaic_tpu(
     tokens: int = 64,
     interpret: bool = False,
 ) -> tuple[Array, State]:
-    """WKV-4 over a sequence on a TPU, with its own backward pass; differentiable backwards only.
+    """WKV-4 over a sequence on a TPU, with a hand-written backward pass; reverse mode only.
 
-    Args and results are those of `wkv4_scan`, but that the state is float32 and y comes in v's dtype.
+    Arguments and results are those of `wkv4_scan`, except that the state is float32 and y has v's dtype.
 
     Args:
-      tokens: of a program, at most; a multiple of 8.
-      interpret: runs the kernels as ordinary JAX, on any platform.
+      tokens: per program, at most; a multiple of 8.
+      interpret: Pallas' interpret mode, on any platform.
     """
     k, v = (x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in (k, v))  # Mosaic loads no float16
     time, channels = k.shape[1:]

@@ -1,8 +1,8 @@
-"""WKV-4 as Pallas kernels for NVIDIA GPUs, through Triton: a program walks along one row with a block of channels.
+"""WKV-4 as Pallas kernels for NVIDIA GPUs, through Triton: a program runs one row with a block of channels.
 
-Channels do not see one another, so each thread keeps a channel's state in registers from the first token to the last.
-Rows of k and v (and dy) for the next block of tokens are loaded while the present block is computed. y is rounded to
-v's dtype where it is written.
+Channels are independent, so each thread keeps a channel's state in registers from the first token to the last. k and v
+(and dy) of the next block of tokens are loaded while the current block is computed. y is rounded to v's dtype when it
+is written.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rwkv_kernels.ops.wkv4.pallas_form import BLOCK, read_mark
 from rwkv_kernels.ops.wkv4.scan import State
 
 Rows = list[Array]
-"""One [channels] vector for each token of a block."""
+"""One [channels] vector per token of a block."""
 
 
 def _load_rows(ref: Any, block: Array | int) -> Rows:
-    """Rows of a block of tokens of [T, channels], or numbers of [T]."""
+    """Loads a block of tokens from [T, channels] or [T]."""
     return [ref[block * BLOCK + step] for step in range(BLOCK)]
 
 
@@ -45,10 +45,10 @@ def _tokens(marks_ref: Any | None, block: Array | int, k: Rows, v: Rows) -> list
 
 @dataclasses.dataclass(frozen=True)
 class TritonKernels:
-    """The two kernels, with what the compiler is told."""
+    """The two kernels and their launch parameters."""
 
     channels: int
-    """Channels of a program, a power of two."""
+    """Channels per program, a power of two."""
     num_warps: int
     interpret: bool
 
@@ -75,7 +75,7 @@ class TritonKernels:
     def forward(
         self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
     ) -> tuple[Array, State, State | None]:
-        """See `pallas_form.Kernels`."""
+        """Runs the forward kernel: y, the final state and, if requested, the trace."""
         batch, time, channels = k.shape
         of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
 
@@ -131,7 +131,7 @@ class TritonKernels:
         dy: Array,
         dstate: tuple[Array, Array],
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
-        """See `pallas_form.Kernels`."""
+        """Runs the backward kernel: gradients of the inputs and of the initial state."""
         batch, time, channels = k.shape
         of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
 
@@ -220,14 +220,14 @@ def wkv4_pallas_triton(
     num_warps: int = 2,
     interpret: bool = False,
 ) -> tuple[Array, State]:
-    """WKV-4 over a sequence on an NVIDIA GPU, with its own backward pass; differentiable backwards only.
+    """WKV-4 over a sequence on an NVIDIA GPU, with a hand-written backward pass; reverse mode only.
 
-    Args and results are those of `wkv4_scan`, but that the state is float32 and y comes in v's dtype.
+    Arguments and results are those of `wkv4_scan`, except that the state is float32 and y has v's dtype.
 
     Args:
-      channels: of a program, a power of two.
-      num_warps: of a program.
-      interpret: runs the kernels as ordinary JAX, on any platform.
+      channels: per program, a power of two.
+      num_warps: per program.
+      interpret: Pallas' interpret mode, on any platform.
     """
     kernels = TritonKernels(channels, num_warps, interpret)
     return pallas_form.run(

@@ -1,15 +1,15 @@
 """WKV-4 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
 
-Every other implementation is held against this one run in float64.
+All other implementations are compared with this one in float64.
 
 The state of a channel is a weighted sum of values and the sum of the weights, A = numerator * e^max_exponent and
-B = denominator * e^max_exponent, which share an exponent so that e^k never overflows. Numerator, denominator and
-exponent may be shifted against one another without changing A and B: a choice of *gauge*.
+B = denominator * e^max_exponent, with a common exponent so that e^k never overflows. Many choices of the three numbers
+represent the same A and B; such a choice is called a *gauge*.
 
-The gauge rule, which all implementations keep: whatever reads a state reads A and B only. The max_exponent that comes
-out is then a constant to differentiation; a cotangent of it is ignored, and the gradients of anything that depends
-on A and B alone are exact. The gradient of the max_exponent that goes in is numerator * its gradient + denominator *
-its gradient, which is what shifting it does to A and B.
+The gauge rule, kept by all implementations: code that uses a state may depend on A and B only. The final max_exponent
+is then a constant in differentiation: its cotangent is ignored, and gradients of anything that depends on A and B alone
+are exact. The gradient of the initial max_exponent is numerator * dnumerator + denominator * ddenominator, as A and B
+depend on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ State = tuple[Array, Array, Array]
 """Numerator, denominator and max_exponent, each [B, C]."""
 
 EMPTY_EXPONENT = -1e38
-"""The max_exponent of a state that holds nothing: finite in float32, and e to the power of it is 0 beside any key."""
+"""The max_exponent of the empty state: finite in float32, and negligible beside any key."""
 
 
 def empty_state(batch: int, channels: int, dtype: jnp.dtype) -> State:
@@ -34,7 +34,7 @@ def empty_state(batch: int, channels: int, dtype: jnp.dtype) -> State:
 
 
 def fix_gauge(state: State) -> State:
-    """The same state, its exponent a constant: what depends on the exponent goes through numerator and denominator."""
+    """The same state with a constant exponent; its gradient goes through numerator and denominator."""
     numerator, denominator, exponent = state
     fixed = lax.stop_gradient(exponent)
     shift = jnp.exp(exponent - fixed)
@@ -42,10 +42,10 @@ def fix_gauge(state: State) -> State:
 
 
 def read(state: State, u: Array, k: Array, v: Array) -> Array:
-    """y = (A + e^{u+k} v) / (B + e^{u+k}), the present token counted with its bonus u; all [..., C].
+    """y = (A + e^{u+k} v) / (B + e^{u+k}), with the bonus u for the current token; all [..., C].
 
-    The larger of two exponents is rounded when it is formed; comparing with that same rounded number, and adding u
-    last, keeps the rounding out of y. `update` does so too: else a decay near 1 would be lost beside a large key.
+    The larger of two exponents is rounded; subtracting that same rounded number, and adding u last, keeps its rounding
+    error out of y. `update` does the same: otherwise a decay near 1 would be lost beside a large key.
     """
     numerator, denominator, exponent = state
     largest = lax.stop_gradient(jnp.maximum(u + k, exponent))
@@ -66,7 +66,7 @@ def update(state: State, log_w: Array, k: Array, v: Array) -> State:
 def step(state: State, log_w: Array, u: Array, k: Array, v: Array) -> tuple[State, Array]:
     """One token of WKV-4 for every row and channel.
 
-    RWKV-4 (arXiv 2305.13048): a mean of all values so far, weighted by e^key and by a decay per channel and step.
+    RWKV-4 (arXiv 2305.13048): a mean of all values so far, weighted by e^key and a decay per channel.
 
     Args:
       state: numerator, denominator and max_exponent [B, C].
@@ -93,7 +93,7 @@ def wkv4_scan(
 
     Args:
       log_w, u: [C]; k, v: [B, T, C]; any floating dtype; finite also beyond a row's length.
-      state: numerator, denominator and max_exponent [B, C] in the dtype that the recurrence runs in.
+      state: numerator, denominator and max_exponent [B, C] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       lengths: int32 [B] or None; steps beyond leave the state as it was and read zero.
 
@@ -122,5 +122,5 @@ def wkv4_scan(
 
 
 def select(condition: Array, state: State, otherwise: State) -> State:
-    """One state or the other, element by element."""
+    """Chooses between two states, element-wise."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), state, otherwise)

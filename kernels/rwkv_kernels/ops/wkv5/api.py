@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-5 (Eagle): arguments checked, an implementation chosen, one token or a sequence."""
+"""The WKV operator of RWKV-5 (Eagle): the public functions, for one token or a sequence."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def wkv5(
       v: [B, T, H, M].
       u: the bonus that a token's own key gets; [H, N], or [H, 1].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
-      segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
-        row continues `state`.
+      segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
+        continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
-      precision: of the products inside: `full`, `default` or `fast`.
-      validate: whether values of log_w are checked, outside jit: None does so where nothing has to be copied from an
-        accelerator, True always, False never.
+      implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      precision: of matrix products: `full`, `default` or `fast`.
+      validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
+        True always, False never.
 
     Returns:
       y [B, T, H, M] in v's dtype, and the final state [B, H, M, N], float32 (float64 where an input is). Both are
@@ -80,7 +80,7 @@ def wkv5(
 
     Raises:
       ValueError: shapes or dtypes that do not go together, a log_w above 0 or lengths outside 0 to T (where values are
-        at hand), an unknown implementation or one that cannot run here.
+        known), an unknown implementation or one that cannot run here.
     """
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
@@ -107,10 +107,10 @@ def wkv5_sharded(
     implementation: str | dispatch.Implementation | None = None,
     precision: Precision = "full",
 ) -> tuple[Array, Array]:
-    """`wkv5` over a sequence whose time is split evenly over a mesh axis; to be called within `shard_map`.
+    """`wkv5` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
 
-    Values and gradients are those of `wkv5` over the whole sequence. Each shard goes through its steps twice, and what
-    travels between shards is one affine map of the state a row and head.
+    Values and gradients are those of `wkv5` over the whole sequence. Each shard runs its steps twice;
+    shards exchange one affine map of the state per row and head.
 
     Args:
       All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same

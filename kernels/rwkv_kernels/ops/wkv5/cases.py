@@ -7,7 +7,7 @@ import numpy as np
 from rwkv_kernels.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
 
 CASES: dict[str, AttentionCase] = ATTENTION_CASES | {"one_decay_per_head": AttentionCase(one_per_head=True)}
-"""Every case, by name. `one_decay_per_head` is RWKV-5.0 and 5.1, the others are 5.2."""
+"""All cases, by name. `one_decay_per_head` is RWKV-5.0 and 5.1, the others are 5.2."""
 
 
 def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:

@@ -12,7 +12,7 @@ from rwkv_kernels.products import Products
 
 
 def make_chunk(products: Products, attention: AttentionChunk = decayed_attention_chunk) -> ChunkFunction:
-    """The chunk function of WKV-5 with these products; over time r, k, v, per head log_w, u.
+    """The chunk function of WKV-5 with these matmuls; over time r, k, v, per head log_w, u.
 
     The decay enters as [H, C, N], which no row of the batch pays for, and its gradient is summed over rows and steps.
     """
@@ -26,7 +26,7 @@ def make_chunk(products: Products, attention: AttentionChunk = decayed_attention
     ) -> tuple[Array, Array]:
         (r, k, v), (log_w, u) = over_time, per_head
         log_w = jnp.broadcast_to(log_w, (*log_w.shape[:-2], *r.shape[-2:]))
-        if active is not None:  # what does not count does not decay
+        if active is not None:  # steps that do not count do not decay
             log_w = log_w * active.astype(log_w.dtype)
         packing = None if within is None else chunks.packing(within)
         return attention(products, state, r, log_w, k, v, u, packing)

@@ -1,4 +1,4 @@
-"""WKV-5 in chunks: `decayed_attention` inside a chunk, a recurrence over chunks, a backward pass that recomputes."""
+"""WKV-5 in chunks: `decayed_attention` within chunks, a recurrence between them, a recomputing backward pass."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def wkv5_chunked(
 
     Args:
       r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype, any T from 1.
-      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      state: [B, H, M, N] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       lengths: int32 [B] or None; r, k and v are zero beyond them.
-      precision: of the products.
+      precision: of matrix products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
     Returns:

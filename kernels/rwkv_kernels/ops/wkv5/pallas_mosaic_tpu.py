@@ -10,7 +10,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
 
 KERNEL = pallas_chunks.Kernel("wkv5", make_chunk, chunk_size=64)
-"""What is shipped; docs/kernels.md has what was compiled."""
+"""Shipped settings; docs/kernels.md has their resources."""
 
 
 def wkv5_pallas_mosaic_tpu(
@@ -35,10 +35,10 @@ def wkv5_pallas_mosaic_tpu(
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       lengths: int32 [B] or None; r, k and v are zero beyond them.
-      precision: of the products.
-      interpret: run by XLA on any machine, slowly, for tests.
+      precision: of matrix products.
+      interpret: Pallas' interpret mode: on any machine, slowly, for tests.
       kernel: chunk size and warps.
-      with_products: other products than the precision's, for measuring what they cost.
+      with_products: replaces the precision's matmuls, to measure their cost.
 
     Returns:
       y [B, T, H, M] and the final state, float32.

@@ -1,6 +1,6 @@
 """WKV-5 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
 
-Every other implementation is held against this one run in float64.
+All other implementations are compared with this one in float64.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def wkv5_scan(
 
     Args:
       r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype.
-      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      state: [B, H, M, N] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
       lengths: int32 [B] or None; r, k and v are zero beyond them.
-      precision: of the products.
+      precision: of matrix products.
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state.

@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-6 (Finch): arguments checked, an implementation chosen, one token or a sequence."""
+"""The WKV operator of RWKV-6 (Finch): the public functions, for one token or a sequence."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def wkv6(
       v: [B, T, H, M].
       u: [H, N], the bonus that a token's own key gets.
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
-      segment_ids: integers [B, T]; the state restarts, empty, where the id changes along a row. The first segment of a
-        row continues `state`.
+      segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
+        continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
-      implementation: a name, or an `Implementation`; None takes the default of the platform (`explain`).
-      precision: of the products inside: `full`, `default` or `fast`.
-      validate: whether values of log_w are checked, outside jit: None does so where nothing has to be copied from an
-        accelerator, True always, False never.
+      implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      precision: of matrix products: `full`, `default` or `fast`.
+      validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
+        True always, False never.
 
     Returns:
       y [B, T, H, M] in v's dtype, and the final state [B, H, M, N], float32 (float64 where an input is). Both are
@@ -82,7 +82,7 @@ def wkv6(
 
     Raises:
       ValueError: shapes or dtypes that do not go together, a log_w above 0 or lengths outside 0 to T (where values are
-        at hand), an unknown implementation or one that cannot run here.
+        known), an unknown implementation or one that cannot run here.
     """
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
@@ -109,10 +109,10 @@ def wkv6_sharded(
     implementation: str | dispatch.Implementation | None = None,
     precision: Precision = "full",
 ) -> tuple[Array, Array]:
-    """`wkv6` over a sequence whose time is split evenly over a mesh axis; to be called within `shard_map`.
+    """`wkv6` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
 
-    Values and gradients are those of `wkv6` over the whole sequence. Each shard goes through its steps twice, and what
-    travels between shards is one affine map of the state a row and head.
+    Values and gradients are those of `wkv6` over the whole sequence. Each shard runs its steps twice;
+    shards exchange one affine map of the state per row and head.
 
     Args:
       All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same

@@ -1,6 +1,6 @@
-"""WKV-6 with all chunks at once: each gives an affine map of the state, and a prefix over the maps gives the states.
+"""WKV-6 with all chunks in parallel: a prefix scan over their affine maps of the state gives the initial states.
 
-Twice the work of `chunked`, and log2(T / C) steps in a row instead of T / C: for long sequences of few rows and heads.
+Twice the work of `chunked`, in log2(T / C) sequential steps instead of T / C: for long sequences, few rows and heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def wkv6_associative(
 ) -> tuple[Array, Array]:
     """WKV-6 over a sequence, its chunks in parallel; exact for any decay.
 
-    Args and result: as `wkv6_chunked`.
+    Arguments and results are those of `wkv6_chunked`.
     """
     time = r.shape[1]
     (r, log_w, k, v), segments, count = pieces.fold((r, log_w, k, v), segments, chunk_size, state.dtype)

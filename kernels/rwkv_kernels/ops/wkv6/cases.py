@@ -7,7 +7,7 @@ import numpy as np
 from rwkv_kernels.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
 
 CASES: dict[str, AttentionCase] = dict(ATTENTION_CASES)
-"""Every case, by name."""
+"""All cases, by name."""
 
 
 def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:

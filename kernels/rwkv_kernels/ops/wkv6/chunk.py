@@ -11,7 +11,7 @@ from rwkv_kernels.products import Products
 
 
 def make_chunk(products: Products, attention: AttentionChunk = decayed_attention_chunk) -> ChunkFunction:
-    """The chunk function of WKV-6 with these products; over time r, log_w, k, v, per head u."""
+    """The chunk function of WKV-6 with these matmuls; over time r, log_w, k, v, per head u."""
 
     def chunk(
         state: Array,
@@ -20,7 +20,7 @@ def make_chunk(products: Products, attention: AttentionChunk = decayed_attention
         within: Array | None,
         active: Array | None,
     ) -> tuple[Array, Array]:
-        del active  # what does not count comes as zeros
+        del active  # steps that do not count are zeros
         (r, log_w, k, v), (u,) = over_time, per_head
         packing = None if within is None else chunks.packing(within)
         return attention(products, state, r, log_w, k, v, u, packing)

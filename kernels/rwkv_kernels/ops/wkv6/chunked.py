@@ -1,4 +1,4 @@
-"""WKV-6 in chunks: `decayed_attention` inside a chunk, a recurrence over chunks, a backward pass that recomputes."""
+"""WKV-6 in chunks: `decayed_attention` within chunks, a recurrence between them, a recomputing backward pass."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def wkv6_chunked(
 
     Args:
       r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype, any T from 1.
-      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      state: [B, H, M, N] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      precision: of the products.
+      precision: of matrix products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
     Returns:

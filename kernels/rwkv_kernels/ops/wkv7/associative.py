@@ -1,7 +1,7 @@
-"""WKV-7 with all chunks at once: each gives an affine map of the state, and a prefix over the maps gives the states.
+"""WKV-7 with all chunks in parallel: a prefix scan over their affine maps of the state gives the initial states.
 
-A map's transition is an N x N matrix, so this is about three times the work of `chunked`, in log2(T / C) steps in a row
-instead of T / C: for long sequences of few rows and heads.
+A map's transition is an N x N matrix, so this takes about three times the work of `chunked`, in log2(T / C) sequential
+steps instead of T / C: for long sequences with few rows and heads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def wkv7_associative(
 ) -> tuple[Array, Array]:
     """WKV-7 over a sequence, its chunks in parallel.
 
-    Args and result: as `wkv7_chunked`.
+    Arguments and results are those of `wkv7_chunked`.
     """
     time = r.shape[1]
     (r, log_w, k, v, a, b), segments, count = pieces.fold((r, log_w, k, v, a, b), segments, chunk_size, state.dtype)

@@ -14,12 +14,12 @@ MODEL_FLOOR = -math.exp(-0.5)
 
 
 class Case(NamedTuple):
-    """What is special about the inputs."""
+    """Settings of a test case."""
 
     log_w: float | None = None
-    """One decay for every token and channel; None draws them as a trained model does, from the floor up to 1."""
+    """One value for every token and channel; None draws values like a trained model's, from the minimum up."""
     aligned: bool = False
-    """Keys of a head point almost one way and eta is almost 1: every token rewrites what the one before wrote."""
+    """Keys of a head point in almost one direction and eta is almost 1: every token overwrites the one before."""
     state_scale: float = 1.0
     """Standard deviation of the initial state."""
 
@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
     "aligned_keys_slow_decay": Case(log_w=NEAR_ONE, aligned=True),
     "large_state": Case(state_scale=1e3),
 }
-"""Every case, by name."""
+"""All cases, by name."""
 
 
 def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:

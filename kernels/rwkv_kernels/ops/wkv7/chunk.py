@@ -1,7 +1,7 @@
 """One chunk of WKV-7 for kernels: the equations of chunked.py on [C, N] tiles, without slices or concatenations.
 
-`chunked.py` writes a~ above r~ and b~ above k~ to make fewer and larger products, and differentiates by hand; both are
-for XLA's CPU backend. Kernels can neither join nor cut tiles, and have no use for it: their products are small anyway.
+`chunked.py` stacks a~ on r~ and b~ on k~ for fewer and larger products, and has a hand-written derivative; both are for
+XLA's CPU backend. Kernels can neither concatenate nor slice tiles, and gain nothing from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rwkv_kernels.products import Products, without_rules
 
 
 def _inverse_of_identity_minus(products: Products, triangle: Array) -> Array:
-    """(I - M)^{-1} for a strictly triangular M [C, C], by doubling the inverted diagonal blocks."""
+    """(I - M)^{-1} for a strictly triangular M [C, C], by doubling the size of inverted diagonal blocks."""
 
     def by_doubling(triangle: Array) -> Array:
         size = triangle.shape[-1]
@@ -47,7 +47,7 @@ def _inverse_of_identity_minus(products: Products, triangle: Array) -> Array:
 
 
 def make_chunk(products: Products) -> ChunkFunction:
-    """The chunk function of WKV-7 with these products; over time r, log_w, k, v, a, b."""
+    """The chunk function of WKV-7 with these matmuls; over time r, log_w, k, v, a, b."""
     return functools.partial(_chunk, products)
 
 
@@ -60,7 +60,7 @@ def _chunk(
     active: Array | None,
 ) -> tuple[Array, Array]:
     """State [M, N], vectors [C, N] and [C, M], segment numbers [C, 1] or None -> (next state, y [C, M])."""
-    del per_head, active  # WKV-7 has no parameters per head; what does not count comes as zeros
+    del per_head, active  # WKV-7 has no parameters per head; steps that do not count are zeros
     r, log_w, k, v, a, b = over_time
     size = r.shape[-2]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)

@@ -1,6 +1,6 @@
-"""WKV-7 in chunks: matrix products inside a chunk, a recurrence over chunks, and a backward pass of its own.
+"""WKV-7 in chunks: matrix products within chunks, a recurrence between them, and a hand-written backward pass.
 
-Within a chunk let c_t be the running sum of log w and m its value at the middle row. In the *gauge* of that row,
+Within a chunk let c_t be the cumulative sum of log w and m its value at the middle row. In the *gauge* of that row,
 
     a~_t = a_t e^{c_{t-1} - m}    r~_t = r_t e^{c_t - m}    b~_t = b_t e^{m - c_t}    k~_t = k_t e^{m - c_t}
     S~   = S e^m
@@ -11,14 +11,14 @@ what each step removes, A = strict_tril(a~ [b~; k~]^T) and R = tril(r~ [b~; k~]^
     SA = (I - A_b)^{-1} (a~ S~^T + A_k V)      Y = r~ S~^T + R Z      S_end = (S~ + Z^T [b~; k~]) e^{c_C - m}
 
 The exponents stay within +-C/2 times the largest |log w|, which is at most e^{-1/2} in RWKV-7, and the decay is never
-inverted: states are stored where chunks begin, and the backward pass recomputes the rest of each chunk from its
-inputs. The middle row cancels from every product, so it needs no gradient.
+inverted: the initial state of each chunk is stored, and the backward pass recomputes the rest of the chunk from its
+inputs. m cancels from every product, so it needs no gradient.
 
 Sources: RWKV-7 (arXiv 2503.14456) for the recurrence; the compact form of products of (I + a b^T) is the WY
 representation of Bischof and Van Loan (1987).
 
-Inside the loops the state is held as [B, H, N, M], key axis first, so that no product contracts the second to last
-axis of its left side: XLA's CPU backend needs nearly twice the time for that form (benchmarks/README.md).
+Inside the loops the state is [B, H, N, M], key axis first, so that no product contracts the second to last axis of its
+left operand: XLA's CPU backend takes nearly twice the time for that (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
 LOG_DECAY_FLOOR = -64.0 / (CHUNK_SIZE // 2)
-"""Smallest log w that every token of the default chunk may have in float32: half a chunk of it is e^{-64}."""
+"""Smallest log w that all tokens of a default chunk may have in float32: half a chunk then decays by e^{-64}."""
 
 
 class _Gauge(NamedTuple):
-    """A chunk's vectors with the decay absorbed, and the factors that did it."""
+    """A chunk's vectors scaled into the gauge, and the scales."""
 
     queries: Array  # [B, H, 2C, N]: a~ above r~
     keys: Array  # [B, H, 2C, N]: b~ above k~
     scale_a: Array  # [B, H, C, N]: e^{c_{t-1} - m}
     scale_r: Array  # [B, H, C, N]: e^{c_t - m}
     scale_keys: Array  # [B, H, C, N]: e^{m - c_t}
-    enter: Array  # [B, H, N, 1]: e^m, from the chunk's first state into the gauge
-    leave: Array  # [B, H, N, 1]: e^{c_C - m}, from the gauge to the chunk's last state
+    enter: Array  # [B, H, N, 1]: e^m, for the incoming state
+    leave: Array  # [B, H, N, 1]: e^{c_C - m}, for the outgoing state
 
 
 def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunks.Packing | None) -> _Gauge:
     gauge = middle_gauge(products.xla("full"), log_w, packing)
-    # In all sums, since the backward pass by hand need not meet the state.
+    # Added to all sums, since the backward pass may not read the state.
     gauge = Gauge(*(sums + nan_out_of_range(gauge) for sums in gauge))
     scale_a = jnp.exp(gauge.from_middle - log_w)
     scale_r = jnp.exp(gauge.from_middle)
@@ -76,18 +76,18 @@ def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chu
 
 
 class _Masks(NamedTuple):
-    """Which products of a chunk count, for `where`: scores above the diagonal overflow long before those below it."""
+    """Masks of a chunk, applied by `where`, since scores above the diagonal may overflow."""
 
     scores: Array | np.ndarray
-    """[..., 2C, 2C]: rows a~ see earlier steps only, rows r~ see their own step too."""
+    """[..., 2C, 2C]: rows a~ read earlier steps, rows r~ their own step too."""
     reads: Array | bool
-    """[..., 2C, 1]: rows a~ and r~ that see the chunk's first state."""
+    """[..., 2C, 1]: rows a~ and r~ that read the incoming state."""
     writes: Array | bool
-    """[..., 2C, 1]: rows b~ and k~ that the chunk's last state keeps."""
+    """[..., 2C, 1]: rows b~ and k~ that the outgoing state keeps."""
     keeps: Array | bool
-    """[..., 1, 1]: the last state keeps the first."""
+    """[..., 1, 1]: the outgoing state keeps the incoming one."""
     packing: chunks.Packing | None
-    """The same for C rows, or None."""
+    """Masks for C rows, or None without segments."""
 
 
 def _masks(size: int, within: Array | None) -> _Masks:
@@ -114,8 +114,8 @@ def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
 def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
     """(I - M)^{-1} for a strictly triangular M [..., C, C], C a power of two; lower or upper.
 
-    Doubles the size of the inverted diagonal blocks: X <- X + X M_off X. Unlike the product
-    (I + M)(I + M^2)(I + M^4)..., it does not lose precision when keys are aligned.
+    Doubles the size of inverted diagonal blocks: X <- X + X M_off X. Unlike the product
+    (I + M)(I + M^2)(I + M^4)..., it does not lose precision if keys are aligned.
     """
     size = triangle.shape[-1]
     row, column = np.indices((size, size))
@@ -133,7 +133,7 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
 
 
 class _Trace(NamedTuple):
-    """What the backward pass cannot recompute from one chunk's inputs."""
+    """Residuals that the backward pass does not recompute."""
 
     states: Array  # [T / C, B, H, N, M]: the state at the start of each chunk
     writes: Array  # [T / C, B, H, 2C, M]: Z of each chunk
@@ -144,7 +144,7 @@ Inputs = tuple[Array, ...]
 
 
 class _Chunked:
-    """The operator over whole chunks: its forward pass, and the backward pass by hand."""
+    """Forward and hand-written backward pass over whole chunks."""
 
     def __init__(self, size: int, precision: Precision) -> None:
         self._size = size
@@ -204,7 +204,7 @@ class _Chunked:
     def forward_with_residuals(
         self, within: Array | None, *inputs: Array
     ) -> tuple[tuple[Array, Array], tuple[Array, _Trace]]:
-        """Also the final state and the trace, which the backward pass starts from."""
+        """Also the residuals: the final state and the trace."""
         (y, final), trace = self._forward(within, inputs, with_trace=True)
         y, final, trace = checkpoint_name((y, final, trace), "wkv")
         return (y, final), (final, trace)
@@ -216,9 +216,9 @@ class _Chunked:
         residuals: tuple[Array, _Trace],
         cotangents: tuple[Array, Array],
     ) -> Inputs:
-        """The chunk equations of the module's docstring, differentiated by hand, last chunk first.
+        """The derivative of the chunk equations in the module's docstring, last chunk first.
 
-        With dP = [dRHS; dY], the cotangents of what rows a~ and r~ read, every score's cotangent is one product:
+        With dP = [dRHS; dY], the cotangents of what rows a~ and r~ read, the cotangents of all scores are one product:
         dScores = mask * (dP Z^T). The decay's gradient comes from how often each row's scale is used: a~ up to the
         step before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state
         it leaves.
@@ -289,19 +289,18 @@ def wkv7_chunked(
     precision: Precision = "full",
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
-    """WKV-7 over a sequence, chunk by chunk, with its own backward pass.
+    """WKV-7 over a sequence, chunk by chunk, with a hand-written backward pass.
 
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype, any T from 1.
-      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      state: [B, H, M, N] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      precision: of the products.
+      precision: of matrix products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
     Returns:
-      y [B, T, H, M] in the state's dtype, and the final state. Where log w lies so far below the model's floor of
-      -e^{-1/2} that half a chunk of it nears the end of the dtype's range (float32: all tokens' below
-      `LOG_DECAY_FLOOR`), they are NaN, not wrong.
+      y [B, T, H, M] in the state's dtype, and the final state. If log w is so far below the model's minimum, -e^{-1/2},
+      that half a chunk leaves the dtype's range (float32: all tokens below `LOG_DECAY_FLOOR`), they are NaN.
 
     Raises:
       ValueError: chunk_size is not a power of two.

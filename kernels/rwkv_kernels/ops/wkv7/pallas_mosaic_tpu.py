@@ -34,10 +34,10 @@ def wkv7_pallas_mosaic_tpu(
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      precision: of the products.
-      interpret: run by XLA on any machine, slowly, for tests.
+      precision: of matrix products.
+      interpret: Pallas' interpret mode: on any machine, slowly, for tests.
       kernel: chunk size and warps.
-      with_products: other products than the precision's, for measuring what they cost.
+      with_products: replaces the precision's matmuls, to measure their cost.
 
     Returns:
       y [B, T, H, M] and the final state, float32.

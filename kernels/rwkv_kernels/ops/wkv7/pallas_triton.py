@@ -10,7 +10,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
 
 KERNEL = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
-"""What is shipped; docs/kernels.md has the registers and spills of other choices."""
+"""Shipped settings; docs/kernels.md has the registers and spills of others."""
 
 
 def wkv7_pallas_triton(
@@ -34,10 +34,10 @@ def wkv7_pallas_triton(
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype but float64.
       state: float32 [B, H, M, N].
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      precision: of the products.
-      interpret: run by XLA on any machine, slowly, for tests.
+      precision: of matrix products.
+      interpret: Pallas' interpret mode: on any machine, slowly, for tests.
       kernel: chunk size and warps.
-      with_products: other products than the precision's, for measuring what they cost.
+      with_products: replaces the precision's matmuls, to measure their cost.
 
     Returns:
       y [B, T, H, M] and the final state, float32.

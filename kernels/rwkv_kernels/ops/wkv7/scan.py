@@ -1,6 +1,6 @@
 """WKV-7 as the recurrence that defines it: one `lax.scan` over time, differentiated by JAX.
 
-Every other implementation is held against this one run in float64.
+All other implementations are compared with this one in float64.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def wkv7_scan(
 
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype.
-      state: [B, H, M, N] in the dtype that the recurrence runs in.
+      state: [B, H, M, N] in the dtype of the recurrence.
       segments: int32 [B, T] from `arguments.number_segments`, or None.
-      precision: of the products.
+      precision: of matrix products.
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state.
