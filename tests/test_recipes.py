@@ -16,7 +16,7 @@ import pytest
 from rwkv_jax.cli import load_config
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.plan.devices import parse_topology
-from rwkv_jax.plan.run import work_of
+from rwkv_jax.plan.run import count_work
 from rwkv_jax.recipes import official_run
 from rwkv_jax.training.schedule import learning_rate_schedule
 
@@ -162,7 +162,7 @@ def test_docstring_names_the_hardware_and_the_plan(name: str) -> None:
     assert f"rwkv plan configs/{name}.py --topology " in docstring
     command = docstring.split("--topology ")[1]
     topology = parse_topology(command.split()[0])
-    work = work_of(recipe(name))
+    work = count_work(recipe(name))
     assert f"{topology}" in docstring
     assert "GiB" in docstring
     assert work.tokens > 0

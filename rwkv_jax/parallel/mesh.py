@@ -67,16 +67,12 @@ def choose_shape(
         )
     remaining = num_devices // fixed
     if given["fsdp"] == "auto":
-        if given["data"] != "auto":
-            fsdp = remaining
-        else:
-            shards = 1
-            if device_memory is not None:
-                needed = BYTES_PER_PARAMETER * num_parameters / given["tensor"]  # bytes without fsdp
-                shards = needed / (_SHARE_FOR_STATE * device_memory)
-            fsdp = next((size for size in divisors(remaining) if size >= shards), remaining)
-        given["fsdp"] = fsdp
-        remaining //= fsdp
+        shards = 1.0 if given["data"] == "auto" else remaining
+        if given["data"] == "auto" and device_memory is not None:
+            needed = BYTES_PER_PARAMETER * num_parameters / given["tensor"]  # bytes of a device without fsdp
+            shards = needed / (_SHARE_FOR_STATE * device_memory)
+        given["fsdp"] = next((size for size in divisors(remaining) if size >= shards), remaining)
+        remaining //= given["fsdp"]
     if given["data"] == "auto":
         given["data"] = remaining
         remaining = 1
@@ -155,13 +151,8 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any], device_memory: int | 
     usable = len(devices)
     if parallel.data == parallel.fsdp == "auto" and len({device.process_index for device in devices}) == 1:
         usable = usable_devices(parallel, usable, rows)
-    shape = choose_shape(
-        parallel,
-        usable,
-        num_parameters=config.model.num_parameters(),
-        rows=rows,
-        device_memory=device_memory,
-    )
+    num_parameters = config.model.num_parameters()
+    shape = choose_shape(parallel, usable, num_parameters=num_parameters, rows=rows, device_memory=device_memory)
     return mesh_from_shape(shape, devices[:usable]) if usable > 1 else None
 
 

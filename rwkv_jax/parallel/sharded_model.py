@@ -23,15 +23,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
-from rwkv_jax.parallel.rules import (
-    RULES,
-    check_model,
-    entry_axes,
-    is_spec,
-    parameter_specs,
-    spec_axes,
-    state_specs,
-)
+from rwkv_jax.parallel.rules import RULES, check_model, entry_axes, is_spec, parameter_specs, spec_axes, state_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +70,7 @@ class ShardedModel:
         """
         return self._map(lax.psum, gradients)
 
-    def specs_of(self, params: Any) -> Any:
+    def select_param_specs(self, params: Any) -> Any:
         """Partition specs of a nested dict of some of the parameters; None without a mesh."""
         return None if self.mesh is None else jax.tree.map_with_path(lambda path, _: self._spec(path), params)
 

@@ -13,14 +13,7 @@ from jax.sharding import Mesh
 
 from rwkv_jax.parallel.mesh import MeshShape
 from rwkv_jax.parallel.placement import shard_bytes
-from rwkv_jax.plan.costs import (
-    Collective,
-    CollectiveKind,
-    Precision,
-    find_collectives,
-    memory_traffic,
-    product_flops,
-)
+from rwkv_jax.plan.costs import Collective, CollectiveKind, Precision, find_collectives, memory_traffic, product_flops
 from rwkv_jax.plan.devices import Device, Platform, Topology
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.replica_groups import mesh_axes

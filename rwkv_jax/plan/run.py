@@ -44,7 +44,7 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     }
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)
     compiled, refusal = _compile(lowered, topology)
-    return make_plan(topology, mesh, work_of(config), (state, batch), groups, compiled, refusal)
+    return make_plan(topology, mesh, count_work(config), (state, batch), groups, compiled, refusal)
 
 
 def _on(device: Any, tree: Any) -> Any:
@@ -75,7 +75,7 @@ def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | N
         return Compiled(executable, dumped.read_text(encoding="utf-8")), None
 
 
-def work_of(config: TrainConfig) -> Work:
+def count_work(config: TrainConfig) -> Work:
     """Work of a step, from the config alone."""
     model, training = config.model, config.training
     tokens = training.batch_size * training.sequence_length
@@ -86,9 +86,4 @@ def work_of(config: TrainConfig) -> Work:
         recomputed += flops - head
     if training.loss_chunk is not None:
         recomputed += head
-    return Work(
-        tokens=tokens,
-        model_flops=3 * flops * tokens,
-        recomputed_flops=recomputed * tokens,
-        dtype=model.dtype,
-    )
+    return Work(tokens, 3 * flops * tokens, recomputed * tokens, model.dtype)

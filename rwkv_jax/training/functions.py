@@ -92,7 +92,7 @@ class TrainFunctions:
             count, _ = broadcast_varying_axes(self.objective.count(batch), batch)
             return self.sharded.psum(EvalSums(sums.loss, count))
 
-        specs = (self.sharded.specs_of(params), self.sharded.batch_specs(batch))
+        specs = (self.sharded.select_param_specs(params), self.sharded.batch_specs(batch))
         return self.sharded.shard_map(local_sums, specs, PartitionSpec())(params, batch)
 
     @functools.cached_property

@@ -126,11 +126,11 @@ def loss_and_gradients(
         )
         return sharded.psum(reported), sharded.psum_gradients(gradients), next_state
 
-    specs = sharded.specs_of(trained)
+    specs = sharded.select_param_specs(trained)
     state_specs = None if recurrent_state is None else sharded.state_specs
     run = sharded.shard_map(
         local_loss_and_grads,
-        (specs, sharded.specs_of(frozen), sharded.batch_specs(batch), state_specs),
+        (specs, sharded.select_param_specs(frozen), sharded.batch_specs(batch), state_specs),
         (PartitionSpec(), specs, state_specs),
     )
     return run(trained, frozen, batch, recurrent_state)

@@ -22,7 +22,7 @@ from rwkv_jax.plan.costs import Collective, CollectiveKind
 from rwkv_jax.plan.devices import DEVICES, Topology, parse_topology
 from rwkv_jax.plan.planner import bandwidth, padded_bytes, total_collectives
 from rwkv_jax.plan.replica_groups import Groups
-from rwkv_jax.plan.run import plan_run, work_of
+from rwkv_jax.plan.run import count_work, plan_run
 
 ROOT = Path(__file__).parents[2]
 DEVICES_OF_RUNS = {
@@ -192,16 +192,16 @@ def test_totals_tell_kinds_axes_and_hosts_apart() -> None:
 def test_work_by_hand() -> None:
     model = ModelConfig(vocab_size=512, num_layers=3, width=64)
     plain = TrainConfig(model=model, training=StepConfig(batch_size=4, sequence_length=8))
-    work = work_of(plain)
+    work = count_work(plain)
     assert (work.tokens, work.recomputed_flops, work.dtype) == (32, 0, "float32")
     assert work.model_flops == 3 * 32 * model.flops_per_token()
     again = dataclasses.replace(plain, training=dataclasses.replace(plain.training, remat="full"))
     blocks = model.flops_per_token() - 2 * 512 * 64
-    assert work_of(again).recomputed_flops == 32 * blocks
+    assert count_work(again).recomputed_flops == 32 * blocks
     kept = dataclasses.replace(plain, training=dataclasses.replace(plain.training, remat="operator"))
-    assert work_of(kept).recomputed_flops == 32 * blocks  # at most
+    assert count_work(kept).recomputed_flops == 32 * blocks  # at most
     pieces = dataclasses.replace(again, training=dataclasses.replace(again.training, loss_chunk=16))
-    assert work_of(pieces).recomputed_flops == 32 * model.flops_per_token()
+    assert count_work(pieces).recomputed_flops == 32 * model.flops_per_token()
 
 
 def test_float64_is_refused() -> None:
