@@ -50,6 +50,11 @@ def fitting_size(chunk_size: int, time: int) -> int:
     return min(chunk_size, 1 << (time - 1).bit_length())
 
 
+def padded_size(size: int, smallest: int) -> int:
+    """The size of an axis whose tiles are powers of two of at least `smallest`; any size where that is 1."""
+    return size if smallest == 1 else max(smallest, 1 << (size - 1).bit_length())
+
+
 def number_within_chunks(segments: Array | None, padding: int, size: int) -> Array | None:
     """Segment numbers relative to the segment of each chunk's incoming state, which is 0.
 

@@ -78,6 +78,19 @@ def anything(problem: Problem) -> None:
     """Refuses no problem."""
 
 
+def refuse_unless(platform: str, device: str) -> Callable[[Problem], str | None]:
+    """Refuses other platforms and float64."""
+
+    def refuses(problem: Problem) -> str | None:
+        if problem.platform != platform:
+            return f"it needs {device}, and this is {problem.platform}"
+        if problem.dtype != "float32":
+            return f"it computes in float32, and an argument is {problem.dtype}"
+        return None
+
+    return refuses
+
+
 def choose(
     operator: str,
     implementations: Mapping[str, Implementation],

@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from rwkv_kernels import chunks, products
 from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, varying_like
 from rwkv_kernels.chunks import ChunkFunction
-from rwkv_kernels.dispatch import Problem
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.products import Products
 
@@ -69,19 +68,6 @@ class _Call:
         """Cotangents of the chunk's initial state, its arrays over time and those per head."""
         _, pull_back = jax.vjp(self._chunk(constants), state, over_time, per_head)
         return pull_back((dstate, dy))
-
-
-def refuse_unless(platform: str, device: str) -> Callable[[Problem], str | None]:
-    """Refuses other platforms and float64."""
-
-    def refuses(problem: Problem) -> str | None:
-        if problem.platform != platform:
-            return f"it needs {device}, and this is {problem.platform}"
-        if problem.dtype != "float32":
-            return f"it computes in float32, and an argument is {problem.dtype}"
-        return None
-
-    return refuses
 
 
 # --- Triton ---
@@ -408,10 +394,6 @@ def _run_backward(backend: Backend, call: _Call, saved: Any, cotangents: tuple[A
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _padded_size(size: int, smallest: int) -> int:
-    return size if smallest == 1 else max(smallest, 1 << (size - 1).bit_length())
-
-
 def run(
     backend: Backend,
     kernel: Kernel,
@@ -451,7 +433,7 @@ def run(
     def prepare(x: Array, axes: int) -> Array:
         if x.dtype.name in backend.cannot_load:
             x = x.astype(jnp.float32)
-        sizes = [(0, _padded_size(size, backend.smallest_size) - size) for size in x.shape[x.ndim - axes :]]
+        sizes = [(0, chunks.padded_size(size, backend.smallest_size) - size) for size in x.shape[x.ndim - axes :]]
         return jnp.pad(x, [(0, 0)] * (x.ndim - axes) + sizes)
 
     if with_products is None:

@@ -14,7 +14,6 @@ from rwkv_kernels import arguments, dispatch, pieces, sharded
 from rwkv_kernels.ops.wkv4.associative import wkv4_associative
 from rwkv_kernels.ops.wkv4.chunked import wkv4_chunked
 from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State, empty_state, step, wkv4_scan
-from rwkv_kernels.pallas_chunks import refuse_unless
 
 
 def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
@@ -47,8 +46,8 @@ OPERATOR = ChannelOperator(
         "scan": dispatch.Implementation(wkv4_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv4_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv4_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_triton": dispatch.Implementation(_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
     preferred=dispatch.default_order,
 )

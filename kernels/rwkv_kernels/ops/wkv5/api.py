@@ -13,7 +13,6 @@ from rwkv_kernels.ops.wkv5.chunked import wkv5_chunked
 from rwkv_kernels.ops.wkv5.pallas_mosaic_tpu import wkv5_pallas_mosaic_tpu
 from rwkv_kernels.ops.wkv5.pallas_triton import wkv5_pallas_triton
 from rwkv_kernels.ops.wkv5.scan import step, wkv5_scan
-from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 
 
@@ -32,8 +31,8 @@ OPERATOR = MatrixOperator(
     implementations={
         "scan": dispatch.Implementation(wkv5_scan, dispatch.anything),
         "chunked": dispatch.Implementation(wkv5_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(wkv5_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv5_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
     preferred=dispatch.default_order,
     algebra=pieces.DIAGONAL,

@@ -14,7 +14,6 @@ from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
 from rwkv_kernels.ops.wkv6.pallas_mosaic_tpu import wkv6_pallas_mosaic_tpu
 from rwkv_kernels.ops.wkv6.pallas_triton import wkv6_pallas_triton
 from rwkv_kernels.ops.wkv6.scan import step, wkv6_scan
-from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 
 
@@ -34,8 +33,8 @@ OPERATOR = MatrixOperator(
         "scan": dispatch.Implementation(wkv6_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv6_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv6_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
     preferred=dispatch.default_order,
     algebra=pieces.DIAGONAL,

@@ -11,7 +11,6 @@ from rwkv_kernels.ops.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
 from rwkv_kernels.ops.wkv7.pallas_mosaic_tpu import wkv7_pallas_mosaic_tpu
 from rwkv_kernels.ops.wkv7.pallas_triton import wkv7_pallas_triton
 from rwkv_kernels.ops.wkv7.scan import step, wkv7_scan
-from rwkv_kernels.pallas_chunks import refuse_unless
 from rwkv_kernels.precision import Precision
 
 
@@ -30,8 +29,8 @@ OPERATOR = MatrixOperator(
         "scan": dispatch.Implementation(wkv7_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv7_associative, dispatch.anything),
         "chunked": dispatch.Implementation(wkv7_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, refuse_unless("tpu", "a TPU")),
+        "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
+        "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
     preferred=dispatch.default_order,
     algebra=pieces.MATRIX,
