@@ -135,18 +135,9 @@ class TritonKernels:
         batch, time, channels = k.shape
         of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
 
-        def kernel(
-            log_w_ref: Any,
-            u_ref: Any,
-            k_ref: Any,
-            v_ref: Any,
-            marks_ref: Any,
-            trace_refs: Any,
-            dy_ref: Any,
-            dstate_refs: Any,
-            gradient_refs: Any,
-            earlier_refs: Any,
-        ):
+        def kernel(*refs: Any) -> None:
+            log_w_ref, u_ref, k_ref, v_ref, marks_ref, trace_refs, dy_ref, dstate_refs, *out_refs = refs
+            gradient_refs, earlier_refs = out_refs
             log_w, u = log_w_ref[:], u_ref[:]
             dlog_w_ref, du_ref, dk_ref, dv_ref = gradient_refs
 
