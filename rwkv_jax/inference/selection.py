@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 _BLOCK = 256
@@ -87,7 +88,7 @@ def draw(weights: Array, keys: Array) -> Array:
     """
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     size = weights.shape[-1]
-    blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(len(weights), -1, _BLOCK)
+    blocks = rearrange(jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))), "B (block N) -> B block N", N=_BLOCK)
     block = _draw_by_sums(jnp.sum(blocks, axis=-1), uniform[:, 0])
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * _BLOCK + _draw_by_sums(within, uniform[:, 1])
