@@ -1,4 +1,4 @@
-"""`rwkv convert`: weights from one format to another."""
+"""`rwkv convert`: converts weights between formats."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write weights anew in another format; reads official .pth, safetensors, transformers, fla and training runs."""
+    """Convert weights to another format; reads official .pth, safetensors, transformers, fla and training runs."""
 
     source: tyro.conf.Positional[str]
     """A file or folder of weights, a run folder, or OWNER/NAME[/FILE] on the Hugging Face hub."""
     target: tyro.conf.Positional[Path]
-    """FILE.pth, FILE.safetensors, or a folder, which gets model.safetensors and the tokenizer; must not exist yet."""
+    """FILE.pth, FILE.safetensors, or a folder for model.safetensors and the tokenizer; must not exist yet."""
     layout: Literal["official", "transformers", "flash-linear-attention"] = "official"
-    """Whose names the tensors get: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
+    """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """To which tensors are rounded; None leaves every bit as it is."""
+    """dtype to cast tensors to; None keeps them bit for bit."""
     quantize: Quantize | None = None
-    """Write matrices in fewer bits, and everything else in float32; None leaves them as they are. Files in 8 and 4
-    bits are safetensors under official names, which generate, chat and bench read as they are."""
+    """Quantize matrices, everything else becomes float32; None keeps them as they are. Files in 8 and 4 bits are
+    safetensors with official names, which generate, chat and bench read directly."""
     tokenizer: str | None = None
-    """To write beside the weights: world, bytes or a file; None takes the one beside the source."""
+    """Tokenizer to save with the weights: world, bytes or a file; None takes the one saved with the source."""
 
     with_unused: bool = False
-    """Write layer 0's v0, v1 and v2 of RWKV-7, too, zeros if the source has none: the official trainer wants them."""
+    """Also write layer 0's v0, v1 and v2 of RWKV-7, zeros if the source has none: the official trainer needs them."""
 
     def run(self) -> None:
-        """Converts, tensor by tensor if none is to be quantized, and says what was written."""
+        """Converts, one tensor at a time unless quantizing, and prints what was written."""
         from rwkv_jax.weights.pretrained import convert
 
         if self.quantize is not None:
@@ -61,7 +61,7 @@ class Convert:
         )
 
     def _quantize(self, quantize: Quantize) -> ModelConfig:
-        """Writes a model that is held as it is to be written; what cannot be written is said before it is loaded."""
+        """Loads the quantized model and saves it; rejects what cannot be saved before loading."""
         from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 
         if self.dtype is not None or self.layout != "official" or self.with_unused:
@@ -77,13 +77,13 @@ class Convert:
         if os.path.lexists(self.target.expanduser()):
             raise ConfigError(f"{self.target}: exists already and is not overwritten; move it away or name another")
         find_devices()
-        tokenizer = self._tokenizer_of_folder()  # looked at before what takes minutes
+        tokenizer = self._tokenizer_of_folder()  # checked first: loading takes minutes
         model = from_pretrained(self.source, quantize=quantize)
         save_pretrained(model, self.target, tokenizer=tokenizer)
         return model.config
 
     def _tokenizer_of_folder(self) -> Tokenizer | None:
-        """What is to be written beside the weights: nothing where the target is a file."""
+        """The tokenizer to save with the weights; None if the target is a file."""
         from rwkv_jax.run_folder import load_run_tokenizer
         from rwkv_jax.weights.sources import find_weights
 

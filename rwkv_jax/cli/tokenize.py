@@ -1,4 +1,4 @@
-"""`rwkv tokenize`: text to official token files."""
+"""`rwkv tokenize`: converts text to token files (.bin and .idx)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from rwkv_jax.config import ConfigError, DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """Write text as official token files, TARGET.bin and TARGET.idx, from which train.py and others can train."""
+    """Tokenize text into TARGET.bin and TARGET.idx, the token files of the official trainer and of train.py."""
 
     source: tyro.conf.Positional[str]
-    """A text file, a folder, JSON records (.jsonl, .json), each perhaps compressed (.gz, .bz2, .xz, .zst), a table
+    """A text file, a folder, or JSON records (.jsonl, .json), optionally compressed (.gz, .bz2, .xz, .zst), a table
     (.parquet, .arrow, .feather), or python-stdlib."""
     target: tyro.conf.Positional[Path]
-    """What is common to the names of both files, which must not exist yet."""
+    """Path of both files without .bin and .idx; they must not exist yet."""
     tokenizer: str
-    """world, bytes, a sentencepiece model, a tokenizer.json, or a folder that holds one."""
+    """world, bytes, a sentencepiece model, a tokenizer.json, or a folder that contains one."""
     vocab_size: int = 65536
-    """V of the models that will be trained, which the tokenizer must match; World's by default."""
+    """Vocabulary size of the models to train, which the tokenizer must match; World's by default."""
     glob: str = "**/*"
-    """Which files of a folder are read."""
+    """Pattern of the files to read in a folder."""
     text_field: str = "text"
-    """Field of a JSON record, or column of a table, that holds its text."""
+    """Field of a JSON record, or column of a table, with the text."""
 
     def run(self) -> None:
-        """Writes the files and says how many tokens they have, and the primes of the official order for them."""
+        """Writes the files; prints the number of tokens and the magic primes of the official order."""
         from rwkv_jax.data.tokenize import tokenize
         from rwkv_jax.data.tokenizers import load_tokenizer
         from rwkv_jax.data.tokens.order import magic_primes
@@ -39,7 +39,7 @@ class Tokenize:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         try:
             made = tokenize(data, tokenizer, self.target, print)
-        except ConfigError as error:  # in the words of this command, which has no config
+        except ConfigError as error:  # name this command's flags instead of config fields
             flags = {"data.source": "source", "data.glob": "--glob", "data.text_field": "--text-field"}
             raise ConfigError(re.sub("|".join(flags), lambda field: flags[field[0]], str(error))) from error
         print(f"{made.bin_path} and {made.idx_path.name}: {made.num_tokens} tokens, {made.num_documents} documents")

@@ -1,4 +1,4 @@
-"""The config of a run from a file and flags: what `rwkv train` and `rwkv plan` are given."""
+"""Builds a run's config from a file and flags, for `rwkv train` and `rwkv plan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rwkv_jax.config import ConfigError, TrainConfig
 
 
 def load_config(path: Path) -> TrainConfig:
-    """The TrainConfig that a config file's `config()` returns.
+    """Loads the TrainConfig that a config file's `config()` returns.
 
     Raises:
       ConfigError: there is no such file, or it has no `config()` that returns a TrainConfig.
@@ -28,13 +28,13 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def parse_train_config(arguments: Sequence[str], program: str = "train.py") -> TrainConfig:
-    """The config of `train.py [CONFIG_FILE] [--field value ...]`; exits on --help and on fields that do not exist.
+    """Parses `train.py [CONFIG_FILE] [--field value ...]`; exits on --help and on unknown fields.
 
     Args:
-      program: shown in the help.
+      program: name shown in the help.
 
     Raises:
-      ConfigError: the file, or a value, cannot work.
+      ConfigError: the file or a value is invalid.
     """
     arguments = list(arguments)
     refuse_official_flags(arguments)

@@ -1,4 +1,4 @@
-"""Models in the form in which they are run, not trained: layers apart, and the operator that is fastest forward."""
+"""Prepares models for inference: unstacked layers, and the fastest forward WKV implementation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 
 def unstacked(model: Model) -> Model:
-    """The same model with arrays of its own for each layer: for decoding, which reads every weight once a token.
+    """The same model with separate arrays per layer, for decoding, which reads every weight once per token.
 
-    A scan over stacked layers copies each layer's weights out of the stack first, which doubles that. The result is
-    called as before, but its state is a tuple of one `State` a layer. It compiles in time that grows with depth.
+    A scan over stacked layers copies each layer's weights out of the stack first, which doubles that traffic. The
+    result is called as before, but its state is a tuple of one `State` per layer, and compile time grows with depth.
 
     Returns:
-      A new model; embedding, first block, norm and head share their arrays with the old one. `model` itself, if its
+      A new model; embedding, first block, norm and head share their arrays with the old one. `model` itself if its
       layers are not stacked.
     """
     if not model.is_stacked:
@@ -38,7 +38,7 @@ def unstacked(model: Model) -> Model:
 
 
 def with_implementation(model: Model, implementation: str) -> Model:
-    """The same model, its arrays shared, with a named implementation of its WKV operator."""
+    """The same model, sharing its arrays, with the named implementation of its WKV operator."""
     result = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(result):
         if isinstance(config := getattr(module, "config", None), ModelConfig):
@@ -47,10 +47,10 @@ def with_implementation(model: Model, implementation: str) -> Model:
 
 
 def prefill_implementation(config: ModelConfig, platform: str) -> tuple[str | None, str]:
-    """The WKV implementation with which a model reads prompts where nothing is differentiated, and why.
+    """Chooses the WKV implementation for prefill, where nothing is differentiated.
 
     Returns:
-      Its name, None for the one that training takes too; and the reason, in a sentence.
+      Its name, or None for the same as in training; and the reason, in a sentence.
     """
     if config.wkv_implementation is not None:
         return None, "the model's config names one"

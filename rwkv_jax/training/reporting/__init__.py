@@ -1,1 +1,1 @@
-"""What a run shows and records."""
+"""Console output, metrics, plots and profiles of a run."""

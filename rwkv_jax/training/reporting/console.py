@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live line on a terminal, plain lines everywhere else."""
+"""Console output of a run: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def format_duration(seconds: float | None) -> str:
 
 class _SurvivingConsole(RichConsole):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich's own answer is to end the program
+        raise BrokenPipeError  # rich would exit the program
 
 
 class Console:
-    """Step, loss, bits per byte, tokens a second and time left, and messages between them; a context manager.
+    """Shows step, loss, bits per byte, tokens per second and time left, and prints messages; a context manager.
 
     On a terminal one line is redrawn in place; elsewhere (a file, a pipe, a dumb terminal) a plain line is written
-    every `every` steps, without escape codes. `interactive` overrules the choice. Output that fails, because the
-    reader of a pipe has gone or the encoding lacks a character, never stops the run.
+    every `every` steps, without escape codes. `interactive` overrides the detection. Failing output (a closed
+    pipe, a character that the encoding lacks) never stops the run.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Console:
 
     def __enter__(self) -> Console:
         if self._rich is not None:
-            # Warnings and prints of other modules must land above the line, not in it; a stream that was passed in
-            # is the caller's business.
+            # Warnings and prints of other modules must appear above the line, not in it; a stream that was passed in
+            # is left to the caller.
             is_stdout = self._stream is sys.stdout
             self._live = Live(
                 console=self._rich,
@@ -83,7 +83,7 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            # Also after a failure: stopping gives stdout and stderr back.
+            # Also after a failure: stopping restores stdout and stderr.
             self._broken = False
             self._attempt(self._live.stop)
             self._live = None
@@ -91,7 +91,7 @@ class Console:
     def update(self, step: int, figures: Mapping[str, float | None], *, time_left: float | None = None) -> None:
         """Show the state after `step` steps; `time_left` is in seconds.
 
-        Of `figures`, loss, bits_per_byte and tokens_per_second are shown, each one that is there.
+        Shows loss, bits_per_byte and tokens_per_second, those that `figures` contains.
         """
         if self._live is not None and self._rich is not None:
             self._redraw(self._live, self._rich, step, figures, time_left)
@@ -100,7 +100,7 @@ class Console:
             self._write_line("  ".join([f"step {step}/{self._num_steps}", *_describe(figures, time_left)]))
 
     def print(self, *messages: object) -> None:
-        """Write a message without breaking the live line; control characters in it are made harmless."""
+        """Write a message without breaking the live line; control characters are escaped."""
         text = _printable(" ".join(str(message) for message in messages))
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -138,7 +138,7 @@ class Console:
         try:
             output()
         except Exception:
-            # Whatever a terminal, a pipe or its encoding has against us, a run outlives it: from here on we are silent.
+            # No failure of the terminal, the pipe or the encoding may stop a run: print nothing from here on.
             self._broken = True
 
 
@@ -165,7 +165,7 @@ def _describe(figures: Mapping[str, float | None], time_left: float | None) -> l
 
 
 def _printable(text: str) -> str:
-    """`text` with every control character but line break and tab made visible: a sample could redraw the terminal."""
+    """Escapes control characters other than line break and tab: a sample could otherwise redraw the terminal."""
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
         for character in text

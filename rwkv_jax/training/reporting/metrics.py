@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl always, TensorBoard and Weights & Biases when they are asked for."""
+"""Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases if configured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Kind = Literal["train", "evaluation", "sample"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl, in order; a last line that a killed run left half written is passed over.
+    """All records of a metrics.jsonl, in order; a last line that a killed run left half written is skipped.
 
-    Raises FileNotFoundError when there is no such file, ValueError when a line before the last one is damaged.
+    Raises FileNotFoundError if there is no such file, ValueError if a line before the last one is damaged.
     """
     records: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")
@@ -42,9 +42,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def require_loggers(logging: LoggingConfig) -> None:
-    """Check that every logger which the config asks for can be imported; cheap enough to be a run's first act.
+    """Check that every configured logger can be imported; cheap enough to run before anything else.
 
-    Raises ConfigError that names the field and the pip command.
+    Raises ConfigError with the field and the pip command.
     """
     if logging.tensorboard:
         _import_logger("tensorboardX", "SummaryWriter", field="logging.tensorboard", value=True, extra="tensorboard")
@@ -53,13 +53,13 @@ def require_loggers(logging: LoggingConfig) -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to RUN_DIR/metrics.jsonl; a context manager.
+    """Appends one JSON object per line to RUN_DIR/metrics.jsonl; a context manager.
 
-    A run that continues from a checkpoint gives its step as `resume_step`: what an interrupted run wrote after that
-    step is dropped, so that the file ends up with the lines of a run that was never broken. For that to hold,
-    everything about step k must be written before the checkpoint of step k is. `resume_step` 0 starts the file anew.
+    A run that resumes from a checkpoint passes its step as `resume_step`: lines after that step are dropped, so that
+    the file ends up like that of an uninterrupted run, provided that everything about step k is written before the
+    checkpoint of step k. `resume_step` 0 starts a new file.
 
-    `config` is shown beside the figures in Weights & Biases. Raises ConfigError when a logger is not installed.
+    `config` is logged to Weights & Biases. Raises ConfigError if a logger is not installed.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class MetricsWriter:
             self._sinks.append(_wandb(run_dir, logging.wandb, resume_step, config))
 
     def write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
-        """Record `values` as of `step`: numbers, strings, or lists and dicts of them; arrays of one element count.
+        """Record `values` at `step`: numbers, arrays of one element, strings, or lists and dicts of them.
 
-        A number that is not finite becomes null. Raises TypeError for anything that JSON has no place for.
+        A number that is not finite becomes null. Raises TypeError for anything that JSON cannot represent.
         """
         plain = {name: _plain(name, value) for name, value in values.items() if name not in ("kind", "step")}
         line = json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False, allow_nan=False)
-        # A lone surrogate, which a sample may hold, has no UTF-8; its backslash escape happens to be valid JSON.
+        # A lone surrogate, which a sample may contain, has no UTF-8; its backslash escape happens to be valid JSON.
         self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
         for log, _ in self._sinks:
@@ -112,7 +112,7 @@ class MetricsWriter:
 
 
 def _plain(name: str, value: object) -> Any:
-    """`value` as what `json` can write; arrays of one element become their number."""
+    """Converts `value` for `json`; arrays of one element become numbers."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -128,7 +128,7 @@ def _plain(name: str, value: object) -> Any:
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
-    """Rewrite `path` without the lines after `resume_step`; the old file stays whole until the new one is."""
+    """Rewrite `path` without the lines after `resume_step`, atomically."""
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step > 0 else []
@@ -142,7 +142,7 @@ def _import_logger(module_name: str, entry: str, *, field: str, value: object, e
     except ImportError as error:
         reason = str(error)
     else:
-        # A folder of the same name in the working directory, as wandb leaves one behind, imports as an empty package.
+        # A folder of the same name in the working directory, such as wandb's own, imports as an empty package.
         if hasattr(module, entry):
             return module
         reason = f"something else named {module_name} is found first"
@@ -156,13 +156,13 @@ def _tensorboard(
     run_dir: Path, resume_step: int
 ) -> tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]:
     module = importlib.import_module("tensorboardX")
-    # TensorBoard itself forgets the events of an interrupted run from `purge_step` on.
+    # TensorBoard discards the events of an interrupted run from `purge_step` on.
     writer = module.SummaryWriter(logdir=str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def log(kind: Kind, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, str):
-                # Rendered as Markdown: four blanks keep a sample's line breaks and characters as they are.
+                # Rendered as Markdown: four spaces make a code block, which keeps line breaks and characters.
                 writer.add_text(f"{kind}/{name}", "    " + value.replace("\n", "\n    "), step)
             elif isinstance(value, int | float):
                 writer.add_scalar(f"{kind}/{name}", value, step)
@@ -186,7 +186,7 @@ def _wandb(
     replace_file(id_file, run.id.encode())
 
     def log(kind: Kind, step: int, values: dict[str, Any]) -> None:
-        # Steps that an interrupted run has sent already are refused by the server, and hold the same figures.
+        # The server rejects steps that an interrupted run has already sent; their values are the same.
         run.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
 
     return log, run.finish

@@ -1,4 +1,4 @@
-"""The picture of a run, drawn from its metrics.jsonl."""
+"""Loss plot of a run, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _RATIO_TOLERANCE = 2e-3
 def plot_losses(run_dir: Path | str) -> Path:
     """Draw RUN_DIR/metrics.jsonl into RUN_DIR/loss.png and return its path.
 
-    Losses are in nats per token; the right-hand axis is in bits per byte where that is a constant multiple of them.
-    Raises ValueError when the run has no losses yet.
+    Losses are in nats per token; a right-hand axis in bits per byte is added if that is a constant multiple.
+    Raises ValueError if the run has no losses yet.
     """
     run_dir = Path(run_dir)
     metrics = run_dir / METRICS_FILE
@@ -38,7 +38,7 @@ def plot_losses(run_dir: Path | str) -> Path:
     if not any(_number(record, "loss") is not None for record in training + held_out):
         raise ValueError(f"there are no losses to draw in {metrics}; a run writes its first after logging.every steps")
 
-    # Imported here because training must not wait for it, and used without pyplot, which keeps global state.
+    # Imported here to keep training's start fast, and without pyplot, which keeps global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,13 +68,13 @@ def _number(record: dict[str, Any], name: str) -> float | None:
 
 
 def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values; a step without a finite value is left out."""
+    """Steps and values; steps without a finite value are skipped."""
     points = [(record["step"], value) for record in records if (value := _number(record, name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window of some 5% of the points, centered so that the curve does not lag behind a falling loss."""
+    """Centered moving average over 5% of the points."""
     reach = round(_SMOOTHED_SHARE * len(values) / 2)
     result: list[float] = []
     for index in range(len(values)):
@@ -113,7 +113,7 @@ def _draw_rates(axes: Axes, training: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_bits_per_byte(axes: Axes, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
-    """A second scale, if one is right for every point; else one that is right for the held-out points, and says so."""
+    """Adds a scale in bits per byte if it fits all points, or one labeled "held out" if it fits only those."""
     for records, label in ([*training, *held_out], "bits per byte"), (held_out, "bits per byte (held out)"):
         ratio = _constant_ratio(records)
         if ratio is not None:
@@ -128,7 +128,7 @@ def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
 
 
 def _constant_ratio(records: Sequence[dict[str, Any]]) -> float | None:
-    """Bits per byte over loss, if it is the same in all records."""
+    """Ratio of bits per byte to loss, if it is the same in all records."""
     ratios: list[float] = []
     for record in records:
         loss, bits = _number(record, "loss"), _number(record, "bits_per_byte")

@@ -1,4 +1,4 @@
-"""A trace of some steps for TensorBoard's or Perfetto's viewer."""
+"""Profiler traces of selected steps, for TensorBoard or Perfetto."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import jax
 
 
 class StepProfiler:
-    """Traces the steps from `steps[0]` to `steps[1]`, both included, into a folder; None traces nothing."""
+    """Traces steps `steps[0]` to `steps[1]`, inclusive, into a folder; None traces nothing."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, report: Callable[[str], None]) -> None:
         self._steps, self._folder, self._report = steps, folder, report
         self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before a step is dispatched."""
+        """Call before a step is dispatched."""
         if self._steps is not None and step == self._steps[0]:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: object) -> None:
-        """To be called with a step's result."""
+        """Call with a step's result."""
         if self._running and self._steps is not None and step >= self._steps[1]:
             jax.block_until_ready(result)
             self._stop()

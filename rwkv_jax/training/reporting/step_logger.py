@@ -1,4 +1,4 @@
-"""What is written down about each step: the live line, metrics.jsonl, and the alarm when steps stop being finite."""
+"""Logs each step to the console and metrics.jsonl, and stops a run after too many steps that are not finite."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class NonFiniteError(RuntimeError):
 
 
 class StepLogger:
-    """Records steps one step late, so that the device never waits for the host to read a figure.
+    """Logs steps one step late, so that the device never waits for the host to read metrics.
 
-    Without a `writer` nothing is written: of several processes, one writes.
+    Without a `writer` no metrics are written; of several processes, only one has one.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class StepLogger:
         self._skipped = 0
 
     def step(self, step: int, metrics: StepMetrics, *, wait: bool) -> None:
-        """Takes a step's metrics, which may still be computing, and writes down the step before.
+        """Takes a step's metrics, which may still be computing, and logs the step before.
 
         Args:
-          wait: write down this step too, once it is computed; for a step that is evaluated or saved.
+          wait: log this step too, once it is computed; for a step after which the model is evaluated or saved.
 
         Raises:
-          NonFiniteError: a step written down was the last of `max_bad_steps` in a row that were skipped.
+          NonFiniteError: `max_bad_steps` steps in a row were skipped.
         """
         self._write_pending()
         self._pending = (step, metrics)
@@ -102,12 +102,12 @@ class StepLogger:
             )
 
     def held_out(self, step: int, result: HeldOut) -> None:
-        """Writes down an evaluation after `step` steps."""
+        """Logs an evaluation after `step` steps."""
         self._write("evaluation", step, result._asdict())
         self._console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Writes down and shows a sample."""
+        """Logs and prints a sample."""
         self._write("sample", step, {"prompt": prompt, "text": text})
         self._console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
 

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second and time left, from the steps alone."""
+"""Throughput of a run: tokens per second and time left."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 
 class Throughput:
-    """Measures steps without compilation, evaluation and saving.
+    """Measures the time of steps, excluding compilation, evaluation and saving.
 
-    The time of a step is a debiased exponential mean (weight `1 - decay` on the newest step) that leaves out the
-    first `skip_steps` steps, which compile and fill caches. `clock` returns seconds. Each quantity is None until
-    there is a step to measure.
+    The time per step is a debiased exponential mean (weight `1 - decay` on the newest step) that excludes the first
+    `skip_steps` steps, which compile and fill caches. `clock` returns seconds. Each quantity is None until a step has
+    been measured.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Throughput:
         self._pause_depth = 0
 
     def step(self) -> None:
-        """Say that a step has ended, and that the next one begins."""
+        """Call at the end of each step."""
         now = self._clock()
         seconds = now - self._started - self._paused
         self._started, self._paused = now, 0.0
@@ -46,9 +46,9 @@ class Throughput:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the step in which it falls; may be nested.
+        """Excludes the time inside from the current step; may be nested.
 
-        Wait for the device before entering, or the rest of a step that still runs there is charged to the pause.
+        Wait for the device before entering, or the rest of a step that is still running counts as pause.
         """
         began = self._clock()
         self._pause_depth += 1
@@ -61,16 +61,16 @@ class Throughput:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Seconds that a step takes at present."""
+        """Current seconds per step."""
         return self._mean / self._weight if self._weight > 0 else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens trained on in a second at present."""
+        """Current training tokens per second."""
         seconds = self.seconds_per_step
         return self._tokens_per_step / seconds if seconds is not None and seconds > 0 else None
 
     def time_left(self, steps: int) -> float | None:
-        """Seconds that `steps` more steps will take, evaluation and saving not counted."""
+        """Seconds that `steps` more steps will take, without evaluation and saving."""
         seconds = self.seconds_per_step
         return None if seconds is None else seconds * max(steps, 0)
