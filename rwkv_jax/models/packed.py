@@ -1,14 +1,14 @@
-"""Matrices held as integers of 8 or 4 bits, and their products with float vectors.
+"""Weight matrices quantized to 8 or 4 bits, and their products with float activations.
 
-A packed matrix is a pytree that stands where a parameter's array stood: `linear` and `Embedding` know it, so the models
-do not change. On CPUs a product never writes the matrix out in floating point.
+A packed matrix is a pytree that replaces a parameter's array; `linear` and `Embedding` handle it, so the models do not
+change. On CPUs a product never materializes the matrix in floating point.
 
-On GPUs and TPUs the integers are converted right before a floating-point product; that XLA fuses the two, so that the
-converted matrix is never in memory, is left to it and has not been tried there. XLA's CPU backend does not: it writes
-the converted matrix to memory first, at every call. What it runs well, vectorized and on all threads, is int8 x int8 ->
-int32. So there a vector is written as three rows of int8 (`split_rows`), whose products are exact and
-are added up again: what comes out is the product of the float32 vector, to float32's own rounding. Weights decide the
-time of a product with few rows, so that three rows cost what one does.
+On GPUs and TPUs the integers are converted right before a floating-point product. Whether XLA fuses the two, so that
+the converted matrix is never in memory, has not been measured there. XLA's CPU backend does not: it writes the
+converted matrix to memory at every call. What it runs well, vectorized and on all threads, is int8 x int8 -> int32. So
+on CPUs each row of activations is split into three int8 rows (`split_rows`), whose products are exact, and their
+weighted sum is the float32 product up to float32 rounding. With few rows, reading the weights takes the time, so three
+rows cost as much as one.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from jax import Array, lax
 from typing_extensions import override
 
 GROUP_SIZE = 32
-"""Neighbors along the input axis that share a multiplier and an offset, in 4 bits."""
+"""Consecutive inputs that share a multiplier and an offset, in 4 bits."""
 
 NUM_DIGITS = 3
 _DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
 
-_FEW_ROWS = 16  # of x, for which the matrix decides how long a product takes
-_TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they stay in a core's cache
+_FEW_ROWS = 16  # of x: up to here reading the matrix takes the time
+_TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they fit a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix(abc.ABC):
-    """Integers and a scale for each output channel, in place of a matrix; leading axes are those of stacked layers.
+    """Integers with a scale per output channel, in place of a matrix; leading axes are those of stacked layers.
 
-    It is held as [out, in]; `transposed` says that the parameter it stands for is [in, out].
+    Stored as [out, in]; `transposed` means that the parameter it replaces is [in, out].
     """
 
     codes: Array
-    """The integers, as they lie in memory."""
+    """The integers as stored."""
     scale: Array
     """float32 [..., out]."""
     transposed: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
@@ -51,7 +51,7 @@ class PackedMatrix(abc.ABC):
     @property
     @abc.abstractmethod
     def num_inputs(self) -> int:
-        """Length of the input axis."""
+        """Size of the input axis."""
 
     @abc.abstractmethod
     def integers(self) -> Array:
@@ -59,34 +59,34 @@ class PackedMatrix(abc.ABC):
 
     @abc.abstractmethod
     def times(self, x: Array) -> Array:
-        """x [rows, in] times the matrix, for a single one (no leading axes): float32 [rows, out]."""
+        """x [rows, in] @ matrix^T for a single matrix (no leading axes): float32 [rows, out]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter it stands for."""
+        """Shape of the parameter it replaces."""
         *leading, out = self.scale.shape
         own = (self.num_inputs, out) if self.transposed else (out, self.num_inputs)
         return (*leading, *own)
 
     @property
     def ndim(self) -> int:
-        """Axes of the parameter it stands for."""
+        """Number of axes of the parameter it replaces."""
         return len(self.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of the numbers it stands for."""
+        """dtype of the dequantized parameter."""
         return self.scale.dtype
 
     @property
     def T(self) -> Self:  # noqa: N802
-        """The transposed matrix: the same integers, read the other way round."""
+        """The transposed matrix, sharing its integers."""
         if self.scale.ndim != 1:
             raise ValueError(f"a packed parameter of shape {self.shape} is transposed one matrix at a time")
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def __getitem__(self, index: Any) -> Self:
-        """Itself for `...`; an index into the leading axes otherwise."""
+        """Indexes the leading axes; `...` returns the matrix itself."""
         if index is ...:
             return self
         if self.scale.ndim == 1:
@@ -98,14 +98,14 @@ class PackedMatrix(abc.ABC):
         return (self[i] for i in range(self.shape[0]))
 
     def rows(self, index: Array) -> Array:
-        """Rows of a matrix [out, in]: integers of any shape -> float32 [..., in]."""
+        """Looks up rows of a matrix [out, in]: integers of any shape -> float32 [..., in]."""
         if self.transposed or self.scale.ndim != 1:
             raise ValueError(f"rows are looked up in one matrix [out, in], not in {self.shape} (transposed)")
         chosen = jax.tree.map(lambda x: x[index], self)
         return chosen.integers().astype(self.dtype) * chosen.scale[..., None]
 
     def dequantized(self) -> Array:
-        """The parameter it stands for, in float32: a copy four to eight times as large."""
+        """The parameter in float32: a copy four to eight times as large."""
         whole = self.integers().astype(self.dtype) * self.scale[..., None]
         return jnp.swapaxes(whole, -1, -2) if self.transposed else whole
 
@@ -134,8 +134,8 @@ class Int8Matrix(PackedMatrix):
 class Int4Matrix(PackedMatrix):
     """weight[o, i] = scale[o] (multiplier[o, g] code[o, i] + offset[o, g]) with 4-bit codes and g = i // GROUP_SIZE.
 
-    What stands in brackets lies in [-128, 127], so that unpacking to int8 is exact. Byte j of a group, codes being
-    uint8 [..., out, in / 32, 16], holds code j in its low half and code j + 16 in its high half.
+    The value in parentheses is within [-128, 127], so unpacking to int8 is exact. codes are uint8
+    [..., out, in / 32, 16]; byte j of a group has code j in its low half and code j + 16 in its high half.
     """
 
     multiplier: Array
@@ -161,7 +161,7 @@ class Int4Matrix(PackedMatrix):
 def product(x: Array, weight: PackedMatrix) -> Array:
     """x [rows, in] @ weight^T, for weight [out, in]: float32 [rows, out].
 
-    Differentiable with respect to x; the backward pass does write out the matrix.
+    Differentiable with respect to x; the backward pass materializes the matrix.
     """
     if weight.transposed or weight.scale.ndim != 1:
         raise ValueError(f"a product takes one matrix [out, in], not {weight.shape} (transposed: {weight.transposed})")
@@ -175,7 +175,7 @@ def _product(x: Array, weight: PackedMatrix) -> Array:
 
 @_product.defjvp
 def _product_jvp(primals: tuple[Array, PackedMatrix], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    # Rounding to integers has no derivative; what it computes has.
+    # Rounding to integers has no derivative, so differentiate the exact product.
     x, weight = primals
     y = _product(x, weight)
     return y, _contract(tangents[0].astype(y.dtype), weight.dequantized(), y.dtype)
@@ -184,11 +184,11 @@ def _product_jvp(primals: tuple[Array, PackedMatrix], tangents: tuple[Array, Any
 def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1) -> Array:
     """x [rows, in] float32 @ weight^T, for weight bfloat16 [out, in], or [in, out] with in_axis 0: float32 [rows, out].
 
-    Three bfloat16 numbers have all digits of a float32 one, so that x is split instead of the matrix being widened.
+    Three bfloat16 numbers represent a float32 exactly, so x is split instead of converting the matrix to float32.
     """
     parts: list[Array] = []
     for _ in range(3):
-        # (A cast to bfloat16 and back is one that XLA may leave out.)
+        # (XLA may remove a cast to bfloat16 and back.)
         parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
         x = x - parts[-1]
     rows = jnp.concatenate(parts).astype(weight.dtype)
@@ -197,13 +197,13 @@ def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1
 
 
 def split_rows(x: Array) -> tuple[Array, Array]:
-    """Rows as sums of int8 rows: x = unit (d_1 + d_2 / 254 + d_3 / 254^2), to 6e-8 of a row's largest number.
+    """Splits rows into sums of int8 rows: x = unit (d_1 + d_2 / 254 + d_3 / 254^2), to 6e-8 of a row's maximum.
 
     Args:
       x: [rows, in].
 
     Returns:
-      The digits, int8 [3 rows, in], first those of every row's largest share; and the unit, float32 [rows, 1].
+      The digits, int8 [3 rows, in], d_1 of all rows first; and the unit, float32 [rows, 1].
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -230,24 +230,23 @@ def _times_by_digits(x: Array, integers: Array) -> Array:
     digits, unit = split_rows(x)
     if x.shape[0] > _FEW_ROWS:
         return unit * _times_many(digits, integers)
-    return _joined(_contract_digits(digits, integers), unit)
+    return _combine_digits(_contract_digits(digits, integers), unit)
 
 
 def _times_many(digits: Array, integers: Array) -> Array:
-    """The product, in units, of so many rows that arithmetic takes the time, not the matrix: float32 [rows, out].
+    """The product, in units of `unit`, for many rows, where arithmetic dominates: float32 [rows, out].
 
-    (Turned round as `_contract_digits` has it, so large a result would take longer than the product.)
+    (With operands swapped as in `_contract_digits`, transposing the large result takes longer than the product.)
     """
     sums = _contract(digits, integers, jnp.int32).astype(jnp.float32)
-    return _added_up(*rearrange(sums, "(digit rows) out -> digit rows out", digit=NUM_DIGITS))
+    return _sum_digits(*rearrange(sums, "(digit rows) out -> digit rows out", digit=NUM_DIGITS))
 
 
 def _contract_digits(digits: Array, integers: Array) -> Array:
     """integers [out, in] @ digits^T [in, rows] in int8: int32 [out, rows].
 
-    The matrix stands on the left: XLA's CPU backend brings what stands on the right into another order first, at every
-    call, which for a matrix takes up to three times as long as the product itself. (Transposed right away, the product
-    would be turned round again.)
+    The matrix is the left operand: XLA's CPU backend reorders the right operand at every call, which for a matrix takes
+    up to three times as long as the product itself. (Transposing the result here makes XLA swap the operands back.)
     """
     return lax.dot_general(integers, digits, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
@@ -257,27 +256,27 @@ def _times_int4_converted(x: Array, codes: Array, multiplier: Array, offset: Arr
 
 
 def _times_int4_by_digits(x: Array, codes: Array, multiplier: Array, offset: Array) -> Array:
-    if x.shape[0] > _FEW_ROWS:  # unpacked as a whole: in tiles, XLA keeps far more of them at a time than one matrix is
+    if x.shape[0] > _FEW_ROWS:  # unpacked as a whole: XLA would keep tiles of far more than one matrix at a time
         return _times_by_digits(x, _unpacked(codes, multiplier, offset))
     digits, unit = split_rows(x)
     sums = _times_tiles(_contract_digits, digits, codes, multiplier, offset)
-    return _joined(sums, unit)
+    return _combine_digits(sums, unit)
 
 
-def _joined(sums: Array, unit: Array) -> Array:
-    """The product of rows x from the products int32 [out, 3 rows] of their digits: [rows, out]."""
-    shares = rearrange(sums.astype(jnp.float32), "out (digit rows) -> digit out rows", digit=NUM_DIGITS)
-    return (unit[:, 0] * _added_up(*shares)).T
+def _combine_digits(sums: Array, unit: Array) -> Array:
+    """Combines the digits' products, int32 [out, 3 rows], into the product of x: [rows, out]."""
+    parts = rearrange(sums.astype(jnp.float32), "out (digit rows) -> digit out rows", digit=NUM_DIGITS)
+    return (unit[:, 0] * _sum_digits(*parts)).T
 
 
-def _added_up(first: Array, second: Array, third: Array) -> Array:
+def _sum_digits(first: Array, second: Array, third: Array) -> Array:
     return first + (second + third / _DIGIT_BASE) / _DIGIT_BASE
 
 
 def _times_tiles(
     times: Callable[[Array, Array], Array], x: Array, codes: Array, multiplier: Array, offset: Array
 ) -> Array:
-    """An unscaled 4-bit matrix, of which some rows are unpacked at a time, times x [rows, in]: [out, rows].
+    """An unscaled 4-bit matrix, unpacked in tiles of rows, times x [rows, in]: [out, rows].
 
     Args:
       times: x and an int8 matrix [out, in] -> [out, rows].
@@ -294,7 +293,7 @@ def _times_tiles(
     num_tiles = math.ceil(out / size)
     if num_tiles == 1:
         return tile(codes, multiplier, offset)
-    # The last tile is as large as the others: it begins earlier, and what it does again is left out.
+    # The last tile has the same size and overlaps the one before; the overlap is dropped.
     starts = jnp.minimum(jnp.arange(num_tiles) * size, out - size)
     y = lax.map(lambda start: tile(*(_from(start, size, part) for part in (codes, multiplier, offset))), starts)
     return jnp.concatenate([rearrange(y[:-1], "tile out rows -> (tile out) rows"), y[-1][num_tiles * size - out :]])
@@ -305,7 +304,7 @@ def _from(start: Array, size: int, x: Array) -> Array:
 
 
 def _unpacked(codes: Array, multiplier: Array, offset: Array) -> Array:
-    """int8 [..., in] of bytes [..., in / 32, 16], in units of the row's scale."""
+    """Unpacks bytes [..., in / 32, 16] to int8 [..., in], in units of the row's scale."""
     halves = jnp.concatenate(_unpacked_halves(codes, multiplier, offset), axis=-1)
     return rearrange(halves, "... group code -> ... (group code)")
 

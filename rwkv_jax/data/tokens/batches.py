@@ -1,4 +1,4 @@
-"""Batches of held-out tokens in which each token is predicted once. Shape letters: B rows, T time."""
+"""Batches of held-out tokens that predict each token once. Shape letters: B rows, T time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rwkv_jax.data.tokens.rows import Rows
 
 
 def num_evaluation_batches(num_tokens: int, *, batch_size: int, sequence_length: int) -> int:
-    """Number of batches in which `evaluation_windows` predicts every token but the first."""
+    """Number of batches that `evaluation_windows` needs to predict every token but the first."""
     return -(-(num_tokens - 1) // (batch_size * sequence_length))
 
 
@@ -22,11 +22,11 @@ def evaluation_windows(
     num_batches: int | None = None,
     mask: np.ndarray | None = None,
 ) -> Iterator[Rows]:
-    """Batches of rows with a mask, 1 at each position t whose next token t + 1 is to be predicted.
+    """Batches of rows with a mask, 1 at each position t where token t + 1 is predicted.
 
-    The windows cover the tokens in order and predict each but the first exactly once; all shapes are alike, what is
-    missing in the last one is padded and masked. `num_batches` takes so many of them, evenly spaced over the tokens.
-    `mask` [n] says which tokens count; None counts all.
+    The windows cover the tokens in order and predict each but the first exactly once; all batches have the same shape,
+    the last one is padded and masked. `num_batches` selects that many, evenly spaced over the tokens. `mask` [n] marks
+    the tokens that count; None counts all.
     """
     total = num_evaluation_batches(len(tokens), batch_size=batch_size, sequence_length=sequence_length)
     taken = total if num_batches is None else min(num_batches, total)

@@ -1,17 +1,17 @@
-"""The official token files, PATH.bin and PATH.idx (binidx, from Megatron): read memory-mapped, written as a stream.
+"""Reads (memory-mapped) and writes (streaming) the official token files PATH.bin and PATH.idx (binidx, from Megatron).
 
-The .bin holds the tokens of all documents, one after the other. The .idx, all numbers little-endian:
+The .bin contains the tokens of all documents, concatenated. The .idx, all numbers little-endian:
 
     9 bytes       b"MMIDIDX", 0, 0
     uint64        version, 1
     uint8         dtype of the tokens
-    uint64        n, number of items (the official tools write one a document)
+    uint64        n, number of items (the official tools write one per document)
     uint64        m, number of document boundaries
     n x int32     tokens of each item
     n x int64     byte of the .bin at which each item begins
     m x int64     items before each document's first, and after the last document's last
 
-The trainer reads the .bin as one stream and does not look at the items. Format: RWKV-LM, RWKV-v5/src/binidx.py.
+The trainer reads the .bin as one stream and ignores the items. Format: RWKV-LM, RWKV-v5/src/binidx.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     3: np.dtype("<i2"),
     4: np.dtype("<i4"),
     5: np.dtype("<i8"),
-    6: np.dtype("<f8"),  # Python's float and numpy's double have a code each
+    6: np.dtype("<f8"),  # Python's float and numpy's double have separate codes
     7: np.dtype("<f8"),
     8: np.dtype("<u2"),
 }
@@ -57,32 +57,32 @@ _MAX_BLOCKS = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Binidx:
-    """A pair of files, opened; all arrays are memory-mapped."""
+    """An opened pair of files; all arrays are memory-mapped."""
 
     bin_path: Path
     idx_path: Path
     tokens: np.ndarray
-    """All tokens, one stream, in the dtype of the file."""
+    """All tokens as one stream, in the file's dtype."""
     sizes: np.ndarray
     """Tokens of each item, [n] int32."""
     pointers: np.ndarray
     """Byte of the .bin at which each item begins, [n] int64."""
     boundaries: np.ndarray
-    """Items before each document, [m] int64; the last one may be the number of all."""
+    """Items before each document, [m] int64; the last may equal the number of items."""
 
     @property
     def num_documents(self) -> int:
-        """Documents; items after the last boundary count as one."""
+        """Number of documents; items after the last boundary count as one."""
         return len(self.boundaries) - int(self.boundaries[-1] == len(self.sizes))
 
     def document_start(self, document: int) -> int:
-        """Position of a document's first token; the number of tokens for the one after the last."""
+        """Position of a document's first token; the number of tokens for the index after the last document."""
         item = int(self.boundaries[document]) if document < len(self.boundaries) else len(self.sizes)
         return len(self.tokens) if item == len(self.sizes) else int(self.pointers[item]) // self.tokens.itemsize
 
 
 def find_binidx(source: str) -> tuple[Path, Path] | None:
-    """The .bin and .idx that a source names, by either file or by their common stem; None if it names neither.
+    """Finds the .bin and .idx of a source given as either file or their common stem; None if it is neither.
 
     Raises:
       ConfigError: one of the two is missing.
@@ -102,10 +102,10 @@ def find_binidx(source: str) -> tuple[Path, Path] | None:
 
 
 def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
-    """Opens a pair after checking all of the .idx against the size of the .bin, which is not read.
+    """Opens a pair after checking the whole .idx against the size of the .bin, which is not read.
 
     Raises:
-      ConfigError: a file that cannot be read, is no .idx, is cut short, or does not match the other.
+      ConfigError: a file cannot be read, is not an .idx, is cut short, or does not match the other.
     """
     try:
         bin_bytes, idx_bytes = bin_path.stat().st_size, idx_path.stat().st_size
@@ -132,7 +132,7 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
         pointers=np.memmap(idx_path, "<i8", "r", _HEADER.size + 4 * num_items, (num_items,)),
         boundaries=np.memmap(idx_path, "<i8", "r", _HEADER.size + 12 * num_items, (num_boundaries,)),
     )
-    # Tokens may begin like a file of any kind, and with zeros.
+    # Valid tokens may start like any kind of file, or with zeros.
     might_be_wrong = opened.tokens[:1].any()
     wanted = "the .bin that belongs to the .idx"
     with explain_refusal(bin_path, wanted, get_args(Kind)) if might_be_wrong else contextlib.nullcontext():
@@ -142,7 +142,7 @@ def open_binidx(bin_path: Path, idx_path: Path) -> Binidx:
 
 
 def evenly_spaced_blocks(num_tokens: int, itemsize: int) -> Iterator[slice]:
-    """At most 64 slices of 1 MiB, evenly spaced over the tokens; all tokens if they are fewer than that."""
+    """At most 64 slices of 1 MiB, evenly spaced over the tokens; all tokens if there are fewer."""
     length = _BLOCK_BYTES // itemsize
     if num_tokens <= _MAX_BLOCKS * length:
         yield from (slice(start, min(start + length, num_tokens)) for start in range(0, num_tokens, length))
@@ -153,9 +153,9 @@ def evenly_spaced_blocks(num_tokens: int, itemsize: int) -> Iterator[slice]:
 
 
 def fingerprint(opened: Binidx) -> str:
-    """Hex digest of the whole .idx, of the size of the .bin and of evenly spaced blocks of it.
+    """Hex digest of the whole .idx, the size of the .bin and evenly spaced blocks of the .bin.
 
-    Of a .bin beyond 64 MiB only 64 MiB are read, since the Pile's has 664 GB: a change elsewhere in it goes unnoticed.
+    At most 64 MiB of the .bin are read, since the Pile's has 664 GB: changes outside these blocks go unnoticed.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{opened.tokens.nbytes} ".encode())
@@ -170,12 +170,12 @@ def fingerprint(opened: Binidx) -> str:
 class BinidxWriter:
     """Writes a pair of files as a stream; a context manager. The files appear when it exits without an error.
 
-    Everything goes to files of temporary names beside the target, which are flushed to disk before they get their own,
-    the .idx last. After an error nothing is left.
+    Data goes to temporary files beside the target, which are flushed to disk and then renamed, the .idx last. After an
+    error nothing is left.
     """
 
     def __init__(self, target: Path, vocab_size: int) -> None:
-        """For TARGET.bin and TARGET.idx, in uint16 where the vocabulary allows, else int32.
+        """Opens TARGET.bin and TARGET.idx for writing, in uint16 if the vocabulary allows, else int32.
 
         Args:
           target: the common stem of both names, or one of them.
@@ -264,7 +264,7 @@ class BinidxWriter:
             for start in range(0, items + 1, _BLOCK_ITEMS):
                 idx.write(np.arange(start, min(start + _BLOCK_ITEMS, items + 1), dtype="<i8").tobytes())
             flush_to_disk(idx)
-        self._refuse_existing()  # somebody else may have been at it, too
+        self._refuse_existing()  # another process may have written them meanwhile
         self._rename(0)
         try:
             self._rename(1)

@@ -1,4 +1,4 @@
-"""Assigns each row to a source of a mixture: exact shares in every period of rows, in a random order."""
+"""Assigns each row to a source of a mixture: exact shares in every period of rows, in random order."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
 
 PERIOD = 2**12
-"""Number of rows in which each source has exactly its share."""
+"""Number of rows over which each source has exactly its share."""
 
 
 def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:
-    """Rows that each source has in a period: its weight over the sum of all, rounded so that they fill the period.
+    """Rows of each source in a period: normalized weights, rounded so that they fill the period.
 
-    Raises ConfigError for a weight that is too small for a single row.
+    Raises ConfigError for a weight too small for a single row.
     """
     total = sum(weight for _, weight in mixture)
     exact = [weight / total * PERIOD for _, weight in mixture]
@@ -33,12 +33,12 @@ def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:
 
 
 def assign_sources(row_index: np.ndarray, shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each row of a run, and which of that source's rows it is; both [n] int64.
+    """The source of each row of a run, and the row's index within that source; both [n] int64.
 
     Args:
-      row_index: numbers of rows, counted from 0 over the whole run, [n] int64.
+      row_index: rows of the run, counted from 0, [n] int64.
       shares: rows of each source in a period.
-      seed: of the order within a period, which differs from period to period.
+      seed: for the order within each period, which differs between periods.
     """
     period, ends = sum(shares), np.cumsum(shares)
     periods, positions = np.divmod(row_index, period)

@@ -1,7 +1,6 @@
-"""Where rows begin in the token file: pure functions of row_index, which counts rows over the whole run.
+"""Start positions of rows in the token file: pure functions of row_index, which counts rows over the whole run.
 
-Row b of step s has row_index s B + b, so that any step is computed without the ones before. Shape letters: B rows,
-T time.
+Row b of step s has row_index s B + b, so any step is computed without the ones before. Shape letters: B rows, T time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
 
 RowOrder = Literal["windows", "official", "streams"]
-"""Windows, shuffled anew in each epoch; the official trainer's order; B streams that continue from step to step."""
+"""Windows, reshuffled each epoch; the official trainer's order; B streams that continue across steps."""
 
 
 class Windows(NamedTuple):
@@ -25,7 +24,7 @@ class Windows(NamedTuple):
     epoch: np.ndarray
     """Number of complete passes over the corpus before this row."""
     window: np.ndarray
-    """Which of the epoch's windows the row is."""
+    """Index of the window within the epoch."""
     start: np.ndarray
     """Position of the row's first token in the token file."""
 
@@ -36,14 +35,14 @@ def num_windows(num_tokens: int, sequence_length: int) -> int:
 
 
 def shuffled_windows(row_index: np.ndarray, *, num_tokens: int, seed: int, sequence_length: int) -> Windows:
-    """Windows that cover the tokens once an epoch, with a permutation and an offset drawn for each epoch.
+    """Windows that cover the tokens once per epoch, with a permutation and an offset drawn for each epoch.
 
-    The tokens are a ring, so that no shift loses any: a row that runs beyond the last token goes on at the first.
+    A row that runs past the last token continues at the first, so that no offset loses tokens.
 
     Args:
       row_index: rows of the run, [n] int64.
-      num_tokens: of the token file; at least T + 1.
-      seed: of orders and offsets.
+      num_tokens: tokens in the file; at least T + 1.
+      seed: for permutations and offsets.
       sequence_length: T.
     """
     windows_per_epoch = num_windows(num_tokens, sequence_length)
@@ -58,19 +57,19 @@ def shuffled_windows(row_index: np.ndarray, *, num_tokens: int, seed: int, seque
 
 
 def official_starts(row_index: np.ndarray, *, magic_prime: int, sequence_length: int) -> np.ndarray:
-    """First tokens of the rows in the order of the official trainer, [n] int64; no seed, no epochs, no offset.
+    """Start positions of rows in the official trainer's order, [n] int64; no seed, no epochs, no offset.
 
     Sample i = 1, 2, ... begins at token T ((f i^3) mod p), where f is p over the golden ratio, rounded down. Since
     p = 3 n + 2, cubing is a bijection modulo p, and p samples read each of p windows once. The trainer's mini-epochs
-    of 40320 samples change nothing. Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
+    of 40320 samples do not affect this. Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
 
     Args:
       row_index: rows of the run, [n] int64; sample i is row i - 1.
-      magic_prime: p, as `check_magic_prime` takes it.
+      magic_prime: p; must pass `check_magic_prime`.
       sequence_length: T.
     """
     factor = int(magic_prime * ((math.sqrt(5) - 1) / 2))
-    # Python's integers: the cube of a row's number is beyond 64 bits after two million rows.
+    # Python integers: the cube overflows 64 bits after two million rows.
     cubes = (factor * (index + 1) ** 3 % magic_prime for index in row_index.tolist())
     return np.array([cube * sequence_length for cube in cubes], np.int64)
 
@@ -78,10 +77,10 @@ def official_starts(row_index: np.ndarray, *, magic_prime: int, sequence_length:
 def stream_starts(
     row_index: np.ndarray, *, num_tokens: int, seed: int, batch_size: int, sequence_length: int
 ) -> np.ndarray:
-    """First tokens of rows that continue where they stopped, [n] int64, for states carried from step to step.
+    """Start positions of rows that continue the previous step's, [n] int64, for recurrent states carried across steps.
 
-    Row b reads the ring of tokens from (offset + b (n // B) + s T) mod n at step s: B streams, evenly spaced, whose
-    common offset is drawn from the seed.
+    At step s, row b reads from (offset + b (n // B) + s T) mod n, wrapping around: B evenly spaced streams with a
+    common offset drawn from the seed.
     """
     steps, rows = np.divmod(row_index, batch_size)
     offset = int(random_words(f"streams {seed}", 1)[0]) % num_tokens
@@ -89,10 +88,10 @@ def stream_starts(
 
 
 def find_magic_prime(num_tokens: int, sequence_length: int) -> int:
-    """The prime of the official order, as the official scripts compute it.
+    """The prime of the official order, computed like the official scripts do.
 
-    The largest prime p = 3 n + 2 that is at most num_tokens // T - 1. Raises ConfigError where there is none, or one
-    that the official trainer refuses, which happens with fewer than 228 sequences only.
+    The largest prime p = 3 n + 2 that is at most num_tokens // T - 1. Raises ConfigError if there is none or if the
+    official trainer would reject it, which happens only with fewer than 228 sequences.
     Source: RWKV-LM, RWKV-v5/compute_magic_prime.py.
     """
     num_sequences = num_tokens // sequence_length
@@ -107,7 +106,7 @@ def find_magic_prime(num_tokens: int, sequence_length: int) -> int:
 
 
 def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192)) -> dict[int, int]:
-    """The magic prime for each sequence length; lengths that have none, for lack of tokens, are left out."""
+    """The magic prime for each sequence length; lengths with too few tokens for one are left out."""
     found = {length: _largest_magic_prime(num_tokens // length) for length in sequence_lengths}
     return {
         length: prime
@@ -117,7 +116,7 @@ def magic_primes(num_tokens: int, sequence_lengths: Sequence[int] = (512, 1024, 
 
 
 def check_magic_prime(magic_prime: int, num_tokens: int, sequence_length: int) -> None:
-    """Raises ConfigError for a number that the official trainer refuses, or that needs more tokens than there are."""
+    """Raises ConfigError for a number that the official trainer rejects or that needs more tokens than there are."""
     num_sequences = num_tokens // sequence_length
     wrong = None
     if not _is_prime(magic_prime):
@@ -141,7 +140,7 @@ def _largest_magic_prime(num_sequences: int) -> int | None:
 
 
 def _leaves_out_too_many(magic_prime: int, num_sequences: int) -> bool:
-    """Whether the official trainer refuses a prime that leaves more than a tenth of the sequences unread."""
+    """Whether the official trainer rejects a prime because more than a tenth of the sequences would not be read."""
     return magic_prime <= 0.9 * num_sequences
 
 

@@ -1,4 +1,4 @@
-"""Random permutations, evaluated at any positions without storing them; keys come from a hash of a name."""
+"""Random permutations, evaluated at any position without storing them; keys are hashed from a name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 ROUNDS = 8
 """Rounds of the Feistel network: the number of keys of a permutation."""
 
-# As arrays' own numbers: made anew in each call, they would cost as much as the arithmetic of a small batch.
+# NumPy scalars made once: creating them in each call would cost as much as the arithmetic of a small batch.
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def random_words(name: str, count: int) -> np.ndarray:
-    """`count` random uint64 numbers that depend on the name alone.
+    """`count` random uint64 numbers that depend only on the name.
 
-    From a hash, not from numpy's generators, whose streams may change with its version.
+    From a hash, since numpy's generators may change between versions.
     """
     words = b"".join(hashlib.blake2b(f"{name} {word}".encode(), digest_size=8).digest() for word in range(count))
     return np.frombuffer(words, "<u8").astype(np.uint64)
 
 
 def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Applies a random permutation of range(size) to positions; memory grows with these only.
+    """Applies a random permutation of range(size) to positions; memory is proportional to len(positions).
 
     A Feistel network permutes a power of four. A value outside range(size) is permuted again until it falls inside
-    (cycle walking), which ends because the cycle began inside.
+    (cycle walking), which terminates because the cycle started inside.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -1,4 +1,4 @@
-"""The rows that a run trains on, each a pure function of seed, step and row."""
+"""Training rows, each a pure function of seed, step and row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
 
 class RowStarts(NamedTuple):
-    """Where rows begin; two [n] int64 arrays."""
+    """Start positions of rows; two [n] int64 arrays."""
 
     sources: np.ndarray
     """Index of the source."""
@@ -36,16 +36,16 @@ class Rows(NamedTuple):
     tokens: np.ndarray
     """int32 [n, T + 1]: the first T tokens are inputs, the last T targets."""
     mask: np.ndarray | None = None
-    """float32 [n, T], 1 where the target counts; None where all do."""
+    """float32 [n, T], 1 where the target counts; None if all do."""
 
     def select(self, rows: slice) -> Rows:
-        """Some of the rows."""
+        """The selected rows."""
         return Rows(self.tokens[rows], None if self.mask is None else self.mask[rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Reads the rows of any step; made by `training_rows`, which checks that these values fit each other."""
+    """Reads the rows of any step; created by `training_rows`, which checks that the values fit together."""
 
     sources: tuple[TokenFile, ...]
     shares: tuple[int, ...]
@@ -57,17 +57,17 @@ class TrainingRows:
     sequence_length: int
     """T."""
     vocab_size: int
-    """Number of ids; a token beyond it is refused when it is read."""
+    """Number of ids; reading a token beyond it is an error."""
     magic_prime: int | None = None
-    """Of the official order."""
+    """p of the official order; None for other orders."""
 
     @property
     def num_tokens(self) -> int:
-        """Training tokens of all sources."""
+        """Number of training tokens of all sources."""
         return sum(source.num_tokens for source in self.sources)
 
     def locate(self, step: int, rows: slice = slice(None)) -> RowStarts:
-        """Where the selected rows of a step's B rows begin."""
+        """Start positions of the selected rows of a step."""
         row_index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
         one_source = np.zeros(len(row_index), np.int64)
         num_tokens = self.sources[0].num_tokens
@@ -87,10 +87,10 @@ class TrainingRows:
         return RowStarts(sources, starts)
 
     def read(self, step: int, rows: slice = slice(None)) -> Rows:
-        """The selected rows of a step, with a mask if any of the sources has one.
+        """Reads the selected rows of a step, with a mask if any source has one.
 
-        `rows` selects from the B rows, so that a process reads its own.
-        Raises ConfigError, naming the place, for a token outside the vocabulary.
+        `rows` selects from the B rows, so that each process reads only its part.
+        Raises ConfigError with file and position for a token outside the vocabulary.
         """
         length = self.sequence_length + 1
         sources, starts = self.locate(step, rows)
@@ -113,7 +113,7 @@ class TrainingRows:
         return result
 
     def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
-        """Where each row begins, as a message says it: `minipile.bin, token 941248`."""
+        """Start of each row for messages: `minipile.bin, token 941248`."""
         sources, starts = self.locate(step, rows)
         pairs = zip(sources.tolist(), starts.tolist(), strict=True)
         return [f"{self.sources[source].path}, token {start}" for source, start in pairs]
@@ -126,8 +126,8 @@ class TrainingRows:
 
 
 def _read_ring(values: np.ndarray, start: int, length: int) -> np.ndarray:
-    """Consecutive values of a ring, in which the first follow the last."""
-    found = np.asarray(values)[start : start + length]  # slices of a memmap take longer
+    """Consecutive values, continuing at the first after the last."""
+    found = np.asarray(values)[start : start + length]  # slicing a memmap is slower
     return found if len(found) == length else np.concatenate([found, values[: length - len(found)]])
 
 
@@ -140,18 +140,18 @@ def training_rows(
     sequence_length: int,
     magic_prime: int | None = None,
 ) -> TrainingRows:
-    """The rows of a run, after a check that the corpus has enough tokens for them.
+    """The rows of a run; checks that the corpus has enough tokens.
 
     Args:
-      corpus: whose training tokens are read.
-      order: `streams` for states that are carried from step to step, else `data.order`.
-      seed: of the order; the official one has none.
+      corpus: the corpus to read.
+      order: `streams` if states are carried across steps, else `data.order`.
+      seed: for the order; unused by the official one.
       batch_size: B.
       sequence_length: T.
-      magic_prime: of the official order; None computes it.
+      magic_prime: for the official order; None computes it.
 
     Raises:
-      ConfigError: too few tokens, a magic prime that does not fit them, or an order that a mixture does not have.
+      ConfigError: too few tokens, an invalid magic prime, or an order that mixtures do not support.
     """
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     if len(corpus.sources) == 1:
@@ -176,7 +176,7 @@ def training_rows(
 
 
 def _check_corpus_fits(num_tokens: int, *, batch_size: int, sequence_length: int) -> None:
-    """Raises ConfigError if the training tokens are not enough for one batch of distinct windows."""
+    """Raises ConfigError if there are too few training tokens for one batch of distinct windows."""
     sequences = num_windows(num_tokens, sequence_length)
     if sequences >= batch_size:
         return

@@ -1,4 +1,4 @@
-"""A corpus as training and evaluation see it: streams of tokens, and their sizes in bytes and documents."""
+"""The corpus that training and evaluation read: token streams with their sizes in bytes and documents."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rwkv_jax.data.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """One side of a corpus, or of one of its sources: [n] tokens of any integer dtype, memory-mapped.
+    """Training or held-out tokens of a source: [n] of any integer dtype, memory-mapped.
 
-    end_of_text comes after each document, and in text that we tokenized also first, so that every token of text has a
-    predecessor to be predicted from.
+    end_of_text follows each document; text that we tokenized also starts with one, so that its first token is predicted
+    too.
     """
 
     path: Path
     tokens: np.ndarray
     num_bytes: int
-    """UTF-8 bytes of the documents; of the training side of a large binidx an estimate."""
+    """UTF-8 bytes of the documents; an estimate for the training tokens of a large binidx."""
     num_documents: int
     mask: np.ndarray | None = None
-    """[n] bool, which tokens count where they are to be predicted; None where all do."""
+    """[n] bool, the tokens that count as targets; None if all do."""
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.tokens.shape:
@@ -33,47 +33,47 @@ class TokenFile:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the file, each end_of_text included."""
+        """Number of tokens, including each end_of_text."""
         return len(self.tokens)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text for each predicted token (all but the first): bits per byte = bits per token / this."""
+        """Bytes of text per predicted token (all but the first): bits per byte = bits per token / this."""
         return self.num_bytes / (self.num_tokens - 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """A prepared corpus, opened."""
+    """An opened corpus."""
 
     sources: tuple[TokenFile, ...]
-    """Training tokens, one file a source."""
+    """Training tokens, one file per source."""
     shares: tuple[int, ...]
-    """Rows of each source in a period of the mixture; (1,) where there is one source."""
+    """Rows of each source in a period of the mixture; (1,) for a single source."""
     held_out: TokenFile | None
     """Held-out tokens of all sources, concatenated; None if nothing is held out."""
     read_held_out: Callable[[], bytes]
     """Reads the held-out documents."""
     tokenizer: Tokenizer
     fingerprint: str
-    """Hex digest of the tokens of both sides, and of the shares of a mixture."""
+    """Hex digest of training and held-out tokens, and of a mixture's shares."""
     folder: Path | None = None
     """The folder in `data.cache_dir`, for text that we tokenized."""
 
     @property
     def train(self) -> TokenFile:
-        """The training tokens of a corpus of one source. Raises ValueError for a mixture."""
+        """The training tokens of a corpus with one source. Raises ValueError for a mixture."""
         (train,) = self.sources
         return train
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text for each predicted token of the rows: the mean over the sources by their shares."""
+        """Bytes of text per predicted token: the mean over sources, weighted by their shares."""
         weighted = zip(self.shares, self.sources, strict=True)
         return sum(share * source.bytes_per_token for share, source in weighted) / sum(self.shares)
 
     def held_out_bytes(self) -> bytes:
-        """The held-out documents, one after the other, as UTF-8 (`held_out.num_bytes` of them)."""
+        """The held-out documents, concatenated, as UTF-8 (`held_out.num_bytes` bytes)."""
         return self.read_held_out()
 
 
