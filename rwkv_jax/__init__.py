@@ -1,4 +1,4 @@
-"""RWKV in JAX: models, training, weights in and out, inference."""
+"""RWKV in JAX: models, training, loading and saving weights, inference."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, and never in the place of another. Standard library only.
+"""Atomic creation of files and folders, which never replaces existing ones. Standard library only.
 
-Everything is written under a temporary name beside its own, flushed to disk, and then renamed.
+Content is written under a temporary name in the same folder, flushed to disk, and then renamed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rwkv_jax.checks import ConfigError
 
 @contextlib.contextmanager
 def new_file(path: Path, error: type[ConfigError] = ConfigError, label: str | None = None) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name when the block ends well; its folder is made.
+    """Opens a file for writing; it gets its name when the block succeeds. Creates its folder.
 
     Args:
-      path: the name that it gets.
-      error: what is raised, with `label`, or else the path, first in its message.
+      path: the final name.
+      error: exception to raise; its message starts with `label`, or else the path.
 
     Raises:
       ConfigError: `path` exists already, or its folder cannot be written.
-      OSError: as it comes, from a disk that is full and from whatever the block reads.
+      OSError: unchanged, from a full disk or from what the block reads.
     """
     refuse_existing(path, error, label)
     temporary = temporary_name(path)
@@ -50,9 +50,9 @@ def new_file(path: Path, error: type[ConfigError] = ConfigError, label: str | No
 def new_folder(
     path: Path, error: type[ConfigError] = ConfigError, label: str | None = None, *, exist_ok: bool = False
 ) -> Iterator[Path]:
-    """A folder to fill, under a temporary name, which gets its own when the block ends well. Raises as `new_file`.
+    """Creates a folder under a temporary name; it gets its own when the block succeeds. Raises as `new_file`.
 
-    With `exist_ok`, a folder that another process has made meanwhile is kept, and this one dropped.
+    With `exist_ok`, a folder that another process has created meanwhile is kept, and this one deleted.
     """
     if not exist_ok:
         refuse_existing(path, error, label)
@@ -64,7 +64,7 @@ def new_folder(
         for written in [*temporary.iterdir(), temporary]:
             flush_to_disk(written)
         try:
-            temporary.rename(path)  # a folder takes the place of nothing but an empty folder
+            temporary.rename(path)  # renaming a folder replaces an empty folder at most
         except OSError:
             if exist_ok and path.is_dir():
                 return
@@ -77,7 +77,7 @@ def new_folder(
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file of ours, perhaps anew: after a crash it is there whole, or as it was before."""
+    """Writes or replaces one of our own files: after a crash either the old or the new content is there."""
     temporary = temporary_name(path)
     try:
         with temporary.open("xb") as file:
@@ -89,23 +89,23 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def atomic_rename(temporary: Path, path: Path) -> None:
-    """Gives a finished file its name; of two who do so at once, one succeeds.
+    """Renames a finished file without replacing another; of two concurrent calls, one succeeds.
 
-    On a file system without hard links there is a moment between looking for a file and taking its place.
+    Without hard links there is a short race between the check for an existing file and the rename.
 
     Args:
-      temporary: a file in the folder of `path`; it keeps its name if this fails.
-      path: the name that it gets.
+      temporary: a file in the folder of `path`; keeps its name on failure.
+      path: the final name.
 
     Raises:
-      FileExistsError: there is something of that name, which is left as it is; a link that leads nowhere is something.
+      FileExistsError: the name is taken, even by a dangling link; it is left unchanged.
       OSError: the folder cannot be written.
     """
     try:
-        os.link(temporary, path)  # unlike a renaming, never replaces a file
+        os.link(temporary, path)  # unlike a rename, never replaces a file
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links, on which hours of work must not be lost
+    except OSError:  # no hard links on this file system: rename instead, hours of work must not be lost
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         temporary.rename(path)
@@ -114,12 +114,12 @@ def atomic_rename(temporary: Path, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside a file or folder that nobody else draws: processes of several hosts may write there."""
+    """A unique hidden name beside a file or folder: processes of several hosts may write there."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def flush_to_disk(written: BinaryIO | Path) -> None:
-    """Waits until an open file, or what a path names, is on the disk; some file systems cannot tell of folders."""
+    """Flushes an open file or a path to disk; some file systems do not support this for folders."""
     if not isinstance(written, Path):
         written.flush()
         os.fsync(written.fileno())
@@ -135,13 +135,13 @@ def flush_to_disk(written: BinaryIO | Path) -> None:
 
 
 def refuse_existing(path: Path, error: type[ConfigError] = ConfigError, label: str | None = None) -> None:
-    """Raises the error if there is anything of this name; a link that leads nowhere is the user's, too."""
+    """Raises the error if the name is taken, even by a dangling link."""
     if os.path.lexists(path):
         raise already_exists(path, error, label)
 
 
 def already_exists(path: Path, error: type[ConfigError] = ConfigError, label: str | None = None) -> ConfigError:
-    """The error for a name that is taken."""
+    """The error for a name that is already taken."""
     return error(f"{label or path}: exists already and is not overwritten; move it away or name another")
 
 

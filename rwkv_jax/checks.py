@@ -11,24 +11,24 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A value that cannot work; the message names the field, the value and the remedy."""
+    """An invalid value; the message names the field, the value and the remedy."""
 
 
 def require(condition: bool, field: str, value: object, remedy: str) -> None:
-    """Raises ConfigError, with the field, its value and how to mend it, unless the condition holds."""
+    """Raises ConfigError with the field, its value and the remedy unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field} = {value!r}: {remedy}")
 
 
 def require_positive(config: object, prefix: str, *fields: str) -> None:
-    """Raises ConfigError for the first of these fields of a section that is zero, negative or not a number."""
+    """Raises ConfigError for the first of the given fields that is zero, negative or not a number."""
     for name in fields:
         value = getattr(config, name)
         require(value > 0, f"{prefix}.{name}", value, "must be greater than zero")
 
 
 def require_choices(config: object, prefix: str) -> None:
-    """Raises ConfigError for the first field of a section whose type lists its values and that has another one."""
+    """Raises ConfigError for the first field with a `Literal` type and a value that it does not list."""
     for name, choices in _choices(type(config)).items():
         value = getattr(config, name)
         *most, last = map(str, choices)
@@ -37,7 +37,7 @@ def require_choices(config: object, prefix: str) -> None:
 
 @functools.cache
 def _choices(section: type) -> dict[str, list[object]]:
-    """The values of each field whose type is a `Literal`, or one or None."""
+    """The allowed values of each field with a `Literal` type, or `Literal | None`."""
     found = {}
     for name, hint in typing.get_type_hints(section).items():
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -47,24 +47,24 @@ def _choices(section: type) -> dict[str, list[object]]:
 
 
 def require_whole(field: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """Raises ConfigError for what is not a whole number, or not within these bounds, which are allowed themselves."""
+    """Raises ConfigError unless the value is an integer within these bounds, inclusive."""
     bounds = f"not less than {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     within = is_whole(value) and minimum <= int(value) and (maximum is None or int(value) <= maximum)
     require(within, field, value, f"must be a whole number, {bounds}")
 
 
 def require_counts(**values: Sequence[int]) -> None:
-    """Raises ConfigError for a number below 1, or an empty sequence, by its name."""
+    """Raises ConfigError, with the name, for a number below 1 or an empty sequence."""
     for name, counts in values.items():
         if not counts or min(counts) < 1:
             raise ConfigError(f"{name} = {' '.join(map(str, counts))}: must be at least 1 each, and one at least")
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a real number, NumPy's included; True and False are not."""
+    """Whether a value is a real number, including NumPy's, excluding booleans."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is an integer, NumPy's included; True and False are not."""
+    """Whether a value is an integer, including NumPy's, excluding booleans."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""Speed of an engine, and memory of a model and its texts.
+"""Measures the speed of an engine, and the memory of a model and its states.
 
-Timing begins after a burst, when all programs are compiled and all prompts prefilled, and ends when the tokens are on
-the host. Things that are compared take turns (A B C A B C ...), so that changes of the machine's speed affect all.
+Timing starts after a burst, when all programs are compiled and all prompts prefilled, and ends when the tokens are on
+the host. Variants are interleaved (A B C A B C ...), so that changes of the machine's speed affect all.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from rwkv_jax.models.packed import Int4Matrix, Int8Matrix
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Repeated measurements of one thing."""
+    """Repeated measurements of one variant."""
 
     seconds: tuple[float, ...]
-    """Per token of each text, one for each repetition."""
+    """Seconds per token of each text, one per repetition."""
 
     @property
     def median(self) -> float:
@@ -46,8 +46,8 @@ def latency(
     """Seconds per token of one text after contexts of random tokens.
 
     Args:
-      contexts: tokens before those that are timed.
-      num_tokens: timed in a repetition, rounded up to whole bursts.
+      contexts: numbers of tokens before the timed ones.
+      num_tokens: tokens timed per repetition, rounded up to whole bursts.
 
     Raises:
       ConfigError: no context, one below 1, or fewer than one token or repetition; or as `Engine.stream`.
@@ -68,11 +68,11 @@ def latency(
 
 
 def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitions: int = 5) -> dict[int, Timing]:
-    """Seconds per token of each text when several run at once; tokens/s are their number over that.
+    """Seconds per token of each text when several run at once; tokens/s is the number of texts divided by it.
 
     Args:
-      engines: by the number of texts, at most their slots.
-      num_tokens: timed of each text in a repetition, rounded up to whole bursts.
+      engines: by number of texts, at most the engine's slots.
+      num_tokens: tokens timed per text and repetition, rounded up to whole bursts.
 
     Raises:
       ConfigError: fewer than one text, token or repetition, or too few slots.
@@ -94,7 +94,7 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
 def _seconds_per_token(
     engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, state: Snapshot | None = None
 ) -> float:
-    """Greedy, without stop tokens."""
+    """Seconds per token of greedy decoding without stop tokens."""
     burst = engine.options.burst_length
     num_timed = -(-num_tokens // burst) * burst
     with engine.stream(
@@ -111,27 +111,27 @@ def _seconds_per_token(
 
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of a model and of its texts."""
+    """Bytes of a model and of its states."""
 
     parameters: Mapping[str, int]
-    """By dtype."""
+    """Bytes of the parameters by dtype."""
     state: int
-    """The state of one text, by its arrays."""
+    """Bytes of one text's state, from its arrays."""
     state_expected: int
-    """The same in closed form."""
+    """Bytes of one text's state, in closed form."""
     logits: int
-    """Which an engine keeps with each state."""
+    """Bytes of the logits that an engine keeps with each state."""
     transformer: str
-    """The Transformer of equal size."""
+    """Config of the Transformer of equal size."""
     caches: Mapping[int, int]
-    """Its keys and values after contexts, in closed form: 2 L C T numbers of the compute dtype."""
+    """Bytes of its keys and values by context length, in closed form: 2 L C T numbers of the compute dtype."""
 
 
 def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
-    """Counts bytes; runs nothing.
+    """Counts bytes without running the model.
 
     Raises:
-      ConfigError: a context below 1, or a model that no Transformer equals in size.
+      ConfigError: a context below 1, or no Transformer has the model's size.
     """
     require_counts(contexts=contexts)
     config = model.config
@@ -148,13 +148,13 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Bytes of one text's state, in closed form: of each layer the arrays that its generation says it has."""
+    """Bytes of one text's state, in closed form, from the state shapes of the model's spec."""
     arrays = config.spec.state(config)
     return config.num_layers * sum(math.prod(array.shape) * jax.numpy.dtype(array.dtype).itemsize for array in arrays)
 
 
 def cache_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Bytes of a Transformer's keys and values after so many tokens, in closed form: a key and a value [C] a layer."""
+    """Bytes of a Transformer's keys and values after `num_tokens` tokens: a key and a value [C] per token and layer."""
     return 2 * config.num_layers * config.width * num_tokens * jax.numpy.dtype(config.dtype).itemsize
 
 
@@ -170,7 +170,7 @@ def weights_format(model: LanguageModel) -> str:
     """Format of a model's matrices: `int8`, `int4`, or the dtype of most of its parameters' bytes."""
     params = nnx.state(model, nnx.Param)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix | Int4Matrix))
-    if any(isinstance(leaf, Int4Matrix) for leaf in leaves):  # besides matrices in 8 bits, of those too small for 4
+    if any(isinstance(leaf, Int4Matrix) for leaf in leaves):  # which has 8-bit matrices too
         return "int4"
     if any(isinstance(leaf, Int8Matrix) for leaf in leaves):
         return "int8"

@@ -1,4 +1,4 @@
-"""Models with random weights and a tokenizer for them, for measurements and for comparisons with peers."""
+"""Models with random weights and a matching tokenizer, for measurements and comparisons with other libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rwkv_jax.weights.quantized import Quantization, place_quantized_params
 
 
 def random_model(config: ModelConfig, quantize: Quantization | None = None, seed: int = 0) -> LanguageModel:
-    """A model with random weights, the same for the same seed, and as fast as a trained one.
+    """A model with random weights, determined by the seed; as fast as a trained one.
 
     Args:
-      config: its dtype is that of the parameters and of the computation.
-      quantize: as `from_pretrained` has it.
+      config: its dtype is used for parameters and computation.
+      quantize: as in `from_pretrained`.
     """
     tensors = RandomTensors(config, seed)
     if quantize is None:
@@ -32,10 +32,10 @@ def random_model(config: ModelConfig, quantize: Quantization | None = None, seed
 
 
 class RandomTensors(Mapping[str, NDArray]):
-    """float32 tensors of a model under official names, drawn on access, the same for the same seed.
+    """float32 tensors of a model under official names, drawn on access, determined by the seed.
 
     Their scales are like those of trained models, so that each tensor affects the logits, which are neither constant
-    nor chaotic. With the official initial values every block's output is zero, which would hide errors of a peer.
+    nor chaotic. With the official initial values every block's output is zero, which would hide errors.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
@@ -56,14 +56,14 @@ class RandomTensors(Mapping[str, NDArray]):
 
 
 def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Of a tensor's numbers, by its official name."""
+    """Mean and standard deviation of a tensor's values, by its official name."""
     *module, parameter = name.split(".")
     if module[-1].startswith("ln"):
         return (1.0 if parameter == "weight" else 0.0), 0.2
     if name == "emb.weight":
         return 0.0, 1.0
     if parameter == "weight":  # [out, in]
-        # Small outputs of the blocks, or rounding errors would grow from layer to layer.
+        # Small block outputs, or rounding errors would grow from layer to layer.
         writes = module[-1] == "output" or module[-2:] == ["ffn", "value"]
         return 0.0, (0.3 if writes else 1.0) * shape[-1] ** -0.5
     if parameter.endswith(("1", "2")):  # of low rank, [in, out]
@@ -75,7 +75,7 @@ def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer:
-    """Token 17 is the text "17 "; token 0 stands between texts. A `rwkv_jax.data.tokenizers.Tokenizer`."""
+    """Tokenizer (`rwkv_jax.data.tokenizers.Tokenizer`): token 17 is the text "17 ", token 0 is end_of_text."""
 
     vocab_size: int
 
@@ -83,7 +83,7 @@ class NumberTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Of its size."""
+        """Identifies the vocabulary size."""
         return f"numbers below {self.vocab_size}"
 
     @property
@@ -92,7 +92,7 @@ class NumberTokenizer:
         raise NotImplementedError("a NumberTokenizer is made, never loaded")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of numbers separated by spaces."""
+        """Ids of a text of numbers separated by spaces."""
         return [int(word) for word in text.split()]
 
     def decode(self, tokens: Iterable[int]) -> str:

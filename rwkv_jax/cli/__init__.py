@@ -1,6 +1,6 @@
 """The `rwkv` command, with one module for each of its commands.
 
-What a command needs of JAX is imported when it runs, so that help and errors of values come at once.
+Commands import JAX only when they run, so that help and argument errors are instant.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "rwkv") -> No
     """The `rwkv` command.
 
     Args:
-      arguments: None takes those of this process.
-      program: whose name messages begin with.
+      arguments: None takes sys.argv.
+      program: name that starts the messages.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         from rwkv_jax.cli.command import run
 
         run(arguments, program)
-    except BrokenPipeError:  # the reader has had enough, as head has; there is nobody left to tell
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe: end quietly
         _discard_output()
         sys.exit(1)
     except (ConfigError, OSError, FloatingPointError) as error:  # a full disk, say, or weights that are not finite

@@ -1,4 +1,4 @@
-"""`rwkv bench`: latency, throughput and memory of a model, or of random weights of a shape."""
+"""`rwkv bench`: measures latency, throughput and memory of a model, loaded or random."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class BenchedModel:
     source: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[SOURCE]")]] = None
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub; or give --random."""
     random: str | None = None
-    """LAYERSxWIDTH such as 12x768: random weights of that shape, instead."""
+    """LAYERSxWIDTH such as 12x768: random weights of that shape instead."""
     generation: Generation | str = "7"
-    """With --random: which RWKV."""
+    """With --random: RWKV generation."""
     architecture: Architecture = "rwkv"
-    """With --random: rwkv, or transformer."""
+    """With --random: rwkv or transformer."""
     vocab_size: int = 65536
-    """With --random: V."""
+    """With --random: vocabulary size."""
     tokenizer: str | None = None
-    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
+    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one saved with the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights and of the computation; None is that of the file, float32 with --random."""
+    """dtype of weights and computation; None takes the file's, or float32 with --random."""
     quantize: Quantize | None = None
-    """Hold the matrices in fewer bits and everything else in float32; None changes nothing."""
+    """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer.
 
         Raises:
-          ConfigError: neither of source and random, or both, a shape that cannot be, no device, or as
+          ConfigError: neither or both of source and random, an invalid shape, no device, or as
             `WeightsFlags.load`.
         """
         if (self.source is None) == (self.random is None):
@@ -63,7 +63,7 @@ class BenchedModel:
         return random_model(config, self.quantize), NumberTokenizer(config.vocab_size)
 
     def random_config(self) -> ModelConfig:
-        """The model that --random asks for. Raises ConfigError for a shape that cannot be."""
+        """Config of the --random model. Raises ConfigError for an invalid shape."""
         assert self.random is not None
         shape = re.fullmatch(r"(\d+)x(\d+)", self.random)
         if shape is None:
@@ -82,7 +82,7 @@ class BenchedModel:
         )
 
     def describe(self, model: LanguageModel) -> str:
-        """The model in a line."""
+        """One-line description of the model."""
         from rwkv_jax.bench.measure import weights_format
 
         config = model.config
@@ -99,11 +99,11 @@ class Latency:
 
     model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
     contexts: tuple[int, ...] = (512, 2048, 8192)
-    """Tokens before those that are timed."""
+    """Numbers of tokens before the timed ones."""
     tokens: int = 32
-    """Timed in each repetition, in whole bursts of 8."""
+    """Tokens timed per repetition, rounded up to whole bursts of 8."""
     repetitions: int = 5
-    """Of which the median is taken; contexts take turns."""
+    """Repetitions, of which the median is taken; contexts are interleaved."""
     json: bool = False
     """Print JSON rather than a table."""
 
@@ -119,7 +119,7 @@ class Latency:
         _require_constant_state(model.config)
 
         engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
-        del model  # the engine has layers of its own
+        del model  # the engine has its own copy of the layers
         found = latency(engine, self.contexts, num_tokens=self.tokens, repetitions=self.repetitions)
         columns = ("tokens before", "ms a token", "lowest - highest")
         rows = [(f"{context:,}", f"{1e3 * timing.median:.2f}", _spread(timing)) for context, timing in found.items()]
@@ -129,15 +129,15 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Tokens a second of several texts at once."""
+    """Tokens per second of several texts at once."""
 
     model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
-    """Texts at once, each number in an engine of as many slots."""
+    """Numbers of texts at once, each in an engine with as many slots."""
     tokens: int = 32
-    """Timed of each text in each repetition, in whole bursts of 8."""
+    """Tokens timed per text and repetition, rounded up to whole bursts of 8."""
     repetitions: int = 5
-    """Of which the median is taken; numbers of texts take turns."""
+    """Repetitions, of which the median is taken; numbers of texts are interleaved."""
     json: bool = False
     """Print JSON rather than a table."""
 
@@ -168,11 +168,11 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of parameters, and of a text's state beside the cache of a Transformer of equal size."""
+    """Bytes of the parameters, and of a text's state compared with the cache of a Transformer of equal size."""
 
     model: Annotated[BenchedModel, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchedModel)
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
-    """Tokens of a text."""
+    """Lengths of the text in tokens."""
     json: bool = False
     """Print JSON rather than a table."""
 
@@ -201,7 +201,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure latency, throughput or memory on this machine; leave it alone meanwhile."""
+    """Measure latency, throughput or memory on this machine, which should be idle otherwise."""
 
     what: Annotated[
         Annotated[Latency, tyro.conf.subcommand("latency")]
@@ -236,9 +236,9 @@ def _spread(timing: Timing) -> str:
 
 
 def _require_constant_state(config: ModelConfig) -> None:
-    """Refuses a Transformer, whose latency an engine would not measure fairly.
+    """Rejects a Transformer, because the engine would not measure its latency fairly.
 
-    Its cache is as long as the longest context in every case, and bursts copy whole rows of it.
+    Its cache always has room for the longest context, and bursts copy whole rows of it.
     """
     if config.sizes().context_length:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`rwkv chat`: a conversation on a terminal, or through pipes."""
+"""`rwkv chat`: a conversation on a terminal or through pipes."""
 
 from __future__ import annotations
 
@@ -40,31 +40,30 @@ Ctrl-C ends a reply; the conversation continues from what was shown. Twice in a 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Chat with a model; its state is the history, so that each turn prefills only its new text."""
+    """Chat with a model. The state holds the history, so each turn prefills only its new text."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     format: Literal["world", "raven", "pile-qa"] = "world"
-    """How the model was taught to converse: world (User and Assistant) for World and G1 models, raven (Bob and Alice)
+    """Chat format the model was trained with: world (User and Assistant) for World and G1 models, raven (Bob and Alice)
     for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
     system: str | None = None
-    """What the model is told before the first message."""
+    """System message."""
     thinking: Thinking = "none"
-    """How a G1 model comes to its answer. none: nothing is said of thinking. think: it thinks first, as long as it
-    likes; think a bit, think a lot: for a shorter or a longer time (models from September 2025 on). closed, empty: it
-    answers straight away, since its thoughts are there already with nothing in them, on two lines or on one; take the
-    one with which its answers are better. /thoughts shows what it thought."""
+    """Thinking of G1 models. none: not requested. think: the model thinks first, as long as it chooses; think a bit,
+    think a lot: for less or more time (models from September 2025 on). closed, empty: it answers at once, after an
+    empty think block on two lines or on one; use the one that gives better answers. /thoughts shows the thinking."""
     tokens: int = 2048
-    """Most tokens of a reply."""
+    """Maximum tokens of a reply."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=lambda: SamplingFlags(preset="rwkv")
     )
     seed: int = 0
-    """Seed of the first reply; each reply has the next one."""
+    """Seed of the first reply; each further reply increments it."""
     verbose: bool = False
     """Report the speed of each reply on standard error, as on a terminal."""
 
     def run(self) -> None:
-        """Answers lines of standard input until its end."""
+        """Answers lines of standard input until it ends."""
         require(self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
         if self.system is not None:
@@ -76,9 +75,7 @@ class Chat:
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0)
-        engine = Engine(
-            *self.weights.load(), options
-        )  # has its own arrays for each layer; nothing keeps the stacked ones
+        engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
         tells = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(
             Dialogue(engine, chat_format, self.system),
@@ -92,7 +89,7 @@ class Chat:
             with contextlib.suppress(ImportError):  # line editing and history, where available
                 import readline
 
-                # A pasted text is one message, whatever its lines; libedit, which macOS has instead, ignores this.
+                # Pasted text is one message, even with line breaks; libedit, used on macOS, ignores this.
                 readline.parse_and_bind("set enable-bracketed-paste on")
             print("Type /help for the commands.")
         converse(chat)
@@ -105,7 +102,7 @@ class Chat:
 
 
 class ChatLoop:
-    """Answers to lines: messages, and commands that begin with a slash."""
+    """Answers input lines: messages, and commands that start with a slash."""
 
     def __init__(
         self,
@@ -120,11 +117,11 @@ class ChatLoop:
         """At the start of a conversation.
 
         Args:
-          arguments: of every reply, as `Engine.stream` has them: max_tokens, sampling.
-          seed: of the first reply; each reply has the next one.
+          arguments: for every reply, as in `Engine.stream`: max_tokens, sampling.
+          seed: of the first reply; each further reply increments it.
           tell_speed: called after each reply.
-          tell_thinking: called where a reply begins with tokens that show nothing.
-          burst_length: of the engine.
+          tell_thinking: called if a reply starts with tokens that are not shown.
+          burst_length: the engine's.
         """
         self._dialogues, self._branch = {FIRST_BRANCH: dialogue}, FIRST_BRANCH
         self._arguments, self._next_seed = arguments, seed
@@ -138,9 +135,9 @@ class ChatLoop:
         return self._dialogues[self._branch]
 
     def answer(self, line: str) -> Generator[str]:
-        """The answer to a line, in pieces, the last of which ends a line; closing it ends the reply.
+        """Yields the answer to a line in pieces, the last with a line break; closing the generator ends the reply.
 
-        Invalid values and logits that are not finite are reported, and change nothing.
+        Invalid values and logits that are not finite are reported and change nothing.
         """
         try:
             if line.startswith("/"):
@@ -165,7 +162,7 @@ class ChatLoop:
                     is_in_line |= bool(piece)
                     yield piece
             except FloatingPointError:
-                if is_in_line:  # the error begins a line
+                if is_in_line:  # the error starts on a new line
                     yield "\n"
                 raise
         yield "\n"
@@ -275,7 +272,7 @@ def converse(chat: ChatLoop) -> None:
 
 
 def _read_message() -> str | None:
-    """The next line, with the lines that continue it after a backslash; None at the end of input."""
+    """The next line, joined with its continuations after backslashes; None at the end of input."""
     lines: list[str] = []
     while (line := _read_line("... " if lines else "> ")) is not None:
         lines.append(line.removesuffix("\\"))
@@ -303,7 +300,7 @@ def _tell(line: str) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
+    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def press(signum: int, frame: Any) -> None:

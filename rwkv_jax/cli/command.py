@@ -1,4 +1,4 @@
-"""Which command of `rwkv` is meant, and what holds for all of them."""
+"""Selects the `rwkv` command and runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = {
     "bench": Bench,
     "doctor": Doctor,
 }
-"""A class for each, with its flags and `run()`."""
+"""The class of each command, with its flags and `run()`."""
 
 _DESCRIPTION = """\
 Train RWKV language models, generate text and chat with them, convert and measure them. `rwkv COMMAND --help` has a
@@ -38,16 +38,16 @@ command's flags, `rwkv --version` says which version this is."""
 
 
 def run(arguments: Sequence[str], program: str = "rwkv") -> None:
-    """Runs `rwkv ARGUMENTS`; exits on --help and on flags that do not exist, and raises what a command raises.
+    """Runs `rwkv ARGUMENTS`; exits on --help and on unknown flags, and raises what the command raises.
 
     Args:
-      program: rwkv, or the script that stands for one of its commands.
+      program: rwkv, or the script of a single command.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="replace")  # a model may generate characters that the terminal's encoding lacks
     if list(arguments) == ["--version"]:
         print(f"rwkv-jax {rwkv_jax.__version__}")
-    elif arguments[:1] == ["train"]:  # the defaults of these two are those of the file that they name
+    elif arguments[:1] == ["train"]:  # the config file has the defaults of these two
         name = "rwkv train" if program == "rwkv" else program
         Train(config=parse_train_config(arguments[1:], name)).run()
     elif arguments[:1] == ["plan"]:

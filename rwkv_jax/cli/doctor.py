@@ -1,4 +1,4 @@
-"""`rwkv doctor`: machine, devices and packages, which operators run here, and whether they compute correctly."""
+"""`rwkv doctor`: reports machine, devices and packages, and checks the WKV operators."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ OPTIONAL = {
     "tensorboardX": "TensorBoard logs",
     "wandb": "Weights & Biases logs",
 }
-"""Optional packages, and what needs them."""
+"""Optional packages and the features that need them."""
 
 BOUND = 1e-4
-"""Relative error in float32 beyond which an operator is broken; on a CPU it is below 1e-5."""
+"""Maximum relative error in float32 of a correct operator; on a CPU it is below 1e-5."""
 
 
 class Check(NamedTuple):
-    """An operator compared with its definition in float64."""
+    """Comparison of an operator with its definition in float64."""
 
     operator: str
     implementation: str
@@ -62,7 +62,7 @@ class Doctor:
         """Prints the report; exits with 1 if an operator is wrong.
 
         Raises:
-          ConfigError: there is no device; after the rest of the report.
+          ConfigError: there is no device; raised after the rest of the report.
         """
         problem = None
         _tell(describe_platform())
@@ -95,7 +95,7 @@ class Doctor:
 
 
 def describe_platform() -> Iterator[str]:
-    """Platform, processor and memory, a line each."""
+    """Platform, processor and memory, one line each."""
     yield f"platform: {platform.platform()}, {platform.machine()}"
     yield f"processor: {processor()}; using {available_cores()} of {os.cpu_count()} cores"
     if hasattr(os, "sysconf"):
@@ -103,7 +103,7 @@ def describe_platform() -> Iterator[str]:
 
 
 def describe_devices() -> Iterator[str]:
-    """Devices of JAX, a line each. Raises ConfigError if it has none, or none of the platforms asked for."""
+    """JAX's devices, one line each. Raises ConfigError if there is none on the requested platforms."""
     for device in find_devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {_gibibytes(limit)} for JAX" if limit else ""
@@ -111,7 +111,7 @@ def describe_devices() -> Iterator[str]:
 
 
 def describe_packages() -> Iterator[str]:
-    """Versions, environment variables and optional packages, a line each."""
+    """Versions, environment variables and optional packages, one line each."""
     yield f"python {platform.python_version()}"
     for name in NEEDED:
         yield f"{name} {_version(name) or 'not installed, but run from its folder'}"
@@ -143,7 +143,7 @@ def describe_engine() -> Iterator[str]:
 
 
 def check_operators() -> list[Check]:
-    """Runs every operator on a small problem, as training and the engine would here, and its definition in float64."""
+    """Runs every operator on a small problem, as training and the engine do, and compares it with float64."""
     import jax
     import numpy as np
 
@@ -164,7 +164,7 @@ def check_operators() -> list[Check]:
     checks = []
     for name, (operator, make_inputs) in operators.items():
         named, _ = _prefill_choice(name)
-        # Several calls, so that the state between them counts.
+        # Several calls, to check the state passed between them.
         for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
             shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
             inputs = make_inputs("realistic", shape)
@@ -189,7 +189,7 @@ def _in_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implement
     time = inputs["v"].shape[1] // num_calls
     state, ys = inputs["state"], []
     for begin in range(0, num_calls * time, time):
-        # Others are [H, N] or [C], the same at each step.
+        # Others are [H, N] or [C], constant over time.
         over_time = {name: x[:, begin : begin + time] for name, x in inputs.items() if name != "state" and x.ndim > 2}
         y, state = run(**(dict(inputs) | over_time | {"state": state}))
         ys.append(np.asarray(y))
@@ -212,7 +212,7 @@ def _shape(operator: str, time: int) -> tuple[int, ...]:
 
 
 def _tell(lines: Iterator[str]) -> None:
-    """Prints each line as it comes: the next one may hang, or fail."""
+    """Prints each line immediately: the next one may hang or fail."""
     for line in lines:
         print(line, flush=True)
 

@@ -1,4 +1,4 @@
-"""Flags shared by commands: the model, and how its tokens are sampled."""
+"""Flags shared by commands: the model and sampling."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class WeightsFlags:
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """Which of a run's checkpoints to use."""
+    """Checkpoint of a run to use."""
     tokenizer: str | None = None
-    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one beside the weights."""
+    """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one saved with the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights and of the computation; None is that of the file."""
+    """dtype of weights and computation; None takes the file's."""
     quantize: Quantize | None = None
-    """Hold the matrices in fewer bits and everything else in float32; None changes nothing."""
+    """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """The model and its tokenizer, which is loaded first.
+        """Loads the tokenizer, then the model.
 
         Raises:
-          ConfigError: no device, flags that do not go together, or as `from_pretrained` and `load_tokenizer`.
+          ConfigError: no device, incompatible flags, or as `from_pretrained` and `load_tokenizer`.
         """
         from rwkv_jax.weights.pretrained import from_pretrained
         from rwkv_jax.weights.sources import find_weights
@@ -86,10 +86,10 @@ class WeightsFlags:
 
 
 def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int]:
-    """The tokenizer of a file of weights, and V: the one that is named, or else the one beside the file, if any.
+    """The tokenizer for a file of weights, and V: the one named, or else the one beside the file, if any.
 
     Raises:
-      ConfigError: as `load_tokenizer`, or the file is none of weights.
+      ConfigError: as `load_tokenizer`, or the file does not contain weights.
     """
     from rwkv_jax.data.tokenizers import load_tokenizer
     from rwkv_jax.weights.official import read_config
@@ -104,7 +104,7 @@ def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int
 
 
 def require_text(place: str, text: str) -> None:
-    """Refuses input of a terminal or a command line that is not text.
+    """Rejects terminal or command-line input that is not text.
 
     Raises:
       ConfigError: bytes that are not UTF-8, which arrive as lone surrogates.
@@ -122,10 +122,10 @@ def _preset_of(metavar: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """How tokens are sampled: a preset, and changes to it."""
+    """Sampling: a preset, and changes to it."""
 
     preset: Literal["plain", "openai", "rwkv"] = "plain"
-    """Defaults of the flags below. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's own
+    """Defaults of the flags below. plain: temperature 0.8, top-p 0.9. openai: as that API, the model's unmodified
     probabilities. rwkv: as the official package, top-p 0.85, both penalties 0.2, decay 0.996, temperature last."""
     temperature: Annotated[float | None, _preset_of("FLOAT")] = None
     """Divides the logits; 0 always takes the most likely token."""
@@ -144,12 +144,12 @@ class SamplingFlags:
     frequency_penalty: Annotated[float | None, _preset_of("FLOAT")] = None
     """Subtracted from the logit of a token for each of its occurrences."""
     penalty_decay: Annotated[float | None, _preset_of("FLOAT")] = None
-    """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
+    """Factor on the weight of earlier occurrences at each token; 1 is no decay."""
     penalize_prompt: bool = False
-    """Whether tokens of the prompt count as occurrences, as generated ones do."""
+    """Whether tokens of the prompt count as occurrences, like generated ones."""
 
     def sampling(self) -> SamplingParams:
-        """The settings. Raises ConfigError for a value that cannot work."""
+        """The sampling parameters. Raises ConfigError for an invalid value."""
         from rwkv_jax.inference.sampling import SamplingParams
 
         changes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`rwkv generate`: text from a model."""
+"""`rwkv generate`: generates text with a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.requests import Completion
 
 _MAX_SLOTS = 16
-"""Texts that are generated side by side; others are queued."""
+"""Texts generated concurrently; others are queued."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,38 +28,36 @@ class Generate:
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     prompt: str = ""
-    """Text to continue; an empty one begins a text, and - reads it from standard input."""
+    """Text to continue; an empty one starts from nothing, and - reads standard input."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File with the prompt, instead."""
+    """File with the prompt instead."""
     tokens: int = 256
-    """Most tokens to generate; the text ends earlier if the model ends it."""
+    """Maximum tokens to generate; the model may end the text earlier."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, and are no part of it."""
+    """Strings that end the text; not included in it."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingFlags)
     seed: int = 0
-    """Seed of the draws: the same seed generates the same text."""
+    """Random seed: the same seed generates the same text."""
     num: int = 1
-    """Texts to generate, each with draws of its own."""
+    """Number of texts to generate, each with its own seed."""
     best_of: int = 1
-    """Texts to generate for each one that is shown, the one with the greatest mean logprob."""
+    """Texts to generate for each one printed, which is the one with the greatest mean logprob."""
     json: bool = False
-    """Print one JSON object a text, on a line of its own, rather than texts."""
+    """Print one JSON object per text, each on its own line."""
     logprobs: bool = False
-    """With --json: each token's id and its logprob by the model alone."""
+    """With --json: each token's id and its logprob under the unmodified distribution."""
     verbose: bool = False
     """Report the speed on standard error, as on a terminal."""
 
     def run(self) -> None:
-        """Loads the model and prints its text, token by token if it is one."""
+        """Loads the model and prints its text; a single text token by token."""
         arguments = self._arguments()
         prompt = self._read_prompt()
 
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS))
-        engine = Engine(
-            *self.weights.load(), options
-        )  # has its own arrays for each layer; nothing keeps the stacked ones
+        engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json
         speed = Speed(engine.options.burst_length if is_streamed else None)
@@ -73,7 +71,7 @@ class Generate:
             print(speed, file=sys.stderr)
 
     def _arguments(self) -> dict[str, Any]:
-        """Arguments of the engine. Raises ConfigError, before weights are loaded."""
+        """Arguments for the engine. Raises ConfigError before weights are loaded."""
         from rwkv_jax.inference.text import check_stop_strings
 
         for name in ("tokens", "num", "best_of"):
@@ -90,7 +88,7 @@ class Generate:
         return {"max_tokens": self.tokens, "sampling": self.sampling.sampling(), "seed": self.seed, "stop": stop}
 
     def _read_prompt(self) -> str:
-        """The prompt. Raises ConfigError if it cannot be read, or is no UTF-8."""
+        """The prompt. Raises ConfigError if it cannot be read or is not UTF-8."""
         if self.prompt and self.prompt_file is not None:
             raise ConfigError("prompt: is given, and --prompt-file too; leave one of them out")
         place, prompt = "prompt", self.prompt

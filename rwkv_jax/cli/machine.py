@@ -37,13 +37,13 @@ def find_devices() -> list[Any]:
     """JAX's devices.
 
     Raises:
-      ConfigError: it has none, or none of the platforms asked for.
+      ConfigError: it has none, or none of the requested platforms.
     """
     import jax
 
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter if only a plugin without a driver is asked for
+    except (RuntimeError, AssertionError) as error:  # the latter if only a plugin without a driver is requested
         problem = " ".join(str(error).split()) or "no platform that is asked for has one"
         raise ConfigError(
             f"JAX finds no device: {problem}; mend the driver or the plugin, or set JAX_PLATFORMS=cpu to do without"
@@ -51,7 +51,7 @@ def find_devices() -> list[Any]:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 
 def with_flags(message: str, arguments: Sequence[str]) -> str:
-    """An error message with flags in place of field names: `--top-p 2.0` for `top_p = 2.0`.
+    """Replaces field names in an error message by flags: `--top-p 2.0` for `top_p = 2.0`.
 
-    Only flags that were given are named: other values come from a file, or from a default.
+    Only flags that were given are named: other values come from a file or a default.
 
     Args:
-      message: names a field at its beginning or behind a place, `PLACE: field = value: reason`.
-      arguments: of the command line.
+      message: starts with a field, or a location and a field: `PLACE: field = value: reason`.
+      arguments: the command line's.
     """
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--") and len(argument) > 2}
     flags = {flag[2:].replace("-", "_"): flag for flag in given}
@@ -25,7 +25,7 @@ def with_flags(message: str, arguments: Sequence[str]) -> str:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """The message for a device or host that is out of memory; None for any other error."""
+    """The message for an out-of-memory error of a device or host; None for other errors."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         return None

@@ -1,4 +1,4 @@
-"""`rwkv plan`: a run's training step, compiled for devices that need not be there."""
+"""`rwkv plan`: compiles a run's training step for devices that need not be present."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from rwkv_jax.config import ConfigError, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a run's training step for devices that need not be there: memory, FLOPs, collectives, best speed."""
+    """Compile a run's training step for devices that need not be present: memory, FLOPs, collectives, best speed."""
 
     config_file: tyro.conf.Positional[Path]
-    """The run, as train.py takes it; comes first, and its fields can be changed by flags such as --parallel.fsdp 64."""
+    """Python file with a `config()`; comes first. Its fields can be changed by flags such as --parallel.fsdp 64."""
     topology: str
     """HOSTSxGPUS such as h100:8x8 (also h200, a100-80g), a TPU slice such as v5p:4x4x4 or v5e:16x16 (also v4, v6e), or
     a number of CPU devices such as cpu:8."""
     json: Path | None = None
-    """File that gets the plan as JSON, too; must not exist yet."""
+    """File to write the plan to as JSON; must not exist yet."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        """Compiles, which takes from seconds to minutes, and prints what came of it."""
+        """Compiles, which takes seconds to minutes, and prints the plan."""
         from rwkv_jax.plan.devices import parse_topology, prepare_compiler
 
         topology = parse_topology(self.topology)
@@ -50,10 +50,10 @@ class Plan:
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> None:
-    """Writes plain data to a file, whole or not at all.
+    """Writes plain data to a file atomically.
 
     Raises:
-      ConfigError: there is such a file.
+      ConfigError: the file exists.
     """
     with new_file(path, label=f"json = {str(path)!r}") as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
@@ -63,12 +63,12 @@ def parse_plan(arguments: Sequence[str]) -> Plan:
     """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`; exits as `parse_train_config` does.
 
     Raises:
-      ConfigError: no file comes first, or the file, or a value, cannot work.
+      ConfigError: no config file comes first, or the file or a value is invalid.
     """
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
         return tyro.cli(Plan, args=arguments, default=Plan(tyro.MISSING, tyro.MISSING), prog="rwkv plan")
-    if not first or first.startswith("-"):  # a file behind flags would be named, but not read
+    if not first or first.startswith("-"):  # a config file after flags would be ignored
         raise ConfigError(
             f"plan: {first!r} stands where the config file does; name that first, since flags change what it says: "
             "rwkv plan CONFIG_FILE --topology NAME [--field value ...]"

@@ -1,4 +1,4 @@
-"""The on-disk cache of compiled programs, so that only the first start with a model compiles it."""
+"""On-disk cache of compiled programs, so that only the first start with a model compiles."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MIN_COMPILE_SECONDS = 0.5
 def default_folder(environment: Mapping[str, str]) -> Path:
     """A folder in `rwkv-jax/programs` in the user's cache folder, one for each kind of processor.
 
-    Machines of several kinds may share the user's folders, and the entries of JAX's cache do not say which CPU
-    instructions they need.
+    Different machines may share the user's folders, and JAX's cache entries do not record which CPU instructions they
+    need.
 
-    Source: the XDG Base Directory Specification, by which relative paths in XDG_CACHE_HOME count for nothing.
+    Source: the XDG Base Directory Specification, which says to ignore relative paths in XDG_CACHE_HOME.
     """
     given = environment.get("XDG_CACHE_HOME", "")
     root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
@@ -31,7 +31,7 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 def keep_programs() -> None:
     """Configures JAX's compilation cache in the default folder, unless the user has configured or disabled it.
 
-    A folder that cannot be written is reported on standard error, and does no harm.
+    A folder that cannot be written is reported on standard error and otherwise ignored.
     """
     if _is_chosen_by_user():
         return
@@ -63,7 +63,7 @@ def keep_programs() -> None:
 
 
 def describe_program_cache() -> str:
-    """Where compiled programs are cached, in a line."""
+    """One line: where compiled programs are cached."""
     if not _setting("jax_enable_compilation_cache"):
         return "compiled programs: not kept, by JAX_ENABLE_COMPILATION_CACHE"
     if _is_chosen_by_user():

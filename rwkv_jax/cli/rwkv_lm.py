@@ -1,4 +1,4 @@
-"""Flags of RWKV-LM's trainer and ours for the same thing, for the help, the errors and docs/from-rwkv-lm.md."""
+"""RWKV-LM's trainer flags and their equivalents here, for the help, errors and docs/from-rwkv-lm.md."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rwkv_jax.config import ConfigError
 
 
 class Ours(NamedTuple):
-    """What stands here for a flag of RWKV-LM."""
+    """The equivalent of a flag of RWKV-LM."""
 
     fields: tuple[str, ...]
-    """Fields of TrainConfig; none where nothing is to be set."""
+    """Fields of TrainConfig; empty if there is nothing to set."""
     note: str = ""
-    """What differs, in a sentence or less."""
+    """What differs, in at most a sentence."""
 
     def __str__(self) -> str:
-        """As in an error: the flags, then what differs."""
+        """Text for an error: the flags, then what differs."""
         flags = " and ".join("--" + field.replace("_", "-") for field in self.fields)
         return "; ".join(part for part in (flags, self.note) if part)
 
@@ -80,7 +80,7 @@ FLAGS: Mapping[str, Ours] = MappingProxyType(
 
 
 def refuse_official_flags(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for the first argument that is a flag of RWKV-LM, with ours in its place."""
+    """Raises ConfigError for the first argument that is a flag of RWKV-LM, with its equivalent."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and "." not in name and name in FLAGS and name != "seed":

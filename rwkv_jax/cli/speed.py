@@ -1,4 +1,4 @@
-"""Tokens per second, for people."""
+"""Reports generation speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Speed:
-    """Counts tokens as they come. The first ones wait for compilation and prefill, and are timed apart."""
+    """Counts generated tokens. The first ones, which wait for compilation and prefill, are timed separately."""
 
     def __init__(self, num_first: int | None, clock: Callable[[], float] = time.perf_counter) -> None:
         """Starts the clock.
@@ -30,7 +30,7 @@ class Speed:
             self._end_of_first = self._end
 
     def __str__(self) -> str:
-        """One line."""
+        """The report, one line."""
         if self._num_first is None or self._num_tokens <= self._num_first:
             seconds = self._end - self._begin
             return f"{self._num_tokens} tokens in {seconds:.2f} s with the prompt and what had to be compiled"

@@ -1,4 +1,4 @@
-"""`rwkv train`: training a model, or resuming its run."""
+"""`rwkv train`: trains a model or resumes a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rwkv_jax.config import ConfigError, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a language model, or resume the run that is in --run-dir."""
+    """Train a language model, or resume the run in --run-dir."""
 
     config_file: tyro.conf.Positional[Path | None] = None
     """Python file with a `config()`; comes first. Its fields can be changed by flags such as --model.width 512."""
@@ -25,7 +25,7 @@ class Train:
         """Trains to the end, or until SIGTERM or SIGINT.
 
         Raises:
-          ConfigError: as `train`, and for a run that ended because its loss was not finite or a process was lost.
+          ConfigError: as `train`, and if the loss was not finite or a process was lost.
         """
         from rwkv_jax.parallel.processes import LostProcessError
         from rwkv_jax.training.loop import train
@@ -38,6 +38,6 @@ class Train:
 
 
 def command_line() -> str:
-    """The command line of this process, to be entered again."""
+    """This process's command line, for resuming."""
     program = Path(sys.argv[0])
     return shlex.join([*(["python", sys.argv[0]] if program.suffix == ".py" else [program.name]), *sys.argv[1:]])
