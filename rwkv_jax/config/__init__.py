@@ -1,14 +1,14 @@
-"""Every knob of a run, as frozen dataclasses that refuse contradictory values when they are built.
+"""Every setting of a run, as frozen dataclasses that reject contradictory values on construction.
 
-Standard library only, so that a config file, a test or a planner can be read without loading JAX.
+Standard library only, so that config files can be read without loading JAX.
 Shape letters, here and in the whole project: B batch, T time, C width, H heads, N head size, F feed-forward
 width, D low rank, V vocabulary, L layers.
 
-    run.py           TrainConfig, a whole run, and what its sections ask of each other
-    model.py         model: architecture, generation, sizes, number of parameters, operations a token
-    generations/     what each generation has of its own: fields, sizes, counts, state, tensor names, recipe
+    run.py           TrainConfig, a whole run, and checks across its sections
+    model.py         model: architecture, generation, sizes, number of parameters, operations per token
+    generations/     what is specific to each generation: fields, sizes, counts, state, tensor names, recipe
     data.py          data: sources, their order, the tokenizer
-    step.py          optimizer, training: learning rates, the shape of a step
+    step.py          optimizer, training: learning rates, batch and sequence sizes
     parallel.py      parallel, distributed: devices and processes
     reporting.py     evaluation, checkpoint, logging
     dicts.py         to JSON and back

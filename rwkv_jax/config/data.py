@@ -15,29 +15,29 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
-    folder, of JSON records (.jsonl, .json), each perhaps compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
+    folder, of JSON records (.jsonl, .json), optionally compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
     .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH). RWKV-LM:
     data_file."""
     mixture: tuple[tuple[str, float], ...] = ()
-    """Several sources and the share of the rows that each gives, as PATH 0.7 PATH 0.3, instead of data.source."""
+    """Several sources and their shares of the rows, as PATH 0.7 PATH 0.3, instead of data.source."""
     glob: str = "**/*"
-    """Which files of a folder are read."""
+    """Pattern of the files to read in a folder."""
     text_field: str = "text"
-    """Field of a JSON record, or column of a table, that holds its text."""
+    """Field of a JSON record, or column of a table, with the text."""
     held_out: float = 0.05
-    """Share of the documents (of the bytes, for a single document) that is never trained on but evaluated; of binidx
-    the last ones. 0 trains on all."""
+    """Share of the documents (of the bytes, for a single document) held out for evaluation; the last ones of a binidx.
+    0 trains on all."""
     order: Literal["windows", "official"] = "windows"
-    """Which tokens each row of a step reads: windows in an order of each epoch's own, or the official trainer's order
-    (cubes modulo the magic prime). RWKV-LM: magic_prime."""
+    """Order of the rows: windows, reshuffled each epoch, or the official trainer's (cubes modulo the magic prime).
+    RWKV-LM: magic_prime."""
     magic_prime: int | None = None
-    """Prime of the official order; None takes the largest that the official scripts would give for these tokens.
+    """Prime of the official order; None computes it like the official scripts.
     RWKV-LM: magic_prime."""
     tokenizer: str | None = None
-    """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder that holds one;
+    """`world`, `bytes`, or the path of a sentencepiece model, a Hugging Face tokenizer.json or a folder with one;
     None trains a sentencepiece model of model.vocab_size entries on the training documents."""
     cache_dir: str = "runs/corpora"
-    """Folder in which token files and trained tokenizers are kept, one sub-folder a corpus."""
+    """Folder for token files and trained tokenizers, one sub-folder per corpus."""
 
     def __post_init__(self) -> None:
         require_choices(self, "data")

@@ -1,4 +1,4 @@
-"""Configs as nested dicts, the form in which a run folder keeps its own."""
+"""Configs as nested dicts, the form stored in run folders."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """The config that `to_dict`, after a trip through JSON, came from; fields that are missing take their default.
+    """Inverse of `to_dict`, also after a JSON round trip; missing fields take their defaults.
 
     Raises:
-      ConfigError: a field that this version does not have, or a value that cannot work.
+      ConfigError: an unknown field or an invalid value.
     """
     return _from_dict(TrainConfig, values, "")
 
@@ -38,5 +38,5 @@ def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists, at any depth, as the tuples that JSON has not."""
+    """Converts lists to tuples at any depth, since JSON has no tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

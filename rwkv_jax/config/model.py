@@ -1,4 +1,4 @@
-"""The model of a run: its generation and sizes, and the parameters and operations that they come to."""
+"""The model of a run: its generation and sizes, and the resulting numbers of parameters and operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIELDS_OF_SOME = {
     "unused_value_residual": "value residual",
     "embedding_bound": "such choice",
 }
-"""Fields that not every generation has, by `GenerationSpec.own_fields`, and what the others have not."""
+"""Fields that not every generation has (`GenerationSpec.own_fields`), and what the message says the others lack."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ModelConfig:
     """The generation and the shape of a language model."""
 
     generation: Generation | str = DEFAULT_GENERATION
-    """Which RWKV: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose). RWKV-LM: my_testing."""
+    """RWKV generation: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose). RWKV-LM: my_testing."""
     architecture: Architecture = dataclasses.field(default="rwkv", kw_only=True)
-    """rwkv, or transformer, to compare RWKV with; it has no generations."""
+    """rwkv, or transformer for comparison, which has no generations."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it. RWKV-LM: vocab_size."""
     num_layers: int = 6
@@ -58,20 +58,20 @@ class ModelConfig:
     gate_rank: int | None = None
     """D of the output gate's low-rank map (g1, g2) of RWKV-7; None is the official function of width."""
     context_length: int | None = None
-    """S: most tokens of one text that a Transformer's state holds; None is 2048. RWKV's states hold any number."""
+    """S: maximum tokens of a text in a Transformer's state; None is 2048. RWKV has no limit."""
     exponential_bonus: bool = False
-    """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of them, rather than time_faaaa."""
+    """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of these models, rather than time_faaaa."""
     unused_value_residual: bool = False
-    """RWKV-7 only: layer 0 holds v0, v1 and v2 too, which nothing reads. Files straight out of the official trainer do,
-    and so what is loaded can be saved again as it was."""
+    """RWKV-7 only: layer 0 has v0, v1 and v2 too, which are unused. The official trainer's files have them, so loading
+    and saving such a file keeps it unchanged."""
     embedding_bound: float | None = None
-    """RWKV-4 only: token vectors begin uniform within +- this, as in RWKV-v4neo, which takes its highest learning rate;
-    None is the first trainer's orthogonal matrix."""
+    """RWKV-4 only: initial token vectors are uniform within +- this, as in RWKV-v4neo, which uses its highest learning
+    rate; None is the first trainer's orthogonal matrix."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if that is asked
-    for), and the recurrence always runs in at least float32. RWKV-LM: precision."""
+    """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if dtype is
+    float64), and the recurrence always runs in at least float32. RWKV-LM: precision."""
     wkv_implementation: str | None = None
-    """Implementation of the WKV operator; None takes the fastest that is valid on the platform. RWKV-LM: kernel."""
+    """Implementation of the WKV operator; None takes the preferred one on the platform. RWKV-LM: kernel."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")
@@ -106,12 +106,12 @@ class ModelConfig:
 
     @property
     def spec(self) -> GenerationSpec:
-        """What is known of models of this generation."""
+        """The spec of this generation."""
         return find_spec(self.architecture, self.generation)
 
     @property
     def title(self) -> str:
-        """The model's name in a sentence: RWKV-7, Transformer."""
+        """The model's name for messages: RWKV-7, Transformer."""
         return self.spec.title
 
     @property
@@ -128,11 +128,11 @@ class ModelConfig:
         return "float64" if self.dtype == "float64" else "float32"
 
     def sizes(self) -> ResolvedSizes:
-        """The sizes that may be left to the official functions of the width."""
+        """All sizes, with None replaced by the official functions of the width."""
         return self.spec.sizes(self)
 
     def resolved(self) -> ModelConfig:
-        """The same model with every None that its generation has a size for replaced by that size."""
+        """The same config with every size that is None replaced by its resolved value."""
         return dataclasses.replace(
             self, **{name: size or None for name, size in dataclasses.asdict(self.sizes()).items()}
         )
@@ -140,14 +140,14 @@ class ModelConfig:
     def transformer_of_equal_size(self, context_length: int | None = None) -> ModelConfig:
         """A Transformer with this model's depth, width, heads and vocabulary, and as many parameters.
 
-        Both have 12 C^2 parameters a layer, or nearly so. What this model has besides, such as RWKV-7's low-rank maps,
-        the Transformer gets as feed-forward width, to the nearest multiple of 32.
+        Both have about 12 C^2 parameters per layer. Additional ones, such as RWKV-7's low-rank maps, are compensated by
+        the Transformer's feed-forward width, to the nearest multiple of 32.
 
         Args:
-          context_length: most tokens of one text that its state holds; None is the default.
+          context_length: maximum tokens of a text in its state; None is the default.
 
         Raises:
-          ConfigError: a width that is no multiple of head_dim, as RWKV-4 may have it, or an odd head_dim.
+          ConfigError: a width that is not a multiple of head_dim, as RWKV-4 allows, or an odd head_dim.
         """
         plain = ModelConfig(
             architecture="transformer",
@@ -171,16 +171,15 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.
 
-        Two for each weight of a matrix product, and what the recurrence or attention of each layer takes
-        (`GenerationSpec.mixing_flops`).
+        Two per weight of a matrix product, plus each layer's recurrence or attention (`GenerationSpec.mixing_flops`).
 
         Args:
-          sequence_length: T of the texts over whose tokens a Transformer's figure is the mean, (T + 1) / 2 keys being
-            seen; None is its context length. RWKV's figure does not depend on it.
+          sequence_length: T; a Transformer's number is the mean over T tokens, which see (T + 1) / 2 keys on average.
+            None is its context length. RWKV's number does not depend on it.
         """
         weights = self._matrix_parameters() + self.vocab_size * self.width
         return 2 * weights + self.num_layers * self.spec.mixing_flops(self, sequence_length)
 
     def _matrix_parameters(self) -> int:
-        """Of all layers."""
+        """Matrix parameters of all layers."""
         return sum(self.spec.matrix_parameters(self, first=layer == 0) for layer in range(self.num_layers))

@@ -1,4 +1,4 @@
-"""How a run is split: over devices, and over the processes that hold them."""
+"""How a run is distributed over devices and processes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rwkv_jax.checks import ConfigError, require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is split over devices; the four sizes multiply to their number."""
+    """How a run is split over devices; the product of the four sizes is their number."""
 
     data: int | Literal["auto"] = "auto"
-    """Devices that share a step's rows, each with the whole model; auto takes those that remain."""
+    """Data parallelism: devices that split a step's rows, each with a whole model; auto takes the remaining ones."""
     fsdp: int | Literal["auto"] = "auto"
-    """Devices that share rows and, scattered between them, each weight; auto takes the fewest whose memory holds it.
-    RWKV-LM: strategy."""
+    """Fully sharded data parallelism: devices that split rows and weights; auto takes the smallest number whose memory
+    suffices. RWKV-LM: strategy."""
     tensor: int = 1
-    """Devices that share heads, feed-forward width and vocabulary of each row; divides the number of heads."""
+    """Tensor parallelism: devices that split heads, feed-forward width and vocabulary; divides the number of heads."""
     sequence: int = 1
-    """Devices that share the tokens of each row; divides training.sequence_length."""
+    """Sequence parallelism: devices that split the tokens of each row; divides training.sequence_length."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the hosts' memory between steps."""
 
@@ -34,21 +34,20 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of a run on several hosts; each is started with the same command, and knows which one it is."""
+    """The processes of a run on several hosts, all started with the same command."""
 
     coordinator: str | None = None
-    """HOST:PORT at which the others reach process 0. None asks SLURM, Open MPI or the TPU pod, where there is one;
-    elsewhere the run has one process."""
+    """HOST:PORT of process 0. None detects SLURM, Open MPI or a TPU pod; otherwise the run has one process."""
     num_processes: int | None = None
-    """Processes in all; goes with coordinator."""
+    """Number of processes; requires coordinator."""
     process_id: int | None = None
-    """Which of them this one is, from 0; goes with coordinator."""
+    """Index of this process, from 0; requires coordinator."""
     detect: bool = True
-    """Ask SLURM, Open MPI or the TPU pod when no coordinator is named; False runs one process in an allocation."""
+    """Detect SLURM, Open MPI or a TPU pod if no coordinator is given; False runs one process in an allocation."""
     join_seconds: int = 300
-    """How long processes wait for each other at the start."""
+    """Seconds that processes wait for each other at the start."""
     heartbeat_seconds: int = 60
-    """How long a process may be silent before it counts as lost, and all others end."""
+    """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
     def __post_init__(self) -> None:
         require_positive(self, "distributed", "join_seconds")

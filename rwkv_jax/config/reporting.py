@@ -1,4 +1,4 @@
-"""What a run reports and saves as it goes: evaluations, checkpoints, logs."""
+"""What a run reports and saves: evaluations, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class EvaluationConfig:
     every: int = 200
     """Steps between evaluations; the last step is always evaluated."""
     batches: int = 16
-    """Batches of held-out text in an evaluation during the run; the last evaluation reads all of it."""
+    """Batches of held-out text per evaluation; the last evaluation reads all of it."""
     sample_prompts: tuple[str, ...] = ("def", "class", "import")
-    """Texts to continue; one is sampled at each evaluation, all of them at the end."""
+    """Prompts to sample from; one at each evaluation, all of them at the end."""
     sample_tokens: int = 128
-    """Tokens in a sample."""
+    """Tokens per sample."""
     sample_temperature: float = 0.8
     """Sampling temperature."""
     sample_top_p: float = 0.9
-    """Nucleus of the sampling distribution."""
+    """Top-p of the samples."""
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every", "batches", "sample_tokens")
@@ -32,12 +32,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved, and when."""
+    """What is saved and when."""
 
     every: int = 200
     """Steps between checkpoints; the last step is always saved. RWKV-LM: epoch_steps, epoch_save."""
     keep: int = 2
-    """How many of the newest checkpoints stay; the best one stays beside them."""
+    """Number of newest checkpoints to keep; the best one is kept in addition."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", "every", "keep")
@@ -45,7 +45,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Where figures go besides the console and metrics.jsonl."""
+    """Where metrics are logged besides the console and metrics.jsonl."""
 
     every: int = 10
     """Steps between lines of metrics.jsonl; their losses are means over these steps."""

@@ -1,4 +1,4 @@
-"""A whole run: its sections, and what they ask of each other."""
+"""A whole run: its sections and checks across them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class TrainConfig:
     """One training run."""
 
     run_dir: str = "runs/default"
-    """Folder of the run: checkpoints, metrics, samples. A run that is there already is resumed. RWKV-LM: proj_dir."""
+    """Folder of the run: checkpoints, metrics, samples. An existing run is resumed. RWKV-LM: proj_dir."""
     seed: int = 0
     """Seed of the initial parameters, of the order of the data and of the samples. RWKV-LM: random_seed."""
     initial_weights: str | None = None
-    """Weights to start from, to fine-tune them: a file, a folder, a run or a name on the hub, as `rwkv convert` reads
-    them; data.tokenizer names their tokenizer. None starts from the official initial values. A run that was begun goes
-    on from its own checkpoints. RWKV-LM: load_model."""
+    """Weights to fine-tune: a file, a folder, a run or a name on the hub, as `rwkv convert` reads them; data.tokenizer
+    names their tokenizer. None starts from the official initial values. An existing run resumes from its own
+    checkpoints. RWKV-LM: load_model."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -1,4 +1,4 @@
-"""How a run trains: its optimizer, and the shape of its steps."""
+"""How a run trains: its optimizer and its steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from rwkv_jax.checks import require, require_choices, require_positive
 
 Remat = Literal["none", "operator", "full"]
-"""What a block's backward pass recomputes."""
+"""Activations that a block's backward pass recomputes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,14 @@ class OptimizerConfig:
     final_learning_rate: float = 1e-4
     """Learning rate at the end of the schedule. RWKV-LM: lr_final."""
     schedule: Literal["cosine", "linear", "wsd", "exponential", "constant"] = "cosine"
-    """How the rate falls from one to the other: cosine, linear, wsd (warm-up, stable, linear decay), exponential
-    (likewise, but by the same factor each step), constant."""
+    """Decay of the rate: cosine, linear, wsd (warm-up, stable, linear decay), exponential (like wsd, but by a constant
+    factor per step), constant."""
     schedule_origin: Literal["last_step", "official"] = "last_step"
-    """Where the fall ends: last_step gives the last step the final rate; official is RWKV-LM's formula, whose cosine
-    would end one step after the last, and whose other falls begin one step earlier."""
+    """Where the decay ends: last_step gives the last step the final rate; official is RWKV-LM's formula, whose cosine
+    would end one step after the last, and whose other schedules begin to decay one step earlier."""
     schedule_steps: tuple[int, ...] = ()
-    """Steps of the schedule; none takes training.num_steps. One number keeps a schedule when a run is made longer, and
-    the rate stays at its end; several are cycles, each with a warm-up (a warm restart)."""
+    """Steps of the schedule; none takes training.num_steps. One number keeps the schedule when a run is extended, with
+    a constant rate after its end; several are cycles, each with a warm-up (warm restarts)."""
     warmup_steps: int = 10
     """Steps over which the rate rises linearly to its highest value. RWKV-LM: warmup_steps."""
     warmup_start: float = 0.01
@@ -43,12 +43,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices (embedding, head, projections). RWKV-LM: weight_decay."""
     weight_decay_final: float | None = None
-    """Weight decay at the end of the schedule, approached by the same factor each step; None keeps it as it is.
+    """Weight decay at the end of the schedule, approached by a constant factor per step; None keeps it constant.
     RWKV-LM: weight_decay_final."""
     clip_norm: float = 1.0
-    """Global norm above which gradients are scaled down; 0 switches clipping off. RWKV-LM: grad_clip."""
+    """Global norm above which gradients are scaled down; 0 disables clipping. RWKV-LM: grad_clip."""
     clip_epsilon: float = 0.0
-    """Added to the norm that gradients are scaled by; the official trainer's clipping has 1e-6. RWKV-LM: grad_clip."""
+    """Added to the norm when gradients are scaled; the official trainer's clipping has 1e-6. RWKV-LM: grad_clip."""
     stage: Literal[1, 2] = 1
     """2 is RWKV-LM's my_pile_stage 2: token-shift blends, decay and bonus learn five times as fast as the rest.
     RWKV-LM: my_pile_stage."""
@@ -96,13 +96,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The shape of a step."""
+    """Steps: their number, batch, sequence and memory settings."""
 
     num_steps: int = 1000
     """Optimizer steps in the whole run. RWKV-LM: epoch_count, my_exit_tokens."""
     first_step: int = 0
-    """The step at which the run begins, in schedule and data order: for weights that another trainer has taken so far
-    (RWKV-LM's rwkv-N.pth: N + 1 times its epoch_steps), given by initial_weights. RWKV-LM: epoch_begin."""
+    """The step at which the run begins, in schedule and data order, for initial_weights from another trainer's run
+    (RWKV-LM's rwkv-N.pth: N + 1 times its epoch_steps). RWKV-LM: epoch_begin."""
     batch_size: int = 8
     """B: sequences in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
     sequence_length: int = 512
@@ -110,18 +110,18 @@ class StepConfig:
     accumulation_steps: int = 1
     """Micro-batches into which a step's batch is split; divides batch_size. RWKV-LM: accumulate_grad_batches."""
     reset_at_documents: bool = True
-    """Begin each document with the empty state: nothing of the text before it in the same row is seen. The official
+    """Start each document of a row with the empty state, so that it does not see the text before it. The official
     trainer does not."""
     carry_state: bool = False
-    """Truncated backpropagation: each row goes on, with the state that it was left with, where it stopped a step ago,
-    so that documents longer than sequence_length are read whole."""
+    """Truncated backpropagation: each row continues where the previous step stopped, with its recurrent state, so that
+    documents longer than sequence_length are read whole."""
     remat: Remat = "none"
-    """What the backward pass recomputes rather than keeps: none (of the matrix products), operator (all but what the
-    WKV operator read), full (all but each block's input). RWKV-LM: grad_cp."""
+    """What the backward pass recomputes instead of storing: none (of the matrix products), operator (all but the WKV
+    operator's inputs), full (all but each block's input). RWKV-LM: grad_cp."""
     loss_chunk: int | None = None
-    """Tokens whose logits exist at one time; None holds all [B * T, V] of them. RWKV-LM: head_chunk."""
+    """Tokens whose logits are in memory at a time; None computes all [B * T, V] at once. RWKV-LM: head_chunk."""
     l2wrap: float = 1e-4
-    """Strength of L2Wrap, the official pull of each token's largest logit towards zero; 0 switches it off."""
+    """Strength of L2Wrap, the official penalty on each token's largest logit; 0 disables it."""
     max_bad_steps: int = 10
     """Consecutive steps with a loss or gradient that is not finite (each skipped) after which the run stops."""
 

@@ -1,15 +1,15 @@
-"""The generations of models: a file each, with everything that can be said of one without building it.
+"""The generations of models, one file each, with everything known about one without building it.
 
-`GENERATIONS` is the only list of them. Nothing outside this package compares a generation with a name: what differs is
-a fact asked of `ModelConfig.spec`, or of the model's class, which the spec names. docs/extending.md tells how to add
+`GENERATIONS` is the only list of them. Nothing outside this package compares a generation with a name: differences are
+looked up in `ModelConfig.spec` or in the model's class, which the spec names. docs/extending.md describes how to add
 one.
 
-    base.py          GenerationSpec: what each has to say
+    base.py          GenerationSpec, the interface
     rwkv4.py         Dove
     rwkv5.py         Eagle, and its previews 5.0 and 5.1
     rwkv6.py         Finch
     rwkv7.py         Goose
-    transformer.py   what they are compared with
+    transformer.py   the baseline to compare with
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
 
 Architecture = Literal["rwkv", "transformer"]
-"""RWKV of some generation, or what it is compared with."""
+"""RWKV, or the Transformer to compare it with."""
 
 GENERATIONS: dict[str, GenerationSpec] = {
     "4": RWKV4Spec(),
@@ -65,23 +65,23 @@ GENERATIONS: dict[str, GenerationSpec] = {
     "6": RWKV6Spec(),
     "7": RWKV7Spec(),
 }
-"""Of RWKV, by name, the oldest first. A config file or a test may add one of its own before it builds a config."""
+"""RWKV's generations by name, oldest first. A config file or test may add its own before building a config."""
 
 OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {"transformer": TransformerSpec()}
-"""What is no RWKV, by the value of model.architecture."""
+"""Architectures other than RWKV, by the value of model.architecture."""
 
 
 DEFAULT_GENERATION: Generation = "7"
-"""Of `ModelConfig`."""
+"""Default of `ModelConfig.generation`."""
 
 
 def all_specs() -> tuple[GenerationSpec, ...]:
-    """Of every architecture."""
+    """Specs of every architecture."""
     return (*GENERATIONS.values(), *OTHER_ARCHITECTURES.values())
 
 
 def check_generation(architecture: str, generation: str) -> None:
-    """Raises ConfigError for a generation that is not known, or that goes with no generations."""
+    """Raises ConfigError for an unknown generation, or one given with an architecture that has none."""
     remedy = f"must be one of {', '.join(GENERATIONS)}"
     if generation in OTHER_ARCHITECTURES:
         remedy += f"; or set model.architecture to {generation}"
@@ -92,21 +92,21 @@ def check_generation(architecture: str, generation: str) -> None:
 
 
 def find_spec(architecture: str, generation: str) -> GenerationSpec:
-    """The spec that a model's two fields stand for."""
+    """The spec for a model's architecture and generation."""
     return OTHER_ARCHITECTURES[architecture] if architecture in OTHER_ARCHITECTURES else GENERATIONS[generation]
 
 
 def recognize(shapes: Shapes) -> GenerationSpec | None:
-    """The generation of a file, by the names and shapes of its tensors; None of no known one.
+    """The generation of a file, from its tensors' names and shapes; None if unknown.
 
-    The newest are asked first: a generation may have all names of an earlier one, and more.
+    The newest are tried first: a generation may have all names of an earlier one, and more.
     """
     in_layers = {name.split(".", 2)[2] for name in shapes if name.startswith("blocks.") and name.count(".") >= 2}
     return next((spec for spec in reversed(GENERATIONS.values()) if spec.recognizes(in_layers, shapes)), None)
 
 
 def is_low_rank(name: str, *, decay_only: bool = False) -> bool:
-    """Whether an official name is that of a low-rank map, held as [in, out], or of the decay's."""
+    """Whether an official name is a low-rank map's, stored as [in, out]; with `decay_only`, the decay's."""
     block, _, within = name.partition(".att.")
     names = (spec.low_rank_decay if decay_only else spec.low_rank for spec in GENERATIONS.values())
     return block.startswith("blocks.") and any(f"att.{within}" in own for own in names)

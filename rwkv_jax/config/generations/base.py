@@ -1,4 +1,4 @@
-"""What a generation of models is: everything that can be said of it without building one."""
+"""Interface of a generation: everything known about its models without building one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rwkv_jax.config.run import TrainConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The shape of each tensor of a file, by official name."""
+"""Shapes of a file's tensors by official name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedSizes:
-    """The sizes of a model that a config may leave open, none left open; 0 where the generation has no such size."""
+    """A model's sizes with the defaults resolved; 0 where the generation has no such size."""
 
     ffn_width: int
     mix_rank: int = 0
@@ -29,7 +29,7 @@ class ResolvedSizes:
     value_rank: int = 0
     gate_rank: int = 0
     context_length: int = 0
-    """Tokens of a text that a state has room for; 0 where it has the same size after any number."""
+    """Tokens that a state has room for; 0 where its size is constant."""
 
 
 class StateArray(NamedTuple):
@@ -37,7 +37,7 @@ class StateArray(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    """What each axis means: a field of `rwkv_jax.parallel.rules.Rules`; None for one that is not split."""
+    """Logical name of each axis: a field of `rwkv_jax.parallel.rules.Rules`; None for one that is never split."""
     dtype: str
 
 
@@ -48,47 +48,47 @@ class Recipe:
     corpus: str
     """Path of the binidx corpus."""
     num_tokens: int
-    """Of the corpus, which is read once."""
+    """Tokens of the corpus, which is read once."""
     tokenizer: str
     vocab_size: int
     sequence_length: int
     optimizer: OptimizerConfig
-    """With the learning rates of no model in particular."""
+    """Optimizer settings, with learning rates of no particular model."""
     has_embedding_bound: bool = False
-    """Whether token vectors begin uniform within +- the highest learning rate, as in RWKV-v4neo."""
+    """Whether initial token vectors are uniform within +- the highest learning rate, as in RWKV-v4neo."""
     sizes: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Sizes of released models that are not the functions of the width that today's trainer has, by width."""
+    """Sizes of released models, by width, that differ from today's trainer's functions of the width."""
 
 
 class GenerationSpec(abc.ABC):
-    """One generation: its own fields, sizes, counts, state, tensor names and recipe. Has no state, and needs no JAX."""
+    """One generation: its fields, sizes, counts, state shapes, tensor names and recipe. Stateless, without JAX."""
 
     name: str
-    """The value of model.generation, or of model.architecture where that is no RWKV: 7, transformer."""
+    """The value of model.generation, or of model.architecture if that is not RWKV: 7, transformer."""
     model_class: str
-    """MODULE:CLASS of its model, which is imported when one is built."""
+    """MODULE:CLASS of its model, imported when one is built."""
     own_fields: tuple[str, ...] = ()
-    """Optional fields of `ModelConfig` that not every generation has, and this one has."""
+    """Optional fields of `ModelConfig` that this generation has and others lack."""
     operator: str | None
     """Its WKV operator in `rwkv_kernels.OPERATORS`; None without one."""
     has_heads: bool = True
-    """Whether time mixing works on heads, which parallel.tensor must not cut; otherwise on single channels."""
+    """Whether time mixing works on heads, which parallel.tensor must not split; otherwise on single channels."""
     heads_tensor: str | None = None
     """Official name within layer 0 of a tensor whose first axis is H; None without one."""
     has_official_names: bool = True
-    """Whether there are official files, whose names and shapes its parameters have."""
+    """Whether its parameters have official names and shapes."""
     tensors: frozenset[str] = frozenset()
-    """Official names within a layer, such as att.r_k, any of which tells that a file is of this generation or later."""
+    """Official names within a layer, such as att.r_k, any of which identifies this generation or a later one."""
     low_rank: frozenset[str] = frozenset()
-    """Official names within a layer of the low-rank maps, which are held as [in, out]."""
+    """Official names within a layer of the low-rank maps, which are stored as [in, out]."""
     low_rank_decay: frozenset[str] = frozenset()
-    """Those of `low_rank` that make the decay, whose errors add up over a text."""
+    """Those of `low_rank` that compute the decay, whose errors accumulate over a text."""
     recipe: Recipe | None = None
-    """How its released models were trained; None where no config file trains one."""
+    """How its released models were trained; None if no config file trains one."""
 
     @property
     def title(self) -> str:
-        """The name in a sentence."""
+        """The name for messages."""
         return f"RWKV-{self.name}"
 
     def load_model_class(self) -> type[Any]:
@@ -99,20 +99,20 @@ class GenerationSpec(abc.ABC):
     # Sizes and counts
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ConfigError for values of a model that contradict each other."""
+        """Raises ConfigError for contradictory values of a model."""
         del config
 
     def check_run(self, run: TrainConfig) -> None:
-        """Raises ConfigError for a run that models of this generation cannot go through."""
+        """Raises ConfigError for settings of a run that models of this generation do not support."""
         del run
 
     @abc.abstractmethod
     def sizes(self, config: ModelConfig) -> ResolvedSizes:
-        """The sizes that a config may leave to functions of its width."""
+        """The sizes of which a config may leave the default to functions of its width."""
 
     @abc.abstractmethod
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
-        """Parameters of a layer that a token is multiplied by: two operations each.
+        """Matrix parameters of a layer: two operations each per token.
 
         Args:
           first: whether it is layer 0.
@@ -120,11 +120,11 @@ class GenerationSpec(abc.ABC):
 
     @abc.abstractmethod
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
-        """All other parameters of a layer: vectors, norms, what nothing reads."""
+        """All other parameters of a layer: vectors, norms, unused ones."""
 
     @abc.abstractmethod
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """Operations of a layer for one token besides matrix products: the recurrence, or attention to other tokens."""
+        """Operations of a layer per token besides matrix products: the recurrence or attention."""
 
     # State
 
@@ -133,16 +133,16 @@ class GenerationSpec(abc.ABC):
         """The arrays of a block's state, in the order of the leaves of the model's `initial_block_state`."""
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
-        """The implementation of the operator that is fastest forward on a platform, and why, in a sentence.
+        """The fastest forward implementation of the operator on a platform, and the reason in a sentence.
 
-        Its name; None for the one that training takes too.
+        The name is None for the same as in training.
         """
         return None, "it is the fastest forward, too"
 
     # Files
 
     def recognizes(self, in_layers: Collection[str], shapes: Shapes) -> bool:
-        """Whether a file is of this generation, once all later ones have been asked.
+        """Whether a file is of this generation, given that it is of no later one.
 
         Args:
           in_layers: names within layers, such as att.r_k.
@@ -150,28 +150,28 @@ class GenerationSpec(abc.ABC):
         return not self.tensors.isdisjoint(in_layers)
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
-        """The `own_fields` of a file's model; None for a size whose tensor is missing."""
+        """The `own_fields` of a file's model; None for a size if its tensor is missing."""
         return {}
 
 
 class MatrixStateSpec(GenerationSpec):
-    """A generation whose recurrence has a matrix [N, N] for each head."""
+    """A generation with a recurrent state [N, N] per head."""
 
     state_flops = 5
-    """Operations for each number of the state: decayed (1), k v^T added (2), read (2)."""
+    """Operations per number of the state: decay (1), add k v^T (2), read (2)."""
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """Of N numbers for each channel."""
+        """For N numbers per channel."""
         return self.state_flops * config.head_dim * config.width
 
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """Last inputs of both mixings, and the matrices."""
+        """Last inputs of both mixings, and the state matrices."""
         shift = StateArray((config.width,), (None,), config.dtype)
         heads = (config.num_heads, config.head_dim, config.head_dim)
         return shift, shift, StateArray(heads, ("heads", None, None), config.parameter_dtype)
 
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int | None:
-    """Size of one axis of a tensor; None where it is missing, or has no such axis, which whoever loads it says."""
+    """Size of one axis of a tensor; None if tensor or axis is missing, which loading reports."""
     shape = shapes.get(name, ())
     return shape[axis] if axis < len(shape) else None

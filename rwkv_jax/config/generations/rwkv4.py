@@ -53,7 +53,7 @@ class RWKV4Spec(GenerationSpec):
         return (3 + 2 + 2 + 4 + (2 if first else 0)) * config.width
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """12 a channel: numerator and denominator each decayed, written, read with the bonus; the quotient."""
+        """12 per channel: decay, write and read with the bonus for numerator and denominator each; the quotient."""
         return 12 * config.width
 
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:

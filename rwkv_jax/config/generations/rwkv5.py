@@ -1,4 +1,4 @@
-"""RWKV-5 "Eagle" (arXiv 2404.05892), which is 5.2, and its previews 5.0 and 5.1: states are a matrix a head."""
+"""RWKV-5 "Eagle" (arXiv 2404.05892), which is 5.2, and its previews 5.0 and 5.1: the state is a matrix per head."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RWKV5Spec(MatrixStateSpec):
     def __init__(self, name: str, *, has_gate: bool = True, has_channel_decay: bool = False) -> None:
         self.name = name
         self.has_gate = has_gate
-        """Whether the output has a gate G, which makes up for a narrower F; not in 5.0."""
+        """Whether the output has a gate G, compensated by a narrower F; not in 5.0."""
         self.has_channel_decay = has_channel_decay
-        """Whether decay and bonus are a number for each channel of a head, [H, N]; in the previews one a head, [H]."""
+        """Whether decay and bonus are per channel of a head, [H, N]; in the previews per head, [H]."""
         self.own_fields = () if has_channel_decay else ("exponential_bonus",)
 
     def sizes(self, config: ModelConfig) -> ResolvedSizes:
@@ -42,7 +42,7 @@ class RWKV5Spec(MatrixStateSpec):
         return (blends + 2 + 2 + 4 + (2 if first else 0)) * config.width + decay_and_bonus
 
     def recognizes(self, in_layers: Collection[str], shapes: Shapes) -> bool:
-        """By the norm over heads, the shape of the decay and whether there is a gate."""
+        """Identified by the norm over heads, the shape of the decay and whether there is a gate."""
         decay = shapes.get("blocks.0.att.time_decay", ())
         return (
             "att.ln_x.weight" in in_layers
@@ -51,10 +51,10 @@ class RWKV5Spec(MatrixStateSpec):
         )
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
-        """The previews' bonus by its name."""
+        """The kind of the previews' bonus, from its name."""
         return {name: "blocks.0.att.time_first" in shapes for name in self.own_fields}
 
 
 def gated_ffn_width(width: int) -> int:
-    """3.5 C in multiples of 32, and at least 32: the official rounding would leave nothing of a narrow model."""
+    """3.5 C in multiples of 32, and at least 32: the official rounding would give 0 for narrow models."""
     return max(32, 7 * width // 2 // 32 * 32)

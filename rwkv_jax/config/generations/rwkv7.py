@@ -24,7 +24,7 @@ class RWKV7Spec(MatrixStateSpec):
     own_fields = ("decay_rank", "iclr_rank", "value_rank", "gate_rank", "unused_value_residual")
     operator = "wkv7"
     heads_tensor = "att.r_k"
-    state_flops = 9  # the removal of rank one, too
+    state_flops = 9  # plus the rank-one removal
     tensors = frozenset({"att.r_k", "att.k_k"})
     low_rank_decay = frozenset({"att.w1", "att.w2"})
     low_rank = low_rank_decay | {f"att.{name}{i}" for name in "avg" for i in (1, 2)}
@@ -69,7 +69,7 @@ class RWKV7Spec(MatrixStateSpec):
         )
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
-        """R, K, V, O and the low-rank maps, of which layer 0 has no use for the value residual's; K, V."""
+        """R, K, V, O and the low-rank maps, without the value residual's in layer 0; K, V of the channel mixing."""
         sizes, width = self.sizes(config), config.width
         ranks = sizes.decay_rank + sizes.iclr_rank + sizes.gate_rank + (0 if first else sizes.value_rank)
         return 4 * width**2 + 2 * width * (ranks + sizes.ffn_width)
@@ -92,7 +92,7 @@ class RWKV7Spec(MatrixStateSpec):
         return super().prefill_implementation(platform)
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
-        """Ranks, and whether layer 0 holds the value residual that nothing reads."""
+        """Ranks, and whether layer 0 has the unused value residual."""
         names = {"decay_rank": "0.att.w1", "iclr_rank": "0.att.a1", "value_rank": "1.att.v1", "gate_rank": "0.att.g1"}
         ranks = {field: size_of(shapes, f"blocks.{name}", 1) for field, name in names.items()}
         return ranks | {"unused_value_residual": "blocks.0.att.v0" in shapes}

@@ -1,4 +1,4 @@
-"""A Transformer of the plain kind, to compare RWKV with: its state is a cache that grows with the text."""
+"""A plain Transformer to compare RWKV with: its state is a key-value cache that grows with the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TransformerSpec(GenerationSpec):
-    """The Transformer; there are no generations of it."""
+    """The Transformer, which has no generations."""
 
     name = "transformer"
     model_class = "rwkv_jax.models.transformer:Transformer"
@@ -27,7 +27,7 @@ class TransformerSpec(GenerationSpec):
         return "Transformer"
 
     def check(self, config: ModelConfig) -> None:
-        """Heads of an even size, and nothing that only RWKV has."""
+        """Requires an even head size and none of RWKV's own fields."""
         require(
             config.head_dim % 2 == 0,
             "model.head_dim",
@@ -42,7 +42,7 @@ class TransformerSpec(GenerationSpec):
         )
 
     def check_run(self, run: TrainConfig) -> None:
-        """Rows that fit into the cache, whole on each device, and begin anew."""
+        """Requires rows that fit into the cache, are not split over devices, and start with an empty state."""
         require(
             run.initial_weights is None,
             "initial_weights",
@@ -83,15 +83,15 @@ class TransformerSpec(GenerationSpec):
         return 4 * config.width
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
-        """4 N for each head and key that a token sees, of which there are (T + 1) / 2 in the mean."""
+        """4 N per head and visible key, of which there are (T + 1) / 2 on average."""
         return 2 * config.width * ((sequence_length or self.sizes(config).context_length) + 1)
 
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """Keys and values of every token, and how many there are."""
+        """Keys and values of every token, and the number of tokens."""
         shape = (config.num_heads, self.sizes(config).context_length, config.head_dim)
         cache = StateArray(shape, ("heads", None, None), config.dtype)
         return cache, cache, StateArray((), (), "int32")
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
-        """None: there is no operator."""
+        """None: it has no WKV operator."""
         return None, "a Transformer has no such operator"
