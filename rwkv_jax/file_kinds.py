@@ -1,6 +1,6 @@
-"""What a file is by its first bytes, for the error where it is not what was asked for: a download gone wrong, mostly.
+"""Detects a file's kind from its first bytes, for errors about wrong files, such as failed downloads.
 
-Standard library only, so that every reader of files may ask.
+Standard library only, so that every reader of files can use it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Kind = Literal[
     "torch",
     "zip",
 ]
-"""What some reader may want: "tokens" is an .idx, "torch" a zip by `torch.save`, "other" what nothing here reads."""
+"""Kinds of files: "tokens" is an .idx, "torch" a zip by `torch.save`, "other" what nothing here reads."""
 
 _HEAD_BYTES = 4096
-_ZIP_END_BYTES = 22 + 2**16  # a zip's last record and the longest comment behind it
-_MAX_HEADER_BYTES = 2**24  # of a safetensors file; that of a model of 10,000 tensors has a tenth
+_ZIP_END_BYTES = 22 + 2**16  # a zip's last record and the longest comment after it
+_MAX_HEADER_BYTES = 2**24  # of a safetensors file; ten times that of a model of 10,000 tensors
 _SHOWN = 60  # characters of a text that an error quotes
 _UNFINISHED = "the download or copy did not finish; get it again"
 _UNPACK = "unpack it and name what was in it"
 
-_URL = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/", re.IGNORECASE)  # Path makes one slash of two
+_URL = re.compile(r"(?:https?|ftp|s3|gs|hf|file):/", re.IGNORECASE)  # Path merges two slashes into one
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script")
 _ERROR_KEYS = {"detail", "error", "errors", "message", "msg"}
 _KEYS_BESIDE = {"code", "documentation_url", "path", "status", "statusCode", "success", "timestamp", "title", "type"}
@@ -72,28 +72,28 @@ _STARTS: dict[bytes, tuple[Kind, str]] = {
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a URL was given for a path, whole or as `Path` leaves it."""
+    """Whether a path is a URL, possibly normalized by `Path`."""
     return _URL.match(os.fspath(path)) is not None
 
 
 def describe_wrong_file(path: str | os.PathLike[str], wanted: str, reads: Collection[Kind] = ()) -> str | None:
-    """What a file is and what to do about it, where it is plainly not what the caller reads.
+    """Describes a file that is clearly not what the caller reads, with the remedy.
 
-    Wrong for every caller are Git LFS pointers, web pages (unless they are named .html), error answers of servers,
-    empty files, those that begin with zeros only, and zips, safetensors and Parquet tables that are cut short. Reads no
-    more than the first kilobytes, the end of a zip and the header of safetensors.
+    Wrong for every caller are Git LFS pointers, web pages (unless named .html), server error responses, empty files,
+    files that start with nothing but zeros, and truncated zips, safetensors and Parquet tables. Reads only the first
+    kilobytes, the end of a zip and the header of safetensors.
 
-    Ask before a reader that takes any bytes (text), otherwise once the reader has refused the file. What has no format
-    of its own, such as a .bin of tokens, may begin like anything.
+    Call it before a reader that accepts any bytes (text), otherwise after the reader has rejected the file. Files
+    without a format of their own, such as a .bin of tokens, may start like anything.
 
     Args:
-      path: a file; or a URL that was pasted where a path belongs.
+      path: a file, or a URL given in place of a path.
       wanted: completes the remedy "name ...": "a .pth or .safetensors file of weights".
-      reads: kinds that are right for the caller.
+      reads: kinds that the caller accepts.
 
     Returns:
-      "is a Git LFS pointer ...; fetch it: ...", to stand behind "PATH: ". None for what is not recognized, for folders,
-      and for what is not there or cannot be read.
+      "is a Git LFS pointer ...; fetch it: ...", to follow "PATH: ". None for unrecognized files, folders, and files
+      that do not exist or cannot be read.
     """
     path = Path(path)
     try:
@@ -122,7 +122,7 @@ def describe_wrong_file(path: str | os.PathLike[str], wanted: str, reads: Collec
 
 
 def _describe_broken(head: bytes, header: bytes, tail: bytes, size: int) -> str | None:
-    """What happened to a file on its way here, if that is seen."""
+    """Describes a failed download or copy, if recognized."""
     if not head:
         return f"is empty: {_UNFINISHED}"
     if not head.strip(b"\0"):
@@ -144,10 +144,10 @@ def _describe_broken(head: bytes, header: bytes, tail: bytes, size: int) -> str 
 
 
 def _recognize(head: bytes) -> tuple[Kind, str | None]:
-    """The kind of a file and what to call it; None where it is not recognized."""
+    """The kind of a file and a description of it; None if not recognized."""
     if head.startswith(b"%PDF-"):
         return "other", "a PDF document"
-    if _is_text(head):  # first, for a text may begin with the letters of any format
+    if _is_text(head):  # first, since a text may start with the letters of any format
         return _recognize_text(head.removeprefix(codecs.BOM_UTF8).lstrip())
     for start, recognized in _STARTS.items():
         if head.startswith(start):
@@ -180,13 +180,13 @@ def _recognize_text(text: bytes) -> tuple[Kind, str]:
 
 
 def _safetensors_header(head: bytes) -> int:
-    """Where the header that a safetensors file claims to have ends; 0 for other files."""
+    """End of the header that a safetensors file claims to have; 0 for other files."""
     length = int.from_bytes(head[:8], "little")
     return 8 + length if head[8:9] == b"{" and 2 <= length <= _MAX_HEADER_BYTES else 0
 
 
 def _is_whole(tail: bytes) -> bool:
-    """Whether a Parquet table, or a zip, ends as it should."""
+    """Whether a Parquet table or zip has a valid end."""
     last = tail.rfind(b"PK\5\6")
     comment = int.from_bytes(tail[last + 20 : last + 22], "little")
     return tail.endswith(b"PAR1") or (last >= 0 and len(tail) - last >= 22 + comment)
@@ -203,7 +203,7 @@ def _is_json_error(content: bytes) -> bool:
 
 def _is_text(head: bytes) -> bool:
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may go on behind the head
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
     except UnicodeDecodeError:
         return False
     return re.search(r"[\0-\x06\x0e-\x1a\x1c-\x1f]", text) is None

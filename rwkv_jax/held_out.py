@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte, beside what general compressors reach on the same bytes."""
+"""Held-out loss and bits per byte, with those of general-purpose compressors for comparison."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class HeldOut(NamedTuple):
     loss: float
     """Mean -log p(token), nats."""
     bits_per_byte: float
-    """Bits for each byte of the text: comparable between tokenizers."""
+    """Bits per byte of text: comparable between tokenizers."""
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """From nats for each token to bits for each byte of text."""
+    """Converts nats per token to bits per byte of text."""
     return loss / math.log(2) / bytes_per_token
 
 
@@ -29,9 +29,9 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     """Mean loss over batches of held-out text.
 
     Args:
-      eval_step: (params, batch) -> `loss`, a sum in nats, and `count`, of how many tokens.
+      eval_step: (params, batch) -> `loss`, a sum in nats, and `count`, the number of tokens.
     """
-    # Sums stay on the device until the end, so that batches follow each other without waiting.
+    # Sums stay on the device until the end, so that batches are dispatched without waiting.
     sums = [eval_step(params, batch) for batch in batches]
     total = sum(float(batch.loss) for batch in sums)
     count = sum(float(batch.count) for batch in sums)
@@ -40,6 +40,6 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterabl
 
 
 def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
-    """Bits for each byte that gzip -9 and xz -9 need for the same data."""
+    """Bits per byte of gzip -9 and xz -9 on the same data."""
     sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9": len(lzma.compress(data, preset=9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}

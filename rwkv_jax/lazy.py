@@ -1,4 +1,4 @@
-"""Packages that import their public names when these are first used, so that importing a package loads little."""
+"""Lazy imports of a package's public names, so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, tuple[str, ...]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package; what they import stands there under TYPE_CHECKING, too.
+    """`__getattr__` and `__dir__` of a package, which also imports the names under TYPE_CHECKING.
 
     Args:
       package: its `__name__`.
-      modules: the names that each of its modules has, by the module's name within the package.
+      modules: names by module, relative to the package.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Tables of plain text, for reports and errors. Standard library only."""
+"""Plain-text tables for reports and errors. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]], align: str, indent: str = "  ") -> str:
-    """Rows of cells as lines whose columns are two spaces apart.
+    """Formats rows of cells as lines, with columns two spaces apart.
 
     Args:
-      rows: as many cells each as `align` has characters.
-      align: "<" or ">" for each column: cells are moved to the left or to the right.
-      indent: stands before each line.
+      rows: each with as many cells as `align` has characters.
+      align: "<" or ">" per column, for left or right alignment.
+      indent: prefix of each line.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = list(zip(align, widths, strict=True))

@@ -1,4 +1,4 @@
-"""From text to batches: sources, tokenizers, the prepared corpus on disk, and batches as a function of the step."""
+"""From text to batches: sources, tokenizers, prepared corpora on disk, and batches as a function of the step."""
 
 from __future__ import annotations
 

@@ -20,16 +20,16 @@ from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
 __all__ = ["Corpus", "TokenFile", "load_corpus", "prepare_corpus"]
 
-_BLOCK_TOKENS = 2**20  # read at once, where a whole file would need much memory
+_BLOCK_TOKENS = 2**20  # read at once, to bound memory
 _MAX_DOCUMENTS_CHECKED = 1000
 
 
 def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
-    """The verified corpus of a config. Text is tokenized once into `data.cache_dir`; token files are memory-mapped.
+    """Opens a config's corpus, verified. Text is tokenized once into `data.cache_dir`; token files are memory-mapped.
 
-    The same on every process that has the same files; several may call it at once. The parts of a mixture each hold
-    out their own share. `report` gets lines for a person to read.
-    Raises ConfigError for a source, split or tokenizer that cannot work, and for files that are damaged.
+    The result is the same in every process with the same files; several may call this at once. Each source of a
+    mixture holds out its own share. `report` gets lines to print.
+    Raises ConfigError for an invalid source, split or tokenizer, and for damaged files.
     """
     if not data.mixture:
         return _prepare_source(data, vocab_size, report)
@@ -47,7 +47,7 @@ def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
 
 def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
-    """A corpus that draws its rows from several; held-out tokens are concatenated in memory."""
+    """Combines corpora into a mixture; held-out tokens are concatenated in memory."""
     identity = json.dumps([[part.fingerprint for part in parts], list(shares)])
     return Corpus(
         sources=tuple(part.train for part in parts),
@@ -62,8 +62,8 @@ def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
 def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> Corpus:
     """The corpus of existing token files; the last `held_out` of the documents are held out.
 
-    Reads the held-out tokens and at most 64 MiB of the others. Raises ConfigError where a side would be empty, and for
-    a token outside the tokenizer's vocabulary.
+    Reads the held-out tokens and at most 64 MiB of the others. Raises ConfigError if no tokens would be left to train
+    on or hold out, and for a token outside the tokenizer's vocabulary.
     """
     tokens, lengths = opened.tokens, token_byte_lengths(tokenizer)
     num_held_out = max(1, round(held_out * opened.num_documents)) if held_out > 0 else 0
@@ -81,7 +81,7 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
     )
     held_out_file = None
     if num_held_out:
-        # From the last token before, the end of a document, so that the first held-out token has a predecessor.
+        # From the token before, an end_of_text, so that the first held-out token has a predecessor.
         part = tokens[end - 1 :]
         held_out_file = TokenFile(opened.bin_path, part, _count_bytes(part[1:], lengths, opened), num_held_out)
     return Corpus(
@@ -123,14 +123,14 @@ def _prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], N
 
 
 def _documents_without_end(opened: Binidx, end_of_text: int) -> tuple[int, int]:
-    """The number of documents checked, evenly spaced, and how many of these do not end with end_of_text."""
+    """Number of documents checked, evenly spaced, and how many of them do not end with end_of_text."""
     seen = min(opened.num_documents, _MAX_DOCUMENTS_CHECKED)
     ends = (opened.document_start(number * opened.num_documents // seen + 1) for number in range(seen))
     return seen, sum(end == 0 or int(opened.tokens[end - 1]) != end_of_text for end in ends)
 
 
 def _join(files: Sequence[TokenFile], tokenizer: Tokenizer) -> TokenFile | None:
-    """Held-out tokens concatenated, with end_of_text first and between them."""
+    """Concatenates held-out tokens, with end_of_text first and between them."""
     if not files:
         return None
     end_of_text = np.array([tokenizer.end_of_text], np.int32)

@@ -1,4 +1,4 @@
-"""A tokenized corpus as a folder of token files, tokenizer and held-out text, built once and verified when opened."""
+"""A tokenized corpus: a folder with token files, tokenizer and held-out text, built once and verified when opened."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, 
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile
 
 FORMAT_VERSION = 1
-"""Changes whenever the same source and config would give other files; part of each folder's name."""
+"""Format version, part of each folder's name; change it if the same source and config would give other files."""
 
 _SIDES = ("train", "held_out")
-_TOKENIZER_BYTES = 32 * 2**20  # of the training text; a tokenizer learns no more from further text
+_TOKENIZER_BYTES = 32 * 2**20  # of the training text; more does not improve the tokenizer
 _SCANNED_BYTES = 8 * 2**20
 _PROGRESS_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-    """Names, size and digest of all documents of a source, from one pass over it."""
+    """Names, size and digest of all documents of a source, collected in one pass."""
 
     names: tuple[str, ...]
     num_bytes: int
@@ -42,13 +42,13 @@ class _Survey:
 
 
 def prepare_folder(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
-    """The corpus of a source of text: found in `data.cache_dir` and verified, or built there.
+    """Opens the corpus of a text source in `data.cache_dir`, or builds it there.
 
-    The folder is named after the source and a digest of its documents, the share held out, the vocabulary size and
-    the tokenizer; it appears whole or not at all, also when several processes build it at once. The source is read
-    up to four times, one document in memory at a time. `report` gets lines for a person to read, one of them the number
-    of documents that the tokenizer would not give back as they were.
-    Raises ConfigError for a source, split or tokenizer that cannot work, and for a folder that is damaged.
+    The folder is named after the source and a digest of its documents, the held-out share, the vocabulary size and the
+    tokenizer; it is created atomically, even if several processes build it at once. The source is read up to four
+    times, one document in memory at a time. `report` gets lines to print, one of them the number of documents that do
+    not survive a round trip through the tokenizer.
+    Raises ConfigError for an invalid source, split or tokenizer, and for a damaged folder.
     """
     given = None if data.tokenizer is None else load_tokenizer(data.tokenizer, vocab_size)
     survey = _survey(data, read_documents(data, report))
@@ -70,9 +70,9 @@ def prepare_folder(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
 
 def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """Opens a prepared corpus, after checking every file against its recorded size and digest.
+    """Opens a prepared corpus after checking every file against its recorded size and digest.
 
-    Reads each file once, about a second a gigabyte. Raises ConfigError if the folder is missing or damaged, or if a
+    Reads each file once, about a second per gigabyte. Raises ConfigError if the folder is missing or damaged, or if a
     token is not an id of the tokenizer.
     """
     folder = Path(folder)
@@ -142,7 +142,7 @@ def _survey(data: DataConfig, documents: Iterator[Document]) -> _Survey:
         names.append(document.name)
         num_bytes += len(content)
         name = document.name.encode("utf-8", "surrogateescape")
-        # Lengths go first, so that no other division into names and texts has the same digest.
+        # Length prefixes make the digest depend on where names and texts end.
         digest.update(f"{len(name)} {len(content)} ".encode() + name)
         digest.update(content)
     return _Survey(tuple(names), num_bytes, digest.hexdigest())
@@ -178,7 +178,7 @@ def _build_folder(
     given: Tokenizer | None,
     report: Callable[[str], None],
 ) -> None:
-    # Another process may be first; what it builds from the same source is the same.
+    # Another process may be faster; it builds the same files from the same source.
     with new_folder(folder, label=f"data.cache_dir = {data.cache_dir!r}", exist_ok=True) as temporary:
         if given is None:
             started = time.monotonic()
@@ -248,7 +248,7 @@ def _write_sides(
 
 
 def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """The digest of a file, and the largest number in it."""
+    """The digest of a file and the largest token in it."""
     digest, largest = hashlib.blake2b(digest_size=16), 0
     with path.open("rb") as file:
         while content := file.read(_SCANNED_BYTES):

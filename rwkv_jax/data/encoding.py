@@ -1,4 +1,4 @@
-"""Encodes documents span by span, to bound the memory that a long one takes."""
+"""Encodes documents in spans, to bound the memory for a long one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def encode_document(
 ) -> Iterator[tuple[list[int], bool]]:
     """The tokens of each span of a document, without end_of_text, and whether they decode to the same text.
 
-    Spans end at the end of a line if there is one within `span_length` characters.
-    Raises ConfigError, naming the document, for a text that the tokenizer refuses.
+    Spans end at a line break if there is one within `span_length` characters.
+    Raises ConfigError with the document's name for a text that the tokenizer rejects.
     """
     for span in _line_spans(document.text, span_length):
         try:
@@ -30,7 +30,7 @@ def encode_document(
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each id stands for, [V] int64; 0 for end_of_text."""
+    """Number of UTF-8 bytes of each id, [V] int64; 0 for end_of_text."""
     return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Writes a source of text as official token files."""
+"""Converts a text source to official token files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rwkv_jax.data.tokens.binidx import BinidxWriter, find_binidx
 
 
 class Tokenized(NamedTuple):
-    """The files that were written, and their size."""
+    """The files written, and their size."""
 
     bin_path: Path
     idx_path: Path
@@ -28,9 +28,9 @@ def tokenize(
 ) -> Tokenized:
     """Writes the documents of `data.source`, in their order, to TARGET.bin and TARGET.idx; end_of_text follows each.
 
-    One document is in memory at a time. Nothing is held out: whoever trains from the files does that. `report` gets
-    lines for a person to read, one of them the number of documents that the tokenizer would not give back as they were.
-    Raises ConfigError for a source that cannot be read or holds tokens already, and for files that exist.
+    One document is in memory at a time. Nothing is held out; that happens in training. `report` gets lines to print,
+    one of them the number of documents that do not survive a round trip through the tokenizer.
+    Raises ConfigError for a source that cannot be read or already contains tokens, and for files that exist.
     """
     if find_binidx(data.source) is not None:
         raise ConfigError(f"data.source = {data.source!r}: holds tokens already; name a source of text")

@@ -1,1 +1,1 @@
-"""Sources of text."""
+"""Text sources: files, folders, JSON records and tables."""

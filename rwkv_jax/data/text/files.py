@@ -1,4 +1,4 @@
-"""Reads text files: decompressed by the suffix, decoded as UTF-8, or as UTF-16 or UTF-32 by their byte order mark."""
+"""Reads text files, decompressed by suffix and decoded as UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.file_kinds import Kind, describe_wrong_file
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""Suffixes of compressed files, which follow the suffix of the content: a.jsonl.gz."""
+"""Suffixes of compressed files, after the suffix of the content: a.jsonl.gz."""
 
-# UTF-32 first: the mark of UTF-16 begins that of UTF-32. A mark of UTF-8 is a character of the text, and stays.
+# UTF-32 first: its mark starts with that of UTF-16. A UTF-8 mark is kept as a character of the text.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_ZSTD_READ_BYTES = 2**13  # a frame of zeros grows by a factor of thousands
+_ZSTD_READ_BYTES = 2**13  # a frame of zeros expands a thousandfold
 _ZSTD_MAX_WINDOW = 2**31  # `zstd --long` of up to 31
 _SHOWN_BYTES = 8
 _LOOKED_AT = 4096
 
 
 class NotTextError(ConfigError):
-    """A file that is not text in a supported encoding; the message says what to do about it."""
+    """A file that is not text in a supported encoding; the message has the remedy."""
 
 
 def inner_suffix(name: str) -> str:
-    """The suffix of a file name in lower case, not counting that of its compression."""
+    """The suffix of a file name in lower case, without that of its compression."""
     path = Path(name.lower())
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unchanged, line ends included; only the byte order mark of UTF-16 and UTF-32 is dropped.
+    """The text of a file, with line ends unchanged; only a byte order mark of UTF-16 or UTF-32 is removed.
 
     Raises:
-      NotTextError: it is in another encoding, or no text.
+      NotTextError: it is in another encoding or not text.
       ConfigError: it cannot be read or unpacked.
     """
     with _named(path), _open_bytes(path) as file:
@@ -78,7 +78,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def explain_refusal(path: Path, wanted: str, reads: Collection[Kind] = ()) -> Iterator[None]:
-    """Replaces a ConfigError raised in the block where `describe_wrong_file` knows what is wrong with the file."""
+    """Replaces a ConfigError raised in the block if `describe_wrong_file` knows what is wrong with the file."""
     try:
         yield
     except ConfigError as error:
@@ -89,7 +89,7 @@ def explain_refusal(path: Path, wanted: str, reads: Collection[Kind] = ()) -> It
 def refuse_wrong_file(
     path: Path, wanted: str, reads: Collection[Kind] = (), cause: BaseException | None = None
 ) -> None:
-    """Raises ConfigError where `describe_wrong_file` knows that a file is not what is read."""
+    """Raises ConfigError if `describe_wrong_file` knows that a file is of another kind."""
     is_compressed = path.suffix.lower() in COMPRESSED
     if wrong := describe_wrong_file(path, wanted, ("compressed",) if is_compressed else reads):
         raise ConfigError(f"{path}: {wrong}") from cause
@@ -137,7 +137,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def _open_bytes(path: Path) -> Any:
-    """Opens a file for its bytes, decompressed if the suffix says so."""
+    """Opens a file in binary mode, decompressed according to its suffix."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path)
@@ -169,7 +169,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _describe_bytes(content: bytes, error: UnicodeDecodeError) -> str:
-    """Says why bytes do not decode, with a remedy that fits them; never one that would turn them into garbage."""
+    """Describes why bytes do not decode, with a remedy that does not corrupt them."""
     around = content[max(0, error.start - 2) : error.start + _SHOWN_BYTES]
     if error.encoding.startswith(("utf-16", "utf-32")):
         name = error.encoding[:6].upper()
@@ -192,7 +192,7 @@ def _describe_bytes(content: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _unmarked_encoding(content: bytes) -> str | None:
-    """The remedy for UTF-16 or UTF-32 without a byte order mark, which Western text shows by its zeros; else None."""
+    """The remedy for UTF-16 or UTF-32 without a byte order mark, recognized by zero bytes; None for other text."""
     for width, name in ((4, "UTF-32"), (2, "UTF-16")):
         count = len(content[:_LOOKED_AT]) // width
         for order, zeros in (("LE", range(1, width)), ("BE", range(width - 1))):

@@ -1,4 +1,4 @@
-"""Texts from one field of JSON records: JSON lines, arrays of objects, and objects one after the other."""
+"""Texts from one field of JSON records: JSON lines, arrays of objects, and concatenated objects."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import inner_suffix, open_text
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-"""Suffixes of JSON lines: files with a record in each line."""
+"""Suffixes of JSON lines: files with one record per line."""
 SUFFIXES = (*LINES_SUFFIXES, ".json")
 """Suffixes of all files of JSON records."""
 
 _READ_CHARACTERS = 2**20
-_MAX_TOKEN = 16  # a word, a number's start or an escape may be cut where the characters read so far end
+_MAX_TOKEN = 16  # a word, number or escape may be cut at the end of the buffer
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MARK = "\ufeff"
 
 
 def has_records(name: str) -> bool:
-    """Whether a file holds JSON records, by its suffix."""
+    """Whether a file contains JSON records, by its suffix."""
     return inner_suffix(name) in SUFFIXES
 
 
 def read_records(path: Path, field: str) -> Iterator[str]:
     """The texts of a field, record by record; one record is in memory at a time.
 
-    Raises ConfigError, with the file and the line, for what is not JSON, a record that is not an object, and one whose
-    field is missing, no string or not Unicode.
+    Raises ConfigError with file and line for invalid JSON, a record that is not an object, and a field that is missing,
+    not a string or not Unicode.
     """
     records = _json_lines(path) if inner_suffix(path.name) in LINES_SUFFIXES else _json_values(path)
     for line, record in records:
@@ -39,7 +39,7 @@ def read_records(path: Path, field: str) -> Iterator[str]:
 
 
 def first_record_has_text(path: Path, field: str) -> bool:
-    """Whether a .json file holds records with texts, rather than settings or other data."""
+    """Whether a .json file contains records with texts rather than other data."""
     try:
         return next(read_records(path, field), None) is not None
     except ConfigError:
@@ -47,7 +47,7 @@ def first_record_has_text(path: Path, field: str) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and record of each line that is not blank."""
+    """Line number and record of each non-blank line."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(_MARK) if number == 1 else line
@@ -81,7 +81,7 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Scanner:
-    """Parses JSON values from a text stream, holding little more than one value in memory."""
+    """Parses JSON values from a text stream, with little more than one value in memory."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file = path, file
@@ -100,13 +100,13 @@ class _Scanner:
                 return self._buffer[self._at : self._at + 1]
 
     def take(self, character: str) -> bool:
-        """Consumes the next character if it is this one, and says whether it was."""
+        """Consumes the next character if it is this one; returns whether it was."""
         found = self.peek() == character
         self._at += found
         return found
 
     def value(self) -> tuple[int, Any]:
-        """Consumes the next value; returns the line in which it begins, and the value."""
+        """Consumes the next value; returns the line where it starts and the value."""
         self.peek()
         while True:
             try:
@@ -128,7 +128,7 @@ class _Scanner:
         self._at = end
 
     def _read(self) -> bool:
-        """Reads more, doubling the buffer so that a large value is retried a few times only; False at the end."""
+        """Reads more, doubling the buffer so that a large value is retried only a few times; False at the end."""
         held = self._buffer[self._at :]
         more = self._file.read(max(_READ_CHARACTERS, len(held)))
         try:

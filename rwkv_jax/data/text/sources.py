@@ -23,9 +23,9 @@ from rwkv_jax.file_kinds import Kind, describe_wrong_file
 
 PYTHON_STDLIB = "python-stdlib"
 
-# Distributions differ in whether they ship these trees, so a corpus with them would differ from machine to machine.
+# Not every distribution ships these trees; excluded so that the corpus is the same on all machines.
 _STDLIB_SKIPPED_PARTS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-# Written by the build of the interpreter: they hold the paths and compiler flags of one machine.
+# Generated when the interpreter is built: they contain paths and compiler flags of one machine.
 _STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
 
 _WANTED = (
@@ -35,10 +35,10 @@ _WANTED = (
 
 
 def read_documents(data: DataConfig, report: Callable[[str], None] | None = None) -> Iterator[Document]:
-    """Documents of `data.source` in an order that depends on their names alone (on the order of records and rows).
+    """Documents of `data.source`, ordered by name (records and rows in their own order).
 
-    One document is in memory at a time. No newline is translated and no document is empty. Files of a folder that
-    are hidden, empty or not text are left out, and `report` is told how many. A folder may hold records and tables
+    One document is in memory at a time. Newlines are not translated and no document is empty. Hidden, empty and
+    non-text files of a folder are skipped, and `report` gets their number. A folder may contain records and tables
     instead. Raises ConfigError for a source that is missing, empty, not UTF-8 or malformed.
     """
     path = Path(data.source).expanduser()
@@ -107,15 +107,15 @@ def _list_folder(root: Path, data: DataConfig) -> list[str]:
     return [
         name
         for name, path in names.items()
-        # A cache inside the source would become part of the next corpus.
+        # Do not read a cache inside the source as text.
         if not any(part.startswith(".") for part in PurePosixPath(name).parts) and cache not in path.resolve().parents
     ]
 
 
 def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
-    """Whether files are read record by record, by their suffixes. Raises ConfigError for records among other files.
+    """Whether files are read as records, by their suffixes. Raises ConfigError for records mixed with other files.
 
-    A .json among other files is one of these, as in a tree of code, unless its first record has a text.
+    A .json among other files is treated as text, as in a source tree, unless its first record has a text field.
     """
     of_records = [name for name in names if records.has_records(name) or tables.is_table(name)]
     if len(names) == 1:
@@ -127,7 +127,7 @@ def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
     ]
     others = sorted(set(names) - set(chosen))
     if not chosen or not others:
-        return len(of_records) == len(names) > 0  # if no .json has a text, the first is refused when it is read
+        return len(of_records) == len(names) > 0  # if no .json has a text, reading the first raises
     endings = {name: "".join(PurePosixPath(name).suffixes[-2 if _is_compressed(name) else -1 :]) for name in names}
     first, other = chosen[0], others[0]
     has_no_text = f", without text in a field {data.text_field!r}" if other in of_records else ""
@@ -148,7 +148,7 @@ def _read_records(root: Path, names: Sequence[str], data: DataConfig) -> Iterato
             for text in read(path, data.text_field):
                 if text:
                     found += 1
-                    # Named by its text, so that copies of one text never stand on both sides of the split.
+                    # Named by its text, so that copies of a text are never split between training and held-out.
                     yield Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
     if not found:
         raise _source_error(data, f"no record has text in its field {data.text_field!r}")
@@ -194,7 +194,7 @@ def _read_folder(
 
 
 def _refuse_failed_download(path: Path) -> None:
-    """Raises ConfigError for an LFS pointer, web page or error saved as text; code may begin like the latter two."""
+    """Raises ConfigError for an LFS pointer, web page or error saved as text; code may start like the latter two."""
     suffix = inner_suffix(path.name)
     if suffix not in (".json", ".xml"):
         reads: tuple[Kind, ...] = ("text", "json") if suffix in ("", ".txt") else ("text", "json", "html", "other")

@@ -1,4 +1,4 @@
-"""Documents, and their split into training and held-out ones."""
+"""Documents and their split into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SPLIT_SALT = b"3"
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, named by its path inside the source (by a digest of the text, for a record or row)."""
+    """One text, named by its path inside the source (for a record or row, by a digest of the text)."""
 
     name: str
     text: str
 
 
 def choose_held_out(names: Iterable[str], share: float) -> frozenset[str]:
-    """Those of two or more distinct names that are held out: about `share` of them, at least one, never all.
+    """Selects the names to hold out: about `share` of them, at least one, never all.
 
-    Each name decides for itself by a hash, so a document that is added or removed moves no other one, unless a side
-    would be left empty. Raises ConfigError where all names are the same.
+    Selection is by a hash of each name, so adding or removing a document does not move others, unless training or
+    held-out text would be empty. Raises ConfigError if all names are the same.
     """
     positions = {name: _position(name) for name in names}
     if len(positions) < 2:
@@ -42,9 +42,9 @@ def choose_held_out(names: Iterable[str], share: float) -> frozenset[str]:
 
 
 def split_document(document: Document, share: float) -> tuple[Document, Document]:
-    """One document cut at the line boundary that leaves about the last `share` of its UTF-8 bytes held out.
+    """Splits one document at a line boundary, holding out about the last `share` of its UTF-8 bytes.
 
-    Raises ConfigError where no line boundary leaves text on both sides.
+    Raises ConfigError if no line boundary leaves text in both parts.
     """
     content = document.text.encode()
     target = min(max(round(len(content) * (1 - share)), 1), len(content) - 1)

@@ -21,10 +21,10 @@ def is_table(name: str) -> bool:
 
 
 def read_table(path: Path, column: str) -> Iterator[str]:
-    """The texts of a column, row by row; a batch of the file is in memory at a time.
+    """The texts of a column, row by row; one batch of the file is in memory at a time.
 
-    Raises ConfigError without pyarrow, for a file that is damaged or has no such column of text, and for rows that
-    hold no text; it names the row.
+    Raises ConfigError without pyarrow, for a file that is damaged or lacks the text column, and, with its number, for a
+    row without text.
     """
     try:
         import pyarrow

@@ -1,14 +1,14 @@
-"""Tokenizers: one protocol and four kinds of it, streaming, and how they are saved and found again.
+"""Tokenizers: a protocol and four implementations, streaming, saving and loading.
 
-What `decode(encode(text))` gives back:
+What `decode(encode(text))` returns:
 
-    sentencepiece   every text, exactly; a model that could lose anything is refused
+    sentencepiece   every text, exactly; a model that could lose anything is rejected
     World           every text, exactly
-    bytes           every text, exactly; with 256 ids there is none for NUL, and a text that has it is refused
+    bytes           every text, exactly; with 256 ids NUL has none, and `encode` rejects it
     Hugging Face    the text as the file's normalizer leaves it: GPT-NeoX composes characters (NFC), so that an e and a
-                    combining accent come back as one character; texts that are composed already come back exactly
+                    combining accent become one character; composed texts are returned exactly
 
-`prepare_corpus` counts the documents that come back changed, and says so.
+`prepare_corpus` reports the number of documents that change.
 """
 
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer

@@ -1,4 +1,4 @@
-"""Bytes as tokens: no vocabulary to learn or to fetch."""
+"""Byte-level tokenizer without a vocabulary file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rwkv_jax.data.tokenizers.table import TableTokenizer
 
 
 class ByteTokenizer(TableTokenizer):
-    """Each UTF-8 byte of a text is a token, and its value the id.
+    """Each UTF-8 byte of a text is a token with its value as id.
 
-    With 257 ids the last is end_of_text, and every text comes back. With 256, as models of bytes have them, id 0 is
-    end_of_text: the NUL character, which few texts hold, has no id then, and `encode` raises ConfigError for it.
+    With 257 ids the last is end_of_text. With 256, as in byte-level models, id 0 is end_of_text: NUL, which is rare in
+    texts, then has no id, and `encode` raises ConfigError for it.
     """
 
     SIZES = (256, 257)

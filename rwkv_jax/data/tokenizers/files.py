@@ -1,4 +1,4 @@
-"""Reading the files of tokenizers."""
+"""Reads tokenizer files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = (
     "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
     "or one of the names world and bytes"
 )
-"""What a tokenizer can be given as, for errors."""
+"""The ways to specify a tokenizer, for errors."""
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -1,4 +1,4 @@
-"""The tokenizer.json of Hugging Face, for byte-level BPE: GPT-NeoX of the Pile models, GPT-2, Qwen and others."""
+"""Hugging Face's tokenizer.json with byte-level BPE: GPT-NeoX of the Pile models, GPT-2, Qwen and others."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 MAX_PADDING = 511
 """A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
 
-_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that there is
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that exists
 
 _NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
-_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only divide
+_KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only split
 
 
 class HuggingFaceTokenizer(TableTokenizer):
     """A byte-level BPE, in which every id stands for exact bytes.
 
-    `decode(encode(text))` is the text as the file's normalizer leaves it: with NFC, as GPT-NeoX has it, a composed text
-    comes back exactly. Special tokens are ids only: a text that spells one is encoded as any other text, and they
-    stand for no bytes. What the file says of truncation, padding, dropout and tokens to be put around a text is not
-    done. The vocabulary is that of the model and all added tokens.
+    `decode(encode(text))` is the text after the file's normalizer: with NFC, as in GPT-NeoX, composed text is returned
+    exactly. Special tokens are ids only: a text that spells one is encoded like any other text, and they decode to no
+    bytes. The file's settings for truncation, padding, dropout and post-processing are ignored. The vocabulary includes
+    all added tokens.
     """
 
     def __init__(self, content: bytes, origin: str) -> None:
         """From the bytes of a tokenizer.json; `origin` names it in errors.
 
-        Raises ConfigError if it is none, if its ids have no exact bytes, if it has no end of text, or if the package
-        tokenizers is missing.
+        Raises ConfigError if they are not one, if its ids have no exact bytes, if it has no end of text, or if the
+        package tokenizers is missing.
         """
         try:
             import tokenizers
@@ -83,7 +83,7 @@ class HuggingFaceTokenizer(TableTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
-        text.encode()  # the package has another error for them
+        text.encode()  # the package raises another error for them
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _normalize(self, text: str) -> str:
@@ -102,8 +102,8 @@ class HuggingFaceTokenizer(TableTokenizer):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level tokenizers write for each byte: its own in Latin-1, or for those that cannot be
-    seen one from U+0100 on."""
+    """The character by which byte-level tokenizers represent each byte: its own in Latin-1 if printable, else one from
+    U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

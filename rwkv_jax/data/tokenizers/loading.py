@@ -1,4 +1,4 @@
-"""Loads the tokenizer that a config names or a folder holds, and saves one into a folder."""
+"""Loads tokenizers by name, from files and folders, and saves them into folders."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")
-"""Names under which tokenizers are saved."""
+"""File names of saved tokenizers."""
 
 _WORLD_TEXT = b"1 '\\x00' 1\n2 '\\x01' 1\n"  # of rwkv_vocab_v20230424.txt
 
 
 def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that a config names, checked against the model's vocabulary.
+    """Loads the tokenizer that a config names and checks it against the model's vocabulary.
 
     Args:
-      spec: a sentencepiece model, a Hugging Face tokenizer.json, or a folder in which `save_tokenizer` left one; or
-        one of the names `world` and `bytes`, which as files would be `./world` and `./bytes`. What a file holds
-        decides its kind, not its name.
-      vocab_size: number of the model's ids; 256 or 257 decides which `bytes` are meant.
+      spec: a sentencepiece model, a Hugging Face tokenizer.json, or a folder written by `save_tokenizer`; or one of
+        the names `world` and `bytes` (for files of these names, `./world` and `./bytes`). A file's kind is detected
+        from its content.
+      vocab_size: number of the model's ids; for `bytes` 256 or 257.
 
     Raises:
-      ConfigError: there is no such file, it is of no known kind, its package is not installed, or it does not fit the
-        model by `fits_model`.
+      ConfigError: the file is missing or of unknown kind, its package is not installed, or `fits_model` is False.
     """
     if spec == "world":
         tokenizer = WorldTokenizer()
@@ -53,10 +52,10 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
 
 
 def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether a model of `vocab_size` ids can be one of this tokenizer.
+    """Whether a model with `vocab_size` ids can use this tokenizer.
 
-    The numbers must be equal, but for Hugging Face tokenizers: models have embeddings that are padded for speed, those
-    of GPT-NeoX's 50277 ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 above is taken, too.
+    The numbers must be equal, except for Hugging Face tokenizers: embeddings are padded for speed, for GPT-NeoX's 50277
+    ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 larger is accepted, too.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer) and vocab_size % 64 == 0:
         return 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING
@@ -64,15 +63,15 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> Path:
-    """Writes a tokenizer into a folder, whole or not at all, so that `load_tokenizer` finds it there.
+    """Saves a tokenizer atomically into a folder, from which `load_tokenizer` loads it.
 
-    A file that was given, or trained, is written as it was; of World and bytes only the name is noted.
+    A given or trained file is written unchanged; of World and bytes only the name is saved.
 
     Returns:
       The file.
 
     Raises:
-      ConfigError: the folder holds another tokenizer already.
+      ConfigError: the folder already contains another tokenizer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The interface of all tokenizers, and decoding one id at a time."""
+"""The tokenizer interface, and streaming decoding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class SavedTokenizer(NamedTuple):
     """A tokenizer as a file."""
 
     name: str
-    """Name under which `load_tokenizer` finds it in a folder."""
+    """File name by which `load_tokenizer` finds it in a folder."""
     content: bytes
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Each kind says which texts come back exactly; none drops any."""
+    """Converts text to token ids and back. Each kind documents which texts it preserves exactly."""
 
     @property
     def vocab_size(self) -> int:
@@ -25,17 +25,17 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """Id that stands between documents; `encode` never produces it, whatever the text spells."""
+        """Id between documents; `encode` never produces it, whatever the text."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides what `encode` gives."""
+        """Hex digest of everything that affects `encode`."""
         ...
 
     @property
     def saved(self) -> SavedTokenizer:
-        """The file from which `load_tokenizer` makes the same tokenizer again."""
+        """The file from which `load_tokenizer` restores the tokenizer."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -43,18 +43,18 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 (half a character) become U+FFFD, end_of_text becomes nothing."""
+        """Text of ids; invalid UTF-8 (half a character) becomes U+FFFD, end_of_text an empty string."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that one id stands for, perhaps only part of a character; none for end_of_text.
+        """UTF-8 bytes of one id, possibly only part of a character; empty for end_of_text.
 
-        U+FFFD for an id that the model has and the tokenizer lacks. Raises IndexError for an id outside the vocabulary.
+        U+FFFD for an id that the model has but the tokenizer lacks. Raises IndexError for an id outside the vocabulary.
         """
         ...
 
     def is_named(self, token: int) -> bool:
-        """Whether an id of the model is one that the tokenizer knows; others must not be sampled."""
+        """Whether the tokenizer has a text for this id of the model; others must not be sampled."""
         ...
 
 
@@ -67,11 +67,11 @@ class StreamingDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Text that this id completes, perhaps none; all pushes and the flush together equal `decode`."""
+        """Text completed by this id, possibly empty; all pushes and the flush concatenated equal `decode`."""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """U+FFFD for a character that was begun and not completed, else nothing; ready for the next text."""
+        """U+FFFD for an incomplete character, else an empty string; resets for the next text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

@@ -1,4 +1,4 @@
-"""Sentencepiece models, and their training for a corpus that names no tokenizer."""
+"""Sentencepiece models, and their training for corpora without a given tokenizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ END_OF_TEXT = "<|endoftext|>"
 
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 
-_SPAN_LENGTH = 4096  # characters of text that sentencepiece is handed at a time
+_SPAN_LENGTH = 4096  # characters passed to sentencepiece at a time
 
-# sentencepiece drops a whole sentence that has one of these (it would learn the first as a space). They are spelled
-# in bytes instead.
+# sentencepiece drops a whole sentence that has one of these (it would learn the first as a space). They are encoded
+# as bytes instead.
 _UNLEARNABLE = re.compile("[\u2581\u2585\t\x00]+")
 
 
 class SentencePieceTokenizer(TableTokenizer):
     """A sentencepiece model with byte fallback, identity normalization and an end-of-text piece (its `eos`).
 
-    Every text comes back exactly: a model that could lose anything is refused.
+    Preserves every text exactly: a model that could lose anything is rejected.
     """
 
     def __init__(self, model: bytes, origin: str) -> None:
@@ -63,7 +63,7 @@ class SentencePieceTokenizer(TableTokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
         text.encode()
-        # The mark itself would come back as a space, so it is spelled in bytes.
+        # The mark itself would decode to a space, so it is encoded as bytes.
         first, *others = (self._processor.encode(part) for part in text.split(_SPACE_MARK))
         for part in others:
             first += self._mark + part
@@ -82,10 +82,10 @@ class SentencePieceTokenizer(TableTokenizer):
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str], stride: int = 1) -> None:
-    """Train a byte-pair encoding of exactly `vocab_size` entries and write its model file, whole or not at all.
+    """Train a byte-pair encoding of exactly `vocab_size` entries and write its model file atomically.
 
-    Only every `stride`-th span of the texts is learned from. The same texts give the same file.
-    Raises ConfigError if the texts are too few for so many entries, or need more, or if the file is there already.
+    Trains on every `stride`-th span of the texts. The same texts give the same file.
+    Raises ConfigError if the texts are too few for this vocabulary or need a larger one, or if the file exists.
     """
     target = Path(path)
     refuse_existing(target)

@@ -1,4 +1,4 @@
-"""The World vocabulary of the official RWKV models since RWKV-4 World; the PyPI package pyrwkv-tokenizer holds it."""
+"""The World vocabulary of the official RWKV models since RWKV-4 World, from the PyPI package pyrwkv-tokenizer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _VOCAB_SIZE = 2**16  # rows of the models' embeddings; the vocabulary names ids 
 
 
 class WorldTokenizer(TableTokenizer):
-    """The longest entry that fits, from left to right, over UTF-8 bytes; every text comes back exactly.
+    """Greedy longest match over UTF-8 bytes; preserves every text exactly.
 
-    The 65536 ids are those of the models. Id 0 is end_of_text and stands for nothing. Ids 65530 to 65535 are in no text
-    that a model was trained on; should one be sampled, it reads U+FFFD.
+    The 65536 ids are those of the models. Id 0 is end_of_text and decodes to nothing. Ids 65530 to 65535 never occurred
+    in training; they decode to U+FFFD.
     """
 
     def __init__(self) -> None:
-        """Takes about a second the first time. Raises ConfigError if pyrwkv-tokenizer is missing or is another one."""
+        """Takes about a second the first time. Raises ConfigError if pyrwkv-tokenizer is missing or incompatible."""
         try:
             import pyrwkv_tokenizer
         except ImportError as error:
             raise ConfigError(
                 'the World tokenizer needs the package pyrwkv-tokenizer: pip install "rwkv-jax[world]"'
             ) from error
-        # The package can be asked for texts only, and 486 entries are none: their bytes are in the file that it reads.
+        # The package returns texts only, but 486 entries are not valid text: read their bytes from its file.
         table, self._encode = _read_vocabulary(Path(pyrwkv_tokenizer.__file__).with_name(f"{_VOCABULARY}.txt"))
         record = json.dumps({"kind": "world", "vocabulary": _VOCABULARY}) + "\n"
         super().__init__(table, 0, SavedTokenizer("tokenizer.kind.json", record.encode()))
@@ -51,7 +51,7 @@ def _read_vocabulary(path: Path) -> tuple[tuple[bytes, ...], Callable[[str], lis
     """The bytes of each id, and the encoder."""
     import pyrwkv_tokenizer
 
-    # The package panics, with an error that `except Exception` does not catch, when its file is not as it should be.
+    # The package panics, with an error that `except Exception` does not catch, if its file is invalid.
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -60,7 +60,7 @@ def _read_vocabulary(path: Path) -> tuple[tuple[bytes, ...], Callable[[str], lis
         raise ConfigError(f"{path}: is not the World vocabulary that models are trained with; {_REINSTALL}")
     table = [NO_TEXT] * _VOCAB_SIZE
     table[0] = b""
-    # A line is `id literal number-of-bytes`, the literal a Python string or bytes, perhaps with spaces in it.
+    # A line is `id literal number-of-bytes`, the literal a Python string or bytes, possibly containing spaces.
     for line in content.decode().rstrip("\n").split("\n"):
         token, literal = line.rpartition(" ")[0].split(" ", 1)
         entry: str | bytes = ast.literal_eval(literal)
