@@ -1,7 +1,7 @@
 """The generations of RWKV, and the Transformer to compare them with, as Flax NNX modules.
 
-Each generation's file is whole, to be read beside its paper: what two papers have in common, such as channel mixing,
-stands in both files. What is no equation of a paper stands once, in layers.py, state.py and language_model.py.
+Each generation's file is complete, to be read beside its paper: what two papers have in common, such as channel mixing,
+is repeated in both files. Code that is not an equation of a paper is shared: layers.py, state.py, language_model.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rwkv_jax.models.transformer import Transformer
 
 
 def model_type(config: ModelConfig) -> type[LanguageModel]:
-    """The class of a config's generation."""
+    """The model class of a config."""
     return config.spec.load_model_class()
 
 

@@ -1,8 +1,8 @@
-"""What every layer of a call is told: where texts begin and rows end, and over which mesh axes arrays are split.
+"""Call context shared by all layers: segment ids, row lengths, and the mesh axes over which arrays are split.
 
-A model is split over two mesh axes of its own within `jax.shard_map`: `tensor` (Megatron-LM, arXiv 1909.08053), over
-which heads, feed-forward width and vocabulary are split, and `sequence`, over which time is. It needs to know no other:
-rows are independent, and a weight that is scattered over devices is gathered before a layer uses it.
+Within `jax.shard_map` a model handles two mesh axes itself: `tensor` (Megatron-LM, arXiv 1909.08053) splits heads,
+feed-forward width and vocabulary, `sequence` splits time. It needs no other: rows are independent, and a weight
+sharded over devices is gathered before a layer uses it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from jax import Array, lax
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Names of the mesh axes over which a model's arrays are split; None where they are whole."""
+    """Names of the mesh axes over which a model's arrays are split; None for no split."""
 
     tensor: str | None = None
-    """Splits heads, feed-forward width and vocabulary: a shard holds its part of the weights, and x [B, T, C] whole."""
+    """Splits heads, feed-forward width and vocabulary: a shard has its part of the weights, and all of x [B, T, C]."""
     sequence: str | None = None
-    """Splits time: each shard holds T / size consecutive tokens of every row, and all weights."""
+    """Splits time: each shard has T / size consecutive tokens of every row, and all weights."""
 
     @property
     def num_tensor_shards(self) -> int:
-        """Parts into which heads are split."""
+        """Number of parts into which heads are split."""
         return 1 if self.tensor is None else lax.axis_size(self.tensor)
 
 
@@ -35,10 +35,10 @@ UNSHARDED = MeshAxes()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequenceContext:
-    """What is the same for all layers of a call."""
+    """Arguments common to all layers of a call."""
 
     segment_ids: Array | None = None
-    """Integers [B, T]; a new text begins where the id changes along a row, the first one continues the state."""
+    """Integers [B, T]; a new text begins where the id changes along a row; the first continues the state."""
     lengths: Array | None = None
-    """Integers [B]: steps of each row that count; of the whole sequence, where `axes.sequence` splits it."""
+    """Integers [B]: valid steps of each row, counted over the whole sequence even if `axes.sequence` splits it."""
     axes: MeshAxes = dataclasses.field(default=UNSHARDED, metadata={"static": True})

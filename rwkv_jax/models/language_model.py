@@ -1,8 +1,8 @@
-"""The skeleton that every generation shares: embedding, blocks scanned over layers, norm, head.
+"""The language model common to all generations: embedding, blocks scanned over layers, norm, head.
 
-The first layer differs from the others (it owns ln0, and in RWKV-7 it has no value residual), so it stands alone as
-`first_block`; layers 1 to L - 1 are one block whose parameters have a leading axis, run by `jax.lax.scan`. Compile
-time therefore does not grow with depth. For decoding there is a form with arrays for each layer (decoding.py).
+The first layer differs from the others (it has ln0, and in RWKV-7 no value residual), so it is separate as
+`first_block`; layers 1 to L - 1 are one block with stacked parameters, run by `jax.lax.scan`, so that compile time does
+not grow with depth. For decoding there is a form with separate arrays per layer (decoding.py).
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from rwkv_jax.models.state import State, TimeMixState, check_state
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
 
 Axes = tuple[str | None, ...]
-"""What the axes of a parameter mean: fields of `rwkv_jax.parallel.rules.Rules`; None for one that stays whole."""
+"""Logical names of a parameter's axes: fields of `rwkv_jax.parallel.rules.Rules`; None for an axis never split."""
 
 Part = TypeVar("Part", bound=nnx.Module)
 
 
 class PartTransform(Protocol):
-    """What is done to each part of a model: `emb`, `first_block`, one layer of `blocks`, `ln_out`, `head`."""
+    """A function applied to each part of a model: `emb`, `first_block`, one layer of `blocks`, `ln_out`, `head`."""
 
     def __call__(self, name: str, part: Part, /) -> Part:
-        """The part to go on with."""
+        """Returns the transformed part."""
         ...
 
 
 def identity(name: str, part: Part) -> Part:
-    """Every part as it is."""
+    """Returns every part unchanged."""
     del name
     return part
 
@@ -62,11 +62,11 @@ SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
     "operator": (CHECKPOINT_WKV_INPUT, "wkv"),
     "full": (),
 }
-"""What a block keeps for its backward pass, besides its input: matrix products, what the recurrence read, nothing."""
+"""Checkpoint policy of a block, which also stores its input: matrix products, the operator's inputs, nothing."""
 
 
 class Block(nnx.Module):
-    """A residual block of layer l: time mixing, then channel mixing, each behind a layer norm."""
+    """A residual block of layer l: time mixing, then channel mixing, each after a layer norm."""
 
     time_mix_type: ClassVar[type[Any]]
     """A `Mixer`."""
@@ -75,7 +75,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         dtype = config.parameter_dtype
-        # A traced layer index is one of the stacked layers, which are never the first.
+        # A traced layer index belongs to a stacked layer, never to the first.
         self.is_first = isinstance(layer, int) and layer == 0
         if self.is_first:
             self.ln0 = LayerNorm(config.width, dtype)
@@ -87,7 +87,7 @@ class Block(nnx.Module):
     def mix_time(
         self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array | None, TimeMixState]:
-        """Time mixing as the model calls it; only RWKV-7 reads `v_first`, the first layer's values."""
+        """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values."""
         y, state = self.att.mix(x, state, context)
         return y, v_first, state
 
@@ -113,15 +113,15 @@ SHARED_AXES: dict[str, Axes] = {
     "head.weight": ("vocab", "embed"),
     **{f"{norm}.{name}": (None,) for norm in ("ln0", "ln1", "ln2", "ln_out") for name in ("weight", "bias")},
 }
-"""What the axes of the parameters mean that every generation has."""
+"""Logical axes of the parameters common to all generations."""
 
 
 class LanguageModel(nnx.Module):
-    """A causal language model with an explicit state; a generation names its block, state and parameter groups."""
+    """A causal language model with an explicit state; generations define block, state and parameter groups."""
 
     block_type: ClassVar[type[Block]]
     block_axes: ClassVar[dict[str, Axes]]
-    """What the axes of a block's own parameters mean, by official name within the block."""
+    """Logical axes of a block's own parameters, by official name within the block."""
 
     @classmethod
     def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
@@ -130,7 +130,7 @@ class LanguageModel(nnx.Module):
 
     @classmethod
     def parameter_axes(cls, path: tuple[str, ...]) -> Axes:
-        """What the axes of a parameter in one layer mean.
+        """Logical axes of a parameter in one layer.
 
         Args:
           path: official names from the root, such as ("blocks", "att", "key", "weight").
@@ -140,7 +140,7 @@ class LanguageModel(nnx.Module):
 
     @classmethod
     def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        """How the official trainer treats a parameter.
+        """A parameter's learning-rate factor and weight decay in the official trainer.
 
         Args:
           path: official names from the root, such as ("blocks", "att", "key", "weight").
@@ -155,11 +155,10 @@ class LanguageModel(nnx.Module):
         """Draws the official initial values.
 
         Args:
-          shard_params: applied to each part as soon as it is drawn; keeps a device's shard where the whole would
-            not fit.
+          shard_params: applied to each part as soon as it is drawn, to keep only a device's shard.
 
         Raises:
-          ConfigError: the config is of a generation that this class does not serve.
+          ConfigError: the config is of another generation than this class.
         """
         if not isinstance(self, config.spec.load_model_class()):
             served = ", ".join(spec.name for spec in all_specs() if isinstance(self, spec.load_model_class()))
@@ -177,7 +176,7 @@ class LanguageModel(nnx.Module):
             layer, key = layer_and_key
             return shard_params("blocks", self.block_type(config, layer, rngs=nnx.Rngs(key)))
 
-        # One layer after the other: what it takes to draw one is a multiple of its size.
+        # One layer at a time: drawing one takes a multiple of its memory.
         self.blocks = jax.lax.map(draw, (layers, keys))
         self.ln_out = shard_params("ln_out", LayerNorm(config.width, config.parameter_dtype))
         self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
@@ -186,7 +185,7 @@ class LanguageModel(nnx.Module):
     def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         """Initial token vectors [V, C]: uniform in +-1e-4, as the official trainers have them from RWKV-5.2 on.
 
-        (That of the previews 5.0 and 5.1 takes its learning rate, which is of that size, for the bound.)
+        (The trainer of the previews 5.0 and 5.1 uses its learning rate, of the same size, as the bound.)
         """
         return uniform(rngs.params(), (config.vocab_size, config.width), 1e-4, config.parameter_dtype)
 
@@ -198,17 +197,17 @@ class LanguageModel(nnx.Module):
 
     @classmethod
     def replicate_state(cls, state: Any, axes: MeshAxes) -> Any:
-        """The state, with what every shard of `axes.tensor` has computed alike marked as replicated."""
+        """The state, with arrays that are equal on all shards of `axes.tensor` marked as replicated."""
         att_shift, ffn_shift = (as_replicated(shift, axes.tensor) for shift in (state.att_shift, state.ffn_shift))
         return dataclasses.replace(state, att_shift=att_shift, ffn_shift=ffn_shift)
 
     @property
     def is_stacked(self) -> bool:
-        """Whether layers 1 to L - 1 are one block with a leading axis, as they are drawn; see `decoding.unstacked`."""
+        """Whether layers 1 to L - 1 are stacked in one block, as initialized; see `decoding.unstacked`."""
         return not isinstance(self.blocks, nnx.List)
 
     def block(self, layer: int) -> Block:
-        """Layer l of 0 to L - 1; where layers are stacked, a new module with slices of their arrays.
+        """Layer l, from 0 to L - 1; of stacked layers, a new module with slices of their arrays.
 
         Raises:
           IndexError: there is no such layer.
@@ -223,15 +222,15 @@ class LanguageModel(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer - 1], params))
 
     def initial_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """The empty state of `batch_size` texts; arrays have a leading axis L, or `unstacked` layers their own."""
+        """The empty state of `batch_size` texts; arrays have a leading axis L; a tuple of states if `unstacked`."""
         block = self.initial_block_state(self.config, batch_size, axes)
         if not self.is_stacked:
-            # Arrays of their own, or they could not be donated.
+            # Distinct arrays, or they could not be donated.
             return tuple(jax.tree.map(jnp.copy, block) for _ in range(self.config.num_layers))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
 
     def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """What the layers get where a call has no state."""
+        """The layers' state for a call without one."""
         return self.initial_state(batch_size, axes)
 
     def hidden(
@@ -246,29 +245,29 @@ class LanguageModel(nnx.Module):
         axes: MeshAxes = UNSHARDED,
         gather_params: PartTransform = identity,
     ) -> tuple[Array, Any]:
-        """What the head reads.
+        """The final hidden states, the head's input.
 
         Args:
-          tokens: [B, T] integers in [0, V), T from 1; None where `inputs_embeds` is given.
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids: integers [B, T]; a new text, with nothing before it, begins where the id changes along a row. The
+          tokens: [B, T] integers in [0, V), T >= 1; None if `inputs_embeds` is given.
+          state: from an earlier call; None is the start of a text.
+          segment_ids: integers [B, T]; a new text, with an empty state, begins where the id changes along a row. The
             first segment of a row continues `state`.
-          lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and what is returned
-            for them means nothing.
-          inputs_embeds: [B, T, C], in place of the embedding's vectors.
-          remat: what the backward pass recomputes: `none` keeps the matrix products, `operator` what the recurrence
-            read, `full` only each block's input.
-          axes: the mesh axes over which the model is split, within `jax.shard_map`; tokens and segment_ids are then a
-            shard's own, the state's heads too, its shifts and lengths those of the whole.
-          gather_params: applied to each part right before it is used, and again where the backward pass recomputes;
-            all-gathers weights that are scattered over devices.
+          lengths: integers [B] from 0 to T; steps beyond a row's length do not change its state, and their outputs are
+            undefined.
+          inputs_embeds: [B, T, C], instead of embedded tokens.
+          remat: what the backward pass recomputes: `none` stores matrix products, `operator` the WKV operator's
+            inputs, `full` only each block's input.
+          axes: the mesh axes over which the model is split, within `jax.shard_map`; tokens, segment_ids and the state's
+            heads are then the shard's, its shifts and lengths those of the whole.
+          gather_params: applied to each part right before it is used, again in recomputation; all-gathers sharded
+            weights.
 
         Returns:
           [B, T, C] in the compute dtype, after the last norm, and the next state.
 
         Raises:
-          ValueError: shapes or dtypes that do not go together, a state of another model or batch, or, where values are
-            at hand (outside jit), token ids or lengths out of range.
+          ValueError: incompatible shapes or dtypes, a state of another model or batch, or, if values are concrete
+            (outside jit), token ids or lengths out of range.
         """
         x, state, _ = self._run(
             tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, gather_params=gather_params
@@ -284,15 +283,15 @@ class LanguageModel(nnx.Module):
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
     ) -> tuple[Array, Any]:
-        """The hidden states of every layer: [L, B, T, C], what each block hands on, and the next state; see `hidden`.
+        """The output of every block, [L, B, T, C], and the next state; see `hidden`.
 
-        The head reads `ln_out` of the last of them.
+        The head's input is `ln_out` of the last one.
         """
         _, state, streams = self._run(tokens, state, segment_ids, lengths, inputs_embeds, every_layer=True)
         return streams, state
 
     def logits(self, hidden: Array) -> Array:
-        """Logits [..., V] in at least float32 of hidden vectors [..., C]; a shard's, of its own part of V."""
+        """Logits [..., V] in at least float32 of hidden vectors [..., C]; on a shard, of its part of V."""
         return linear(hidden, self.head.weight[...], out_dtype=wide_dtype(hidden.dtype))
 
     def __call__(
@@ -305,7 +304,7 @@ class LanguageModel(nnx.Module):
         inputs_embeds: Array | None = None,
         remat: Remat = "none",
     ) -> tuple[Array, Any]:
-        """Logits [B, T, V] of the token after each of tokens [B, T], and the next state; see `hidden`."""
+        """Next-token logits [B, T, V] for tokens [B, T], and the next state; see `hidden`."""
         x, state = self.hidden(
             tokens, state, segment_ids=segment_ids, lengths=lengths, inputs_embeds=inputs_embeds, remat=remat
         )
@@ -356,7 +355,7 @@ class LanguageModel(nnx.Module):
 
         def body(x: Array, layer: tuple[Any, State]) -> tuple[Array, tuple[State, Any]]:
             # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers. The first layer's
-            # values are no part of the carry, of which the backward pass keeps a copy for each layer.
+            # values are not in the carry, which the backward pass would store once per layer.
             x, _, next_state = run("blocks", prevent_cse=False)(layer[0], x, layer[1], v_first)
             return x, (next_state, x if every_layer else None)
 

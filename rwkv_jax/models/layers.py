@@ -1,7 +1,7 @@
-"""The layers that every generation shares: linear maps, norms, token shift and the official initial values.
+"""Layers common to all generations: linear maps, norms, token shift and the official initial values.
 
-Parameters carry the official checkpoint's names, shapes and orientation ([out, in] for linear maps), so that a
-checkpoint key maps to a parameter one to one.
+Parameters have the official checkpoint's names, shapes and orientation ([out, in] for linear maps), so that checkpoint
+keys map to parameters one to one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from rwkv_kernels.arguments import broadcast_varying_axes
 from rwkv_kernels.sharded import from_last_shard, from_previous_shard
 
 CHECKPOINT_MATMUL = "matrix product"
-"""Name of what a block keeps for its backward pass; the cheap steps between matrix products are done again."""
+"""Checkpoint name of matrix products, stored for the backward pass; cheap steps between them are recomputed."""
 
 
 CHECKPOINT_WKV_INPUT = "operator input"
-"""Name of what the recurrence reads: a choice of what else to keep."""
+"""Checkpoint name of the WKV operator's inputs, which can be stored too."""
 
-_FEW_ROWS = 64  # as decoding has them; in training the copy of a matrix is small beside the activations
+_FEW_ROWS = 64  # as in decoding; in training the copy of a matrix is small compared with the activations
 
 
 def checkpoint_wkv_inputs(*inputs: Array) -> tuple[Array, ...]:
-    """What the recurrence reads, under the name by which a block can keep it."""
+    """Names the WKV operator's inputs for checkpointing."""
     return tuple(checkpoint_name(x, CHECKPOINT_WKV_INPUT) for x in inputs)
 
 
@@ -50,9 +50,9 @@ def linear(
 
     Args:
       x: [..., in]; weight: [out, in], the official orientation; packed, or in bfloat16 with x in float32, it is
-        multiplied as it lies in memory.
+        multiplied as stored.
       out_dtype: dtype of the result; None is x's.
-      in_axis: 0 for a weight [in, out]. (Transposed by the caller, it is copied for every single token on a CPU.)
+      in_axis: 0 for a weight [in, out]. (If the caller transposed it, a CPU would copy it for every token.)
 
     Returns:
       [..., out].
@@ -79,9 +79,9 @@ def _multiply(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp
 
 
 def _multiply_few_on_cpu(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp.dtype) -> Array:
-    """`_multiply` of bfloat16 as XLA's CPU backend does it without writing the matrix out in float32 at every call.
+    """`_multiply` in bfloat16 such that XLA's CPU backend does not materialize the matrix in float32 at every call.
 
-    That takes a result in float32, and two rows at least.
+    That needs a float32 result and at least two rows.
     """
     rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
     return _multiply(rows, weight, in_axis=in_axis, out_dtype=jnp.dtype(jnp.float32))[: x.shape[0]].astype(out_dtype)
@@ -99,47 +99,47 @@ def low_rank(
 
 
 def broadcast_param(parameter: Array, x: Array) -> Array:
-    """A parameter of one token's shape, broadcast to x's shape and dtype.
+    """Broadcasts a parameter of one token's shape to x's shape and dtype.
 
-    Broadcast from the parameter's own axes at once, so that its gradient is one sum over B and T: as a product with
-    [1, 1, C], a batch of one row makes that a sum over T alone, for which XLA's CPU backend takes 70 times as long.
+    It is broadcast from its own axes in one step, so that its gradient is one sum over B and T: multiplying with
+    [1, 1, C] makes it a sum over T alone in a batch of one row, which XLA's CPU backend computes 70 times slower.
 
     Args:
       parameter: [C] or [1, 1, C], or [H, N] for x [B, T, H, N].
     """
     own_axes = parameter.shape[-2:] if parameter.ndim == 2 else parameter.shape[-1:]
-    # Within `shard_map`: made each shard's own while it is small, or its gradient is summed over shards as [B, T, C].
+    # Within `shard_map`: marked as varying while it is small, or its gradient would be summed over shards as [B, T, C].
     parameter, _ = broadcast_varying_axes(parameter, x)
     return jnp.broadcast_to(parameter.reshape(own_axes).astype(x.dtype), x.shape)
 
 
 def copy_to_tensor_parallel(x: Array, axis_name: str | None) -> Array:
-    """Marks what is replicated over a mesh axis as input of work that differs between its shards.
+    """Marks a value replicated over a mesh axis as input of computations that differ between its shards.
 
-    The value stays as it is; its gradient is the sum of the shards' gradients, taken once where they part.
+    The value is unchanged; its gradient is the sum of the shards' gradients, computed once at this point.
     """
     return x if axis_name is None else lax.pcast(x, axis_name, to="varying")
 
 
 def reduce_from_tensor_parallel(x: Array, axis_name: str | None) -> Array:
-    """The sum of the shards' partial results, replicated."""
+    """Sums the shards' partial results; the sum is replicated."""
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def as_replicated(x: Array, axis_name: str | None) -> Array:
-    """Marks what every shard of an axis has computed alike as replicated."""
+    """Marks a value that all shards of an axis have computed identically as replicated."""
     if axis_name is None:
         return x
     return lax.psum(jnp.where(lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x)), axis_name)
 
 
 def shard_offset(size: int, axis_name: str | None) -> Array | int:
-    """Global index of a shard's first entry along an axis of which it holds `size` entries."""
+    """Global index of a shard's first entry along an axis of which it has `size` entries."""
     return 0 if axis_name is None else size * lax.axis_index(axis_name)
 
 
 def row_parallel_linear(x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
-    """`linear` of an x whose last axis is split over `tensor`, each shard holding its columns of the weight."""
+    """`linear` with x's last axis split over `tensor`; each shard has its columns of the weight."""
     y = linear(x, weight)
     if context.axes.tensor is None:
         return y
@@ -147,9 +147,9 @@ def row_parallel_linear(x: Array, weight: Array | PackedMatrix, context: Sequenc
 
 
 def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
-    """gate * (x @ weight^T), where x's last axis is split over `tensor` and each shard holds its channels of the gate.
+    """gate * (x @ weight^T) with x's last axis split over `tensor`; each shard has its channels of the gate.
 
-    The sum over shards is scattered, gated and gathered, which sends as much as the plain sum of `row_parallel_linear`.
+    The sum over shards is reduce-scattered, gated and gathered: as much traffic as the sum in `row_parallel_linear`.
 
     Args:
       gate: [..., out / shards]; x: [..., in / shards]; weight: [out, in / shards].
@@ -165,10 +165,10 @@ def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatri
 def wkv_operator(
     operator: Callable[..., Any], sharded: Callable[..., Any], context: SequenceContext, implementation: str | None
 ) -> Callable[..., Any]:
-    """A WKV operator with all of its arguments bound but arrays and state: packing, padding, mesh axis, implementation.
+    """Binds all arguments of a WKV operator except arrays and state: packing, padding, mesh axis, implementation.
 
     Args:
-      operator: over the whole sequence; sharded: over time that is split over a mesh axis.
+      operator: for a whole sequence; sharded: for time split over a mesh axis.
     """
     if context.axes.sequence is not None:
         operator = functools.partial(sharded, axis_name=context.axes.sequence)
@@ -180,11 +180,11 @@ def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array
     """The previous token's input at every position.
 
     Args:
-      x: [B, T, C]; a shard's steps, where `sequence` splits time.
-      shift: [B, C], the input just before x, zeros at the start of a text; replicated over `sequence`.
+      x: [B, T, C]; the shard's steps if `sequence` splits time.
+      shift: [B, C], the input before x, zeros at the start of a text; replicated over `sequence`.
 
     Returns:
-      x_prev [B, T, C], and the next shift [B, C], which is x at each row's last step (`shift` in a row of length 0).
+      x_prev [B, T, C], and the next shift [B, C]: x at each row's last step (`shift` for a row of length 0).
     """
     segment_ids, axis_name = context.segment_ids, context.axes.sequence
     shift = shift.astype(x.dtype)
@@ -203,7 +203,7 @@ def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array
 
 
 def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | None) -> Array:
-    """x [B, T, C] at the last step of each row, `shift` where a row has none: [B, C]."""
+    """x [B, T, C] at the last step of each row, `shift` for empty rows: [B, C]."""
     if lengths is None:
         return x[:, -1] if axis_name is None else from_last_shard(x[:, -1], axis_name)
     time = x.shape[1]
@@ -216,12 +216,12 @@ def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | N
 
 
 class Mixer(nnx.Module):
-    """Base of time and channel mixing: `mix` has a paper's equations, a call is for use in a model of one's own."""
+    """Base of time and channel mixing: `mix` has a paper's equations; call the module to use it in another model."""
 
     config: ModelConfig
 
     def initial_state(self, batch_size: int) -> Any:
-        """The state at the start of a text: of channel mixing the last input, [B, C]."""
+        """The state at the start of a text; for channel mixing the last input, [B, C]."""
         return jnp.zeros((batch_size, self.config.width), self.config.dtype)
 
     def mix(self, x: Array, state: Any, context: SequenceContext) -> tuple[Array, Any]:
@@ -231,12 +231,12 @@ class Mixer(nnx.Module):
     def __call__(
         self, x: Array, state: Any = None, *, segment_ids: Array | None = None, lengths: Array | None = None
     ) -> tuple[Array, Any]:
-        """Mixing alone, for use in a model of one's own.
+        """Runs the mixing alone, for use in another model.
 
         Args:
           x: [B, T, C], already normalized.
-          state: what an earlier call returned; None is the start of a text.
-          segment_ids, lengths: as `LanguageModel.hidden` has them.
+          state: from an earlier call; None is the start of a text.
+          segment_ids, lengths: as in `LanguageModel.hidden`.
 
         Returns:
           y [B, T, C] and the next state.
@@ -254,7 +254,7 @@ class Mixer(nnx.Module):
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float64 for float64, float32 for anything less: the dtype of norms, attention scores and logits."""
+    """float64 for float64, otherwise float32: the dtype of norms, attention scores and logits."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
@@ -283,9 +283,9 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(weight)
 
     def __call__(self, tokens: Array, dtype: str | None = None, axes: MeshAxes = UNSHARDED) -> Array:
-        """[B, T] integers in [0, V) -> [B, T, C] in a dtype, or the table's own.
+        """[B, T] integers in [0, V) -> [B, T, C] in the given dtype, or the table's.
 
-        Where `axes.tensor` splits V, each shard looks up the tokens that it holds.
+        If `axes.tensor` splits V, each shard looks up the tokens of its part.
         """
         weight = self.weight[...]
         if axes.tensor is None:
@@ -295,7 +295,7 @@ class Embedding(nnx.Module):
         vectors = jnp.where(is_here[..., None], _rows(weight, jnp.where(is_here, rows, 0)), 0)
         return reduce_from_tensor_parallel(
             vectors.astype(dtype or weight.dtype), axes.tensor
-        )  # one shard's and zeros: nothing is rounded away
+        )  # all terms but one are zero: exact
 
 
 def _rows(weight: Array | PackedMatrix, index: Array) -> Array:
@@ -303,8 +303,8 @@ def _rows(weight: Array | PackedMatrix, index: Array) -> Array:
         return weight.rows(index)
     if weight.dtype != jnp.bfloat16:
         return weight[index]
-    # XLA's CPU backend looks rows up in the table converted to float32, which a loop of decoding would write out before
-    # its first step. Where the table is tied to the ids of each step, the rows alone are converted.
+    # XLA's CPU backend would convert the whole table to float32 before the first step of a decoding loop. Making the
+    # table depend on each step's ids converts only the rows looked up.
     table, index = lax.optimization_barrier((weight, index))
     return table[index]
 
@@ -325,7 +325,7 @@ class LayerNorm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """Group norm with one group a head, weight and bias [C], computed in float32."""
+    """Group norm with one group per head, weight and bias [C], computed in float32."""
 
     def __init__(self, weight: Array, epsilon: float) -> None:
         self.epsilon = epsilon
@@ -345,7 +345,7 @@ def initial_head_norm(config: ModelConfig, layer: int | Array, epsilon: float) -
 
 
 def channel_param(values: Array) -> nnx.Param[Array]:
-    """A parameter of one number a channel in the official shape [1, 1, C]."""
+    """A parameter with one number per channel in the official shape [1, 1, C]."""
     return nnx.Param(rearrange(values, "C -> 1 1 C"))
 
 
@@ -354,20 +354,20 @@ def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> A
 
     The distribution is the official one's, uniform over such matrices, which a QR factorization with signs fixed by
     R's diagonal also samples. Here it is the polar factor of a normal matrix, found by Newton-Schulz iterations:
-    products only, so that it shards and batches over layers on every platform. (Batched LAPACK factorizations inside
-    one jitted function deadlock on jaxlib 0.10's CPU backend: each waits for a thread that another one holds.)
+    matmuls only, so that it shards and batches over layers on every platform. (Batched LAPACK factorizations inside
+    one jitted function deadlock on jaxlib 0.10's CPU backend: each waits for a thread that another one occupies.)
     """
     rows, columns = shape
     matrix = jax.random.normal(key, shape, jnp.dtype(dtype))
     if rows > columns:
         matrix = matrix.T
     short, long = sorted(shape)
-    # Singular values of a normal matrix lie below sqrt(short) + sqrt(long) + t but for a chance of e^{-t^2 / 2}.
+    # Singular values of a normal matrix are below sqrt(short) + sqrt(long) + t but for a chance of e^{-t^2 / 2}.
     matrix = matrix / (math.sqrt(short) + math.sqrt(long) + 6)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def stretch(_: int, x: Array) -> Array:
-        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they lie in
+        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they are in
         # (0.68, 1.13).
         gram = product(x, x.T)
         return 3.4445 * x + product(-4.7750 * gram + 2.0315 * product(gram, gram), x)

@@ -1,6 +1,6 @@
 """RWKV-4 "Dove": time mixing, channel mixing, initial values, parameter groups and state.
 
-Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048v2, whose equation numbers stand in
+Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048v2, whose equation numbers are in
 parentheses), the official trainer for initial values, and that of v4neo, which trained the Pile models, for parameter
 groups. Shape letters: B batch, T time, C width,
 F feed-forward width, L layers, l the layer's index.
@@ -86,7 +86,7 @@ class TimeMix(Mixer):
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
         config = self.config
 
-        # (11)-(13), r, k, v: each reads a mix of the present token, whose share mu is, and the one before it.
+        # (11)-(13), r, k, v: each reads lerp(x_{t-1}, x_t, mu), where mu is the share of the current token.
         x_prev, shift = token_shift(x, state.shift, context)
 
         def mix(mu: nnx.Param) -> Array:
@@ -161,7 +161,7 @@ BLOCK_AXES: dict[str, Axes] = {
     "ffn.value.weight": ("embed", "ffn"),
     "ffn.receptance.weight": ("gate", "embed"),
 }
-"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): RWKV-4's `heads` are single channels."""
+"""Logical axes of a block's parameters (`LanguageModel.block_axes`): RWKV-4's `heads` are single channels."""
 
 
 class RWKV4(LanguageModel):

@@ -1,10 +1,10 @@
 """RWKV-5 "Eagle" (5.2) and its previews 5.0 and 5.1: time mixing, channel mixing, initial values, groups and state.
 
 Source: Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence (arXiv 2404.05892, whose equation
-numbers stand in parentheses), and the official trainer for initial values, parameter groups and the previews. Shape
+numbers are in parentheses), and the official trainer for initial values, parameter groups and the previews. Shape
 letters: B batch, T time, C width, H heads, N head size, F feed-forward width, L layers, l the layer's index.
 
-The previews have one decay and one bonus a head, [H], where 5.2 has one a key channel, [H, N]; 5.0 has no gate.
+The previews have one decay and bonus per head, [H], 5.2 has one per key channel, [H, N]; 5.0 has no gate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEAD_NORM_EPSILON = 64e-5
 
 
 def variant(config: ModelConfig) -> RWKV5Spec:
-    """Which of the three RWKV-5 this is."""
+    """Facts that differ between the three versions of RWKV-5."""
     assert isinstance(config.spec, RWKV5Spec), config.generation
     return config.spec
 
@@ -116,7 +116,7 @@ class TimeMix(Mixer):
     @override
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
         config = self.config
-        # (3), (4) r, k, v, g: each reads a mix of the present token, whose share mu is, and the one before it.
+        # (3), (4) r, k, v, g: each reads lerp(x_{t-1}, x_t, mu), where mu is the share of the current token.
         x_prev, shift = token_shift(x, state.shift, context)
 
         def mix(mu: nnx.Param) -> Array:
@@ -131,7 +131,7 @@ class TimeMix(Mixer):
         v = split_heads(self.value(mix(self.time_mix_v)))
 
         # (8) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (9) S_t = diag(w) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t, with
-        # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype. A number a head is [H, 1].
+        # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype. One number per head is [H, 1].
         bonus = self.time_first if config.exponential_bonus else self.time_faaaa
         decay, u = (z[...].astype(config.parameter_dtype).reshape(r.shape[2], -1) for z in (self.time_decay, bonus))
         r, k, v = checkpoint_wkv_inputs(r, k, v)
@@ -201,7 +201,7 @@ BLOCK_AXES: dict[str, Axes] = {
     "ffn.value.weight": ("embed", "ffn"),
     "ffn.receptance.weight": ("gate", "embed"),
 }
-"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
+"""Logical axes of a block's parameters (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 class RWKV5(LanguageModel):

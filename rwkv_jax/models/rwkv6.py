@@ -1,7 +1,7 @@
 """RWKV-6 "Finch": time mixing, channel mixing, initial values, parameter groups and state.
 
 Source: Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence (arXiv 2404.05892, whose equation
-numbers stand in parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch,
+numbers are in parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch,
 T time, C width, H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
 """
 
@@ -192,7 +192,7 @@ BLOCK_AXES: dict[str, Axes] = {
     "ffn.value.weight": ("embed", "ffn"),
     "ffn.receptance.weight": ("gate", "embed"),
 }
-"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
+"""Logical axes of a block's parameters (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 class RWKV6(LanguageModel):

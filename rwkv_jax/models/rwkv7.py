@@ -1,6 +1,6 @@
 """RWKV-7 "Goose": time mixing, channel mixing, initial values, parameter groups and state.
 
-Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456v2, whose equation numbers stand in
+Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution (arXiv 2503.14456v2, whose equation numbers are in
 parentheses), and the official trainer for initial values and parameter groups. Shape letters: B batch, T time, C width,
 H heads, N head size, F feed-forward width, D low rank, L layers, l the layer's index.
 """
@@ -38,7 +38,7 @@ from rwkv_jax.models.state import State, TimeMixState
 from rwkv_kernels import wkv7, wkv7_sharded
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
-"""log w = -e^{-1/2} sigmoid(.), so that every decay lies in (0.545, 1)."""
+"""log w = -e^{-1/2} sigmoid(.), so that every decay is in (0.545, 1)."""
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
@@ -75,7 +75,7 @@ class TimeMix(Mixer):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
         sizes = config.sizes()
-        # A traced layer index is one of the stacked layers, which are never the first.
+        # A traced layer index belongs to a stacked layer, never to the first.
         self.is_first = isinstance(layer, int) and layer == 0
         width, heads, head_dim, dtype = config.width, config.num_heads, config.head_dim, config.parameter_dtype
         ratio_0_to_1 = layer / (config.num_layers - 1)
@@ -133,10 +133,11 @@ class TimeMix(Mixer):
     def mix_with_residual(
         self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
     ) -> tuple[Array, Array, TimeMixState]:
-        """`mix` with the value residual, whose source v_first [B, T, C] is the first layer's values.
+        """`mix` with the value residual; v_first [B, T, C] is the first layer's values.
 
         Returns:
-          y [B, T, C], v_first and the next state. Where v_first is None, as in the first layer, it is this layer's own.
+          y [B, T, C], v_first and the next state. If v_first is None, as in the first layer, this layer's values are
+          returned.
         """
         config = self.config
 
@@ -223,7 +224,7 @@ class ChannelMix(Mixer):
 
 
 class RWKV7Block(Block):
-    """A block of RWKV-7, which also hands on the first layer's values."""
+    """A block of RWKV-7, which also passes on the first layer's values."""
 
     time_mix_type = TimeMix
     channel_mix_type = ChannelMix
@@ -251,7 +252,7 @@ BLOCK_AXES: dict[str, Axes] = {
     "ffn.key.weight": ("ffn", "embed"),
     "ffn.value.weight": ("embed", "ffn"),
 }
-"""What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
+"""Logical axes of a block's parameters (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
 class RWKV7(LanguageModel):

@@ -1,8 +1,8 @@
 """The recurrent state that a model carries from one token to the next: the same fields in every generation.
 
-`wkv` is float32 (float64 in a float64 model) whatever the compute dtype. RWKV-5, 6 and 7 keep a matrix a head there,
-[B, H, N, N] with the value axis before the key axis; RWKV-4 keeps (numerator, denominator, max_exponent), each [B, C].
-The generation is static data of the pytree: states of equal shapes and other meaning cannot be confused.
+`wkv` is float32 (float64 in a float64 model) whatever the compute dtype. RWKV-5, 6 and 7 have a matrix per head,
+[B, H, N, N] with the value axis before the key axis; RWKV-4 has (numerator, denominator, max_exponent), each [B, C].
+The generation is static data of the pytree: states of equal shapes but different meaning cannot be confused.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class State:
 
     @property
     def time_mix(self) -> TimeMixState:
-        """The part that time mixing reads."""
+        """The part for time mixing."""
         return TimeMixState(self.att_shift, self.wkv, generation=self.generation)
 
 
 def check_state(state: Any, expected: Any, *, owner: str, source: str) -> None:
-    """Holds a state against the one that a model or layer begins with.
+    """Checks a state against the initial state of a model or layer.
 
     Args:
       expected: arrays or their shapes.

@@ -1,11 +1,11 @@
-"""A Transformer of the plain kind, to compare RWKV with: attention with rotary positions, feed-forward, initial values.
+"""A plain Transformer to compare RWKV with: attention with rotary positions, feed-forward, initial values.
 
 Every block is x + attention(norm(x)), then x + feed_forward(norm(x)), without biases in the matrix products. Sources:
 attention, Vaswani et al. (arXiv 1706.03762); norms before the branches and initial values, GPT-2 (Radford et al.,
 2019); rotary positions, Su et al. (arXiv 2104.09864). The feed-forward activation is the squared ReLU (Primer, arXiv
-2109.08668) of RWKV's channel mixing, so that a comparison is one of attention with a recurrence, and not of
+2109.08668) of RWKV's channel mixing, so that a comparison is between attention and recurrence only, not between
 activations. Shape letters: B batch, T time, C width, H heads, N head size, F feed-forward width, L layers, S positions
-that a state holds.
+in a state.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from rwkv_jax.models.layers import (
 from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, number_segments, starts
 
 ROTARY_BASE = 10000.0
-"""Pair i of a head's N / 2 pairs of channels turns by ROTARY_BASE^(-2 i / N) a position."""
+"""Pair i of a head's N / 2 pairs of channels rotates by ROTARY_BASE^(-2 i / N) per position."""
 
 INITIAL_SCALE = 0.02
-"""Standard deviation of the initial matrices, GPT-2's; of those that write the residual stream, over sqrt(2 L)."""
+"""Standard deviation of the initial matrices, GPT-2's; divided by sqrt(2 L) for those that write the residual."""
 
 PIECE, MAX_PREFIXES = 128, 8
-"""Queries of a call are taken so many at a time, each time with one of at most so many prefixes of the keys."""
+"""Queries per piece, and the maximum number of key prefixes with which pieces are computed."""
 
 CACHE_BLOCK = 256
-"""Tokens of a cache that are read at a time: their keys and values stay in a processor's own cache."""
+"""Tokens of the cache read at a time: their keys and values fit a processor's cache."""
 
 
 class KeyValueCache(NamedTuple):
-    """What a block's attention has seen of a text; a model's state has a leading axis L on each array."""
+    """Keys and values of a block's attention; a model's state has a leading axis L on each array."""
 
     keys: Array
-    """[B, H, S, N] in the compute dtype, rotated; heads before positions, so that a product reads them as they lie."""
+    """[B, H, S, N] in the compute dtype, rotated; heads before positions, so that matmuls read them contiguously."""
     values: Array
     """[B, H, S, N] in the compute dtype."""
     position: Array
-    """int32 [B]: tokens that the text has so far; what lies in the cache from there on means nothing."""
+    """int32 [B]: tokens of the text so far; cache entries from there on are undefined."""
 
 
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
@@ -67,32 +67,34 @@ def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARD
     return KeyValueCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
 
 
-class Places(NamedTuple):
-    """Where the tokens of a call stand in their texts."""
+class TokenPositions(NamedTuple):
+    """Positions of a call's tokens in their texts."""
 
     positions: Array
     """int32 [B, T], from 0 in each text."""
     segments: Array | None
-    """int32 [B, T]: number of the text within the row; text 0 continues the state's. None where there is one a row."""
+    """int32 [B, T]: number of the text within the row; text 0 continues the state's. None if each row has one."""
     is_kept: Array
-    """bool [B, T]: tokens of the text with which the row ends, which the next state holds."""
+    """bool [B, T]: tokens of the row's last text, which are stored in the next state."""
     next_position: Array
-    """int32 [B]: tokens that the text with which the row ends has after this call."""
+    """int32 [B]: tokens of the row's last text after this call."""
 
 
-def places_of(position: Array, time: int, segment_ids: Array | None = None, lengths: Array | None = None) -> Places:
-    """Where `time` tokens after `position` [B] stand; segment_ids and lengths as `LanguageModel.hidden` has them."""
+def token_positions(
+    position: Array, time: int, segment_ids: Array | None = None, lengths: Array | None = None
+) -> TokenPositions:
+    """Positions of `time` tokens after `position` [B]; segment_ids and lengths as in `LanguageModel.hidden`."""
     step = jnp.arange(time, dtype=jnp.int32)[None, :]
     lengths = jnp.full_like(position, time) if lengths is None else lengths
     is_read = step < lengths[:, None]
     segments = number_segments(segment_ids, lengths, len(position), time)
     if segments is None:
-        return Places(position[:, None] + step, None, is_read, position + lengths)
+        return TokenPositions(position[:, None] + step, None, is_read, position + lengths)
     begin = lax.cummax(jnp.where(starts(segments), step, 0), axis=1)
     positions = jnp.where(segments == 0, position[:, None] + step, step - begin)
     last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
     is_kept = is_read & (segments == segments[:, -1:])
-    return Places(positions, segments, is_kept, jnp.where(lengths > 0, last + 1, position))
+    return TokenPositions(positions, segments, is_kept, jnp.where(lengths > 0, last + 1, position))
 
 
 def rotate(x: Array, positions: Array) -> Array:
@@ -114,7 +116,7 @@ def rotate(x: Array, positions: Array) -> Array:
 
 
 class Attended(NamedTuple):
-    """Attention to some keys, in at least float32, with what it takes to join it with attention to others."""
+    """Attention to some keys, in at least float32, with the sums needed to join it with attention to others."""
 
     y: Array
     """[B, H, T, N], the mean of the values by the softmax of the scores."""
@@ -129,8 +131,8 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
       q: [B, H, T, N]; k, v: [B, H, S, N]; is_visible: bool, broadcasts to [B, H, T, S].
 
     Returns:
-      Sums in at least float32. Of a query that sees nothing `y` means nothing, and `log_total` is so low that nothing
-      of it remains once it is joined with another.
+      Sums in at least float32. For a query that sees no key, `y` is undefined and `log_total` so low that joining with
+      another drops it.
     """
     wide = wide_dtype(q.dtype)
     scores = jnp.einsum("BHTN,BHSN->BHTS", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
@@ -143,7 +145,7 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
 
 
 def join(first: Attended, second: Attended) -> Attended:
-    """Attention to the keys of both."""
+    """Joins attention to two sets of keys."""
     log_total = jnp.logaddexp(first.log_total, second.log_total)
     first_share, second_share = (jnp.exp(part.log_total - log_total)[..., None] for part in (first, second))
     return Attended(first.y * first_share + second.y * second_share, log_total)
@@ -152,12 +154,12 @@ def join(first: Attended, second: Attended) -> Attended:
 def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Attended:
     """Causal attention of a call's tokens to each other.
 
-    Queries are taken in pieces, each with a prefix of the keys: nearly half of all scores are never computed, and of a
-    text of more than PIECE * MAX_PREFIXES tokens one piece's exist at one time, in the backward pass too, which
-    computes them again.
+    Queries are processed in pieces, each with a prefix of the keys: nearly half of all scores are never computed, and
+    for texts of more than PIECE * MAX_PREFIXES tokens only one piece's scores are in memory at a time, also in the
+    backward pass, which recomputes them.
 
     Args:
-      q, k, v: [B, H, T, N]; segments: int32 [B, T], tokens of different segments not seeing each other.
+      q, k, v: [B, H, T, N]; segments: int32 [B, T], tokens of different segments do not see each other.
     """
     time = q.shape[2]
     prefix = PIECE * -(-time // (PIECE * MAX_PREFIXES))
@@ -176,7 +178,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
             return attend(q, keys, values, is_visible)
 
         whole = begin + (end - begin) // PIECE * PIECE
-        if whole - begin > PIECE:  # a loop, which keeps XLA from computing all pieces at once
+        if whole - begin > PIECE:  # a loop keeps XLA from computing all pieces at once
             pieces = rearrange(q[:, :, begin:whole], "B H (piece T) N -> piece B H T N", T=PIECE)
             mapped = lax.map(lambda piece: of_piece(*piece), (jnp.arange(begin, whole, PIECE), pieces))
             parts += [Attended(*part) for part in zip(*mapped, strict=True)]
@@ -187,10 +189,10 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
 
 
 def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> Attended:
-    """Attention of a call's tokens to those that a state holds.
+    """Attention of a call's tokens to those in a state.
 
-    The cache is read a block at a time, and only as far as the longest text of the batch goes: what a token costs grows
-    with that text and not with the room that there is, and each number is read from memory once.
+    The cache is read in blocks, up to the longest text of the batch: the cost per token grows with that text, not with
+    the cache's size, and each number is read from memory once.
 
     Args:
       q: [B, H, T, N]; segments: int32 [B, T], of which segment 0 alone continues the cache's text.
@@ -204,7 +206,7 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
 
     def read(attended: Attended, begin: Array) -> tuple[Attended, None]:
         def with_block() -> Attended:
-            first = jnp.minimum(begin, capacity - block)  # the last block is whole, too
+            first = jnp.minimum(begin, capacity - block)  # the last block overlaps the one before
             k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (cache.keys, cache.values))
             place = first + jnp.arange(block)
             is_held = (place >= begin)[None, :] & (place[None, :] < cache.position[:, None])
@@ -215,16 +217,16 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
     return lax.scan(read, nothing, jnp.arange(0, capacity, block))[0]
 
 
-def store(cache: KeyValueCache, k: Array, v: Array, places: Places) -> KeyValueCache:
-    """The cache after a call's keys and values [B, H, T, N]; what does not fit, or is not kept, is left out."""
+def store(cache: KeyValueCache, k: Array, v: Array, tokens: TokenPositions) -> KeyValueCache:
+    """Writes a call's keys and values [B, H, T, N] to the cache; those that do not fit or are not kept are dropped."""
     nowhere = cache.keys.shape[2]
-    index = jnp.where(places.is_kept, places.positions, nowhere)
+    index = jnp.where(tokens.is_kept, tokens.positions, nowhere)
     rows = jnp.arange(len(index))[:, None]
 
     def written(held: Array, new: Array) -> Array:
         return held.at[rows, :, index].set(rearrange(new, "B H T N -> B T H N").astype(held.dtype), mode="drop")
 
-    return KeyValueCache(written(cache.keys, k), written(cache.values, v), places.next_position)
+    return KeyValueCache(written(cache.keys, k), written(cache.values, v), tokens.next_position)
 
 
 def normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
@@ -255,10 +257,10 @@ class Attention(Mixer):
         Args:
           x: [B, T, C], already normalized.
           state: None is the start of a text, for which no cache is read.
-          context: of which `axes.sequence` must be None.
+          context: `axes.sequence` must be None.
 
         Returns:
-          y [B, T, C] and the next state. A token for which a state has no room is seen within its own call only.
+          y [B, T, C] and the next state. A token that does not fit the state is visible only within its call.
 
         Raises:
           ConfigError: time that is split over a mesh axis, or more tokens than a new state has room for.
@@ -277,28 +279,28 @@ class Attention(Mixer):
             )
         held = initial_state(config, batch, axes) if state is None else state
         held, _ = broadcast_varying_axes(held, x)
-        places = places_of(held.position, time, context.segment_ids, context.lengths)
+        tokens = token_positions(held.position, time, context.segment_ids, context.lengths)
 
         projected = (project(x) for project in (self.query, self.key, self.value))
         q, k, v = (rearrange(z, "B T (H N) -> B T H N", N=config.head_dim) for z in projected)
-        q, k = rotate(q, places.positions), rotate(k, places.positions)
+        q, k = rotate(q, tokens.positions), rotate(k, tokens.positions)
         q, k, v = checkpoint_wkv_inputs(*(rearrange(z, "B T H N -> B H T N") for z in (q, k, v)))
-        attended = attend_to_call(q, k, v, places.segments)
-        next_state = store(held, k, v, places)
+        attended = attend_to_call(q, k, v, tokens.segments)
+        next_state = store(held, k, v, tokens)
         if state is None:
             y = attended.y
         else:
-            # Read after it is written, or XLA copies the whole cache at each token so as to have it as it was. Only a
-            # packed row may overwrite what an earlier text of the row still reads.
-            before = held if places.segments is not None else next_state._replace(position=held.position)
-            y = join(attended, attend_to_cache(q, before, places.segments)).y
-        # Kept for the backward pass under the name of what it is to RWKV: the result of what mixes tokens.
+            # Read after writing, or XLA would copy the whole cache at each token. Only a packed row may overwrite
+            # entries that an earlier text of the row still reads.
+            before = held if tokens.segments is not None else next_state._replace(position=held.position)
+            y = join(attended, attend_to_cache(q, before, tokens.segments)).y
+        # Stored for the backward pass under RWKV's name for the output of token mixing.
         y = checkpoint_name(rearrange(y, "B H T N -> B T (H N)").astype(x.dtype), "wkv")
         return row_parallel_linear(y, self.output.weight[...], context), next_state
 
 
 class FeedForward(nnx.Module):
-    """Two matrices with a squared ReLU between them, under the names that they have in RWKV's channel mixing."""
+    """Two matrices with a squared ReLU between them, named as in RWKV's channel mixing."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         width, ffn_width, dtype = config.width, config.sizes().ffn_width, config.parameter_dtype
@@ -312,7 +314,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(Block):
-    """A residual block: attention, then the feed-forward network, each behind a layer norm."""
+    """A residual block: attention, then the feed-forward network, each after a layer norm."""
 
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         del layer  # all are alike
@@ -343,11 +345,11 @@ BLOCK_AXES: dict[str, Axes] = {
 
 
 class Transformer(LanguageModel):
-    """A Transformer language model: `model(tokens, state) -> (logits, state)`, the state being a key-value cache.
+    """A Transformer language model: `model(tokens, state) -> (logits, state)`, with a key-value cache as state.
 
-    A state has room for `config.sizes().context_length` tokens of each row. Calls outside jit refuse more; within jit
-    the tokens that do not fit are seen in their own call and forgotten after it, so whoever compiles a loop counts
-    first, or asks `max_tokens` or `check_room`.
+    A state has room for `config.sizes().context_length` tokens of each row. Calls outside jit raise if there are more;
+    within jit, tokens that do not fit are visible only in their own call, so compiled loops must count, or use
+    `max_tokens` or `check_room`.
     """
 
     block_type = TransformerBlock
@@ -361,7 +363,7 @@ class Transformer(LanguageModel):
     @override
     @classmethod
     def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        # All learn alike, and all matrices decay.
+        # Equal learning rates; all matrices decay.
         return 1.0, path[-1] == "weight" and ndim >= 2
 
     @override
@@ -376,30 +378,30 @@ class Transformer(LanguageModel):
 
     @override
     def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """No cache, for there is nothing to read in it: a training step then computes none."""
+        """No cache, since there is nothing to read: a training step then computes none."""
         del batch_size, axes
         return None if self.is_stacked else (None,) * self.config.num_layers
 
     @override
     @classmethod
     def replicate_state(cls, state: Any, axes: MeshAxes) -> Any:
-        del axes  # Its positions are known to be replicated.
+        del axes  # Marks its positions as replicated.
         return state
 
     def room(self, state: Any) -> Array:
-        """int32 [B]: tokens of each row for which a state still has room; negative where it lacks some already."""
+        """int32 [B]: tokens of each row for which a state still has room; negative if it overflowed."""
         position = state.position[0] if self.is_stacked else state[0].position
         return self.config.sizes().context_length - position
 
     @override
     def _run(self, tokens: Array | None, state: Any, *arguments: Any, **options: Any) -> tuple[Array, Any, Any]:
-        """As `LanguageModel` has it, but refuses, where values are at hand, what the state has no room for."""
+        """As in `LanguageModel`, but raises, if values are concrete, for tokens that the state has no room for."""
         x, next_state, streams = super()._run(tokens, state, *arguments, **options)
         self.check_room(next_state)
         return x, next_state, streams
 
     def check_room(self, state: Any) -> None:
-        """Raises ConfigError where values are at hand and tokens were read for which a state had no room."""
+        """Raises ConfigError if values are concrete and the state had no room for some tokens."""
         room = self.room(state)
         if is_concrete(room) and (least := int(room.min())) < 0:
             raise ConfigError(

@@ -30,7 +30,7 @@ class Rule:
     unpack: tuple[_Change, ...]
 
 
-def as_it_is(tensor: NDArray) -> NDArray:
+def unchanged(tensor: NDArray) -> NDArray:
     """The tensor itself, where a layout only renames."""
     return tensor
 
@@ -47,7 +47,7 @@ def _row(tensor: NDArray) -> NDArray:
     return tensor.reshape(1, 1, -1)
 
 
-def _renamed(names: Mapping[str, str], pack: _Change = as_it_is, unpack: _Change = as_it_is) -> list[Rule]:
+def _renamed(names: Mapping[str, str], pack: _Change = unchanged, unpack: _Change = unchanged) -> list[Rule]:
     """Rules of one tensor each, from official names to those of the other layout."""
     return [Rule(foreign, (official,), pack, (unpack,)) for official, foreign in names.items()]
 

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
-from rwkv_jax.weights.layout_rules import WRITTEN, Rule, Written, as_it_is, read_tables
+from rwkv_jax.weights.layout_rules import WRITTEN, Rule, Written, read_tables, unchanged
 from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
@@ -163,8 +163,8 @@ def _with_head(
     if not is_tied or "head.weight" in tensors or "emb.weight" not in tensors:
         return tensors
     report("there is no head: its matrix is the embedding's (tied weights)")
-    recipes = {name: _Recipe((name,), as_it_is) for name in tensors}
-    return LazyTensors(tensors, recipes | {"head.weight": _Recipe(("emb.weight",), as_it_is)})
+    recipes = {name: _Recipe((name,), unchanged) for name in tensors}
+    return LazyTensors(tensors, recipes | {"head.weight": _Recipe(("emb.weight",), unchanged)})
 
 
 def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArray]:

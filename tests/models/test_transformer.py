@@ -23,8 +23,8 @@ from rwkv_jax.models.transformer import (
     KeyValueCache,
     attend_to_cache,
     attend_to_call,
-    places_of,
     rotate,
+    token_positions,
 )
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params
@@ -176,13 +176,13 @@ def test_texts_packed_into_a_row_are_each_alone(float64: None) -> None:
         assert_same_text(after, row, last)
 
 
-def test_places_of_packed_ragged_rows() -> None:
+def test_token_positions_of_packed_ragged_rows() -> None:
     segment_ids = jnp.array([[3, 3, 1, 1, 1], [0, 0, 0, 2, 5]])
-    places = places_of(jnp.array([10, 4], jnp.int32), 5, segment_ids, jnp.array([4, 3], jnp.int32))
-    np.testing.assert_array_equal(places.positions[0], [10, 11, 0, 1, 2])
-    np.testing.assert_array_equal(places.positions[1, :3], [4, 5, 6])
-    np.testing.assert_array_equal(places.is_kept, [[False, False, True, True, False], [True, True, True, False, False]])
-    np.testing.assert_array_equal(places.next_position, [2, 7])
+    tokens = token_positions(jnp.array([10, 4], jnp.int32), 5, segment_ids, jnp.array([4, 3], jnp.int32))
+    np.testing.assert_array_equal(tokens.positions[0], [10, 11, 0, 1, 2])
+    np.testing.assert_array_equal(tokens.positions[1, :3], [4, 5, 6])
+    np.testing.assert_array_equal(tokens.is_kept, [[False, False, True, True, False], [True, True, True, False, False]])
+    np.testing.assert_array_equal(tokens.next_position, [2, 7])
 
 
 def test_no_token_sees_what_comes_after_it(float64: None) -> None:
