@@ -1,6 +1,6 @@
-"""The official training recipes of released models, for the files of configs/.
+"""Official training recipes of released models, for the files in configs/.
 
-What is official, by its source, and what was chosen here; gradients are clipped at 1, as in every official trainer:
+Official values with their sources, and values chosen here; gradients are clipped at 1, as in every official trainer:
 
 RWKV-4, arXiv 2305.13048, appendix G: learning rates, the mini-epochs before they decay, betas, no weight decay, 1024
 tokens a row, one pass over the Pile. Epsilon is the default of the trainer (RWKV-v4neo of BlinkDL/RWKV-LM). Chosen:
@@ -13,9 +13,9 @@ decay 0.1 and beta2 0.95.
 
 RWKV-7, the models trained on the Pile: learning rates, weight decay and rows a step are on their page
 (huggingface.co/BlinkDL/rwkv-7-pile); warm-up, betas, epsilon and 4096 tokens a row in the script of the smallest
-(RWKV-v7/train_temp/demo-training-run-v7-pile.sh). Chosen: corpus and vocabulary of the World models, which themselves
-went on from RWKV-5 and 6 rather than from initial values (arXiv 2503.14456, section 6); 352 rows for 1.5B, not 360,
-so that 16 devices share them evenly; and for 2.9B and 7.2B, of which nothing is published, the rate that the
+(RWKV-v7/train_temp/demo-training-run-v7-pile.sh). Chosen: corpus and vocabulary of the World models, which were
+continued from RWKV-5 and 6 rather than trained from initial values (arXiv 2503.14456, section 6); 352 rows for 1.5B,
+not 360, so that 16 devices split them evenly; and for 2.9B and 7.2B, for which nothing is published, the rate that the
 trainer's help text has for 24 x 2048, the largest it names, the final rate of 1.5B, and 256 rows.
 """
 
@@ -43,7 +43,7 @@ from rwkv_jax.config.generations import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedModel:
-    """The shape of a released model, and what of its training differs from that of other sizes."""
+    """Shape of a released model, and the training settings that depend on its size."""
 
     generation: Generation
     num_layers: int
@@ -51,9 +51,9 @@ class ReleasedModel:
     learning_rate: float
     final_learning_rate: float
     batch_size: int
-    """Rows of a step, over all devices."""
+    """Rows per step, over all devices."""
     constant_mini_epochs: int | None = None
-    """Where the schedule has such a part: mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays."""
+    """Mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays, if the schedule has a constant part."""
 
 
 RELEASED_MODELS = {
@@ -72,14 +72,14 @@ RELEASED_MODELS = {
     "rwkv7_2_9b": ReleasedModel("7", 32, 2560, 3e-4, 1.5e-5, 256),
     "rwkv7_7_2b": ReleasedModel("7", 32, 4096, 3e-4, 1.5e-5, 256),
 }
-"""By the name of the recipe."""
+"""Released models by recipe name."""
 
 PILE_MINI_EPOCHS = 8043
 """Mini-epochs, of 40320 rows of 1024 tokens, in one pass over the Pile."""
 
 
 def official_optimizer(model: ReleasedModel) -> OptimizerConfig:
-    """Adam and the learning-rate schedule of a released model, by its generation's recipe."""
+    """Optimizer settings of a released model, from its generation's recipe."""
     recipe = _recipe(model)
     constant = model.constant_mini_epochs
     return dataclasses.replace(
@@ -97,13 +97,13 @@ def _recipe(model: ReleasedModel) -> Recipe:
 
 
 def official_run(name: str, *, fsdp: int) -> TrainConfig:
-    """The run that trains a released model from its initial values, once through its corpus.
+    """Config that trains a released model from initial values, with one pass over its corpus.
 
-    The corpus is binidx in the official order, its path for --data.source to give.
+    The corpus is binidx in the official order; --data.source gives its path.
 
     Args:
-      name: of the model, one of RELEASED_MODELS; and of the run's folder.
-      fsdp: devices over which the weights are scattered; those that remain go to `data`.
+      name: one of RELEASED_MODELS; also names the run's folder.
+      fsdp: devices over which the weights are sharded; the remaining ones go to `data`.
 
     Raises:
       ConfigError: an unknown name.

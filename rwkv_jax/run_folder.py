@@ -1,10 +1,10 @@
-"""Run folders: what a run is, and its model, read without a trainer or an optimizer.
+"""Run folders: a run's config, identity and model, read without trainer or optimizer.
 
-A run folder holds
+A run folder contains
 
-    run.json        the run's config, and its identity: the settings and fingerprints that a resumption must share
-    tokenizer.model the tokenizer, so that the run can be sampled from when the corpus is gone; a given tokenizer.json
-                    keeps that name, World and bytes are a tokenizer.kind.json
+    run.json        the run's config and its identity: settings and fingerprints that must match to resume it
+    tokenizer.model the tokenizer, so that sampling does not need the corpus; a given tokenizer.json keeps its name,
+                    World and bytes are saved as tokenizer.kind.json
     checkpoints/    the newest steps, named by the number of steps taken
     best/           the step with the lowest held-out loss
 """
@@ -29,7 +29,7 @@ from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
 
-if TYPE_CHECKING:  # Orbax takes a second to import, which reading a file of weights must not wait for.
+if TYPE_CHECKING:  # Orbax takes a second to import, which loading weights from a file should not need.
     from orbax.checkpoint import v1 as ocp
 
 RUN_FILE = "run.json"
@@ -38,18 +38,17 @@ BEST = "best"
 
 
 def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """What must not change between a run and its resumption, by field: the model and all that orders the data.
+    """Fields that must not change when a run is resumed: the model and everything that determines the data order.
 
-    Compute dtype and operator implementation are left out: they change rounding, not what the parameters mean. So are
-    the size of a Transformer's key-value cache, which training does not have, and the number of steps, so that a run
-    can be made longer.
+    Excluded are compute dtype and operator implementation, which change only rounding; the size of a Transformer's
+    key-value cache, which training does not use; and the number of steps, so that a run can be extended.
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", "wkv_implementation", "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
         "initial_weights": config.initial_weights,
         "seed": config.seed,
-        "data.order": config.data.order,  # a mixture is the corpus's
+        "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
         "data.magic_prime": config.data.magic_prime,
         "training.first_step": config.training.first_step,
         "training.batch_size": config.training.batch_size,
@@ -62,7 +61,7 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
 
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
-    """Raises ConfigError with a table of the fields in which a saved identity and the present one differ."""
+    """Raises ConfigError with a table of the fields in which the saved and current identities differ."""
 
     def shown(fields: Mapping[str, Any], name: str) -> str:
         return "-" if fields.get(name) is None else str(fields[name])
@@ -77,19 +76,19 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
 
 
 def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
-    """Makes sure that a run can live in a folder, before any work is done.
+    """Checks that a folder can be used for a run, before any work is done.
 
     Returns:
       The content of its run.json, or None for a new run.
 
     Raises:
-      ConfigError: the folder cannot be written, or holds things that are no run's.
+      ConfigError: the folder cannot be written, or contains files that are not a run's.
     """
     if is_url(run_dir):
         raise ConfigError(f"run_dir = {str(run_dir)!r}: is a web address, not a path; name a folder of this machine")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # Processes on several hosts may all have the same number, so the name is drawn.
+        # A random name: processes on several hosts may have the same number.
         with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".write-test-"):
             pass
     except OSError as error:
@@ -127,7 +126,7 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
 
 
 def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes run.json, without which the folder would not be recognized as a run's, then the tokenizer."""
+    """Writes run.json, by which the folder is recognized as a run, then the tokenizer."""
     content = {"config": to_dict(config), "identity": dict(run_identity)}
     replace_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
     replace_file(run_dir / tokenizer.saved.name, tokenizer.saved.content)
@@ -141,14 +140,14 @@ class LoadedModel(NamedTuple):
     """`nnx.merge(graphdef, params)` is the model."""
     params: Any
     step: int
-    """Steps that it was trained for."""
+    """Number of steps trained."""
 
 
 def load_run_tokenizer(run_dir: Path) -> Tokenizer:
     """The tokenizer of a run.
 
     Raises:
-      ConfigError: this is no run, or its tokenizer is another one now.
+      ConfigError: the folder is not a run, or its tokenizer has changed.
     """
     run = read_run_file(run_dir)
     tokenizer = load_tokenizer(run_dir, from_dict(run["config"]).model.vocab_size)
@@ -162,13 +161,13 @@ def load_run_tokenizer(run_dir: Path) -> Tokenizer:
 def load_model(
     run_dir: Path, which: Literal["newest", "best"], shardings: Callable[[ModelConfig], Any] | None = None
 ) -> LoadedModel:
-    """The model of a run's newest or best checkpoint; nothing else of the checkpoint is read.
+    """Loads the model of a run's newest or best checkpoint; nothing else of it is read.
 
     Args:
-      shardings: from the model's config to a nested dict of each parameter's sharding; None is the first device.
+      shardings: maps the model's config to a nested dict of shardings; None is the first device.
 
     Raises:
-      ConfigError: this is no run, it has no such checkpoint, or that is damaged.
+      ConfigError: the folder is not a run, or the checkpoint is missing or damaged.
     """
     config = from_dict(read_run_file(run_dir)["config"])
     graphdef, shapes = abstract_model(config.model)
@@ -191,14 +190,14 @@ def load_model(
         step = checkpointer.latest.step
         try:
             params = checkpointer.load(step, {"params": like})["params"]
-        except Exception as error:  # whatever Orbax makes of a damaged file, the user needs the place and the remedy
+        except Exception as error:  # whatever Orbax raises for a damaged file, report path and remedy
             remedy = _describe_broken_files(folder / str(step)) or "resume the run to mend it"
             raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); {remedy}") from error
     return LoadedModel(config, graphdef, params, step)
 
 
 def _describe_broken_files(checkpoint: Path) -> str | None:
-    """What is wrong with the first file of a damaged checkpoint that is recognized as broken; Orbax has empty ones."""
+    """Describes the first file recognized as broken in a damaged checkpoint; Orbax has valid empty ones."""
     for path in sorted(checkpoint.rglob("*")):
         wrong = describe_wrong_file(path, "a checkpoint", get_args(Kind))
         if wrong is not None and path.stat().st_size:
@@ -210,7 +209,7 @@ def open_checkpoints(folder: Path, keep: int | None) -> ocp.training.Checkpointe
     """The checkpoints in a folder.
 
     Args:
-      keep: how many of the newest stay when another is saved; None is for reading, and leaves everything as it is.
+      keep: number of newest checkpoints kept when another is saved; None opens the folder for reading only.
     """
     from orbax.checkpoint import v1 as ocp
 

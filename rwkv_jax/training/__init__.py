@@ -1,4 +1,4 @@
-"""What trains a model: the loop, the step, losses, optimizer, checkpoints, metrics."""
+"""Training: loop, step, losses, optimizer, checkpoints, metrics."""
 
 from __future__ import annotations
 

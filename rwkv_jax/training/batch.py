@@ -14,7 +14,7 @@ from rwkv_jax.parallel.coordination import global_array
 
 
 class Batch(NamedTuple):
-    """Rows of text: inputs, targets, and where documents begin."""
+    """Rows of text: inputs, targets and document boundaries."""
 
     tokens: Any
     """int32 [B, T]."""
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     segment_ids: Any = None
     """int32 [B, T]; a document begins where the id changes along a row. None: each row is one text."""
     continues_previous: Any = None
-    """bool [B], whether a row continues the text of the same row a step before; None where no state is carried."""
+    """bool [B], whether a row continues the previous step's row; None if no state is carried."""
     mask: Any = None
-    """float32 [B, T], 1 where a target counts; None where all do."""
+    """float32 [B, T], 1 where a target counts; None if all do."""
 
 
 def make_batch(
@@ -38,9 +38,9 @@ def make_batch(
     """A batch from int32 rows [B, T + 1].
 
     Args:
-      end_of_text: the token that begins each document; None lets documents see what stands before them.
-      carries_state: whether rows go on where they stopped a step ago.
-      mask: float32 [B, T], 1 at each position whose next token counts.
+      end_of_text: the token that begins each document; None lets documents see the text before them.
+      carries_state: whether rows continue the previous step's.
+      mask: float32 [B, T], 1 at each position where the next token counts.
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     segment_ids = continues_previous = None
@@ -54,7 +54,7 @@ def make_batch(
 def batch_loader(
     tokens_sharding: Sharding, rows_sharding: Sharding, training: StepConfig, end_of_text: int
 ) -> Callable[..., Batch]:
-    """A function that puts a batch on the devices, of which each process reads only its own devices' rows.
+    """Makes a function that loads batches; each process reads only its own devices' rows.
 
     Args:
       tokens_sharding: of arrays [B, T].
@@ -62,8 +62,8 @@ def batch_loader(
       end_of_text: the token that begins each document.
 
     Returns:
-      (read, *, trains=False) -> Batch, where read takes a slice of the B rows to `Rows`, and `trains` says that rows go
-      on where those of the step before stopped, if the run carries states.
+      (read, *, trains=False) -> Batch, where read maps a slice of the B rows to `Rows`; with `trains`, rows continue
+      those of the previous step if the run carries states.
     """
     shape = (training.batch_size, training.sequence_length)
 

@@ -1,6 +1,6 @@
-"""Checkpoints by Orbax: written in the background, whole or not at all, restored into the present shardings.
+"""Checkpoints by Orbax: written atomically in the background, restored into the current shardings.
 
-`rwkv_jax.run_folder` says where they lie, and loads a model from them.
+`rwkv_jax.run_folder` defines their paths and loads models from them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rwkv_jax.training.state import TrainState
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for saves in flight.
 
-    Of a run of several processes, all call each method; the first alone renames, and what it finds is true for all.
+    In a run of several processes, all call each method; only the first renames, and its result holds for all.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Checkpoints:
         self._best.close()
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest checkpoint that is whole for every process, or None if there is none.
+        """Restores the newest checkpoint that is intact in every process; None if there is none.
 
-        A damaged one is moved aside (its folder gets the prefix `damaged-`), said so, and the one before is tried.
+        A damaged one is reported and renamed with the prefix `damaged-`, and the one before is tried.
 
         Args:
           like: shapes, dtypes and the shardings to restore into.
@@ -57,9 +57,9 @@ class Checkpoints:
             state, reason = None, ""
             try:
                 state = _load_alone(Path(str(self._latest.directory)) / str(step), like, self._processes)
-            except Exception as error:  # Whatever a damaged file makes of Orbax, an older one may be whole.
+            except Exception as error:  # Whatever Orbax raises for a damaged file, an older checkpoint may be intact.
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            # Each process reads its own share, and one share may be damaged where the others are whole.
+            # Each process reads its own share; only some shares may be damaged.
             reasons = allgather_text(self._processes, f"what checkpoint {step} holds", reason)
             if not any(reasons):
                 return state
@@ -67,7 +67,7 @@ class Checkpoints:
         return None
 
     def _steps(self) -> list[int]:
-        """Steps of the checkpoints that there are, newest first."""
+        """Steps of the existing checkpoints, newest first."""
         steps = [checkpoint.step for checkpoint in reversed(list(self._latest.checkpoints))]
         seen = allgather_text(self._processes, "checkpoints", str(steps))
         if table := differences([{"steps": text} for text in seen]):
@@ -84,36 +84,36 @@ class Checkpoints:
             folder.rename(aside)
             self._report(f"checkpoint of step {step} is damaged ({reason}); moved to {aside}")
         allgather_text(self._processes, f"checkpoint {step}, moved aside", "")
-        self._latest.reload()  # or Orbax believes that the step is still there, and it is never saved again
+        self._latest.reload()  # or Orbax would believe that the step exists and never save it again
 
     def best_loss(self) -> float:
         """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one."""
         metadata: Any = None
         if (latest := self._best.latest) is not None:
-            # Whatever a damaged file makes of Orbax, a better checkpoint will take its place.
+            # Whatever Orbax raises for a damaged file, a better checkpoint will replace it.
             with contextlib.suppress(Exception):
                 metadata = self._best.metadata(latest.step).custom_metadata
         loss = float(metadata["held_out_loss"]) if metadata else math.inf
         return float(allgather_text(self._processes, "best loss", repr(loss))[0])
 
     def save(self, state: TrainState, step: int) -> None:
-        """Starts to write a checkpoint; a step that is there already stays as it is."""
-        # A run that is killed now must not go on after an evaluation whose best checkpoint was never finished.
+        """Starts to write a checkpoint; an existing one of the same step is kept."""
+        # A run killed now must not resume after an evaluation whose best checkpoint was not finished.
         self._best.wait()
         _save(self._latest, state, step, {})
 
     def save_best(self, state: TrainState, step: int, held_out_loss: float) -> None:
-        """Starts to write the best checkpoint, which replaces the one before."""
+        """Starts to write the best checkpoint, which replaces the previous one."""
         _save(self._best, state, step, {"held_out_loss": held_out_loss})
 
     def wait(self) -> None:
-        """Waits until all that was saved is on disk."""
+        """Waits until all checkpoints are on disk."""
         self._latest.wait()
         self._best.wait()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    """A plain dict of what is there, so that the files do not depend on our class."""
+    """The state as a plain dict without None, so that the files do not depend on our class."""
     return {name: part for name, part in state._asdict().items() if part is not None}
 
 
@@ -126,9 +126,9 @@ def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int,
 
 
 def _load_alone(folder: Path, like: TrainState, processes: Processes) -> TrainState:
-    """A checkpoint, of which this process reads its own devices' share without waiting for the others.
+    """Reads this process's share of a checkpoint without waiting for other processes.
 
-    Orbax would let them wait at a barrier for a process whose share is damaged.
+    With Orbax's barrier they would wait for a process with a damaged share.
     """
     context = ocp.Context()
     alone: Any = context.multiprocessing

@@ -1,4 +1,4 @@
-"""A run's pure functions of (state, batch), built from its config, to be compiled once each."""
+"""A run's pure functions of (state, batch), built from its config; each is compiled once."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from rwkv_kernels.arguments import broadcast_varying_axes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainFunctions:
-    """What a run computes; `jax.jit` its methods as they are.
+    """A run's functions; `jax.jit` its methods directly.
 
-    Whatever is to be trained otherwise is another value of these fields: `dataclasses.replace` changes some.
+    To train differently, change fields with `dataclasses.replace`.
     """
 
     objective: Objective
@@ -40,23 +40,23 @@ class TrainFunctions:
     optimizer: optax.GradientTransformation
     """Of the trained parameters."""
     sharded: ShardedModel
-    """What is where; `sharded.param_specs` names every parameter of the run."""
+    """The model on the mesh; `sharded.param_specs` has every parameter of the run."""
     params: Any
-    """The shape of every parameter of the run, a nested dict."""
+    """Nested dict of the shapes of all parameters of the run."""
     draw_params: Callable[[Array], Any]
     """key -> initial parameters."""
     empty_state: Callable[[], Any] | None
-    """The recurrent state before a text, of all rows, where a row goes on with what a step before left; else None."""
+    """The recurrent state of rows that begin a text, if rows continue those of the previous step; else None."""
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
     first_step: int = 0
     """The step at which the run begins, in schedule and data order."""
     accumulation_steps: int = 1
     offload_optimizer: bool = False
-    """Whether the optimizer's state waits in host memory from step to step."""
+    """Whether the optimizer's state is in host memory between steps."""
 
     def init(self, key: Array) -> TrainState:
-        """The first state, of which `initial_state` makes one that lies where it should."""
+        """The first state; `initial_state` places it on the devices."""
         params = self.draw_params(key)
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.full((), count, jnp.int32) for count in (self.first_step, 0, 0))
@@ -67,7 +67,7 @@ class TrainFunctions:
         return TrainState(params, opt_state, step, jax.random.key_data(key), bad_steps, skipped_steps, recurrent_state)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        """One step of the optimizer, from and to where the state's arrays lie."""
+        """One optimizer step; moves the state from and to its place between steps."""
         if self.offload_optimizer:
             state = state._replace(opt_state=jax.device_put(state.opt_state, self._device_shardings.opt_state))
         state, metrics = train_step(
@@ -85,7 +85,7 @@ class TrainFunctions:
         return state, metrics
 
     def eval_step(self, params: Any, batch: Any) -> EvalSums:
-        """The sums over all rows of a batch, each read from the empty state."""
+        """Sums over all rows of a batch, each starting from the empty state."""
 
         def local_sums(params: Any, batch: Any) -> EvalSums:
             sums, _ = self.objective.loss_sums(params, batch, None)
@@ -97,10 +97,10 @@ class TrainFunctions:
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
-        """Where each array of the state lies between steps.
+        """Shardings of the state between steps.
 
         Raises:
-          ConfigError: an optimizer to offload where devices cannot.
+          ConfigError: the devices do not support offloading the optimizer.
         """
         where = self._device_shardings
         if self.offload_optimizer:
@@ -109,7 +109,7 @@ class TrainFunctions:
 
     @functools.cached_property
     def _device_shardings(self) -> TrainState:
-        """Where each array lies during a step: Adam's moments where their parameters do, counters everywhere."""
+        """Shardings of the state during a step: Adam's moments like their parameters, counters replicated."""
         mesh, whole = self.sharded.mesh, _sharding(self.sharded.mesh, PartitionSpec())
         trained, _ = split_params(self.params, self.partition)
         opt_state = jax.eval_shape(self.optimizer.init, trained)
@@ -132,12 +132,12 @@ class TrainFunctions:
 
     @property
     def tokens_sharding(self) -> Any:
-        """Where arrays with axes [B, T] of a batch lie."""
+        """Sharding of a batch's arrays [B, T]."""
         return _sharding(self.sharded.mesh, self.sharded.tokens_spec)
 
     @property
     def rows_sharding(self) -> Any:
-        """Where arrays with the axis [B] of a batch lie."""
+        """Sharding of a batch's arrays [B]."""
         return _sharding(self.sharded.mesh, self.sharded.rows_spec)
 
 
@@ -151,16 +151,16 @@ def make_train_functions(
     """Builds a config's pure functions; nothing is allocated or compiled.
 
     The model is defined with NNX but trained as a plain dict of arrays under `jax.jit`: in a hot loop that costs a
-    fraction of `nnx.jit`, and checkpoints, conversion and sharding see nothing but a dict. On a mesh the loss and its
-    gradient run within one `jax.shard_map`, and the optimizer, which is element by element, outside it.
+    fraction of `nnx.jit`, and checkpoints, conversion and sharding handle plain dicts. On a mesh the loss and its
+    gradient run within one `jax.shard_map`, and the elementwise optimizer outside it.
 
     Args:
-      objective: makes one of the model's graphdef, its split over the mesh and `config.training`.
-      partition: which parameters are trained; the others have no gradient and no optimizer state.
+      objective: makes an objective from the model's graphdef, the sharded model and `config.training`.
+      partition: selects the trained parameters; the others have no gradient and no optimizer state.
 
     Raises:
-      ConfigError: a size that the mesh does not divide, an optimizer to offload where devices cannot, or a partition
-        that trains nothing.
+      ConfigError: a size that the mesh does not divide, devices that do not support offloading, or a partition that
+        trains nothing.
     """
     kind, training = model_type(config.model), config.training
     abstract = nnx.eval_shape(lambda: kind(config.model, rngs=nnx.Rngs(0)))
@@ -193,13 +193,13 @@ def make_train_functions(
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,
     )
-    _ = functions.state_shardings  # or devices without host memory would be refused by the first step
+    _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions
 
 
 def initial_state(functions: TrainFunctions, seed: int) -> TrainState:
-    """The state of a run that begins, each array where it belongs: the same numbers on every mesh."""
-    # Two programs: the first is the same on every mesh but for where it cuts matrices.
+    """The initial state of a run, placed on the devices: the same numbers on every mesh."""
+    # Two programs: the first is the same on every mesh except where it slices matrices.
     return jax.device_put(jax.jit(functions.init)(jax.random.key(seed)), functions.state_shardings)
 
 
@@ -214,7 +214,7 @@ def abstract_state(functions: TrainFunctions) -> TrainState:
 
 
 def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Batch:
-    """Shapes, dtypes and shardings of what a run's step reads; nothing is allocated."""
+    """Shapes, dtypes and shardings of a step's arguments; nothing is allocated."""
     training = config.training
     shape = (training.batch_size, training.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=functions.tokens_sharding)

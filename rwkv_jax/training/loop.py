@@ -1,6 +1,6 @@
 """The training loop: prepare the data, create or restore the state, then step, evaluate, sample and save.
 
-A batch is a function of the step, so a run that was stopped anywhere resumes as if it had not been.
+A batch is a function of the step, so a stopped run resumes as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class TrainResult(NamedTuple):
 
     state: TrainState
     held_out: HeldOut | None
-    """The last evaluation, over all held-out text; None without any, or if the run was stopped before its end."""
+    """The last evaluation, over all held-out text; None without held-out text or if the run was stopped early."""
 
 
 def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult:
-    """Trains, or resumes, the run in `config.run_dir`; in a run of several processes, this process's share of it.
+    """Trains or resumes the run in `config.run_dir`; with several processes, this process's share.
 
     Args:
-      command: how to resume the run; printed when it is asked to stop.
+      command: shell command that resumes the run; printed when the run is stopped.
 
     Raises:
-      ConfigError: a setting that cannot work, before anything is computed or overwritten.
+      ConfigError: an invalid setting, before anything is computed or overwritten.
       NonFiniteError: `training.max_bad_steps` steps in a row were not finite; the last good state is saved.
-      LostProcessError: another process of the run did not come.
+      LostProcessError: another process of the run did not arrive in time.
     """
     with join(config.distributed) as processes, contextlib.ExitStack() as stack:
         # Every process computes; the first one prints and writes, except for checkpoints, which all write together.
@@ -75,11 +75,11 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
 def _train(
     config: TrainConfig, processes: Processes, console: Console, stack: contextlib.ExitStack, command: str
 ) -> TrainResult:
-    """`train` in a process that has joined the others; what must be closed at the end goes on the stack."""
+    """`train` in a process that has joined the others; the stack closes resources at the end."""
     training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
     num_steps = training.num_steps
 
-    # Checks: whatever can be refused is refused before any work is done.
+    # Checks: everything that can be rejected is rejected before any work is done.
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
     saved_run = run_folder.prepare_run_dir(run_dir)
@@ -190,20 +190,20 @@ def _shared_settings(config: TrainConfig) -> dict[str, Any]:
         return fields
 
     fields = flat(to_dict(config), "")
-    for own in ("distributed.process_id", "data.cache_dir"):  # hosts may have disks of their own
+    for own in ("distributed.process_id", "data.cache_dir"):  # hosts may have separate disks
         del fields[own]
     return fields
 
 
 def _min_device_memory(config: TrainConfig, processes: Processes) -> int | None:
-    """Bytes of the smallest device's memory over all processes; None where a device does not say."""
+    """Bytes of the smallest device's memory over all processes; None if a device does not report it."""
     own = str(device_memory(jax.local_devices()[0]) or 0)
     memories = allgather_text(processes, "device memory", own, seconds=config.distributed.join_seconds)
     return min(map(int, memories)) or None
 
 
 def _open_data(config: TrainConfig, processes: Processes, console: Console) -> tuple[Corpus, TrainingRows]:
-    """The corpus, which the first process builds, and the rows of each training step."""
+    """The corpus, built by the first process, and the rows of each training step."""
     training = config.training
     prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
     corpus = run_on_first_process(processes, "corpus", prepare)
@@ -229,7 +229,7 @@ def _new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
 def _held_out_evaluation(
     config: TrainConfig, corpus: Corpus, eval_step: Callable[..., Any], load: Callable[..., Batch]
 ) -> Callable[[Any, int | None], HeldOut | None]:
-    """A function (params, number of batches or None for all held-out text) -> HeldOut, or None without such text."""
+    """Makes (params, number of batches or None for all) -> HeldOut; None without held-out text."""
     held_out = corpus.held_out
     if held_out is None:
         return lambda params, num_batches: None
@@ -244,7 +244,7 @@ def _held_out_evaluation(
 
 
 def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
-    """The prompts to sample after a step: in turn at each evaluation, all of them at the end."""
+    """The prompts to sample after a step: one per evaluation, in turn, and all at the end."""
     prompts = config.evaluation.sample_prompts
     if step == config.training.num_steps:
         return prompts
@@ -252,7 +252,7 @@ def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
 
 
 def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
-    """What is about to run, and on several devices what each of them holds."""
+    """Prints what is about to run and, on several devices, the memory of each."""
     model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
@@ -280,7 +280,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, res
 
 
 def _summarize(config: TrainConfig, corpus: Corpus, held_out: HeldOut | None, console: Console) -> None:
-    """Prints the loss over all held-out text beside what compressors reach on the same bytes, and what to do next."""
+    """Prints the loss over all held-out text, compressors' results for comparison, and what to do next."""
     if held_out is not None:
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
         listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())

@@ -1,4 +1,4 @@
-"""Cross-entropy and L2Wrap, over all logits at once or over a few tokens' at a time."""
+"""Cross-entropy and L2Wrap, over all logits at once or in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwkv_kernels.arguments import broadcast_varying_axes
 
 
 class TokenLosses(NamedTuple):
-    """Sums over the tokens of a batch, so that batches of unequal masks add up."""
+    """Sums over the tokens of a batch, which can be added over batches with different masks."""
 
     nll: Array
     """Sum of -log p(target), in nats."""
@@ -29,12 +29,12 @@ class TokenLosses(NamedTuple):
 def token_losses(logits: Array, targets: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     """Each token's -log p(target) in nats, and half its largest logit's square.
 
-    The gradient of the second reaches the first of the largest logits only, as in the official L2Wrap.
+    Only the first of the largest logits gets the gradient of the second, as in the official L2Wrap.
 
     Args:
-      logits: [n, V], float32 or float64; a shard's part of V, where a mesh axis splits it.
+      logits: [n, V], float32 or float64; the shard's part of V if a mesh axis splits it.
       targets: [n] integers in [0, V).
-      axis_name: the mesh axis over which V is split; what travels along it are sums [n].
+      axis_name: the mesh axis over which V is split; only sums [n] are communicated.
 
     Returns:
       Two arrays [n], the same on all shards.
@@ -60,7 +60,7 @@ def _token_losses_forward(
 
 
 def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
-    """The logits [n] of the targets [n]; NaN for one outside the vocabulary."""
+    """The logits [n] of the targets [n]; NaN for a target outside the vocabulary."""
     if axis_name is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     vocab_size = logits.shape[-1] * lax.axis_size(axis_name)
@@ -80,7 +80,7 @@ def _token_losses_backward(
     vocabulary = jnp.arange(size) + shard_offset(size, axis_name)
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
-    # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does one by one.
+    # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does not vectorize.
     beyond = jnp.iinfo(vocabulary.dtype).max
     peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, beyond), axis=-1)
     if axis_name is not None:
@@ -107,7 +107,7 @@ def sum_losses(
     Args:
       logits_of: from hidden vectors [n, C] to logits [n, V].
       hidden: [B, T, C]; targets: [B, T] integers; mask: [B, T], 1 where a token counts (None: everywhere).
-      chunk: tokens whose logits exist at one time, in the backward pass too; None holds all B * T.
+      chunk: tokens whose logits are in memory at a time, also in the backward pass; None computes all B * T at once.
       axis_name: the mesh axis over which V is split, within `jax.shard_map`.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

@@ -1,4 +1,4 @@
-"""A batch in micro-batches, one after the other, and recurrent states by rows."""
+"""Gradient accumulation over micro-batches, and recurrent states by rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rwkv_kernels.arguments import broadcast_varying_axes
 def sum_over_micro_batches(
     step: Callable[[Any, Any], tuple[Any, Any]], params: Any, batch: Any, recurrent_state: Any, steps: int
 ) -> tuple[Any, Any]:
-    """A step's results, summed over micro-batches.
+    """Sums a step's results over micro-batches.
 
     Args:
       step: (micro-batch, its recurrent state) -> ((scalars, gradients by `params`), the next recurrent state).
-      params: nested dict; gives the gradients their form.
+      params: nested dict; the gradients have its structure.
       batch: arrays [B, ...]; recurrent_state: arrays [L, B, ...], or None.
-      steps: how many micro-batches; divides B.
+      steps: number of micro-batches; divides B.
 
     Returns:
       Both sums, and the next recurrent state of all rows.
@@ -43,7 +43,7 @@ def sum_over_micro_batches(
 
 
 def where_rows(condition: Array, x: Any, y: Any) -> Any:
-    """x in the rows [B] where the condition holds, else y; trees of arrays [L, B, ...]."""
+    """x in rows where the condition [B] holds, else y; trees of arrays [L, B, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(1, -1, *(1,) * (x.ndim - 2)), x, y), x, y)
 
 

@@ -17,7 +17,7 @@ ParameterGroup = Callable[[tuple[str, ...], int], tuple[float, bool]]
 
 
 def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
-    """For each parameter, the factor on its learning rate and whether its weight decays.
+    """For each parameter, its learning-rate factor and whether it has weight decay.
 
     Args:
       params: nested dict of arrays or shapes; those under "blocks" have a leading axis of layers.
@@ -37,13 +37,13 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
 
 
 _FASTER_IN_STAGE_2 = ("time_mix", "time_maa", "time_decay", "time_faaaa", "time_first", "w0")
-"""Beginnings of names within time and channel mixing."""
+"""Prefixes of names within time and channel mixing."""
 
 
 def in_stage_2(path: tuple[str, ...], factor: float) -> float:
     """The factor on a parameter's learning rate in RWKV-LM's second stage (my_pile_stage 2).
 
-    Token-shift blends, decay and bonus learn five times as fast as the rest, but for their low-rank maps.
+    It is 5 for token-shift blends, decay and bonus, except their low-rank maps, and 1 for the rest.
     """
     name = path[-1]
     is_faster = name.startswith(_FASTER_IN_STAGE_2) and not name.endswith(("_w1", "_w2"))
@@ -51,7 +51,7 @@ def in_stage_2(path: tuple[str, ...], factor: float) -> float:
 
 
 def clip_by_global_norm(limit: float, epsilon: float) -> optax.GradientTransformation:
-    """Scales gradients by limit / (norm + epsilon) where that is below 1, as PyTorch and DeepSpeed do with 1e-6."""
+    """Scales gradients by limit / (norm + epsilon) if that is below 1, as PyTorch and DeepSpeed do with 1e-6."""
     if not limit:
         return optax.identity()
     if not epsilon:
@@ -67,7 +67,7 @@ def clip_by_global_norm(limit: float, epsilon: float) -> optax.GradientTransform
 def _decay_weights(
     config: OptimizerConfig, num_steps: int, decays: Any, first_step: int
 ) -> optax.GradientTransformation:
-    """Adds weight decay to the updates of the matrices; its own count of steps where the decay changes."""
+    """Adds weight decay to the updates of matrices; counts steps if the decay changes."""
     if config.weight_decay_final is None:
         return optax.add_decayed_weights(config.weight_decay, mask=decays)
     schedule = weight_decay_schedule(config, num_steps)
@@ -92,10 +92,10 @@ def _scale_each(factors: Any) -> optax.GradientTransformation:
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, params: Any, group: ParameterGroup, first_step: int = 0
 ) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay of the large matrices, each group's learning rate.
+    """Builds the optimizer: clipping, Adam, decoupled weight decay of large matrices, learning rate per group.
 
     Args:
-      params: the parameters or their shapes; only names and axes are read.
+      params: the parameters or their shapes; only names and axes are used.
       group: the generation's `parameter_group`.
       first_step: the step at which the run begins.
     """

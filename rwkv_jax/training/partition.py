@@ -1,4 +1,4 @@
-"""Parameters in two parts, trained and frozen, as nested dicts without what is in the other."""
+"""Partition of parameters into trained and frozen ones, as two disjoint nested dicts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def train_all(path: tuple[str, ...]) -> bool:
 def split_params(
     params: Any, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
 ) -> tuple[Any, Any]:
-    """The trained and the frozen parameters of a nested dict of anything.
+    """Splits a nested dict by parameters into trained and frozen ones.
 
     Args:
       is_trained: a `step.Partition`; layers 1 to L - 1 are one path under "blocks", layer 0 is "first_block".
-      path: where in the whole dict `params` is.
+      path: of `params` within the whole dict.
     """
     trained, frozen = {}, {}
     for name, value in params.items():
@@ -33,7 +33,7 @@ def split_params(
 
 
 def merge_params(trained: Any, frozen: Any) -> Any:
-    """The nested dict of which `split_params` made these two."""
+    """Merges two nested dicts from `split_params`."""
     merged = dict(frozen)
     for name, value in trained.items():
         merged[name] = merge_params(value, frozen[name]) if name in frozen else value

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay by step: a linear warm-up, then the chosen fall; one cycle, or several."""
+"""Learning rate and weight decay by step: linear warm-up, then decay; one cycle or several."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rwkv_jax.config import OptimizerConfig, TrainConfig
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int, first_step: int = 0) -> optax.Schedule:
     """The learning rate of a step, counted from 0.
 
-    `optimizer.schedule_origin` says where the fall ends: `last_step` gives the last step, num_steps - 1, the final
+    `optimizer.schedule_origin` tells where the decay ends: `last_step` gives the last step, num_steps - 1, the final
     rate; `official` is the formula of RWKV-LM's trainer, whose cosine would end at step num_steps and whose exponential
-    and linear falls begin one step earlier.
+    and linear decays begin one step earlier.
 
     Args:
-      num_steps: of the run; the horizon of the schedule, unless `optimizer.schedule_steps` names one.
-      first_step: the step at which the run begins, and with it the warm-up.
+      num_steps: steps of the run, and of the schedule unless `optimizer.schedule_steps` is given.
+      first_step: the step at which the run and its warm-up begin.
 
     Returns:
       A function of the step, a number or an integer array; float64 where that is JAX's default.
@@ -37,10 +37,10 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, first_step: 
 
 
 def rate_notice(before: TrainConfig, after: TrainConfig, step: int) -> str | None:
-    """What to tell where a run that goes on at `step` has another learning rate than it would have had; else None.
+    """Message if a run resumed at `step` has another learning rate than before the config changed; else None.
 
     Args:
-      before: the config that the run had so far; after: the one that it goes on with.
+      before: the config of the run so far; after: the one to resume with.
     """
 
     def rate(config: TrainConfig) -> float:
@@ -61,7 +61,7 @@ def rate_notice(before: TrainConfig, after: TrainConfig, step: int) -> str | Non
 
 
 def weight_decay_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The weight decay of a step: from the first to the final one by the same factor for equal shares of the fall."""
+    """The weight decay of a step: changes exponentially from the first to the final value over the decay."""
     final = config.weight_decay_final
     if final is None:
         return optax.constant_schedule(config.weight_decay)
@@ -91,7 +91,7 @@ def _one_cycle(config: OptimizerConfig, num_steps: int, first_step: int) -> opta
     def rate(step: Any) -> Any:
         after = fall(_steps_after(begin, step))
         share = (step - first_step) / float(config.warmup_steps)
-        # In this order nothing cancels: each product is rounded once, in whatever dtype the step is divided.
+        # This order avoids cancellation: each product is rounded once, in any dtype.
         return jnp.where(share < 1, (start + (1 - start) * share) * after, after)
 
     return rate
@@ -103,7 +103,7 @@ def _steps_after(begin: int, step: Any) -> Array:
 
 
 def _fall(config: OptimizerConfig, num_steps: int) -> tuple[int, int]:
-    """The step after which the rate falls, and over how many steps it does."""
+    """The step after which the rate decays, and the number of steps over which it does."""
     warmup = config.warmup_steps
     rest = max(num_steps - 1 - warmup, 1)
     decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
@@ -118,7 +118,7 @@ def _fall(config: OptimizerConfig, num_steps: int) -> tuple[int, int]:
 
 
 def _in_cycles(config: OptimizerConfig, num_steps: int, cycle: Callable[[int, int], optax.Schedule]) -> optax.Schedule:
-    """Cycles, made of (start, length), one after another; after the last the value stays what it was at its end."""
+    """Consecutive cycles, each made from (start, length); constant after the last one's end."""
     lengths = config.schedule_steps or (num_steps,)
     starts = [0, *itertools.accumulate(lengths)][:-1]
     return optax.join_schedules([cycle(*each) for each in zip(starts, lengths, strict=True)], starts[1:])

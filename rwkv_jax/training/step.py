@@ -25,27 +25,26 @@ class LossSums(NamedTuple):
     """Sums over rows of a batch."""
 
     minimized: Array
-    """What the gradient is of."""
+    """The sum to minimize."""
     loss: Array
-    """What is reported."""
+    """The sum to report."""
     metrics: dict[str, Array] | None = None
     """Further sums to report, by name."""
 
 
 class Objective(Protocol):
-    """What a step minimizes: the sums of a batch over its count, on all devices and in all micro-batches.
+    """What a step minimizes: sums over a batch divided by its count, over all devices and micro-batches.
 
-    Both methods see one device's rows of one micro-batch; on a mesh they run within `jax.shard_map`. `params` is all of
-    a run's nested dict: a model's, or several models', and whatever stands beside them. `batch` is a NamedTuple of
-    arrays [B, ...].
+    Both methods get one device's rows of one micro-batch; on a mesh they run within `jax.shard_map`. `params` is the
+    run's whole nested dict, of one model or several. `batch` is a NamedTuple of arrays [B, ...].
     """
 
     def count(self, batch: Any, /) -> Array:
-        """What the mean is over: the number of tokens, or pairs, that are counted."""
+        """Denominator of the mean: the number of tokens or pairs counted."""
         ...
 
     def loss_sums(self, params: Any, batch: Any, recurrent_state: Any, /) -> tuple[LossSums, Any]:
-        """The sums over these rows, and the rows' next recurrent state, which runs that carry none leave unread."""
+        """Sums over these rows, and their next recurrent state, which is unused by runs that carry none."""
         ...
 
 
@@ -60,11 +59,11 @@ def train_step(
     accumulation_steps: int = 1,
     empty_state: Any = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One step of the optimizer, which is skipped, but counted, where the loss or its gradient is not finite.
+    """One optimizer step; skipped, but counted, if loss or gradient is not finite.
 
     Args:
       accumulation_steps: micro-batches into which the batch's rows are split; divides B.
-      empty_state: the recurrent state of rows that begin a text, arrays [L, B, ...]; read where `state` carries one.
+      empty_state: the recurrent state of rows that begin a text, arrays [L, B, ...]; used if `state` carries one.
     """
     recurrent_state = state.recurrent_state
     if recurrent_state is not None:
@@ -81,7 +80,7 @@ def train_step(
     def if_finite(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
-    if recurrent_state is not None:  # what a step that went wrong leaves is no context for the next one
+    if recurrent_state is not None:  # the state of a failed step is no valid context for the next one
         recurrent_state = if_finite(recurrent_state, empty_state)
     state = TrainState(
         params=merge_params(if_finite(updated, trained), frozen),
@@ -104,10 +103,10 @@ def loss_and_gradients(
     sharded: ShardedModel,
     accumulation_steps: int = 1,
 ) -> tuple[Any, Any, Any]:
-    """Means of what is reported, the gradient of the mean by the trained parameters, and the next recurrent state."""
+    """Reported means, the mean loss's gradient by the trained parameters, and the next recurrent state."""
 
     def local_loss_and_grads(trained: Any, frozen: Any, batch: Any, recurrent_state: Any) -> tuple[Any, Any, Any]:
-        """The same means, this device's share of the gradients, the next state of its rows."""
+        """The same means, with this device's share of the gradients and its rows' next state."""
         trained, frozen = sharded.as_varying(trained), sharded.as_varying(frozen)
         count = jnp.maximum(sharded.psum(broadcast_varying_axes(objective.count(batch), batch)[0]), 1)
 

@@ -1,1 +1,1 @@
-"""What training minimizes, one file an objective; the form they have is `training.step.Objective`."""
+"""Training objectives, one file each; the interface is `training.step.Objective`."""

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, with L2Wrap: how language models are pretrained."""
+"""Next-token cross-entropy with L2Wrap, for pretraining."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rwkv_jax.training.step import LossSums
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextToken:
-    """Mean -log p(token), in nats, of the tokens that the batch's mask counts; all without one."""
+    """Mean -log p(token) in nats over the tokens in the batch's mask, or all without one."""
 
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model."""
     sharded: ShardedModel
     config: StepConfig
-    """Of which it reads how logits are computed (`remat`, `loss_chunk`) and the strength of L2Wrap."""
+    """Provides `remat`, `loss_chunk` and the strength of L2Wrap."""
 
     def count(self, batch: Batch) -> Array:
-        """The number of tokens that count."""
+        """Number of tokens that count."""
         return jnp.sum(jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask)
 
     def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
-        """The sums over a device's rows, and their next recurrent state."""
+        """Sums over a device's rows, and their next recurrent state."""
         sharded, config = self.sharded, self.config
         model = nnx.merge(self.graphdef, params)
         hidden, next_state = model.hidden(
