@@ -51,6 +51,8 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
         "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
         "data.magic_prime": config.data.magic_prime,
         "training.first_step": config.training.first_step,
+        # Whether, not how much: the optimizer then counts steps, and its state has another form.
+        "optimizer.weight_decay_final is set": config.optimizer.weight_decay_final is not None,
         "training.batch_size": config.training.batch_size,
         "training.sequence_length": config.training.sequence_length,
         "training.reset_at_documents": config.training.reset_at_documents,

@@ -63,9 +63,10 @@ class Explanation:
         """One line per implementation."""
         sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", self.problem.shape, strict=True))
         lines = [f"{self.operator} {sizes} {self.problem.dtype} on {self.problem.platform}:"]
+        width = max(map(len, self.refusals))
         for name, refusal in self.refusals.items():
             verdict = f"cannot: {refusal}" if refusal else "taken" if name == self.chosen else "can, if named"
-            lines.append(f"  {name:<16} {verdict}")
+            lines.append(f"  {name.ljust(width)} {verdict}")
         return "\n".join(lines)
 
 

@@ -74,6 +74,19 @@ FLAGS: Mapping[str, Ours] = MappingProxyType(
         "devices": Ours((), "all that JAX finds; --parallel.data, fsdp, tensor and sequence share them out"),
         "num_nodes": Ours((), "found from the cluster, or --distributed.num-processes"),
         "ds_bucket_mb": Ours((), "XLA plans its own transfers"),
+        "accelerator": Ours((), "what JAX finds"),
+        "enable_progress_bar": Ours((), "shown on a terminal"),
+        "enable_checkpointing": Ours((), "always on"),
+        "train_type": Ours((), "states are not tuned yet"),
+        "dropout": Ours((), "there is none"),
+        "pre_ffn": Ours((), "there is none"),
+        "head_qk": Ours((), "there is none"),
+        "tiny_att_dim": Ours((), "there is none"),
+        "tiny_att_layer": Ours((), "there is none"),
+        "my_qa_mask": Ours((), "there is none"),
+        "my_pile_version": Ours((), "always 1"),
+        "my_pile_shift": Ours((), "there is none"),
+        "my_random_steps": Ours((), "there is none; --data.order windows shuffles"),
     }
 )
 """By the official name."""
@@ -83,7 +96,7 @@ def refuse_official_flags(arguments: Sequence[str]) -> None:
     """Raises ConfigError for the first argument that is a flag of RWKV-LM, with its equivalent."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
-        if argument.startswith("--") and "." not in name and name in FLAGS and name != "seed":
+        if argument.startswith("--") and "." not in name and name in FLAGS:
             raise ConfigError(f"--{name} is a flag of RWKV-LM's trainer; here: {FLAGS[name]} (docs/from-rwkv-lm.md)")
 
 

@@ -71,7 +71,7 @@ class ModelConfig:
     """Compute dtype of matrix products and activations; parameters are trained in float32 (float64 if dtype is
     float64), and the recurrence always runs in at least float32. RWKV-LM: precision."""
     wkv_implementation: str | None = None
-    """Implementation of the WKV operator; None takes the preferred one on the platform. RWKV-LM: kernel."""
+    """Implementation of the WKV operator; None takes the default of the platform. RWKV-LM: kernel."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")

@@ -132,7 +132,7 @@ class Dialogue:
         """
         position = self._position
         if position.snapshot is None:
-            raise ConfigError(f"{path}: there is nothing to save yet; a conversation has a state after its first reply")
+            raise ConfigError(f"{path}: there is nothing to save: no reply has been kept")
         session = Session(self._engine, position.snapshot if position.before_reply is None else position.before_reply)
         if position.before_reply is not None:
             # The stop string may have begun the next turn: prefill the reply again without it.

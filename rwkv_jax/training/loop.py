@@ -95,7 +95,7 @@ def _train(
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if saved_run is not None:
         run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
-    if processes.is_first:
+    elif processes.is_first:
         run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     stack.enter_context(console)
@@ -120,8 +120,11 @@ def _train(
     if first_step > num_steps:
         raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
 
-    if saved_run is not None and (notice := rate_notice(from_dict(saved_run["config"]), config, first_step)):
-        console.print(notice)
+    if saved_run is not None:  # whose file is replaced only once nothing can be refused any more
+        if notice := rate_notice(from_dict(saved_run["config"]), config, first_step):
+            console.print(notice)
+        if processes.is_first:
+            run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     writer = None
     if processes.is_first:

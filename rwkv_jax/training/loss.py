@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array, lax
 
 from rwkv_jax.models.layers import reduce_from_tensor_parallel, shard_offset
@@ -77,7 +77,7 @@ def _token_losses_backward(
     logits, targets, log_normalizer, largest = saved
     dnll, dpeak = cotangents
     size = logits.shape[-1]
-    vocabulary = jnp.arange(size) + shard_offset(size, axis_name)
+    vocabulary = (jnp.arange(size) + shard_offset(size, axis_name))[None]  # [1, V]
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
     # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does not vectorize.
@@ -87,7 +87,9 @@ def _token_losses_backward(
         peak = lax.pmin(peak, axis_name)
     is_peak = vocabulary == peak[:, None]
     probability = jnp.exp(logits - log_normalizer[:, None])
-    dlogits = dnll[:, None] * (probability - is_target) + jnp.where(is_peak, (dpeak * largest)[:, None], 0)
+    dlogits = dnll[:, None] * (probability - is_target.astype(logits.dtype)) + jnp.where(
+        is_peak, (dpeak * largest)[:, None], 0
+    )
     return dlogits.astype(logits.dtype), None
 
 
@@ -121,9 +123,8 @@ def sum_losses(
     if chunk is None or chunk >= tokens:
         return losses(flat, wanted, weight)
     padding = -tokens % chunk
-    num_chunks = math.ceil(tokens / chunk)
-    flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
-    wanted, weight = (jnp.pad(x, (0, padding)).reshape(num_chunks, chunk) for x in (wanted, weight))
+    flat = rearrange(jnp.pad(flat, ((0, padding), (0, 0))), "(chunks n) C -> chunks n C", n=chunk)
+    wanted, weight = (rearrange(jnp.pad(x, (0, padding)), "(chunks n) -> chunks n", n=chunk) for x in (wanted, weight))
 
     def add_chunk(total: TokenLosses, inputs: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*inputs)), None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from rwkv_kernels.arguments import broadcast_varying_axes
@@ -28,7 +29,7 @@ def sum_over_micro_batches(
     """
     if steps == 1:
         return step(batch, recurrent_state)
-    micro = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+    micro = jax.tree.map(lambda x: rearrange(x, "(steps B) ... -> steps B ...", steps=steps), batch)
     states = jax.tree.map(lambda x: _split_rows(x, steps), recurrent_state)
 
     def add(total: Any, micro: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -49,10 +50,9 @@ def where_rows(condition: Array, x: Any, y: Any) -> Any:
 
 def _split_rows(x: Array, steps: int) -> Array:
     """[L, B, ...] -> [steps, L, B / steps, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], steps, -1, *x.shape[2:]), 1, 0)
+    return rearrange(x, "L (steps B) ... -> steps L B ...", steps=steps)
 
 
 def _merge_rows(x: Array) -> Array:
     """[steps, L, b, ...] -> [L, steps * b, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return rearrange(x, "steps L B ... -> L (steps B) ...")

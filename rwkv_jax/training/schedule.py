@@ -49,14 +49,17 @@ def rate_notice(before: TrainConfig, after: TrainConfig, step: int) -> str | Non
         return np.asarray(schedule(step)).item()
 
     old, new = rate(before), rate(after)
-    if math.isclose(old, new, rel_tol=1e-3):
+    rest = after.training.num_steps - step
+    if rest == 0 or math.isclose(old, new, rel_tol=1e-3):
         return None
     horizon = " ".join(map(str, before.optimizer.schedule_steps or (before.training.num_steps,)))
-    rest = after.training.num_steps - step
+    cycle = f"--optimizer.schedule-steps {step} {rest}"
+    if min(step, rest) <= after.optimizer.warmup_steps:
+        cycle += f" --optimizer.warmup-steps {min(step, rest) // 10}"
     return (
         f"learning rate: {new:.2e} at step {step + 1}, where the run as it was would have {old:.2e}; "
         f"to keep that, leave the optimizer's settings as they were, with --optimizer.schedule-steps {horizon}; "
-        f"for a new cycle from here: --optimizer.schedule-steps {step} {rest}"
+        f"for a new cycle from here: {cycle}"
     )
 
 
@@ -90,7 +93,7 @@ def _one_cycle(config: OptimizerConfig, num_steps: int, first_step: int) -> opta
 
     def rate(step: Any) -> Any:
         after = fall(_steps_after(begin, step))
-        share = (step - first_step) / float(config.warmup_steps)
+        share = jnp.asarray(step - first_step, float) / config.warmup_steps
         # This order avoids cancellation: each product is rounded once, in any dtype.
         return jnp.where(share < 1, (start + (1 - start) * share) * after, after)
 

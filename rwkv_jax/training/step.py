@@ -88,7 +88,7 @@ def train_step(
         step=state.step + 1,
         key=state.key,
         bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
-        skipped_steps=state.skipped_steps + ~finite,
+        skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
         recurrent_state=recurrent_state,
     )
     return state, StepMetrics(loss, norm, finite, metrics)

@@ -59,9 +59,7 @@ def test_retry_takes_the_reply_back_and_draws_another() -> None:
     assert answers(chat, "/undo", "/undo") == ["taken back: b\n", "taken back: a\n"]
     assert chat.dialogue.num_tokens == 0 < num_tokens
     assert answers(chat, "/retry")[0].startswith("! undo: there is no turn to take back")
-    assert answers(chat, "/save x") == [
-        "! x: there is nothing to save yet; a conversation has a state after its first reply\n"
-    ]
+    assert answers(chat, "/save x") == ["! x: there is nothing to save: no reply has been kept\n"]
 
 
 def test_a_retry_that_fails_keeps_the_reply() -> None:
@@ -128,7 +126,7 @@ def test_states_are_saved_and_loaded(tmp_path: Path) -> None:
         ("/fork main", "/fork main: there is a conversation of that name; take another"),
         ("/switch b", "/switch b: there is none of that name; there are main"),
         ("/load nowhere", "nowhere"),
-        ("/save somewhere", "somewhere: there is nothing to save yet; a conversation has a state after its first"),
+        ("/save somewhere", "somewhere: there is nothing to save: no reply has been kept"),
         ("/undo", "undo: there is no turn to take back"),
     ],
 )

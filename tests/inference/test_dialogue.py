@@ -227,7 +227,7 @@ def test_a_saved_conversation_goes_on_with_its_last_turn_closed(reply: str | lis
 def test_errors_change_nothing(tmp_path: Path) -> None:
     engine = FakeEngine()
     dialogue = Dialogue(engine, WORLD)
-    with pytest.raises(ConfigError, match="there is nothing to save yet"):
+    with pytest.raises(ConfigError, match="there is nothing to save"):
         dialogue.save(tmp_path / "state")
     say(dialogue, "a")
     dialogue.save(tmp_path / "state")

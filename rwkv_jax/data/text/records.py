@@ -114,9 +114,9 @@ class _Scanner:
                 break
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - _MAX_TOKEN
+                line = self.line + self._buffer.count("\n", self._at, error.pos)  # before the buffer is another one
                 if not (is_cut and self._read()):
-                    line = self.line + self._buffer.count("\n", self._at, error.pos)
-                    raise _not_json(self._path, line, error) from error
+                    raise _not_json(self._path, line, error.msg) from error
             except (ValueError, RecursionError) as error:
                 raise _not_json(self._path, self.line, error) from error
         line = self.line
