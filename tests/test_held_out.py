@@ -47,7 +47,14 @@ def params(trainer: TrainFunctions) -> Any:
 
 
 # One window that is not full, exactly two full ones, and two and a bit.
-@pytest.mark.parametrize("count", [20, 2 * BATCH * LENGTH + 1, 2 * BATCH * LENGTH + 23])
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(20, marks=pytest.mark.long),
+        pytest.param(2 * BATCH * LENGTH + 1, marks=pytest.mark.long),
+        2 * BATCH * LENGTH + 23,
+    ],
+)
 def test_loss_is_the_mean_over_every_predicted_token(trainer: TrainFunctions, params: Any, count: int) -> None:
     file = token_file(count, num_bytes=3 * count)
     windows = evaluation_windows(file.tokens, batch_size=BATCH, sequence_length=LENGTH)

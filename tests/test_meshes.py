@@ -93,7 +93,7 @@ def goes_on(place: Workplace, before: Path, machines: Machines, run_dir: Path) -
 @pytest.mark.parametrize(
     "machines",
     [
-        TWO_PROCESSES,
+        pytest.param(TWO_PROCESSES, marks=pytest.mark.long),
         pytest.param(DATA_4_TENSOR_2, marks=pytest.mark.long),
         pytest.param(ONE_DEVICE, marks=pytest.mark.long),
     ],

@@ -41,7 +41,7 @@ def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]
     if not way.is_pallas:
         always = sizes in {(3, 1), (3, 257)}
     elif way.operator.name == "wkv4":  # compiles slowly
-        always = sizes == (3, 70)
+        always = sizes == (3, 70) and case == "realistic"
     else:
         always = sizes == (3, 70) or (sizes == (2, 1) and case == "realistic")
     return () if always else (pytest.mark.long,)

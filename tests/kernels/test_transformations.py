@@ -75,7 +75,7 @@ def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
 
 @pytest.mark.long
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
     rows = [(*way.problem(case, SHAPE), packed.PACKINGS["both"]) for case in ("realistic", "slow_decay")]
     stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
@@ -85,7 +85,7 @@ def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_remat_changes_nothing(way: Way) -> None:
     problem, options = way.problem("realistic", SHAPE), packed.PACKINGS["both"]
     run = jax.jit(functools.partial(differentiate, jax.checkpoint(way.run)), compiler_options=QUICK)
@@ -162,7 +162,7 @@ def test_gradients_flow_through_a_split(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_one_step_at_a_time_equals_the_sequence(way: Way) -> None:
     inputs, _ = way.problem("realistic", SHAPE)
     step, state, ys = jax.jit(way.operator.step, compiler_options=QUICK), inputs["state"], []
@@ -173,7 +173,7 @@ def test_one_step_at_a_time_equals_the_sequence(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_no_state_is_the_empty_state(way: Way) -> None:
     inputs, _ = way.problem("realistic", SMALL)
     without = forward(way)(inputs | {"state": None}, {})
@@ -203,7 +203,7 @@ def only_where(way: Way, case: str, *index: Any) -> Results:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_a_step_depends_on_no_later_one(way: Way) -> None:
     for step in (0, 15, 16, 31, 32, 64, 68):
         results = only_where(way, "realistic", slice(None), step)
@@ -219,7 +219,7 @@ def test_a_step_depends_on_no_later_one(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_every_earlier_step_reaches_a_later_one(way: Way) -> None:
     results = only_where(way, "slow_decay", slice(None), -1)
     values = np.asarray(results["dv"])
@@ -228,7 +228,7 @@ def test_every_earlier_step_reaches_a_later_one(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_rows_and_heads_do_not_see_each_other(way: Way) -> None:
     results = only_where(way, "realistic", 1, slice(None), 0)
     expected = {name: (1, slice(None), 0) for name in way.operator.over_time}
@@ -242,7 +242,7 @@ def test_rows_and_heads_do_not_see_each_other(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked", "associative_scan", "pallas_triton")
+@each_way_but_briefly("scan", "chunked")
 def test_zero_cotangents_give_zero_gradients(way: Way) -> None:
     inputs, cotangents = way.problem("realistic", SHAPE)
     results = with_gradients(way)(inputs, jax.tree.map(np.zeros_like, cotangents), UNPACKED)

@@ -160,6 +160,7 @@ def test_in_parallel(name: str, dtype: str) -> None:
         check(name, dtype, in_parallel(name, dtype))
 
 
+@pytest.mark.long  # trained models are not in every clone
 @every_model
 @every_dtype
 def test_token_by_token(name: str, dtype: str) -> None:
@@ -167,11 +168,13 @@ def test_token_by_token(name: str, dtype: str) -> None:
         check(name, dtype, one_by_one(name, dtype))
 
 
+@pytest.mark.long  # trained models are not in every clone
 @every_model
 def test_in_pieces(float64: None, name: str) -> None:
     check(name, "float64", in_pieces(name, "float64"))
 
 
+@pytest.mark.long  # trained models are not in every clone
 @every_model
 def test_in_pieces_in_float32(name: str) -> None:
     check(name, "float32", in_pieces(name, "float32"))
@@ -185,6 +188,7 @@ def test_the_norm_over_heads_has_the_official_epsilon(float64: None) -> None:
         assert np.abs(ours - other).max() > 0.1
 
 
+@pytest.mark.long  # trained models are not in every clone
 @every_model
 def test_bfloat16_is_close_to_float32(name: str) -> None:
     """The root mean square of the logits' differences is below 2% of their standard deviation, on every prompt.

@@ -46,6 +46,7 @@ def planned() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_collectives_of_a_known_program() -> None:
     rows, weights = 8 * 32 * 4, 32 * 32 * 4
     expected = {

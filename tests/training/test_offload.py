@@ -31,6 +31,7 @@ def memories(state: Any) -> tuple[set[str], set[str]]:
     return kinds[0], kinds[1]
 
 
+@pytest.mark.long
 def test_moments_wait_in_host_memory(tmp_path: Path) -> None:
     batch = make_batch(np.arange(18, dtype=np.int32).reshape(2, 9), end_of_text=0)
     states = []
