@@ -1,4 +1,4 @@
-"""Inference: an engine for any number of texts, sampling, and conversations whose state is the context."""
+"""Inference: batched engine, sampling, and stateful conversations."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The formats in which RWKV models were taught to converse, as text around messages.
+"""Chat formats of RWKV models, as text around messages.
 
-A conversation is one text that grows: `first_turn`, the model's reply, `next_turn`, the next reply. What a state has
-read is never read again, so each function gives only what is to be appended. A prompt ends at `Assistant:` with no
-space behind the colon: the first token of a reply brings its own.
+A conversation is one growing text: `first_turn`, the model's reply, `next_turn`, the next reply. Each function returns
+only the text to append, since the state has read the rest. A prompt ends with `Assistant:` without a space: the first
+token of a reply includes it.
 
 Sources: the templates beside the RWKV-7 G1 weights, for `WORLD` and its ways of thinking; ChatRWKV, for `RAVEN`; the
 README of RWKV-LM, for `PILE_QA`.
@@ -17,9 +17,8 @@ from typing import Literal
 from rwkv_jax.config import ConfigError
 
 Thinking = Literal["none", "think", "think a bit", "think a lot", "closed", "empty"]
-"""How a G1 model comes to its answer: nothing is said of it; by thinking at its own length; by thinking for a shorter
-or a longer time, which the end of the message asks for (models from September 2025 on); or straight away, after
-thoughts that the prompt has begun and all but ended, on two lines or on one."""
+"""Thinking of G1 models: not requested; of any length; shorter or longer, requested at the end of the message (models
+from September 2025 on); or skipped by an empty think block in the prompt, on two lines or on one."""
 
 _OPENINGS: dict[str, str] = {
     "none": "",
@@ -37,19 +36,19 @@ class ChatFormat:
     """The text around the messages of a conversation."""
 
     before_message: str
-    """Opens a turn; `User: `."""
+    """Starts a turn; `User: `."""
     before_reply: str
-    """Ends the message, and asks for a reply; `\\n\\nAssistant:`, with nothing after the colon."""
+    """Ends the message and prompts for a reply; `\\n\\nAssistant:`, with nothing after the colon."""
     separator: str = "\n\n"
-    """Ends a reply, and a system message. Messages never hold it, being cleaned."""
+    """Ends a reply or a system message. Removed from messages."""
     before_system: str | None = None
-    """Opens a system message; None if the format has none."""
+    """Starts a system message; None if the format has none."""
     begins_with: str = ""
-    """Opens the conversation."""
+    """Starts the conversation."""
     stop_strings: tuple[str, ...] = ()
-    """What ends a reply: the beginning of the next turn. The end-of-text token ends one, too."""
+    """Stop strings of a reply: the start of the next turn. The end-of-text token ends one, too."""
     thinking: Thinking = "none"
-    """How the model comes to its answer."""
+    """Thinking mode."""
 
     def __post_init__(self) -> None:
         if self.thinking not in _OPENINGS:
@@ -58,7 +57,7 @@ class ChatFormat:
             raise ConfigError(f"before_reply = {self.before_reply!r}: leave out the space; replies bring their own")
 
     def first_turn(self, message: str, system: str | None = None) -> str:
-        """The beginning of a conversation, up to where the reply begins.
+        """Text that starts a conversation, up to the reply.
 
         Raises:
           ConfigError: an empty message, or a system message in a format that has none.
@@ -66,11 +65,11 @@ class ChatFormat:
         return self.begins_with + self._system_part(system) + self._turn(message)
 
     def next_turn(self, message: str, reply: str = "") -> str:
-        """What is to be appended after a reply, up to where the next one begins.
+        """Text to append after a reply, up to the next one.
 
         Args:
-          reply: all text that the model has read since the turn before, stop string and all: of what separates the
-            turns, the part that it ends with already is not repeated.
+          reply: all text since the previous turn, including the stop string; the part of the turn separator that it
+            already ends with is not repeated.
 
         Raises:
           ConfigError: an empty message.
@@ -81,25 +80,25 @@ class ChatFormat:
         return (self.separator + self._turn(message))[read:]
 
     def closing(self, reply: str) -> str:
-        """What is to be appended so that a reply, all text read since its turn, is closed and any turn may follow."""
+        """Text to append to close a reply, which is all text since its turn, so that any turn may follow."""
         length = len(self.separator)
         while not reply.endswith(self.separator[:length]):
             length -= 1
         return self.separator[length:]
 
     def answer(self, text: str) -> str:
-        """The reply as it is shown: without its thoughts, the space it begins with, and line ends behind it."""
+        """The reply to show: without thinking, leading space and trailing line breaks."""
         return self._split(text)[1].removeprefix(" ").lstrip("\n").rstrip()
 
     def thoughts(self, text: str) -> str:
-        """What the model thought before its answer; all of the reply if it has not ended its thoughts.
+        """The model's thinking before its answer; the whole reply if it is still thinking.
 
-        Before a reply, with no text, there are none: what the prompt has begun is no thought of the model.
+        Empty without any reply: the start of the think block in the prompt does not count.
         """
         return self._split(text)[0].removeprefix(">").strip() if text else ""
 
     def clean(self, text: str) -> str:
-        """A message without blank lines, which separate turns, and without space around it."""
+        """A message without blank lines, which separate turns, and without surrounding space."""
         return re.sub("\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
     def _system_part(self, system: str | None) -> str:
@@ -123,7 +122,7 @@ class ChatFormat:
         return cleaned
 
     def _split(self, text: str) -> tuple[str, str]:
-        """Thoughts and answer."""
+        """Splits a reply into thinking and answer."""
         whole = _OPENINGS[self.thinking].removeprefix(" <think") + text
         if self.thinking == "none":
             return "", text
@@ -152,4 +151,4 @@ PILE_QA = ChatFormat(
     begins_with="\nQ & A\n\n",
     stop_strings=("\n\nQuestion:",),
 )
-"""Base models trained on the Pile, which were taught no conversation."""
+"""Base models trained on the Pile, without chat training."""

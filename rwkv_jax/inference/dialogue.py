@@ -1,4 +1,4 @@
-"""A conversation between a user and a model in a chat format: the state is the history, and turns can be undone."""
+"""A conversation in a chat format: the state holds the history, and turns can be undone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine import Engine
 
 MAX_UNDO_TURNS = 16
-"""Turns that `undo` can take back; each keeps two states."""
+"""Maximum turns that `undo` can take back; each keeps two states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class _Position:
     """A point between two turns."""
 
     snapshot: Snapshot | None = None
-    """The state here."""
+    """The state at this point."""
     tail: str = ""
-    """Text since the last message, a stop string included."""
+    """Text since the last message, including a stop string."""
     reply: str = ""
     """The reply, which `tail` begins with."""
     before_reply: Snapshot | None = None
@@ -39,26 +39,26 @@ class _Position:
 class Dialogue:
     """One conversation. A turn prefills only its new text, however long the conversation is.
 
-    After an error a dialogue is where it was before.
+    After an error a dialogue is unchanged.
     """
 
     def __init__(self, engine: Engine, chat_format: ChatFormat, system: str | None = None) -> None:
-        """At the start of a conversation.
+        """Starts a conversation.
 
         Args:
-          system: what the model is told before the first message.
+          system: system message.
 
         Raises:
-          ConfigError: a system message that is empty, or that the format has no place for.
+          ConfigError: an empty system message, or a format without one.
         """
-        chat_format.first_turn("message", system)  # refuses it now rather than after the first message
+        chat_format.first_turn("message", system)  # reject it now rather than after the first message
         self._engine, self._format, self._system = engine, chat_format, system
         self._position = _Position()
         self._past: tuple[_Position, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens since the conversation began."""
+        """Tokens since the start of the conversation."""
         return 0 if self._position.snapshot is None else self._position.snapshot.num_tokens
 
     @property
@@ -68,19 +68,19 @@ class Dialogue:
 
     @property
     def thoughts(self) -> str:
-        """What the model thought before its last answer, in a format that has it think."""
+        """The model's thinking before its last answer, in a format with thinking."""
         return self._format.thoughts(self._position.reply)
 
     def reply(self, message: str, **arguments: Any) -> Generator[str]:
-        """The model's answer to a message, a piece a token; empty where a token shows nothing, as in thoughts.
+        """Yields the model's answer to a message, one piece per token; empty if nothing is shown, as while thinking.
 
         Closing the iterator ends the reply at what was shown, and the conversation continues from there.
 
         Args:
-          arguments: as `Engine.stream` has them: max_tokens, sampling, seed.
+          arguments: as in `Engine.stream`: max_tokens, sampling, seed.
 
         Raises:
-          ConfigError: an empty message, or a value that the engine refuses; with the first piece.
+          ConfigError: an empty message or an invalid value; raised with the first piece.
         """
         before, tokenizer = self._position, self._engine.tokenizer
         session = Session(self._engine, before.snapshot)
@@ -97,7 +97,7 @@ class Dialogue:
                 yield answer[num_shown:]
                 num_shown = max(num_shown, len(answer))
         if stop == tokenizer.end_of_text:
-            # After that token another text begins, which this conversation would be no part of.
+            # After that token another text begins, without this conversation.
             session = Session(self._engine, before_reply)
             if ids:
                 session.append(ids)
@@ -105,7 +105,7 @@ class Dialogue:
         self._position = _Position(session.snapshot, tokenizer.decode(ids), reply, before_reply, message)
 
     def undo(self) -> str:
-        """Takes the last turn back, and returns its message. Raises ConfigError if there is none, or none is kept."""
+        """Undoes the last turn and returns its message. Raises ConfigError if no turn is kept."""
         if not self._past:
             raise ConfigError(f"undo: there is no turn to take back; the last {MAX_UNDO_TURNS} are kept")
         message = self._position.message
@@ -115,17 +115,17 @@ class Dialogue:
         return message
 
     def fork(self) -> Self:
-        """An independent conversation at the same point; copies no array."""
+        """An independent conversation at the same point; shares all arrays."""
         other = type(self)(self._engine, self._format, self._system)
         other._position, other._past = self._position, self._past
         return other
 
     def reset(self) -> None:
-        """Starts over, and forgets all turns."""
+        """Starts over and forgets all turns."""
         self._position, self._past = _Position(), ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state, with the last reply closed, so that any turn may follow.
+        """Saves the state with the last reply closed, so that any turn may follow.
 
         Raises:
           ConfigError: there is no turn to save, or as `Session.save`.
@@ -140,7 +140,7 @@ class Dialogue:
         session.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Continues from a file of `save`, or of a session whose last turn is closed; forgets all turns.
+        """Continues from a file saved by `save` or by a session whose last turn is closed; forgets all turns.
 
         Raises:
           StateError: the state of another model or tokenizer.

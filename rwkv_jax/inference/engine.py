@@ -1,4 +1,4 @@
-"""The inference engine: any number of texts at once, each with a state of constant size."""
+"""Inference engine for any number of concurrent texts, each with a state of constant size."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_imp
 
 _SHORT_ROWS = 8  # prompts in a batched prefill
 _MAX_PENDING_CHUNKS = 1024  # uncollected chunks at which a stream pauses
-_MIN_CONVERSATION_BYTES = 1024  # what one without a state counts for, or names alone could fill the memory
+_MIN_CONVERSATION_BYTES = 1024  # counted for a session without state, so that names alone cannot fill the memory
 
 
 class Engine:
     """Continuous batching of any number of texts: `generate`, `stream`, sessions. Thread-safe.
 
-    Texts share a fixed number of slots on the device and join and leave as they come and end; memory does not grow with
-    the length of a text. The model is held with separate arrays for each layer (`unstacked`).
+    Texts share a fixed number of slots on the device and join and leave between steps; memory does not grow with the
+    length of a text. The model is stored with separate arrays per layer (`unstacked`).
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Engine:
         *,
         mesh: Mesh | None = None,
     ) -> None:
-        """Allocates the slots; programs are compiled when they are first needed.
+        """Allocates the slots; programs are compiled on first use.
 
         Args:
           model: of any generation, with parameters of any dtype, packed or not.
           tokenizer: the model's.
           options: None is the defaults.
-          mesh: the devices over which the model's parameters lie (`from_pretrained(mesh=)`); slots are split over its
+          mesh: the mesh of the model's parameters (`from_pretrained(mesh=)`); slots are split over its
             axes `data` and `fsdp` if these divide their number, and always decoded together.
 
         Raises:
@@ -90,12 +90,12 @@ class Engine:
         if implementation is not None:
             self.model = with_implementation(self.model, implementation)
         self._capacity = config.sizes().context_length or None
-        # Embeddings have rows that no tokenizer names, and that no text has trained.
+        # Padding rows of the embedding have no token and are untrained.
         self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])
         self._weights = occurrence_weights(tokenizer, config.vocab_size)
         self._lock = threading.RLock()
         self._identity: Identity | None = None
-        self._identity_lock = threading.Lock()  # its own: hashing the weights takes seconds, in which other texts go on
+        self._identity_lock = threading.Lock()  # hashing the weights takes seconds, while others continue
         self.prefix_cache = (
             PrefixCache(options.prefix_bytes) if options.prefix_bytes and not options.batch_invariant else None
         )
@@ -112,7 +112,7 @@ class Engine:
                 options.sizes,
                 options.prefill_length,
                 options.short_prefill_length,
-                # Rows that are split over devices stay where they are.
+                # Rows split over devices are not moved.
                 options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
                 always_batched=options.batch_invariant,
             ),
@@ -149,12 +149,12 @@ class Engine:
         """Continues one prompt, or many of any lengths at once.
 
         Args:
-          prompts: a text or token ids, or several of them. A text begins with the end-of-text token, as the training
-            documents do; ids are taken as they are.
-          best_of: how many continuations to generate of each prompt, with seeds of their own, of which the one with the
-            greatest mean logprob is returned; an empty one only if all are.
+          prompts: a text or token ids, or several of them. A text starts with the end-of-text token, like training
+            documents; ids are used unchanged.
+          best_of: number of continuations to generate per prompt, with different seeds; the one with the greatest mean
+            logprob is returned, an empty one only if all are.
           conversation: the name of a conversation that one prompt continues; its state is kept in `sessions`.
-          arguments: as `stream` has them.
+          arguments: as in `stream`.
 
         Returns:
           One completion for one prompt, a list for several, in their order.
@@ -187,18 +187,18 @@ class Engine:
         """Continues one prompt or many, chunk by chunk: an iterator, and an async iterator.
 
         Args:
-          prompts: as `generate` has them.
-          max_tokens: most tokens to generate; 256 by default.
+          prompts: as in `generate`.
+          max_tokens: maximum tokens to generate; 256 by default.
           sampling: a `SamplingParams` or the name of a preset ("greedy", "openai", "rwkv"), or one for each prompt;
             `SamplingParams()` by default.
-          seed: of the draws. With one number, prompt i has seed + i; or a number for each prompt.
-          stop: strings that end a text; neither they nor their first characters are shown.
-          stop_ids: tokens that end a text; None is the end-of-text token alone.
-          top_logprobs: how many of the most likely tokens to report at each position, at most 20 and at most V.
+          seed: random seed. With one number, prompt i has seed + i; or a number per prompt.
+          stop: strings that end a text; not even their first characters are shown.
+          stop_ids: tokens that end a text; None is the end-of-text token only.
+          top_logprobs: number of most likely tokens to report at each position, at most 20 and at most V.
           guidance_scale, negative_prompt: classifier-free guidance, away from the logits after `negative_prompt`.
           state: the `Snapshot` to continue from; None begins a text.
-          return_state: whether `Stream.snapshot` will be asked for.
-          client_id: who asks; clients with queued texts take turns.
+          return_state: whether `Stream.snapshot` will be used.
+          client_id: identifies the client; clients with queued texts take turns.
 
         A text pauses while a thousand of its chunks are not collected.
 
@@ -212,10 +212,10 @@ class Engine:
         )
 
     submit = stream
-    """The same: what is submitted runs whenever anybody waits for anything, and is collected by iterating over it."""
+    """As `stream`; submitted texts run whenever any caller waits, and are collected by iterating."""
 
     def prefill(self, state: Snapshot | None, prompt: Prompt) -> Snapshot:
-        """The state after a prompt that continues a state; None begins a text.
+        """Prefills a prompt after a state (None begins a text) and returns the new state.
 
         Raises:
           ConfigError: an invalid value.
@@ -236,7 +236,7 @@ class Engine:
     # Conversations.
 
     def session(self) -> Session:
-        """A conversation that has not begun."""
+        """A new conversation."""
         return Session(self)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
@@ -244,10 +244,10 @@ class Engine:
         return Session.load(self, path)
 
     def conversation(self, name: str) -> Session:
-        """The conversation of a name, kept in `sessions`; a new one if there is none.
+        """The named conversation in `sessions`; a new one if there is none.
 
         Raises:
-          ConfigError: the name is no string, or a single state is more than `session_bytes`.
+          ConfigError: the name is not a string, or a single state is larger than `session_bytes`.
         """
         if not isinstance(name, str):
             raise ConfigError(f"conversation = {name!r}: must be a string")
@@ -264,23 +264,23 @@ class Engine:
             return session
 
     def _keep(self, name: str, session: Session) -> None:
-        """Updates a conversation's size; one that was evicted comes back, unless another has its name."""
+        """Updates a conversation's size; re-adds an evicted one unless another has its name."""
         with self._lock:
             if self.sessions.get(name) not in (None, session):
                 return
             try:
                 self.sessions.put(name, session)
-            except ConfigError:  # larger than the store with its marks; its user still has it
+            except ConfigError:  # too large for the store with its marks; the caller still has it
                 self.sessions.pop(name)
 
     @property
     def owner(self) -> str:
-        """Checksum of the model's parameters, which its snapshots carry."""
+        """Checksum of the model's parameters, stored in its snapshots."""
         return self._scheduler.owner
 
     @property
     def identity(self) -> Identity:
-        """What state files of this engine belong to; hashes all parameters on first use."""
+        """Identity of this engine's state files; hashes all parameters on first use."""
         with self._identity_lock:
             if self._identity is None:
                 self._identity = model_identity(self.model, self.tokenizer)
@@ -300,17 +300,17 @@ class Engine:
             raise ConfigError(f"prompt = {text!r}: is not UTF-8") from error
         return [self.tokenizer.end_of_text, *ids] if begins else ids
 
-    # From arguments to jobs.
+    # Arguments to jobs.
 
     def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
-        """Checked requests, copies of a prompt beside each other."""
+        """Checked requests, with copies of a prompt adjacent."""
         requests = build_requests(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
         for i, request in enumerate(requests):
             if request.state is not None:
                 self._check_state(request.state)
             name = "prompt" if len(requests) == copies else f"prompt {i // copies}"
             request.check(self.config.vocab_size, self._capacity, name=name)
-            bias_array(request.sampling, self._named)  # refuses bans that leave nothing
+            bias_array(request.sampling, self._named)  # rejects bans of all tokens
             if request.negative_ids and self.options.num_slots < 2:
                 raise ConfigError(
                     f"guidance_scale = {request.guidance_scale}: needs two slots; build the engine with num_slots >= 2"
@@ -324,14 +324,14 @@ class Engine:
         return Job(request, index, cursors, tables, text, max_pending_chunks)
 
     def _tables(self, request: Request) -> TokenTables:
-        """Made when a text gets its slot, not while it is queued: V entries each."""
+        """Created when a text gets its slot, not while it is queued: V entries each."""
         stops = np.zeros(self.config.vocab_size, np.bool_)
         stops[list(request.stop_ids)] = True
         occurrences = initial_occurrences(request.sampling, request.ids, self._weights)
         return TokenTables(occurrences, bias_array(request.sampling, self._named), stops)
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs texts to their ends. Queues no more of them than may soon begin, to leave room for others."""
+        """Runs texts to completion. Queues only as many as may start soon, to leave room for others."""
         pending = collections.deque(enumerate(requests))
         chunks: list[list[Chunk]] = [[] for _ in requests]
         streams: collections.deque[Stream] = collections.deque()
@@ -362,7 +362,7 @@ class Engine:
             return Stream(jobs, self._scheduler, self._lock)
 
     def _wait(self) -> None:
-        """Runs what others have submitted, one step. Raises QueueFullError if all of it waits for its consumers."""
+        """Runs one step of the submitted texts. Raises QueueFullError if all of them wait for their consumers."""
         with self._lock, uninterrupted():
             if not self._scheduler.step() and not self._scheduler.room:
                 raise QueueFullError(

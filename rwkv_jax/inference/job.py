@@ -1,4 +1,4 @@
-"""One text on its way through the engine: what is left to prefill, and what was generated."""
+"""A text in the engine: what is left to prefill and what was generated."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from rwkv_jax.inference.text import TextStream
 
 @dataclasses.dataclass(eq=False)
 class PrefillCursor:
-    """How far one slot has got with its prompt, or with the negative prompt."""
+    """Prefill progress of a slot with the prompt or negative prompt."""
 
     ids: tuple[int, ...]
     """Tokens to prefill."""
     saved: SlotState | None = None
     """The slot's content when it was swapped out; None otherwise."""
     num_prefilled: int = 0
-    """How many of `ids` are prefilled."""
+    """Number of prefilled `ids`."""
     slot: int | None = None
-    """None without a slot."""
+    """Slot index; None without a slot."""
     shared_prefix_length: int = 0
-    """How many of `ids` another known prompt begins with, too: the state there is worth caching."""
+    """Number of `ids` shared with another known prompt: the state there is worth caching."""
 
     @property
     def next_remaining(self) -> int:
-        """Tokens left until the next state to be cached, or until the end."""
+        """Tokens left until the next state to cache, or the end."""
         end = self.shared_prefix_length if self.num_prefilled < self.shared_prefix_length else len(self.ids)
         return end - self.num_prefilled
 
@@ -66,34 +66,34 @@ class Job:
 
     request: Request
     index: int
-    """Index of its prompt in the call."""
+    """Index of the prompt in the call."""
     cursors: list[PrefillCursor]
-    """Of the text itself, and then of the negative prompt if there is one."""
+    """Prefill of the text and, if there is one, of the negative prompt."""
     tables: Callable[[], TokenTables]
-    """Makes the per-token inputs of its slots."""
+    """Creates the per-token inputs of its slots."""
     text: TextStream
     max_pending_chunks: int | None = None
-    """Uncollected chunks at which it pauses; None for texts that are collected as a whole."""
+    """Uncollected chunks at which it pauses; None for texts collected as a whole."""
     waits_for: Job | None = None
     """A job in prefill whose prompt is a prefix of this one's."""
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
-    """Generated and not yet collected."""
+    """Chunks generated and not yet collected."""
     num_generated: int = 0
-    """Tokens generated, a stop token included."""
+    """Tokens generated, including a stop token."""
     burst: list[int] = dataclasses.field(default_factory=list)
-    """Tokens of the last burst that belong to the text, a stop token included."""
+    """Tokens of the last burst that belong to the text, including a stop token."""
     burst_was_used_up: bool = True
-    """Whether `burst` is all that the slot has read since the burst began."""
+    """Whether the slot has read only `burst` since the burst began."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     is_abandoned: bool = False
-    """Nobody will collect it; set by whoever drops the stream, at any moment."""
+    """Nobody will collect it; set at any time when the stream is dropped."""
     is_done: bool = False
-    """Finished, refused, cancelled or failed: it holds no slot and generates nothing more."""
+    """Finished, rejected, cancelled or failed: it has no slot and generates nothing more."""
     snapshot: Snapshot | None = None
-    """The state after all that was generated, for requests with `return_state`."""
+    """The state after all generated tokens, for requests with `return_state`."""
     last_burst: LastBurst | None = None
-    """What the state after an earlier token of the last burst is computed from."""
+    """Data to compute the state after an earlier token of the last burst."""
 
     @property
     def is_prefilling(self) -> bool:
@@ -107,22 +107,22 @@ class Job:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has left the queue for the first time."""
+        """Whether it has left the queue before."""
         return self.is_done or bool(self.slots) or self.num_generated > 0
 
     @property
     def is_paused(self) -> bool:
         """Whether it waits for its consumer.
 
-        With `return_state` the state must stay within one burst of what was collected; other streams are bounded so
-        that the chunks of an absent consumer do not pile up.
+        With `return_state` the state must stay within one burst of what was collected; other streams are bounded to
+        limit the memory of uncollected chunks.
         """
         limit = 1 if self.request.return_state else self.max_pending_chunks
         return limit is not None and len(self.chunks) >= limit
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that its slot has read since the text began."""
+        """Tokens read by its slot since the text began."""
         before = 0 if self.request.state is None else self.request.state.num_tokens
         return before + self.cursors[0].num_prefilled + self.num_generated
 
@@ -152,7 +152,7 @@ class Job:
                 return
 
     def end_after_prefill(self) -> None:
-        """Ends a text of which only the prompt was to be read."""
+        """Ends a text that only needed prefill."""
         self._end("length", None, "")
 
     def _end(
@@ -180,7 +180,7 @@ def decode_params(
         own, *_ = rows = [row_of_slot[slot] for slot in job.slots]
         for row in rows:
             samplings[row], seeds[row] = job.request.sampling, job.request.seed
-            positions[row] = job.num_tokens % 2**31  # the key of a draw takes 31 bits
+            positions[row] = job.num_tokens % 2**31  # random keys take 31 bits
             max_tokens[row] = min(job.request.max_tokens - job.num_generated, burst_length)
             token_row[row] = own
         negative_row[own], guidance_scale[own] = rows[-1], job.request.guidance_scale

@@ -15,28 +15,28 @@ class EngineOptions:
     """The sizes of an engine. Only the first five determine what is compiled, never the requests."""
 
     num_slots: int = 8
-    """Texts that are held on the device at once; others are queued."""
+    """Texts on the device at once; others are queued."""
     batch_sizes: tuple[int, ...] | None = None
-    """Rows of the decode programs: each burst takes the smallest that holds its texts. None is 1 and all slots."""
+    """Batch sizes of the decode programs: each burst uses the smallest that fits. None is 1 and all slots."""
     prefill_length: int = 512
-    """Tokens of a long prompt in one prefill call."""
+    """Tokens of a long prompt per prefill call."""
     short_prefill_length: int = 64
-    """Tokens of each short prompt, and of the ends of long ones, in one prefill call."""
+    """Tokens of each short prompt, and of the ends of long ones, per prefill call."""
     burst_length: int = 8
-    """Tokens that the device generates before the host sees them."""
+    """Tokens generated on the device before they are copied to the host."""
     max_queue: int = 1024
-    """Texts that may wait for a slot; further ones are refused."""
+    """Texts that may wait for a slot; further ones are rejected."""
     prefix_bytes: int = 256 * _MIB
-    """Size of the cache for states of prompts, which prompts with the same prefix start from; 0 is no cache."""
+    """Size of the prefix cache of prompt states; 0 disables it."""
     min_prefix_tokens: int = 16
     """Shorter prompts are not cached."""
     batch_invariant: bool = False
-    """Whether a text's numbers are bit for bit the same alone and among others: every burst decodes all slots, short
-    prompts are prefilled in batches only, and there is no prefix cache. Costs time where few texts run."""
+    """Whether a text's results are bit-identical alone and among others: every burst decodes all slots, short prompts
+    are prefilled in batches only, and there is no prefix cache. Slower if few texts run."""
     session_bytes: int = 1024 * _MIB
-    """Size of the store for named conversations; the least recently used go first."""
+    """Size of the store for named conversations; the least recently used are evicted first."""
     session_idle_seconds: float = 3600.0
-    """After which a named conversation is forgotten."""
+    """Idle seconds after which a named conversation is dropped."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length", "max_queue"):

@@ -1,6 +1,6 @@
-"""Prefix cache: states after token sequences that many prompts begin with, so that each is prefilled once.
+"""Prefix cache: states after common prefixes of prompts, so that each is prefilled once.
 
-A radix tree: an edge holds the tokens between two branches, so that a prompt of any length costs a node or two, and a
+A radix tree: an edge has the tokens between two branches, so that a prompt of any length needs one or two nodes, and a
 lookup compares whole edges at a time.
 """
 
@@ -21,7 +21,7 @@ Tokens = NDArray[np.int32]
 
 
 class _Node:
-    """The tokens from its parent to here, and what follows; with a snapshot, the end of an entry.
+    """A node: the tokens from its parent, and its children; with a snapshot, the end of an entry.
 
     Every node but the root has a snapshot or two children.
     """
@@ -29,7 +29,7 @@ class _Node:
     __slots__ = ("children", "edge", "num_bytes", "parent", "snapshot")
 
     def __init__(self, edge: Tokens, parent: _Node | None) -> None:
-        # A copy: a view would keep all the tokens that it was taken from.
+        # A copy: a view would keep the whole original array alive.
         self.edge = edge.copy()
         self.parent = parent
         self.children: dict[int, _Node] = {}
@@ -38,14 +38,14 @@ class _Node:
 
 
 class PrefixCache:
-    """Token sequences to snapshots, looked up by the longest one that a prompt begins with. Thread-safe.
+    """Maps token sequences to snapshots; looks up the longest one that is a prefix of a prompt. Thread-safe.
 
-    The least recently used are evicted first. An entry counts with its snapshot and four bytes a token, whether or not
-    it shares some with others.
+    The least recently used are evicted first. An entry's size is its snapshot plus four bytes per token, even if tokens
+    are shared with others.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        """Empty. Raises ConfigError for a bound that is not positive."""
+        """An empty cache. Raises ConfigError for a bound that is not positive."""
         if max_bytes < 1:
             raise ConfigError(f"max_bytes = {max_bytes}: must be 1 or more")
         self._max_bytes = max_bytes
@@ -55,7 +55,7 @@ class PrefixCache:
         self._num_bytes = 0
 
     def lookup(self, tokens: Sequence[int] | NDArray[Any]) -> tuple[int, Snapshot] | None:
-        """The longest cached prefix of some tokens, which may be all of them, or None.
+        """The longest cached prefix of the tokens, possibly all of them, or None.
 
         Returns:
           Its number of tokens, and the snapshot after them, which becomes the most recently used.
@@ -75,11 +75,11 @@ class PrefixCache:
 
     @property
     def max_bytes(self) -> int:
-        """Its bound."""
+        """Maximum bytes of all entries."""
         return self._max_bytes
 
     def shared_prefix_length(self, tokens: Sequence[int] | NDArray[Any]) -> int:
-        """Length of the longest prefix of some tokens that a cached sequence begins with, too."""
+        """Length of the longest common prefix of the tokens and any cached sequence."""
         wanted = _as_tokens(tokens)
         with self._lock:
             node, position = self._root, 0
@@ -95,13 +95,13 @@ class PrefixCache:
             return position
 
     def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot) -> bool:
-        """Keeps the snapshot after some tokens, replacing one that is there.
+        """Stores the snapshot after some tokens, replacing an existing one.
 
         Args:
-          tokens: all that the snapshot has read since its text began.
+          tokens: all tokens read by the snapshot since its text began.
 
         Returns:
-          Whether it is kept: not if it is larger than the whole cache, which then stays as it is.
+          Whether it is stored: not if it is larger than the whole cache, which is then unchanged.
 
         Raises:
           ConfigError: no tokens, or not as many as the snapshot has read.
@@ -135,7 +135,7 @@ class PrefixCache:
             return self._num_bytes
 
     def _node_at(self, path: Tokens) -> _Node:
-        """The node that ends exactly there, made if need be; an edge from which the path parts is cut in two."""
+        """The node exactly at the end of a path, created if missing; splits an edge where the path diverges."""
         node, position = self._root, 0
         while position < len(path):
             child = node.children.get(int(path[position]))
@@ -169,7 +169,7 @@ def _as_tokens(tokens: Sequence[int] | NDArray[Any]) -> Tokens:
 
 
 def _next_node(node: _Node, path: Tokens, position: int) -> _Node | None:
-    """The child whose whole edge the path has at a position."""
+    """The child whose whole edge matches the path at a position."""
     child = node.children.get(int(path[position])) if position < len(path) else None
     if child is None or not np.array_equal(child.edge, path[position : position + len(child.edge)]):
         return None
@@ -193,7 +193,7 @@ def _cut(node: _Node, length: int) -> _Node:
 
 
 def _prune(node: _Node) -> None:
-    """Takes out a node that lost its snapshot, if nothing needs it, and then perhaps the one before it."""
+    """Removes a leaf without snapshot; joins a node without snapshot and with one child to that child."""
     if not node.children and node.parent is not None:
         node, leaf = node.parent, node
         del node.children[int(leaf.edge[0])]

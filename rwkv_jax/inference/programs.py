@@ -1,10 +1,10 @@
 """Compiled prefill and decode programs over a fixed array of slots.
 
-A slot is one row of every array. Its `logits` are those after the last token that it has read, so decoding is: choose a
-token from them, then read it. Every token that comes out has therefore been read, the last one and a stop token too, so
-that a text can be continued after any of them. No shape depends on the length of a text, of a prompt, or on how many
-texts there are, so the number of programs is known when the engine is built: three that make, fill and copy slots,
-three prefill shapes, and one decode program for each batch size (two, where top logprobs are asked for).
+A slot is one row of every array. Its `logits` follow the last token read, so decoding is: choose a token from them,
+then read it. Every generated token has therefore been read, including the last one and a stop token, so a text can be
+continued after any of them. No shape depends on the length of a text or prompt or on the number of texts, so the number
+of programs is fixed when the engine is built: three that create, fill and copy slots, three prefill shapes, and one
+decode program per batch size (two, if top logprobs are requested).
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 class Slots(NamedTuple):
-    """What the device holds of each text; S slots."""
+    """Device arrays of all texts; S slots."""
 
     state: Any
     """The model's state of S rows."""
     logits: Array
-    """[S, V] after the last token, in float32; in float64 of a float64 model."""
+    """[S, V] after the last token, float32, or float64 in a float64 model."""
     occurrences: Array
-    """float32 [S, V], as `sampling.count` counts them."""
+    """float32 [S, V], counted by `sampling.count`."""
     bias: Array
-    """float32 [S, V], added to logits; -inf for tokens that must not be chosen."""
+    """float32 [S, V], added to logits; -inf for banned tokens."""
     stops: Array
     """bool [S, V], tokens that end a text."""
 
 
 class BurstStart(NamedTuple):
-    """State and logits of each slot before its last burst, so that a text can be left at an earlier token of it."""
+    """State and logits of each slot before its last burst, from which earlier tokens' states are recomputed."""
 
     state: Any
     logits: Array
 
 
 class SlotState(NamedTuple):
-    """What changes in one slot while its text is generated."""
+    """The fields of one slot that change while its text is generated."""
 
     state: Any
     logits: Array
@@ -59,16 +59,16 @@ class SlotState(NamedTuple):
 
 
 class DecodeParams(NamedTuple):
-    """How the rows of a burst are decoded; one entry a row."""
+    """How the rows of a burst are decoded; one entry per row."""
 
     settings: Settings
     seeds: NDArray[np.uint32]
     positions: NDArray[np.int32]
-    """Tokens of the text before this burst: with the seed, what the keys of its draws are made of."""
+    """Tokens of the text before this burst; random keys are derived from it and the seed."""
     max_tokens: NDArray[np.int32]
-    """Most tokens to generate in this burst; 0 leaves a row untouched."""
+    """Maximum tokens to generate in this burst; 0 leaves a row unchanged."""
     token_row: NDArray[np.int32]
-    """The row whose token this one reads: itself, or the guided row if this is a negative prompt's."""
+    """The row whose tokens this one reads: itself, or for a negative prompt the guided row."""
     negative_row: NDArray[np.int32]
     """The row of the negative prompt; itself without guidance."""
     guidance_scale: NDArray[np.float32]
@@ -76,7 +76,7 @@ class DecodeParams(NamedTuple):
 
 
 class DecodeBurst(NamedTuple):
-    """What b rows have generated in at most k steps; a row's first `counts` entries are its own."""
+    """Tokens that b rows generated in at most k steps; the first `counts` entries of each row are valid."""
 
     counts: Array
     """int32 [b]."""
@@ -91,7 +91,7 @@ class DecodeBurst(NamedTuple):
 
 
 class Programs:
-    """The engine's compiled functions, for one model and one number of slots. They donate slots and burst starts."""
+    """The engine's compiled functions for one model and number of slots. They donate slots and burst starts."""
 
     def __init__(
         self, model: LanguageModel, num_slots: int, burst_length: int, weights: NDArray[np.float32], mesh: Mesh | None
@@ -99,8 +99,8 @@ class Programs:
         """Compiles nothing yet.
 
         Args:
-          burst_length: most tokens that a burst generates in each row.
-          weights: [V], how much an occurrence of each token counts (`sampling.occurrence_weights`).
+          burst_length: maximum tokens per row and burst.
+          weights: [V], weight of an occurrence of each token (`sampling.occurrence_weights`).
           mesh: rows are split over its axes `data` and `fsdp` if these divide their number; None is one device.
         """
         self.graphdef, self.params = nnx.split(model, nnx.Param)
@@ -110,7 +110,7 @@ class Programs:
         self._weights = weights
         self._logits_dtype = model.config.parameter_dtype
         if mesh is None:
-            # Explicit: jit compiles twice for arrays that are committed to a device and arrays that are not.
+            # Explicit, since jit compiles separately for committed and uncommitted arrays.
             device = next(iter(jax.tree.leaves(self.params)[0].devices()))
             replicated = slots_on = start_on = SingleDeviceSharding(device)
         else:
@@ -141,7 +141,7 @@ class Programs:
         in_state = on_stacked if self._rows_axis == 1 else on_rows
         return split._replace(state=jax.tree.map(lambda _: in_state, tree.state))
 
-    # Rows of a state: axis 1 where layers are stacked, else axis 0.
+    # Rows of a state: axis 1 if layers are stacked, else axis 0.
 
     def _at(self, rows: Any) -> Any:
         return (slice(None), rows) if self._rows_axis == 1 else rows
@@ -164,7 +164,7 @@ class Programs:
         return x._replace(**new)
 
     def checksum(self) -> bytes:
-        """8 bytes over the bits of all parameters, which tell models of one shape apart (not cryptographic).
+        """8-byte checksum of all parameters' bits, to distinguish models of the same shape (not cryptographic).
 
         One program per parameter shape: a single one takes XLA a minute to compile for 24 layers.
         """
@@ -206,8 +206,8 @@ class Programs:
 
         Args:
           rows: int32 [r], slots; None is all of them in order.
-          tokens: int32 [r, T], the first `lengths` [r] of each row; 0 leaves a slot untouched.
-          wants_logits: whether any row needs its logits now; otherwise all are left as they were.
+          tokens: int32 [r, T], of which each row's first `lengths` [r] are valid; 0 leaves a slot unchanged.
+          wants_logits: whether any row needs its logits now; otherwise none are updated.
         """
         model = self._model(params)
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
@@ -230,11 +230,11 @@ class Programs:
         *,
         num_top: int,
     ) -> tuple[Slots, BurstStart, DecodeBurst]:
-        """Generates tokens in b slots until each has its `max_tokens`, or a token that ends it.
+        """Generates tokens in b slots until each has `max_tokens` or a token that ends it.
 
         Args:
-          rows: int32 [b], slots; None is all of them in order; S stands for none.
-          num_top: most likely tokens to report at each position, at most V; each number compiles a program.
+          rows: int32 [b], slots; None is all of them in order; S is a padding row.
+          num_top: number of most likely tokens to report, at most V; each value compiles a program.
         """
         model = self._model(params)
         num_top = min(num_top, self.vocab_size)
@@ -281,13 +281,13 @@ class Programs:
         return self._scatter(slots, rows, state=state, logits=logits, occurrences=occurrences), burst_start, burst
 
     def _start_burst(self, start: BurstStart, rows: Array | None, own: Slots, decode: DecodeParams) -> BurstStart:
-        """Burst starts, with those of the rows that this burst decodes."""
+        """Updates burst starts for the rows that this burst decodes."""
         if rows is None:
             active = jnp.asarray(decode.max_tokens) > 0
             choose_rows = functools.partial(_where_rows, active)
             state = jax.tree.map(functools.partial(choose_rows, self._rows_axis), own.state, start.state)
             return BurstStart(state, choose_rows(0, own.logits, start.logits))
-        # In a branch: otherwise XLA fuses this with what reads the rows, and copies all slots twice.
+        # In a branch: otherwise XLA fuses this with the rows' readers and copies all slots twice.
         return jax.lax.cond(
             jnp.any(decode.max_tokens > 0),
             lambda start: self._scatter(start, rows, state=own.state, logits=own.logits),
@@ -304,7 +304,7 @@ def _take_rows(rows: Array, axis: int, x: Array) -> Array:
 
 
 def _set_rows(rows: Array, axis: int, x: Array, new: Array) -> Array:
-    """The array with new rows; rows beyond the last are dropped (a single row is always a real one)."""
+    """Replaces rows of an array; rows beyond the last are dropped (a single row is always valid)."""
     if len(rows) == 1:
         return jax.lax.dynamic_update_slice_in_dim(x, new, rows[0], axis)
     return x.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
@@ -327,14 +327,14 @@ def _guide(decode: DecodeParams, logits: Array) -> Array:
 
 
 def _where_rows(condition: Array, axis: int, x: Array, y: Array) -> Array:
-    """Rows of x along an axis where the condition [S] holds, of y elsewhere."""
+    """Rows of x along an axis where the condition [S] holds, else of y."""
     shape = [1] * x.ndim
     shape[axis] = -1
     return jnp.where(condition.reshape(shape), x, y)
 
 
 def pad(values: Sequence[Any], size: int, filler: Any, dtype: Any) -> NDArray[Any]:
-    """Values as an array of a fixed size, filled up at its end."""
+    """Values as an array of a fixed size, padded at the end."""
     padded = np.full(size, filler, dtype)
     padded[: len(values)] = values
     return padded

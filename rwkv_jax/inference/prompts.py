@@ -1,4 +1,4 @@
-"""Normalizes the arguments of `Engine.generate` and `Engine.stream` to one `Request` a text."""
+"""Normalizes the arguments of `Engine.generate` and `Engine.stream` to one `Request` per text."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class SessionArguments(TypedDict, total=False):
 
 
 class Arguments(SessionArguments, total=False):
-    """The same, and the states before and after it, which a session holds itself."""
+    """Arguments of a continuation with the states before and after it, which a session manages itself."""
 
     state: Snapshot | None
     return_state: bool
 
 
-_ARGUMENTS = frozenset(Arguments.__annotations__)  # those of its base, too
+_ARGUMENTS = frozenset(Arguments.__annotations__)  # including those of the base class
 
 
 def is_one(prompts: Any) -> bool:
-    """Whether this is one prompt, a text or token ids, and not several.
+    """Whether this is one prompt (a text or token ids) rather than several.
 
     Raises:
-      ConfigError: it is neither, or gives its prompts only once.
+      ConfigError: it is neither, or an iterator.
     """
     if isinstance(prompts, str):
         return True
@@ -66,14 +66,14 @@ def is_one(prompts: Any) -> bool:
 def build_requests(
     encode: Callable[..., list[int]], end_of_text: int, prompts: Any, copies: int, arguments: Mapping[str, Any]
 ) -> list[Request]:
-    """One request for each prompt and copy, copies beside each other.
+    """One request per prompt and copy, with copies adjacent.
 
     Args:
       encode: encode(text, begins=) -> ids.
-      arguments: as `Engine.stream` has them.
+      arguments: as in `Engine.stream`.
 
     Raises:
-      ConfigError: what does not go together, or has no such name; values are checked by `Request.check`.
+      ConfigError: incompatible or unknown arguments; values are checked by `Request.check`.
     """
     if unknown := sorted(arguments.keys() - _ARGUMENTS):
         remedy = _ELSEWHERE.get(unknown[0], "Engine.stream lists them")
@@ -84,7 +84,7 @@ def build_requests(
         raise ConfigError(f"state = {state!r}: must be a Snapshot, such as Session.snapshot")
     each: list[Any] = [prompts] if is_one(prompts) else list(prompts)
     if not each and state is not None:
-        each = [""]  # no ids: nothing to read before going on
+        each = [""]  # no ids: nothing to prefill
     if not each:
         raise ConfigError("prompts: there are none; give at least one")
     if (state is not None or given.get("return_state")) and len(each) * copies > 1:
@@ -98,7 +98,7 @@ def build_requests(
     negative_ids = () if negative is None else _ids("negative_prompt", negative, encode, begins=True)
     requests = []
     for i, prompt in enumerate(each):
-        # After a state there may be nothing to read.
+        # After a state the prompt may be empty.
         is_nothing = state is not None and isinstance(prompt, str) and not prompt
         ids = () if is_nothing else _ids(f"prompt {i}", prompt, encode, begins=state is None)
         for seed in seeds[i * copies : (i + 1) * copies]:

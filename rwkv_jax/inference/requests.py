@@ -1,4 +1,4 @@
-"""A checked request to the engine, and the chunks and completions that come back."""
+"""Requests to the engine, and the chunks and completions that it returns."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.text import check_stop_strings
 
 Prompt = str | Sequence[int]
-"""A text, or token ids."""
+"""A text or token ids."""
 
 TopLogprobs = tuple[tuple[int, float], ...]
-"""The most likely tokens at one position and their logprobs, the most likely first."""
+"""The most likely tokens at a position and their logprobs, most likely first."""
 
 _MAX_GUIDANCE_SCALE = 1e6
 
@@ -41,19 +41,19 @@ class Request:
     """One prompt to continue."""
 
     ids: tuple[int, ...]
-    """Prompt tokens; at least one, unless `state` has read some."""
+    """Prompt tokens; at least one unless `state` is given."""
     max_tokens: int = 256
-    """Most tokens to generate; 0 only prefills."""
+    """Maximum tokens to generate; 0 only prefills."""
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    """How tokens are chosen."""
+    """Sampling parameters."""
     seed: int = 0
-    """The key of the text's token t is derived from seed and t, whatever else is running."""
+    """The random key of the text's token t is derived only from seed and t."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; neither they nor their first characters are shown."""
+    """Strings that end the text; not even their first characters are shown."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the text, and are no part of it."""
+    """Tokens that end the text; not included in it."""
     top_logprobs: int = 0
-    """How many of the most likely tokens to report at each position."""
+    """Number of most likely tokens to report at each position."""
     state: Snapshot | None = None
     """State to continue from; None begins a text."""
     guidance_scale: float = 1.0
@@ -61,19 +61,19 @@ class Request:
     negative_ids: tuple[int, ...] = ()
     """Negative prompt of classifier-free guidance (arXiv 2306.17806); empty where guidance_scale is 1."""
     return_state: bool = False
-    """Whether the final state is wanted. Such a text runs at most a burst ahead of its consumer."""
+    """Whether the final state is needed. Such a text runs at most one burst ahead of its consumer."""
     client_id: str = ""
-    """Whose request it is: the engine takes the queues of clients in turn."""
+    """The client: clients' queues take turns."""
 
     def check(self, vocab_size: int, capacity: int | None, *, name: str = "prompt") -> None:
-        """Refuses what cannot be run.
+        """Checks the request.
 
         Args:
-          capacity: tokens that a state holds; None where there is no limit.
-          name: of the prompt, among others.
+          capacity: maximum tokens in a state; None for no limit.
+          name: of the prompt, for messages.
 
         Raises:
-          ConfigError: names the value, and what would do.
+          ConfigError: an invalid value; the message has the remedy.
         """
         if not isinstance(self.sampling, SamplingParams):
             raise ConfigError(f"sampling = {self.sampling!r}: must be a SamplingParams or the name of a preset")
@@ -133,35 +133,35 @@ class Chunk:
     index: int
     """Which of the prompts it continues."""
     text: str
-    """Whole characters; may be empty while a character, or what may become a stop string, is incomplete."""
+    """Whole characters; may be empty while a character or possible stop string is incomplete."""
     ids: tuple[int, ...]
-    """Its token; empty for a stop id, and where nothing was generated."""
+    """Its token; empty for a stop id or if nothing was generated."""
     logprobs: tuple[float, ...]
     """Of each of `ids`, by the model alone (after guidance): no temperature, no penalties."""
     top_logprobs: tuple[TopLogprobs, ...] = ()
     """For each of `ids`, the most likely tokens there."""
     finish_reason: FinishReason | None = None
-    """Set in a text's last chunk."""
+    """Set in the text's last chunk."""
     stop: int | str | None = None
     """The stop id or stop string that ended the text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A whole continuation."""
+    """A complete continuation."""
 
     index: int
     """Which of the prompts it continues."""
     text: str
-    """Without the prompt and without what stopped it."""
+    """Text without the prompt, stop string and stop id."""
     ids: tuple[int, ...]
-    """Generated tokens, without a stop id; those of a stop string are among them."""
+    """Generated tokens without a stop id; includes those of a stop string."""
     logprobs: tuple[float, ...]
     """Of each of `ids`, by the model alone (after guidance)."""
     top_logprobs: tuple[TopLogprobs, ...]
     """For each of `ids`, the most likely tokens there."""
     finish_reason: FinishReason
-    """Why it ended."""
+    """Reason of the end."""
     stop: int | str | None
     """The stop id or stop string that ended it."""
     num_prompt_tokens: int
@@ -179,7 +179,7 @@ class Completion:
 
 
 def join(chunks: Sequence[Chunk], index: int, num_prompt_tokens: int) -> Completion:
-    """The completion of which these are all chunks, in order."""
+    """Joins all chunks of a text, in order, into its completion."""
     last = chunks[-1]
     if last.finish_reason is None:
         raise ValueError("join: the last chunk does not end a text")

@@ -1,33 +1,33 @@
-"""Sampling the next token from logits: `SamplingParams`, and functions that apply each row's own inside jit.
+"""Sampling of the next token from logits: `SamplingParams`, and functions that apply per-row parameters inside jit.
 
-Two orders are in use, and `SamplingParams.order` names one of them. Both begin alike:
+`SamplingParams.order` selects one of two orders. Both start with:
 
     1. repetition penalty: the logit of a token that has occurred is divided by it if positive, else multiplied;
-    2. presence and frequency penalty: it falls by presence + occurrences * frequency;
-    3. logit bias is added, and banned tokens become impossible.
+    2. presence and frequency penalty: it is reduced by presence + occurrences * frequency;
+    3. logit bias is added, and banned tokens are excluded.
 
-Temperature 0 takes the most likely token here, and so does top_p 0, as in the `rwkv` package. Otherwise "openai", the
+With temperature 0, or top_p 0 as in the `rwkv` package, the most likely token is now taken. Otherwise "openai", the
 order of transformers and vLLM, continues with
 
     4. temperature divides the logits;
     5. top-k keeps the k most likely tokens;
-    6. top-p keeps the most likely of those whose probabilities, out of what step 5 left, add up to p;
+    6. top-p keeps the most likely tokens whose probabilities, renormalized after step 5, add up to p;
     7. min-p keeps tokens at least min_p times as likely as the most likely one;
-    8. typical keeps, of what is left and by the probabilities there, the tokens whose surprise is nearest to its mean,
-       until they add up to typical_p (Meister et al. 2023, https://arxiv.org/abs/2202.00666);
+    8. typical keeps, of the remaining tokens, renormalized, those whose surprise is nearest to its mean, until they add
+       up to typical_p (Meister et al. 2023, https://arxiv.org/abs/2202.00666);
 
 and "rwkv", the order of the official `rwkv` package, with
 
     4. top-p, by the probabilities of all tokens at temperature 1;
-    5. top-k, of all tokens, so that whichever of the two keeps fewer decides;
-    6. min-p and typical, which the package does not have, as in the steps 7 and 8 above, at temperature 1;
+    5. top-k, of all tokens, so that the stricter of the two applies;
+    6. min-p and typical, which the package does not have, as in steps 7 and 8 above, at temperature 1;
     7. probabilities to the power of 1 / temperature.
 
-In both, tokens as likely (or as typical) as the last one kept are kept too, and the most likely is kept by top-k,
-top-p and min-p whatever they are. Typical may drop it, and keeps at least one token.
+In both, ties with the last token kept are kept too, and top-k, top-p and min-p always keep the most likely token.
+Typical may drop it, but keeps at least one token.
 
 The orders also differ in what counts as an occurrence. In "rwkv" space, tab, single digits and ascending runs of them,
-such as 12, weigh 0: they bear the presence penalty alone, as in the package. In "openai" each weighs 1. In both, a
+such as 12, weigh 0: only the presence penalty applies to them, as in the package. In "openai" each weighs 1. In both, a
 token's occurrences are multiplied by `penalty_decay` at each token, and it keeps the presence penalty.
 """
 
@@ -48,27 +48,27 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.selection import draw, first_largest, largest_floor
 
 Order = Literal["openai", "rwkv"]
-"""In which order the settings apply; see the module's docstring."""
+"""The order in which settings apply; see the module's docstring."""
 
 Preset = Literal["greedy", "openai", "rwkv"]
-"""Names of presets, which are taken in place of a `SamplingParams`."""
+"""Names of presets, accepted in place of a `SamplingParams`."""
 
 _WEIGHTLESS = " \t0123456789"
-"""A token whose text is a part of this weighs nothing in the order "rwkv", as in the official package."""
+"""Tokens whose text is a substring of this weigh 0 in the order "rwkv", as in the official package."""
 
 _NEVER = -1.0
-"""Occurrences of a token that has not occurred; 0 is what weightless ones have."""
+"""Marks a token that has not occurred; weightless ones that have occurred have 0."""
 
 _MAX_SETTING = 1e9
-"""Settings beyond it, or below its reciprocal where they divide, would leave float32."""
+"""Maximum of settings (and its reciprocal the minimum of divisors), so that results stay within float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a text are sampled. Hashable.
+    """Sampling parameters of a text. Hashable.
 
     Raises:
-      ConfigError: a value that cannot work, by its name.
+      ConfigError: an invalid value; the message has its name.
     """
 
     temperature: float = 1.0
@@ -89,15 +89,15 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from the logit of a token for each of its occurrences."""
     penalty_decay: float = 1.0
-    """What an occurrence is worth one token later, as a part of what it was; 1 forgets nothing."""
+    """Factor on the weight of earlier occurrences at each token; 1 is no decay."""
     penalize_prompt: bool = False
-    """Whether tokens of the prompt count as occurrences, as generated ones do."""
+    """Whether tokens of the prompt count as occurrences, like generated ones."""
     order: Order = "openai"
     """Whether temperature applies before the other settings or after them; see the module's docstring."""
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
-    """Added to the logits of these ids. Kept as pairs in the order of the ids."""
+    """Added to the logits of these ids. Stored as pairs sorted by id."""
     banned: Sequence[int] = ()
-    """Ids never to be chosen. Kept as a tuple in their order."""
+    """Ids never to be chosen. Stored as a sorted tuple."""
 
     def __post_init__(self) -> None:
         self._require_between("temperature", 0, _MAX_SETTING)
@@ -122,7 +122,7 @@ class SamplingParams:
 
     def _require_between(self, name: str, minimum: float, maximum: float) -> None:
         value = getattr(self, name)
-        # NaN lies nowhere.
+        # NaN fails every comparison.
         if not (is_number(value) and minimum <= value <= maximum):
             raise ConfigError(f"{name} = {value!r}: must be a number from {minimum:g} to {maximum:g}")
 
@@ -151,7 +151,7 @@ class SamplingParams:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The preset of a name: "greedy", "openai" or "rwkv"."""
+        """The preset of this name: "greedy", "openai" or "rwkv"."""
         if name not in typing.get_args(Preset):
             raise ConfigError(
                 f"sampling = {name!r}: must be a SamplingParams, or one of {', '.join(typing.get_args(Preset))}"
@@ -164,7 +164,7 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises ConfigError for ids that a model of so many has not."""
+        """Raises ConfigError for ids outside the vocabulary."""
         for name, ids in (("logit_bias", tuple(dict(self.logit_bias))), ("banned", self.banned)):
             if ids and max(ids) >= vocab_size:
                 raise ConfigError(f"{name} names id {max(ids)}: the model's ids are 0 to {vocab_size - 1}")
@@ -198,7 +198,7 @@ def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
 
 
 class Settings(NamedTuple):
-    """The settings of rows, each [B], so that values are no part of a program. Fields as in `SamplingParams`."""
+    """Settings of rows, each [B], as array arguments of a program. Fields as in `SamplingParams`."""
 
     temperature: Any
     top_p: Any
@@ -225,10 +225,10 @@ def stack_settings(rows: Sequence[SamplingParams]) -> Settings:
 
 
 def bias_array(sampling: SamplingParams, is_named: np.ndarray) -> np.ndarray:
-    """float32 [V] to be added to logits: the bias, and -inf for what is banned.
+    """float32 [V] to add to logits: the bias, and -inf for banned tokens.
 
     Args:
-      is_named: bool [V], whether the tokenizer has a text for an id; others are banned too, since no text trained them.
+      is_named: bool [V], whether the tokenizer has a text for an id; others are banned too, since they are untrained.
 
     Raises:
       ConfigError: an id beyond V, or no token is left.
@@ -248,21 +248,21 @@ def occurrence_weights(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
     def weight(token: int) -> float:
         text = tokenizer.token_bytes(token).decode(errors="replace") if tokenizer.is_named(token) else ""
-        # The package writes end_of_text out, so that it counts; here it has no text.
+        # In the package end_of_text has a text, so that it counts; here it has none.
         return 0.0 if text and text in _WEIGHTLESS else 1.0
 
     return np.array([weight(token) for token in range(vocab_size)], np.float32)
 
 
 def no_occurrences(vocab_size: int) -> np.ndarray:
-    """float32 [V] of a text in which no token has occurred."""
+    """Occurrences, float32 [V], of an empty text."""
     return np.full(vocab_size, _NEVER, np.float32)
 
 
 def initial_occurrences(
     sampling: SamplingParams, prompt_ids: Sequence[int] | np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """float32 [V] after a prompt: none, unless the settings penalize its tokens; then as `count` of each in turn.
+    """Occurrences, float32 [V], after a prompt: none unless the settings penalize its tokens, else as by `count`.
 
     Args:
       weights: float32 [V], of `occurrence_weights`.
@@ -279,7 +279,7 @@ def initial_occurrences(
 
 
 def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array) -> Array:
-    """Occurrences [B, V] once tokens [B] have been chosen; those of rows that penalize nothing stay as they are.
+    """Updates occurrences [B, V] with chosen tokens [B]; rows without penalties are unchanged.
 
     Args:
       weights: float32 [V], of `occurrence_weights`.
@@ -296,20 +296,20 @@ def count(occurrences: Array, tokens: Array, settings: Settings, weights: Array)
 
 
 def choose(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
-    """The next token of each row; what a row gets does not depend on the others.
+    """Chooses the next token of each row, independently of other rows.
 
     Args:
       logits: float32 [B, V].
       occurrences: float32 [B, V], of `initial_occurrences` and `count`.
       bias: float32 [B, V], of `bias_array`.
       settings: arrays [B].
-      keys: random keys [B]; rows of temperature 0 do not use theirs.
+      keys: random keys [B]; unused in rows of temperature 0.
 
     Returns:
       int32 [B].
     """
     arguments = (logits, occurrences, bias, settings, keys)
-    # On a CPU a row at a time stays in the cache through all passes over it; elsewhere the rows of a pass go together.
+    # On a CPU one row at a time stays in the cache for all passes; elsewhere all rows are processed together.
     return jax.lax.platform_dependent(*arguments, cpu=choose_one_by_one, default=choose_together)
 
 
@@ -323,7 +323,7 @@ def choose_one_by_one(*arguments: Any) -> Array:
 
 
 def choose_together(logits: Array, occurrences: Array, bias: Array, settings: Settings, keys: Array) -> Array:
-    """`choose`, all rows in each pass; a pass is skipped if no row needs it."""
+    """`choose`, for all rows at once; passes that no row needs are skipped."""
     adjusted = _penalized(logits, occurrences, settings) + bias
     most_likely = first_largest(adjusted)
     is_greedy = settings.temperature <= 0
@@ -346,16 +346,16 @@ def _penalized(logits: Array, occurrences: Array, settings: Settings) -> Array:
 
 
 def _kept(logits: Array, settings: Settings) -> Array:
-    """Probabilities, up to a factor, of what temperature, top-k, top-p, min-p and typical leave; float32 [B, V].
+    """Unnormalized probabilities after temperature, top-k, top-p, min-p and typical; float32 [B, V].
 
-    A row with a finite logit is left a token, and the most likely one has the weight 1.
+    A row with a finite logit keeps at least one token, and the most likely one has the weight 1.
     """
     top_k, top_p, typical_p = settings.top_k, settings.top_p, settings.typical_p
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)[:, None]
     is_rwkv = settings.rwkv_order[:, None]
     largest = jnp.max(logits, axis=-1, keepdims=True)
 
-    # The largest becomes 0, so that no temperature overflows.
+    # The largest becomes 0, so that dividing by temperature cannot overflow.
     relative = logits - largest
     scaled = jnp.where(is_rwkv, relative, relative / temperature)
     weights = jnp.exp(scaled)
@@ -371,7 +371,7 @@ def _kept(logits: Array, settings: Settings) -> Array:
     def top_p_floor() -> Array:
         summed = jnp.where(is_rwkv | in_top_k, weights, 0)
         target = jnp.where(top_p < 1, top_p * jnp.sum(summed, axis=-1), 0)
-        # A token between two floors weighs as much as the lower one, at least.
+        # A token between two floors weighs at least as much as the lower one.
         floor = largest_floor(lambda floor: _mass(summed, summed >= floor), target, 0.0, 1.0, lambda floor: floor)
         return jnp.where(top_p < 1, floor, everything)
 
@@ -380,15 +380,15 @@ def _kept(logits: Array, settings: Settings) -> Array:
 
     def only_typical() -> Array:
         total = jnp.sum(kept, axis=-1, keepdims=True)
-        # The surprise without log(total), which its mean has too. -inf * 0 is nan.
+        # The surprise without log(total), which cancels in the difference to its mean. -inf * 0 is nan.
         surprise = jnp.where(kept > 0, -scaled, 0)
         mean = jnp.sum(kept * surprise, axis=-1, keepdims=True) / total
         typicality = jnp.where(kept > 0, -jnp.abs(surprise - mean), -jnp.inf)
-        # A target that underflows would be reached without any token.
+        # An underflowing target would be reached without any token.
         target = jnp.maximum(jnp.where(typical_p < 1, typical_p * total[:, 0], 0), jnp.finfo(kept.dtype).tiny)
         floor = largest_floor(lambda floor: _mass(kept, typicality >= floor), target, -jnp.inf, 0.0, lambda floor: 0.0)
         left = jnp.where((typicality >= floor[:, None]) | (typical_p >= 1)[:, None], kept, 0)
-        # The most likely may be gone: the largest that is left becomes 0 in its place, so that it has a weight again.
+        # The most likely token may have been dropped: rescale so that the largest remaining weight is 1.
         largest = jnp.max(jnp.where(left > 0, relative, -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(left > 0, jnp.exp((relative - largest) / temperature), 0)
 
@@ -407,12 +407,12 @@ def _count(where: Array) -> Array:
 
 
 def logprobs(logits: Array, tokens: Array) -> Array:
-    """float32 [B]: of tokens [B] by the model's own distribution, logits [B, V], before any setting."""
+    """Logprobs, float32 [B], of tokens [B] under the unmodified distribution of logits [B, V]."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def top_logprobs(logits: Array, n: int) -> tuple[Array, Array]:
-    """The n most likely tokens by the model's own distribution, in order: float32 [B, n] and ids, int32 [B, n]."""
+    """The n most likely tokens under the unmodified distribution: logprobs, float32 [B, n], and ids, int32 [B, n]."""
     values, tokens = jax.lax.top_k(logits, n)
     return values - jax.nn.logsumexp(logits, axis=-1, keepdims=True), tokens

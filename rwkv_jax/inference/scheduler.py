@@ -1,8 +1,8 @@
-"""Continuous batching: which texts hold the slots, and what the device does next.
+"""Continuous batching: assigns slots to texts and schedules prefill and decode.
 
-A step is at most one prefill and one decode call, so that a long prompt delays nobody: texts join and leave between
-steps. Clients with queued texts take turns, and so do prompts in prefill. One thread at a time may use a scheduler; the
-engine's lock sees to that.
+A step is at most one prefill and one decode call, so that a long prompt does not block others: texts join and leave
+between steps. Clients with queued texts take turns, and so do prompts in prefill. A scheduler is not thread-safe; the
+engine holds a lock.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rwkv_jax.inference.requests import MAX_TOP_LOGPROBS, QueueFullError
 from rwkv_jax.inference.snapshot import Snapshot
 
 _MAX_SHORT_CALLS = 4
-"""A prompt's rest that takes more short calls than this is prefilled in long ones, padding included."""
+"""The rest of a prompt that needs more short calls than this is prefilled in long ones, with padding."""
 
 _MIN_SHARE = 1 / 4
-"""Share of a batched prefill's rows that must be used: padding takes as long as they do."""
+"""Minimum share of used rows in a batched prefill, since padding takes as long."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -36,22 +36,22 @@ class NotFiniteError(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes for which programs are compiled."""
+    """Shapes of the compiled programs."""
 
     batch_sizes: tuple[int, ...]
-    """Rows that are decoded at once, ascending; the last is the number of slots."""
+    """Decode batch sizes, ascending; the last is the number of slots."""
     long: int
-    """Tokens of one prompt in a long prefill."""
+    """Tokens per long prefill of one prompt."""
     short: int
-    """Tokens of each prompt in a short prefill, of one or of `short_rows` prompts."""
+    """Tokens per prompt in a short prefill, of one or `short_rows` prompts."""
     short_rows: int
-    """Prompts in a batched prefill; all slots in order, if there are no more."""
+    """Prompts in a batched prefill; all slots in order if there are no more slots."""
     always_batched: bool = False
-    """Whether a single short piece takes a batched prefill, too, and so the same rounding."""
+    """Whether even a single short piece uses a batched prefill, for identical rounding."""
 
 
 class Scheduler:
-    """Runs jobs on slots, a step at a time."""
+    """Runs jobs on slots, step by step."""
 
     def __init__(
         self,
@@ -66,46 +66,46 @@ class Scheduler:
 
         Args:
           max_queue: jobs that may wait for a slot.
-          prefix_cache: where states of prompts are kept and found; None keeps none.
-          min_prefix_tokens: shorter prompts are not kept.
+          prefix_cache: cache for states of prompts; None disables it.
+          min_prefix_tokens: shorter prompts are not cached.
         """
         self._programs, self._shapes = programs, shapes
         self._max_queue, self._prefix_cache, self._min_prefix_tokens = max_queue, prefix_cache, min_prefix_tokens
         self._queue = FairQueue()
         self._prefilling: collections.deque[Job] = collections.deque()
         self._decoding: list[Job] = []
-        self._swapped_out: list[Job] = []  # paused, and without their slots
+        self._swapped_out: list[Job] = []  # paused and without slots
         self.is_busy = False
-        """Whether slots are being changed: asked, under the lock, by finalizers that run in the midst of it."""
+        """Whether slots are being changed; read, under the lock, by finalizers that may run during a step."""
         self.owner = programs.checksum().hex()
-        """Checksum of the model's parameters, by which its snapshots are told from others."""
+        """Checksum of the model's parameters, to recognize its snapshots."""
         self._allocate()
         self.empty_row = self._row(self._slots, 0)
-        """The row of a text that has not begun."""
+        """The row of an empty text."""
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
-        """Of one snapshot."""
+        """Bytes of one snapshot."""
         if prefix_cache is not None and self.state_bytes > prefix_cache.max_bytes:
-            self._prefix_cache = None  # not one of its states would fit
+            self._prefix_cache = None  # not even one state would fit
 
     def _allocate(self) -> None:
         self._free = list(range(self._programs.num_slots))[::-1]
         self._slots, self._burst_start = self._programs.make(self._programs.params)
 
-    # What the engine calls.
+    # Called by the engine.
 
     @property
     def num_queued(self) -> int:
-        """Jobs that wait for a slot."""
+        """Number of jobs that wait for a slot."""
         return len(self._queue)
 
     @property
     def num_running(self) -> int:
-        """Jobs with a slot."""
+        """Number of jobs with a slot."""
         return len(self._prefilling) + len(self._decoding)
 
     @property
     def room(self) -> int:
-        """Jobs that may still be submitted; none while `max_queue` jobs are swapped out for slow consumers."""
+        """Number of jobs that may still be submitted; 0 while `max_queue` jobs are swapped out for slow consumers."""
         return 0 if len(self._swapped_out) >= self._max_queue else max(0, self._max_queue - self.num_queued)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -126,7 +126,7 @@ class Scheduler:
                 self._queue.append(job)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job at what was collected of it; during a step it is only marked, and ends in the next one."""
+        """Ends a job at what was collected; during a step it is only marked, and ended in the next one."""
         if job.is_done:
             return
         if self.is_busy:
@@ -136,7 +136,7 @@ class Scheduler:
                 self._cancel(job)
 
     def extend(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
-        """The state after some more tokens, at once: in a free slot, or in one borrowed from a text for the moment.
+        """Prefills some tokens immediately, in a free slot or one borrowed from a text, and returns the state.
 
         If the device fails, all jobs with a slot end with that error.
         """
@@ -156,7 +156,7 @@ class Scheduler:
                     tables = lender.tables()
                     self._put(slot, lent, tables.bias, tables.stops)
             except BaseException as error:
-                self._fail(error)  # whatever the lender's slot holds now, it is not its text
+                self._fail(error)  # the borrowed slot no longer has its text's state
                 raise
             return state
 
@@ -166,8 +166,8 @@ class Scheduler:
         Returns:
           Whether there was anything to do.
 
-        An error that one job has caused is that job's. If the device fails, or the step is interrupted, all jobs with a
-        slot end with that error, and queued ones go on in new slots.
+        An error caused by one job ends that job. If the device fails or the step is interrupted, all jobs with a slot
+        end with that error, and queued ones continue in new slots.
         """
         with self._exclusive():
             try:
@@ -188,7 +188,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Keeps this thread's own finalizers, which may run at any moment, from changing slots meanwhile."""
+        """Keeps this thread's finalizers, which may run at any time, from changing slots meanwhile."""
         if self.is_busy:
             raise RuntimeError("the engine is in the midst of a step: a finalizer (`__del__`) cannot run it")
         self.is_busy = True
@@ -197,7 +197,7 @@ class Scheduler:
         finally:
             self.is_busy = False
 
-    # Joining and leaving.
+    # Join and leave.
 
     def _cancel(self, job: Job) -> None:
         if job in self._swapped_out:
@@ -222,7 +222,7 @@ class Scheduler:
                 admitted = True
         lacks_slots = lacks_slots or (not self._free and self.num_queued > 0)
         if lacks_slots and not admitted:
-            # A paused text makes room: its state is small, and is restored exactly.
+            # Swap out a paused text: its state is small and restored exactly.
             paused = next((job for job in self._decoding if job.is_paused), None)
             if paused is not None:
                 self._swap_out(paused)
@@ -230,10 +230,10 @@ class Scheduler:
         return admitted
 
     def _is_prefix_in_prefill(self, job: Job) -> bool:
-        """Whether another job's prompt, which this one's begins with, is in prefill and will be cached."""
+        """Whether another job's prompt that is a prefix of this one's is in prefill and will be cached."""
         if self._prefix_cache is None or job.request.state is not None or job.num_generated:
             return False
-        if job.waits_for not in self._prefilling:  # prompts are compared once, not in every step
+        if job.waits_for not in self._prefilling:  # compare prompts once, not in every step
             ids = job.request.ids
             job.waits_for = next(
                 (
@@ -248,8 +248,8 @@ class Scheduler:
         return job.waits_for is not None
 
     def _admit(self, job: Job) -> None:
-        self._prefilling.append(job)  # before the device is asked, so that its failure is this text's failure too
-        job.snapshot = job.last_burst = None  # of when it was swapped out
+        self._prefilling.append(job)  # before the device call, so that its failure also ends this text
+        job.snapshot = job.last_burst = None  # from when it was swapped out
         try:
             tables = job.tables()
             for cursor in job.cursors:
@@ -260,18 +260,18 @@ class Scheduler:
         except Exception as error:
             if any(x.is_deleted() for x in jax.tree.leaves(self._slots)):
                 raise
-            self._finish(job, error)  # the request is at fault: its state was deleted, say
+            self._finish(job, error)  # the request's fault, such as a deleted state
             return
         if not job.is_prefilling:
             self._start_decoding(job)
 
     def _put(self, slot: int, row: SlotState, bias: Any, stops: Any) -> None:
-        # It may come from the host, or from other devices, if an engine of the same weights made it there.
+        # It may be on the host or other devices, if another engine with the same weights made it.
         row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
         self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
     def _first_row(self, job: Job, cursor: PrefillCursor, tables: TokenTables) -> SlotState:
-        """Where a text begins: at its request's state, or behind the longest cached prefix of its prompt."""
+        """Initial state of a text: its request's state, or that after the longest cached prefix of its prompt."""
         state = job.request.state
         if state is not None:
             return SlotState(state.state, state.logits, tables.occurrences)
@@ -326,7 +326,7 @@ class Scheduler:
         self._decoding.clear()
         self._allocate()
 
-    # States on their way out.
+    # States of finished texts.
 
     def _row(self, source: Slots | BurstStart, slot: int) -> SlotState:
         return self._programs.take(source.state, source.logits, self._slots.occurrences, np.int32(slot))
@@ -335,7 +335,7 @@ class Scheduler:
         return Snapshot(row.state, row.logits, num_tokens, self.owner)
 
     def _save_state(self, job: Job) -> None:
-        """Takes out the states that a job's consumer may ask for: now, and before the last burst."""
+        """Extracts the states that a job's consumer may request: now, and before the last burst."""
         if not job.request.return_state or job.is_prefilling:
             return
         cursor = job.cursors[0]
@@ -343,7 +343,7 @@ class Scheduler:
         job.snapshot, job.last_burst = None, None
         if job.burst_was_used_up:
             job.snapshot = self._snapshot(cursor.saved or self._row(self._slots, cursor.slot), job.num_tokens)
-        # With all chunks collected nobody goes back; and a text that was swapped in has no burst in its slot yet.
+        # Not needed if all chunks are collected; and a text just swapped in has no burst in its slot yet.
         if job.burst and (job.chunks or not job.burst_was_used_up):
             before = self._snapshot(self._row(self._burst_start, cursor.slot), job.num_tokens - len(job.burst))
             job.last_burst = LastBurst(before, tuple(job.burst))
@@ -351,7 +351,7 @@ class Scheduler:
     # Prefill.
 
     def _prefill(self) -> bool:
-        """A long piece of the prompt whose turn it is, or else a short piece of each that has no long one."""
+        """Prefills a long piece of the next prompt, or else a short piece of each prompt without a long one."""
         cursors = [cursor for job in self._prefilling for cursor in job.cursors if cursor.remaining]
         if not cursors:
             return False
@@ -397,7 +397,7 @@ class Scheduler:
             self._prefix_cache.put(cursor.ids[: cursor.num_prefilled], snapshot)
 
     def _is_worth_caching(self, cursor: PrefillCursor, size: int) -> bool:
-        """Whether the state after `size` more tokens is cached: at a prompt's end, or where it parts from another."""
+        """Whether to cache the state after `size` more tokens: at a prompt's end, or where it diverges from another."""
         if self._prefix_cache is None or not any(
             cursor in job.cursors and job.request.state is None for job in self._prefilling
         ):
@@ -408,7 +408,7 @@ class Scheduler:
     # Decode.
 
     def _decode(self) -> bool:
-        """A burst of every text that is not paused, in all slots or the smallest batch that holds them."""
+        """Decodes a burst of every text that is not paused, in the smallest batch that fits."""
         jobs = [job for job in self._decoding if not job.is_paused]
         if not jobs:
             return False
@@ -441,7 +441,7 @@ class Scheduler:
         top = [tuple(zip(*of_token, strict=True)) for of_token in zip(ids, values, strict=True)] if num_top else []
         try:
             job.add_burst(burst.tokens[:size, row].tolist(), logprobs.tolist(), top)
-        except Exception as error:  # its tokenizer's, say: nobody else's business
+        except Exception as error:  # such as its tokenizer's error: ends only this job
             self._finish(job, error)
             return
         if job.finish_reason is not None:

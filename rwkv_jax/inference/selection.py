@@ -1,4 +1,4 @@
-"""Selecting among V tokens in a few passes over them, without sorting: thresholds, the largest, and random draws."""
+"""Selection among V tokens in a few passes, without sorting: thresholds, maximum, random draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from einops import rearrange
 from jax import Array
 
 _BLOCK = 256
-"""Tokens whose weights are added up before one of them is drawn."""
+"""Tokens per block; a draw chooses a block first."""
 
 
 def largest_floor(
@@ -20,17 +20,17 @@ def largest_floor(
     largest: Array | float,
     min_mass: Callable[[Array], Array | float],
 ) -> Array:
-    """The largest floor, float32 [B], above which there is still enough mass; `smallest` where there never is.
+    """The largest floor, float32 [B], with enough mass at or above it; `smallest` if there is none.
 
-    Found exactly, by bisection over the bit patterns of float32: at most 32 passes over the tokens, where sorting them
-    takes XLA's CPU a hundred times as long as one. It ends once there is one token, or none, between the bounds.
+    Exact, by bisection over the bit patterns of float32: at most 32 passes over the tokens, while sorting takes XLA's
+    CPU backend a hundred times as long as one pass. It ends when at most one token is between the bounds.
 
     Args:
       mass_above: from floors [B, 1] to the mass [B] of the tokens that are not below; falls as floors rise.
-      target: [B], the mass that is enough.
-      smallest: the values of all tokens are at least this.
-      largest: and at most this, [B] or one for all rows.
-      min_mass: from a floor [B] to the least mass that a token not below it can have.
+      target: [B], the required mass.
+      smallest: lower bound of all tokens' values.
+      largest: upper bound, [B] or one for all rows.
+      min_mass: maps a floor [B] to the minimum mass of a token not below it.
     """
 
     def middle_of(low: Array, high: Array) -> Array:
@@ -64,27 +64,27 @@ def largest_floor(
 
 
 def _to_order(value: Array) -> Array:
-    """int32 in the order of float32."""
+    """Maps float32 to int32 with the same order."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _from_order(order: Array) -> Array:
-    """The float32 that has this place in the order."""
+    """Inverse of the order-preserving map to int32."""
     return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
 
 
 def first_largest(values: Array) -> Array:
-    """int32 [B]: argmax, which XLA does not vectorize on a CPU."""
+    """int32 [B]: argmax, vectorized on CPUs, where XLA's is not."""
     size = values.shape[-1]
     is_largest = values == jnp.max(values, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
 
 
 def draw(weights: Array, keys: Array) -> Array:
-    """int32 [B], each token as often as its part of the weights [B, V]: first a block of tokens, then one of its own.
+    """Draws tokens, int32 [B], in proportion to weights [B, V]: first a block of tokens, then one in it.
 
-    Two random numbers a row serve, where the Gumbel trick needs V; and unlikely tokens are drawn as finely as others.
+    Needs two random numbers per row, while the Gumbel trick needs V; unlikely tokens are drawn as precisely as others.
     """
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     size = weights.shape[-1]
@@ -95,8 +95,8 @@ def draw(weights: Array, keys: Array) -> Array:
 
 
 def _draw_by_sums(weights: Array, uniform: Array) -> Array:
-    """int32 [B]: the first index at which the weights [B, N] so far exceed a uniform part of all; never one without."""
-    # Rounding may let the sums fall, and rise where nothing is added.
+    """int32 [B]: the first index at which cumulative weights [B, N] exceed a uniform share; never one of weight 0."""
+    # Due to rounding, cumulative sums may decrease, or increase at zero weights.
     sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
     exceeds = sums > uniform[:, None] * jnp.max(sums, axis=-1, keepdims=True)
     return jnp.argmax(exceeds, axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Conversations: the state is the context, so a session has a constant size, and forking it copies nothing."""
+"""Conversations: the state is the context, so a session has constant size and forking it copies nothing."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class SessionBusyError(ConfigError):
-    """A session that is in use: its state is not known before that call has ended."""
+    """The session is in use; its state is unknown until that call ends."""
 
 
 class SessionCancelledError(RuntimeError):
-    """A generation that was cancelled from elsewhere while a call waited for it."""
+    """A generation was cancelled by another caller while this one waited for it."""
 
 
 class Session:
-    """One conversation's state, which advances with what is appended and generated.
+    """A conversation's state, which advances with appended and generated tokens.
 
-    Each text is encoded by itself, so two appended texts may have other tokens than their concatenation. What a call
-    generates is part of the state, down to its last token or its stop token, and the next call continues from there.
-    Penalties count the tokens of one call, as in the official package. After an error the session is as it was. Calls
-    from several threads do not wait for each other: the later one raises SessionBusyError.
+    Each text is encoded separately, so two appended texts may have other tokens than their concatenation. All generated
+    tokens, including a stop token, are part of the state, and the next call continues from there. Penalties count the
+    tokens of one call, as in the official package. After an error the session is unchanged. Concurrent calls do not
+    wait for each other: the later one raises SessionBusyError.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Session:
         self._engine = engine
         self._snapshot = snapshot
         self._marks: dict[str, Snapshot | None] = {}
-        self._lock = threading.Lock()  # held for a moment at a time
+        self._lock = threading.Lock()  # held only briefly
         self._in_use: str | None = None
-        # Weak: a stream that its consumer drops ends by itself, and must not be kept alive from here.
+        # Weak, so that a stream dropped by its consumer is collected and ends.
         self._stream: weakref.ref[Stream] | None = None
 
     @property
@@ -67,34 +67,34 @@ class Session:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens since the text began, without those of a running stream."""
+        """Tokens since the start, without those of a running stream."""
         snapshot = self._snapshot
         return 0 if snapshot is None else snapshot.num_tokens
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a call or a running stream uses it."""
+        """Whether a call or running stream uses it."""
         return self._in_use is not None and not self._was_dropped()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and of the marked ones, without those of a running stream."""
+        """Bytes of the state and marked states, without those of a running stream."""
         states = {id(state): state for state in (self._snapshot, *self._marks.copy().values()) if state is not None}
         return sum(state.nbytes for state in states.values())
 
     def append(self, prompt: Prompt) -> None:
-        """Prefills a text, or token ids as they are.
+        """Prefills a text or token ids.
 
-        Raises ConfigError if it is empty or has ids beyond the vocabulary, SessionBusyError.
+        Raises ConfigError if it is empty or has ids beyond the vocabulary, or SessionBusyError.
         """
         with self._alone("append"):
             self._snapshot = self._engine.prefill(self._snapshot, prompt)
         self._on_change(self)
 
     def generate(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> Completion:
-        """Continues, after a prompt if one is given; arguments and errors as `stream` has them.
+        """Continues, after a prompt if given; arguments and errors as in `stream`.
 
-        If interrupted, the session stays where it was: nobody has seen what was generated.
+        If interrupted, the session is unchanged.
         """
         with self.stream(prompt, **arguments) as stream:
             try:
@@ -109,16 +109,16 @@ class Session:
         return join(chunks, 0, stream.num_prompt_tokens)
 
     def stream(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> SessionStream:
-        """Continues chunk by chunk, after a prompt if one is given. The session is busy until the stream has ended.
+        """Continues chunk by chunk, after a prompt if given. The session is busy until the stream ends.
 
-        A stream that is dropped before its end leaves the session where it was.
+        A stream dropped before its end leaves the session unchanged.
 
         Args:
           prompt: prefilled first; may be empty if the session has a state.
-          arguments: as `rwkv_jax.inference.engine.Engine.stream` has them, for one text.
+          arguments: as in `rwkv_jax.inference.engine.Engine.stream`, for one text.
 
         Raises:
-          ConfigError: there is nothing to continue, or a value that the engine refuses.
+          ConfigError: there is nothing to continue, or an invalid value.
           SessionBusyError: the session is in use.
         """
         if not is_one(prompt) and len(prompt):
@@ -136,12 +136,12 @@ class Session:
         return SessionStream(self, stream)
 
     def cancel(self) -> None:
-        """Ends the running stream, if there is one, at the chunks that were collected; from any thread."""
+        """Ends the running stream, if any, at the chunks collected so far; from any thread."""
         if (stream := self._running()) is not None:
             self._cancel(stream)
 
     def fork(self) -> Session:
-        """An independent session in the same state, with the same marks. Copies no array."""
+        """An independent session with the same state and marks; shares all arrays."""
         with self._alone("fork"):
             other = Session(self._engine, self._snapshot)
             other._marks = dict(self._marks)
@@ -163,9 +163,9 @@ class Session:
         self._on_change(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state, without marks, to a file that only the same model and tokenizer load.
+        """Saves the state, without marks, to a file that only the same model and tokenizer load.
 
-        Raises ConfigError if nothing was read yet, and as `rwkv_jax.inference.state_file.save_snapshot`.
+        Raises ConfigError for an empty session, and as `rwkv_jax.inference.state_file.save_snapshot`.
         """
         with self._alone("save"):
             if self._snapshot is None:
@@ -177,14 +177,14 @@ class Session:
         """A session in a saved state. Raises as `rwkv_jax.inference.state_file.load_snapshot`."""
         return cls(engine, dataclasses.replace(load_snapshot(path, engine.identity), owner=engine.owner))
 
-    # For its streams.
+    # Used by its streams.
 
     def _cancel(self, stream: Stream) -> None:
         stream.cancel()
         self._settle(stream)
 
     def _settle(self, stream: Stream) -> None:
-        """Takes over the state of a stream that has ended."""
+        """Takes over the state of an ended stream."""
         if self._running() is not stream:
             return
         try:
@@ -196,11 +196,11 @@ class Session:
             self._on_change(self)
 
     def _give_up(self, stream: Stream) -> None:
-        """Keeps the state from before a stream that has failed."""
+        """Restores the state from before a failed stream."""
         self._end(stream, self._snapshot)
 
     def _end(self, stream: Stream, snapshot: Snapshot | None) -> bool:
-        """Frees the session at a state. True once: consumer and canceller may both find that a stream has ended."""
+        """Frees the session at a state; True only once, since consumer and canceller may both see a stream end."""
         with self._lock:
             if self._running() is not stream:
                 return False
@@ -211,7 +211,7 @@ class Session:
         return None if self._stream is None else self._stream()
 
     def _was_dropped(self) -> bool:
-        """Whether it was in use by a stream that was dropped."""
+        """Whether it was in use by a dropped stream."""
         return self._stream is not None and self._stream() is None
 
     def _claim(self, use: str) -> None:
@@ -239,9 +239,9 @@ class Session:
 class SessionStream:
     """Chunks of a session's continuation, for `for` and `async for`; when it ends, the session takes over its state.
 
-    It ends with the last chunk, with `cancel` here or of the session, or with its `with` block. If it ends before its
-    first chunk, the prompt has been prefilled or not, as `Session.num_tokens` says. If the engine fails, the session
-    stays where it was.
+    It ends with the last chunk, with `cancel` of the stream or session, or with its `with` block. If it ends before its
+    first chunk, the prompt may or may not have been prefilled; see `Session.num_tokens`. If the engine fails, the
+    session is unchanged.
     """
 
     def __init__(self, session: Session, stream: Stream) -> None:
@@ -257,7 +257,7 @@ class SessionStream:
             self._session._settle(self._stream)
             raise
         except Exception:
-            # Not after an interrupt, when the stream can still be cancelled where it is.
+            # Not after an interrupt, when the stream can still be cancelled.
             self._session._give_up(self._stream)
             raise
 
@@ -265,7 +265,7 @@ class SessionStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """As `next`, while other tasks run. A task that is cancelled meanwhile has collected nothing."""
+        """As `next`, while other tasks run. A cancelled task collects nothing."""
         try:
             return await anext(self._stream)
         except StopAsyncIteration:
@@ -276,7 +276,7 @@ class SessionStream:
             raise
 
     def cancel(self) -> None:
-        """Ends the stream at the chunks that were collected, from any thread; an ended one stays as it is."""
+        """Ends the stream at the chunks collected so far, from any thread; no effect on an ended one."""
         self._session._cancel(self._stream)
 
     @property

@@ -1,4 +1,4 @@
-"""Named sessions, kept within bounds of bytes and of idle time."""
+"""Store of named sessions, bounded in bytes and idle time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rwkv_jax.inference.session import Session
 class _Entry(NamedTuple):
     session: Session
     num_bytes: int
-    """At the time of `put`; the session may have grown since."""
+    """Size at the time of `put`; the session may have grown since."""
     used_at: float
 
 
 class SessionStore:
-    """Names to sessions: the least recently used is evicted first, and idle ones expire. Thread-safe.
+    """Maps names to sessions; the least recently used is evicted first, and idle ones expire. Thread-safe.
 
-    An entry counts with the bytes it had when it was put, shared arrays included; put a session again after it has
-    changed. Sessions that are in use stay, even if the store then exceeds its bound.
+    An entry's size is that at `put`, including shared arrays; put a session again after it has changed. Sessions in use
+    are kept, even if the store then exceeds its bound.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class SessionStore:
         """Empty.
 
         Args:
-          max_bytes: of all entries together.
-          max_idle_seconds: after which an unused entry expires; None keeps it.
+          max_bytes: maximum of all entries together.
+          max_idle_seconds: after which an unused entry expires; None for never.
           clock: monotonic, in seconds.
-          min_bytes: what an entry counts for at least.
+          min_bytes: minimum size counted per entry.
           may_go: whether a session may be removed now.
 
         Raises:
@@ -62,9 +62,9 @@ class SessionStore:
         self._num_bytes = 0
 
     def put(self, name: str, session: Session) -> None:
-        """Keeps a session under a name, replacing what was there.
+        """Stores a session under a name, replacing an existing one.
 
-        Raises ConfigError for one that is larger than the whole store, which then stays as it is.
+        Raises ConfigError for one larger than the whole store, which is then unchanged.
         """
         num_bytes = max(session.nbytes, self._min_bytes)
         if num_bytes > self._max_bytes:
@@ -82,7 +82,7 @@ class SessionStore:
             self._num_bytes += num_bytes
 
     def get(self, name: str) -> Session | None:
-        """The session of a name, which becomes the most recently used; None if there is none."""
+        """The named session, which becomes the most recently used; None if there is none."""
         with self._lock:
             self._expire()
             entry = self._entries.get(name)
@@ -93,7 +93,7 @@ class SessionStore:
             return entry.session
 
     def pop(self, name: str) -> Session | None:
-        """Removes and returns the session of a name; None if there is none."""
+        """Removes and returns the named session; None if there is none."""
         with self._lock:
             self._expire()
             entry = self._entries.get(name)

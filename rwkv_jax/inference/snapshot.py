@@ -1,4 +1,4 @@
-"""The state of one text between two calls: all that a model keeps of its tokens, in a constant size."""
+"""Snapshot of one text's state between calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rwkv_jax.config import ConfigError
 
 
 class StateError(ConfigError):
-    """A state that belongs to another model, generation or tokenizer."""
+    """The state belongs to another model, generation or tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,13 +20,13 @@ class Snapshot:
     """One text's state; immutable, so that texts with a common prefix can share it."""
 
     state: Any
-    """What the model carries, without an axis of rows: a tuple of one `State` (`KeyValueCache`) a layer."""
+    """The model's state without a row axis: a tuple of one `State` (`KeyValueCache`) per layer."""
     logits: Array
-    """[V] of the token that comes next, in float32; in float64 of a float64 model."""
+    """[V], of the next token, float32, or float64 in a float64 model."""
     num_tokens: int
     """Tokens since the text began."""
     owner: str | None = None
-    """Checksum of the parameters that made it; None if unknown."""
+    """Checksum of the model's parameters; None if unknown."""
 
     @property
     def nbytes(self) -> int:

@@ -1,13 +1,13 @@
-"""States on disk: one safetensors file a text, which names its model and tokenizer and is refused with any other.
+"""State files: one safetensors file per text, loaded only with the same model and tokenizer.
 
-    blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    what layer 3 carries, as `rwkv_jax.models.state` has it
-    blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three in the place of wkv
+    blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    state of layer 3, as in `rwkv_jax.models.state`
+    blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three instead of wkv
     blocks.3.keys, .values, .position                       a Transformer's cache
-    logits                                                  of the token that comes next
+    logits                                                  of the next token
 
-The metadata hold the format and its version, generation, digests of the parameters and of the tokenizer, the number of
-tokens, the version of this library, and checksums of the tensors and of all these. Nothing is rounded, so a text
-continues elsewhere as it would have here.
+The metadata are format and version, generation, digests of parameters and tokenizer, the number of tokens, the version
+of this library, and checksums of tensors and metadata. Nothing is rounded, so a text continues elsewhere as it would
+have here.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from rwkv_jax.weights.tensors import UnsafeFileError
 
 FORMAT = "rwkv-jax state"
 VERSION = "2"
-"""Of the names and the metadata (2: with checksums); a file of another version is refused."""
+"""Format version (2: with checksums); other versions are rejected."""
 
 _CHECKSUMS = "checksums"
 _LOGITS = "logits"
-_LAYERS = "blocks"  # of states in a file as of parameters in a model
+_LAYERS = "blocks"  # for tensors in a file as for parameters in a model
 _WKV4_PARTS = ("numerator", "denominator", "max_exponent")
-_LISTED = 20  # of the tensors that do not fit
+_LISTED = 20  # mismatched tensors listed in an error
 _REMEDIES = {
     "generation": "load a model of the file's generation",
     "model": "load the very parameters that it was made with, in the same dtype and quantization",
@@ -56,7 +56,7 @@ _DAMAGED = "get another copy of the file, or go back to an earlier state"
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The model and tokenizer that a state belongs to; with others it is meaningless."""
+    """The model and tokenizer that a state belongs to."""
 
     generation: str
     """Of the model's config."""
@@ -69,14 +69,14 @@ class Identity:
     logits: jax.ShapeDtypeStruct
     """Shape and dtype of `Snapshot.logits`."""
     capacity: int | None = None
-    """Most tokens that a state holds; None where there is no limit."""
+    """Maximum tokens in a state; None for no limit."""
 
 
 def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
-    """The identity of the states that a model makes; the same with stacked and unstacked layers, on any devices.
+    """The identity of a model's states; the same with stacked and unstacked layers, on any devices.
 
-    Reads every parameter once, which takes some seconds a gigabyte: compute it on first use, and keep it.
-    Raises StateError for parameters of which parts are on other hosts.
+    Reads every parameter once, which takes some seconds per gigabyte: compute it on first use and cache it.
+    Raises StateError if parts of a parameter are on other hosts.
     """
     config = model.config
     layer = jax.eval_shape(lambda: model.initial_block_state(config, 1))
@@ -94,11 +94,11 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
 def parameters_digest(params: Any) -> str:
     """SHA-256 in hex over the official names, shapes, dtypes and bytes of all parameters.
 
-    It does not depend on where they lie nor on whether layers are stacked. Packed matrices count as they are packed:
-    quantized, or in another dtype, a model computes other numbers and is another one.
+    It does not depend on devices or on whether layers are stacked. Packed matrices are hashed as packed: quantized or
+    in another dtype, a model computes other numbers and counts as another one.
 
     Args:
-      params: a nested dict with the names of our models, layers stacked or not; leaves may be any trees of arrays.
+      params: nested dict of a model's parameters, layers stacked or not; leaves may be trees of arrays.
 
     Raises:
       StateError: parts of a parameter are on other hosts.
@@ -130,15 +130,15 @@ def _parameters_by_name(params: Any) -> Iterator[tuple[str, NDArray]]:
 
 
 def _fetched(leaf: Any) -> NDArray:
-    # JAX keeps what it fetched from a device beside the array for good; of a copy it goes with the copy.
+    # JAX caches fetched values in the array for good; those of a copy are freed with it.
     return np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf)
 
 
 def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Identity) -> None:
-    """Writes a state to a file that appears whole or not at all, and never replaces another.
+    """Writes a state to a new file atomically.
 
     Raises:
-      StateError: the state does not fit the model, holds numbers that are not finite, or a cache of another
+      StateError: the state does not fit the model, has values that are not finite, or a cache with another
         number of tokens.
       WeightsError: the file exists already, or cannot be written there.
     """
@@ -162,7 +162,7 @@ def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Id
 def checksums(tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> str:
     """CRC-32 of each tensor's bytes by its name, and of the metadata, as JSON.
 
-    Against damage, which finite numbers would not show; not against forgery.
+    Detects damage, not forgery.
     """
     found = {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in tensors.items()}
     ours = json.dumps({name: x for name, x in metadata.items() if name != _CHECKSUMS}, sort_keys=True)
@@ -170,13 +170,13 @@ def checksums(tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> st
 
 
 def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
-    """Reads the state that `save_snapshot` wrote, onto the default device; the file is not used afterwards.
+    """Loads a state written by `save_snapshot` onto the default device; the file is not used afterwards.
 
     Raises:
-      StateError: there is no such file, it is no state or one of another version, it belongs to another model,
-        generation or tokenizer (each difference is named, and what to do), tensors are missing, not expected, of
-        another shape or dtype, damaged, or hold numbers that are not finite; a cache is of another number of tokens.
-      UnsafeFileError: the file is cut short, or holds anything but whole, plain tensors.
+      StateError: the file is missing, not a state or of another version; it belongs to another model, generation or
+        tokenizer (each difference is listed with the remedy); tensors are missing, unexpected, of another shape or
+        dtype, damaged or not finite; or a cache has another number of tokens.
+      UnsafeFileError: the file is truncated, or contains anything but plain tensors.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -194,14 +194,14 @@ def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
     _check_checksums(path, found, metadata)
     _check_finite(path, found)
     _check_positions(path, found, identity, num_tokens)
-    # Copies by NumPy: the file may change, and JAX may take over an array of the host without copying.
+    # Copies by NumPy: the file may change, and JAX may alias host arrays.
     leaves = [jax.device_put(np.array(found[name])) for name in _by_name(identity.state, identity.logits)]
     *state, logits = leaves
     return Snapshot(jax.tree.structure(identity.state).unflatten(state), logits, num_tokens)
 
 
 def _by_name(state: Any, logits: Any) -> dict[str, Any]:
-    """Every array of a snapshot under its name in a file, in the order of the tree's leaves and the logits last."""
+    """All arrays of a snapshot by their names in a file: the tree's leaves in order, then the logits."""
     named = {}
     for path, leaf in jax.tree.leaves_with_path(state):
         *names, last = (jax.tree_util.keystr((entry,), simple=True) for entry in path)
@@ -217,7 +217,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity) -> int:
-    """The number of tokens, from metadata that match an identity."""
+    """The number of tokens, from metadata checked against an identity."""
     if metadata.get("format") != FORMAT:
         raise StateError(
             f"{path}: is not the state of a text (its format is {_quoted(metadata, 'format')}, not {FORMAT!r}); "
@@ -246,7 +246,7 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity)
 
 
 def _quoted(metadata: Mapping[str, str], name: str) -> str:
-    return repr(metadata.get(name))[:80]  # which a hostile file may have made as long as it likes
+    return repr(metadata.get(name))[:80]  # a hostile file may have made it arbitrarily long
 
 
 def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity) -> None:
@@ -281,7 +281,7 @@ def _check_checksums(path: Path, tensors: Mapping[str, NDArray], metadata: Mappi
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The checksums of a file; none if they are damaged themselves."""
+    """A file's checksums; empty if they are damaged."""
     try:
         recorded = json.loads(metadata.get(_CHECKSUMS, ""))
     except (ValueError, RecursionError):
@@ -290,7 +290,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_positions(path: Path, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:
-    """Refuses a cache of another number of tokens, from which a text would continue at the wrong position."""
+    """Rejects a cache with another number of tokens, which would continue at the wrong position."""
     if identity.capacity is not None and num_tokens > identity.capacity:
         raise StateError(
             f"{path}: num_tokens = {num_tokens}: a state of this model holds {identity.capacity}; go back to an "
@@ -311,5 +311,5 @@ def _described(tensor: Any) -> str:
 def _producer() -> str:
     try:
         return f"rwkv-jax {importlib.metadata.version('rwkv-jax')}"
-    except importlib.metadata.PackageNotFoundError:  # run from a clone that is not installed
+    except importlib.metadata.PackageNotFoundError:  # run from a clone without installation
         return "rwkv-jax"

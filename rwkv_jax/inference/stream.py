@@ -1,4 +1,4 @@
-"""Streams of chunks, for `for` and for `async for`, which can be cancelled at any token."""
+"""Streams of chunks for `for` and `async for`, cancellable at any token."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rwkv_jax.inference.snapshot import Snapshot
 
 
 class Stream:
-    """Chunks of one text or of several, in the order in which they are generated.
+    """Chunks of one or several texts, in the order of generation.
 
-    Whoever waits for a chunk runs the engine for everybody until there is one: there is no background thread. Streams
-    of one engine may be consumed by any threads and tasks, each stream by one of them. Leaving a `with` block,
-    `cancel()` and dropping a stream all end what it has not generated yet.
+    Waiting for a chunk runs the engine for all texts until there is one: there is no background thread. Streams of one
+    engine may be consumed by any threads and tasks, each stream by one of them. Leaving a `with` block, `cancel()` and
+    dropping a stream all end generation.
 
-    A `with` block may also be left by the garbage collector (in a generator that nobody refers to), in the midst of a
-    step of the engine. The snapshot is then the state that the stream continued.
+    A `with` block may also be left by the garbage collector (in an unreferenced generator), during a step of the
+    engine. The snapshot is then the state that the stream continued.
     """
 
     def __init__(self, jobs: Sequence[Job], scheduler: Scheduler, lock: RLock) -> None:
-        """Of jobs that have been submitted."""
+        """A stream of submitted jobs."""
         self._jobs = tuple(jobs)
         self._open = list(jobs)
-        self._open_lock = Lock()  # held for a moment, so that a task that collects never waits for the device
+        self._open_lock = Lock()  # held only briefly, so that collecting never waits for the device
         self._scheduler, self._lock = scheduler, lock
         self._snapshot: Snapshot | None = None
         self._is_given_up = False
@@ -50,7 +50,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """As `next`, while other tasks run. A task that is cancelled meanwhile has collected nothing."""
+        """As `next`, while other tasks run. A cancelled task collects nothing."""
         try:
             while (chunk := self._collect()) is None:
                 await asyncio.to_thread(self._run)
@@ -59,7 +59,7 @@ class Stream:
         return chunk
 
     def cancel(self) -> None:
-        """Ends the texts at what was collected; other chunks are dropped."""
+        """Ends the texts at the chunks collected so far; others are dropped."""
         with self._lock, uninterrupted():
             self._is_given_up = self._is_given_up or (self._scheduler.is_busy and bool(self._open))
             for job in self._jobs:
@@ -89,19 +89,19 @@ class Stream:
 
     @property
     def num_prompt_tokens(self) -> tuple[int, ...]:
-        """Tokens of each prompt."""
+        """Number of tokens of each prompt."""
         return tuple(len(job.request.ids) for job in self._jobs)
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The state after exactly what was collected, once a stream with `return_state` has ended.
+        """The state after exactly the collected chunks, once a stream with `return_state` has ended.
 
-        That of a text that was cancelled during prefill is the one it continued: None, if it began there.
+        After cancellation during prefill it is the state that was continued, or None.
         """
         job = self._jobs[0]
         if not job.request.return_state or self._open:
             raise RuntimeError("snapshot: is that of a single text, given return_state=True, whose stream has ended")
-        with self._lock, uninterrupted():  # the step in which the text ended may not be over
+        with self._lock, uninterrupted():  # the step in which the text ended may still be running
             if self._snapshot is None:
                 self._snapshot = self._after_collected(job)
             return self._snapshot
@@ -118,9 +118,9 @@ class Stream:
         return job.request.state
 
     def _run(self) -> None:
-        """Runs the engine for one step, unless there is something to collect.
+        """Runs the engine for one step unless there is a chunk to collect.
 
-        One only, so that a task gives its thread back to others.
+        Only one, so that a task yields its thread to others.
         """
         with self._lock, uninterrupted():
             if not self._has_news() and not self._scheduler.step() and not self._has_news():
@@ -131,20 +131,20 @@ class Stream:
         return not jobs or any(job.chunks or job.is_done for job in jobs)
 
     def _collect(self) -> Chunk | None:
-        """A chunk if there is one; forgets jobs that are done and empty. Raises StopIteration after the last."""
+        """A chunk if there is one; removes jobs that are done and empty. Raises StopIteration after the last."""
         with self._open_lock:
             for job in list(self._open):
-                is_done = job.is_done  # asked first: chunks come before it
+                is_done = job.is_done  # read first: chunks are added before it is set
                 if job.chunks:
                     chunk = job.chunks.popleft()
-                    # Behind the others; a text whose last chunk this was is done.
+                    # Moves to the end; removed after its last chunk.
                     self._open.remove(job)
                     if chunk.finish_reason is None:
                         self._open.append(job)
                     return chunk
                 if is_done:
                     self._open.remove(job)
-                    if isinstance(job.error, StopIteration):  # which would pass for the text's end
+                    if isinstance(job.error, StopIteration):  # which would look like the text's end
                         raise RuntimeError("the text could not be generated") from job.error
                     if job.error is not None:
                         raise job.error
@@ -155,7 +155,7 @@ class Stream:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Defers Ctrl-C to the end: a step of the engine is for everybody, and an interrupt is meant for one's own text."""
+    """Defers Ctrl-C to the end of a step: it must not interrupt other texts."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

@@ -1,4 +1,4 @@
-"""Detokenization: text that is safe to show as tokens arrive, cut at stop strings of which nothing is ever shown."""
+"""Streaming detokenization with stop strings, of which nothing is ever shown."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text that is safe to show: whole characters, and no beginning of a stop string.
+    """Converts tokens to text that is safe to show: whole characters, no prefix of a stop string.
 
-    Characters that a stop string may begin with are held back until it is clear that it does not. The stop string that
-    is complete first ends the text; of several complete at the same character, the longest. Where a text ends does not
-    depend on how it is cut into tokens.
+    A suffix that may become a stop string is held back until it cannot. The first complete stop string ends the text;
+    of several completed by the same character, the longest. The end does not depend on how text is split into tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        """For the tokens of one text. Raises ConfigError for a stop string that is empty or no string."""
+        """For one text. Raises ConfigError for a stop string that is empty or not a string."""
         self._decoder = StreamingDecoder(tokenizer)
         self._stop_strings = sorted(check_stop_strings(stop_strings), key=len, reverse=True)
         self._held = ""
@@ -29,11 +28,11 @@ class TextStream:
         return self._stopped
 
     def push(self, token: int) -> str:
-        """Text that is safe to show now, perhaps none; once the text has stopped, none."""
+        """Text that is safe to show now, possibly empty; empty once the text has stopped."""
         return "" if self._stopped is not None else self._show(self._decoder.push(token))
 
     def flush(self) -> str:
-        """What was held back, when no token follows; U+FFFD for an incomplete character."""
+        """The held-back text, if no token follows; U+FFFD for an incomplete character."""
         if self._stopped is not None:
             return ""
         shown = self._show(self._decoder.flush())
@@ -44,7 +43,7 @@ class TextStream:
         shown = ""
         for character in text:
             self._held += character
-            # The longest suffix of the text that begins a stop string; whole strings are looked for first.
+            # The longest suffix of the text that is a prefix of a stop string; complete ones were found above.
             for stop in self._stop_strings:
                 if self._held.endswith(stop):
                     self._stopped, before = stop, self._held.removesuffix(stop)
@@ -57,7 +56,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of a text that a stop string begins with."""
+    """Length of the longest suffix of a text that is a prefix of a stop string."""
     return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
 
 
@@ -65,8 +64,8 @@ def check_stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
     """The stop strings.
 
     Raises:
-      ConfigError: one that is empty, no string, or not UTF-8 (a shell's bytes arrive as lone surrogates then); or a
-        string in place of a sequence.
+      ConfigError: one that is empty, not a string, or not UTF-8 (a shell's bytes arrive as lone surrogates then); or a
+        string instead of a sequence.
     """
     if isinstance(stop_strings, str):
         raise ConfigError(f"stop strings = {stop_strings!r}: must be a sequence of strings, such as [{stop_strings!r}]")

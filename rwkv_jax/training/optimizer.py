@@ -43,7 +43,7 @@ _FASTER_IN_STAGE_2 = ("time_mix", "time_maa", "time_decay", "time_faaaa", "time_
 def in_stage_2(path: tuple[str, ...], factor: float) -> float:
     """The factor on a parameter's learning rate in RWKV-LM's second stage (my_pile_stage 2).
 
-    It is 5 for token-shift blends, decay and bonus, except their low-rank maps, and 1 for the rest.
+    It is 5 for token-shift blends, decay and bonus, except their low-rank maps, and `factor` for the rest.
     """
     name = path[-1]
     is_faster = name.startswith(_FASTER_IN_STAGE_2) and not name.endswith(("_w1", "_w2"))
