@@ -1,4 +1,4 @@
-"""Weights in and out: official files, other projects' layouts, our own checkpoints; read without running anything."""
+"""Loading and saving weights: official files, other projects' layouts, our checkpoints; never executes file content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors derived from others as they are asked for: selected, rounded, or with those that only the trainer has."""
+"""Tensors derived from others on access: selected, cast, or with those that only the trainer has."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""In which floating-point numbers are written."""
+"""dtypes in which floating-point tensors can be written."""
 
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-"""Of RWKV-7: the trainer has a value residual in layer 0, too, and nothing uses it."""
+"""RWKV-7's value residual in layer 0, which the trainer has but nothing uses."""
 
 
 class Selected(DerivedTensors):
-    """Some of the tensors, in the order of their names here."""
+    """Selected tensors, in the order of the given names."""
 
     def __init__(self, tensors: Mapping[str, NDArray], names: Iterable[str]) -> None:
         self._tensors, self._names = tensors, tuple(names)
@@ -42,7 +42,7 @@ class Selected(DerivedTensors):
 
 
 class Rounded(Selected):
-    """Tensors in another dtype, rounded when they are used."""
+    """Tensors cast to another dtype on access."""
 
     def __init__(self, tensors: Mapping[str, NDArray], dtype: str) -> None:
         if dtype not in FILE_DTYPES:
@@ -67,7 +67,7 @@ class Rounded(Selected):
 
 
 class WithUnused(Selected):
-    """Official tensors of RWKV-7 with those of `UNUSED`, zeros where they are missing: what the trainer loads."""
+    """Official tensors of RWKV-7 with `UNUSED`, zeros if missing, as the trainer requires."""
 
     def __init__(self, tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
         shapes = official_shapes(dataclasses.replace(config, unused_value_residual=True))
@@ -90,5 +90,5 @@ def may_have_unused(config: ModelConfig) -> bool:
 
 
 def without_unused(tensors: Mapping[str, NDArray]) -> Selected:
-    """Official tensors of RWKV-7 without those of `UNUSED`."""
+    """Official tensors of RWKV-7 without `UNUSED`."""
     return Selected(tensors, [name for name in tensors if name not in UNUSED])

@@ -16,13 +16,13 @@ _Change = Callable[[NDArray], NDArray]
 ShapeOf = Callable[[str], tuple[int, ...]]
 """From a tensor's official name to its shape."""
 
-_MIXES = "wkvrg"  # of RWKV-6, in their official order
+_MIXES = "wkvrg"  # of RWKV-6, in the official order
 _FUSED_MIXES = "rwkvg"  # in that of flash-linear-attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One tensor of another layout, and the official ones that it holds; `{}` in a name stands for the layer."""
+    """One tensor of another layout and the official ones in it; `{}` in a name is the layer."""
 
     foreign: str
     official: tuple[str, ...]
@@ -31,7 +31,7 @@ class Rule:
 
 
 def unchanged(tensor: NDArray) -> NDArray:
-    """The tensor itself, where a layout only renames."""
+    """Returns the tensor itself, for layouts that only rename."""
     return tensor
 
 
@@ -48,7 +48,7 @@ def _row(tensor: NDArray) -> NDArray:
 
 
 def _renamed(names: Mapping[str, str], pack: _Change = unchanged, unpack: _Change = unchanged) -> list[Rule]:
-    """Rules of one tensor each, from official names to those of the other layout."""
+    """Rules for single tensors, from official names to those of the other layout."""
     return [Rule(foreign, (official,), pack, (unpack,)) for official, foreign in names.items()]
 
 
@@ -66,7 +66,7 @@ def _taking(i: int) -> _Change:
 
 
 def _reordered(blocks: NDArray, old: str, new: str) -> NDArray:
-    """Equal blocks of the first axis, one a letter, in a new order."""
+    """Reorders equal blocks of the first axis, one per letter."""
     parts = np.split(blocks, len(old))
     return np.concatenate([parts[old.index(letter)] for letter in new])
 
@@ -193,7 +193,7 @@ _FLA_7_OLD = [_stacked_rows("model.layers.{}.attn.x_x", [f"blocks.{{}}.att.x_{x}
 
 
 def _official_rules() -> list[Rule]:
-    """The names of every generation's parameters, as they are."""
+    """The official names of every generation, unchanged."""
     names = set()
     for spec in GENERATIONS.values():
         for name in SHARED_AXES | spec.load_model_class().block_axes:
@@ -206,7 +206,7 @@ def _table(rules: Iterable[Rule]) -> dict[str, Rule]:
 
 
 def read_tables() -> list[tuple[str, dict[str, Rule]]]:
-    """Layouts that are read, with their rules by the names in the file; a layout may have several tables."""
+    """Layouts that can be read, with rules by names in the file; a layout may have several tables."""
     return [
         ("official", _table(_official_rules())),
         ("transformers", _table([*_TRANSFORMERS_4, *_TRANSFORMERS_5_AND_6])),
@@ -263,7 +263,7 @@ def _fla_7_config(common: dict[str, Any], shape: ShapeOf) -> dict[str, Any]:
         "decay_low_rank_dim": shape("blocks.0.att.w1")[1],
         "gate_low_rank_dim": shape("blocks.0.att.g1")[1],
         "a_low_rank_dim": shape("blocks.0.att.a1")[1],
-        # A model of one layer has no such matrix, and the field must hold something.
+        # A model of one layer has no such matrix, but the field needs a value.
         "v_low_rank_dim": shape("blocks.1.att.v1")[1] if num_layers > 1 else 32,
     }
 
@@ -273,7 +273,7 @@ class Written(NamedTuple):
 
     rules: list[Rule]
     describe: Callable[[dict[str, Any], ShapeOf], dict[str, Any]]
-    """Its config.json, from the fields that all have and the shapes of official tensors."""
+    """Makes its config.json from common fields and the shapes of official tensors."""
 
 
 WRITTEN = {

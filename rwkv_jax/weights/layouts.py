@@ -3,9 +3,9 @@
 `transformers` 5.23 (RWKV-4; the models of RWKV-5 and 6 that came with code of their own on its hub are read too) only
 renames. Its numbers are the official ones, up to `rescale_every`: its models halve their hidden states after that many
 layers when they evaluate, and divide the weights of the layers behind by the same powers of two *in place*. A file
-saved from a model that has evaluated holds the divided weights and nothing says so: converted, it gives other numbers
+saved from a model that has evaluated has the divided weights without any indication: converted, it gives other numbers
 (and so it does in `transformers`, which divides again). Files by its converter, and those saved before an evaluation or
-during training, hold the weights as they are.
+during training, have the original weights.
 
 `flash-linear-attention` 0.6 (RWKV-6 and 7) names linear layers anew, keeps low-rank matrices transposed, as linear
 layers, drops axes of size 1, and in RWKV-6 puts the five data-dependent mixes in the order r, w, k, v, g (official:
@@ -35,7 +35,7 @@ from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, j
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
-_CONVERTED = ("_strategy", "_rescale_layer")  # values that only converted files of the rwkv package have
+_CONVERTED = ("_strategy", "_rescale_layer")  # only in files converted by the rwkv package
 _MAX_WRAPPERS = 16
 # Of DeepSpeed, torch.compile, FSDP, DDP, PEFT and Lightning. What is of the layout itself ("model." of
 # flash-linear-attention) stays, since a name is looked up before the next prefix is taken off.
@@ -44,16 +44,16 @@ _WRAPPERS = ("_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.", "module.
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How one tensor is computed from others."""
+    """Computes one tensor from others."""
 
     sources: tuple[str, ...]
     make: Callable[..., NDArray]
 
 
 class LazyTensors(DerivedTensors):
-    """Tensors computed from those of another mapping on access: views, except where several are joined.
+    """Tensors computed from another mapping on access: views, except where several are joined.
 
-    Raises WeightsError when it is built, for a tensor whose shape does not allow it.
+    Raises WeightsError on construction for a tensor with an unsuitable shape.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray], recipes: Mapping[str, _Recipe]) -> None:
@@ -83,7 +83,7 @@ class LazyTensors(DerivedTensors):
         if len({spec.dtype for spec in specs}) > 1:
             raise WeightsError(f"{name} joins tensors of several dtypes ({found}); convert them to one")
         try:
-            # One zero, seen as the whole tensor: the same views and joins, without its bytes.
+            # One zero broadcast to the whole tensor: the same views and joins without memory.
             made = recipe.make(*(np.broadcast_to(np.zeros((), spec.dtype), spec.shape) for spec in specs))
         except (ValueError, IndexError) as error:
             raise WeightsError(
@@ -101,18 +101,18 @@ def from_layout(
 ) -> tuple[str, Mapping[str, NDArray]]:
     """Detects the layout of some tensors (one of `LAYOUTS`), and maps them to official names and shapes.
 
-    Prefixes by which other programs wrap a model (`module.`, `_orig_mod.`, `base_model.model.` and so on, one within
-    the other) are taken off where every name has them. Which names a model needs is not asked here.
+    Prefixes of wrappers (`module.`, `_orig_mod.`, `base_model.model.` and so on, also nested) are removed if every name
+    has them. Missing names are not checked here.
 
     Args:
-      values: what a file holds besides tensors: it tells the converted files of the `rwkv` package.
-      tied: whether the embedding is the head, too, where there is none; None, where nobody knows, is true for layouts
-        of libraries that have this option.
-      report: told of prefixes that were taken off, and of tied weights.
+      values: a file's other values, which identify files converted by the `rwkv` package.
+      tied: whether the embedding is used as head if there is none; None means yes for layouts of libraries with this
+        option.
+      report: gets messages about removed prefixes and tied weights.
 
     Raises:
-      WeightsError: names that no layout has, a prefix that only some have, two tensors that are the same one, a shape
-        that cannot be right, or a file that the `rwkv` package has converted.
+      WeightsError: unknown names, a prefix that only some names have, duplicate tensors, an invalid shape, or a file
+        converted by the `rwkv` package.
     """
     values = values or {}
     if any(name in tensors or name in values for name in _CONVERTED):
@@ -158,7 +158,7 @@ def from_layout(
 def _with_head(
     layout: str, tensors: Mapping[str, NDArray], tied: bool | None, report: Callable[[str], None]
 ) -> Mapping[str, NDArray]:
-    """Official tensors, to which tied weights give the embedding for a head."""
+    """Official tensors with the embedding as head."""
     is_tied = layout != "official" if tied is None else tied
     if not is_tied or "head.weight" in tensors or "emb.weight" not in tensors:
         return tensors
@@ -171,8 +171,8 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
     """Official tensors under the names and shapes of another layout: views, except for two or three of RWKV-6.
 
     `transformers` takes RWKV-4, `flash-linear-attention` takes RWKV-6 and 7, without `blocks.0.att.v0`, `v1`, `v2`:
-    nothing uses them, and it has no place for them.
-    Raises WeightsError for a layout that is unknown or lacks this generation, and for names it has no place for.
+    they are unused and not supported there.
+    Raises WeightsError for a layout that is unknown or lacks this generation, and for names that it does not have.
     """
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
@@ -231,7 +231,7 @@ def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:
 
 
 def _template(name: str) -> str:
-    """A name with `{}` for its layer; a name that has braces itself is of no layout."""
+    """A name with `{}` for its layer; names with braces are in no layout."""
     return "" if "{" in name else re.sub(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)", "{}", name, count=1)
 
 

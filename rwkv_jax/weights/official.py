@@ -1,4 +1,4 @@
-"""Official names and shapes <-> our parameter tree, and the model config that names and shapes imply.
+"""Maps official names and shapes to our parameter tree and back, and infers the model's config.
 
 Our tree has the official names with one difference: layer 0 is `first_block`, and layers 1 to L - 1 are stacked on a
 leading axis under `blocks`. Nothing is transposed, reshaped or rounded, so a round trip is bit-exact.
@@ -25,7 +25,7 @@ from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import shard_model
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
 
-_LISTED = 40  # of the tensors that do not fit; an error of thousands of lines helps nobody
+_LISTED = 40  # mismatched tensors listed in an error
 _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
     BFLOAT16: "bfloat16",
     np.dtype("float64"): "float64",
@@ -33,10 +33,10 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
 
 
 def _recognized(shapes: Mapping[str, tuple[int, ...]]) -> GenerationSpec:
-    """The generation that a file's names, and the shape of its decay, belong to.
+    """The generation of a file, from its names and the shape of its decay.
 
     Raises:
-      WeightsError: of none that is known.
+      WeightsError: no known generation matches.
     """
     if (spec := recognize(shapes)) is not None:
         return spec
@@ -60,7 +60,7 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     spec = _recognized(shapes)
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
     num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
-    if num_layers > len(tensors):  # before as many names are made
+    if num_layers > len(tensors):  # before creating as many names
         raise WeightsError(
             f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
         )
@@ -83,12 +83,12 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
 
 
 def _abstract_params(config: ModelConfig) -> Any:
-    """The shapes of a model's parameters, for which JAX need not have float64 switched on."""
+    """The shapes of a model's parameters; does not need JAX's float64 mode."""
     return abstract_model(dataclasses.replace(config, dtype="float32") if config.dtype == "float64" else config)[1]
 
 
 def official_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
-    """The official names of a parameter of our tree: one, or for stacked layers those of layers 1 to L - 1."""
+    """The official names of a parameter: one, or for stacked layers those of layers 1 to L - 1."""
     folder, *rest = (str(entry.key) for entry in path)
     if folder == "blocks":
         return [".".join(["blocks", str(layer), *rest]) for layer in range(1, num_layers)]
@@ -115,8 +115,7 @@ def check_tensors(tensors: Mapping[str, NDArray], config: ModelConfig) -> None:
     """Checks names, shapes and dtypes of a file's tensors against its model.
 
     Raises:
-      WeightsError: one error that lists every tensor that is missing, not expected, misshapen or of a dtype that no
-        parameter can have.
+      WeightsError: lists every tensor that is missing, unexpected, misshapen or of an unsupported dtype.
     """
     specs = {name: tensor_spec(tensors, name) for name in tensors}
     lines = [
@@ -152,8 +151,8 @@ def _is_floating(dtype: np.dtype[Any]) -> bool:
 def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
     """The sharding of each parameter of a model on a mesh, as a nested dict.
 
-    On a mesh of `rwkv_jax.parallel.mesh` it is as in training. The axes of any other mesh mean nothing to us: there
-    matrices are split over all devices (`split_over`).
+    On a mesh of `rwkv_jax.parallel.mesh` it is as in training. On any other mesh, matrices are split over all devices
+    (`split_over`).
 
     Raises:
       ConfigError: a size that the mesh of a training run does not divide.
@@ -169,8 +168,8 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
 def split_over(mesh: Mesh, shape: tuple[int, ...], *, stacked: bool) -> NamedSharding:
     """The sharding of one parameter: matrices are split over all devices along the first axis that divides evenly.
 
-    Vectors, and matrices that cannot be split evenly, are on every device; so is the axis of stacked layers whole. The
-    mesh's axes are taken as `AxisType.Auto`: the models leave it to XLA how what they compute is split.
+    Vectors, and matrices that cannot be split evenly, are replicated; the axis of stacked layers is not split. The
+    mesh's axes are used as `AxisType.Auto`: XLA partitions the computation.
     """
     own = shape[1:] if stacked else shape
     axes: list[Any] = [None] * len(shape)
@@ -192,13 +191,13 @@ def place_params(
     """Builds our parameter tree from official tensors, copying each shard straight to its device.
 
     Args:
-      tensors: as `check_tensors` has found them right.
-      dtype: of the parameters; None keeps each tensor's own.
+      tensors: checked by `check_tensors`.
+      dtype: of the parameters; None keeps each tensor's.
       shardings: of each parameter, a nested dict (`shardings_on`); None is the first device.
-      drop_pages: gives back the memory of what was read; called after each tensor.
+      drop_pages: frees the memory of pages read; called after each tensor.
 
     Raises:
-      WeightsError: layers whose dtypes differ and cannot be stacked as they are; float64 while JAX has it off.
+      WeightsError: layers with different dtypes, which cannot be stacked; float64 while JAX's float64 mode is off.
     """
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
@@ -244,7 +243,7 @@ class FetchedTensors(DerivedTensors):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Without tensors; whoever derives from it fills `_sources`."""
+        """Without tensors; subclasses fill `_sources`."""
         if not config.spec.has_official_names:
             raise WeightsError(
                 f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; a "
@@ -284,6 +283,6 @@ class OfficialTensors(FetchedTensors):
                 raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
             stacked = str(path[0].key) == "blocks"
             self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
-        # A user may have changed the model.
+        # The user may have changed the model.
         _check_shapes({name: self.spec(name).shape for name in self._sources}, config)
         self._sources = {name: self._sources[name] for name in official_shapes(config)}

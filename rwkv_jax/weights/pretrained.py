@@ -1,4 +1,4 @@
-"""Loads models from files of weights, and saves and converts them."""
+"""Loads, saves and converts models."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ from rwkv_jax.weights.tensors import WeightsError
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
-_METADATA = {"format": "pt"}  # without which transformers refuses a file
+_METADATA = {"format": "pt"}  # required by transformers
 _FILES = (".pth", ".safetensors")
-_NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip")  # endings that mean some other format
+_NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip")  # suffixes of other formats
 
 
 def from_pretrained(
@@ -68,21 +68,21 @@ def from_pretrained(
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
-      dtype: in which parameters are held and the model computes. None keeps the file's parameters bit for bit, and
+      dtype: of parameters and computation. None keeps the file's parameters bit for bit, and
         computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
       mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh`, over
         all of its devices on any other; None is the first device.
-      quantize: "int8", "int4" or "bfloat16" holds matrices in fewer bits and everything else in float32
-        (`rwkv_jax.weights.quantized`); the model then computes in float32, or in `dtype`. None keeps them as they are,
+      quantize: "int8", "int4" or "bfloat16" quantizes matrices, with everything else in float32
+        (`rwkv_jax.weights.quantized`); the model then computes in float32, or in `dtype`. None keeps them unchanged,
         so that a file of packed matrices gives a model of packed matrices.
 
     Returns:
-      `model(tokens, state) -> (logits, state)`; its `config` says what it is.
+      `model(tokens, state) -> (logits, state)`; see its `config`.
 
     Raises:
-      WeightsError: there are no such weights, or they are not those of an RWKV model; all tensors that are missing, not
-        expected or misshapen are listed in one message. Or options that do not go together.
-      UnsafeFileError: the file holds anything but whole, plain tensors.
+      WeightsError: the weights do not exist or are not an RWKV model's; one message lists all missing, unexpected and
+        misshapen tensors. Or incompatible options.
+      UnsafeFileError: the file contains anything but plain tensors.
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
@@ -148,7 +148,7 @@ def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, t
 
     Raises:
       WeightsError: they are of another generation or size (each difference is listed, and how to set it), the tokenizer
-        that lies beside them is another one, or there are no such weights.
+        saved with them is another one, or they do not exist.
     """
     path = find_weights(source)
     _weights_for(path, config)
@@ -184,7 +184,7 @@ def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weigh
         weights = open_weights(path, warn=warn)
     with prefix_errors(path):
         own = read_config(weights.tensors)
-        if may_have_unused(own) and may_have_unused(config):  # a run has them or not, whatever the file has
+        if may_have_unused(own) and may_have_unused(config):  # the run's config decides, not the file
             unused = config.unused_value_residual
             tensors = WithUnused(weights.tensors, own) if unused else without_unused(weights.tensors)
             weights = weights._replace(tensors=tensors)
@@ -222,12 +222,12 @@ def save_pretrained(
 
     Args:
       path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger).
-      layout: whose names the tensors get: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6, 7); the
+      layout: naming of the tensors: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6, 7); the
         latter two are folders with the config.json that those libraries read.
-      dtype: float32, bfloat16, float16 or float64, to which tensors are rounded; None writes them as they are.
+      dtype: float32, bfloat16, float16 or float64, to cast tensors to; None keeps them unchanged.
       tokenizer: written into the folder, where `load_tokenizer` finds it.
 
-    A model of packed matrices is written as it is held, to safetensors under official names.
+    A model of packed matrices is written as stored, to safetensors under official names.
 
     Raises:
       WeightsError: the path exists, the layout does not have this generation, or packed matrices have no place there.
@@ -262,7 +262,7 @@ def convert(
     """Converts weights tensor by tensor, without building a model, so that size does not matter.
 
     Args:
-      source, target, layout, dtype: as `from_pretrained` and `save_pretrained` have them.
+      source, target, layout, dtype: as in `from_pretrained` and `save_pretrained`.
       tokenizer: what `load_tokenizer` takes, to be written into the target folder; None takes one that lies beside the
         weights, if the target is a folder.
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
@@ -275,7 +275,7 @@ def convert(
       WeightsError: as `from_pretrained` and `save_pretrained`.
     """
     path = find_weights(source)
-    # One beside the weights that does not fit is no trouble where another is written, or none.
+    # A mismatched tokenizer beside the weights does not matter if another is written, or none.
     takes_beside = tokenizer is None and Path(target).suffix.lower() not in _FILES
     tensors: Mapping[str, NDArray]
     if path.is_dir():
@@ -286,7 +286,7 @@ def convert(
         with prefix_errors(path):
             config = read_config(weights.tensors)
             check_tensors(weights.tensors, config)
-        # Another project's file has another order; an official one keeps its own.
+        # Official files keep their order; other projects' files get the official one.
         official = weights.layout == "official"
         tensors = weights.tensors if official else Selected(weights.tensors, official_shapes(config))
     found = find_tokenizer(path, config.vocab_size) if takes_beside else None
@@ -330,7 +330,7 @@ def _write(
     path = path.expanduser()
     if is_url(path):
         raise WeightsError(f"{path}: is a web address, not a path; name FILE.pth, FILE.safetensors or a folder")
-    refuse_existing(path, WeightsError)  # said before anything is fetched from a device
+    refuse_existing(path, WeightsError)  # reported before anything is fetched from a device
     if suffix in _FILES:
         if layout != "official":
             raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")

@@ -1,8 +1,8 @@
-"""Weights in 8 or 4 bits: which parameters are packed, how, and as which tensors they are stored.
+"""Weights in 8 or 4 bits: which parameters are packed, how, and how they are stored in files.
 
-Packed are the matrices: embedding, head and linear maps. Vectors and norms stay in float32, and so do low-rank maps of
-a rank up to a twelfth of the width, the decay's among them: they are a hundredth of a model. In narrow models, where
-ranks are not low, they are packed too, the decay's with 8 bits at least: its errors add up over a text.
+Matrices are packed: embedding, head and linear maps. Vectors and norms stay in float32, and so do low-rank maps with a
+rank of at most a twelfth of the width, including the decay's: they are a hundredth of a model. In narrow models, where
+ranks are not low, they are packed too, the decay's with at least 8 bits: its errors accumulate over a text.
 
 int8 has a scale for each output channel. int4 has groups of 32 inputs with a multiplier and an offset each, small
 integers in units of the channel's scale, so that 4.5 bits of a number are kept and unpacking gives whole numbers in 8
@@ -43,7 +43,7 @@ _SMALL_RANK = 12  # the width is as many ranks or more
 _CODES_OF_4_BITS = 15
 _LARGEST = 127
 _LARGEST_MULTIPLIER = 17  # 15 steps of 17 reach from -128 to 127
-_ROWS_AT_A_TIME = 2**21  # numbers packed at a time: what it takes to pack them is a multiple of their size
+_ROWS_AT_A_TIME = 2**21  # numbers packed at a time, since packing needs a multiple of their memory
 
 
 def quantization_of(name: str, shape: tuple[int, ...], wanted: Quantization) -> Quantization | None:
@@ -107,7 +107,7 @@ def _pack_int4(rows: NDArray) -> PackedParts:
     # A step finer than the range asks for cuts off its ends, and is often the better one.
     for step in (np.ceil(exact), np.floor(exact), np.floor(exact) - 1):
         step = np.clip(step, 1, _LARGEST_MULTIPLIER).astype(np.float32)
-        # What the step leaves over, or lacks, is shared between both ends.
+        # The rest, positive or negative, is split between both ends.
         start = np.rint((low + high - _CODES_OF_4_BITS * step) / 2)
         start = np.clip(start, -_LARGEST - 1, _LARGEST - _CODES_OF_4_BITS * step).astype(np.float32)
         codes = np.clip(np.rint((groups - start[..., None]) / step[..., None]), 0, _CODES_OF_4_BITS)
@@ -135,7 +135,7 @@ def packed_matrix(parts: Mapping[str, Any], *, transposed: bool) -> PackedMatrix
 class DequantizedTensors(DerivedTensors):
     """The tensors of a file with packed ones, dequantized to float32 on access, under official names.
 
-    Raises WeightsError when it is built, for packed tensors whose parts are missing or do not fit together.
+    Raises WeightsError on construction for packed tensors with missing or mismatched parts.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray]) -> None:
@@ -182,7 +182,7 @@ class DequantizedTensors(DerivedTensors):
         return TensorSpec(own, np.dtype(np.float32))
 
     def parts(self, name: str) -> PackedParts | None:
-        """The parts of a packed tensor as they lie in the file; None for one that is not packed.
+        """The parts of a packed tensor as stored in the file; None if it is not packed.
 
         Raises:
           WeightsError: numbers that `pack` does not make: of some the products would not be those of any matrix.
@@ -273,12 +273,11 @@ def place_quantized_params(
     """Builds our parameter tree from official tensors, with matrices packed, on the first device.
 
     Args:
-      tensors: as `check_tensors` has found them right; those of a packed file are taken as they are, but for those that
-        a model holds in float32.
-      drop_pages: gives back the memory of what was read; called after each tensor.
+      tensors: checked by `check_tensors`; packed ones are used unchanged, except those that a model has in float32.
+      drop_pages: frees the memory of pages read; called after each tensor.
 
     Raises:
-      WeightsError: a number is not finite, or the file is packed otherwise.
+      WeightsError: a number is not finite, or the file is packed in another format.
     """
     device = default_device()
 
@@ -343,7 +342,7 @@ class PackedTensors(FetchedTensors):
                 f"parameters differ from the model's: {join_names(sorted(sources.keys() ^ shapes.keys()))}"
             )
         self._sources = {file_name: source for name in shapes for file_name, source in sources[name].items()}
-        # A user may have changed the model.
+        # The user may have changed the model.
         check_tensors(DequantizedTensors(self), config)
 
 

@@ -31,7 +31,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{kind.upper()}{8 * size}": np.dtype(f"<{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_METADATA = "__metadata__"  # the one name of a header that is no tensor
+_METADATA = "__metadata__"  # the only header name that is not a tensor
 _ALIGNMENT = 8  # of the first tensor; the largest element has as many bytes
 
 
@@ -42,8 +42,8 @@ def read_safetensors(path: Path) -> MappedTensors:
 
     Raises:
       WeightsError: a file is missing or cannot be read, or a tensor is neither of BF16, F16, F32, F64 nor of integers.
-      UnsafeFileError: a header that the safetensors library refuses, a shape that NumPy does not have, a name that is
-        there twice, or an index that leads out of its folder or does not agree with its shards.
+      UnsafeFileError: a header that the safetensors library rejects, a shape that NumPy does not support, a duplicate
+        name, or an index that leads out of its folder or does not match its shards.
     """
     return read_shards(path, _read_file) if is_index(path.name) else _read_file(path)
 
@@ -110,7 +110,7 @@ def write_sharded_safetensors(
 def _read_file(path: Path) -> MappedTensors:
     mapped = map_file(path)
     try:
-        # Sizes, overlaps, gaps and the limits of the format are the library's to check, before a number is believed.
+        # The library checks sizes, overlaps, gaps and limits of the format before any number is used.
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:

@@ -11,9 +11,9 @@ from typing import Any
 from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, join_names, map_file
 
 INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
-"""How the names of indexes end, and those of their shards, which lie beside them."""
+"""Suffixes of indexes, and of their shards in the same folder."""
 
-_MAX_INDEX_BYTES = 100 * 10**6  # as the safetensors library's limit for a header
+_MAX_INDEX_BYTES = 100 * 10**6  # like the safetensors library's limit for a header
 
 
 def is_index(name: str) -> bool:
@@ -32,7 +32,7 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
 
     Raises:
       WeightsError: a shard is missing, or as `read` does.
-      UnsafeFileError: the index leads out of its folder or does not agree with its shards.
+      UnsafeFileError: the index leads out of its folder or does not match its shards.
     """
     if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
         raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
@@ -44,7 +44,7 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
         promised.setdefault(shard, set()).add(name)
     suffix = shard_pattern(path.name).rpartition("*")[2]
     for shard in promised:
-        # Also what would be a path on another system; links are let through, for they are how model caches work.
+        # Also rejects other systems' paths; links are allowed, since model caches use them.
         if not shard.endswith(suffix) or any(character in shard for character in "/\\:\0"):
             raise UnsafeFileError(f"{path}: names the shard {shard!r}, which is no file beside it; nothing was read")
     missing = [shard for shard in sorted(promised) if not path.with_name(shard).is_file()]
@@ -68,7 +68,7 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """A JSON object in which no name is there twice. Raises UnsafeFileError."""
+    """Parses a JSON object without duplicate names. Raises UnsafeFileError."""
 
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         parsed = dict(pairs)

@@ -26,8 +26,8 @@ _LOG = logging.getLogger(__name__)
 
 # No part begins with a dot: ./NAME and ../NAME are paths.
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
-_RUNS = "runs"  # where train.py puts runs by default
-_OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # ends of names that no repository has
+_RUNS = "runs"  # train.py's default folder for runs
+_OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # suffixes that are not repository names
 _IN_ORDER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -48,15 +48,15 @@ class Weights(NamedTuple):
     """An opened file of weights."""
 
     tensors: Mapping[str, NDArray]
-    """Under official names, memory-mapped; `DequantizedTensors` of a file that holds packed ones."""
+    """Under official names, memory-mapped; `DequantizedTensors` for a file with packed ones."""
     layout: str
-    """Whose names the file has, of `layouts.LAYOUTS`."""
+    """The file's layout, one of `layouts.LAYOUTS`."""
     drop_pages: Callable[[], None]
     """Drops the pages read so far from memory."""
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
-    """The file of weights, or the run folder, that a path or the name of a model on the hub stands for.
+    """Finds the file of weights or run folder for a path or the name of a model on the hub.
 
     A folder stands for its model.safetensors.index.json, model.safetensors, its only .safetensors or .pth file, or its
     pytorch_model.bin, in shards or not; the project folder of the official trainer for its newest rwkv-N.pth. What is
@@ -100,7 +100,7 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
 
 
 def _choose(names: Sequence[str], folder: str) -> str:
-    """The one of a folder's files that holds its weights."""
+    """The file in a folder that contains its weights."""
     for pattern in _IN_ORDER:
         found = sorted(name for name in names if Path(name).match(pattern) and "/" not in name)
         if len(found) == 1:
@@ -166,7 +166,7 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
 
 @contextlib.contextmanager
 def _without_warnings_of_retries() -> Iterator[None]:
-    """Has huggingface_hub, once it is loaded, say nothing of each attempt: what came of the last one we tell."""
+    """Silences huggingface_hub's messages about each attempt, if it is loaded; we report the last result."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(max(before, logging.ERROR))
@@ -178,7 +178,7 @@ def _without_warnings_of_retries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prefix_errors(path: object) -> Iterator[None]:
-    """Puts the path of a file, or of a run, before errors about its weights."""
+    """Prefixes errors about weights with the path of the file or run."""
     try:
         yield
     except WeightsError as error:
@@ -189,11 +189,11 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
     """Opens a file of weights under official names; reads only names, shapes and dtypes.
 
     Args:
-      warn: of prefixes that are taken off and of tied weights; False for who opens the file once more.
+      warn: about removed prefixes and tied weights; False when opening a file again.
 
     Raises:
-      WeightsError: it is no file of weights, is of no known layout, or has been converted for the `rwkv` package.
-      UnsafeFileError: it holds anything but whole, plain tensors.
+      WeightsError: the file has no weights, an unknown layout, or has been converted for the `rwkv` package.
+      UnsafeFileError: it contains anything but plain tensors.
     """
     if _is_safetensors(path):
         tensors, values = read_safetensors(path), {}
@@ -223,11 +223,11 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _is_tied(config: Path) -> bool | None:
-    """Whether a config.json beside weights says that the embedding is the head, too; None where it says nothing."""
+    """Whether a config.json beside the weights says that the embedding is tied to the head; None if not stated."""
     try:
         with config.open("rb") as file:
             content = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):  # what it says of itself is not ours to mend
+    except (OSError, ValueError, RecursionError):  # an invalid config.json is ignored
         return None
     tied = content.get("tie_word_embeddings") if isinstance(content, dict) else None
     return tied if isinstance(tied, bool) else None

@@ -1,4 +1,4 @@
-"""Mappings from names to NumPy arrays, memory-mapped or computed, which readers return and writers take."""
+"""Mappings from names to NumPy arrays, memory-mapped or computed, used by readers and writers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class WeightsError(ConfigError):
-    """Weights that cannot be read, written or used; the message names the file, the trouble and the remedy."""
+    """Weights that cannot be read, written or used; the message has the file, the problem and the remedy."""
 
 
 class UnsafeFileError(WeightsError):
-    """A file of weights that holds anything but whole, plain tensors; nothing in it was run."""
+    """A file of weights that contains anything but plain tensors; nothing in it was executed."""
 
 
 class MappedTensors(Mapping[str, NDArray]):
@@ -35,7 +35,7 @@ class MappedTensors(Mapping[str, NDArray]):
 
     @classmethod
     def joined(cls, parts: Iterable[MappedTensors]) -> MappedTensors:
-        """The tensors of several files, whose names all differ, as those of one."""
+        """The tensors of several files, with distinct names, as one mapping."""
         whole = cls({}, [])
         for part in parts:
             whole._tensors |= part._tensors
@@ -66,7 +66,7 @@ class TensorSpec(NamedTuple):
 
 
 class DerivedTensors(Mapping[str, NDArray]):
-    """Tensors that are computed, or fetched from a device, on access; their specs are known without that."""
+    """Tensors computed or fetched from a device on access; specs are known without access."""
 
     @abc.abstractmethod
     def spec(self, name: str) -> TensorSpec:
@@ -74,7 +74,7 @@ class DerivedTensors(Mapping[str, NDArray]):
 
 
 def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
-    """Shape and dtype of a tensor; reads nothing of `DerivedTensors`, and of others what looking it up reads."""
+    """Shape and dtype of a tensor; does not compute `DerivedTensors`."""
     if isinstance(tensors, DerivedTensors):
         return tensors.spec(name)
     tensor = tensors[name]
@@ -82,13 +82,13 @@ def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
 
 
 def join_names(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message, of which there may be thousands: the first ones, and how many more."""
+    """Joins names for a message: the first ones, and the number of others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def describe_wrong_weights(path: Path, reads: Collection[Kind]) -> str | None:
-    """What a refused file of weights is and the remedy, if it is recognized, as `describe_wrong_file` has it."""
+    """Describes a rejected file of weights with the remedy, as `describe_wrong_file`, if recognized."""
     return describe_wrong_file(path, "a .pth or .safetensors file of weights", reads)
 
 
