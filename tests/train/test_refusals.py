@@ -77,7 +77,7 @@ def test_folder_that_cannot_be_made(config: TrainConfig, tmp_path: Path) -> None
         (lambda path: None, r"data\.source = .*there is no such file or folder"),
         (lambda path: path.mkdir(), r"data\.source = .*no file in .* matches data\.glob"),
         (lambda path: path.write_bytes(b""), r"data\.source = .*the file is empty"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), r"data\.source = .*not UTF-8"),
+        (lambda path: path.write_bytes(b"x\xff\xfe"), r"data\.source = .*not UTF-8"),
         (lambda path: path.write_text("x = 1\n" * 9), r"model\.vocab_size = 300: .*give more text"),
     ],
     ids=["missing", "empty folder", "empty file", "not text", "too little for the tokenizer"],
