@@ -3,7 +3,7 @@
     python benchmarks/read_rows.py                        # a .bin of 3 GB, the size of MiniPile
     python benchmarks/read_rows.py --tokens 100000000
 
-Writes a .bin and .idx of random World tokens into a temporary folder and opens them as train.py does. Each case reads
+Writes a .bin and .idx of random World tokens into a temporary folder and opens them as a run does. Each case reads
 batches at steps that it has not read before; all cases take turns, and medians are shown. The file is in the page cache
 unless it is larger than memory: what a disk adds is its own rate, two bytes a token. Opening is timed, too.
 

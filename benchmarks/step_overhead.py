@@ -1,4 +1,4 @@
-"""What train.py's loop adds to a step: steps take their planned time, and everything else is as it is in a run.
+"""What the training loop adds to a step: steps take their planned time, and everything else is as it is in a run.
 
     PYTHONPATH=. python benchmarks/step_overhead.py          # RWKV-7 0.1B, B16 T512, a step of 16.6 ms
     PYTHONPATH=. python benchmarks/step_overhead.py --batch 30 --length 4096 --planned-ms 249
@@ -136,7 +136,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 
 def run_loop(config: TrainConfig, seconds: float, num_steps: int) -> tuple[Device, list[float]]:
-    """Runs train.py's loop for some steps that take their planned time; returns also how long each batch took."""
+    """Runs the training loop for some steps that take their planned time; returns also how long each batch took."""
     device, loads = Device(seconds), []
 
     def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

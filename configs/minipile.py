@@ -1,6 +1,6 @@
 """The official reference run: RWKV-7 12 x 768 on MiniPile, 1.5 billion tokens, whose losses are published.
 
-    python train.py configs/minipile.py --data.source PATH/minipile
+    rwkv train configs/minipile.py --data.source PATH/minipile
     python benchmarks/minipile_curve.py runs/minipile
     rwkv plan configs/minipile.py --topology h100:1x1
 

@@ -1,6 +1,6 @@
 """A small RWKV-7 on the source text of Python's standard library: the corpus that every machine has.
 
-    python train.py configs/python_stdlib.py        (`make train` sets everything up first)
+    rwkv train configs/python_stdlib.py        (`make train` sets everything up first)
 
 Seen on 2 CPU cores: 7 minutes from a fresh clone, set-up included, 4,600 to 5,900 tokens/s; all held-out text 3.158
 nats a token, 1.563 bits a byte, where gzip -9 needs 1.887 and xz -9 1.557 for the same bytes.

@@ -1,6 +1,6 @@
 """The run of python_stdlib.py with RWKV-5: the same text, sizes, steps and learning rate.
 
-    python train.py configs/python_stdlib_rwkv5.py
+    rwkv train configs/python_stdlib_rwkv5.py
 
 Seen on 2 CPU cores, which other work shared: 7 minutes; all held-out text 3.191 nats a token, 1.579 bits a byte, where
 python_stdlib.py, RWKV-7, has 1.563 and xz -9 needs 1.557. One seed, and no setting was searched for any of them.

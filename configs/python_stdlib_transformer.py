@@ -1,6 +1,6 @@
 """The run of python_stdlib.py with a Transformer of equal size: the same text, number of parameters, rows and steps.
 
-    python train.py configs/python_stdlib_transformer.py
+    rwkv train configs/python_stdlib_transformer.py
 
 Seen on 2 CPU cores, which much other work shared: 18 minutes; all held-out text 3.745 nats a token, 1.854 bits a byte,
 where python_stdlib.py, RWKV-7, has 1.563 and gzip -9 needs 1.887. One seed. The learning rate is a quarter of RWKV-7's,

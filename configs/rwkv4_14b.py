@@ -1,6 +1,6 @@
 """RWKV-4 14B (40 x 5120), planned for 64 H100s.
 
-    python train.py configs/rwkv4_14b.py --data.source PATH
+    rwkv train configs/rwkv4_14b.py --data.source PATH
     rwkv plan configs/rwkv4_14b.py --topology h100:8x8
 
 `rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 2.50 GiB, peak 10.07 GiB of 79.14 GiB a device; at best

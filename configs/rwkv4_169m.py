@@ -1,6 +1,6 @@
 """RWKV-4 169M (12 x 768), planned for eight H100s.
 
-    python train.py configs/rwkv4_169m.py --data.source PATH
+    rwkv train configs/rwkv4_169m.py --data.source PATH
     rwkv plan configs/rwkv4_169m.py --topology h100:1x8
 
 `rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 4.93 GiB of 79.14 GiB a device; at best

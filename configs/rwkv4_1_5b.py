@@ -1,6 +1,6 @@
 """RWKV-4 1.5B (24 x 2048), planned for sixteen H100s.
 
-    python train.py configs/rwkv4_1_5b.py --data.source PATH
+    rwkv train configs/rwkv4_1_5b.py --data.source PATH
     rwkv plan configs/rwkv4_1_5b.py --topology h100:2x8
 
 `rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.12 GiB, peak 8.17 GiB of 79.14 GiB a device; at

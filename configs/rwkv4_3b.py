@@ -1,6 +1,6 @@
 """RWKV-4 3B (32 x 2560), planned for 32 H100s.
 
-    python train.py configs/rwkv4_3b.py --data.source PATH
+    rwkv train configs/rwkv4_3b.py --data.source PATH
     rwkv plan configs/rwkv4_3b.py --topology h100:4x8
 
 `rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.18 GiB, peak 10.75 GiB of 79.14 GiB a device;

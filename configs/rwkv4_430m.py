@@ -1,6 +1,6 @@
 """RWKV-4 430M (24 x 1024), planned for eight H100s.
 
-    python train.py configs/rwkv4_430m.py --data.source PATH
+    rwkv train configs/rwkv4_430m.py --data.source PATH
     rwkv plan configs/rwkv4_430m.py --topology h100:1x8
 
 `rwkv plan` said: h100:1x8, data 8: fits; arguments 4.81 GiB, peak 10.03 GiB of 79.14 GiB a device; at best

@@ -1,6 +1,6 @@
 """RWKV-4 7B (32 x 4096), planned for 64 H100s.
 
-    python train.py configs/rwkv4_7b.py --data.source PATH
+    rwkv train configs/rwkv4_7b.py --data.source PATH
     rwkv plan configs/rwkv4_7b.py --topology h100:8x8
 
 `rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.31 GiB, peak 7.14 GiB of 79.14 GiB a device; at best

@@ -1,6 +1,6 @@
 """RWKV-6 1.6B (24 x 2048), planned for sixteen H100s.
 
-    python train.py configs/rwkv6_1_6b.py --data.source PATH
+    rwkv train configs/rwkv6_1_6b.py --data.source PATH
     rwkv plan configs/rwkv6_1_6b.py --topology h100:2x8
 
 `rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 37.65 GiB of 79.14 GiB a device;

@@ -1,6 +1,6 @@
 """RWKV-6 3B (32 x 2560), planned for 32 H100s.
 
-    python train.py configs/rwkv6_3b.py --data.source PATH
+    rwkv train configs/rwkv6_3b.py --data.source PATH
     rwkv plan configs/rwkv6_3b.py --topology h100:4x8
 
 `rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.34 GiB, peak 19.92 GiB of 79.14 GiB a device;

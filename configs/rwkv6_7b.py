@@ -1,6 +1,6 @@
 """RWKV-6 7B (32 x 4096), planned for 64 H100s.
 
-    python train.py configs/rwkv6_7b.py --data.source PATH
+    rwkv train configs/rwkv6_7b.py --data.source PATH
     rwkv plan configs/rwkv6_7b.py --topology h100:8x8
 
 `rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.36 GiB, peak 33.24 GiB of 79.14 GiB a device; at best

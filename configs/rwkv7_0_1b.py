@@ -1,6 +1,6 @@
 """RWKV-7 0.1B (12 x 768), planned for eight H100s.
 
-    python train.py configs/rwkv7_0_1b.py --data.source PATH
+    rwkv train configs/rwkv7_0_1b.py --data.source PATH
     rwkv plan configs/rwkv7_0_1b.py --topology h100:1x8
 
 `rwkv plan` said: h100:1x8, data 8: fits; arguments 2.14 GiB, peak 17.37 GiB of 79.14 GiB a device; at best

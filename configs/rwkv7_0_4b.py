@@ -1,6 +1,6 @@
 """RWKV-7 0.4B (24 x 1024), planned for eight H100s.
 
-    python train.py configs/rwkv7_0_4b.py --data.source PATH
+    rwkv train configs/rwkv7_0_4b.py --data.source PATH
     rwkv plan configs/rwkv7_0_4b.py --topology h100:1x8
 
 `rwkv plan` said: h100:1x8, data 8: fits; arguments 5.04 GiB, peak 28.21 GiB of 79.14 GiB a device; at best

@@ -1,6 +1,6 @@
 """RWKV-7 2.9B (32 x 2560), planned for 32 H100s.
 
-    python train.py configs/rwkv7_2_9b.py --data.source PATH
+    rwkv train configs/rwkv7_2_9b.py --data.source PATH
     rwkv plan configs/rwkv7_2_9b.py --topology h100:4x8
 
 `rwkv plan` said: h100:4x8, data 4 x fsdp 8: fits; arguments 4.13 GiB, peak 24.55 GiB of 79.14 GiB a device;

@@ -1,6 +1,6 @@
 """RWKV-7 7.2B (32 x 4096), planned for 64 H100s.
 
-    python train.py configs/rwkv7_7_2b.py --data.source PATH
+    rwkv train configs/rwkv7_7_2b.py --data.source PATH
     rwkv plan configs/rwkv7_7_2b.py --topology h100:8x8
 
 `rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 1.28 GiB, peak 17.74 GiB of 79.14 GiB a device; at best

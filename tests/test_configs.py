@@ -39,7 +39,7 @@ def test_config_builds_a_model_of_the_size_it_says(path: Path) -> None:
 def test_docstring_gives_the_command_and_what_was_seen(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring is not None
-    assert f"python train.py configs/{path.name}" in docstring
+    assert f"rwkv train configs/{path.name}" in docstring
     assert re.search(r"Seen on .*minutes.*nats.*bits a byte", docstring, re.DOTALL)
 
 

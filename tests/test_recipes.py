@@ -158,7 +158,7 @@ def test_rows_go_evenly_on_the_devices_that_the_recipe_is_planned_for(name: str)
 def test_docstring_names_the_hardware_and_the_plan(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")))
     assert docstring is not None
-    assert f"python train.py configs/{name}.py" in docstring
+    assert f"rwkv train configs/{name}.py" in docstring
     assert f"rwkv plan configs/{name}.py --topology " in docstring
     command = docstring.split("--topology ")[1]
     topology = parse_topology(command.split()[0])

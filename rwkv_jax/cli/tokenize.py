@@ -13,7 +13,7 @@ from rwkv_jax.config import ConfigError, DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """Tokenize text into TARGET.bin and TARGET.idx, the token files of the official trainer and of train.py."""
+    """Tokenize text into TARGET.bin and TARGET.idx, the token files of the official trainer and of `rwkv train`."""
 
     source: tyro.conf.Positional[str]
     """A text file, a folder, or JSON records (.jsonl, .json), optionally compressed (.gz, .bz2, .xz, .zst), a table

@@ -27,8 +27,8 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
-def parse_train_config(arguments: Sequence[str], program: str = "train.py") -> TrainConfig:
-    """Parses `train.py [CONFIG_FILE] [--field value ...]`; exits on --help and on unknown fields.
+def parse_train_config(arguments: Sequence[str], program: str = "rwkv train") -> TrainConfig:
+    """Parses `rwkv train [CONFIG_FILE] [--field value ...]`; exits on --help and on unknown fields.
 
     Args:
       program: name shown in the help.

@@ -64,7 +64,7 @@ def from_pretrained(
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
     layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
     copied straight to the devices that hold it; one that is to be packed is packed first, and all layers of a parameter
-    are copied together. Of a run of train.py the newest checkpoint is taken.
+    are copied together. Of a run of `rwkv train` the newest checkpoint is taken.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
@@ -203,7 +203,7 @@ def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weigh
 
 
 def _flag(name: str, value: Any) -> str:
-    """The flag of train.py that sets a field of the model."""
+    """The flag of `rwkv train` that sets a field of the model."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"

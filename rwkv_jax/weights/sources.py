@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 # No part begins with a dot: ./NAME and ../NAME are paths.
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
-_RUNS = "runs"  # train.py's default folder for runs
+_RUNS = "runs"  # `rwkv train`'s default folder for runs
 _OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # suffixes that are not repository names
 _IN_ORDER = (
     "model.safetensors.index.json",
@@ -89,7 +89,7 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     owner, _, name = match["name"].partition("/")
     if owner == _RUNS:
         raise WeightsError(
-            f"{path}: no such run folder; train the run first (train.py --run-dir {path}), or name one that is there"
+            f"{path}: no such run folder; train the run first (rwkv train --run-dir {path}), or name one that is there"
         )
     if name.endswith(_OF_FILES) or Path(owner).is_dir():
         raise WeightsError(

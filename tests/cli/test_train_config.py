@@ -1,4 +1,4 @@
-"""The config of train.py from a file and flags: its help and its errors."""
+"""The config of `rwkv train` from a file and flags: its help and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIELDS = dict(fields_of(TrainConfig))
 
 
 def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What `train.py` says about arguments that it does not take."""
+    """What `rwkv train` says about arguments that it does not take."""
     with pytest.raises(SystemExit) as exit_:
         cli.parse_train_config(arguments)
     assert exit_.value.code not in (0, None)

@@ -115,7 +115,7 @@ def test_what_is_nowhere_is_said_to_be(source: str) -> None:
     [
         (
             "runs/mine",
-            r"^runs/mine: no such run folder; train the run first \(train\.py --run-dir runs/mine\)",
+            r"^runs/mine: no such run folder; train the run first \(rwkv train --run-dir runs/mine\)",
         ),
         ("runs/mine/a.pth", "^runs/mine/a.pth: no such run folder"),
         ("folder/mine", "^folder/mine: no such file or run folder; name one that is there, or OWNER/NAME on the"),
