@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -278,8 +279,8 @@ def test_the_loser_of_a_race_takes_what_the_winner_built(
     shutil.rmtree(folder_of(corpus))
     build = folder_module._write_sides
 
-    def write_and_be_overtaken(*arguments: object) -> dict[str, object]:
-        record = build(*arguments)  # type: ignore[arg-type]
+    def write_and_be_overtaken(*arguments: Any) -> dict[str, Any]:
+        record = build(*arguments)
         shutil.copytree(kept, folder_of(corpus))
         return record
 

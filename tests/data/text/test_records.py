@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -33,8 +34,8 @@ _FORMS = {
 }
 
 
-def _texts(source: Path, **fields: str) -> list[str]:
-    return [document.text for document in read_documents(DataConfig(source=str(source), **fields))]  # type: ignore[arg-type]
+def _texts(source: Path, **fields: Any) -> list[str]:
+    return [document.text for document in read_documents(DataConfig(source=str(source), **fields))]
 
 
 @pytest.mark.parametrize("form", _FORMS)
