@@ -89,13 +89,16 @@ class TimeMix(Mixer):
         # One decay and bonus for each head in the previews, for each channel of a head in 5.2.
         own = jnp.arange(heads, dtype=dtype) if is_preview else channel
         line = own / max(own.size - 1, 1)
-        shape = (heads,) if is_preview else (heads, head_dim)
-        self.time_decay = nnx.Param((-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1)).reshape(shape))
+
+        def by_head(x: Array) -> nnx.Param:
+            return nnx.Param(x if is_preview else rearrange(x, "(H N) -> H N", N=head_dim))
+
+        self.time_decay = by_head(-6 + 5 * line ** (0.7 + 1.3 * ratio_0_to_1))
         if config.exponential_bonus:
-            self.time_first = nnx.Param(jnp.full(shape, -3.0, dtype))
+            self.time_first = by_head(jnp.full(own.shape, -3.0, dtype))
         else:
             zigzag = 0.0 if is_preview else 0.1 * ((channel + 1) % 3 - 1)
-            self.time_faaaa = nnx.Param((ratio_0_to_1 * (1 - line) + zigzag).reshape(shape))
+            self.time_faaaa = by_head(ratio_0_to_1 * (1 - line) + zigzag)
 
         def square(gain: float) -> Linear:
             return Linear(orthogonal(rngs.params(), (width, width), gain, dtype))
@@ -133,7 +136,9 @@ class TimeMix(Mixer):
         # (8) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (9) S_t = diag(w) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t, with
         # (5) the decay w = exp(-e^{time_decay}); in float32 whatever the compute dtype. One number per head is [H, 1].
         bonus = self.time_first if config.exponential_bonus else self.time_faaaa
-        decay, u = (z[...].astype(config.parameter_dtype).reshape(r.shape[2], -1) for z in (self.time_decay, bonus))
+        decay, u = (
+            rearrange(z[...].astype(config.parameter_dtype), "H ... -> H (...)") for z in (self.time_decay, bonus)
+        )
         r, k, v = checkpoint_wkv_inputs(r, k, v)
         log_w, u = -jnp.exp(decay), jnp.exp(u) if config.exponential_bonus else u
         wkv = wkv_operator(wkv5, wkv5_sharded, context, config.wkv_implementation)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -99,7 +100,7 @@ def _pack_int8(rows: NDArray) -> PackedParts:
 def _pack_int4(rows: NDArray) -> PackedParts:
     """Each group's multiplier and offset are the pair with the smallest squared error among some near its range."""
     unit = _unit(rows)
-    groups = (rows / unit[:, None]).reshape(len(rows), -1, GROUP_SIZE)
+    groups = rearrange(rows / unit[:, None], "out (group code) -> out group code", code=GROUP_SIZE)
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     exact = (high - low) / _CODES_OF_4_BITS
     error = np.full(exact.shape, np.inf, np.float32)
@@ -256,7 +257,7 @@ def _integers(parts: PackedParts) -> NDArray:
         return codes
     unpacked = np.concatenate([codes & _CODES_OF_4_BITS, codes >> 4], axis=-1).astype(np.int8)
     unpacked = unpacked * parts["multiplier"][..., None] + parts["offset"][..., None]
-    return unpacked.reshape(*codes.shape[:-2], -1)
+    return rearrange(unpacked, "... group code -> ... (group code)")
 
 
 def open_packed(tensors: Mapping[str, NDArray]) -> DequantizedTensors | None:

@@ -22,6 +22,7 @@ PLAIN: dict[str, Callable[..., Array]] = {
     "... C -> (...) C": lambda x: x if x.ndim == 2 else x.reshape(-1, x.shape[-1]),
     "C -> 1 1 C": lambda x: x.reshape(1, 1, -1),
     "(H N) -> H N": lambda x, size: x.reshape(-1, size),
+    "H ... -> H (...)": lambda x: x.reshape(x.shape[0], -1),
     "B T (H N) -> B T H N": lambda x, size: x.reshape(*x.shape[:2], -1, size),
     "B T H N -> B T (H N)": lambda x: x.reshape(*x.shape[:2], -1),
     "B T H N -> B H T N": lambda x: x.swapaxes(1, 2),
