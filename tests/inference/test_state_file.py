@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.inference.state_file import (
@@ -29,34 +28,15 @@ from rwkv_jax.inference.state_file import (
     checksums,
     load_snapshot,
     model_identity,
-    parameters_digest,
     save_snapshot,
 )
-from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.weights.safetensors import write_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError
-from tests.fake_devices import run_on_fake_devices
 from tests.golden import QUICK
 from tests.inference.operations import assert_identical
-from tests.models.parameters import SMALL, in_dtype, merge, random_params, to_official
-
-SINGLE = {generation: dataclasses.replace(config, dtype="float32") for generation, config in SMALL.items()}
-SEVEN = SINGLE["7"]
-
-
-def _params(config: ModelConfig) -> Any:
-    return in_dtype(random_params(config), config)
-
-
-@functools.cache
-def _model(config: ModelConfig) -> LanguageModel:
-    return merge(config, jax.tree.map(jnp.asarray, _params(config)))
-
-
-@functools.cache
-def _identity(config: ModelConfig) -> Identity:
-    return model_identity(_model(config), ByteTokenizer())
+from tests.inference.small_identities import SEVEN, SINGLE, identity_of, model_of
+from tests.models.parameters import SMALL
 
 
 def _snapshot(identity: Identity, num_tokens: int = 17) -> Snapshot:
@@ -71,7 +51,7 @@ def _snapshot(identity: Identity, num_tokens: int = 17) -> Snapshot:
 
 @pytest.mark.parametrize("generation", SINGLE)
 def test_states_come_back_bit_for_bit(tmp_path: Path, generation: str) -> None:
-    identity = _identity(SINGLE[generation])
+    identity = identity_of(SINGLE[generation])
     snapshot = _snapshot(identity)
     save_snapshot(tmp_path / "x", snapshot, identity)
     loaded = load_snapshot(tmp_path / "x", identity)
@@ -81,7 +61,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, generation: str) -> None:
 
 @pytest.mark.parametrize("generation", SINGLE)
 def test_the_form_is_that_of_an_unstacked_models_state(generation: str) -> None:
-    identity, model = _identity(SINGLE[generation]), unstacked(_model(SINGLE[generation]))
+    identity, model = identity_of(SINGLE[generation]), unstacked(model_of(SINGLE[generation]))
     state = jax.eval_shape(lambda: model.initial_state(1))
     assert jax.tree.structure(identity.state) == jax.tree.structure(state)
     for row, leaf in zip(jax.tree.leaves(identity.state), jax.tree.leaves(state), strict=True):
@@ -89,7 +69,7 @@ def test_the_form_is_that_of_an_unstacked_models_state(generation: str) -> None:
 
 
 def test_dtypes_are_kept(tmp_path: Path) -> None:
-    identity = _identity(dataclasses.replace(SEVEN, dtype="bfloat16"))
+    identity = identity_of(dataclasses.replace(SEVEN, dtype="bfloat16"))
     snapshot = _snapshot(identity)
     save_snapshot(tmp_path / "x", snapshot, identity)
     loaded = load_snapshot(tmp_path / "x", identity)
@@ -101,7 +81,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
 def test_float64_is_kept(tmp_path: Path) -> None:
     with jax.enable_x64(True):
         config = SMALL["4"]
-        identity = model_identity(_model(config), ByteTokenizer())
+        identity = model_identity(model_of(config), ByteTokenizer())
         snapshot = _snapshot(identity)
         assert snapshot.state[0].att_shift.dtype == jnp.float64
         save_snapshot(tmp_path / "x", snapshot, identity)
@@ -110,7 +90,7 @@ def test_float64_is_kept(tmp_path: Path) -> None:
 
 def test_a_text_goes_on_as_it_would_have(tmp_path: Path) -> None:
     config = SINGLE["4"]
-    graphdef, params = nnx.split(unstacked(_model(config)))
+    graphdef, params = nnx.split(unstacked(model_of(config)))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def read(tokens: jax.Array, state: Any) -> Any:
@@ -118,9 +98,9 @@ def test_a_text_goes_on_as_it_would_have(tmp_path: Path) -> None:
         return logits[0, -1], jax.tree.map(lambda x: x[0], state)
 
     tokens = np.arange(5)
-    logits, state = read(tokens, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _identity(config).state))
-    save_snapshot(tmp_path / "x", Snapshot(state, logits, 5), _identity(config))
-    loaded = load_snapshot(tmp_path / "x", _identity(config))
+    logits, state = read(tokens, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), identity_of(config).state))
+    save_snapshot(tmp_path / "x", Snapshot(state, logits, 5), identity_of(config))
+    loaded = load_snapshot(tmp_path / "x", identity_of(config))
     assert_identical(loaded, Snapshot(state, logits, 5))
     for found, expected in zip(read(tokens, loaded.state), read(tokens, state), strict=True):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -128,7 +108,7 @@ def test_a_text_goes_on_as_it_would_have(tmp_path: Path) -> None:
 
 def test_what_is_in_a_file(tmp_path: Path) -> None:
     config = SINGLE["4"]
-    identity = _identity(config)
+    identity = identity_of(config)
     save_snapshot(tmp_path / "x", _snapshot(identity), identity)
     parts = ("att_shift", "ffn_shift", "wkv.numerator", "wkv.denominator", "wkv.max_exponent")
     assert load_file(tmp_path / "x").keys() == {"logits", *(f"blocks.{i}.{part}" for i in range(3) for part in parts)}
@@ -147,15 +127,15 @@ def test_what_is_in_a_file(tmp_path: Path) -> None:
 
 
 def test_names_of_matrix_states(tmp_path: Path) -> None:
-    snapshot = _snapshot(_identity(SEVEN))
-    save_snapshot(tmp_path / "x", snapshot, _identity(SEVEN))
+    snapshot = _snapshot(identity_of(SEVEN))
+    save_snapshot(tmp_path / "x", snapshot, identity_of(SEVEN))
     tensors = load_file(tmp_path / "x")
     np.testing.assert_array_equal(tensors["blocks.2.wkv"], snapshot.state[2].wkv)
     np.testing.assert_array_equal(tensors["blocks.1.ffn_shift"], snapshot.state[1].ffn_shift)
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
-    identity = _identity(SEVEN)
+    identity = identity_of(SEVEN)
     for name in "ab":
         save_snapshot(tmp_path / name, _snapshot(identity), identity)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -165,86 +145,17 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_loaded_state_needs_its_file_no_more(tmp_path: Path, padding: int) -> None:
     # Of headers of every length, since JAX takes over an array of the host, without copying, where it is aligned.
     path = _write(tmp_path / "x", _tensors(tmp_path), producer="x" * padding)
-    loaded = load_snapshot(path, _identity(SEVEN))
+    loaded = load_snapshot(path, identity_of(SEVEN))
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
-    assert_identical(loaded, _snapshot(_identity(SEVEN)))
-
-
-# Digests
-
-
-def _by_definition(params: Any, config: ModelConfig) -> str:
-    lines = []
-    for name, x in sorted(to_official(config, params).items()):
-        content = hashlib.sha256(x.tobytes()).hexdigest()
-        lines.append(f"{name} {list(x.shape)} {x.dtype} {content}\n")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
-@pytest.mark.parametrize("generation", ["4", "7"])
-def test_the_digest_is_over_official_names(generation: str) -> None:
-    config = SINGLE[generation]
-    expected = _by_definition(_params(config), config)
-    assert _identity(config).model == expected
-    assert model_identity(unstacked(_model(config)), ByteTokenizer()) == _identity(config)
-
-
-def test_the_digest_does_not_depend_on_devices() -> None:
-    report = run_on_fake_devices(4, "tests.inference.digested")
-    assert report["devices"] == 4
-    assert report["split"] > 4
-    assert len(set(report["digests"])) == 1
-    assert report["kept on the host"] == 0
-
-
-def test_the_digest_of_float64_is_of_float64() -> None:
-    params = _params(SMALL["4"])
-    expected = _by_definition(params, SMALL["4"])
-    with jax.enable_x64(True):
-        placed = jax.tree.map(jnp.asarray, params)
-    assert parameters_digest(placed) == expected  # while JAX has it switched off
-    assert parameters_digest(params) == expected
-
-
-@pytest.mark.parametrize("place", range(0, len(jax.tree.leaves(random_params(SEVEN))), 5))
-def test_every_number_counts(place: int) -> None:
-    leaves, structure = jax.tree.flatten(_params(SEVEN))
-    changed = leaves[place].copy()
-    changed.reshape(-1)[-1] += 1
-    assert parameters_digest(structure.unflatten([*leaves[:place], changed, *leaves[place + 1 :]])) != (
-        _identity(SEVEN).model
-    )
-
-
-def _change_dtype(params: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32).view(np.int32), params)
-
-
-def _swap_layers(params: Any) -> Any:
-    return params | {"blocks": jax.tree.map(lambda x: x[::-1], params["blocks"])}
-
-
-@pytest.mark.parametrize("change", [_change_dtype, _swap_layers])
-def test_dtypes_and_the_order_of_layers_count(change: Callable[[Any], Any]) -> None:
-    assert parameters_digest(change(_params(SEVEN))) != _identity(SEVEN).model
-
-
-def test_packed_parameters_have_digests_too() -> None:
-    packed = {"integers": np.ones((2, 3, 4), np.int8), "scales": np.ones((2, 3), np.float32)}
-    stacked = {"head": {"weight": {"integers": np.ones((5, 4), np.int8)}}, "blocks": {"att": {"key": packed}}}
-    layers = {i: {"att": {"key": jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), packed)}} for i in range(2)}
-    digest = parameters_digest(stacked)
-    assert parameters_digest(stacked | {"blocks": layers}) == digest
-    packed["scales"][1, 2] = 2
-    assert parameters_digest(stacked) != digest
+    assert_identical(loaded, _snapshot(identity_of(SEVEN)))
 
 
 # What is refused
 
 
 def _saved(path: Path) -> Path:
-    save_snapshot(path, _snapshot(_identity(SEVEN)), _identity(SEVEN))
+    save_snapshot(path, _snapshot(identity_of(SEVEN)), identity_of(SEVEN))
     return path
 
 
@@ -252,7 +163,7 @@ def _saved(path: Path) -> Path:
     ("change", "lines"),
     [
         ({"generation": "6"}, ["generation: '7' in the file, '6' here; load a model of the file's generation"]),
-        ({"model": "abc"}, [f"model: '{_identity(SEVEN).model}' in the file, 'abc' here; load the very parameters"]),
+        ({"model": "abc"}, [f"model: '{identity_of(SEVEN).model}' in the file, 'abc' here; load the very parameters"]),
         ({"tokenizer": "abc"}, ["tokenizer: '", "' in the file, 'abc' here; take the tokenizer that it was made with"]),
         ({"generation": "6", "model": "x", "tokenizer": "y"}, ["generation: ", "model: ", "tokenizer: "]),
     ],
@@ -262,7 +173,7 @@ def test_states_of_others_are_refused_by_each_difference(
 ) -> None:
     path = _saved(tmp_path / "x")
     with pytest.raises(StateError) as refusal:
-        load_snapshot(path, dataclasses.replace(_identity(SEVEN), **change))
+        load_snapshot(path, dataclasses.replace(identity_of(SEVEN), **change))
     assert str(refusal.value).startswith(f"{path}: this state does not belong to")
     for line in lines:
         assert line in str(refusal.value)
@@ -271,14 +182,14 @@ def test_states_of_others_are_refused_by_each_difference(
 
 def test_another_compute_dtype_is_refused(tmp_path: Path) -> None:
     path = _saved(tmp_path / "x")
-    lower = model_identity(_model(dataclasses.replace(SEVEN, dtype="bfloat16")), ByteTokenizer())
+    lower = model_identity(model_of(dataclasses.replace(SEVEN, dtype="bfloat16")), ByteTokenizer())
     with pytest.raises(StateError, match=r"different +blocks\.0\.att_shift is float32 \[32\], must be bfloat16 \[32\]"):
         load_snapshot(path, lower)
 
 
 def _write(path: Path, tensors: dict[str, NDArray], **metadata: str | None) -> Path:
     """A file as ours, but for some metadata (None leaves them out)."""
-    identity = _identity(SEVEN)
+    identity = identity_of(SEVEN)
     ours: dict[str, str | None] = {
         "format": FORMAT,
         "version": VERSION,
@@ -299,7 +210,7 @@ def _tensors(tmp_path: Path) -> dict[str, NDArray]:
 
 def test_files_of_others_that_are_right_are_read(tmp_path: Path) -> None:
     path = _write(tmp_path / "x", _tensors(tmp_path))
-    assert_identical(load_snapshot(path, _identity(SEVEN)), _snapshot(_identity(SEVEN)))
+    assert_identical(load_snapshot(path, identity_of(SEVEN)), _snapshot(identity_of(SEVEN)))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +232,7 @@ def test_files_of_others_that_are_right_are_read(tmp_path: Path) -> None:
 def test_metadata_that_cannot_be(tmp_path: Path, metadata: dict[str, str | None], message: str) -> None:
     path = _write(tmp_path / "x", _tensors(tmp_path), **metadata)
     with pytest.raises(StateError, match=message):
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
 
 
 def _set(value: float) -> Callable[[NDArray], NDArray]:
@@ -356,14 +267,14 @@ def test_tensors_that_cannot_be(tmp_path: Path, name: str, change: str) -> None:
         message = r"different +{} is float32 \[1, 41\], must be float32 \[{}\]"
     path = _write(tmp_path / "x", tensors if changed is None else tensors | {name: changed})
     with pytest.raises(StateError, match=message.format(name, shape)):
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
 
 
 def test_tensors_that_are_not_expected(tmp_path: Path) -> None:
     more = {f"blocks.{i}.wkv": np.zeros(1, np.float32) for i in range(3, 40)}
     path = _write(tmp_path / "x", _tensors(tmp_path) | more)
     with pytest.raises(StateError, match=r"not expected blocks\.3\.wkv float32 \[1\]\n") as refusal:
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
     assert str(refusal.value).endswith("and 17 more")
 
 
@@ -373,7 +284,7 @@ def test_files_cut_short(tmp_path: Path, part: float) -> None:
     path = tmp_path / "x"
     path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(ConfigError, match=str(path)) as refusal:
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
     assert part == 0 or isinstance(refusal.value, UnsafeFileError)
 
 
@@ -381,25 +292,25 @@ def test_files_cut_short(tmp_path: Path, part: float) -> None:
 def test_a_state_needs_its_checksums(tmp_path: Path, recorded: str | None) -> None:
     path = _write(tmp_path / "x", _tensors(tmp_path), checksums=recorded)
     if recorded is None:  # by default the right ones stand there
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
     else:
         with pytest.raises(StateError, match="is damaged, its metadata differ from their checksum; get another copy"):
-            load_snapshot(path, _identity(SEVEN))
+            load_snapshot(path, identity_of(SEVEN))
 
 
 def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
     path = _saved(tmp_path / "x")
     content = bytearray(path.read_bytes())
-    place = content.find(np.asarray(_snapshot(_identity(SEVEN)).state[1].wkv).tobytes())
+    place = content.find(np.asarray(_snapshot(identity_of(SEVEN)).state[1].wkv).tobytes())
     content[place + 5] ^= 1  # still a number, and finite
     path.write_bytes(content)
     with pytest.raises(StateError, match=r"the tensor 'blocks\.1\.wkv' is damaged, it differs from its checksum; get"):
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
 
 
 def _load(path: Path) -> Snapshot | ConfigError:
     try:
-        return load_snapshot(path, _identity(SEVEN))
+        return load_snapshot(path, identity_of(SEVEN))
     except ConfigError as error:
         return error
 
@@ -415,7 +326,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
         found = _load(path)
         if isinstance(found, Snapshot):  # harmless: one of the spaces that fill the header up
             assert place < header
-            assert_identical(found, _snapshot(_identity(SEVEN)))
+            assert_identical(found, _snapshot(identity_of(SEVEN)))
         else:
             assert str(path) in str(found)
 
@@ -432,7 +343,7 @@ def test_what_is_no_state_is_named(tmp_path: Path, content: bytes, message: str)
     path = tmp_path / "x"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
 
 
 def test_metadata_that_are_there_twice(tmp_path: Path) -> None:
@@ -440,19 +351,19 @@ def test_metadata_that_are_there_twice(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UnsafeFileError):
-        load_snapshot(path, _identity(SEVEN))
+        load_snapshot(path, identity_of(SEVEN))
 
 
 def test_weights_are_no_state(tmp_path: Path) -> None:
     save_file({"emb.weight": np.zeros((3, 4), np.float32)}, tmp_path / "x")  # without any metadata
     with pytest.raises(StateError, match="is not the state of a text"):
-        load_snapshot(tmp_path / "x", _identity(SEVEN))
+        load_snapshot(tmp_path / "x", identity_of(SEVEN))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_no_such_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(StateError, match="there is no such file; name a file that a session was saved to"):
-        load_snapshot(tmp_path / name, _identity(SEVEN))
+        load_snapshot(tmp_path / name, identity_of(SEVEN))
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -466,12 +377,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trouble", ["another model", "NaN"])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, trouble: str) -> None:
-    snapshot = _snapshot(_identity(SINGLE["4"] if trouble == "another model" else SEVEN))
+    snapshot = _snapshot(identity_of(SINGLE["4"] if trouble == "another model" else SEVEN))
     if trouble == "NaN":
         snapshot = dataclasses.replace(snapshot, logits=snapshot.logits.at[3].set(jnp.nan))
     message = "not the tensors of a state of this model" if trouble == "another model" else "'logits' holds numbers"
     with pytest.raises(StateError, match=message):
-        save_snapshot(tmp_path / "x", snapshot, _identity(SEVEN))
+        save_snapshot(tmp_path / "x", snapshot, identity_of(SEVEN))
     assert not list(tmp_path.iterdir())
 
 
