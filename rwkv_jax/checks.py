@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import numbers
+import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -18,6 +19,19 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
     """Raises ConfigError with the field, its value and the remedy unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def checker(config: object, section: str = "") -> Callable[[bool, str, str], None]:
+    """Makes `require` for a config's fields, from (condition, name of the field, remedy).
+
+    Args:
+      section: the part of a run's config that this is; precedes the field in messages.
+    """
+
+    def check(condition: bool, field: str, remedy: str) -> None:
+        require(condition, f"{section}.{field}".lstrip("."), operator.attrgetter(field)(config), remedy)
+
+    return check
 
 
 def require_positive(config: object, prefix: str, *fields: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from rwkv_jax.checks import (
     ConfigError,
+    checker,
     is_number,
     is_whole,
     require,
@@ -23,6 +24,15 @@ def test_a_condition_that_does_not_hold() -> None:
     require(True, "x", 3, "must be less")
     with pytest.raises(ConfigError, match=r"^x = 'a': must be less$"):
         require(False, "x", "a", "must be less")
+
+
+def test_fields_of_a_config() -> None:
+    section = types.SimpleNamespace(x=3)
+    checker(section)(True, "x", "must be less")
+    with pytest.raises(ConfigError, match=r"^section\.x = 3: must be less$"):
+        checker(section, "section")(False, "x", "must be less")
+    with pytest.raises(ConfigError, match=r"^section\.x = 3: must be less$"):
+        checker(types.SimpleNamespace(section=section))(False, "section.x", "must be less")
 
 
 @pytest.mark.parametrize("value", [0, 11, True, 2.0, "3", None, float("nan"), [4]])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rwkv_jax.checks import ConfigError, require
+from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat import Thinking
@@ -64,8 +64,9 @@ class Chat:
 
     def run(self) -> None:
         """Answers lines of standard input until it ends."""
-        require(self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
+        check = checker(self)
+        check(self.tokens >= 1, "tokens", "must be at least 1")
+        check(0 <= self.seed < 2**32, "seed", "must fit in 32 bits and not be negative")
         if self.system is not None:
             require_text(f"system = {self.system!r}", self.system)
         chat_format, sampling = self._format(), self.sampling.sampling()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rwkv_jax.checks import ConfigError, require
+from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 
@@ -74,9 +74,10 @@ class Generate:
         """Arguments for the engine. Raises ConfigError before weights are loaded."""
         from rwkv_jax.inference.text import check_stop_strings
 
+        check = checker(self)
         for name in ("tokens", "num", "best_of"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
+            check(getattr(self, name) >= 1, name, "must be at least 1")
+        check(0 <= self.seed < 2**32, "seed", "must fit in 32 bits and not be negative")
         if self.seed > (most := 2**32 - self.num * self.best_of):
             raise ConfigError(
                 f"seed = {self.seed}: {self.num * self.best_of} texts take as many seeds from it on, which must all "

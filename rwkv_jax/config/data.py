@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from rwkv_jax.checks import require, require_choices
+from rwkv_jax.checks import checker, require, require_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,42 +41,34 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choices(self, "data")
-        require(bool(self.source), "data.source", self.source, "name a file, a folder or python-stdlib")
-        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "must lie in [0, 1); 0 holds out nothing")
-        require(
+        check = checker(self, "data")
+        check(bool(self.source), "source", "name a file, a folder or python-stdlib")
+        check(0 <= self.held_out < 1, "held_out", "must lie in [0, 1); 0 holds out nothing")
+        check(
             self.magic_prime is None or self.order == "official",
-            "data.magic_prime",
-            self.magic_prime,
+            "magic_prime",
             f"data.order = {self.order!r} has no such number; leave it out, or set data.order to official",
         )
         if self.mixture:
             self._check_mixture()
 
     def _check_mixture(self) -> None:
+        check = checker(self, "data")
         sources = [source for source, _ in self.mixture]
         for source, weight in self.mixture:
             place = f"data.mixture, weight of {source!r}"
             require(0 < weight < math.inf, place, weight, "must be positive; leave out what is not to be read")
-        require(all(sources), "data.mixture", self.mixture, "each source needs a path")
-        require(
-            len(set(sources)) == len(sources), "data.mixture", self.mixture, "names a source twice; add its weights"
-        )
+        check(all(sources), "mixture", "each source needs a path")
+        check(len(set(sources)) == len(sources), "mixture", "names a source twice; add its weights")
         default = type(self).source
-        require(
+        check(
             self.source == default,
-            "data.source",
-            self.source,
+            "source",
             "data.mixture names the sources; leave this out, or name it in data.mixture with its weight",
         )
-        require(
-            self.tokenizer is not None,
-            "data.tokenizer",
-            self.tokenizer,
-            "the sources of data.mixture share one tokenizer; name it",
-        )
-        require(
+        check(self.tokenizer is not None, "tokenizer", "the sources of data.mixture share one tokenizer; name it")
+        check(
             self.order == "windows",
-            "data.order",
-            self.order,
+            "order",
             "the official order is one of a single source; leave out data.order or data.mixture",
         )

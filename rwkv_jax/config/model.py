@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.checks import require, require_choices, require_positive
+from rwkv_jax.checks import checker, require_choices, require_positive
 from rwkv_jax.config.generations import (
     DEFAULT_GENERATION,
     Architecture,
@@ -75,31 +75,30 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_choices(self, "model")
+        check = checker(self, "model")
         check_generation(self.architecture, self.generation)
         require_positive(self, "model", "vocab_size", "width", "head_dim")
-        require(self.num_layers >= 2, "model.num_layers", self.num_layers, "RWKV needs at least 2 layers")
-        require(self.width >= 2, "model.width", self.width, "must be at least 2")
+        check(self.num_layers >= 2, "num_layers", "RWKV needs at least 2 layers")
+        check(self.width >= 2, "width", "must be at least 2")
         if self.spec.has_heads:
             below = max(self.width // self.head_dim, 1) * self.head_dim
-            require(
+            check(
                 self.width % self.head_dim == 0,
-                "model.width",
-                self.width,
+                "width",
                 f"must be a multiple of model.head_dim = {self.head_dim}; "
                 f"the nearest are {below} and {below + self.head_dim}",
             )
-            require(self.head_dim >= 2, "model.head_dim", self.head_dim, "must be at least 2")
+            check(self.head_dim >= 2, "head_dim", "must be at least 2")
         for name in ("ffn_width", *_FIELDS_OF_SOME):
             value = getattr(self, name)
             positive = value is None or isinstance(value, bool) or value > 0
-            require(positive, f"model.{name}", value, "must be positive, or None for the default")
+            check(positive, name, "must be positive, or None for the default")
         for name, what in _FIELDS_OF_SOME.items():
             value = getattr(self, name)
             owners = named_in_a_sentence([spec for spec in all_specs() if name in spec.own_fields])
-            require(
+            check(
                 value is None or value is False or name in self.spec.own_fields,
-                f"model.{name}",
-                value,
+                name,
                 f"{self.title} has no {what}, only {owners}; leave it out",
             )
         self.spec.check(self)

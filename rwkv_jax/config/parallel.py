@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.checks import ConfigError, require, require_positive
+from rwkv_jax.checks import ConfigError, checker, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,12 @@ class ParallelConfig:
     """Keep the optimizer's moments in the hosts' memory between steps."""
 
     def __post_init__(self) -> None:
+        check = checker(self, "parallel")
         for name in ("data", "fsdp", "tensor", "sequence"):
             size = getattr(self, name)
             auto = name in ("data", "fsdp")
             remedy = "must be a whole number from 1" + (", or auto" if auto else "")
-            require((auto and size == "auto") or (type(size) is int and size >= 1), f"parallel.{name}", size, remedy)
+            check((auto and size == "auto") or (type(size) is int and size >= 1), name, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,9 @@ class DistributedConfig:
     """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
     def __post_init__(self) -> None:
+        check = checker(self, "distributed")
         require_positive(self, "distributed", "join_seconds")
-        require(
-            self.heartbeat_seconds >= 2, "distributed.heartbeat_seconds", self.heartbeat_seconds, "must be at least 2"
-        )
+        check(self.heartbeat_seconds >= 2, "heartbeat_seconds", "must be at least 2")
         given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
         missing = [f"distributed.{name}" for name, value in given.items() if value is None]
         if len(missing) == len(given):
@@ -64,16 +64,14 @@ class DistributedConfig:
                 f"distributed.{name} = {value!r}: goes with {' and '.join(missing)}; give all three, or none"
             )
         host, _, port = self.coordinator.rpartition(":")
-        require(
+        check(
             bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
-            "distributed.coordinator",
-            self.coordinator,
+            "coordinator",
             "must be HOST:PORT of process 0, such as node0:1234, with a port from 1 to 65535",
         )
         require_positive(self, "distributed", "num_processes")
-        require(
+        check(
             0 <= self.process_id < self.num_processes,
-            "distributed.process_id",
-            self.process_id,
+            "process_id",
             f"must lie between 0 and {self.num_processes - 1}, since distributed.num_processes = {self.num_processes}",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rwkv_jax.checks import require, require_positive
+from rwkv_jax.checks import checker, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every", "batches", "sample_tokens")
-        require(self.sample_temperature >= 0, "evaluation.sample_temperature", self.sample_temperature, "must be >= 0")
-        require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p", self.sample_top_p, "must lie in (0, 1]")
+        check = checker(self, "evaluation")
+        check(self.sample_temperature >= 0, "sample_temperature", "must be >= 0")
+        check(0 < self.sample_top_p <= 1, "sample_top_p", "must lie in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rwkv_jax.checks import require
+from rwkv_jax.checks import checker
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.model import ModelConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
@@ -37,45 +37,40 @@ class TrainConfig:
     """First and last step to trace; the trace is written to RUN_DIR/profile."""
 
     def __post_init__(self) -> None:
-        require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
-        require(
+        check = checker(self)
+        check(bool(self.run_dir), "run_dir", "name a folder")
+        check(
             self.initial_weights is None or self.data.tokenizer is not None,
             "data.tokenizer",
-            self.data.tokenizer,
             f"initial_weights = {self.initial_weights!r} were trained with a tokenizer; name it, or its folder",
         )
-        require(0 <= self.seed < 2**32, "seed", self.seed, "must fit in 32 bits and not be negative")
-        require(
+        check(0 <= self.seed < 2**32, "seed", "must fit in 32 bits and not be negative")
+        check(
             self.training.sequence_length % self.parallel.sequence == 0,
             "training.sequence_length",
-            self.training.sequence_length,
             f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
         )
         self.model.spec.check_run(self)
-        require(
+        check(
             not self.training.first_step or self.initial_weights is not None,
             "training.first_step",
-            self.training.first_step,
             "takes up where other weights stopped; name them with initial_weights, or leave it out",
         )
-        require(
+        check(
             0 <= self.training.first_step < self.training.num_steps,
             "training.first_step",
-            self.training.first_step,
             f"must not be negative, and less than training.num_steps = {self.training.num_steps}",
         )
-        require(
+        check(
             self.optimizer.warmup_steps < self.training.num_steps,
             "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
             f"must be less than training.num_steps = {self.training.num_steps}",
         )
-        require(
+        check(
             not self.training.carry_state or self.data.order == "windows",
             "data.order",
-            self.data.order,
             "training.carry_state reads each row on from where it stopped; leave data.order out, or switch it off",
         )
         if self.profile is not None:
             first, last = self.profile
-            require(0 <= first <= last, "profile", self.profile, "must be FIRST LAST with 0 <= FIRST <= LAST")
+            check(0 <= first <= last, "profile", "must be FIRST LAST with 0 <= FIRST <= LAST")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.checks import require, require_choices, require_positive
+from rwkv_jax.checks import checker, require_choices, require_positive
 
 Remat = Literal["none", "operator", "full"]
 """Activations that a block's backward pass recomputes."""
@@ -55,41 +55,35 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_choices(self, "optimizer")
+        check = checker(self, "optimizer")
         require_positive(self, "optimizer", "learning_rate", "epsilon")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
-        require(
-            self.final_learning_rate >= 0, "optimizer.final_learning_rate", self.final_learning_rate, "must be >= 0"
-        )
-        require(
+        check(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
+        check(self.final_learning_rate >= 0, "final_learning_rate", "must be >= 0")
+        check(
             self.final_learning_rate <= self.learning_rate,
-            "optimizer.final_learning_rate",
-            self.final_learning_rate,
+            "final_learning_rate",
             f"must not exceed optimizer.learning_rate = {self.learning_rate}",
         )
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
-        require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
-        require(0 < self.warmup_start <= 1, "optimizer.warmup_start", self.warmup_start, "must lie in (0, 1]")
-        require(self.clip_epsilon >= 0, "optimizer.clip_epsilon", self.clip_epsilon, "must not be negative")
-        for length in self.schedule_steps:
-            require(
-                length > self.warmup_steps,
-                "optimizer.schedule_steps",
-                self.schedule_steps,
-                f"each must be greater than optimizer.warmup_steps = {self.warmup_steps}",
-            )
-        require(
+            check(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
+        check(0 < self.decay_fraction <= 1, "decay_fraction", "must lie in (0, 1]")
+        check(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        check(0 < self.warmup_start <= 1, "warmup_start", "must lie in (0, 1]")
+        check(self.clip_epsilon >= 0, "clip_epsilon", "must not be negative")
+        check(
+            all(length > self.warmup_steps for length in self.schedule_steps),
+            "schedule_steps",
+            f"each must be greater than optimizer.warmup_steps = {self.warmup_steps}",
+        )
+        check(
             self.weight_decay_final is None or 0 < self.weight_decay_final <= self.weight_decay,
-            "optimizer.weight_decay_final",
-            self.weight_decay_final,
+            "weight_decay_final",
             f"must be greater than zero and not exceed optimizer.weight_decay = {self.weight_decay}",
         )
-        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "must not be negative")
-        require(
+        check(self.clip_norm >= 0, "clip_norm", "must not be negative")
+        check(
             self.schedule != "exponential" or self.final_learning_rate > 0,
-            "optimizer.final_learning_rate",
-            self.final_learning_rate,
+            "final_learning_rate",
             "must be greater than zero, which an exponential decay never reaches; or set optimizer.schedule to wsd",
         )
 
@@ -127,16 +121,14 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         require_choices(self, "training")
+        check = checker(self, "training")
         require_positive(
             self, "training", "num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps"
         )
-        require(
+        check(
             self.batch_size % self.accumulation_steps == 0,
-            "training.batch_size",
-            self.batch_size,
+            "batch_size",
             f"must be a multiple of training.accumulation_steps = {self.accumulation_steps}",
         )
-        require(
-            self.loss_chunk is None or self.loss_chunk > 0, "training.loss_chunk", self.loss_chunk, "must be positive"
-        )
-        require(self.l2wrap >= 0, "training.l2wrap", self.l2wrap, "must not be negative")
+        check(self.loss_chunk is None or self.loss_chunk > 0, "loss_chunk", "must be positive")
+        check(self.l2wrap >= 0, "l2wrap", "must not be negative")

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
     from rwkv_jax.config.run import TrainConfig
 
+OFFICIAL_OPTIMIZER = OptimizerConfig(
+    schedule="cosine",
+    schedule_origin="official",
+    warmup_steps=10,
+    beta1=0.9,
+    beta2=0.99,
+    epsilon=1e-18,
+    clip_norm=1.0,
+    clip_epsilon=1e-6,
+)
+"""What the recipes have in common since RWKV-6."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a file's tensors by official name."""
 

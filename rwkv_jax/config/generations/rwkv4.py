@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from rwkv_jax.config.generations.base import GenerationSpec, Recipe, ResolvedSizes, StateArray
-from rwkv_jax.config.step import OptimizerConfig
+from rwkv_jax.config.generations.base import OFFICIAL_OPTIMIZER, GenerationSpec, Recipe, ResolvedSizes, StateArray
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
@@ -27,16 +27,8 @@ class RWKV4Spec(GenerationSpec):
         vocab_size=50277,
         sequence_length=1024,
         has_embedding_bound=True,
-        optimizer=OptimizerConfig(
-            schedule="exponential",
-            warmup_steps=0,
-            beta1=0.9,
-            beta2=0.99,
-            epsilon=1e-8,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            clip_epsilon=1e-6,
-            schedule_origin="official",
+        optimizer=dataclasses.replace(
+            OFFICIAL_OPTIMIZER, schedule="exponential", warmup_steps=0, epsilon=1e-8, weight_decay=0.0
         ),
     )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.config.generations.base import MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
+from rwkv_jax.config.generations.base import OFFICIAL_OPTIMIZER, MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
 from rwkv_jax.config.generations.rwkv5 import gated_ffn_width
-from rwkv_jax.config.step import OptimizerConfig
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
@@ -29,17 +29,7 @@ class RWKV6Spec(MatrixStateSpec):
         tokenizer="world",
         vocab_size=65536,
         sequence_length=4096,
-        optimizer=OptimizerConfig(
-            schedule="cosine",
-            warmup_steps=10,
-            beta1=0.9,
-            beta2=0.99,
-            epsilon=1e-18,
-            weight_decay=0.001,
-            clip_norm=1.0,
-            clip_epsilon=1e-6,
-            schedule_origin="official",
-        ),
+        optimizer=dataclasses.replace(OFFICIAL_OPTIMIZER, weight_decay=0.001),
     )
 
     def sizes(self, config: ModelConfig) -> ResolvedSizes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.config.generations.base import MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
-from rwkv_jax.config.step import OptimizerConfig
+from rwkv_jax.config.generations.base import OFFICIAL_OPTIMIZER, MatrixStateSpec, Recipe, ResolvedSizes, Shapes, size_of
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
@@ -34,17 +34,7 @@ class RWKV7Spec(MatrixStateSpec):
         tokenizer="world",
         vocab_size=65536,
         sequence_length=4096,
-        optimizer=OptimizerConfig(
-            schedule="cosine",
-            warmup_steps=10,
-            beta1=0.9,
-            beta2=0.99,
-            epsilon=1e-18,
-            weight_decay=0.1,
-            clip_norm=1.0,
-            clip_epsilon=1e-6,
-            schedule_origin="official",
-        ),
+        optimizer=dataclasses.replace(OFFICIAL_OPTIMIZER, weight_decay=0.1),
         sizes={
             1024: _ranks(64, 64, 32, 128),
             2048: _ranks(96, 96, 64, 256),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rwkv_jax.checks import require
+from rwkv_jax.checks import checker
 from rwkv_jax.config.generations.base import GenerationSpec, ResolvedSizes, StateArray
 
 if TYPE_CHECKING:
@@ -28,45 +28,31 @@ class TransformerSpec(GenerationSpec):
 
     def check(self, config: ModelConfig) -> None:
         """Requires an even head size and none of RWKV's own fields."""
-        require(
-            config.head_dim % 2 == 0,
-            "model.head_dim",
-            config.head_dim,
-            "must be even: positions rotate pairs of channels",
-        )
-        require(
-            config.wkv_implementation is None,
-            "model.wkv_implementation",
-            config.wkv_implementation,
-            "a Transformer has no WKV operator; leave it out",
+        check = checker(config, "model")
+        check(config.head_dim % 2 == 0, "head_dim", "must be even: positions rotate pairs of channels")
+        check(
+            config.wkv_implementation is None, "wkv_implementation", "a Transformer has no WKV operator; leave it out"
         )
 
     def check_run(self, run: TrainConfig) -> None:
         """Requires rows that fit into the cache, are not split over devices, and start with an empty state."""
-        require(
-            run.initial_weights is None,
-            "initial_weights",
-            run.initial_weights,
-            "a Transformer has no official weights; leave it out",
-        )
-        require(
+        check = checker(run)
+        check(run.initial_weights is None, "initial_weights", "a Transformer has no official weights; leave it out")
+        check(
             run.parallel.sequence == 1,
             "parallel.sequence",
-            run.parallel.sequence,
             "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
         )
-        require(
+        check(
             not run.training.carry_state,
             "training.carry_state",
-            run.training.carry_state,
             "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
             "switch it off, or train an RWKV",
         )
         context_length = self.sizes(run.model).context_length
-        require(
+        check(
             run.training.sequence_length <= context_length,
             "training.sequence_length",
-            run.training.sequence_length,
             f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
         )
 
