@@ -178,7 +178,6 @@ def _all_gather_forward(x: Array, axis: int, dtype: jnp.dtype, own_dtype: jnp.dt
 def _all_gather_backward(
     axis: int, dtype: jnp.dtype, own_dtype: jnp.dtype, saved: None, cotangent: Array
 ) -> tuple[Array]:
-    del dtype, own_dtype, saved
     return (lax.psum_scatter(cotangent, "fsdp", scatter_dimension=axis, tiled=True),)
 
 

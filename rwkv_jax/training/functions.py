@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rwkv_jax.config import ConfigError, StepConfig, TrainConfig
-from rwkv_jax.models import model_type
+from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
@@ -163,9 +163,7 @@ def make_train_functions(
         trains nothing.
     """
     kind, training = model_type(config.model), config.training
-    abstract = nnx.eval_shape(lambda: kind(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
-    params = nnx.to_pure_dict(params)
+    graphdef, params = abstract_model(config.model)
     sharded = shard_model(config.model, params, mesh)
     trained, _ = split_params(params, partition)
     if not trained:

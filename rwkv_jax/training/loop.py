@@ -39,7 +39,7 @@ from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
-from rwkv_jax.training.stopping import StopRequest
+from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 MAX_PREPARATION_SECONDS = 24 * 3600
@@ -99,7 +99,7 @@ def _train(
         run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     stack.enter_context(console)
-    stop = SyncedStop(stack.enter_context(StopRequest()).requested, processes)
+    stop = SyncedStop(stack.enter_context(stop_requests()), processes)
     checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
     profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 
@@ -255,7 +255,7 @@ def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
 
 
 def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
-    """Prints what is about to run and, on several devices, the memory of each."""
+    """What is about to run and, on several devices, the memory of each."""
     model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]

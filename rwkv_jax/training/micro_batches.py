@@ -30,7 +30,7 @@ def sum_over_micro_batches(
     if steps == 1:
         return step(batch, recurrent_state)
     micro = jax.tree.map(lambda x: rearrange(x, "(steps B) ... -> steps B ...", steps=steps), batch)
-    states = jax.tree.map(lambda x: _split_rows(x, steps), recurrent_state)
+    states = jax.tree.map(lambda x: rearrange(x, "L (steps B) ... -> steps L B ...", steps=steps), recurrent_state)
 
     def add(total: Any, micro: tuple[Any, Any]) -> tuple[Any, Any]:
         terms, next_state = step(*micro)
@@ -40,19 +40,9 @@ def sum_over_micro_batches(
     scalars = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros(x.shape, x.dtype), batch)[0], scalars)
     gradients = jax.tree.map(lambda x: broadcast_varying_axes(jnp.zeros_like(x), x)[0], params)
     total, states = jax.lax.scan(add, (scalars, gradients), (micro, states))
-    return total, jax.tree.map(_merge_rows, states)
+    return total, jax.tree.map(lambda x: rearrange(x, "steps L B ... -> L (steps B) ..."), states)
 
 
 def where_rows(condition: Array, x: Any, y: Any) -> Any:
     """x in rows where the condition [B] holds, else y; trees of arrays [L, B, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(1, -1, *(1,) * (x.ndim - 2)), x, y), x, y)
-
-
-def _split_rows(x: Array, steps: int) -> Array:
-    """[L, B, ...] -> [steps, L, B / steps, ...]."""
-    return rearrange(x, "L (steps B) ... -> steps L B ...", steps=steps)
-
-
-def _merge_rows(x: Array) -> Array:
-    """[steps, L, b, ...] -> [L, steps * b, ...]."""
-    return rearrange(x, "steps L B ... -> L (steps B) ...")

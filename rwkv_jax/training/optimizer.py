@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +29,9 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
         names = tuple(str(entry.key) for entry in path)
         return group(names, parameter.ndim - (names[0] == "blocks"))
 
-    groups = jax.tree_util.tree_map_with_path(of, params)
-    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
-    return (
-        jax.tree.map(lambda pair: pair[0], groups, is_leaf=is_pair),
-        jax.tree.map(lambda pair: pair[1], groups, is_leaf=is_pair),
-    )
+    leaves, structure = jax.tree.flatten_with_path(params)
+    factors, decays = zip(*(of(path, parameter) for path, parameter in leaves), strict=True)
+    return structure.unflatten(factors), structure.unflatten(decays)
 
 
 _FASTER_IN_STAGE_2 = ("time_mix", "time_maa", "time_decay", "time_faaaa", "time_first", "w0")
@@ -73,7 +71,6 @@ def _decay_weights(
     schedule = weight_decay_schedule(config, num_steps)
 
     def init(params: Any) -> Any:
-        del params
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -83,10 +80,6 @@ def _decay_weights(
         return jax.tree.map(decayed, updates, params, decays), optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
-
-
-def _scale_each(factors: Any) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors))
 
 
 def make_optimizer(
@@ -110,6 +103,6 @@ def make_optimizer(
         clip_by_global_norm(config.clip_norm, config.clip_epsilon),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         _decay_weights(config, num_steps, decays, first_step),
-        _scale_each(factors),
+        optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, factors)),
         optax.scale_by_learning_rate(lambda count: rate(count + first_step)),
     )

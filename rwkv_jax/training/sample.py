@@ -34,15 +34,6 @@ class _Cursor(NamedTuple):
     """PRNG key of the next draws."""
 
 
-class _Drawing(NamedTuple):
-    """Sampling parameters as arrays."""
-
-    settings: Settings
-    """Settings of one row."""
-    bias: Any
-    """float32 [1, V], added to logits."""
-
-
 class Sampler:
     """Generates text with one compiled program for prompts and samples of any length."""
 
@@ -73,9 +64,13 @@ class Sampler:
         return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
 
     def _advance_some(
-        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, drawing: _Drawing
+        self, params: Any, cursor: _Cursor, given: Array, num_given: Array, settings: Settings, bias: Array
     ) -> tuple[_Cursor, Array]:
-        """Runs TOKENS_PER_CALL steps; the first `num_given` next tokens are given, the others sampled."""
+        """Runs TOKENS_PER_CALL steps; the first `num_given` next tokens are given, the others sampled.
+
+        Args:
+          settings: of one row; bias: float32 [1, V], added to logits.
+        """
         model = nnx.merge(self._graphdef, params)
         occurrences = jnp.asarray(no_occurrences(len(self._named)))[None]
 
@@ -83,14 +78,14 @@ class Sampler:
             logits, state = model(cursor.token[:, None], cursor.state)
             draw, key = jax.random.split(cursor.key)
             logits = logits[:, -1].astype(jnp.float32)
-            drawn = choose(logits, occurrences, drawing.bias, drawing.settings, draw[None])
+            drawn = choose(logits, occurrences, bias, settings, draw[None])
             token = jnp.where(position < num_given, given[position], drawn)
             return _Cursor(token, state, key), token[0]
 
         return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
 
     def tokens(self, params: Any, prompt: str, num_tokens: int, sampling: SamplingParams, seed: int) -> list[int]:
-        """Yields tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
+        """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
 
         Like training documents, the text starts after an end-of-text token. It ends early if a Transformer's cache is
         full. Penalties are ignored.
@@ -98,14 +93,14 @@ class Sampler:
         given = np.asarray(self._tokenizer.encode(prompt), np.int32)
         if self._room is not None:
             num_tokens = min(num_tokens, self._room - len(given) - 1)
-        drawing = _Drawing(stack_settings([sampling]), bias_array(sampling, self._named)[None])
+        settings, bias = stack_settings([sampling]), bias_array(sampling, self._named)[None]
         cursor = self._begin(params, np.uint32(seed))
         drawn: list[int] = []
         while len(drawn) < num_tokens:
             piece = np.zeros((TOKENS_PER_CALL,), np.int32)
             num_given = min(len(given), TOKENS_PER_CALL)
             piece[:num_given], given = given[:num_given], given[num_given:]
-            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), drawing)
+            cursor, tokens = self._advance(params, cursor, piece, np.int32(num_given), settings, bias)
             for token in np.asarray(tokens)[num_given:]:
                 if token == self._tokenizer.end_of_text or len(drawn) == num_tokens:
                     return drawn

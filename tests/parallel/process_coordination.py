@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rwkv_jax.config import ConfigError, DistributedConfig
 from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, global_array, run_on_first_process
 from rwkv_jax.parallel.processes import DisagreementError, LostProcessError, Processes, join
-from rwkv_jax.training.stopping import StopRequest
+from rwkv_jax.training.stopping import stop_requests
 
 COUNT = 2
 FAILURE = ConfigError("data.source = 'nothing': no such file")
@@ -52,8 +52,8 @@ def read_array(sharding: NamedSharding) -> dict[str, Any]:
 
 def steps_until_stop(processes: Processes, signaled: int) -> dict[str, Any]:
     """The step after which this process stops, if process `signaled` is sent SIGTERM in step 3."""
-    with StopRequest() as request:
-        stop = SyncedStop(lambda: request.name, processes)
+    with stop_requests() as requested:
+        stop = SyncedStop(requested, processes)
         for step in range(20):
             if step == 3 and processes.index == signaled:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from rwkv_jax.training.stopping import StopRequest
+from rwkv_jax.training.stopping import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_is_remembered_by_name(number: signal.Signals) -> None:
-    with StopRequest() as stop:
-        assert stop.name is None
+    with stop_requests() as requested:
+        assert requested() is None
         os.kill(os.getpid(), number)
-        assert stop.name == number.name
+        assert requested() == number.name
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def interruptible() -> Iterator[None]:
 
 
 def test_second_signal_acts_as_always(interruptible: None) -> None:
-    with StopRequest() as stop:
+    with stop_requests() as requested:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert stop.name == "SIGTERM"
+        assert requested() == "SIGTERM"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("signaled", [False, True])
 def test_handlers_of_before_are_put_back(number: signal.Signals, signaled: bool) -> None:
     before = signal.getsignal(number)
-    with StopRequest():
+    with stop_requests():
         assert signal.getsignal(number) != before
         if signaled:
             os.kill(os.getpid(), number)
@@ -49,7 +49,7 @@ def test_handlers_of_before_are_put_back(number: signal.Signals, signaled: bool)
 
 def test_handlers_are_put_back_after_a_failure() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), StopRequest():
+    with pytest.raises(ZeroDivisionError), stop_requests():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -58,8 +58,8 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with StopRequest() as stop:
-            seen.append((stop.name, signal.getsignal(signal.SIGTERM)))
+        with stop_requests() as requested:
+            seen.append((requested(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console as RichConsole
@@ -79,9 +78,7 @@ class Console:
             self._attempt(self._live.start)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             # Also after a failure: stopping restores stdout and stderr.
             self._broken = False
@@ -93,8 +90,8 @@ class Console:
 
         Shows loss, bits_per_byte and tokens_per_second, those that `figures` contains.
         """
-        if self._live is not None and self._rich is not None:
-            self._redraw(self._live, self._rich, step, figures, time_left)
+        if self._live is not None:
+            self._redraw(self._live, step, figures, time_left)
         elif self._last_line is None or step % self._every == 0 or step >= self._num_steps:
             self._last_line = step
             self._write_line("  ".join([f"step {step}/{self._num_steps}", *_describe(figures, time_left)]))
@@ -110,11 +107,9 @@ class Console:
         else:
             self._write_line(text)
 
-    def _redraw(
-        self, live: Live, rich: RichConsole, step: int, figures: Mapping[str, float | None], time_left: float | None
-    ) -> None:
+    def _redraw(self, live: Live, step: int, figures: Mapping[str, float | None], time_left: float | None) -> None:
         row: list[Text | ProgressBar] = [Text(f"step {step}/{self._num_steps}", style="bold")]
-        if rich.width >= _WIDTH_FOR_BAR:
+        if live.console.width >= _WIDTH_FOR_BAR:
             row.append(ProgressBar(total=self._num_steps, completed=step, width=_BAR_WIDTH))
         else:
             row.append(Text(f"{100 * step // self._num_steps}%"))
@@ -150,23 +145,11 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _describe(figures: Mapping[str, float | None], time_left: float | None) -> list[str]:
-    parts: list[str] = []
-    loss = figures.get("loss")
-    if loss is not None:
-        parts.append(f"loss {loss:.4f}")
-    bits_per_byte = figures.get("bits_per_byte")
-    if bits_per_byte is not None:
-        parts.append(f"{bits_per_byte:.3f} bits/byte")
-    tokens_per_second = figures.get("tokens_per_second")
-    if tokens_per_second is not None:
-        parts.append(f"{tokens_per_second:,.0f} tokens/s")
-    parts.append(f"{format_duration(time_left)} left")
-    return parts
+    formats = {"loss": "loss {:.4f}", "bits_per_byte": "{:.3f} bits/byte", "tokens_per_second": "{:,.0f} tokens/s"}
+    shown = [form.format(value) for name, form in formats.items() if (value := figures.get(name)) is not None]
+    return [*shown, f"{format_duration(time_left)} left"]
 
 
 def _printable(text: str) -> str:
     """Escapes control characters other than line break and tab: a sample could otherwise redraw the terminal."""
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
-        for character in text
-    )
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

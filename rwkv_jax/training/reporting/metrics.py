@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Literal
 
 from rwkv_jax.atomic import replace_file
@@ -17,6 +17,9 @@ METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
 
 Kind = Literal["train", "evaluation", "sample"]
+
+Sink = tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]
+"""A logger besides metrics.jsonl: a function that logs values of a kind at a step, and one that closes it."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +79,7 @@ class MetricsWriter:
         self.path = run_dir / METRICS_FILE
         _drop_after(self.path, resume_step)
         self._file = self.path.open("ab")
-        self._sinks: list[tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]] = []
+        self._sinks: list[Sink] = []
         if logging.tensorboard:
             self._sinks.append(_tensorboard(run_dir, resume_step))
         if logging.wandb is not None:
@@ -105,9 +108,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -152,9 +153,7 @@ def _import_logger(module_name: str, entry: str, *, field: str, value: object, e
     )
 
 
-def _tensorboard(
-    run_dir: Path, resume_step: int
-) -> tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]:
+def _tensorboard(run_dir: Path, resume_step: int) -> Sink:
     module = importlib.import_module("tensorboardX")
     # TensorBoard discards the events of an interrupted run from `purge_step` on.
     writer = module.SummaryWriter(logdir=str(run_dir / "tensorboard"), purge_step=resume_step + 1)
@@ -170,9 +169,7 @@ def _tensorboard(
     return log, writer.close
 
 
-def _wandb(
-    run_dir: Path, project: str, resume_step: int, config: Mapping[str, Any] | None
-) -> tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]:
+def _wandb(run_dir: Path, project: str, resume_step: int, config: Mapping[str, Any] | None) -> Sink:
     module = importlib.import_module("wandb")
     id_file = run_dir / WANDB_ID_FILE
     run_id = id_file.read_text(encoding="utf-8").strip() if resume_step > 0 and id_file.exists() else None

@@ -129,11 +129,8 @@ def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
 
 def _constant_ratio(records: Sequence[dict[str, Any]]) -> float | None:
     """Ratio of bits per byte to loss, if it is the same in all records."""
-    ratios: list[float] = []
-    for record in records:
-        loss, bits = _number(record, "loss"), _number(record, "bits_per_byte")
-        if loss is not None and bits is not None and loss > 0:
-            ratios.append(bits / loss)
+    pairs = [(_number(record, "loss"), _number(record, "bits_per_byte")) for record in records]
+    ratios = [bits / loss for loss, bits in pairs if loss is not None and bits is not None and loss > 0]
     if not ratios or max(ratios) - min(ratios) > _RATIO_TOLERANCE * max(ratios):
         return None
     return ratios[-1]

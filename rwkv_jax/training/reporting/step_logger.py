@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,29 +17,24 @@ class NonFiniteError(RuntimeError):
     """Loss or gradients were not finite for too many steps in a row."""
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class StepLogger:
     """Logs steps one step late, so that the device never waits for the host to read metrics.
 
     Without a `writer` no metrics are written; of several processes, only one has one.
     """
 
-    def __init__(
-        self,
-        *,
-        num_steps: int,
-        every: int,
-        max_bad_steps: int,
-        bytes_per_token: float,
-        learning_rate: Callable[[int], object],
-        row_locations: Callable[[int], Sequence[str]],
-        console: Console,
-        writer: MetricsWriter | None,
-        throughput: Throughput,
-    ) -> None:
-        self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
-        self._bytes_per_token = bytes_per_token
-        self._learning_rate, self._row_locations = learning_rate, row_locations
-        self._console, self._writer, self.throughput = console, writer, throughput
+    num_steps: int
+    every: int
+    max_bad_steps: int
+    bytes_per_token: float
+    learning_rate: Callable[[int], object]
+    row_locations: Callable[[int], Sequence[str]]
+    console: Console
+    writer: MetricsWriter | None
+    throughput: Throughput
+
+    def __post_init__(self) -> None:
         self._pending: tuple[int, StepMetrics] | None = None
         self._losses: list[float] = []
         self._bad: list[int] = []
@@ -71,31 +67,32 @@ class StepLogger:
         else:
             self._bad.append(step)
             self._skipped += 1
-            self._console.print(
+            self.console.print(
                 f"step {step}: loss {loss}, gradient norm {float(metrics.gradient_norm)}: not finite, step skipped"
             )
-        if done % self._every == 0 or done == self._num_steps:
+        if done % self.every == 0 or done == self.num_steps:
             mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
-            figures: dict[str, float | None] = {
+            figures = {
                 "loss": mean,
-                "bits_per_byte": bits_per_byte(mean, self._bytes_per_token),
+                "bits_per_byte": bits_per_byte(mean, self.bytes_per_token),
                 "gradient_norm": float(metrics.gradient_norm),
-                "learning_rate": float(self._learning_rate(step)),  # pyright: ignore[reportArgumentType]
+                "learning_rate": float(self.learning_rate(step)),  # pyright: ignore[reportArgumentType]
                 "skipped_steps": self._skipped,
+                "tokens_per_second": self.throughput.tokens_per_second,
             }
             self._losses, self._skipped = [], 0
-            self._write("train", done, figures | {"tokens_per_second": self.throughput.tokens_per_second})
-        self._console.update(
+            self._write("train", done, figures)
+        self.console.update(
             done,
             {
                 "loss": loss,
-                "bits_per_byte": bits_per_byte(loss, self._bytes_per_token),
+                "bits_per_byte": bits_per_byte(loss, self.bytes_per_token),
                 "tokens_per_second": self.throughput.tokens_per_second,
             },
-            time_left=self.throughput.time_left(self._num_steps - done),
+            time_left=self.throughput.time_left(self.num_steps - done),
         )
-        if len(self._bad) >= self._max_bad_steps:
-            listed = "\n".join(f"  step {bad}: {'; '.join(self._row_locations(bad))}" for bad in self._bad)
+        if len(self._bad) >= self.max_bad_steps:
+            listed = "\n".join(f"  step {bad}: {'; '.join(self.row_locations(bad))}" for bad in self._bad)
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
                 f"optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
@@ -104,13 +101,13 @@ class StepLogger:
     def held_out(self, step: int, result: HeldOut) -> None:
         """Logs an evaluation after `step` steps."""
         self._write("evaluation", step, result._asdict())
-        self._console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
+        self.console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Logs and prints a sample."""
         self._write("sample", step, {"prompt": prompt, "text": text})
-        self._console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
+        self.console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
-        if self._writer is not None:
-            self._writer.write(kind, step, values)
+        if self.writer is not None:
+            self.writer.write(kind, step, values)
