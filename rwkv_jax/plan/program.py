@@ -96,21 +96,12 @@ class Module:
 
     computations: Mapping[str, Computation]
     entry: str
-
-    @functools.cached_property
-    def executions(self) -> Mapping[str, int]:
-        """How often each computation runs per execution of the program; loops in `unknown_loops` count once."""
-        return self._walk[0]
-
-    @property
-    def unknown_loops(self) -> tuple[str, ...]:
-        """Loops with an unknown trip count."""
-        return self._walk[1]
-
-    @property
-    def chosen_loops(self) -> tuple[str, ...]:
-        """Loops whose trip count is one of two values, chosen by the data; the larger one is counted."""
-        return self._walk[2]
+    executions: Mapping[str, int]
+    """How often each computation runs per execution of the program; loops in `unknown_loops` count once."""
+    unknown_loops: tuple[str, ...]
+    """Loops with an unknown trip count."""
+    chosen_loops: tuple[str, ...]
+    """Loops whose trip count is one of two values, chosen by the data; the larger one is counted."""
 
     @functools.cached_property
     def fused(self) -> frozenset[str]:
@@ -118,30 +109,6 @@ class Module:
         instructions = (x for computation in self.computations.values() for x in computation.instructions.values())
         fusions = (x for x in instructions if x.opcode in ("fusion", "fusion-start"))
         return frozenset(name for x in fusions for name in x.called("calls"))
-
-    @functools.cached_property
-    def _walk(self) -> tuple[Mapping[str, int], tuple[str, ...], tuple[str, ...]]:
-        counts: collections.Counter[str] = collections.Counter()
-        unknown: dict[str, None] = {}
-        chosen: dict[str, None] = {}
-
-        def visit(name: str, times: int) -> None:
-            counts[name] += times
-            computation = self.computations[name]
-            for instruction in computation.instructions.values():
-                trips = 1
-                if instruction.opcode == "while":
-                    found = trip_count(self.computations, computation, instruction)
-                    if found is None:
-                        unknown[instruction.name] = None
-                    elif found.chosen_by_data:
-                        chosen[instruction.name] = None
-                    trips = 1 if found is None else found.value
-                for callee in _callees(instruction):
-                    visit(callee, times * trips)
-
-        visit(self.entry, 1)
-        return counts, tuple(unknown), tuple(chosen)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction that runs, with its computation and how often it runs."""
@@ -174,7 +141,30 @@ def parse_module(text: str) -> Module:
             entry = name if found["entry"] else entry
     if entry not in computations:
         raise ValueError("no entry computation: this is not the text of a compiled XLA program")
-    return Module(computations, entry)
+    return _count_executions(computations, entry)
+
+
+def _count_executions(computations: Mapping[str, Computation], entry: str) -> Module:
+    counts: collections.Counter[str] = collections.Counter()
+    unknown: dict[str, None] = {}
+    chosen: dict[str, None] = {}
+
+    def visit(name: str, times: int) -> None:
+        counts[name] += times
+        for instruction in computations[name].instructions.values():
+            trips = 1
+            if instruction.opcode == "while":
+                found = trip_count(computations, computations[name], instruction)
+                if found is None:
+                    unknown[instruction.name] = None
+                elif found.chosen_by_data:
+                    chosen[instruction.name] = None
+                trips = 1 if found is None else found.value
+            for callee in _callees(instruction):
+                visit(callee, times * trips)
+
+    visit(entry, 1)
+    return Module(computations, entry, counts, tuple(unknown), tuple(chosen))
 
 
 def _parse_instruction(name: str, rest: str) -> Instruction:

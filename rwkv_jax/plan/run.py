@@ -34,7 +34,8 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     trainer = make_train_functions(config, mesh)
     state, batch = abstract_state(trainer), abstract_batch(trainer, config)
     if mesh is None:
-        state, batch = _on(devices[0], (state, batch))
+        here = SingleDeviceSharding(devices[0])
+        state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (state, batch))
     groups = {
         "parameters": state.params,
         "optimizer": state.opt_state,
@@ -45,12 +46,6 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)
     compiled, refusal = _compile(lowered, topology)
     return make_plan(topology, mesh, count_work(config), (state, batch), groups, compiled, refusal)
-
-
-def _on(device: Any, tree: Any) -> Any:
-    """The same shapes, placed on one device."""
-    sharding = SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:
