@@ -37,6 +37,9 @@ HELP = """\
 A line that ends with a backslash continues in the next one.
 Ctrl-C ends a reply; the conversation continues from what was shown. Twice in a row, it ends the program."""
 
+_WITH_NAME = ("/fork", "/switch", "/save", "/load")
+_ALONE = ("/retry", "/undo", "/thoughts", "/reset", "/help", "/quit")
+
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
@@ -173,49 +176,43 @@ class ChatLoop:
     def _command(self, line: str) -> Iterator[str]:
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip()
-        commands: dict[str, Callable[[str], Iterator[str]]] = {
-            "/fork": self._fork,
-            "/switch": self._switch,
-            "/save": self._save,
-            "/load": self._load,
-        }
-        plain: dict[str, Callable[[], Iterator[str]]] = {
-            "/retry": self._retry,
-            "/undo": self._undo,
-            "/thoughts": self._thoughts,
-            "/reset": self._reset,
-            "/help": self._help,
-            "/quit": self._quit,
-        }
-        if name in commands:
-            if not argument:
-                raise ConfigError(f"{name}: needs a name behind it; /help lists the commands")
-            return commands[name](argument)
-        if name not in plain:
+        if name not in (*_WITH_NAME, *_ALONE):
             raise ConfigError(f"{name}: there is no such command; /help lists them")
-        if argument:
+        if name in _WITH_NAME and not argument:
+            raise ConfigError(f"{name}: needs a name behind it; /help lists the commands")
+        if name in _ALONE and argument:
             raise ConfigError(f"{name}: takes nothing behind it, not {argument!r}")
-        return plain[name]()
-
-    def _fork(self, name: str) -> Iterator[str]:
-        if name in self._dialogues:
-            raise ConfigError(f"/fork {name}: there is a conversation of that name; take another")
-        self._dialogues[name] = self.dialogue.fork()
-        yield f"{name} is a copy of this conversation; you are still in {self._branch}\n"
-
-    def _switch(self, name: str) -> Iterator[str]:
-        if name not in self._dialogues:
-            raise ConfigError(f"/switch {name}: there is none of that name; there are {', '.join(self._dialogues)}")
-        self._branch = name
-        yield f"in {name}, {self.dialogue.num_tokens} tokens long\n"
-
-    def _save(self, path: str) -> Iterator[str]:
-        self.dialogue.save(path)
-        yield f"saved to {path}\n"
-
-    def _load(self, path: str) -> Iterator[str]:
-        self.dialogue.load(path)
-        yield f"loaded {path}, {self.dialogue.num_tokens} tokens long\n"
+        match name:
+            case "/fork":
+                if argument in self._dialogues:
+                    raise ConfigError(f"/fork {argument}: there is a conversation of that name; take another")
+                self._dialogues[argument] = self.dialogue.fork()
+                yield f"{argument} is a copy of this conversation; you are still in {self._branch}\n"
+            case "/switch":
+                if argument not in self._dialogues:
+                    names = ", ".join(self._dialogues)
+                    raise ConfigError(f"/switch {argument}: there is none of that name; there are {names}")
+                self._branch = argument
+                yield f"in {argument}, {self.dialogue.num_tokens} tokens long\n"
+            case "/save":
+                self.dialogue.save(argument)
+                yield f"saved to {argument}\n"
+            case "/load":
+                self.dialogue.load(argument)
+                yield f"loaded {argument}, {self.dialogue.num_tokens} tokens long\n"
+            case "/retry":
+                yield from self._retry()
+            case "/undo":
+                yield f"taken back: {self.dialogue.undo()}\n"
+            case "/thoughts":
+                yield f"{self.dialogue.thoughts or 'none'}\n"
+            case "/reset":
+                self.dialogue.reset()
+                yield "a new conversation\n"
+            case "/help":
+                yield f"{HELP}\n"
+            case "/quit":
+                self.is_over = True
 
     def _retry(self) -> Iterator[str]:
         before = self.dialogue
@@ -227,23 +224,6 @@ class ChatLoop:
         except Exception:  # no new reply: keep the old one
             self._dialogues[self._branch] = before
             raise
-
-    def _undo(self) -> Iterator[str]:
-        yield f"taken back: {self.dialogue.undo()}\n"
-
-    def _thoughts(self) -> Iterator[str]:
-        yield f"{self.dialogue.thoughts or 'none'}\n"
-
-    def _reset(self) -> Iterator[str]:
-        self.dialogue.reset()
-        yield "a new conversation\n"
-
-    def _help(self) -> Iterator[str]:
-        yield f"{HELP}\n"
-
-    def _quit(self) -> Iterator[str]:
-        self.is_over = True
-        yield from ()
 
 
 def converse(chat: ChatLoop) -> None:
