@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from rwkv_jax.atomic import refuse_existing
 from rwkv_jax.cli.flags import Quantize, tokenizer_for
 from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
@@ -74,8 +74,7 @@ class Convert:
                 f"quantize = {quantize!r}: .pth files have no place for packed matrices; name FILE.safetensors or a "
                 "folder"
             )
-        if os.path.lexists(self.target.expanduser()):
-            raise ConfigError(f"{self.target}: exists already and is not overwritten; move it away or name another")
+        refuse_existing(self.target.expanduser(), label=str(self.target))
         find_devices()
         tokenizer = self._tokenizer_of_folder()  # checked first: loading takes minutes
         model = from_pretrained(self.source, quantize=quantize)

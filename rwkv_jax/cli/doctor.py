@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rwkv_jax.cli.machine import available_cores, find_devices, processor
 from rwkv_jax.cli.program_cache import describe_program_cache
 from rwkv_jax.config import GENERATIONS, ConfigError, ModelConfig
-
-if TYPE_CHECKING:
-    from rwkv_kernels.cases import Shape
 
 NEEDED = ("rwkv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions are printed."""
@@ -148,26 +146,16 @@ def check_operators() -> list[Check]:
     import numpy as np
 
     import rwkv_kernels
-    from rwkv_kernels import wkv4, wkv5, wkv6, wkv7
     from rwkv_kernels.cases import Shape
-    from rwkv_kernels.ops.wkv4.cases import make_inputs as wkv4_inputs
-    from rwkv_kernels.ops.wkv5.cases import make_inputs as wkv5_inputs
-    from rwkv_kernels.ops.wkv6.cases import make_inputs as wkv6_inputs
-    from rwkv_kernels.ops.wkv7.cases import make_inputs as wkv7_inputs
 
-    operators: Mapping[str, tuple[Callable[..., Any], Callable[[str, Shape], dict[str, Any]]]] = {
-        "wkv4": (wkv4, wkv4_inputs),
-        "wkv5": (wkv5, wkv5_inputs),
-        "wkv6": (wkv6, wkv6_inputs),
-        "wkv7": (wkv7, wkv7_inputs),
-    }
     checks = []
-    for name, (operator, make_inputs) in operators.items():
+    for name in rwkv_kernels.OPERATORS:
+        operator, cases = getattr(rwkv_kernels, name), importlib.import_module(f"rwkv_kernels.ops.{name}.cases")
         named, _ = _prefill_choice(name)
         # Several calls, to check the state passed between them.
         for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
             shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
-            inputs = make_inputs("realistic", shape)
+            inputs = cases.make_inputs("realistic", shape)
             with jax.enable_x64(True):
                 expected = _in_calls(operator, inputs, "scan", num_calls)
             in_float32 = jax.tree.map(np.float32, inputs)
