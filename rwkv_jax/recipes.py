@@ -33,12 +33,10 @@ from rwkv_jax.config import (
     Generation,
     LoggingConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     StepConfig,
     TrainConfig,
 )
-from rwkv_jax.config.generations import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +76,6 @@ PILE_MINI_EPOCHS = 8043
 """Mini-epochs, of 40320 rows of 1024 tokens, in one pass over the Pile."""
 
 
-def official_optimizer(model: ReleasedModel) -> OptimizerConfig:
-    """Optimizer settings of a released model, from its generation's recipe."""
-    recipe = _recipe(model)
-    constant = model.constant_mini_epochs
-    return dataclasses.replace(
-        recipe.optimizer,
-        learning_rate=model.learning_rate,
-        final_learning_rate=model.final_learning_rate,
-        decay_fraction=recipe.optimizer.decay_fraction if constant is None else 1 - constant / PILE_MINI_EPOCHS,
-    )
-
-
-def _recipe(model: ReleasedModel) -> Recipe:
-    recipe = GENERATIONS[model.generation].recipe
-    assert recipe is not None, model
-    return recipe
-
-
 def official_run(name: str, *, fsdp: int) -> TrainConfig:
     """Config that trains a released model from initial values, with one pass over its corpus.
 
@@ -111,7 +91,8 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
     if name not in RELEASED_MODELS:
         raise ConfigError(f"name = {name!r}: there is no such recipe; must be one of {', '.join(RELEASED_MODELS)}")
     model = RELEASED_MODELS[name]
-    recipe = _recipe(model)
+    recipe, constant = GENERATIONS[model.generation].recipe, model.constant_mini_epochs
+    assert recipe is not None, model
     return TrainConfig(
         run_dir=f"runs/{name}",
         model=ModelConfig(
@@ -129,7 +110,12 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
             order="official",
             held_out=0.0,
         ),
-        optimizer=official_optimizer(model),
+        optimizer=dataclasses.replace(
+            recipe.optimizer,
+            learning_rate=model.learning_rate,
+            final_learning_rate=model.final_learning_rate,
+            decay_fraction=recipe.optimizer.decay_fraction if constant is None else 1 - constant / PILE_MINI_EPOCHS,
+        ),
         training=StepConfig(
             num_steps=math.ceil(recipe.num_tokens / (model.batch_size * recipe.sequence_length)),
             batch_size=model.batch_size,

@@ -144,9 +144,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def check_model(
-    kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh, rules: Rules = RULES
-) -> None:
+def check_model(kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh) -> None:
     """Checks that a mesh divides a model's sizes.
 
     Raises:
@@ -164,7 +162,6 @@ def check_model(
             f"parallel.tensor = {ways}: must divide model.vocab_size = {vocab_size}; the next size that it divides is "
             f"{-(-vocab_size // ways) * ways}, whose further rows no token names, or split over parallel.fsdp instead"
         )
-    specs = parameter_specs(kind, params, rules)
-    flat = jax.tree.leaves(specs, is_leaf=is_spec)
+    flat = jax.tree.leaves(parameter_specs(kind, params), is_leaf=is_spec)
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), flat, strict=True):
         check_divisible(leaf.shape, spec, mesh, ".".join(str(entry.key) for entry in path))
