@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,12 @@ def latency(
     snapshots: dict[int, Snapshot] = {}
     for before, length in itertools.pairwise([0, *lengths]):
         snapshots[length] = snapshot = engine.prefill(snapshot, tokens[before:length])
-    return _interleave(
-        repetitions, lengths, lambda length: _seconds_per_token(engine, [[]], num_tokens, snapshots[length])
-    )
+    found: dict[int, list[float]] = {length: [] for length in lengths}
+    for repetition, length in itertools.product(range(repetitions + 1), lengths):
+        seconds = _seconds_per_token(engine, [[]], num_tokens, state=snapshots[length])
+        if repetition:  # the first compiles
+            found[length].append(seconds)
+    return {length: Timing(tuple(seconds)) for length, seconds in found.items()}
 
 
 def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitions: int = 5) -> dict[int, Timing]:
@@ -78,23 +81,14 @@ def throughput(engines: Mapping[int, Engine], *, num_tokens: int = 32, repetitio
     for size, engine in engines.items():
         if size > engine.options.num_slots:
             raise ConfigError(f"batch size {size}: the engine has {engine.options.num_slots} slots; build it with more")
-
-    def measure(size: int) -> float:
+    found: dict[int, list[float]] = {size: [] for size in engines}
+    for repetition, (size, engine) in itertools.product(range(repetitions + 1), engines.items()):
         # Different texts, so that each is prefilled.
-        prompts = [[1 + i % (engines[size].config.vocab_size - 1)] for i in range(size)]
-        return _seconds_per_token(engines[size], prompts, num_tokens)
-
-    return _interleave(repetitions, engines, measure)
-
-
-def _interleave(repetitions: int, variants: Iterable[int], measure: Callable[[int], float]) -> dict[int, Timing]:
-    """Repeated measurements of each variant; the first of each, which compiles, is left out."""
-    found: dict[int, list[float]] = {variant: [] for variant in variants}
-    for repetition, variant in itertools.product(range(repetitions + 1), found):
-        seconds = measure(variant)
-        if repetition:
-            found[variant].append(seconds)
-    return {variant: Timing(tuple(seconds)) for variant, seconds in found.items()}
+        prompts = [[1 + i % (engine.config.vocab_size - 1)] for i in range(size)]
+        seconds = _seconds_per_token(engine, prompts, num_tokens)
+        if repetition:  # the first compiles
+            found[size].append(seconds)
+    return {size: Timing(tuple(seconds)) for size, seconds in found.items()}
 
 
 def _seconds_per_token(

@@ -13,8 +13,11 @@ from rwkv_jax.config import ConfigError
 
 def processor() -> str:
     """Name of the processor."""
-    name = _cpuinfo("model name").partition(":")[2].strip()
-    return name or platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
 
 
 def instruction_sets() -> str:
@@ -22,17 +25,12 @@ def instruction_sets() -> str:
 
     Programs compiled for a CPU run on processors with the same instruction sets.
     """
-    found = _cpuinfo("flags", "features") or processor()
-    return f"{platform.machine()}-{zlib.crc32(found.encode()):08x}"
-
-
-def _cpuinfo(*starts: str) -> str:
-    """The first line of /proc/cpuinfo that starts so; empty if there is none, as outside Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.lower().startswith(starts)), "")
+        found = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):  # not Linux
+        found = processor()
+    return f"{platform.machine()}-{zlib.crc32(found.encode()):08x}"
 
 
 def find_devices() -> list[Any]:
