@@ -20,18 +20,18 @@ w, k, v, r, g) and their biases into one tensor. Numbers that differ there for t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
 from rwkv_jax.weights.layout_rules import WRITTEN, Rule, Written, read_tables, unchanged
-from rwkv_jax.weights.tensors import DerivedTensors, TensorSpec, WeightsError, join_names, tensor_spec
+from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
@@ -50,46 +50,36 @@ class _Recipe:
     make: Callable[..., NDArray]
 
 
-class LazyTensors(DerivedTensors):
-    """Tensors computed from another mapping on access: views, except where several are joined.
+def _made_on_access(tensors: Mapping[str, NDArray], recipes: Mapping[str, _Recipe]) -> DerivedTensors:
+    """Tensors computed from others on access: views, except where several are joined.
 
-    Raises WeightsError on construction for a tensor with an unsuitable shape.
+    Raises WeightsError for a tensor with an unsuitable shape.
     """
 
-    def __init__(self, tensors: Mapping[str, NDArray], recipes: Mapping[str, _Recipe]) -> None:
-        self._tensors = tensors
-        self._recipes = dict(recipes)
-        self._specs = {name: self._dry_run(name, recipe) for name, recipe in self._recipes.items()}
+    def make(recipe: _Recipe) -> NDArray:
+        return recipe.make(*(tensors[source] for source in recipe.sources))
 
-    def __getitem__(self, name: str) -> NDArray:
-        recipe = self._recipes[name]
-        return recipe.make(*(self._tensors[source] for source in recipe.sources))
+    return DerivedTensors(
+        {
+            name: LazyTensor(_dry_run(tensors, name, recipe), functools.partial(make, recipe))
+            for name, recipe in recipes.items()
+        }
+    )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._recipes)
 
-    def __len__(self) -> int:
-        return len(self._recipes)
-
-    @override
-    def spec(self, name: str) -> TensorSpec:
-        return self._specs[name]
-
-    def _dry_run(self, name: str, recipe: _Recipe) -> TensorSpec:
-        specs = [tensor_spec(self._tensors, source) for source in recipe.sources]
-        found = ", ".join(
-            f"{source} {list(spec.shape)} {spec.dtype}" for source, spec in zip(recipe.sources, specs, strict=True)
-        )
-        if len({spec.dtype for spec in specs}) > 1:
-            raise WeightsError(f"{name} joins tensors of several dtypes ({found}); convert them to one")
-        try:
-            # One zero broadcast to the whole tensor: the same views and joins without memory.
-            made = recipe.make(*(np.broadcast_to(np.zeros((), spec.dtype), spec.shape) for spec in specs))
-        except (ValueError, IndexError) as error:
-            raise WeightsError(
-                f"{name} cannot be made of {found}: {error}; is the file what it claims to be?"
-            ) from error
-        return TensorSpec(made.shape, made.dtype)
+def _dry_run(tensors: Mapping[str, NDArray], name: str, recipe: _Recipe) -> TensorSpec:
+    specs = [tensor_spec(tensors, source) for source in recipe.sources]
+    found = ", ".join(
+        f"{source} {list(spec.shape)} {spec.dtype}" for source, spec in zip(recipe.sources, specs, strict=True)
+    )
+    if len({spec.dtype for spec in specs}) > 1:
+        raise WeightsError(f"{name} joins tensors of several dtypes ({found}); convert them to one")
+    try:
+        # One zero broadcast to the whole tensor: the same views and joins without memory.
+        made = recipe.make(*(np.broadcast_to(np.zeros((), spec.dtype), spec.shape) for spec in specs))
+    except (ValueError, IndexError) as error:
+        raise WeightsError(f"{name} cannot be made of {found}: {error}; is the file what it claims to be?") from error
+    return TensorSpec(made.shape, made.dtype)
 
 
 def from_layout(
@@ -134,7 +124,7 @@ def from_layout(
                 if prefix:
                     report(f"every name begins with {prefix!r}, which is taken off")
                 unchanged = layout == "official" and not prefix
-                official = tensors if unchanged else LazyTensors(tensors, _recipes_to_official(names, table))
+                official = tensors if unchanged else _made_on_access(tensors, _recipes_to_official(names, table))
                 return layout, _with_head(layout, official, tied, report)
             fewest = min(fewest, unknown, key=len)
         wrapper = next((wrapper for wrapper in _WRAPPERS if all(name.startswith(wrapper) for name in names)), None)
@@ -164,7 +154,7 @@ def _with_head(
         return tensors
     report("there is no head: its matrix is the embedding's (tied weights)")
     recipes = {name: _Recipe((name,), unchanged) for name in tensors}
-    return LazyTensors(tensors, recipes | {"head.weight": _Recipe(("emb.weight",), unchanged)})
+    return _made_on_access(tensors, recipes | {"head.weight": _Recipe(("emb.weight",), unchanged)})
 
 
 def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArray]:
@@ -196,7 +186,7 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
         recipes[rule.foreign.format(layer)] = _Recipe(sources, rule.pack)
     if unknown:
         raise WeightsError(f"{layout} has no place for {join_names(unknown)}; write the official layout")
-    return LazyTensors(tensors, recipes)
+    return _made_on_access(tensors, recipes)
 
 
 def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, GenerationSpec, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
@@ -23,7 +22,7 @@ from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import shard_model
-from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, tensor_spec
+from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, LazyTensor, TensorSpec, WeightsError, tensor_spec
 
 _LISTED = 40  # mismatched tensors listed in an error
 _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
@@ -236,53 +235,35 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class FetchedTensors(DerivedTensors):
-    """A model's parameters as tensors of a file, layer by layer, fetched from the device on access.
+def require_official_names(config: ModelConfig) -> None:
+    """Raises WeightsError for a model that has no official names."""
+    if not config.spec.has_official_names:
+        raise WeightsError(
+            f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; a "
+            f"{config.title} stays in its run folder, which from_pretrained and the commands read"
+        )
 
-    Raises WeightsError when it is built, for a model that has no official names.
+
+def fetched(array: jax.Array, layer: int | None) -> LazyTensor:
+    """A tensor fetched from the device on access: one layer of an array of stacked layers; None is a whole array."""
+    shape = array.shape if layer is None else array.shape[1:]
+    spec = TensorSpec(shape, np.dtype(array.dtype))
+    return LazyTensor(spec, lambda: np.asarray(array if layer is None else array[layer]))
+
+
+def official_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
+    """A model's parameters under their official names, layer by layer, fetched from the device on access.
+
+    Raises WeightsError for a model that has no official names, and parameters that are not those of the config's model.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Without tensors; subclasses fill `_sources`."""
-        if not config.spec.has_official_names:
-            raise WeightsError(
-                f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; a "
-                f"{config.title} stays in its run folder, which from_pretrained and the commands read"
-            )
-        self._sources: dict[str, tuple[jax.Array, int | None]] = {}
-        """An array, and which of the layers stacked in it, by name; None is all of an array."""
-
-    def __getitem__(self, name: str) -> NDArray:
-        array, layer = self._sources[name]
-        return np.asarray(array if layer is None else array[layer])
-
-    @override
-    def spec(self, name: str) -> TensorSpec:
-        array, layer = self._sources[name]
-        return TensorSpec(array.shape if layer is None else array.shape[1:], np.dtype(array.dtype))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-
-class OfficialTensors(FetchedTensors):
-    """A model's parameters under their official names.
-
-    Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
-    `FetchedTensors`.
-    """
-
-    def __init__(self, config: ModelConfig, params: Any) -> None:
-        super().__init__(config)
-        for path, leaf in jax.tree.leaves_with_path(params):
-            names = official_names(path, config.num_layers)
-            if not leaf.is_fully_addressable:
-                raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
-            stacked = str(path[0].key) == "blocks"
-            self._sources |= {name: (leaf, layer if stacked else None) for layer, name in enumerate(names)}
-        # The user may have changed the model.
-        _check_shapes({name: self.spec(name).shape for name in self._sources}, config)
-        self._sources = {name: self._sources[name] for name in official_shapes(config)}
+    require_official_names(config)
+    tensors: dict[str, LazyTensor] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names = official_names(path, config.num_layers)
+        if not leaf.is_fully_addressable:
+            raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
+        stacked = str(path[0].key) == "blocks"
+        tensors |= {name: fetched(leaf, layer if stacked else None) for layer, name in enumerate(names)}
+    # The user may have changed the model.
+    _check_shapes({name: tensor.spec.shape for name, tensor in tensors.items()}, config)
+    return DerivedTensors({name: tensors[name] for name in official_shapes(config)})

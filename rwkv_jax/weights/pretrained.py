@@ -22,12 +22,12 @@ from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, loa
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.run_folder import load_model, load_run_tokenizer
-from rwkv_jax.weights.derived import Rounded, Selected, WithUnused, may_have_unused, without_unused
+from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
-    OfficialTensors,
     check_tensors,
     official_shapes,
+    official_tensors,
     place_params,
     read_config,
     shardings_on,
@@ -36,9 +36,9 @@ from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.quantized import (
     QUANTIZATIONS,
     DequantizedTensors,
-    PackedTensors,
     Quantization,
     has_packed,
+    packed_tensors,
     place_quantized_params,
 )
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
@@ -98,7 +98,7 @@ def from_pretrained(
                     f"quantize = {quantize!r}: {path} is a run of a {loaded.config.model.title}, and only RWKV's "
                     "matrices are packed; leave it out"
                 )
-            trained = OfficialTensors(loaded.config.model, loaded.params)
+            trained = official_tensors(loaded.config.model, loaded.params)
             return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
         config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
@@ -179,14 +179,14 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
 def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
     if path.is_dir():
         loaded = load_model(path, "newest")
-        weights = Weights(OfficialTensors(loaded.config.model, loaded.params), "official", lambda: None)
+        weights = Weights(official_tensors(loaded.config.model, loaded.params), "official", lambda: None)
     else:
         weights = open_weights(path, warn=warn)
     with prefix_errors(path):
         own = read_config(weights.tensors)
         if may_have_unused(own) and may_have_unused(config):  # the run's config decides, not the file
             unused = config.unused_value_residual
-            tensors = WithUnused(weights.tensors, own) if unused else without_unused(weights.tensors)
+            tensors = add_unused(weights.tensors, own) if unused else without_unused(weights.tensors)
             weights = weights._replace(tensors=tensors)
             own = dataclasses.replace(own, unused_value_residual=unused)
         found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
@@ -244,9 +244,9 @@ def save_pretrained(
                 f"{path}: packed matrices are written as they are, to FILE.safetensors or a folder, without layout and "
                 "dtype; for other files load the model without quantize"
             )
-        tensors = PackedTensors(model.config, params)
+        tensors = packed_tensors(model.config, params)
     else:
-        tensors = OfficialTensors(model.config, params)
+        tensors = official_tensors(model.config, params)
     _write(tensors, Path(path), layout, dtype, tokenizer)
 
 
@@ -280,7 +280,7 @@ def convert(
     tensors: Mapping[str, NDArray]
     if path.is_dir():
         loaded = load_model(path, "newest")
-        config, tensors = loaded.config.model, OfficialTensors(loaded.config.model, loaded.params)
+        config, tensors = loaded.config.model, official_tensors(loaded.config.model, loaded.params)
     else:
         weights = open_weights(path)
         with prefix_errors(path):
@@ -288,7 +288,7 @@ def convert(
             check_tensors(weights.tensors, config)
         # Official files keep their order; other projects' files get the official one.
         official = weights.layout == "official"
-        tensors = weights.tensors if official else Selected(weights.tensors, official_shapes(config))
+        tensors = weights.tensors if official else selected(weights.tensors, official_shapes(config))
     found = find_tokenizer(path, config.vocab_size) if takes_beside else None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
@@ -298,7 +298,7 @@ def convert(
                 f"with_unused = True: only RWKV-7 in the official layout has such tensors, not {config.title} in the "
                 f"{layout} layout; leave it out"
             )
-        tensors = WithUnused(tensors, config)
+        tensors = add_unused(tensors, config)
         config = dataclasses.replace(config, unused_value_residual=True)
     _write(tensors, Path(target), layout, dtype, found)
     return config
@@ -323,7 +323,7 @@ def _write(
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if dtype is not None:
-        tensors = Rounded(tensors, dtype)
+        tensors = rounded(tensors, dtype)
     suffix = path.suffix.lower()
     if suffix in _NO_FOLDERS:
         raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")

@@ -12,24 +12,32 @@ beside it NAME.scale, NAME.multiplier, NAME.offset.
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import is_low_rank
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 from rwkv_jax.parallel.mesh import default_device
-from rwkv_jax.weights.official import FetchedTensors, check_tensors, official_names, official_shapes
-from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, TensorSpec, WeightsError, join_names, tensor_spec
+from rwkv_jax.weights.official import check_tensors, fetched, official_names, official_shapes, require_official_names
+from rwkv_jax.weights.tensors import (
+    BFLOAT16,
+    DerivedTensors,
+    LazyTensor,
+    TensorSpec,
+    WeightsError,
+    join_names,
+    tensor_spec,
+)
 
 Quantization = Literal["int8", "int4", "bfloat16"]
 """The number format of a model's matrices."""
@@ -140,7 +148,7 @@ class DequantizedTensors(DerivedTensors):
     """
 
     def __init__(self, tensors: Mapping[str, NDArray]) -> None:
-        self._tensors = tensors
+        self._file = tensors
         self._kinds: dict[str, Quantization | None] = {}
         parts: set[str] = set()
         for file_name in tensors:
@@ -156,27 +164,23 @@ class DequantizedTensors(DerivedTensors):
         for name, kind in self._kinds.items():
             self._check(name, typing.cast(Quantization, kind))
         self._kinds |= {name: None for name in tensors if name not in parts}
+        super().__init__(
+            {name: LazyTensor(self._spec(name), functools.partial(self._dequantized, name)) for name in self._kinds}
+        )
 
-    def __getitem__(self, name: str) -> NDArray:
+    def _dequantized(self, name: str) -> NDArray:
         parts = self.parts(name)
         if parts is None:
-            return self._tensors[name]
+            return self._file[name]
         whole = _integers(parts).astype(np.float32)
         whole *= parts["scale"][..., None]
         return np.swapaxes(whole, -1, -2) if is_transposed(name) else whole
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
-
-    def __len__(self) -> int:
-        return len(self._kinds)
-
-    @override
-    def spec(self, name: str) -> TensorSpec:
+    def _spec(self, name: str) -> TensorSpec:
         kind = self._kinds[name]
         if kind is None:
-            return tensor_spec(self._tensors, name)
-        shape = self._tensors[f"{name}.{kind}"].shape
+            return tensor_spec(self._file, name)
+        shape = tensor_spec(self._file, f"{name}.{kind}").shape
         own = shape if kind == "int8" else (*shape[:-2], shape[-2] * GROUP_SIZE)
         if is_transposed(name):
             own = (*own[:-2], own[-1], own[-2])
@@ -191,7 +195,7 @@ class DequantizedTensors(DerivedTensors):
         kind = self._kinds[name]
         if kind is None:
             return None
-        parts = {part: self._tensors[file_name] for part, file_name in _part_names(name, kind).items()}
+        parts = {part: self._file[file_name] for part, file_name in _part_names(name, kind).items()}
         _check_numbers(name, parts)
         return parts
 
@@ -206,7 +210,7 @@ class DequantizedTensors(DerivedTensors):
         return "int4" if "int4" in kinds else "int8" if "int8" in kinds else None
 
     def _check(self, name: str, kind: Quantization) -> None:
-        found = {part: tensor_spec(self._tensors, file_name) for part, file_name in _part_names(name, kind).items()}
+        found = {part: tensor_spec(self._file, file_name) for part, file_name in _part_names(name, kind).items()}
         codes = found["codes"].shape
         wanted = (
             {"codes": (codes, "int8"), "scale": (codes[:-1], "float32")}
@@ -317,34 +321,27 @@ def _held(tensors: Mapping[str, NDArray], name: str, kind: Quantization | None) 
         raise WeightsError(f"{name}: {error}") from error
 
 
-class PackedTensors(FetchedTensors):
-    """The tensors of a file of packed weights, of a model's parameters.
+def packed_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
+    """The tensors of a file of packed weights, of a model's parameters, fetched from the device on access.
 
-    Raises WeightsError when it is built, for parameters that are not those of the config's model, and as
-    `FetchedTensors`.
+    Raises WeightsError for a model that has no official names, and parameters that are not those of the config's model.
     """
-
-    def __init__(self, config: ModelConfig, params: Any) -> None:
-        super().__init__(config)
-        sources: dict[str, dict[str, tuple[Any, int | None]]] = {}
-        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
-            stacked = str(path[0].key) == "blocks"
-            for layer, name in enumerate(official_names(path, config.num_layers)):
-                index = layer if stacked else None
-                if not _is_packed(leaf):
-                    sources[name] = {name: (leaf, index)}
-                    continue
-                kind: Quantization = "int4" if isinstance(leaf, Int4Matrix) else "int8"
-                names = _part_names(name, kind)
-                sources[name] = {file_name: (getattr(leaf, part), index) for part, file_name in names.items()}
-        shapes = official_shapes(config)
-        if sources.keys() != shapes.keys():
-            raise WeightsError(
-                f"parameters differ from the model's: {join_names(sorted(sources.keys() ^ shapes.keys()))}"
-            )
-        self._sources = {file_name: source for name in shapes for file_name, source in sources[name].items()}
-        # The user may have changed the model.
-        check_tensors(DequantizedTensors(self), config)
+    require_official_names(config)
+    tensors: dict[str, dict[str, LazyTensor]] = {}
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
+        stacked = str(path[0].key) == "blocks"
+        for layer, name in enumerate(official_names(path, config.num_layers)):
+            parts: dict[str, Any] = {name: leaf}
+            if _is_packed(leaf):
+                names = _part_names(name, "int4" if isinstance(leaf, Int4Matrix) else "int8")
+                parts = {file_name: getattr(leaf, part) for part, file_name in names.items()}
+            tensors[name] = {part: fetched(array, layer if stacked else None) for part, array in parts.items()}
+    shapes = official_shapes(config)
+    if tensors.keys() != shapes.keys():
+        raise WeightsError(f"parameters differ from the model's: {join_names(sorted(tensors.keys() ^ shapes.keys()))}")
+    found = DerivedTensors({part: tensor for name in shapes for part, tensor in tensors[name].items()})
+    check_tensors(DequantizedTensors(found), config)  # the user may have changed the model
+    return found
 
 
 def has_packed(params: Any) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 import mmap
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +64,31 @@ class TensorSpec(NamedTuple):
     dtype: np.dtype[Any]
 
 
+class LazyTensor(NamedTuple):
+    """A tensor that is computed, or fetched from a device, when it is used."""
+
+    spec: TensorSpec
+    make: Callable[[], NDArray]
+
+
 class DerivedTensors(Mapping[str, NDArray]):
     """Tensors computed or fetched from a device on access; specs are known without access."""
 
-    @abc.abstractmethod
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> NDArray:
+        return self._tensors[name].make()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor; reads nothing."""
+        return self._tensors[name].spec
 
 
 def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:

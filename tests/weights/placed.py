@@ -13,7 +13,7 @@ from flax import nnx
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
-from rwkv_jax.weights.official import OfficialTensors
+from rwkv_jax.weights.official import official_tensors
 from rwkv_jax.weights.safetensors import write_safetensors
 from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
 
@@ -34,7 +34,7 @@ def main() -> None:
             path, dtype="float32", mesh=mesh_from_shape(MeshShape(fsdp=2, tensor=1, data=2), jax.devices())
         )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    assert_same_bits(dict(OfficialTensors(model.config, params)), tensors)
+    assert_same_bits(dict(official_tensors(model.config, params)), tensors)
 
     @nnx.jit
     def logits(model, tokens):

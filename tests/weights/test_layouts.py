@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.layouts import LAYOUTS, LazyTensors, from_layout, hub_config, to_layout
+from rwkv_jax.weights.layouts import LAYOUTS, from_layout, hub_config, to_layout
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
-from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, tensor_spec
+from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, WeightsError, tensor_spec
 from tests.golden import tiny_model
 from tests.weights.official_tensors import FLA, PAIRS, C, F, L, N, V, assert_same, matrices, norm, official, rows
 
@@ -175,7 +175,7 @@ def test_shapes_are_known_without_the_bytes() -> None:
     tensors = official(4)
     tensors["emb.weight"] = tensors["head.weight"] = np.broadcast_to(np.float32(0), (10**6, 10**6))  # 4 TB
     foreign = to_layout(tensors, "transformers")
-    assert isinstance(foreign, LazyTensors)
+    assert isinstance(foreign, DerivedTensors)
     assert foreign.spec("head.weight") == ((10**6, 10**6), np.float32)
     assert hub_config("transformers", tensors)["vocab_size"] == 10**6
 

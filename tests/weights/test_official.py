@@ -8,9 +8,9 @@ import pytest
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import (
-    OfficialTensors,
     check_tensors,
     official_shapes,
+    official_tensors,
     place_params,
     read_config,
 )
@@ -62,7 +62,7 @@ def test_what_goes_in_comes_out_again_bit_for_bit(config: ModelConfig, dtype: st
     released = []
     params = place_params(tensors, config, drop_pages=lambda: released.append(None))
     assert len(released) == len(tensors)
-    assert_same_bits(dict(OfficialTensors(config, params)), tensors)
+    assert_same_bits(dict(official_tensors(config, params)), tensors)
 
 
 def test_parameters_do_not_share_memory_with_the_file() -> None:
@@ -81,7 +81,7 @@ def test_a_dtype_is_given_to_every_parameter() -> None:
     params = place_params(tensors, config, dtype="bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}
     expected = {name: x.astype(params["emb"]["weight"].dtype) for name, x in tensors.items()}
-    assert_same_bits(dict(OfficialTensors(config, params)), expected)
+    assert_same_bits(dict(official_tensors(config, params)), expected)
 
 
 def test_layers_of_several_dtypes_need_a_dtype() -> None:
