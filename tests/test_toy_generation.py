@@ -37,11 +37,12 @@ from rwkv_jax.config import (
     to_dict,
 )
 from rwkv_jax.config.generations import Shapes, StateArray, size_of
-from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    TimeMixer,
     broadcast_param,
     channel_param,
     low_rank,
@@ -49,7 +50,7 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     token_shift,
 )
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.state import TimeMixState
 from rwkv_jax.plan.devices import parse_topology
 from rwkv_jax.plan.run import plan_run
 from rwkv_jax.training import loop
@@ -115,12 +116,6 @@ class ToySpec(GenerationSpec):
 # The generation: its model
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-    shift = jnp.zeros((batch_size, config.width), config.dtype)
-    average = jnp.zeros((batch_size, config.width // axes.num_tensor_shards), config.parameter_dtype)
-    return State(shift, shift, average, generation=config.generation)
-
-
 def moving_average(v: Array, w: Array, h: Array, segment_ids: Array | None, lengths: Array | None) -> Array:
     """h_t = w h_{t-1} + (1 - w) v_t, for v [B, T, C], w [C] and h [B, C] before the first token: [B, T, C].
 
@@ -141,7 +136,7 @@ def moving_average(v: Array, w: Array, h: Array, segment_ids: Array | None, leng
     return kept * h[:, None] + added
 
 
-class TimeMix(Mixer):
+class TimeMix(TimeMixer):
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, rank, dtype = config.width, config.sizes().gate_rank, config.parameter_dtype
@@ -151,10 +146,6 @@ class TimeMix(Mixer):
         self.g1 = nnx.Param(jnp.zeros((width, rank), dtype))
         self.g2 = nnx.Param(orthogonal(rngs.params(), (rank, width), 0.1, dtype))
         self.output = Linear(jnp.zeros((width, width), dtype))
-
-    @override
-    def initial_state(self, batch_size: int) -> TimeMixState:
-        return initial_state(self.config, batch_size).time_mix
 
     @override
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
@@ -204,16 +195,6 @@ BLOCK_AXES: dict[str, Axes] = {
 class Toy(LanguageModel):
     block_type = ToyBlock
     block_axes = BLOCK_AXES
-
-    @override
-    @classmethod
-    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-        return initial_state(config, batch_size, axes)
-
-    @override
-    @classmethod
-    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        return 1.0, path[-1] == "weight" and ndim >= 2
 
 
 # What every generation must do

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
-from rwkv_jax.config.generations import all_specs
+from rwkv_jax.config.generations import StateArray, all_specs
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.layers import (
     CHECKPOINT_MATMUL,
@@ -123,10 +123,21 @@ class LanguageModel(nnx.Module):
     block_axes: ClassVar[dict[str, Axes]]
     """Logical axes of a block's own parameters, by official name within the block."""
 
+    learning_rate_factors: ClassVar[dict[str, float]] = {}
+    """Factors on the learning rate in the official trainer, by a parameter's last name; 1 for all others."""
+
     @classmethod
     def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """The empty state of one block."""
-        raise NotImplementedError
+        """The empty state of one block: zeros of the shapes in its spec, of which a shard has its heads."""
+
+        def zeros(array: StateArray) -> Array:
+            sizes = zip(array.shape, array.axes, strict=True)
+            own = (size // axes.num_tensor_shards if axis == "heads" else size for size, axis in sizes)
+            return jnp.zeros((batch_size, *own), array.dtype)
+
+        _, *arrays = config.spec.state(config)  # of equal shifts
+        shift, wkv = map(zeros, arrays)
+        return State(shift, shift, wkv, generation=config.generation)
 
     @classmethod
     def parameter_axes(cls, path: tuple[str, ...]) -> Axes:
@@ -147,9 +158,9 @@ class LanguageModel(nnx.Module):
           ndim: axes of the parameter in one layer.
 
         Returns:
-          The factor on its learning rate, and whether its weight decays.
+          The factor on its learning rate, and whether its weight decays: all matrices do.
         """
-        raise NotImplementedError
+        return cls.learning_rate_factors.get(path[-1], 1.0), path[-1] == "weight" and ndim >= 2
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shard_params: PartTransform = identity) -> None:
         """Draws the official initial values.
@@ -329,7 +340,11 @@ class LanguageModel(nnx.Module):
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
         lengths = check_lengths(lengths, batch, whole_time)
-        states = self.empty_state(batch, axes) if state is None else self._check_state(state, batch, axes)
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
+            source = f"model.initial_state(batch_size={batch})"
+            check_state(state, expected, owner=self.config.title, source=source)
+        states = self.empty_state(batch, axes) if state is None else state
         context = SequenceContext(segment_ids, lengths, axes)
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
@@ -387,9 +402,3 @@ class LanguageModel(nnx.Module):
                     f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
                 )
         return gather_params("emb", self.emb)(tokens, self.config.dtype, axes)
-
-    def _check_state(self, state: Any, batch: int, axes: MeshAxes) -> Any:
-        expected = jax.eval_shape(lambda: self.initial_state(batch, axes))
-        source = f"model.initial_state(batch_size={batch})"
-        check_state(state, expected, owner=self.config.title, source=source)
-        return state

@@ -17,17 +17,17 @@ from einops import rearrange
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
-from rwkv_jax.models.state import check_state
+from rwkv_jax.models.state import TimeMixState, check_state
 from rwkv_kernels.arguments import broadcast_varying_axes
 from rwkv_kernels.sharded import from_last_shard, from_previous_shard
 
 CHECKPOINT_MATMUL = "matrix product"
 """Checkpoint name of matrix products, stored for the backward pass; cheap steps between them are recomputed."""
-
 
 CHECKPOINT_WKV_INPUT = "operator input"
 """Checkpoint name of the WKV operator's inputs, which can be stored too."""
@@ -253,6 +253,15 @@ class Mixer(nnx.Module):
         return self.mix(x, state, SequenceContext(segment_ids, lengths))
 
 
+class TimeMixer(Mixer):
+    """Base of time mixing in generations whose model's state is a `State`."""
+
+    @override
+    def initial_state(self, batch_size: int) -> TimeMixState:
+        model = self.config.spec.load_model_class()
+        return model.initial_block_state(self.config, batch_size).time_mix
+
+
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float64 for float64, otherwise float32: the dtype of norms, attention scores and logits."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
@@ -293,9 +302,8 @@ class Embedding(nnx.Module):
         rows = tokens - shard_offset(weight.shape[0], axes.tensor)
         is_here = (rows >= 0) & (rows < weight.shape[0])
         vectors = jnp.where(is_here[..., None], _rows(weight, jnp.where(is_here, rows, 0)), 0)
-        return reduce_from_tensor_parallel(
-            vectors.astype(dtype or weight.dtype), axes.tensor
-        )  # all terms but one are zero: exact
+        # Exact: all terms but one are zero.
+        return reduce_from_tensor_parallel(vectors.astype(dtype or weight.dtype), axes.tensor)
 
 
 def _rows(weight: Array | PackedMatrix, index: Array) -> Array:

@@ -9,6 +9,7 @@ F feed-forward width, L layers, l the layer's index.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    TimeMixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -37,14 +39,7 @@ from rwkv_kernels import wkv4, wkv4_sharded
 from rwkv_kernels.ops.wkv4.scan import empty_state
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-    """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
-    shift, dtype = jnp.zeros((batch_size, config.width), config.dtype), jnp.dtype(config.parameter_dtype)
-    wkv = empty_state(batch_size, config.width // axes.num_tensor_shards, dtype)
-    return State(shift, shift, wkv, generation=config.generation)
-
-
-class TimeMix(Mixer):
+class TimeMix(TimeMixer):
     """Time mixing of layer l: token shift, three projections, the WKV-4 mean, receptance as its gate.
 
     Initial values, with c the channel and q = l / (L - 1):
@@ -77,10 +72,6 @@ class TimeMix(Mixer):
 
         self.key, self.receptance, self.output = zeros(), zeros(), zeros()
         self.value = Linear(orthogonal(rngs.params(), (width, width), 1.0, dtype))
-
-    @override
-    def initial_state(self, batch_size: int) -> TimeMixState:
-        return initial_state(self.config, batch_size).time_mix
 
     @override
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
@@ -169,18 +160,15 @@ class RWKV4(LanguageModel):
 
     block_type = RWKV4Block
     block_axes = BLOCK_AXES
+    learning_rate_factors: ClassVar[dict[str, float]] = {"time_decay": 2.0, "time_first": 3.0}
 
     @override
     @classmethod
     def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-        return initial_state(config, batch_size, axes)
-
-    @override
-    @classmethod
-    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        # Decay and bonus learn faster, and all matrices decay.
-        factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
-        return factor, path[-1] == "weight" and ndim >= 2
+        """The empty state of one block; `wkv` is (numerator, denominator, max_exponent), each [B, C]."""
+        shift, dtype = jnp.zeros((batch_size, config.width), config.dtype), jnp.dtype(config.parameter_dtype)
+        wkv = empty_state(batch_size, config.width // axes.num_tensor_shards, dtype)
+        return State(shift, shift, wkv, generation=config.generation)
 
     @override
     @classmethod

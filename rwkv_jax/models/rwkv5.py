@@ -10,6 +10,7 @@ The previews have one decay and bonus per head, [H], 5.2 has one per key channel
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import RWKV5Spec
-from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    TimeMixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -35,7 +37,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     wkv_operator,
 )
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.state import TimeMixState
 from rwkv_kernels import wkv5, wkv5_sharded
 
 HEAD_NORM_EPSILON = 64e-5
@@ -48,14 +50,7 @@ def variant(config: ModelConfig) -> RWKV5Spec:
     return config.spec
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-    """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
-    shift = jnp.zeros((batch_size, config.width), config.dtype)
-    heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
-    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype), generation=config.generation)
-
-
-class TimeMix(Mixer):
+class TimeMix(TimeMixer):
     """Time mixing of layer l: token shift, projections, the WKV-5 recurrence, norm over each head, gate.
 
     Initial values, with c the channel, q = l / (L - 1) and p = c / (C - 1), in the previews h / (H - 1) of head h:
@@ -111,10 +106,6 @@ class TimeMix(Mixer):
             self.gate = square(small)
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
-
-    @override
-    def initial_state(self, batch_size: int) -> TimeMixState:
-        return initial_state(self.config, batch_size).time_mix
 
     @override
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
@@ -214,15 +205,4 @@ class RWKV5(LanguageModel):
 
     block_type = RWKV5Block
     block_axes = BLOCK_AXES
-
-    @override
-    @classmethod
-    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-        return initial_state(config, batch_size, axes)
-
-    @override
-    @classmethod
-    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        # The decay learns twice as fast, and all matrices decay.
-        factor = {"time_decay": 2.0, "time_first": 3.0}.get(path[-1], 1.0)
-        return factor, path[-1] == "weight" and ndim >= 2
+    learning_rate_factors: ClassVar[dict[str, float]] = {"time_decay": 2.0, "time_first": 3.0}

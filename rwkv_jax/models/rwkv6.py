@@ -7,6 +7,8 @@ T time, C width, H heads, N head size, F feed-forward width, D low rank, L layer
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -15,11 +17,12 @@ from jax import Array
 from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    TimeMixer,
     broadcast_param,
     channel_param,
     checkpoint_wkv_inputs,
@@ -33,21 +36,14 @@ from rwkv_jax.models.layers import (
     uniform,
     wkv_operator,
 )
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.state import TimeMixState
 from rwkv_kernels import wkv6, wkv6_sharded
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
 
 
-def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-    """The empty state of one block; `wkv` is [B, H, N, N], the value axis before the key axis."""
-    shift = jnp.zeros((batch_size, config.width), config.dtype)
-    heads = (batch_size, config.num_heads // axes.num_tensor_shards, config.head_dim, config.head_dim)
-    return State(shift, shift, jnp.zeros(heads, config.parameter_dtype), generation=config.generation)
-
-
-class TimeMix(Mixer):
+class TimeMix(TimeMixer):
     """Time mixing of layer l: data-dependent token shift, projections, the WKV-6 recurrence, norm, gate.
 
     Initial values, with c the channel and q = l / (L - 1):
@@ -96,10 +92,6 @@ class TimeMix(Mixer):
         self.receptance, self.key, self.value, self.gate = square(1.0), square(0.1), square(1.0), square(0.1)
         self.output = Linear(jnp.zeros((width, width), dtype))
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
-
-    @override
-    def initial_state(self, batch_size: int) -> TimeMixState:
-        return initial_state(self.config, batch_size).time_mix
 
     @override
     def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
@@ -200,14 +192,4 @@ class RWKV6(LanguageModel):
 
     block_type = RWKV6Block
     block_axes = BLOCK_AXES
-
-    @override
-    @classmethod
-    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> State:
-        return initial_state(config, batch_size, axes)
-
-    @override
-    @classmethod
-    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        # The decay learns twice as fast, and all matrices decay.
-        return 2.0 if path[-1] == "time_decay" else 1.0, path[-1] == "weight" and ndim >= 2
+    learning_rate_factors: ClassVar[dict[str, float]] = {"time_decay": 2.0}

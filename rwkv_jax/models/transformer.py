@@ -362,12 +362,6 @@ class Transformer(LanguageModel):
 
     @override
     @classmethod
-    def parameter_group(cls, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
-        # Equal learning rates; all matrices decay.
-        return 1.0, path[-1] == "weight" and ndim >= 2
-
-    @override
-    @classmethod
     def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
 

@@ -16,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.models import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_jax.models import model_type, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.layers import HeadNorm, LayerNorm, head_gain, linear, token_shift
 from rwkv_jax.models.state import TimeMixState
@@ -78,7 +78,7 @@ def test_time_mixing_alone(x: NDArray, generation: str, layer: int) -> None:
     first, state = call(params, jnp.asarray(x[:, :2]), None)
     second, state = call(params, jnp.asarray(x[:, 2:]), state)
     assert relative_error(jnp.concatenate([first, second], axis=1), whole) < 1e-12
-    empty = FAMILIES[generation].initial_state(config, BATCH)
+    empty = model_type(config).initial_block_state(config, BATCH)
     for a, b, like in zip(*(jax.tree.leaves(s.wkv) for s in (state, final, empty)), strict=True):
         assert b.shape == like.shape
         assert relative_error(a, b) < 1e-12

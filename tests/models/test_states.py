@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from rwkv_jax.models import LanguageModel, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_jax.models import LanguageModel, model_type, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.decoding import unstacked
 from tests.models.parameters import SMALL
 from tests.models.small_models import FLOAT32, small_float32
@@ -46,7 +46,7 @@ def test_models_refuse_states_of_other_generations(own: str, other: str) -> None
 @every_pair
 def test_layers_refuse_states_of_other_generations(own: str, other: str) -> None:
     layer = nnx.eval_shape(lambda: FAMILIES[own].TimeMix(FLOAT32[own], 1, rngs=nnx.Rngs(0)))
-    state = FAMILIES[other].initial_state(FLOAT32[other], 2).time_mix
+    state = model_type(FLOAT32[other]).initial_block_state(FLOAT32[other], 2).time_mix
     with pytest.raises(ValueError, match=rf"state: is none of this layer, .*; it is one of RWKV-{other}$"):
         layer(jnp.zeros((2, 3, 32)), state)
     with pytest.raises(ValueError, match=r"state\.shift: shape \(2, 32\) must be \(3, 32\)"):
