@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import SavedTokenizer
+from rwkv_jax.data.tokenizers import SavedTokenizer, Tokenizer
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.weights.official import official_shapes, place_params
 from rwkv_jax.weights.quantized import Quantization, place_quantized_params
@@ -73,36 +74,15 @@ def _mean_and_deviation(name: str, shape: tuple[int, ...]) -> tuple[float, float
     return (-1.0, 1.0) if parameter in ("w0", "time_decay") else (0.0, 0.5)
 
 
-@dataclasses.dataclass(frozen=True)
-class NumberTokenizer:
-    """Tokenizer (`rwkv_jax.data.tokenizers.Tokenizer`): token 17 is the text "17 ", token 0 is end_of_text."""
+class NumberTokenizer(Tokenizer):
+    """Token 17 is the text "17 ", token 0 is end_of_text."""
 
-    vocab_size: int
+    def __init__(self, vocab_size: int) -> None:
+        table = [b"", *(f"{token} ".encode() for token in range(1, vocab_size))]
+        record = json.dumps({"kind": "numbers", "vocab_size": vocab_size})  # which nothing loads
+        super().__init__(table, 0, SavedTokenizer("tokenizer.kind.json", record.encode()))
 
-    end_of_text = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the vocabulary size."""
-        return f"numbers below {self.vocab_size}"
-
-    @property
-    def saved(self) -> SavedTokenizer:
-        """Not supported."""
-        raise NotImplementedError("a NumberTokenizer is made, never loaded")
-
+    @override
     def encode(self, text: str) -> list[int]:
         """Ids of a text of numbers separated by spaces."""
         return [int(word) for word in text.split()]
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The numbers."""
-        return "".join(self.token_bytes(token).decode() for token in tokens)
-
-    def token_bytes(self, token: int) -> bytes:
-        """One number and a space; nothing for the end of a text."""
-        return f"{token} ".encode() if token != self.end_of_text else b""
-
-    def is_named(self, token: int) -> bool:
-        """Every id below the vocabulary size."""
-        return 0 <= token < self.vocab_size

@@ -1,4 +1,4 @@
-"""Tokenizers: a protocol and four implementations, streaming, saving and loading.
+"""Tokenizers: an interface and four implementations, streaming, saving and loading.
 
 What `decode(encode(text))` returns:
 
@@ -11,10 +11,10 @@ What `decode(encode(text))` returns:
 `prepare_corpus` reports the number of documents that change.
 """
 
+from rwkv_jax.data.tokenizers.base import SavedTokenizer, StreamingDecoder, Tokenizer
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.loading import TOKENIZER_FILES, fits_model, load_tokenizer, save_tokenizer
-from rwkv_jax.data.tokenizers.protocol import SavedTokenizer, StreamingDecoder, Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import END_OF_TEXT, SentencePieceTokenizer, train_sentencepiece
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+from typing_extensions import override
+
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
-from rwkv_jax.data.tokenizers.table import TableTokenizer
+from rwkv_jax.data.tokenizers.base import SavedTokenizer, Tokenizer
 
 
-class ByteTokenizer(TableTokenizer):
+class ByteTokenizer(Tokenizer):
     """Each UTF-8 byte of a text is a token with its value as id.
 
     With 257 ids the last is end_of_text. With 256, as in byte-level models, id 0 is end_of_text: NUL, which is rare in
@@ -29,6 +30,7 @@ class ByteTokenizer(TableTokenizer):
         record = json.dumps({"kind": "bytes", "vocab_size": vocab_size}) + "\n"
         super().__init__(table, end_of_text, SavedTokenizer("tokenizer.kind.json", record.encode()))
 
+    @override
     def encode(self, text: str) -> list[int]:
         """Bytes of a text. Raises UnicodeEncodeError for lone surrogates, ConfigError for NUL if it has no id."""
         if self.end_of_text == 0 and "\x00" in text:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
 from rwkv_jax.data.tokenizers.files import read_file
-from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
-from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
 MAX_PADDING = 511
 """A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
@@ -22,7 +23,7 @@ _NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 _KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only split
 
 
-class HuggingFaceTokenizer(TableTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A byte-level BPE, in which every id stands for exact bytes.
 
     `decode(encode(text))` is the text after the file's normalizer: with NFC, as in GPT-NeoX, composed text is returned
@@ -81,8 +82,8 @@ class HuggingFaceTokenizer(TableTokenizer):
         """The tokenizer of a file. Raises ConfigError if the file is missing or unsuitable."""
         return cls(read_file(path), str(path))
 
+    @override
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
         text.encode()  # the package raises another error for them
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

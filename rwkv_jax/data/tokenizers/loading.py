@@ -10,10 +10,10 @@ from typing import Any
 from rwkv_jax.atomic import new_file
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import explain_refusal
+from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.files import KINDS, read_file
 from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokenizer
-from rwkv_jax.data.tokenizers.protocol import Tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
@@ -41,7 +41,10 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
         tokenizer = ByteTokenizer(256 if vocab_size == 256 else 257)
     else:
         path = Path(spec).expanduser()
-        tokenizer = _read(_find(path) if path.is_dir() else path)
+        path = _find(path) if path.is_dir() else path
+        content = read_file(path)
+        with explain_refusal(path, KINDS, ("json", "sentencepiece", "text")):
+            tokenizer = _of_content(content, path)
     if not fits_model(tokenizer, vocab_size):
         raise ConfigError(
             f"tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and the model has "
@@ -93,12 +96,6 @@ def _find(folder: Path) -> Path:
     if len(found) > 1:
         raise ConfigError(f"the folder {folder} holds {found[0].name} and {found[1].name}; name the file that is meant")
     return found[0]
-
-
-def _read(path: Path) -> Tokenizer:
-    content = read_file(path)
-    with explain_refusal(path, KINDS, ("json", "sentencepiece", "text")):
-        return _of_content(content, path)
 
 
 def _of_content(content: bytes, path: Path) -> Tokenizer:

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from typing_extensions import override
+
 from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
 from rwkv_jax.data.tokenizers.files import read_file
-from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
-from rwkv_jax.data.tokenizers.table import NO_TEXT, PROBE, TableTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -26,7 +27,7 @@ _SPAN_LENGTH = 4096  # characters passed to sentencepiece at a time
 _UNLEARNABLE = re.compile("[\u2581\u2585\t\x00]+")
 
 
-class SentencePieceTokenizer(TableTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model with byte fallback, identity normalization and an end-of-text piece (its `eos`).
 
     Preserves every text exactly: a model that could lose anything is rejected.
@@ -60,8 +61,8 @@ class SentencePieceTokenizer(TableTokenizer):
         """The tokenizer of a model file. Raises ConfigError if the file is missing or unsuitable."""
         return cls(read_file(path), str(path))
 
+    @override
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
         text.encode()
         # The mark itself would decode to a space, so it is encoded as bytes.
         first, *others = (self._processor.encode(part) for part in text.split(_SPACE_MARK))

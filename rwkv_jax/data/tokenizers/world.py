@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from typing_extensions import override
+
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers.protocol import SavedTokenizer
-from rwkv_jax.data.tokenizers.table import NO_TEXT, TableTokenizer
+from rwkv_jax.data.tokenizers.base import NO_TEXT, SavedTokenizer, Tokenizer
 
 _VOCABULARY = "rwkv_vocab_v20230424"
 _VOCABULARY_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
@@ -21,7 +22,7 @@ _REINSTALL = "pip install --force-reinstall pyrwkv-tokenizer==0.9.1"
 _VOCAB_SIZE = 2**16  # rows of the models' embeddings; the vocabulary names ids 1 to 65529
 
 
-class WorldTokenizer(TableTokenizer):
+class WorldTokenizer(Tokenizer):
     """Greedy longest match over UTF-8 bytes; preserves every text exactly.
 
     The 65536 ids are those of the models. Id 0 is end_of_text and decodes to nothing. Ids 65530 to 65535 never occurred
@@ -41,8 +42,8 @@ class WorldTokenizer(TableTokenizer):
         record = json.dumps({"kind": "world", "vocabulary": _VOCABULARY}) + "\n"
         super().__init__(table, 0, SavedTokenizer("tokenizer.kind.json", record.encode()))
 
+    @override
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""
         return self._encode(text)
 
 
