@@ -52,6 +52,13 @@ def _renamed(names: Mapping[str, str], pack: _Change = unchanged, unpack: _Chang
     return [Rule(foreign, (official,), pack, (unpack,)) for official, foreign in names.items()]
 
 
+def _moved(
+    official: str, foreign: str, names: Iterable[str], pack: _Change = unchanged, unpack: _Change = unchanged
+) -> list[Rule]:
+    """Rules for single tensors that have the same name within another module."""
+    return _renamed({official + name: foreign + name for name in names}, pack, unpack)
+
+
 def _stacked_rows(foreign: str, official: Sequence[str]) -> Rule:
     """Official rows [1, 1, C] as one tensor [rows, C]."""
 
@@ -92,104 +99,69 @@ def _norms(names: Mapping[str, str]) -> list[Rule]:
 
 
 _LONG = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
+_ATT, _FFN = "blocks.{}.att.", "blocks.{}.ffn."  # official
+
+_ATTENTION, _FEED_FORWARD = "rwkv.blocks.{}.attention.", "rwkv.blocks.{}.feed_forward."
+_MATRICES = ("key.weight", "value.weight", "receptance.weight")
 
 _TRANSFORMERS_4 = [
     *_renamed({"emb.weight": "rwkv.embeddings.weight", "head.weight": "head.weight"}),
     *_norms({"ln_out": "rwkv.ln_out", "blocks.{}.ln0": "rwkv.blocks.{}.pre_ln"}),
-    *_norms({f"blocks.{{}}.ln{i}": f"rwkv.blocks.{{}}.ln{i}" for i in (1, 2)}),
-    *_renamed({f"blocks.{{}}.att.time_mix_{x}": f"rwkv.blocks.{{}}.attention.time_mix_{_LONG[x]}" for x in "kvr"}),
-    *_renamed({f"blocks.{{}}.ffn.time_mix_{x}": f"rwkv.blocks.{{}}.feed_forward.time_mix_{_LONG[x]}" for x in "kr"}),
-    *_renamed(
-        {
-            f"blocks.{{}}.att.{name}": f"rwkv.blocks.{{}}.attention.{name}"
-            for name in (
-                "time_decay",
-                "time_first",
-                *(f"{name}.weight" for name in ("key", "value", "receptance", "output")),
-            )
-        }
-    ),
-    *_renamed(
-        {
-            f"blocks.{{}}.ffn.{name}.weight": f"rwkv.blocks.{{}}.feed_forward.{name}.weight"
-            for name in ("key", "value", "receptance")
-        }
-    ),
+    *_norms({"blocks.{}.ln1": "rwkv.blocks.{}.ln1", "blocks.{}.ln2": "rwkv.blocks.{}.ln2"}),
+    *_renamed({f"{_ATT}time_mix_{x}": f"{_ATTENTION}time_mix_{_LONG[x]}" for x in "kvr"}),
+    *_renamed({f"{_FFN}time_mix_{x}": f"{_FEED_FORWARD}time_mix_{_LONG[x]}" for x in "kr"}),
+    *_moved(_ATT, _ATTENTION, ["time_decay", "time_first", *_MATRICES, "output.weight"]),
+    *_moved(_FFN, _FEED_FORWARD, _MATRICES),
 ]
 
 _TRANSFORMERS_5_AND_6 = [
-    *_norms({"blocks.{}.att.ln_x": "rwkv.blocks.{}.attention.ln_x"}),
-    *_renamed({"blocks.{}.att.time_mix_g": "rwkv.blocks.{}.attention.time_mix_gate"}),
-    *_renamed(
-        {
-            f"blocks.{{}}.att.{name}": f"rwkv.blocks.{{}}.attention.{name}"
-            for name in (
-                "gate.weight",
-                "time_faaaa",
-                "time_decay_w1",
-                "time_decay_w2",
-                *(f"time_maa_{part}" for part in (*"xwkvrg", "w1", "w2")),
-            )
-        }
-    ),
-    *_renamed({f"blocks.{{}}.ffn.time_maa_{x}": f"rwkv.blocks.{{}}.feed_forward.time_maa_{x}" for x in "kr"}),
+    *_norms({f"{_ATT}ln_x": f"{_ATTENTION}ln_x"}),
+    *_renamed({f"{_ATT}time_mix_g": f"{_ATTENTION}time_mix_gate"}),
+    *_moved(_ATT, _ATTENTION, ["gate.weight", "time_faaaa", "time_decay_w1", "time_decay_w2"]),
+    *_moved(_ATT, _ATTENTION, [f"time_maa_{part}" for part in (*"xwkvrg", "w1", "w2")]),
+    *_moved(_FFN, _FEED_FORWARD, ["time_maa_k", "time_maa_r"]),
 ]
+
+_FLA_ATT, _FLA_FFN = "model.layers.{}.attn.", "model.layers.{}.ffn."
 
 _FLA = [
     *_renamed({"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}),
     *_norms({"ln_out": "model.norm", "blocks.{}.ln0": "model.layers.{}.pre_norm"}),
     *_norms({"blocks.{}.ln1": "model.layers.{}.attn_norm", "blocks.{}.ln2": "model.layers.{}.ffn_norm"}),
-    *_norms({"blocks.{}.att.ln_x": "model.layers.{}.attn.g_norm"}),
-    *_renamed({"blocks.{}.att.output.weight": "model.layers.{}.attn.o_proj.weight"}),
-    *_renamed({"blocks.{}.ffn.value.weight": "model.layers.{}.ffn.value.weight"}),
+    *_norms({f"{_ATT}ln_x": f"{_FLA_ATT}g_norm"}),
+    *_renamed({f"{_ATT}output.weight": f"{_FLA_ATT}o_proj.weight"}),
+    *_moved(_FFN, _FLA_FFN, ["value.weight"]),
 ]
 
 _FLA_6 = [
     *_FLA,
-    *_renamed({f"blocks.{{}}.att.{_LONG[x]}.weight": f"model.layers.{{}}.attn.{x}_proj.linear.weight" for x in "rkvg"}),
-    *_renamed({"blocks.{}.att.time_faaaa": "model.layers.{}.attn.bonus"}),
-    *_renamed({"blocks.{}.att.time_maa_x": "model.layers.{}.attn.x_proj.0.mu"}, _flat, _row),
-    *_renamed(
-        {"blocks.{}.att.time_maa_w1": "model.layers.{}.attn.x_proj.0.linear.weight"}, _pack_mix_w1, _unpack_mix_w1
-    ),
-    *_renamed({"blocks.{}.att.time_maa_w2": "model.layers.{}.attn.x_proj.2.weight"}, _pack_mix_w2, _unpack_mix_w2),
-    _stacked_rows("model.layers.{}.attn.x_bias", [f"blocks.{{}}.att.time_maa_{x}" for x in _FUSED_MIXES]),
-    *_renamed({"blocks.{}.att.time_decay": "model.layers.{}.attn.w_proj.linear.lora.2.bias"}, _flat, _row),
-    *_renamed(
-        {
-            "blocks.{}.att.time_decay_w1": "model.layers.{}.attn.w_proj.linear.lora.0.weight",
-            "blocks.{}.att.time_decay_w2": "model.layers.{}.attn.w_proj.linear.lora.2.weight",
-        },
-        _transposed,
-        _transposed,
-    ),
-    *_renamed({f"blocks.{{}}.ffn.time_maa_{x}": f"model.layers.{{}}.ffn.{_LONG[x]}.mu" for x in "kr"}, _flat, _row),
-    *_renamed({f"blocks.{{}}.ffn.{_LONG[x]}.weight": f"model.layers.{{}}.ffn.{_LONG[x]}.linear.weight" for x in "kr"}),
+    *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.linear.weight" for x in "rkvg"}),
+    *_renamed({f"{_ATT}time_faaaa": f"{_FLA_ATT}bonus"}),
+    *_renamed({f"{_ATT}time_maa_x": f"{_FLA_ATT}x_proj.0.mu"}, _flat, _row),
+    *_renamed({f"{_ATT}time_maa_w1": f"{_FLA_ATT}x_proj.0.linear.weight"}, _pack_mix_w1, _unpack_mix_w1),
+    *_renamed({f"{_ATT}time_maa_w2": f"{_FLA_ATT}x_proj.2.weight"}, _pack_mix_w2, _unpack_mix_w2),
+    _stacked_rows(f"{_FLA_ATT}x_bias", [f"{_ATT}time_maa_{x}" for x in _FUSED_MIXES]),
+    *_renamed({f"{_ATT}time_decay": f"{_FLA_ATT}w_proj.linear.lora.2.bias"}, _flat, _row),
+    *_renamed({f"{_ATT}time_decay_w1": f"{_FLA_ATT}w_proj.linear.lora.0.weight"}, _transposed, _transposed),
+    *_renamed({f"{_ATT}time_decay_w2": f"{_FLA_ATT}w_proj.linear.lora.2.weight"}, _transposed, _transposed),
+    *_renamed({f"{_FFN}time_maa_{x}": f"{_FLA_FFN}{_LONG[x]}.mu" for x in "kr"}, _flat, _row),
+    *_renamed({f"{_FFN}{_LONG[x]}.weight": f"{_FLA_FFN}{_LONG[x]}.linear.weight" for x in "kr"}),
 ]
 
 _FLA_7 = [
     *_FLA,
-    *_renamed({f"blocks.{{}}.att.{_LONG[x]}.weight": f"model.layers.{{}}.attn.{x}_proj.weight" for x in "rkv"}),
-    *_renamed(
-        {f"blocks.{{}}.att.{name}": f"model.layers.{{}}.attn.{name}" for name in (*(f"x_{x}" for x in "rwkvag"), "r_k")}
-    ),
-    *_renamed({f"blocks.{{}}.att.{name}": f"model.layers.{{}}.attn.{name}" for name in ("k_k", "k_a")}, _flat, _row),
-    *_renamed({f"blocks.{{}}.att.{x}0": f"model.layers.{{}}.attn.{x}_lora.lora.2.bias" for x in "wav"}, _flat, _row),
-    *_renamed(
-        {
-            f"blocks.{{}}.att.{x}{i}": f"model.layers.{{}}.attn.{x}_lora.lora.{j}.weight"
-            for x in "wavg"
-            for i, j in ((1, 0), (2, 2))
-        },
-        _transposed,
-        _transposed,
-    ),
-    *_renamed({"blocks.{}.ffn.x_k": "model.layers.{}.ffn.x_k"}, _flat, _row),
-    *_renamed({"blocks.{}.ffn.key.weight": "model.layers.{}.ffn.key.weight"}),
+    *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.weight" for x in "rkv"}),
+    *_moved(_ATT, _FLA_ATT, [*(f"x_{x}" for x in "rwkvag"), "r_k"]),
+    *_moved(_ATT, _FLA_ATT, ["k_k", "k_a"], _flat, _row),
+    *_renamed({f"{_ATT}{x}0": f"{_FLA_ATT}{x}_lora.lora.2.bias" for x in "wav"}, _flat, _row),
+    *_renamed({f"{_ATT}{x}1": f"{_FLA_ATT}{x}_lora.lora.0.weight" for x in "wavg"}, _transposed, _transposed),
+    *_renamed({f"{_ATT}{x}2": f"{_FLA_ATT}{x}_lora.lora.2.weight" for x in "wavg"}, _transposed, _transposed),
+    *_moved(_FFN, _FLA_FFN, ["x_k"], _flat, _row),
+    *_moved(_FFN, _FLA_FFN, ["key.weight"]),
 ]
 
 # Files from before 2025-04 have the six mixes of RWKV-7 in one tensor.
-_FLA_7_OLD = [_stacked_rows("model.layers.{}.attn.x_x", [f"blocks.{{}}.att.x_{x}" for x in "rwkvag"])]
+_FLA_7_OLD = [_stacked_rows(f"{_FLA_ATT}x_x", [f"{_ATT}x_{x}" for x in "rwkvag"])]
 
 
 def _official_rules() -> list[Rule]:
