@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.corpus_folder import load_corpus, prepare_folder
+from rwkv_jax.data.corpus_folder import prepare_folder
 from rwkv_jax.data.encoding import token_byte_lengths
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
 from rwkv_jax.data.tokens.mixture import period_shares
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
-
-__all__ = ["Corpus", "TokenFile", "load_corpus", "prepare_corpus"]
 
 _BLOCK_TOKENS = 2**20  # read at once, to bound memory
 _MAX_DOCUMENTS_CHECKED = 1000
@@ -53,7 +51,7 @@ def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
         sources=tuple(part.train for part in parts),
         shares=tuple(shares),
         held_out=_join([part.held_out for part in parts if part.held_out is not None], parts[0].tokenizer),
-        read_held_out=lambda: b"".join(part.held_out_bytes() for part in parts),
+        held_out_bytes=lambda: b"".join(part.held_out_bytes() for part in parts),
         tokenizer=parts[0].tokenizer,
         fingerprint=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
     )
@@ -88,7 +86,7 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
         sources=(train,),
         shares=(1,),
         held_out=held_out_file,
-        read_held_out=functools.partial(_decode, tokens[end:], tokenizer),
+        held_out_bytes=functools.partial(_decode, tokens[end:], tokenizer),
         tokenizer=tokenizer,
         fingerprint=hashlib.blake2b(f"{fingerprint(opened)} {end}".encode(), digest_size=16).hexdigest(),
     )

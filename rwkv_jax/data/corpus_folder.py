@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -112,13 +113,14 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
             )
             for side in sides
         }
+        digests = "".join(files[f"{side}.bin"]["digest"] for side in sides)
         return Corpus(
             sources=(opened["train"],),
             shares=(1,),
             held_out=opened.get("held_out"),
-            read_held_out=(folder / "held_out.txt").read_bytes if "held_out" in sides else bytes,
+            held_out_bytes=(folder / "held_out.txt").read_bytes if "held_out" in sides else bytes,
             tokenizer=tokenizer,
-            fingerprint=_fingerprint([files[f"{side}.bin"]["digest"] for side in sides]),
+            fingerprint=hashlib.blake2b(digests.encode(), digest_size=16).hexdigest(),
             folder=folder,
         )
     except FileNotFoundError as error:
@@ -129,10 +131,6 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
 
 def _damage(folder: Path, what: str) -> ConfigError:
     return ConfigError(f"corpus folder {folder} is damaged: {what}; delete the folder, and it is built again")
-
-
-def _fingerprint(digests: list[str]) -> str:
-    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def _survey(data: DataConfig, documents: Iterator[Document]) -> _Survey:
@@ -200,22 +198,21 @@ def _write_sides(
     folder: Path, data: DataConfig, survey: _Survey, tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
-    end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
     sides = _SIDES if data.held_out > 0 else ("train",)
     counts = {side: {"num_bytes": 0, "num_documents": 0} for side in sides}
     done = reported = changed = 0
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {side: stack.enter_context((folder / f"{side}.bin").open("wb")) for side in sides}
         texts = {side: stack.enter_context((folder / f"{side}.txt").open("wb")) for side in sides if side != "train"}
-        for file in files.values():
-            file.write(end_of_text)
+
+        def write(side: str, tokens: list[int]) -> None:
+            files[side].write(np.array(tokens, dtype).tobytes())
+
+        for side in sides:
+            write(side, [tokenizer.end_of_text])
         for side, document in _sides(data, survey):
-            comes_back = True
-            for tokens, same in encode_document(tokenizer, document):
-                comes_back = comes_back and same
-                files[side].write(np.array(tokens, dtype).tobytes())
-            files[side].write(end_of_text)
-            changed += not comes_back
+            changed += not encode_document(tokenizer, document, functools.partial(write, side))
+            write(side, [tokenizer.end_of_text])
             content = document.text.encode()
             if side in texts:
                 texts[side].write(content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,19 +14,25 @@ _ENCODED_CHARACTERS = 2**20  # at a time: the encoder takes about 100 bytes of m
 
 
 def encode_document(
-    tokenizer: Tokenizer, document: Document, span_length: int = _ENCODED_CHARACTERS
-) -> Iterator[tuple[list[int], bool]]:
-    """The tokens of each span of a document, without end_of_text, and whether they decode to the same text.
+    tokenizer: Tokenizer,
+    document: Document,
+    write: Callable[[list[int]], None],
+    span_length: int = _ENCODED_CHARACTERS,
+) -> bool:
+    """Calls `write` with the tokens of each span of a document; returns whether they decode to the same text.
 
-    Spans end at a line break if there is one within `span_length` characters.
+    There is no end_of_text. Spans end at a line break if there is one within `span_length` characters.
     Raises ConfigError with the document's name for a text that the tokenizer rejects.
     """
+    comes_back = True
     for span in _line_spans(document.text, span_length):
         try:
             tokens = tokenizer.encode(span)
         except ConfigError as error:
             raise ConfigError(f"document {document.name}: {error}") from error
-        yield tokens, tokenizer.decode(tokens) == span
+        write(tokens)
+        comes_back = comes_back and tokenizer.decode(tokens) == span
+    return comes_back
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -37,13 +37,9 @@ def tokenize(
     changed = 0
     with BinidxWriter(Path(target).expanduser(), tokenizer.vocab_size) as writer:
         for document in read_documents(data, report):
-            comes_back = True
-            for tokens, same in encode_document(tokenizer, document):
-                writer.write(tokens)
-                comes_back = comes_back and same
+            changed += not encode_document(tokenizer, document, writer.write)
             writer.write([tokenizer.end_of_text])
             writer.end_document()
-            changed += not comes_back
     if changed:
         report(f"the tokenizer changes the text of {changed} of {writer.num_documents} documents, as by normalization")
     return Tokenized(*writer.paths, writer.num_tokens, writer.num_documents)

@@ -84,7 +84,10 @@ class Dialogue:
         """
         before, tokenizer = self._position, self._engine.tokenizer
         session = Session(self._engine, before.snapshot)
-        session.append(self._prompt(message))
+        if before.snapshot is None:
+            session.append(self._format.first_turn(message, self._system))
+        else:
+            session.append(self._format.next_turn(message, before.tail))
         before_reply = session.snapshot
         ids: list[int] = []
         reply, stop, num_shown = "", None, 0
@@ -148,8 +151,3 @@ class Dialogue:
         """
         session = Session.load(self._engine, path)
         self._position, self._past = _Position(session.snapshot, self._format.separator), ()
-
-    def _prompt(self, message: str) -> str:
-        if self._position.snapshot is None:
-            return self._format.first_turn(message, self._system)
-        return self._format.next_turn(message, self._position.tail)

@@ -188,7 +188,8 @@ def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
         if kind := describe_wrong_file(path, _REMEDY, ("safetensors",)):
             raise UnsafeFileError(f"{path}: {kind}") from error
         raise
-    metadata = _metadata(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
     num_tokens = _check_metadata(path, metadata, identity)
     _check_tensors(path, found, identity)
     _check_checksums(path, found, metadata)
@@ -209,11 +210,6 @@ def _by_name(state: Any, logits: Any) -> dict[str, Any]:
             last = _WKV4_PARTS[int(last)]
         named[".".join([_LAYERS, *names, last])] = leaf
     return named | {_LOGITS: logits}
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity) -> int:

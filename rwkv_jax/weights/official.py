@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ConfigError, GenerationSpec, ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
 from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import AXES, default_device
@@ -31,21 +31,6 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
 }
 
 
-def _recognized(shapes: Mapping[str, tuple[int, ...]]) -> GenerationSpec:
-    """The generation of a file, from its names and the shape of its decay.
-
-    Raises:
-      WeightsError: no known generation matches.
-    """
-    if (spec := recognize(shapes)) is not None:
-        return spec
-    raise WeightsError(
-        f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
-        "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
-        "flash-linear-attention"
-    )
-
-
 def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     """Infers a model's config: sizes from the shapes of its tensors, the compute dtype from theirs.
 
@@ -56,7 +41,13 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
     """
     specs = {name: tensor_spec(tensors, name) for name in tensors}
     shapes = {name: spec.shape for name, spec in specs.items()}
-    spec = _recognized(shapes)
+    spec = recognize(shapes)
+    if spec is None:
+        raise WeightsError(
+            f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
+            "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
+            "flash-linear-attention"
+        )
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
     num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
     if num_layers > len(tensors):  # before creating as many names

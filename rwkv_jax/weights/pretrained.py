@@ -100,8 +100,14 @@ def from_pretrained(
                 )
             trained = official_tensors(loaded.config.model, loaded.params)
             return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
-        config = loaded.config.model if dtype is None else dataclasses.replace(loaded.config.model, dtype=dtype)
-        return nnx.merge(abstract_model(config)[0], _as_asked(loaded.params, dtype))
+        if dtype is None:
+            return nnx.merge(abstract_model(loaded.config.model)[0], loaded.params)
+        if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise WeightsError(
+                "dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype"
+            )
+        config = dataclasses.replace(loaded.config.model, dtype=dtype)
+        return nnx.merge(abstract_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), loaded.params))
     weights = open_weights(path)
     with prefix_errors(path):
         config = read_config(weights.tensors)
@@ -134,13 +140,6 @@ def _quantized(
         raise WeightsError(f"quantize = {quantize!r}: does not go with dtype = 'float64'; leave one of them out")
     config = dataclasses.replace(config, dtype=dtype or "float32")
     return nnx.merge(abstract_model(config)[0], place_quantized_params(tensors, config, quantize, drop_pages))
-
-
-def _as_asked(params: Any, dtype: str | None) -> Any:
-    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise WeightsError("dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype")
-
-    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -25,11 +25,11 @@ class UnsafeFileError(WeightsError):
     """A file of weights that contains anything but plain tensors; nothing in it was executed."""
 
 
-class MappedTensors(Mapping[str, NDArray]):
+class MappedTensors(dict[str, NDArray]):
     """Tensors by name, in the order of the file: read-only views of memory-mapped files, read when they are used."""
 
     def __init__(self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap]) -> None:
-        self._tensors = dict(tensors)
+        super().__init__(tensors)
         self._maps = tuple(maps)
 
     @classmethod
@@ -37,18 +37,9 @@ class MappedTensors(Mapping[str, NDArray]):
         """The tensors of several files, with distinct names, as one mapping."""
         whole = cls({}, [])
         for part in parts:
-            whole._tensors |= part._tensors
+            whole |= part
             whole._maps += part._maps
         return whole
-
-    def __getitem__(self, name: str) -> NDArray:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def drop_pages(self) -> None:
         """Drops the pages read so far from memory; tensors stay usable and are read again on access."""

@@ -19,7 +19,8 @@ import pytest
 from rwkv_jax import atomic
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data import corpus_folder as folder_module
-from rwkv_jax.data.corpus import Corpus, load_corpus, prepare_corpus
+from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.data.corpus_folder import load_corpus
 from tests.data.corpora import folder_of, held_out_of, quiet
 
 _VOCAB_SIZE = 380

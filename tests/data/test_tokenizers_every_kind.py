@@ -16,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.corpus import Corpus, load_corpus, prepare_corpus
+from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.data.corpus_folder import load_corpus
 from rwkv_jax.data.tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,

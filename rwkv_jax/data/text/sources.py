@@ -80,10 +80,6 @@ def _named(data: DataConfig, path: Path) -> Iterator[None]:
         raise _source_error(data, message.removeprefix(f"{path}: ")) from error
 
 
-def _is_compressed(name: str) -> bool:
-    return name.lower().endswith(COMPRESSED)
-
-
 def _list_stdlib(root: Path) -> list[str]:
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     return [
@@ -128,8 +124,11 @@ def _are_records(root: Path, names: Sequence[str], data: DataConfig) -> bool:
     others = sorted(set(names) - set(chosen))
     if not chosen or not others:
         return len(of_records) == len(names) > 0  # if no .json has a text, reading the first raises
-    endings = {name: "".join(PurePosixPath(name).suffixes[-2 if _is_compressed(name) else -1 :]) for name in names}
     first, other = chosen[0], others[0]
+    endings = {
+        name: "".join(PurePosixPath(name).suffixes[-2 if name.lower().endswith(COMPRESSED) else -1 :])
+        for name in (first, other)
+    }
     has_no_text = f", without text in a field {data.text_field!r}" if other in of_records else ""
     example = first if endings[first] == endings[other] else f"**/*{endings[first]}"
     raise _source_error(

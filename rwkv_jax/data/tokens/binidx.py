@@ -189,7 +189,9 @@ class BinidxWriter:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
         self._vocab_size = vocab_size
         self._sizes = array.array("i")
-        self._size = self._num_tokens = 0
+        self._size = 0
+        self.num_tokens = 0
+        """Tokens written so far."""
         self._refuse_existing()
         self._temporary = [temporary_name(path) for path in self.paths]
         try:
@@ -215,11 +217,6 @@ class BinidxWriter:
         """Documents ended so far."""
         return len(self._sizes)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens written so far."""
-        return self._num_tokens
-
     def write(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Appends tokens to the current document. Raises ConfigError for a token outside the vocabulary."""
         values = np.asarray(tokens, np.int64)
@@ -231,7 +228,7 @@ class BinidxWriter:
                 f"document {self.num_documents}: token {values[wrong]} is no id of a vocabulary of {self._vocab_size}"
             )
         self._bin.write(values.astype(self._dtype).tobytes())
-        self._num_tokens += len(values)
+        self.num_tokens += len(values)
         self._size += len(values)
 
     def end_document(self) -> None:
@@ -246,7 +243,7 @@ class BinidxWriter:
     def _finish(self) -> None:
         if self._size:
             raise ConfigError(f"{self.paths[0]}: the last document was not ended; call end_document after each")
-        if not self._num_tokens:
+        if not self.num_tokens:
             raise ConfigError(f"{self.paths[0]}: there is no document to write")
         flush_to_disk(self._bin)
         with self._temporary[1].open("xb") as idx:

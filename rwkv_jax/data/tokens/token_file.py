@@ -52,8 +52,8 @@ class Corpus:
     """Rows of each source in a period of the mixture; (1,) for a single source."""
     held_out: TokenFile | None
     """Held-out tokens of all sources, concatenated; None if nothing is held out."""
-    read_held_out: Callable[[], bytes]
-    """Reads the held-out documents."""
+    held_out_bytes: Callable[[], bytes]
+    """Reads the held-out documents, concatenated, as UTF-8 (`held_out.num_bytes` bytes)."""
     tokenizer: Tokenizer
     fingerprint: str
     """Hex digest of training and held-out tokens, and of a mixture's shares."""
@@ -71,10 +71,6 @@ class Corpus:
         """Bytes of text per predicted token: the mean over sources, weighted by their shares."""
         weighted = zip(self.shares, self.sources, strict=True)
         return sum(share * source.bytes_per_token for share, source in weighted) / sum(self.shares)
-
-    def held_out_bytes(self) -> bytes:
-        """The held-out documents, concatenated, as UTF-8 (`held_out.num_bytes` bytes)."""
-        return self.read_held_out()
 
 
 def first_wrong_token(tokens: np.ndarray, vocab_size: int) -> int | None:
