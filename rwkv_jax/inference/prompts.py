@@ -89,7 +89,9 @@ def build_requests(
         raise ConfigError("prompts: there are none; give at least one")
     if (state is not None or given.get("return_state")) and len(each) * copies > 1:
         raise ConfigError(f"state and return_state are for one text; there are {len(each) * copies}")
-    samplings = _one_each("sampling", given.pop("sampling", SamplingParams()), SamplingParams | str, len(each))
+    sampling = given.pop("sampling", SamplingParams())
+    is_for_all = isinstance(sampling, SamplingParams | str)
+    samplings = [sampling] * len(each) if is_for_all else _one_each("sampling", sampling, len(each))
     samplings = [SamplingParams.preset(each) if isinstance(each, str) else each for each in samplings]
     seeds = _seeds(given.pop("seed", 0), len(each), copies)
     stop, stop_ids, negative = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("negative_prompt", None)
@@ -122,9 +124,7 @@ def _seeds(seed: Any, count: int, copies: int) -> list[int]:
     if is_whole(seed):
         require_whole("seed", seed, 0, MAX_SEED)
         return [int(seed) + i for i in range(count * copies)]
-    firsts = _converted(list, "seed", seed)
-    if len(firsts) != count:
-        raise ConfigError(f"seed: {len(firsts)} for {count} prompts; give one, or one for each prompt")
+    firsts = _one_each("seed", seed, count)
     for first in firsts:
         require_whole("seed", first, 0, MAX_SEED)
     return [int(first) + copy for first in firsts for copy in range(copies)]
@@ -147,9 +147,7 @@ def _converted(kind: type[Any], name: str, values: Any) -> Any:
         raise ConfigError(f"{name} = {values!r}: {error}") from error
 
 
-def _one_each(name: str, values: Any, kind: Any, count: int) -> list[Any]:
-    if isinstance(values, kind):
-        return [values] * count
+def _one_each(name: str, values: Any, count: int) -> list[Any]:
     values = _converted(list, name, values)
     if len(values) != count:
         raise ConfigError(f"{name}: {len(values)} for {count} prompts; give one, or one for each prompt")

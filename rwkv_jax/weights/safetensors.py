@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,11 +79,11 @@ def write_sharded_safetensors(
     for present in (single, index, *folder.glob("model-*-of-*.safetensors")):
         if present.exists():
             raise WeightsError(f"{present}: exists already and is not overwritten; name a folder without a model")
-    shards: list[list[_Planned]] = [[]]
-    for planned in _plan(folder, tensors):
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + planned.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(planned)
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in _plan(folder, tensors).items():
+        if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + spec.num_bytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = spec
     if len(shards) == 1:
         _write_file(single, tensors, shards[0], metadata)
         return single
@@ -95,8 +94,8 @@ def write_sharded_safetensors(
             _write_file(path, tensors, shard, metadata)
             written.append(path)
         content = {
-            "metadata": {"total_size": sum(planned.num_bytes for shard in shards for planned in shard)},
-            "weight_map": {p.name: path.name for path, shard in zip(paths, shards, strict=True) for p in shard},
+            "metadata": {"total_size": sum(spec.num_bytes for shard in shards for spec in shard.values())},
+            "weight_map": {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard},
         }
         with new_file(index, WeightsError) as file:
             file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -135,17 +134,15 @@ def _read_file(path: Path) -> MappedTensors:
     return MappedTensors(tensors, [mapped])
 
 
-class _Planned:
-    """A tensor's entry in the header."""
-
-    def __init__(self, path: Path, name: str, spec: TensorSpec) -> None:
-        self.name = name
-        self.shape = spec.shape
-        self.dtype = spec.dtype.newbyteorder("<")
-        self.num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        if self.dtype not in _DTYPE_NAMES:
+def _plan(path: Path, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
+    """Shape and little-endian dtype of each tensor, in the order in which they are written."""
+    plan: dict[str, TensorSpec] = {}
+    for name in tensors:
+        shape, dtype = tensor_spec(tensors, name)
+        plan[name] = TensorSpec(shape, dtype.newbyteorder("<"))
+        if plan[name].dtype not in _DTYPE_NAMES:
             raise WeightsError(
-                f"{path}: the tensor {name!r} has dtype {spec.dtype}, which is not written; "
+                f"{path}: the tensor {name!r} has dtype {dtype}, which is not written; "
                 f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
         try:
@@ -154,35 +151,31 @@ class _Planned:
             raise WeightsError(f"{path}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
         if name == _METADATA:
             raise WeightsError(f"{path}: no tensor can be named {name!r}, the format keeps that name; rename it")
-
-
-def _plan(path: Path, tensors: Mapping[str, NDArray]) -> list[_Planned]:
-    planned = [_Planned(path, name, tensor_spec(tensors, name)) for name in tensors]
     # The format has no gaps, so the order alone aligns each tensor to its elements.
-    return sorted(planned, key=lambda one: -one.dtype.itemsize)
+    return dict(sorted(plan.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def _write_file(
-    path: Path, tensors: Mapping[str, NDArray], plan: Sequence[_Planned], metadata: Mapping[str, str] | None
+    path: Path, tensors: Mapping[str, NDArray], plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
 ) -> None:
     header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(sorted(metadata.items()))}
     offset = 0
-    for planned in plan:
-        header[planned.name] = {
-            "dtype": _DTYPE_NAMES[planned.dtype],
-            "shape": planned.shape,
-            "data_offsets": (offset, offset + planned.num_bytes),
+    for name, spec in plan.items():
+        header[name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": (offset, offset + spec.num_bytes),
         }
-        offset += planned.num_bytes
+        offset += spec.num_bytes
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % _ALIGNMENT)
     with new_file(path, WeightsError) as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for planned in plan:
-            _write_tensor(path, file, planned, tensors[planned.name])
+        for name, spec in plan.items():
+            _write_tensor(path, file, name, spec, tensors[name])
 
 
-def _write_tensor(path: Path, file: BinaryIO, planned: _Planned, tensor: NDArray) -> None:
-    if (tensor.shape, tensor.dtype.newbyteorder("<")) != (planned.shape, planned.dtype):
-        raise WeightsError(f"{path}: the tensor {planned.name!r} changed while it was written; start again")
-    file.write(np.ascontiguousarray(tensor, planned.dtype).reshape(-1).view(np.uint8).data)
+def _write_tensor(path: Path, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> None:
+    if (tensor.shape, tensor.dtype.newbyteorder("<")) != spec:
+        raise WeightsError(f"{path}: the tensor {name!r} changed while it was written; start again")
+    file.write(np.ascontiguousarray(tensor, spec.dtype).reshape(-1).view(np.uint8).data)
