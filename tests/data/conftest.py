@@ -43,7 +43,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, lines: str) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_path: Path) -> SentencePieceTokenizer:
     """That model, loaded."""
-    return SentencePieceTokenizer.load(model_path)
+    return SentencePieceTokenizer(model_path.read_bytes(), str(model_path))
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def every_kind(tokenizer: SentencePieceTokenizer, json_path: Path) -> dict[str, 
     """A tokenizer of each kind; KINDS are their names."""
     return {
         "sentencepiece": tokenizer,
-        "hugging face": HuggingFaceTokenizer.load(json_path),
+        "hugging face": HuggingFaceTokenizer(json_path.read_bytes(), str(json_path)),
         "world": WorldTokenizer(),
         "257 bytes": ByteTokenizer(257),
         "256 bytes": ByteTokenizer(256),

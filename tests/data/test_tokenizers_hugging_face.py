@@ -22,7 +22,7 @@ from tests.shared import shared_data
 @pytest.fixture(scope="session")
 def neox() -> HuggingFaceTokenizer:
     """That of GPT-NeoX."""
-    return HuggingFaceTokenizer.load(shared_data("20B_tokenizer.json"))
+    return HuggingFaceTokenizer(shared_data("20B_tokenizer.json").read_bytes(), "20B_tokenizer.json")
 
 
 def test_ids_of_gpt_neox(neox: HuggingFaceTokenizer) -> None:
@@ -58,7 +58,7 @@ def test_models_with_padded_embeddings_take_it(neox: HuggingFaceTokenizer) -> No
 
 
 def test_special_tokens_are_never_spelled(json_path: Path) -> None:
-    tokenizer = HuggingFaceTokenizer.load(json_path)
+    tokenizer = HuggingFaceTokenizer(json_path.read_bytes(), str(json_path))
     text = f"{END_OF_TEXT} x{END_OF_TEXT}<|padding|>\n{END_OF_TEXT}"
     tokens = tokenizer.encode(text)
     assert not {0, 1} & set(tokens)
@@ -104,7 +104,7 @@ def surrounding(description: dict[str, Any]) -> None:
 def test_settings_that_would_change_a_text_are_not_followed(
     json_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    plain, description = HuggingFaceTokenizer.load(json_path), described(json_path)
+    plain, description = HuggingFaceTokenizer(json_path.read_bytes(), str(json_path)), described(json_path)
     change(description)
     tokenizer = made(description)
     text = f"def function_1(value: int){END_OF_TEXT} -> int:\n      return"

@@ -52,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A small model, random also where the official initial values are zero and layers would not talk to each other."""
     path: Path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_sentencepiece([f"def f{i}(x):\n    return x * {i} + {i * i}\n" for i in range(200)], 300, path)
-    tokenizer = SentencePieceTokenizer.load(path)
+    tokenizer = SentencePieceTokenizer(path.read_bytes(), str(path))
     graphdef, params = nnx.split(nnx.jit(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)))(), nnx.Param)
     leaves, structure = jax.tree.flatten(nnx.to_pure_dict(params))
     draws = np.random.default_rng(1)

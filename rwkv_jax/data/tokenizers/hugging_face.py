@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from typing_extensions import override
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
-from rwkv_jax.data.tokenizers.files import read_file
 
 MAX_PADDING = 511
 """A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
@@ -76,11 +74,6 @@ class HuggingFaceTokenizer(Tokenizer):
         probe = PROBE + "".join(content for content, token in added.items() if token["special"])
         if self.decode(self.encode(probe)) != self._normalize(probe):
             raise ConfigError(f"{origin} does not give back the text it is given; use another tokenizer")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
-        """The tokenizer of a file. Raises ConfigError if the file is missing or unsuitable."""
-        return cls(read_file(path), str(path))
 
     @override
     def encode(self, text: str) -> list[int]:

@@ -12,14 +12,18 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import explain_refusal
 from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
-from rwkv_jax.data.tokenizers.files import KINDS, read_file
 from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
+from rwkv_jax.file_kinds import describe_wrong_file
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")
 """File names of saved tokenizers."""
 
+_KINDS = (
+    "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
+    "or one of the names world and bytes"
+)
 _WORLD_TEXT = b"1 '\\x00' 1\n2 '\\x01' 1\n"  # of rwkv_vocab_v20230424.txt
 
 
@@ -42,8 +46,12 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     else:
         path = Path(spec).expanduser()
         path = _find(path) if path.is_dir() else path
-        content = read_file(path)
-        with explain_refusal(path, KINDS, ("json", "sentencepiece", "text")):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            reason = describe_wrong_file(path, _KINDS) or f"cannot read it: {error.strerror}; give {_KINDS}"
+            raise ConfigError(f"tokenizer = {str(path)!r}: {reason}") from error
+        with explain_refusal(path, _KINDS, ("json", "sentencepiece", "text")):
             tokenizer = _of_content(content, path)
     if not fits_model(tokenizer, vocab_size):
         raise ConfigError(
@@ -112,7 +120,7 @@ def _of_content(content: bytes, path: Path) -> Tokenizer:
             return HuggingFaceTokenizer(content, str(path))
     elif content.startswith(b"\n"):  # the tag of a sentencepiece model's first field
         return SentencePieceTokenizer(content, str(path))
-    raise ConfigError(f"{path} is a tokenizer of no known kind; give {KINDS}")
+    raise ConfigError(f"{path} is a tokenizer of no known kind; give {_KINDS}")
 
 
 def _of_kind(record: dict[str, Any], path: Path) -> Tokenizer:

@@ -14,7 +14,6 @@ from typing_extensions import override
 from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
-from rwkv_jax.data.tokenizers.files import read_file
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -55,11 +54,6 @@ class SentencePieceTokenizer(Tokenizer):
                 "normalization_rule_name=identity, add_dummy_prefix=False and remove_extra_whitespaces=False, "
                 "or leave data.tokenizer unset to have one trained"
             )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-        """The tokenizer of a model file. Raises ConfigError if the file is missing or unsuitable."""
-        return cls(read_file(path), str(path))
 
     @override
     def encode(self, text: str) -> list[int]:
