@@ -42,6 +42,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    MixOutput,
     TimeMixer,
     broadcast_param,
     channel_param,
@@ -148,14 +149,14 @@ class TimeMix(TimeMixer):
         self.output = Linear(jnp.zeros((width, width), dtype))
 
     @override
-    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+    def mix(self, x: Array, *, state: TimeMixState, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state.shift, context)
         xv, xg = (x + (x_prev - x) * broadcast_param(blend[...], x) for blend in (self.x_v, self.x_g))
         w = jax.nn.sigmoid(self.average[...].astype(self.config.parameter_dtype))
         h = moving_average(self.value(xv).astype(w.dtype), w, state.wkv, context.segment_ids, context.lengths)
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
         y = row_parallel_linear(h.astype(x.dtype) * g, self.output.weight[...], context)
-        return y, TimeMixState(shift, h[:, -1], generation=self.config.generation)
+        return MixOutput(y, TimeMixState(shift, h[:, -1], generation=self.config.generation))
 
 
 class ChannelMix(Mixer):
@@ -168,10 +169,10 @@ class ChannelMix(Mixer):
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
     @override
-    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+    def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return row_parallel_linear(k, self.value.weight[...], context), shift
+        return MixOutput(row_parallel_linear(k, self.value.weight[...], context), shift)
 
 
 class ToyBlock(Block):

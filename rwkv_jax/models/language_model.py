@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,40 @@ SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
 """Checkpoint policy of a block, which also stores its input: matrix products, the operator's inputs, nothing."""
 
 
+class TimeMixOutput(NamedTuple):
+    """Output of a block's time mixing."""
+
+    y: Array
+    """[B, T, C]."""
+    v_first: Array | None
+    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    state: TimeMixState
+
+
+class BlockOutput(NamedTuple):
+    """Output of a block."""
+
+    x: Array
+    """[B, T, C], the residual stream."""
+    v_first: Array | None
+    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    state: Any
+
+
+class HiddenOutput(NamedTuple):
+    """Hidden states [B, T, C], or [L, B, T, C] of every block, and the next state."""
+
+    hidden: Array
+    state: Any
+
+
+class ModelOutput(NamedTuple):
+    """Next-token logits [B, T, V] in at least float32, and the next state."""
+
+    logits: Array
+    state: Any
+
+
 class Block(nnx.Module):
     """A residual block of layer l: time mixing, then channel mixing, each after a layer norm."""
 
@@ -85,27 +119,25 @@ class Block(nnx.Module):
         self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
 
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
-    ) -> tuple[Array, Array | None, TimeMixState]:
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+    ) -> TimeMixOutput:
         """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values."""
-        y, state = self.att.mix(x, state, context)
-        return y, v_first, state
+        y, state = self.att.mix(x, state=state, context=context)
+        return TimeMixOutput(y, v_first, state)
 
-    def __call__(
-        self, x: Array, state: State, v_first: Array | None, context: SequenceContext
-    ) -> tuple[Array, Array | None, State]:
+    def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
         """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
         if self.is_first:
             x = self.ln0(x)
         with jax.named_scope("time_mix"):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
-            y, v_first, att = self.mix_time(y, state.time_mix, v_first, context)
+            y, v_first, att = self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
             x = x + y
         with jax.named_scope("channel_mix"):
             y = copy_to_tensor_parallel(self.ln2(x), context.axes.tensor)
-            y, ffn_shift = self.ffn.mix(y, state.ffn_shift, context)
+            y, ffn_shift = self.ffn.mix(y, state=state.ffn_shift, context=context)
             x = x + y
-        return x, v_first, State(att.shift, ffn_shift, att.wkv, generation=state.generation)
+        return BlockOutput(x, v_first, State(att.shift, ffn_shift, att.wkv, generation=state.generation))
 
 
 SHARED_AXES: dict[str, Axes] = {
@@ -255,7 +287,7 @@ class LanguageModel(nnx.Module):
         remat: Remat = "none",
         axes: MeshAxes = UNSHARDED,
         gather_params: PartTransform = identity,
-    ) -> tuple[Array, Any]:
+    ) -> HiddenOutput:
         """The final hidden states, the head's input.
 
         Args:
@@ -283,7 +315,7 @@ class LanguageModel(nnx.Module):
         x, state, _ = self._run(
             tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, gather_params=gather_params
         )
-        return gather_params("ln_out", self.ln_out)(x), state
+        return HiddenOutput(gather_params("ln_out", self.ln_out)(x), state)
 
     def residual_stream(
         self,
@@ -293,13 +325,13 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
-    ) -> tuple[Array, Any]:
+    ) -> HiddenOutput:
         """The output of every block, [L, B, T, C], and the next state; see `hidden`.
 
         The head's input is `ln_out` of the last one.
         """
         _, state, streams = self._run(tokens, state, segment_ids, lengths, inputs_embeds, every_layer=True)
-        return streams, state
+        return HiddenOutput(streams, state)
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in at least float32 of hidden vectors [..., C]; on a shard, of its part of V."""
@@ -314,13 +346,13 @@ class LanguageModel(nnx.Module):
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
         remat: Remat = "none",
-    ) -> tuple[Array, Any]:
+    ) -> ModelOutput:
         """Next-token logits [B, T, V] for tokens [B, T], and the next state; see `hidden`."""
         x, state = self.hidden(
             tokens, state, segment_ids=segment_ids, lengths=lengths, inputs_embeds=inputs_embeds, remat=remat
         )
         with jax.named_scope("head"):
-            return self.logits(x), state
+            return ModelOutput(self.logits(x), state)
 
     def _run(
         self,
@@ -349,7 +381,7 @@ class LanguageModel(nnx.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
         def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
-            return gather_params(name, block)(x, state, v_first, context)
+            return gather_params(name, block)(x, state=state, v_first=v_first, context=context)
 
         def run(name: str, **options: Any) -> Any:
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +215,15 @@ def _last_step(x: Array, shift: Array, lengths: Array | None, axis_name: str | N
     return jnp.where((lengths > 0)[:, None], last, shift)
 
 
+class MixOutput(NamedTuple):
+    """Output of time or channel mixing."""
+
+    y: Array
+    """[B, T, C]."""
+    state: Any
+    """The state after it."""
+
+
 class Mixer(nnx.Module):
     """Base of time and channel mixing: `mix` has a paper's equations; call the module to use it in another model."""
 
@@ -224,13 +233,13 @@ class Mixer(nnx.Module):
         """The state at the start of a text; for channel mixing the last input, [B, C]."""
         return jnp.zeros((batch_size, self.config.width), self.config.dtype)
 
-    def mix(self, x: Array, state: Any, context: SequenceContext) -> tuple[Array, Any]:
+    def mix(self, x: Array, *, state: Any, context: SequenceContext) -> MixOutput:
         """x [B, T, C], already normalized, and the state before it -> y [B, T, C] and the next state."""
         raise NotImplementedError
 
     def __call__(
         self, x: Array, state: Any = None, *, segment_ids: Array | None = None, lengths: Array | None = None
-    ) -> tuple[Array, Any]:
+    ) -> MixOutput:
         """Runs the mixing alone, for use in another model.
 
         Args:
@@ -250,7 +259,7 @@ class Mixer(nnx.Module):
         else:
             expected = jax.eval_shape(lambda: self.initial_state(batch_size))
             check_state(state, expected, owner="this layer", source=f"layer.initial_state(batch_size={batch_size})")
-        return self.mix(x, state, SequenceContext(segment_ids, lengths))
+        return self.mix(x, state=state, context=SequenceContext(segment_ids, lengths))
 
 
 class TimeMixer(Mixer):

@@ -23,6 +23,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    MixOutput,
     TimeMixer,
     broadcast_param,
     channel_param,
@@ -74,7 +75,7 @@ class TimeMix(TimeMixer):
         self.value = Linear(orthogonal(rngs.params(), (width, width), 1.0, dtype))
 
     @override
-    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+    def mix(self, x: Array, *, state: TimeMixState, context: SequenceContext) -> MixOutput:
         config = self.config
 
         # (11)-(13), r, k, v: each reads lerp(x_{t-1}, x_t, mu), where mu is the share of the current token.
@@ -97,7 +98,7 @@ class TimeMix(TimeMixer):
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
         o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], context)
-        return o, TimeMixState(shift, wkv_state, generation=config.generation)
+        return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
 class ChannelMix(Mixer):
@@ -121,7 +122,7 @@ class ChannelMix(Mixer):
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
     @override
-    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+    def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
 
         def mix(mu: nnx.Param) -> Array:
@@ -132,7 +133,7 @@ class ChannelMix(Mixer):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
+        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
 
 
 class RWKV4Block(Block):

@@ -26,6 +26,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    MixOutput,
     TimeMixer,
     broadcast_param,
     channel_param,
@@ -108,7 +109,7 @@ class TimeMix(TimeMixer):
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
     @override
-    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+    def mix(self, x: Array, *, state: TimeMixState, context: SequenceContext) -> MixOutput:
         config = self.config
         # (3), (4) r, k, v, g: each reads lerp(x_{t-1}, x_t, mu), where mu is the share of the current token.
         x_prev, shift = token_shift(x, state.shift, context)
@@ -140,7 +141,7 @@ class TimeMix(TimeMixer):
         if self.has_gate:
             y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
         o = row_parallel_linear(y, self.output.weight[...], context)
-        return o, TimeMixState(shift, wkv_state, generation=config.generation)
+        return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
 class ChannelMix(Mixer):
@@ -164,7 +165,7 @@ class ChannelMix(Mixer):
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
     @override
-    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+    def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
 
         def mix(mu: nnx.Param) -> Array:
@@ -175,7 +176,7 @@ class ChannelMix(Mixer):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
+        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
 
 
 class RWKV5Block(Block):

@@ -22,6 +22,7 @@ from rwkv_jax.models.language_model import Axes, Block, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    MixOutput,
     TimeMixer,
     broadcast_param,
     channel_param,
@@ -94,7 +95,7 @@ class TimeMix(TimeMixer):
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
     @override
-    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
+    def mix(self, x: Array, *, state: TimeMixState, context: SequenceContext) -> MixOutput:
         config = self.config
         # Data-dependent token shift, mu being the previous token's share: (14) lora_j(z) = mu_j + tanh(z A_j) B_j and
         # (15) ddlerp_j(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) lora_j(x_t + (x_{t-1} - x_t) mu_x), j = w, k, v, r, g.
@@ -126,7 +127,7 @@ class TimeMix(TimeMixer):
 
         # (20) Norm over each head, gate, projection.
         o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], context)
-        return o, TimeMixState(shift, wkv_state, generation=config.generation)
+        return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
 class ChannelMix(Mixer):
@@ -150,14 +151,14 @@ class ChannelMix(Mixer):
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
     @override
-    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+    def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
         xx = x_prev - x
         # (10), (11) r_t, k_t; (12), (13) o_t = sigmoid(r_t) * W_v max(k_t, 0)^2.
         r = self.receptance(x + xx * broadcast_param(self.time_maa_r[...], x))
         k = self.key(x + xx * broadcast_param(self.time_maa_k[...], x))
         k = jnp.square(jax.nn.relu(k))
-        return row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift
+        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
 
 
 class RWKV6Block(Block):

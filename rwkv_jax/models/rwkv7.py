@@ -20,10 +20,11 @@ from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.context import SequenceContext
-from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, Block, LanguageModel, TimeMixOutput
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,
+    MixOutput,
     TimeMixer,
     broadcast_param,
     channel_param,
@@ -117,13 +118,13 @@ class TimeMix(TimeMixer):
         self.ln_x = initial_head_norm(config, layer, HEAD_NORM_EPSILON)
 
     @override
-    def mix(self, x: Array, state: TimeMixState, context: SequenceContext) -> tuple[Array, TimeMixState]:
-        y, _, state = self.mix_with_residual(x, state, None, context)
-        return y, state
+    def mix(self, x: Array, *, state: TimeMixState, context: SequenceContext) -> MixOutput:
+        y, _, state = self.mix_with_residual(x, state=state, v_first=None, context=context)
+        return MixOutput(y, state)
 
     def mix_with_residual(
-        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
-    ) -> tuple[Array, Array, TimeMixState]:
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+    ) -> TimeMixOutput:
         """`mix` with the value residual; v_first [B, T, C] is the first layer's values.
 
         Returns:
@@ -177,7 +178,7 @@ class TimeMix(TimeMixer):
         bonus = einsum("BTHN,BTHN->BTH", r * broadcast_param(self.r_k[...], r), k)
         bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v_heads), "B T H N -> B T (H N)")
         o = row_parallel_linear((y + bonus) * g, self.output.weight[...], context)
-        return o, v_first, TimeMixState(shift, wkv_state, generation=config.generation)
+        return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
 def _normalize_heads(kk: Array) -> Array:
@@ -207,11 +208,11 @@ class ChannelMix(Mixer):
         self.value = Linear(jnp.zeros((width, ffn_width), dtype))
 
     @override
-    def mix(self, x: Array, state: Array, context: SequenceContext) -> tuple[Array, Array]:
+    def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
         # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return row_parallel_linear(k, self.value.weight[...], context), shift
+        return MixOutput(row_parallel_linear(k, self.value.weight[...], context), shift)
 
 
 class RWKV7Block(Block):
@@ -222,9 +223,9 @@ class RWKV7Block(Block):
 
     @override
     def mix_time(
-        self, x: Array, state: TimeMixState, v_first: Array | None, context: SequenceContext
-    ) -> tuple[Array, Array | None, TimeMixState]:
-        return self.att.mix_with_residual(x, state, v_first, context)
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+    ) -> TimeMixOutput:
+        return self.att.mix_with_residual(x, state=state, v_first=v_first, context=context)
 
 
 _VECTOR_OF_HEADS = (None, None, "heads")

@@ -24,11 +24,12 @@ from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, Block, BlockOutput, LanguageModel
 from rwkv_jax.models.layers import (
     LayerNorm,
     Linear,
     Mixer,
+    MixOutput,
     checkpoint_wkv_inputs,
     copy_to_tensor_parallel,
     row_parallel_linear,
@@ -251,7 +252,7 @@ class Attention(Mixer):
         return initial_state(self.config, batch_size)
 
     @override
-    def mix(self, x: Array, state: KeyValueCache | None, context: SequenceContext) -> tuple[Array, KeyValueCache]:
+    def mix(self, x: Array, *, state: KeyValueCache | None, context: SequenceContext) -> MixOutput:
         """Attention to a call's own tokens and those of the state.
 
         Args:
@@ -296,7 +297,7 @@ class Attention(Mixer):
             y = join(attended, attend_to_cache(q, before, tokens.segments)).y
         # Stored for the backward pass under RWKV's name for the output of token mixing.
         y = checkpoint_name(rearrange(y, "B H T N -> B T (H N)").astype(x.dtype), "wkv")
-        return row_parallel_linear(y, self.output.weight[...], context), next_state
+        return MixOutput(row_parallel_linear(y, self.output.weight[...], context), next_state)
 
 
 class FeedForward(nnx.Module):
@@ -308,7 +309,7 @@ class FeedForward(nnx.Module):
         scale = INITIAL_SCALE / math.sqrt(2 * config.num_layers)
         self.value = Linear(normal(rngs.params(), (width, ffn_width), scale, dtype))
 
-    def __call__(self, x: Array, context: SequenceContext) -> Array:
+    def __call__(self, x: Array, *, context: SequenceContext) -> Array:
         """[B, T, C] -> [B, T, C]."""
         return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], context)
 
@@ -324,15 +325,14 @@ class TransformerBlock(Block):
         self.ffn = FeedForward(config, rngs=rngs)
 
     @override
-    def __call__(
-        self, x: Array, state: Any, v_first: Array | None, context: SequenceContext
-    ) -> tuple[Array, Array | None, Any]:
+    def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
         with jax.named_scope("attention"):
-            y, state = self.att.mix(copy_to_tensor_parallel(self.ln1(x), context.axes.tensor), state, context)
+            y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
+            y, state = self.att.mix(y, state=state, context=context)
             x = x + y
         with jax.named_scope("feed_forward"):
-            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context)
-        return x, v_first, state
+            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context=context)
+        return BlockOutput(x, v_first, state)
 
 
 BLOCK_AXES: dict[str, Axes] = {

@@ -46,7 +46,7 @@ def block_jaxprs(generation: str) -> list[str]:
 
     def loss(params: Any, x: Array, state: Any, v_first: Array, segment_ids: Array, lengths: Array) -> Array:
         context = rwkv7.SequenceContext(segment_ids, lengths)
-        y, _, state = nnx.merge(block_def, params)(x, state, v_first, context)
+        y, _, state = nnx.merge(block_def, params)(x, state=state, v_first=v_first, context=context)
         return jnp.sum(y) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
 
     # Attention of several pieces is mapped over them.

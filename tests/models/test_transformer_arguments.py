@@ -62,7 +62,7 @@ def test_under_jit_what_does_not_fit_is_forgotten_and_told(float64: None) -> Non
 def test_time_that_is_split_is_refused() -> None:
     attention = Attention(FLOAT32, rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match=r"axes\.sequence = 'time': a Transformer's attention is not split over time"):
-        attention.mix(jnp.zeros((1, 2, 32)), None, SequenceContext(axes=MeshAxes(sequence="time")))
+        attention.mix(jnp.zeros((1, 2, 32)), state=None, context=SequenceContext(axes=MeshAxes(sequence="time")))
 
 
 def test_a_state_of_another_kind_is_refused() -> None:
