@@ -120,7 +120,8 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """An operator's function for `pallas_triton` or `pallas_mosaic_tpu`, which does not ask what machine it is on."""
-    return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{backend}"), f"{operator}_{backend}")
+    module = backend if operator == "wkv4" else "pallas"
+    return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{module}"), f"{operator}_{backend}")
 
 
 def _compile(
@@ -242,10 +243,10 @@ def _vmem(line: str) -> int:
 
 def settings(operator: str, backend: str, *, backward: bool = False) -> str:
     """Sizes and warps that are shipped, in words."""
-    module = importlib.import_module(f"rwkv_kernels.ops.{operator}.{backend}")
-    if not hasattr(module, "KERNEL"):
-        parameters = inspect.signature(implementation(operator, backend)).parameters.values()
-        return ", ".join(f"{x.name.removeprefix('num_')} {x.default}" for x in parameters if type(x.default) is int)
-    kernel = module.KERNEL
+    parameters = inspect.signature(implementation(operator, backend)).parameters
+    if "kernel" not in parameters:
+        found = parameters.values()
+        return ", ".join(f"{x.name.removeprefix('num_')} {x.default}" for x in found if type(x.default) is int)
+    kernel = parameters["kernel"].default
     warps = kernel.num_warps_backward if backward else kernel.num_warps
     return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

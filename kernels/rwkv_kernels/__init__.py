@@ -9,21 +9,22 @@ from __future__ import annotations
 import jax
 
 from rwkv_kernels import dispatch
+from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv4.api import OPERATOR as _WKV4
-from rwkv_kernels.ops.wkv4.api import wkv4, wkv4_sharded, wkv4_step
+from rwkv_kernels.ops.wkv4.api import wkv4
 from rwkv_kernels.ops.wkv5.api import OPERATOR as _WKV5
-from rwkv_kernels.ops.wkv5.api import wkv5, wkv5_sharded, wkv5_step
+from rwkv_kernels.ops.wkv5.api import wkv5
 from rwkv_kernels.ops.wkv6.api import OPERATOR as _WKV6
-from rwkv_kernels.ops.wkv6.api import wkv6, wkv6_sharded, wkv6_step
+from rwkv_kernels.ops.wkv6.api import wkv6
 from rwkv_kernels.ops.wkv7.api import OPERATOR as _WKV7
-from rwkv_kernels.ops.wkv7.api import wkv7, wkv7_sharded, wkv7_step
+from rwkv_kernels.ops.wkv7.api import wkv7
 from rwkv_kernels.sharded import from_previous_shard
 
-OPERATORS: dict[str, dispatch.Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
+OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
 """All operators, by name."""
 
 
-def _operator(name: str) -> dispatch.Operator:
+def _operator(name: str) -> Operator:
     if name not in OPERATORS:
         raise ValueError(f"operator = {name!r}: must be one of {', '.join(OPERATORS)}")
     return OPERATORS[name]
@@ -69,15 +70,7 @@ __all__ = [
     "from_previous_shard",
     "implementations",
     "wkv4",
-    "wkv4_sharded",
-    "wkv4_step",
     "wkv5",
-    "wkv5_sharded",
-    "wkv5_step",
     "wkv6",
-    "wkv6_sharded",
-    "wkv6_step",
     "wkv7",
-    "wkv7_sharded",
-    "wkv7_step",
 ]

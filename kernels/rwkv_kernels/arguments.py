@@ -30,12 +30,15 @@ def values_at_hand(x: Any, validate: bool | None = None) -> bool:
     return x.is_fully_addressable and (validate is True or all(device.platform == "cpu" for device in x.devices()))
 
 
-def check_inputs(inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_inputs(
+    inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, tuple[int, ...]]], reference: str
+) -> None:
     """Checks number of axes, shape and floating dtype of arrays.
 
     Args:
       inputs: arrays by name.
       expected: for each array the letters of its axes ("B T H N") and their sizes.
+      reference: the array whose shape errors name beside a wrong one.
 
     Raises:
       ValueError: a wrong number of axes, shape or dtype, or an empty axis; the message names the argument.
@@ -49,9 +52,8 @@ def check_inputs(inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, 
         if 0 in x.shape:
             raise ValueError(f"{name}: shape {x.shape} has an empty axis")
         if x.shape != shape:
-            first = next(iter(inputs))
             raise ValueError(
-                f"{name}: shape {x.shape} does not go with {first} of shape {inputs[first].shape}: "
+                f"{name}: shape {x.shape} does not go with {reference} of shape {inputs[reference].shape}: "
                 f"must be {shape}, [{axes}]"
             )
 

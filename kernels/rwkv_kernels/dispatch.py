@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -29,23 +29,6 @@ class Implementation:
     """The function; its arguments are checked, its state is never None, T is at least 1."""
     refuses: Callable[[Problem], str | None]
     """Why a problem cannot be run, or None."""
-
-
-class Operator(Protocol):
-    """What `explain` needs of an operator."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def implementations(self) -> Mapping[str, Implementation]:
-        """All implementations, by name."""
-        ...
-
-    @property
-    def preferred(self) -> Callable[[Problem], tuple[str, ...]]:
-        """Names in the order that `implementation=None` tries; docs/operators.md says what was measured where."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Kernel:
     num_warps: int = 4
     """Triton only: warps per program, forward."""
     num_warps_backward: int = 8
+    fixed_decay: bool = False
+    """The decay does not depend on the token, so steps beyond a length must be masked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,56 +396,54 @@ def _run_backward(backend: Backend, call: _Call, saved: Any, cotangents: tuple[A
 _run.defvjp(_run_forward, _run_backward)
 
 
-def run(
-    backend: Backend,
-    kernel: Kernel,
-    over_time: tuple[Array, ...],
-    per_head: tuple[Array, ...],
-    state: Array,
-    *,
-    segments: Array | None,
-    lengths: Array | None,
-    fixed_decay: bool,
-    precision: Precision,
-    interpret: bool,
-    with_products: Products | None = None,
-) -> tuple[Array, Array]:
-    """Runs an operator over a sequence by a Pallas kernel.
-
-    Args:
-      over_time: [B, T, H, N] or [B, T, H, M], floating; zeros must not change the state, except by a fixed decay.
-      per_head: [H, N].
-      state: float32 [B, H, M, N].
-      segments, lengths: as `matrix_operator` passes them to implementations.
-      fixed_decay: the decay does not depend on the token, so steps beyond a length must be masked.
-      interpret: Pallas' interpret mode: on any machine, slowly, for tests.
-      with_products: replaces the backend's matmuls; by default, `full` is float32 in interpret mode.
+def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tuple[Array, Array]]:
+    """An operator's implementation by kernels on a backend.
 
     Returns:
-      y [B, T, H, M] and the final state [B, H, M, N], float32.
+      (*inputs, state, segments=, lengths=, precision=, interpret=, kernel=, with_products=) -> y [B, T, H, M] and the
+      final state [B, H, M, N], both float32. Inputs are [B, T, H, N] or [B, T, H, M] over time and [H, N] per head, any
+      floating dtype but float64; zeros over time must not change the state, except by a fixed decay. The state is
+      float32; segments and lengths are as `Operator.run` passes them. `interpret` is Pallas' interpret mode: on any
+      machine, slowly, for tests. `with_products` replaces the precision's matmuls, to measure their cost; by default,
+      `full` is float32 in interpret mode.
     """
-    time, (value_dim, key_dim) = over_time[0].shape[1], state.shape[-2:]
-    padding = -time % kernel.chunk_size
-    active = None
-    if fixed_decay and (padding or lengths is not None):
-        rows = jnp.full(state.shape[:1], time) if lengths is None else lengths
-        active = is_active(rows, time + padding).astype(jnp.float32)
-    within = chunks.number_within_chunks(segments, padding, kernel.chunk_size)
 
-    def prepare(x: Array, axes: int) -> Array:
-        if x.dtype.name in backend.cannot_load:
-            x = x.astype(jnp.float32)
-        sizes = [(0, chunks.padded_size(size, backend.smallest_size) - size) for size in x.shape[x.ndim - axes :]]
-        return jnp.pad(x, [(0, 0)] * (x.ndim - axes) + sizes)
+    def run(
+        *arguments: Array,
+        segments: Array | None = None,
+        lengths: Array | None = None,
+        precision: Precision = "full",
+        interpret: bool = False,
+        kernel: Kernel = default_kernel,
+        with_products: Products | None = None,
+    ) -> tuple[Array, Array]:
+        *inputs, state = arguments
+        over_time = tuple(x for x in inputs if x.ndim == 4)
+        per_head = tuple(x for x in inputs if x.ndim == 2)
+        time, (value_dim, key_dim) = over_time[0].shape[1], state.shape[-2:]
+        padding = -time % kernel.chunk_size
+        active = None
+        if kernel.fixed_decay and (padding or lengths is not None):
+            rows = jnp.full(state.shape[:1], time) if lengths is None else lengths
+            active = is_active(rows, time + padding).astype(jnp.float32)
+        within = chunks.number_within_chunks(segments, padding, kernel.chunk_size)
 
-    if with_products is None:
-        with_products = products.interpreted(precision) if interpret else backend.products(precision)
-    constants, over_time, per_head, state = broadcast_varying_axes(
-        (within, active),
-        tuple(prepare(pad_time(x, padding), 1) for x in over_time),
-        tuple(prepare(x, 1) for x in per_head),
-        prepare(state, 2),
-    )
-    outputs: Any = _run(backend, _Call(kernel, with_products, interpret), constants, over_time, per_head, state)
-    y, final = outputs
-    return y[:, :time, :, :value_dim], final[:, :, :value_dim, :key_dim]
+        def prepare(x: Array, axes: int) -> Array:
+            if x.dtype.name in backend.cannot_load:
+                x = x.astype(jnp.float32)
+            sizes = [(0, chunks.padded_size(size, backend.smallest_size) - size) for size in x.shape[x.ndim - axes :]]
+            return jnp.pad(x, [(0, 0)] * (x.ndim - axes) + sizes)
+
+        if with_products is None:
+            with_products = products.interpreted(precision) if interpret else backend.products(precision)
+        constants, over_time, per_head, state = broadcast_varying_axes(
+            (within, active),
+            tuple(prepare(pad_time(x, padding), 1) for x in over_time),
+            tuple(prepare(x, 1) for x in per_head),
+            prepare(state, 2),
+        )
+        outputs: Any = _run(backend, _Call(kernel, with_products, interpret), constants, over_time, per_head, state)
+        y, final = outputs
+        return y[:, :time, :, :value_dim], final[:, :, :value_dim, :key_dim]
+
+    return run

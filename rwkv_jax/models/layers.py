@@ -163,17 +163,16 @@ def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatri
 
 
 def wkv_operator(
-    operator: Callable[..., Any], sharded: Callable[..., Any], context: SequenceContext, implementation: str | None
+    operator: Callable[..., Any], context: SequenceContext, implementation: str | None
 ) -> Callable[..., Any]:
-    """Binds all arguments of a WKV operator except arrays and state: packing, padding, mesh axis, implementation.
-
-    Args:
-      operator: for a whole sequence; sharded: for time split over a mesh axis.
-    """
-    if context.axes.sequence is not None:
-        operator = functools.partial(sharded, axis_name=context.axes.sequence)
-    rows = {"segment_ids": context.segment_ids, "lengths": context.lengths}
-    return functools.partial(operator, **rows, implementation=implementation)
+    """Binds all arguments of a WKV operator except arrays and state: packing, padding, mesh axis, implementation."""
+    return functools.partial(
+        operator,
+        axis_name=context.axes.sequence,
+        segment_ids=context.segment_ids,
+        lengths=context.lengths,
+        implementation=implementation,
+    )
 
 
 def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array, Array]:

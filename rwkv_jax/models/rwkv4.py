@@ -36,7 +36,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import State, TimeMixState
-from rwkv_kernels import wkv4, wkv4_sharded
+from rwkv_kernels import wkv4
 from rwkv_kernels.ops.wkv4.scan import empty_state
 
 
@@ -93,7 +93,7 @@ class TimeMix(TimeMixer):
         # decay w = exp(-e^{time_decay}) and the bonus u, both in float32 whatever the compute dtype.
         log_w = -jnp.exp(self.time_decay[...].astype(config.parameter_dtype))
         u = self.time_first[...].astype(config.parameter_dtype)
-        wkv = wkv_operator(wkv4, wkv4_sharded, context, config.wkv_implementation)
+        wkv = wkv_operator(wkv4, context, config.wkv_implementation)
         y, wkv_state = wkv(log_w, u, *checkpoint_wkv_inputs(k, v), state.wkv)
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).

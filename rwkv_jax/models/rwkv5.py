@@ -39,7 +39,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels import wkv5, wkv5_sharded
+from rwkv_kernels import wkv5
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output (the trainer has y / 8 and 1e-5: the same)."""
@@ -133,7 +133,7 @@ class TimeMix(TimeMixer):
         )
         r, k, v = checkpoint_wkv_inputs(r, k, v)
         log_w, u = -jnp.exp(decay), jnp.exp(u) if config.exponential_bonus else u
-        wkv = wkv_operator(wkv5, wkv5_sharded, context, config.wkv_implementation)
+        wkv = wkv_operator(wkv5, context, config.wkv_implementation)
         y, wkv_state = wkv(r, log_w, k, v, u, state.wkv)
 
         # (7) Norm over each head, gate, projection.

@@ -38,7 +38,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels import wkv6, wkv6_sharded
+from rwkv_kernels import wkv6
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
@@ -122,7 +122,7 @@ class TimeMix(TimeMixer):
 
         # (21) wkv_t = diag(u) k_t^T v_t + S_{t-1}, (22) S_t = diag(w_t) S_{t-1} + k_t^T v_t, read as y_t = r_t wkv_t.
         u = self.time_faaaa[...].astype(config.parameter_dtype)
-        wkv = wkv_operator(wkv6, wkv6_sharded, context, config.wkv_implementation)
+        wkv = wkv_operator(wkv6, context, config.wkv_implementation)
         y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v), u, state.wkv)
 
         # (20) Norm over each head, gate, projection.

@@ -38,7 +38,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels import wkv7, wkv7_sharded
+from rwkv_kernels import wkv7
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """log w = -e^{-1/2} sigmoid(.), so that every decay is in (0.545, 1)."""
@@ -168,7 +168,7 @@ class TimeMix(TimeMixer):
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v_heads, a = map(split_heads, (r, log_w, k, v, a))
-        wkv = wkv_operator(wkv7, wkv7_sharded, context, config.wkv_implementation)
+        wkv = wkv_operator(wkv7, context, config.wkv_implementation)
         y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v_heads, -kk, kk * a), state.wkv)
 
         # (21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate and projection.

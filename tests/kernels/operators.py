@@ -15,11 +15,11 @@ import pytest
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_kernels import dispatch, wkv5, wkv5_step, wkv6, wkv6_step, wkv7, wkv7_step
+from rwkv_kernels import dispatch, wkv4, wkv5, wkv6, wkv7
 from rwkv_kernels.cases import Shape
+from rwkv_kernels.operator import Operator as WKVOperator
 from rwkv_kernels.ops.wkv4 import cases as wkv4_cases
 from rwkv_kernels.ops.wkv4.api import OPERATOR as WKV4
-from rwkv_kernels.ops.wkv4.api import wkv4, wkv4_step
 from rwkv_kernels.ops.wkv5 import cases as wkv5_cases
 from rwkv_kernels.ops.wkv5.api import OPERATOR as WKV5
 from rwkv_kernels.ops.wkv6 import cases as wkv6_cases
@@ -43,11 +43,9 @@ class Operator:
     """An operator, its implementations and its test cases."""
 
     name: str
-    parts: dispatch.Operator
+    parts: WKVOperator
     run: Callable[..., tuple[Array, Any]]
     """(**inputs, **options, implementation) -> (y, state)."""
-    step: Callable[..., tuple[Array, Any]]
-    """(**inputs without their time axis) -> (y, state)."""
     cases: tuple[str, ...]
     make_inputs: Callable[[str, Shape], Inputs]
     """(case, shape) -> float64 inputs which float32 holds exactly."""
@@ -84,7 +82,6 @@ OPERATORS: tuple[Operator, ...] = (
         name="wkv4",
         parts=WKV4,
         run=wkv4,
-        step=wkv4_step,
         cases=tuple(wkv4_cases.CASES),
         make_inputs=wkv4_cases.make_inputs,
         over_time=("k", "v"),
@@ -99,7 +96,6 @@ OPERATORS: tuple[Operator, ...] = (
         name="wkv5",
         parts=WKV5,
         run=wkv5,
-        step=wkv5_step,
         cases=tuple(wkv5_cases.CASES),
         make_inputs=wkv5_cases.make_inputs,
         over_time=("r", "k", "v"),
@@ -110,7 +106,6 @@ OPERATORS: tuple[Operator, ...] = (
         name="wkv6",
         parts=WKV6,
         run=wkv6,
-        step=wkv6_step,
         cases=tuple(wkv6_cases.CASES),
         make_inputs=wkv6_cases.make_inputs,
         over_time=("r", "log_w", "k", "v"),
@@ -120,7 +115,6 @@ OPERATORS: tuple[Operator, ...] = (
         name="wkv7",
         parts=WKV7,
         run=wkv7,
-        step=wkv7_step,
         cases=tuple(wkv7_cases.CASES),
         make_inputs=wkv7_cases.make_inputs,
         over_time=("r", "log_w", "k", "v", "a", "b"),
@@ -260,11 +254,6 @@ def unchanged(inputs: Inputs, dstate: Any) -> Inputs:
 def cut(operator: Operator, inputs: Inputs, start: int | None, stop: int | None) -> Inputs:
     """Steps [start, stop) of inputs."""
     return inputs | {name: inputs[name][:, start:stop] for name in operator.over_time}
-
-
-def at(operator: Operator, inputs: Inputs, step: int) -> Inputs:
-    """One step of inputs, without its time axis."""
-    return inputs | {name: inputs[name][:, step] for name in operator.over_time}
 
 
 def gradients_of(results: Results, name: str) -> list[NDArray]:

@@ -40,12 +40,11 @@ def errors(way: Way, case: str) -> dict[str, float]:
     split |= {name: P() for name in operator.per_head}
     split |= {"state": jax.tree.map(lambda _: P("rows"), inputs["state"])}
     splits_of_options = {"segment_ids": P("rows", "time"), "lengths": P("rows")}
-    call = getattr(rwkv_kernels, f"{operator.name}_sharded")
 
     def run(**arguments: Any) -> Any:
         given = {name: arguments.pop(name) for name in options}
         shard = jax.shard_map(
-            lambda inputs, given: call(**inputs, **given, axis_name="time", implementation=way.implementation),
+            lambda inputs, given: way.run(**inputs, **given, axis_name="time"),
             mesh=mesh,
             in_specs=(split, {name: splits_of_options[name] for name in given}),
             out_specs=(split["v"], split["state"]),

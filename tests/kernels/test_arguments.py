@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_kernels.arguments import values_at_hand
 from rwkv_kernels.cases import Shape
-from tests.kernels.operators import OPERATORS, Operator, Way, as_jax, at, each_operator, each_way, named
+from tests.kernels.operators import OPERATORS, Operator, Way, as_jax, each_operator, each_way, named
 
 SMALL = Shape(2, 4, 3, 6, 5)
 
@@ -47,10 +47,6 @@ def test_dtypes(
     assert jax.tree.map(lambda x: x.shape, final) == jax.tree.map(lambda x: x.shape, state)
     assert y.dtype == y_dtype
     assert {x.dtype for x in jax.tree.leaves(final)} == {jnp.dtype(final_dtype)}
-
-    step_y, step_final = jax.eval_shape(lambda x: way.operator.step(**x), at(way.operator, arguments, 0))
-    assert (step_y.shape, step_y.dtype) == (y.shape[:1] + y.shape[2:], y.dtype)
-    assert step_final == final
 
 
 @each_operator
@@ -136,16 +132,6 @@ def test_errors_name_the_argument_and_what_was_expected(
 def test_errors_name_what_is_wrong_with_a_packing(operator: Operator, argument: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         operator.run(**small_inputs(operator), **{argument: value})
-
-
-@pytest.mark.parametrize(("operator", "argument", "value", "message"), ROWS)
-def test_errors_of_a_step_name_the_argument(operator: Operator, argument: str, value: Any, message: str) -> None:
-    if argument in operator.over_time:
-        # Where the length or the number of axes was wrong, a step has another number of axes than it should.
-        has_time = value.ndim > 2 and value.shape[1] == SMALL.time
-        value = value[:, 0] if has_time else value[..., None]
-    with pytest.raises(ValueError, match=rf"^{argument}( \(\w+\))?: "):
-        operator.step(**at(operator, small_inputs(operator), 0) | {argument: value})
 
 
 @each_operator

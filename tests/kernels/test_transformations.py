@@ -18,7 +18,6 @@ from tests.kernels.operators import (
     Operator,
     Results,
     Way,
-    at,
     cut,
     definition,
     differentiate,
@@ -165,11 +164,11 @@ def test_gradients_flow_through_a_split(way: Way) -> None:
 @each_way_but_briefly("scan", "chunked")
 def test_one_step_at_a_time_equals_the_sequence(way: Way) -> None:
     inputs, _ = way.problem("realistic", SHAPE)
-    step, state, ys = jax.jit(way.operator.step, compiler_options=QUICK), inputs["state"], []
+    step, state, ys = jax.jit(way.run, compiler_options=QUICK), inputs["state"], []
     for t in range(SHAPE.time):
-        y, state = step(**at(way.operator, inputs, t) | {"state": state})
+        y, state = step(**cut(way.operator, inputs, t, t + 1) | {"state": state})
         ys.append(y)
-    assert_close(named(np.stack(ys, axis=1), state), forward(way)(inputs, {}), way.bound)  # pyright: ignore
+    assert_close(named(jnp.concatenate(ys, axis=1), state), forward(way)(inputs, {}), way.bound)
 
 
 @arithmetic
@@ -178,15 +177,6 @@ def test_no_state_is_the_empty_state(way: Way) -> None:
     inputs, _ = way.problem("realistic", SMALL)
     without = forward(way)(inputs | {"state": None}, {})
     empty = forward(way)(inputs | {"state": way.operator.empty_like(inputs["state"])}, {})
-    for name, x in without.items():
-        np.testing.assert_array_equal(x, empty[name], err_msg=name)
-
-
-@each_operator
-def test_a_step_without_state_starts_from_the_empty_one(operator: Operator) -> None:
-    inputs = at(operator, problem(operator, "realistic", SMALL)[0], 0)
-    without = named(*operator.step(**inputs | {"state": None}))
-    empty = named(*operator.step(**inputs | {"state": operator.empty_like(inputs["state"])}))
     for name, x in without.items():
         np.testing.assert_array_equal(x, empty[name], err_msg=name)
 

@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_kernels import wkv7
 from rwkv_kernels.cases import Shape
-from rwkv_kernels.ops.wkv7 import pallas_mosaic_tpu
+from rwkv_kernels.ops.wkv7 import pallas
 from rwkv_kernels.ops.wkv7.api import LOG_DECAY_FLOOR, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
 from rwkv_kernels.ops.wkv7.chunked import CHUNK_SIZE
@@ -103,7 +103,7 @@ def in_float32_and_exactly(way: Way, log_w: float) -> tuple[Results, Results]:
 def test_decays_from_one_down_to_the_documented_floor(way: Way, log_w: float, bound: float) -> None:
     # Far below what a model makes, the decay's gradient is a small difference of large sums.
     if way.name == "pallas_mosaic_tpu":  # its chunks are longer, and so its floor is higher
-        log_w = max(log_w, LOG_DECAY_FLOOR * CHUNK_SIZE / pallas_mosaic_tpu.KERNEL.chunk_size)
+        log_w = max(log_w, LOG_DECAY_FLOOR * CHUNK_SIZE / pallas.MOSAIC_TPU.chunk_size)
     assert_close(*in_float32_and_exactly(way, log_w), bound)
 
 

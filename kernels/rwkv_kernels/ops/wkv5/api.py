@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-5 (Eagle): the public functions, for one token or a sequence."""
+"""The WKV operator of RWKV-5 (Eagle): the public function."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import dispatch, pieces
-from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv5.chunked import wkv5_chunked
-from rwkv_kernels.ops.wkv5.pallas_mosaic_tpu import wkv5_pallas_mosaic_tpu
-from rwkv_kernels.ops.wkv5.pallas_triton import wkv5_pallas_triton
-from rwkv_kernels.ops.wkv5.scan import step, wkv5_scan
+from rwkv_kernels.ops.wkv5.pallas import wkv5_pallas_mosaic_tpu, wkv5_pallas_triton
+from rwkv_kernels.ops.wkv5.scan import wkv5_scan
 from rwkv_kernels.precision import Precision
 
 
@@ -24,17 +23,15 @@ def _affine_map(
     return pieces.diagonal_map(functools.partial(run, inputs), total, state, segments)
 
 
-OPERATOR = MatrixOperator(
+OPERATOR = Operator(
     name="wkv5",
     axes={"r": "B T H N", "log_w": "H N", "k": "B T H N", "v": "B T H M", "u": "H N"},
-    step=step,
     implementations={
         "scan": dispatch.Implementation(wkv5_scan, dispatch.anything),
         "chunked": dispatch.Implementation(wkv5_chunked, dispatch.anything),
         "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv5_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    preferred=dispatch.default_order,
     algebra=pieces.DIAGONAL,
     affine_map=_affine_map,
 )
@@ -49,6 +46,7 @@ def wkv5(
     u: Array,
     state: Array | None = None,
     *,
+    axis_name: str | None = None,
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
@@ -65,6 +63,10 @@ def wkv5(
       v: [B, T, H, M].
       u: the bonus that a token's own key gets; [H, N], or [H, 1].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
+      axis_name: a mesh axis over which time is split evenly, inside `shard_map`: arrays over time and segment_ids are
+        then this shard's steps; `state`, `lengths` and the final state are those of the whole sequence, the same on
+        every shard. Values and gradients are those of the whole sequence; each shard runs its steps twice, and shards
+        exchange one affine map of the state per row and head.
       segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
         continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
@@ -84,6 +86,7 @@ def wkv5(
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
         state,
+        axis_name=axis_name,
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
@@ -92,60 +95,4 @@ def wkv5(
     )
 
 
-def wkv5_sharded(
-    r: Array,
-    log_w: Array,
-    k: Array,
-    v: Array,
-    u: Array,
-    state: Array | None = None,
-    *,
-    axis_name: str,
-    segment_ids: Array | None = None,
-    lengths: Array | None = None,
-    implementation: str | dispatch.Implementation | None = None,
-    precision: Precision = "full",
-) -> tuple[Array, Array]:
-    """`wkv5` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
-
-    Values and gradients are those of `wkv5` over the whole sequence. Each shard runs its steps twice;
-    shards exchange one affine map of the state per row and head.
-
-    Args:
-      All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same
-        on every shard of the axis; lengths go from 0 to T times the size of the axis.
-      axis_name: the mesh axis over which time is split.
-
-    Returns:
-      y of this shard's steps, and the final state of the whole sequence, the same on every shard of the axis.
-
-    Raises:
-      ValueError: as `wkv5`.
-    """
-    return OPERATOR.run_sharded(
-        {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
-        state,
-        axis_name=axis_name,
-        segment_ids=segment_ids,
-        lengths=lengths,
-        implementation=implementation,
-        precision=precision,
-    )
-
-
-def wkv5_step(r: Array, log_w: Array, k: Array, v: Array, u: Array, state: Array | None = None) -> tuple[Array, Array]:
-    """WKV-5 for one token: `wkv5` without the time axis.
-
-    Args:
-      r, k: [B, H, N]; v: [B, H, M]; log_w, u: [H, N] or [H, 1]; state: [B, H, M, N] or None.
-
-    Returns:
-      y [B, H, M] in v's dtype, and the next state.
-
-    Raises:
-      ValueError: as `wkv5`.
-    """
-    return OPERATOR.run_step({"r": r, "log_w": log_w, "k": k, "v": v, "u": u}, state)
-
-
-__all__ = ["OPERATOR", "wkv5", "wkv5_chunked", "wkv5_scan", "wkv5_sharded", "wkv5_step"]
+__all__ = ["OPERATOR", "wkv5", "wkv5_chunked", "wkv5_scan"]

@@ -1,4 +1,4 @@
-"""The WKV operator of RWKV-6 (Finch): the public functions, for one token or a sequence."""
+"""The WKV operator of RWKV-6 (Finch): the public function."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import dispatch, pieces
-from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv6.associative import wkv6_associative
 from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
-from rwkv_kernels.ops.wkv6.pallas_mosaic_tpu import wkv6_pallas_mosaic_tpu
-from rwkv_kernels.ops.wkv6.pallas_triton import wkv6_pallas_triton
-from rwkv_kernels.ops.wkv6.scan import step, wkv6_scan
+from rwkv_kernels.ops.wkv6.pallas import wkv6_pallas_mosaic_tpu, wkv6_pallas_triton
+from rwkv_kernels.ops.wkv6.scan import wkv6_scan
 from rwkv_kernels.precision import Precision
 
 
@@ -25,10 +24,9 @@ def _affine_map(
     return pieces.diagonal_map(functools.partial(run, inputs), total, state, segments)
 
 
-OPERATOR = MatrixOperator(
+OPERATOR = Operator(
     name="wkv6",
     axes={"r": "B T H N", "log_w": "B T H N", "k": "B T H N", "v": "B T H M", "u": "H N"},
-    step=step,
     implementations={
         "scan": dispatch.Implementation(wkv6_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv6_associative, dispatch.anything),
@@ -36,7 +34,6 @@ OPERATOR = MatrixOperator(
         "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    preferred=dispatch.default_order,
     algebra=pieces.DIAGONAL,
     affine_map=_affine_map,
 )
@@ -51,6 +48,7 @@ def wkv6(
     u: Array,
     state: Array | None = None,
     *,
+    axis_name: str | None = None,
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
@@ -67,6 +65,10 @@ def wkv6(
       v: [B, T, H, M].
       u: [H, N], the bonus that a token's own key gets.
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
+      axis_name: a mesh axis over which time is split evenly, inside `shard_map`: arrays over time and segment_ids are
+        then this shard's steps; `state`, `lengths` and the final state are those of the whole sequence, the same on
+        every shard. Values and gradients are those of the whole sequence; each shard runs its steps twice, and shards
+        exchange one affine map of the state per row and head.
       segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
         continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
@@ -86,6 +88,7 @@ def wkv6(
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
         state,
+        axis_name=axis_name,
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
@@ -94,60 +97,4 @@ def wkv6(
     )
 
 
-def wkv6_sharded(
-    r: Array,
-    log_w: Array,
-    k: Array,
-    v: Array,
-    u: Array,
-    state: Array | None = None,
-    *,
-    axis_name: str,
-    segment_ids: Array | None = None,
-    lengths: Array | None = None,
-    implementation: str | dispatch.Implementation | None = None,
-    precision: Precision = "full",
-) -> tuple[Array, Array]:
-    """`wkv6` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
-
-    Values and gradients are those of `wkv6` over the whole sequence. Each shard runs its steps twice;
-    shards exchange one affine map of the state per row and head.
-
-    Args:
-      All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same
-        on every shard of the axis; lengths go from 0 to T times the size of the axis.
-      axis_name: the mesh axis over which time is split.
-
-    Returns:
-      y of this shard's steps, and the final state of the whole sequence, the same on every shard of the axis.
-
-    Raises:
-      ValueError: as `wkv6`.
-    """
-    return OPERATOR.run_sharded(
-        {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
-        state,
-        axis_name=axis_name,
-        segment_ids=segment_ids,
-        lengths=lengths,
-        implementation=implementation,
-        precision=precision,
-    )
-
-
-def wkv6_step(r: Array, log_w: Array, k: Array, v: Array, u: Array, state: Array | None = None) -> tuple[Array, Array]:
-    """WKV-6 for one token: `wkv6` without the time axis.
-
-    Args:
-      r, log_w, k: [B, H, N]; v: [B, H, M]; u: [H, N]; state: [B, H, M, N] or None.
-
-    Returns:
-      y [B, H, M] in v's dtype, and the next state.
-
-    Raises:
-      ValueError: as `wkv6`.
-    """
-    return OPERATOR.run_step({"r": r, "log_w": log_w, "k": k, "v": v, "u": u}, state)
-
-
-__all__ = ["OPERATOR", "wkv6", "wkv6_chunked", "wkv6_scan", "wkv6_sharded", "wkv6_step"]
+__all__ = ["OPERATOR", "wkv6", "wkv6_chunked", "wkv6_scan"]

@@ -1,16 +1,15 @@
-"""The WKV operator of RWKV-7 (Goose): the public functions, for one token or a sequence."""
+"""The WKV operator of RWKV-7 (Goose): the public function."""
 
 from __future__ import annotations
 
 from jax import Array
 
 from rwkv_kernels import dispatch, pieces
-from rwkv_kernels.matrix_operator import MatrixOperator
+from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv7.associative import wkv7_associative
 from rwkv_kernels.ops.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
-from rwkv_kernels.ops.wkv7.pallas_mosaic_tpu import wkv7_pallas_mosaic_tpu
-from rwkv_kernels.ops.wkv7.pallas_triton import wkv7_pallas_triton
-from rwkv_kernels.ops.wkv7.scan import step, wkv7_scan
+from rwkv_kernels.ops.wkv7.pallas import wkv7_pallas_mosaic_tpu, wkv7_pallas_triton
+from rwkv_kernels.ops.wkv7.scan import wkv7_scan
 from rwkv_kernels.precision import Precision
 
 
@@ -21,10 +20,9 @@ def _affine_map(
     return pieces.matrix_map(lambda v, state: run(inputs | {"v": v}, state), inputs["v"], state)
 
 
-OPERATOR = MatrixOperator(
+OPERATOR = Operator(
     name="wkv7",
     axes={"r": "B T H N", "log_w": "B T H N", "k": "B T H N", "v": "B T H M", "a": "B T H N", "b": "B T H N"},
-    step=step,
     implementations={
         "scan": dispatch.Implementation(wkv7_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv7_associative, dispatch.anything),
@@ -32,7 +30,6 @@ OPERATOR = MatrixOperator(
         "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    preferred=dispatch.default_order,
     algebra=pieces.MATRIX,
     affine_map=_affine_map,
 )
@@ -48,6 +45,7 @@ def wkv7(
     b: Array,
     state: Array | None = None,
     *,
+    axis_name: str | None = None,
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
@@ -65,6 +63,10 @@ def wkv7(
         twice as long, from half that on).
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
+      axis_name: a mesh axis over which time is split evenly, inside `shard_map`: arrays over time and segment_ids are
+        then this shard's steps; `state`, `lengths` and the final state are those of the whole sequence, the same on
+        every shard. Values and gradients are those of the whole sequence; each shard runs its steps twice, and shards
+        exchange one affine map of the state per row and head.
       segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
         continues `state`.
       lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
@@ -84,6 +86,7 @@ def wkv7(
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b},
         state,
+        axis_name=axis_name,
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
@@ -92,63 +95,4 @@ def wkv7(
     )
 
 
-def wkv7_sharded(
-    r: Array,
-    log_w: Array,
-    k: Array,
-    v: Array,
-    a: Array,
-    b: Array,
-    state: Array | None = None,
-    *,
-    axis_name: str,
-    segment_ids: Array | None = None,
-    lengths: Array | None = None,
-    implementation: str | dispatch.Implementation | None = None,
-    precision: Precision = "full",
-) -> tuple[Array, Array]:
-    """`wkv7` over a sequence whose time is split evenly over a mesh axis; called inside `shard_map`.
-
-    Values and gradients are those of `wkv7` over the whole sequence. Each shard runs its steps twice;
-    shards exchange one affine map of the state per row and head.
-
-    Args:
-      All arrays over time, and segment_ids: this shard's steps. `state` and `lengths`: of the whole sequence, the same
-        on every shard of the axis; lengths go from 0 to T times the size of the axis.
-      axis_name: the mesh axis over which time is split.
-
-    Returns:
-      y of this shard's steps, and the final state of the whole sequence, the same on every shard of the axis.
-
-    Raises:
-      ValueError: as `wkv7`.
-    """
-    return OPERATOR.run_sharded(
-        {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b},
-        state,
-        axis_name=axis_name,
-        segment_ids=segment_ids,
-        lengths=lengths,
-        implementation=implementation,
-        precision=precision,
-    )
-
-
-def wkv7_step(
-    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array | None = None
-) -> tuple[Array, Array]:
-    """WKV-7 for one token: `wkv7` without the time axis.
-
-    Args:
-      r, log_w, k, a, b: [B, H, N]; v: [B, H, M]; state: [B, H, M, N] or None.
-
-    Returns:
-      y [B, H, M] in v's dtype, and the next state.
-
-    Raises:
-      ValueError: as `wkv7`.
-    """
-    return OPERATOR.run_step({"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}, state)
-
-
-__all__ = ["LOG_DECAY_FLOOR", "OPERATOR", "wkv7", "wkv7_chunked", "wkv7_scan", "wkv7_sharded", "wkv7_step"]
+__all__ = ["LOG_DECAY_FLOOR", "OPERATOR", "wkv7", "wkv7_chunked", "wkv7_scan"]

@@ -1,0 +1,13 @@
+"""WKV-7 as Pallas kernels, forward and backward one each; docs/kernels.md has the resources of other settings."""
+
+from __future__ import annotations
+
+from rwkv_kernels import pallas_chunks
+from rwkv_kernels.ops.wkv7.chunk import make_chunk
+
+TRITON = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
+MOSAIC_TPU = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=64)
+"""Chunks of 64: the longest whose half stays in float32's range at RWKV-7's fastest decays."""
+
+wkv7_pallas_triton = pallas_chunks.implementation(pallas_chunks.TRITON, TRITON)
+wkv7_pallas_mosaic_tpu = pallas_chunks.implementation(pallas_chunks.MOSAIC_TPU, MOSAIC_TPU)
