@@ -179,10 +179,18 @@ each_way_forwards = pytest.mark.parametrize("way", [way for way in WAYS if not w
 
 
 def each_way_but_briefly(*names: str) -> pytest.MarkDecorator:
-    """Runs a test with each way, those of other names only where there is time: for what takes long to compile."""
-    return pytest.mark.parametrize(
-        "way", [pytest.param(way, marks=() if way.name in names else pytest.mark.long, id=str(way)) for way in WAYS]
-    )
+    """Runs a test with each way, all but those named only where there is time: for what takes long to compile.
+
+    Args:
+      names: of implementations, such as "chunked", or of one operator's, such as "wkv7-pallas_triton".
+    """
+    return pytest.mark.parametrize("way", [briefly(way, *names) for way in WAYS])
+
+
+def briefly(way: Way, *names: str) -> Any:
+    """A way as a parameter, `long` if neither its implementation nor itself is among the names."""
+    is_brief = way.name in names or str(way) in names
+    return pytest.param(way, marks=() if is_brief else pytest.mark.long, id=str(way))
 
 
 def definition(operator: Operator) -> Way:

@@ -37,13 +37,13 @@ KERNEL_SHAPES = tuple(
 
 def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]:
     """`long`, or nothing: compiling for all shapes takes minutes."""
-    sizes = (shape.batch, shape.time)
-    if not way.is_pallas:
-        always = sizes in {(3, 1), (3, 257)}
-    elif way.operator.name == "wkv4":  # compiles slowly
-        always = sizes == (3, 70) and case == "realistic"
+    sizes, is_usual = (shape.batch, shape.time), case == "realistic"
+    if way.is_pallas:
+        always = sizes == (3, 70) and (is_usual or way.operator.name == "wkv7")
+    elif way.name == "associative_scan":
+        always = sizes == (3, 257) and is_usual
     else:
-        always = sizes == (3, 70) or (sizes == (2, 1) and case == "realistic")
+        always = sizes == (3, 257) or (sizes == (3, 1) and is_usual)
     return () if always else (pytest.mark.long,)
 
 

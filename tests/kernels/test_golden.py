@@ -71,8 +71,8 @@ def rows(*kinds: str) -> list:
 
 
 def marks(way: Way, case: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Always all cases of what runs on a CPU, and the telling ones of the others."""
-    always = way.name in ("scan", "chunked") or case.endswith(("extreme", "generic", "beyond"))
+    """Always all cases of what runs on a CPU, and a telling one of the others."""
+    always = way.name in ("scan", "chunked") or case.endswith("extreme" if way.operator.name == "wkv4" else "generic")
     return () if always else (pytest.mark.long,)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from rwkv_kernels.cases import Shape
-from tests.kernels.operators import Way, as_jax, each_way, with_gradients
+from tests.kernels.operators import Way, as_jax, each_way_but_briefly, with_gradients
 
 SHAPE = Shape(2, 9, 2, 6, 6)
 
 
-@each_way
+@each_way_but_briefly("scan", "chunked", "wkv7-pallas_triton")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_is_promoted_implicitly(way: Way, dtype: str, packed: bool) -> None:
