@@ -24,7 +24,7 @@ test: .venv/installed-dev
 # There are no such compilers for other machines.
 ifeq ($(shell uname -sm),Linux x86_64)
 test-devices: .venv-devices/installed
-	$(DEVICES)/python -m pytest -m 'devices and not long' tests/devices
+	$(DEVICES)/python -m pytest --numprocesses 2 -m 'devices and not long' tests/devices
 else
 test-devices:
 	@echo 'test-devices: needs Linux on x86-64'
@@ -54,6 +54,6 @@ test-peers: .venv/installed-dev .venv-peers/installed
 
 .venv-devices/installed: pyproject.toml constraints.txt constraints-devices.txt | .venv/bin/python
 	.venv/bin/python -m venv .venv-devices
-	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist
 	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-devices.txt
 	touch $@

@@ -48,7 +48,8 @@ def test_no_two_configs_share_a_run_folder() -> None:
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("generation", ["4", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6"))])
+@pytest.mark.long
+@pytest.mark.parametrize("generation", ["4", "5.2", "6"])
 def test_every_generation_runs_from_beginning_to_end(generation: Generation, tmp_path: Path) -> None:
     """RWKV-7 does in tests/train, which looks closer."""
     model = ModelConfig(generation, vocab_size=300, num_layers=2, width=32, head_dim=16)

@@ -25,7 +25,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["first screen", "run", "library"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=name, marks=() if name == "first screen" else pytest.mark.long)
+        for name, block in zip(("first screen", "run", "library"), BLOCKS, strict=True)
+    ],
+)
 def test_python_in_the_readme_runs(block: str, weights: Path) -> None:
     for name in ("runs/python_stdlib", "RWKV-x070-World-0.1B.pth"):
         block = block.replace(f'from_pretrained("{name}"', f'from_pretrained("{weights}"')

@@ -79,6 +79,7 @@ def test_twenty_kills_leave_no_trace(place: Workplace) -> None:
     place.assert_same_end(unbroken, killed)
 
 
+@pytest.mark.long
 def test_signals_save_and_print_the_command_that_goes_on(place: Workplace, unbroken: Path) -> None:
     run_dir = place.folder / "my signaled run"  # with blanks, so that the printed command has something to quote
     command = place.command(run_dir)

@@ -77,7 +77,9 @@ def ids_of(engine: Engine, prompt: str) -> list[int]:
 # The model's own words
 
 
-@pytest.mark.parametrize("generation", CONFIGS)
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name in ("4", "7") else pytest.mark.long) for name in CONFIGS]
+)
 def test_reading_and_writing_equal_one_parallel_pass(float64: None, generation: str) -> None:
     """Prompts in pieces, then bursts: states to the last bits of float64, seen in the logits of one token more."""
     config = dataclasses.replace(CONFIGS[generation], dtype="float64")

@@ -10,7 +10,7 @@ from tests.fake_devices import run_on_fake_devices
 @pytest.mark.parametrize(
     ("generation", "shapes"),
     [
-        ("7", ["2x1x2"]),
+        pytest.param("7", ["2x1x2"], marks=pytest.mark.long),
         pytest.param("7", ["4x1x1", "1x4x1", "2x2x1", "1x2x2"], marks=pytest.mark.long),
         pytest.param("4", ["2x1x2"], marks=pytest.mark.long),
         pytest.param("6", ["2x1x2"], marks=pytest.mark.long),

@@ -45,10 +45,6 @@ LONGEST, ROWS = 257, 2
 FLOAT32_LOGITS = {"v4": 3e-5, "v5": 3e-5, "v6": 3e-5, "v7": 1e-4}
 
 every_model = pytest.mark.parametrize("name", CONFIGS)
-# In float32, which compiles as users do and so takes longest, test_golden_tiny.py looks at RWKV-4 and 5 each time.
-every_model_in_float32 = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name != "v7" else name for name in CONFIGS]
-)
 
 
 def golden(name: str) -> dict[str, NDArray]:
@@ -175,7 +171,10 @@ def test_names_and_shapes_say_which_model_it_is(name: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 100])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(n, marks=() if n in (1, 17, 100) else pytest.mark.long) for n in (1, 2, 15, 16, 17, 64, 100)],
+)
 def test_logits_and_states(float64: None, name: str, length: int) -> None:
     result = run_length(name, "float64", length)
     assert result.logits.dtype == np.float64
@@ -217,7 +216,8 @@ def test_from_a_state_that_is_not_empty(float64: None, name: str) -> None:
         assert_close(gradients, expected, 1e-7)
 
 
-@every_model_in_float32
+@pytest.mark.long
+@every_model
 def test_float32_logits_and_states(name: str) -> None:
     result = run_length(name, "float32", 257)
     ours, expected = result.logits[:, golden(name)["pos_T257"]], golden(name)["logits_T257"]
@@ -225,7 +225,8 @@ def test_float32_logits_and_states(name: str) -> None:
     check_state(name, result.state, "state_T257", 2e-5)
 
 
-@every_model_in_float32
+@pytest.mark.long
+@every_model
 def test_float32_loss_and_gradients(name: str) -> None:
     result = run_length(name, "float32", 100)
     assert relative_error(result.loss, golden(name)["loss_T100"]) < 1e-6

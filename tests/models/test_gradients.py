@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 from numpy.typing import NDArray
 
@@ -24,7 +25,6 @@ from tests.models.small_models import (
     ROWS,
     TIME,
     TOKENS,
-    every_class,
     every_generation,
     one_by_one,
     segments_of,
@@ -91,7 +91,9 @@ def test_nothing_reaches_where_it_must_not(float64: None, generation: str) -> No
                 assert (leaf[row] > 0) == (first or begin[row, lengths[row] - 1] == 0)
 
 
-@every_class
+@pytest.mark.parametrize(
+    "generation", ["4", "7", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6"))]
+)
 def test_loss_and_gradients_do_not_depend_on_how_they_are_computed(float64: None, generation: str) -> None:
     """By chunks with all kept and all logits at once, or step by step with each block and logits recomputed."""
     config = SMALL[generation]

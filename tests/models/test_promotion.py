@@ -32,7 +32,7 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.parametrize("generation", CONFIGS)
 def test_nothing_is_promoted(
     monkeypatch: pytest.MonkeyPatch, generation: str, dtype: Literal["float32", "bfloat16"]

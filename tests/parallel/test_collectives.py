@@ -21,6 +21,7 @@ def assert_no_growth(mesh: str) -> dict[str, Any]:
     return short
 
 
+@pytest.mark.long
 def test_nothing_grows_with_the_length() -> None:
     """Gradients are added up, weights gathered; along the sequence a state's map and one token a row travel."""
     found = assert_no_growth("data2.fsdp2.sequence2")

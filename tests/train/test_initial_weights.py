@@ -41,6 +41,7 @@ def test_the_parameters_are_those_of_the_weights(finished: Run, weights: Path) -
         assert_same_bits(initial_params(source, finished.config.model), params)
 
 
+@pytest.mark.long
 def test_a_run_takes_up_at_the_step_where_its_weights_stood(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,9 @@ def tokens_of(small: Small, prompt: str, num_tokens: int, sampling: SamplingPara
     return small.sampler.tokens(small.params, prompt, num_tokens, sampling, seed)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(
+    "prompt", [pytest.param(prompt, marks=() if i in (1, 3) else pytest.mark.long) for i, prompt in enumerate(PROMPTS)]
+)
 def test_without_temperature_it_takes_the_likeliest_token_each_time(small: Small, prompt: str) -> None:
     expected = small.greedy(prompt, 40)
     if small.tokenizer.end_of_text in expected:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.kernels.test_sharding import run_on_four_devices
 
 
+@pytest.mark.long
 def test_a_file_is_placed_shard_by_shard() -> None:
     report = run_on_four_devices("tests.weights.placed")
     assert report["devices"] == 4

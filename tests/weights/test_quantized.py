@@ -74,7 +74,11 @@ def packed_names(model: LanguageModel) -> set[str]:
 
 @pytest.mark.parametrize(
     ("key", "quantize"),
-    [("4", "int8"), ("5.2", "int4"), ("6", "int8"), ("6", "int4"), *(("7", quantize) for quantize in QUANTIZATIONS)],
+    [
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in (("5.2", "int4"), ("6", "int8"), ("6", "int4"))),
+        ("4", "int8"),
+        *(("7", quantize) for quantize in QUANTIZATIONS),
+    ],
 )
 def test_a_quantized_model_is_that_of_its_rounded_weights(tmp_path: Path, key: str, quantize: Quantization) -> None:
     config = WIDE[key]
@@ -207,7 +211,12 @@ def test_packing_stays_near(quantize: Quantization, bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantize", "dtype"), [("int8", "float32"), ("int4", "float32"), ("bfloat16", "float32"), (None, "bfloat16")]
+    ("quantize", "dtype"),
+    [
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in (("int8", "float32"), ("bfloat16", "float32"))),
+        ("int4", "float32"),
+        (None, "bfloat16"),
+    ],
 )
 def test_decoding_a_single_text_writes_neither_embedding_nor_head_out(
     quantize: Quantization | None, dtype: Any
