@@ -18,7 +18,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 	$(MAKE) test-devices
 
 # There are no such compilers for other machines.

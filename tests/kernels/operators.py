@@ -174,8 +174,6 @@ WAYS: tuple[Way, ...] = tuple(Way(operator, name) for operator in OPERATORS for 
 
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=str)
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
-each_way_forwards = pytest.mark.parametrize("way", [way for way in WAYS if not way.is_pallas], ids=str)
-"""Those that forward-mode differentiation passes through: not the kernels."""
 
 
 def each_way_but_briefly(*names: str) -> pytest.MarkDecorator:

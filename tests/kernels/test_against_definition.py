@@ -39,11 +39,11 @@ def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]
     """`long`, or nothing: compiling for all shapes takes minutes."""
     sizes, is_usual = (shape.batch, shape.time), case == "realistic"
     if way.is_pallas:
-        always = sizes == (3, 70) and (is_usual or way.operator.name == "wkv7")
+        always = sizes == (3, 70) and is_usual
     elif way.name == "associative_scan":
         always = sizes == (3, 257) and is_usual
     else:
-        always = sizes == (3, 257) or (sizes == (3, 1) and is_usual)
+        always = sizes == (3, 257)
     return () if always else (pytest.mark.long,)
 
 
@@ -103,7 +103,7 @@ def test_float64_equals_the_definition(float64: None, way: Way, case: str, shape
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.long)])
-@each_way_but_briefly("scan", "chunked", "pallas_triton")
+@each_way_but_briefly("chunked", "wkv7-pallas_triton")
 def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype: jnp.dtype) -> None:
     inputs, (dy, dstate) = problem(way.operator, "realistic", HALF_SHAPE)
     rounded = as_jax(inputs | {"state": None}, dtype) | {"state": as_jax(inputs["state"], jnp.float32)}
@@ -118,7 +118,7 @@ def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype:
     assert_close(results, exact, float(jnp.finfo(dtype).eps) / 2)
 
 
-@each_way_but_briefly("chunked", "pallas_triton")
+@each_way_but_briefly("chunked", "wkv7-pallas_triton")
 def test_decay_in_float32_beside_half_precision_inputs(way: Way) -> None:
     # What a model in bfloat16 passes.
     inputs, (dy, dstate) = problem(way.operator, "slow_decay", HALF_SHAPE)

@@ -82,7 +82,7 @@ ANY_TIME = settings(
 
 @each_operator
 def test_a_problem_that_nobody_chose(operator: Operator) -> None:
-    @settings(ANY_TIME, max_examples=3)
+    @settings(ANY_TIME, max_examples=2)
     @given(drawn_problems())
     def some(drawn: Drawn) -> None:
         with jax.enable_x64(True):

@@ -118,6 +118,7 @@ def test_float64_equals_other_implementations(float64: None, way: Way, case: str
     check(way, case, np.float64, value_bound=1e-12, gradient_bound=1e-12)
 
 
+@pytest.mark.long  # in float32, test_against_definition.py looks each time
 @pytest.mark.parametrize(("way", "case"), rows("extreme", "generic", "beyond"))
 def test_float32_is_close_to_other_implementations(way: Way, case: str) -> None:
     check(way, case, np.float32, *FLOAT32_BOUNDS[way.operator.name])

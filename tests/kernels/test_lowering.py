@@ -67,7 +67,10 @@ def under_shard_map(loss: Loss, operator: Operator) -> Loss:
     return jax.grad(sharded)
 
 
-@pytest.mark.parametrize("transformed", [by_itself, under_vmap, under_remat, under_shard_map])
+@pytest.mark.parametrize(
+    "transformed",
+    [by_itself, under_shard_map, *(pytest.param(each, marks=pytest.mark.long) for each in (under_vmap, under_remat))],
+)
 @pytest.mark.parametrize("implementation", PLATFORMS)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_gradients_are_lowered(

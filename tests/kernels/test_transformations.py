@@ -18,12 +18,12 @@ from tests.kernels.operators import (
     Operator,
     Results,
     Way,
+    briefly,
     cut,
     definition,
     differentiate,
     each_operator,
     each_way_but_briefly,
-    each_way_forwards,
     forward,
     gradients_of,
     named,
@@ -56,7 +56,7 @@ def test_leaving_the_implementation_open_takes_one_of_them(float64: None, operat
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked")
+@each_way_but_briefly("chunked")
 def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
     inputs, cotangents = way.problem("realistic", SHAPE)
     mapped = jax.tree.map(lambda x: np.stack([x, x[::-1]]), {name: inputs[name] for name in ("k", "v", "state")})
@@ -84,7 +84,7 @@ def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("scan", "chunked")
+@each_way_but_briefly("chunked")
 def test_remat_changes_nothing(way: Way) -> None:
     problem, options = way.problem("realistic", SHAPE), packed.PACKINGS["both"]
     run = jax.jit(functools.partial(differentiate, jax.checkpoint(way.run)), compiler_options=QUICK)
@@ -95,7 +95,7 @@ def test_remat_changes_nothing(way: Way) -> None:
 
 
 @arithmetic
-@each_way_forwards
+@pytest.mark.parametrize("way", [briefly(way, "chunked") for way in WAYS if not way.is_pallas])
 def test_forward_mode_equals_that_of_the_definition(way: Way) -> None:
     inputs, _ = way.problem("realistic", SMALL)
     tangents, _ = way.problem("slow_decay", SMALL)

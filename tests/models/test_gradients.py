@@ -30,6 +30,10 @@ from tests.models.small_models import (
     segments_of,
 )
 
+briefly = pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name in ("4", "7") else pytest.mark.long) for name in SMALL]
+)
+
 
 @functools.cache
 def gradients_program(config: ModelConfig, remat: Remat = "none", chunk: int | None = None) -> Callable[..., Any]:
@@ -63,7 +67,7 @@ def gradients(generation: str, mask: NDArray, segment_ids: NDArray, lengths: Any
     return np.abs(dadded).max(axis=-1), largest
 
 
-@every_generation
+@briefly
 def test_nothing_reaches_where_it_must_not(float64: None, generation: str) -> None:
     """By gradient: of one token's loss with respect to every embedding and to the state, which are exactly zero.
 
@@ -91,9 +95,7 @@ def test_nothing_reaches_where_it_must_not(float64: None, generation: str) -> No
                 assert (leaf[row] > 0) == (first or begin[row, lengths[row] - 1] == 0)
 
 
-@pytest.mark.parametrize(
-    "generation", ["4", "7", *(pytest.param(name, marks=pytest.mark.long) for name in ("5.2", "6"))]
-)
+@briefly
 def test_loss_and_gradients_do_not_depend_on_how_they_are_computed(float64: None, generation: str) -> None:
     """By chunks with all kept and all logits at once, or step by step with each block and logits recomputed."""
     config = SMALL[generation]

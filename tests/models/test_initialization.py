@@ -227,7 +227,9 @@ def assert_uniform(values: NDArray, bound: float) -> None:
 
 
 @every_generation
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize(
+    "layer", [0, LAYERS - 1, *(pytest.param(layer, marks=pytest.mark.long) for layer in range(1, LAYERS - 1))]
+)
 def test_a_layer_follows_the_official_formulas(generation: str, layer: int) -> None:
     prefix = f"blocks.{layer}."
     found = {name.removeprefix(prefix): x for name, x in initial(generation).items() if name.startswith(prefix)}

@@ -33,7 +33,9 @@ def shapes(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
-@pytest.mark.parametrize("generation", CONFIGS)
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name in ("4", "7") else pytest.mark.long) for name in CONFIGS]
+)
 def test_nothing_is_promoted(
     monkeypatch: pytest.MonkeyPatch, generation: str, dtype: Literal["float32", "bfloat16"]
 ) -> None:

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from rwkv_jax.models import model_type
-from tests.models.parameters import SMALL
+from tests.models.small_models import FLOAT32
 
 
 @pytest.mark.parametrize(
-    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in SMALL if name != "7")]
+    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in FLOAT32 if name != "7")]
 )
 def test_a_model_is_tabulated_and_stays_as_it_was(generation: str) -> None:
-    config = SMALL[generation]
+    config = FLOAT32[generation]
     model, tokens = model_type(config)(config, rngs=nnx.Rngs(0)), jnp.ones((2, 5), jnp.int32)
     before = jax.tree.leaves(model(tokens))
     table = nnx.tabulate(model, tokens, console_kwargs={"force_terminal": False, "width": 200})
@@ -29,6 +29,6 @@ def test_a_model_is_tabulated_and_stays_as_it_was(generation: str) -> None:
 
 
 def test_a_layer_alone_is_tabulated() -> None:
-    layer = model_type(SMALL["7"])(SMALL["7"], rngs=nnx.Rngs(0)).block(1).ffn
+    layer = model_type(FLOAT32["7"])(FLOAT32["7"], rngs=nnx.Rngs(0)).block(1).ffn
     table = nnx.tabulate(layer, jnp.ones((2, 5, 32), jnp.float32), console_kwargs={"force_terminal": False})
     assert "ChannelMix" in table

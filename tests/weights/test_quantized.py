@@ -145,6 +145,7 @@ TRAINED = {"4v0-660K": "p1", "5v2-730K": "p1", "6v0-1m": "p4"}
 """Small trained models, and a prompt of each that is like what it was trained on."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_models_lose_little_and_their_files_shrink(tmp_path: Path, name: str) -> None:
     numbers = load_tiny(f"{name}.golden.npz")
