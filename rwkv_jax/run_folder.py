@@ -25,6 +25,7 @@ from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
+from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
@@ -108,29 +109,34 @@ def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
+    """Config and identity of a run, from its run.json.
 
     Raises:
-      ConfigError: it is missing or damaged.
+      ConfigError: it is missing or damaged, or has changed since it was written.
     """
     path = run_dir / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not content.keys() >= {"config", "identity"}:
-            raise KeyError("config or identity is missing")
+        content = parse_object(path.read_bytes(), "its content")
+        if not all(isinstance(content.get(part), dict) for part in ("config", "identity")):
+            raise ConfigError("config or identity is missing")
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ConfigError) as error:
         wrong = describe_wrong_file(path, "the folder of a run", ["json"])
         reason = f": it {wrong}" if wrong else ""
         raise ConfigError(f"{path}: cannot be read as a run's description ({error}){reason}") from error
-    return content
+    if not is_unchanged(content):
+        raise ConfigError(
+            f"{path}: has changed since it was written, its digest is another; put the file back, or, if it was to be "
+            "changed, take the digest out of it"
+        )
+    return {part: content[part] for part in ("config", "identity")}
 
 
 def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Writes run.json, by which the folder is recognized as a run, then the tokenizer."""
     content = {"config": to_dict(config), "identity": dict(run_identity)}
-    replace_file(run_dir / RUN_FILE, json.dumps(content, indent=2).encode())
+    replace_file(run_dir / RUN_FILE, json.dumps(with_digest(content), indent=2).encode())
     replace_file(run_dir / tokenizer.saved.name, tokenizer.saved.content)
 
 

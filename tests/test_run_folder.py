@@ -98,7 +98,14 @@ class TestRunFolder:
         with pytest.raises(ConfigError, match=r"run_dir = .*file.*cannot be written.*name another folder"):
             run_folder.prepare_run_dir(tmp_path / name)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"config": {}}', "\x00\x01"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *("", "{", "[]", "3", "{}", '{"config": {}}', "\x00\x01", '{"config": [], "identity": {}}'),
+            *('{"config": {}, "identity": 3}', "[" * 100_000, '{"config": {}, "identity": {}, "config": {}}'),
+        ],
+        ids=lambda content: content[:40],
+    )
     def test_a_damaged_run_file_is_named(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ConfigError, match=r"run\.json: cannot be read"):
@@ -118,6 +125,20 @@ class TestRunFolder:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"run\.json: cannot be read as a run's description .*: {message}"):
             run_folder.read_run_file(tmp_path)
+
+    def test_a_run_file_that_has_changed_is_named(self, corpus: Corpus, tmp_path: Path) -> None:
+        run_folder.write_run(tmp_path, CONFIG, {"seed": 0}, corpus.tokenizer)
+        path = tmp_path / "run.json"
+        saved, content = run_folder.read_run_file(tmp_path), json.loads(path.read_text())
+        content["config"]["model"]["head_dim"] += 1
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            ConfigError, match=r"run\.json: has changed since it was written.*take the digest out of it"
+        ):
+            run_folder.read_run_file(tmp_path)
+        del content["digest"]
+        path.write_text(json.dumps(content))
+        assert run_folder.read_run_file(tmp_path) == {**saved, "config": content["config"]}
 
     def test_a_run_is_not_kept_at_an_address(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ from rwkv_jax.data.text.sources import PYTHON_STDLIB, read_documents
 from rwkv_jax.data.text.split import Document, choose_held_out, split_document
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile
+from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 
 FORMAT_VERSION = 1
 """Format version, part of each folder's name; change it if the same source and config would give other files."""
@@ -80,7 +81,10 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
     if not folder.is_dir():
         raise ConfigError(f"there is no corpus folder {folder}; prepare_corpus builds one")
     try:
-        record = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        try:
+            record = parse_object((folder / "corpus.json").read_bytes(), "its content")
+        except ConfigError as error:
+            raise _damage(folder, f"corpus.json cannot be understood ({error})") from error
         if record["format_version"] != FORMAT_VERSION:
             raise ConfigError(
                 f"corpus folder {folder} has format {record['format_version']}, this version reads {FORMAT_VERSION}; "
@@ -104,6 +108,8 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
         tokenizer = load_tokenizer(folder, vocab_size)
         if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
             raise _damage(folder, "its tokenizer is not the one that made the tokens")
+        if not is_unchanged(record):
+            raise _damage(folder, "the content of corpus.json has changed")
         opened = {
             side: TokenFile(
                 path=folder / f"{side}.bin",
@@ -125,7 +131,7 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
         )
     except FileNotFoundError as error:
         raise _damage(folder, f"{Path(error.filename).name} is missing") from error
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise _damage(folder, f"corpus.json cannot be understood ({error!r})") from error
 
 
@@ -191,7 +197,7 @@ def _build_folder(
         started = time.monotonic()
         record = _write_sides(temporary, data, survey, tokenizer, report)
         report(f"tokenized {survey.num_bytes / 1e6:.2f} MB in {time.monotonic() - started:.1f} s")
-        (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (temporary / "corpus.json").write_text(json.dumps(with_digest(record), indent=2) + "\n", encoding="utf-8")
 
 
 def _write_sides(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from rwkv_jax.atomic import new_file
-from rwkv_jax.weights.shards import is_index, parse_json, read_shards
+from rwkv_jax.json_object import parse_object
+from rwkv_jax.weights.shards import is_index, read_shards
 from rwkv_jax.weights.tensors import (
     BFLOAT16,
     MappedTensors,
@@ -117,7 +118,7 @@ def _read_file(path: Path) -> MappedTensors:
         remedy = f": it {wrong}" if wrong else "; get it again"
         raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}){remedy}") from error
     start = 8 + int.from_bytes(mapped[:8], "little")
-    header = parse_json(path, mapped[8:start])
+    header = parse_object(mapped[8:start], path, UnsafeFileError)
     header.pop(_METADATA, None)
     tensors: dict[str, NDArray] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from rwkv_jax.json_object import parse_object
 from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, join_names, map_file
 
 INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
@@ -36,7 +34,7 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
     """
     if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
         raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
-    shard_of = parse_json(path, bytes(map_file(path))).get("weight_map")
+    shard_of = parse_object(bytes(map_file(path)), path, UnsafeFileError).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UnsafeFileError(f"{path}: has no weight_map from names of tensors to files; get the index again")
     promised: dict[str, set[str]] = {}
@@ -65,25 +63,3 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
                 )
         shards.append(found)
     return MappedTensors.joined(shards)
-
-
-def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """Parses a JSON object without duplicate names. Raises UnsafeFileError."""
-
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            repeated = [name for name, count in counts.items() if count > 1]
-            raise UnsafeFileError(f"{path}: has names twice: {join_names(repeated)}; readers would differ about it")
-        return parsed
-
-    try:
-        parsed = json.loads(content, object_pairs_hook=refuse_repeats)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnsafeFileError):
-            raise
-        raise UnsafeFileError(f"{path}: its JSON cannot be understood ({error}); get the file again") from error
-    if not isinstance(parsed, dict):
-        raise UnsafeFileError(f"{path}: its JSON is no object; get the file again")
-    return parsed
