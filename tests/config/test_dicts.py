@@ -57,3 +57,46 @@ def test_missing_fields_take_their_defaults() -> None:
 def test_dicts_that_are_no_config_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": "3"}, "seed = '3': must be a whole number"),
+        ({"seed": True}, "seed = True: must be a whole number"),
+        ({"seed": 1.0}, "seed = 1.0: must be a whole number"),
+        ({"model": {"width": None}}, "model.width = None: must be a whole number"),
+        ({"model": {"width": 10**30}}, "model.width = 10.*: must be a whole number"),
+        ({"model": {"ffn_width": "4"}}, "model.ffn_width = '4': must be a whole number or null"),
+        ({"model": []}, r"model = \[\]: must be an object: fields and their values"),
+        ({"model": {"dtype": ["float32"]}}, r"model.dtype = \('float32',\): must be float32 or bfloat16 or float64"),
+        ({"optimizer": {"learning_rate": "high"}}, "optimizer.learning_rate = 'high': must be a number"),
+        ({"evaluation": {"sample_prompts": "def"}}, "evaluation.sample_prompts = 'def': must be a list of text"),
+        ({"data": {"mixture": [["a"]]}}, r"data.mixture = \(\('a',\),\): must be a list of a list of text, then a num"),
+        ({"checkpoint": {"every": [1]}}, r"checkpoint.every = \(1,\): must be a whole number"),
+        ({"data": {"held_out": {}}}, r"data.held_out = {}: must be a number"),
+        ({"profile": [1, 2, 3]}, r"profile = \(1, 2, 3\): must be a list of a whole number, then a whole number or nu"),
+    ],
+)
+def test_values_of_another_type_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        from_dict(values)
+
+
+WRONG = [None, True, -1, 1.5, 1e308, 2**64, "", "x", "\ud800", [], [[]], [1, "x"], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_whatever_stands_in_a_field_nothing_but_config_errors_are_raised(value: Any) -> None:
+    whole = json.loads(json.dumps(to_dict(EVERYTHING)))
+    places = [(whole, name) for name in whole]
+    places += [(section, name) for section in whole.values() if isinstance(section, dict) for name in section]
+    refused = 0
+    for section, name in places:
+        before, section[name] = section[name], value
+        try:
+            from_dict(whole)
+        except ConfigError:
+            refused += 1
+        section[name] = before
+    assert refused > len(places) // 3
