@@ -21,6 +21,7 @@ from rwkv_jax.data.corpus_folder import load_corpus
 from rwkv_jax.data.tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,
+    SentencePieceTokenizer,
     StreamingDecoder,
     Tokenizer,
     fits_model,
@@ -372,3 +373,32 @@ def test_a_corpus_whose_tokenizer_is_another_one_is_damaged(source: Path, tmp_pa
     (folder / "tokenizer.kind.json").unlink()
     with pytest.raises(ConfigError, match=r"is damaged: tokenizer\.kind\.json is missing"):
         load_corpus(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is damaged: .*recursion"),
+        (b'{"kind": "bytes", "vocab_size": 256.0}', "describes a tokenizer that this version does not have"),
+        (b'{"kind": "bytes", "vocab_size": [257]}', "describes a tokenizer that this version does not have"),
+        (b'{"kind": "bytes", "kind": "world"}', "is damaged: .*names twice: kind"),
+        (b'{"kind": "\\ud800"}', "describes a tokenizer that this version does not have"),
+    ],
+    ids=["deep", "a float", "a list", "twice", "a surrogate"],
+)
+def test_json_that_no_tokenizer_writes_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "tokenizer.kind.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"tokenizer\.kind\.json {message}"):
+        load_tokenizer(tmp_path, 257)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"\xe2\x96\x81", b"\xe2\x96\xff"), (b"<0x41>", b"<0xZZ>"), (b"<|endoftext|>", b"<|end\xfftext|>")],
+    ids=["a piece that is not UTF-8", "a byte that is none", "an end of text that is not UTF-8"],
+)
+def test_a_damaged_sentencepiece_model_is_named(model_path: Path, old: bytes, new: bytes) -> None:
+    content = model_path.read_bytes()
+    assert old in content
+    with pytest.raises(ConfigError, match=r"^x\.model is (a damaged|not a) sentencepiece model"):
+        SentencePieceTokenizer(content.replace(old, new), "x.model")

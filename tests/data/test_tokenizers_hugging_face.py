@@ -221,3 +221,62 @@ def test_a_missing_package_is_named_with_the_remedy(json_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r'needs the package tokenizers: pip install "rwkv-jax\[tokenizers\]"'):
         load_tokenizer(json_path, 405)
+
+
+def two_on_one_id(description: dict[str, Any]) -> None:
+    vocabulary = description["model"]["vocab"]
+    vocabulary["!"] = vocabulary["?"]
+
+
+def added_on_one_id(description: dict[str, Any]) -> None:
+    description["added_tokens"][-1]["id"] = description["model"]["vocab"]["def"]
+
+
+def negative_id(description: dict[str, Any]) -> None:
+    description["added_tokens"][-1]["id"] = -1
+
+
+def far_id(description: dict[str, Any]) -> None:
+    description["model"]["vocab"]["def"] = 2**32 - 1
+
+
+def two_ids(description: dict[str, Any]) -> None:
+    description["added_tokens"][-1]["id"] = 450
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            two_on_one_id,
+            r"x\.json does not give each token an id of its own: '[!?]' and '[!?]' both have the id",
+        ),
+        (added_on_one_id, r"x\.json .*own: 'def' and '  ' both have the id \d+; get it again"),
+        (negative_id, r"x\.json is not a tokenizer.json that can be read \(.*; get it again"),
+        (far_id, r"x\.json .*own: the id of 'def' is 4294967295, and must be a whole number from 0 to 4194303"),
+        (two_ids, r"x\.json .*own: '  ' has the ids 450 and 404"),
+    ],
+)
+def test_each_token_has_an_id_of_its_own(
+    json_path: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    description = described(json_path)
+    change(description)
+    with pytest.raises(ConfigError, match=reason):
+        made(description)
+
+
+@pytest.mark.parametrize("part", ["model", "added_tokens", "pre_tokenizer"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], [3], {}, {"type": 3}, {"type": "BPE"}], ids=repr)
+def test_parts_of_another_type_are_named(json_path: Path, part: str, value: Any) -> None:
+    description = described(json_path) | {part: value}
+    with pytest.raises(ConfigError, match=r"^x\.json "):
+        made(description)
+
+
+def test_a_part_that_is_missing_is_named(json_path: Path) -> None:
+    for part in ("model", "added_tokens", "pre_tokenizer"):
+        description = described(json_path)
+        del description[part]
+        with pytest.raises(ConfigError, match=r"^x\.json "):
+            made(description)

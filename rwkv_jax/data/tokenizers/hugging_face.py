@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
 
+from rwkv_jax.checks import is_whole
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
+from rwkv_jax.json_object import parse_object
 
 MAX_PADDING = 511
 """A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that exists
+
+_MAX_IDS = 2**22  # twelve times the largest vocabulary so far; a table of all ids is made
 
 _NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
@@ -33,23 +37,28 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, origin: str) -> None:
         """From the bytes of a tokenizer.json; `origin` names it in errors.
 
-        Raises ConfigError if they are not one, if its ids have no exact bytes, if it has no end of text, or if the
-        package tokenizers is missing.
+        Raises ConfigError if they are not one, if its ids have no exact bytes or are shared by two tokens, if it has no
+        end of text, or if the package tokenizers is missing.
         """
         try:
             import tokenizers
         except ImportError as error:
             raise ConfigError(f'{origin} needs the package tokenizers: pip install "rwkv-jax[tokenizers]"') from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-            description: dict[str, Any] = json.loads(content)
-        except Exception as error:  # the package raises Exception itself
-            raise ConfigError(f"{origin} is not a tokenizer.json that can be read ({error})") from error
+        with _named(origin):
+            self._load(tokenizers, content, origin)
+
+    def _load(self, tokenizers: Any, content: bytes, origin: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        description = parse_object(content, origin)
         if reason := _inexactness(description):
             raise ConfigError(
                 f"{origin} is not a byte-level BPE whose ids have exact bytes: {reason}; "
                 "those of GPT-2, GPT-NeoX and Qwen are"
             )
+        ids = [*description["model"]["vocab"].items()]
+        ids += [(token["content"], token["id"]) for token in description["added_tokens"]]
+        if reason := _ambiguity(ids, self._tokenizer.get_vocab(with_added_tokens=True)):
+            raise ConfigError(f"{origin} does not give each token an id of its own: {reason}; get it again")
         added = {token["content"]: token for token in description["added_tokens"]}
         end_of_text = next((content for content in _ENDS_OF_TEXT if content in added), None)
         if end_of_text is None:
@@ -93,6 +102,38 @@ class HuggingFaceTokenizer(Tokenizer):
             text = self._normalize(content) if token["normalized"] else content
             table[token["id"]] = b"" if token["special"] else text.encode()
         return table
+
+
+@contextlib.contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Turns what a damaged file makes Python and the package raise into ConfigError; the package even panics."""
+    try:
+        yield
+    except (ConfigError, MemoryError, OSError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ConfigError(f"{origin} is not a tokenizer.json that can be read ({reason}); get it again") from error
+
+
+def _ambiguity(ids: Sequence[tuple[str, Any]], known: Mapping[str, int]) -> str | None:
+    """The reason why a text or an id would stand for another than the file says, or None.
+
+    Args:
+      ids: (text, id) of all tokens.
+      known: what the package has made of them.
+    """
+    owners: dict[int, str] = {}
+    for text, token in ids:
+        if not is_whole(token) or not 0 <= token < _MAX_IDS:
+            return f"the id of {text!r} is {token!r}, and must be a whole number from 0 to {_MAX_IDS - 1}"
+        if (other := owners.setdefault(token, text)) != text:
+            return f"{other!r} and {text!r} both have the id {token}"
+        if known.get(text) != token:
+            return f"{text!r} has the ids {token} and {known.get(text)}"
+    return None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -16,6 +16,7 @@ from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokeni
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
+from rwkv_jax.json_object import parse_object
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.kind.json")
 """File names of saved tokenizers."""
@@ -111,9 +112,9 @@ def _of_content(content: bytes, path: Path) -> Tokenizer:
         raise ConfigError(f"{path} is the vocabulary of World as text; give the name world instead")
     if content.startswith(b"{"):
         try:
-            record: dict[str, Any] = json.loads(content)
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged: it begins like JSON and is none ({error}); get it again") from error
+            record = parse_object(content, "it begins like JSON and is none", remedy="get it again")
+        except ConfigError as error:
+            raise ConfigError(f"{path} is damaged: {error}") from error
         if "kind" in record:
             return _of_kind(record, path)
         if "model" in record:
@@ -127,8 +128,8 @@ def _of_kind(record: dict[str, Any], path: Path) -> Tokenizer:
     tokenizer: Tokenizer | None = None
     if record["kind"] == "world":
         tokenizer = WorldTokenizer()
-    elif record["kind"] == "bytes" and record.get("vocab_size") in ByteTokenizer.SIZES:
-        tokenizer = ByteTokenizer(record["vocab_size"])
+    elif record["kind"] == "bytes" and type(record.get("vocab_size")) is int:
+        tokenizer = ByteTokenizer(record["vocab_size"]) if record["vocab_size"] in ByteTokenizer.SIZES else None
     if tokenizer is None or json.loads(tokenizer.saved.content) != record:
-        raise ConfigError(f"{path} describes a tokenizer that this version does not have: {json.dumps(record)}")
+        raise ConfigError(f"{path} describes a tokenizer that this version does not have: {json.dumps(record)[:200]}")
     return tokenizer

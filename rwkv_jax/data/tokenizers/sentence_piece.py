@@ -36,10 +36,17 @@ class SentencePieceTokenizer(Tokenizer):
         """From the bytes of a model file; `origin` names it in errors. Raises ConfigError if it could lose text."""
         if not model:
             raise ConfigError(f"{origin} is empty, not a sentencepiece model")
+        package = _sentencepiece(origin)
         try:
-            self._processor = _sentencepiece(origin).SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            self._processor = package.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message
             raise ConfigError(f"{origin} is not a sentencepiece model; name a .model file") from error
+        try:
+            self._load(model, origin)
+        except (RuntimeError, UnicodeDecodeError, IndexError) as error:
+            raise ConfigError(f"{origin} is a damaged sentencepiece model ({error}); get it again") from error
+
+    def _load(self, model: bytes, origin: str) -> None:
         if self._processor.eos_id() < 0:
             raise ConfigError(f"{origin} has no end-of-sentence piece to put between documents; train it with eos_id")
         self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -68,12 +75,19 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._processor
         piece = processor.id_to_piece(token)
         if processor.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
+            return bytes([_byte_of(piece)])
         if processor.is_control(token):
             return b""
         if processor.is_unknown(token):
             return NO_TEXT
         return piece.replace(_SPACE_MARK, " ").encode()
+
+
+def _byte_of(piece: str) -> int:
+    """The value of a piece such as <0x0A>. Raises RuntimeError, as the package does, for another."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece) is None:
+        raise RuntimeError(f"the piece {piece!r} names no byte")
+    return int(piece[3:5], 16)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str], stride: int = 1) -> None:
