@@ -51,6 +51,7 @@ _PACKED = re.compile(r"(?P<name>.+)\.(?P<kind>int8|int4)")
 _SMALL_RANK = 12  # the width is as many ranks or more
 _CODES_OF_4_BITS = 15
 _LARGEST = 127
+_LARGEST_SCALE = np.finfo(np.float32).max / (_LARGEST + 1)
 _LARGEST_MULTIPLIER = 17  # 15 steps of 17 reach from -128 to 127
 _ROWS_AT_A_TIME = 2**21  # numbers packed at a time, since packing needs a multiple of their memory
 
@@ -231,8 +232,10 @@ class DequantizedTensors(DerivedTensors):
 
 
 def _check_numbers(name: str, parts: PackedParts) -> None:
-    if not np.isfinite(parts["scale"]).all():
-        raise WeightsError(f"{name}.scale has numbers that are not finite; get the file again")
+    if not (np.abs(parts["scale"]) <= _LARGEST_SCALE).all():
+        raise WeightsError(
+            f"{name}.scale has numbers that are not finite, or too large for those they scale; get the file again"
+        )
     if "multiplier" not in parts:
         return
     multiplier, offset = (parts[part].astype(np.int16) for part in ("multiplier", "offset"))
