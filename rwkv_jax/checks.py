@@ -15,10 +15,22 @@ class ConfigError(ValueError):
     """An invalid value; the message names the field, the value and the remedy."""
 
 
+_SHOWN = 500  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """A value for a message: its repr on one line, cut if long; its type if it has none, as of a huge integer."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def require(condition: bool, field: str, value: object, remedy: str) -> None:
     """Raises ConfigError with the field, its value and the remedy unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{field} = {value!r}: {remedy}")
+        raise ConfigError(f"{field} = {shown(value)}: {remedy}")
 
 
 def checker(config: object, section: str = "") -> Callable[[bool, str, str], None]:

@@ -116,7 +116,7 @@ class ChatFormat:
         return self.before_message + self._cleaned("message", message) + asked + self.before_reply + opening
 
     def _cleaned(self, name: str, text: str) -> str:
-        cleaned = self.clean(text)
+        cleaned = self.clean(text) if isinstance(text, str) else ""
         if not cleaned:
             raise ConfigError(f"{name} = {text!r}: is empty; give it some text")
         return cleaned

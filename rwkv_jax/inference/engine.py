@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rwkv_jax.checks import ConfigError, require_whole
+from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
 from rwkv_jax.inference.options import EngineOptions
@@ -75,6 +75,9 @@ class Engine:
             raise ConfigError(
                 f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {config.vocab_size}; use its own"
             )
+        for name, value, kind in (("options", options, EngineOptions), ("mesh", mesh, Mesh)):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} = {shown(value)}: must be of the type {kind.__name__}, or None")
         options = options or EngineOptions()
         if mesh is not None:
             options = dataclasses.replace(options, batch_sizes=(options.num_slots,))
@@ -165,14 +168,15 @@ class Engine:
           NotFiniteError: the model's logits are not finite.
         """
         one = is_one(prompts)
+        require_whole("best_of", best_of, 1, MAX_BEST_OF)
+        best_of = int(best_of)
         if conversation is not None:
             if not one or best_of != 1:
                 raise ConfigError(
-                    f"conversation = {conversation!r}: continues with one prompt and one continuation; leave best_of "
-                    "and further prompts out"
+                    f"conversation = {shown(conversation)}: continues with one prompt and one continuation; leave "
+                    "best_of and further prompts out"
                 )
             return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
-        require_whole("best_of", best_of, 1, MAX_BEST_OF)
         completions = self._run(self._requests(prompts, best_of, arguments))
         best = [
             dataclasses.replace(
@@ -250,7 +254,7 @@ class Engine:
           ConfigError: the name is not a string, or a single state is larger than `session_bytes`.
         """
         if not isinstance(name, str):
-            raise ConfigError(f"conversation = {name!r}: must be a string")
+            raise ConfigError(f"conversation = {shown(name)}: must be a string")
         if (one := self._scheduler.state_bytes) > self.options.session_bytes:
             raise ConfigError(
                 f"session_bytes = {self.options.session_bytes}: a state of this model has {one}; build the engine with "
@@ -297,7 +301,7 @@ class Engine:
         try:
             ids = self.tokenizer.encode(text)
         except UnicodeEncodeError as error:
-            raise ConfigError(f"prompt = {text!r}: is not UTF-8") from error
+            raise ConfigError(f"prompt = {shown(text)}: is not UTF-8") from error
         return [self.tokenizer.end_of_text, *ids] if begins else ids
 
     # Arguments to jobs.
@@ -371,14 +375,25 @@ class Engine:
                 )
 
     def _check_state(self, snapshot: Snapshot) -> None:
-        like = self._scheduler.empty_row
-        expected, found = (
-            jax.tree.map(lambda x: (tuple(x.shape), np.dtype(x.dtype).name), (row.state, row.logits))
-            for row in (like, snapshot)
+        if not is_whole(snapshot.num_tokens) or snapshot.num_tokens < 0:
+            raise StateError(f"state: its num_tokens = {shown(snapshot.num_tokens)} is no number of tokens")
+        is_ours = snapshot.owner is None or (
+            isinstance(snapshot.owner, str) and snapshot.owner == self._scheduler.owner
         )
-        is_ours = snapshot.owner in (None, self._scheduler.owner)
-        if not is_ours or jax.tree.structure(snapshot.state) != jax.tree.structure(like.state) or expected != found:
+        if not is_ours or not _is_like(snapshot, self._scheduler.empty_row):
             raise StateError(
                 f"state: is of another model than this {self.config.title} of "
                 f"{self.config.num_layers} x {self.config.width}; give one that an engine of this very model made"
             )
+
+
+def _is_like(snapshot: Snapshot, row: Any) -> bool:
+    """Whether a snapshot has the arrays of a slot's row."""
+    try:
+        leaves, tree = jax.tree.flatten((snapshot.state, snapshot.logits))
+    except (RecursionError, SystemError, TypeError, ValueError):  # of what is nested too deep, or cannot be sorted
+        return False
+    expected, like = jax.tree.flatten((row.state, row.logits))
+    return tree == like and all(
+        np.shape(x) == y.shape and getattr(x, "dtype", None) == y.dtype for x, y in zip(leaves, expected, strict=True)
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-from rwkv_jax.checks import ConfigError, is_number, require_whole
+from rwkv_jax.checks import ConfigError, is_number, require, require_whole, shown
 
 _MIB = 2**20
+_MAX_SIZE = 2**30  # of an axis of what is compiled
+_MAX_SECONDS = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +42,21 @@ class EngineOptions:
     """Idle seconds after which a named conversation is dropped."""
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length", "max_queue"):
+        for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length"):
             require_whole(name, getattr(self, name), 1)
-        for name, minimum in (("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1)):
+            require(getattr(self, name) <= _MAX_SIZE, name, getattr(self, name), f"must not exceed {_MAX_SIZE}")
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name, minimum in (("max_queue", 1), ("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1)):
             require_whole(name, getattr(self, name), minimum)
+            object.__setattr__(self, name, int(getattr(self, name)))
         if type(self.batch_invariant) is not bool:
-            raise ConfigError(f"batch_invariant = {self.batch_invariant!r}: must be True or False")
-        if self.batch_invariant and self.batch_sizes is not None and set(self.batch_sizes) != {self.num_slots}:
-            raise ConfigError(
-                f"batch_sizes = {self.batch_sizes}: with batch_invariant all slots are decoded at once; leave it out"
-            )
+            raise ConfigError(f"batch_invariant = {shown(self.batch_invariant)}: must be True or False")
         idle = self.session_idle_seconds
-        if not is_number(idle) or not idle > 0:
-            raise ConfigError(f"session_idle_seconds = {idle!r}: must be a positive number; math.inf for no limit")
+        if not is_number(idle) or not (0 < idle <= _MAX_SECONDS or idle == math.inf):
+            raise ConfigError(
+                f"session_idle_seconds = {shown(idle)}: must be a positive number up to {_MAX_SECONDS:g}; math.inf for "
+                "no limit"
+            )
         if self.short_prefill_length > self.prefill_length:
             raise ConfigError(
                 f"short_prefill_length = {self.short_prefill_length}: must not exceed prefill_length = "
@@ -60,9 +65,13 @@ class EngineOptions:
         if self.batch_sizes is None:
             return
         if not isinstance(self.batch_sizes, Sequence) or not self.batch_sizes:
-            raise ConfigError(f"batch_sizes = {self.batch_sizes!r}: must be several whole numbers, or None")
+            raise ConfigError(f"batch_sizes = {shown(self.batch_sizes)}: must be several whole numbers, or None")
         for size in self.batch_sizes:
             require_whole("batch_sizes", size, 1, self.num_slots)
+        if self.batch_invariant and set(self.batch_sizes) != {self.num_slots}:
+            raise ConfigError(
+                f"batch_sizes = {self.batch_sizes}: with batch_invariant all slots are decoded at once; leave it out"
+            )
         if self.num_slots not in self.batch_sizes:
             raise ConfigError(f"batch_sizes = {self.batch_sizes}: must have num_slots = {self.num_slots}, too")
 

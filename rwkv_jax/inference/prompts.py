@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from rwkv_jax.checks import ConfigError, is_whole, require_whole
+from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.inference.requests import MAX_SEED, Request
 from rwkv_jax.inference.sampling import Sampling, SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
@@ -54,13 +54,18 @@ def is_one(prompts: Any) -> bool:
     """
     if isinstance(prompts, str):
         return True
+    if isinstance(prompts, bytes | bytearray | memoryview) or not _is_sequence(prompts):
+        raise ConfigError(
+            f"prompts = {shown(prompts)}: must be a text, a sequence of token ids, or a list of several such prompts"
+        )
     if isinstance(prompts, jax.Array):
         return prompts.ndim == 1 and prompts.size > 0
-    if isinstance(prompts, bytes | bytearray | memoryview) or not isinstance(prompts, Sequence | np.ndarray):
-        raise ConfigError(
-            f"prompts = {prompts!r}: must be a text, a sequence of token ids, or a list of several such prompts"
-        )
-    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | np.ndarray)
+    return len(prompts) > 0 and not _is_sequence(prompts[0])
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether it has a length; arrays without axes have none."""
+    return value.ndim > 0 if isinstance(value, np.ndarray | jax.Array) else isinstance(value, Sequence)
 
 
 def build_requests(
@@ -70,7 +75,7 @@ def build_requests(
 
     Args:
       encode: encode(text, begins=) -> ids.
-      arguments: as in `Engine.stream`.
+      arguments: as in `Engine.stream`; NumPy's scalars are taken as Python's.
 
     Raises:
       ConfigError: incompatible or unknown arguments; values are checked by `Request.check`.
@@ -78,10 +83,13 @@ def build_requests(
     if unknown := sorted(arguments.keys() - _ARGUMENTS):
         remedy = _ELSEWHERE.get(unknown[0], "Engine.stream lists them")
         raise ConfigError(f"{', '.join(unknown)}: no such argument; {remedy}")
-    given = dict(arguments)
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
+    if type(given.get("return_state", False)) is not bool:
+        raise ConfigError(f"return_state = {shown(given['return_state'])}: must be True or False")
     state: Snapshot | None = given.pop("state", None)
     if state is not None and not isinstance(state, Snapshot):
-        raise ConfigError(f"state = {state!r}: must be a Snapshot, such as Session.snapshot")
+        raise ConfigError(f"state = {shown(state)}: must be a Snapshot, such as Session.snapshot")
+    prompts = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
     each: list[Any] = [prompts] if is_one(prompts) else list(prompts)
     if not each and state is not None:
         each = [""]  # no ids: nothing to prefill
@@ -134,17 +142,17 @@ def _ids(name: str, prompt: Any, encode: Callable[..., list[int]], *, begins: bo
     if isinstance(prompt, str):
         return tuple(encode(prompt, begins=begins))
     if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
-        raise ConfigError(f"{name} = {prompt!r}: must be a text, or a sequence of token ids")
-    return _converted(tuple, name, np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt)
+        raise ConfigError(f"{name} = {shown(prompt)}: must be a text, or a sequence of token ids")
+    return _converted(tuple, name, prompt)
 
 
 def _converted(kind: type[Any], name: str, values: Any) -> Any:
     if not isinstance(values, Iterable):
-        raise ConfigError(f"{name} = {values!r}: must be a sequence")
+        raise ConfigError(f"{name} = {shown(values)}: must be a sequence")
     try:
-        return kind(values)
+        return kind(np.asarray(values) if isinstance(values, jax.Array) else values)
     except TypeError as error:
-        raise ConfigError(f"{name} = {values!r}: {error}") from error
+        raise ConfigError(f"{name} = {shown(values)}: must be a sequence ({error})") from error
 
 
 def _one_each(name: str, values: Any, count: int) -> list[Any]:

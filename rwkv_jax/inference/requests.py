@@ -7,9 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-import numpy as np
-
-from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole
+from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole, shown
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.inference.snapshot import Snapshot
 from rwkv_jax.inference.text import check_stop_strings
@@ -76,9 +74,9 @@ class Request:
           ConfigError: an invalid value; the message has the remedy.
         """
         if not isinstance(self.sampling, SamplingParams):
-            raise ConfigError(f"sampling = {self.sampling!r}: must be a SamplingParams or the name of a preset")
+            raise ConfigError(f"sampling = {shown(self.sampling)}: must be a SamplingParams or the name of a preset")
         if not isinstance(self.client_id, str):
-            raise ConfigError(f"client_id = {self.client_id!r}: must be a string")
+            raise ConfigError(f"client_id = {shown(self.client_id)}: must be a string")
         require_whole("max_tokens", self.max_tokens, 0)
         require_whole("seed", self.seed, 0, MAX_SEED)
         require_whole("top_logprobs", self.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size))
@@ -103,7 +101,8 @@ class Request:
         scale = self.guidance_scale
         if not is_number(scale) or not abs(scale) <= _MAX_GUIDANCE_SCALE:
             raise ConfigError(
-                f"guidance_scale = {scale!r}: must be a number of at most {_MAX_GUIDANCE_SCALE:g}; 1 is no guidance"
+                f"guidance_scale = {shown(scale)}: must be a number of at most {_MAX_GUIDANCE_SCALE:g}; 1 is no "
+                "guidance"
             )
         if (scale != 1) != bool(self.negative_ids):
             raise ConfigError(
@@ -119,10 +118,10 @@ def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
         return
     if not all(is_whole(token) for token in ids):
         wrong = next(token for token in ids if not is_whole(token))
-        raise ConfigError(f"{name}: must be integers, token ids; {wrong!r} is {type(wrong).__name__}")
-    values = np.asarray(tuple(ids))
-    if values.min() < 0 or values.max() >= vocab_size:
-        worst = values.min() if values.min() < 0 else values.max()
+        raise ConfigError(f"{name}: must be integers, token ids; {shown(wrong)} is {type(wrong).__name__}")
+    smallest, largest = int(min(ids)), int(max(ids))
+    if smallest < 0 or largest >= vocab_size:
+        worst = shown(smallest if smallest < 0 else largest)
         raise ConfigError(f"{name}: token id {worst} must lie from 0 to V - 1 = {vocab_size - 1}")
 
 

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rwkv_jax.checks import ConfigError, is_number, is_whole
+from rwkv_jax.checks import ConfigError, is_number, is_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.selection import draw, first_largest, largest_floor
 
@@ -104,17 +104,17 @@ class SamplingParams:
         self._require_between("top_p", 0, 1)
         self._require_between("min_p", 0, 1)
         if not (is_number(self.typical_p) and 0 < self.typical_p <= 1):
-            raise ConfigError(f"typical_p = {self.typical_p!r}: must lie in (0, 1]")
+            raise ConfigError(f"typical_p = {shown(self.typical_p)}: must lie in (0, 1]")
         self._require_between("repetition_penalty", 1 / _MAX_SETTING, _MAX_SETTING)
         self._require_between("presence_penalty", -_MAX_SETTING, _MAX_SETTING)
         self._require_between("frequency_penalty", -_MAX_SETTING, _MAX_SETTING)
         self._require_between("penalty_decay", 0, 1)
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
-            raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
+            raise ConfigError(f"top_k = {shown(self.top_k)}: must be a whole number from 0 (all tokens) to {2**31 - 1}")
         if type(self.penalize_prompt) is not bool:
-            raise ConfigError(f"penalize_prompt = {self.penalize_prompt!r}: must be True or False")
-        if self.order not in typing.get_args(Order):
-            raise ConfigError(f"order = {self.order!r}: must be one of {', '.join(typing.get_args(Order))}")
+            raise ConfigError(f"penalize_prompt = {shown(self.penalize_prompt)}: must be True or False")
+        if not (isinstance(self.order, str) and self.order in typing.get_args(Order)):
+            raise ConfigError(f"order = {shown(self.order)}: must be one of {', '.join(typing.get_args(Order))}")
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         object.__setattr__(self, "banned", _ids("banned", self.banned))
         if both := sorted(set(self.banned) & dict(self.logit_bias).keys()):
@@ -124,7 +124,7 @@ class SamplingParams:
         value = getattr(self, name)
         # NaN fails every comparison.
         if not (is_number(value) and minimum <= value <= maximum):
-            raise ConfigError(f"{name} = {value!r}: must be a number from {minimum:g} to {maximum:g}")
+            raise ConfigError(f"{name} = {shown(value)}: must be a number from {minimum:g} to {maximum:g}")
 
     @classmethod
     def openai(cls, **changes: Any) -> Self:
@@ -152,9 +152,9 @@ class SamplingParams:
     @classmethod
     def preset(cls, name: str) -> Self:
         """The preset of this name: "greedy", "openai" or "rwkv"."""
-        if name not in typing.get_args(Preset):
+        if not (isinstance(name, str) and name in typing.get_args(Preset)):
             raise ConfigError(
-                f"sampling = {name!r}: must be a SamplingParams, or one of {', '.join(typing.get_args(Preset))}"
+                f"sampling = {shown(name)}: must be a SamplingParams, or one of {', '.join(typing.get_args(Preset))}"
             )
         return getattr(cls, name)()
 
@@ -167,7 +167,7 @@ class SamplingParams:
         """Raises ConfigError for ids outside the vocabulary."""
         for name, ids in (("logit_bias", tuple(dict(self.logit_bias))), ("banned", self.banned)):
             if ids and max(ids) >= vocab_size:
-                raise ConfigError(f"{name} names id {max(ids)}: the model's ids are 0 to {vocab_size - 1}")
+                raise ConfigError(f"{name} names id {shown(max(ids))}: the model's ids are 0 to {vocab_size - 1}")
 
 
 Sampling = SamplingParams | Preset
@@ -175,11 +175,12 @@ Sampling = SamplingParams | Preset
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
+    ids = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else ids
     if not isinstance(ids, Sequence | set | frozenset) or isinstance(ids, str | bytes):
-        raise ConfigError(f"{name} = {ids!r}: must be a sequence of token ids")
+        raise ConfigError(f"{name} = {shown(ids)}: must be a sequence of token ids")
     for token in ids:
         if not is_whole(token) or token < 0:
-            raise ConfigError(f"{name} names id {token!r}: ids are whole numbers from 0")
+            raise ConfigError(f"{name} names id {shown(token)}: ids are whole numbers from 0")
     return tuple(sorted({int(token) for token in ids}))
 
 
@@ -187,12 +188,12 @@ def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
     try:
         of = dict(biases)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"logit_bias = {biases!r}: must be a mapping from token ids to numbers") from error
+        raise ConfigError(f"logit_bias = {shown(biases)}: must be a mapping from token ids to numbers") from error
     for token, bias in of.items():
         if not is_number(bias) or not abs(bias) <= _MAX_SETTING:
             raise ConfigError(
-                f"logit_bias of id {token!r} is {bias!r}: must be a number from {-_MAX_SETTING:g} to {_MAX_SETTING:g}; "
-                "`banned` rules a token out"
+                f"logit_bias of id {shown(token)} is {shown(bias)}: must be a number from {-_MAX_SETTING:g} to "
+                f"{_MAX_SETTING:g}; `banned` rules a token out"
             )
     return tuple((token, float(of[token])) for token in _ids("logit_bias", tuple(of)))
 

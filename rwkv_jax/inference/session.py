@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Self, Unpack
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.checks import ConfigError, shown
 from rwkv_jax.inference.prompts import SessionArguments, is_one
 from rwkv_jax.inference.requests import Chunk, Completion, Prompt, join
 from rwkv_jax.inference.snapshot import Snapshot
@@ -149,12 +149,14 @@ class Session:
 
     def mark(self, name: str) -> None:
         """Names the current state for `rewind`; a mark of that name moves here."""
+        _check_mark(name)
         with self._alone("mark"):
             self._marks[name] = self._snapshot
         self._on_change(self)
 
     def rewind(self, name: str) -> None:
         """Returns to a marked state; all marks stay. Raises ConfigError for an unknown name."""
+        _check_mark(name)
         with self._alone("rewind"):
             if name not in self._marks:
                 names = ", ".join(map(repr, self._marks)) or "none"
@@ -234,6 +236,11 @@ class Session:
             yield
         finally:
             self._release()
+
+
+def _check_mark(name: object) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"mark {shown(name)}: must be a string")
 
 
 class SessionStream:

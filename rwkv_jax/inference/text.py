@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.checks import ConfigError, shown
 from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer
 
 
@@ -68,10 +68,12 @@ def check_stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
         string instead of a sequence.
     """
     if isinstance(stop_strings, str):
-        raise ConfigError(f"stop strings = {stop_strings!r}: must be a sequence of strings, such as [{stop_strings!r}]")
+        raise ConfigError(
+            f"stop strings = {shown(stop_strings)}: must be a sequence of strings, such as [{shown(stop_strings)}]"
+        )
     for index, stop in enumerate(stop_strings):
         if not isinstance(stop, str) or not stop:
-            raise ConfigError(f"stop string {index} = {stop!r}: must be a string with at least one character")
+            raise ConfigError(f"stop string {index} = {shown(stop)}: must be a string with at least one character")
         if any("\ud800" <= character <= "\udfff" for character in stop):
             raise ConfigError(f"stop string {index} = {stop!r}: is not UTF-8, which all generated text is")
     return tuple(stop_strings)
