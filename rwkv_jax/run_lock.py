@@ -1,0 +1,64 @@
+"""A run folder has one writer at a time: a lock that the system frees when its process ends, however it ends.
+
+Locks of files work on local disks and, where its lock service runs, on NFS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rwkv_jax.atomic import replace_file
+from rwkv_jax.checks import ConfigError
+
+LOCK_FILE = ".lock"
+OWNER_FILE = ".lock-owner.json"
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of an existing run folder.
+
+    Args:
+      report: told once if the file system has no locks.
+
+    Raises:
+      ConfigError: another process holds it; names its host, number and start.
+    """
+    lock = FileLock(run_dir / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"run_dir = {str(run_dir)!r}: {_owner(run_dir)} is writing there; wait until it has ended, or name another"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
+        yield
+        return
+    try:
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now().isoformat(" ", "seconds"),
+        }
+        replace_file(run_dir / OWNER_FILE, json.dumps(owner).encode())
+        yield
+    finally:
+        (run_dir / OWNER_FILE).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(run_dir: Path) -> str:
+    try:
+        owner = json.loads((run_dir / OWNER_FILE).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} of {owner['host']}, since {owner['since']},"
+    except (OSError, ValueError, TypeError, KeyError):  # it has only just taken the lock
+        return "another process"
