@@ -22,6 +22,14 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from rwkv_jax.atomic import replace_file
+from rwkv_jax.checkpoint_files import (
+    CheckpointError,
+    DamagedError,
+    changed_arrays,
+    first_line,
+    open_checkpoints,
+    unpack_metadata,
+)
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
@@ -31,11 +39,12 @@ from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
 
 if TYPE_CHECKING:  # Orbax takes a second to import, which loading weights from a file should not need.
-    from orbax.checkpoint import v1 as ocp
+    pass
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+SET_ASIDE = "set-aside-"
 
 
 def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
@@ -58,6 +67,7 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
         "training.sequence_length": config.training.sequence_length,
         "training.reset_at_documents": config.training.reset_at_documents,
         "training.carry_state": config.training.carry_state,
+        "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }
@@ -89,6 +99,7 @@ def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
     """
     if is_url(run_dir):
         raise ConfigError(f"run_dir = {str(run_dir)!r}: is a web address, not a path; name a folder of this machine")
+    _refuse_characters(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # A random name: processes on several hosts may have the same number.
@@ -99,13 +110,40 @@ def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:
     run_file = run_dir / RUN_FILE
     if run_file.exists():
         return read_run_file(run_dir)
-    foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith("."))
+    foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith((".", SET_ASIDE)))
     if foreign:
         raise ConfigError(
             f"run_dir = {str(run_dir)!r}: holds {foreign[0]!r} but no {RUN_FILE}, so it is no run of ours; "
             "name a new or empty folder"
         )
     return None
+
+
+def _refuse_characters(run_dir: Path) -> None:
+    """Refuses names in which TensorStore cannot keep arrays, before anything is written."""
+    for character in str(run_dir.absolute()):
+        what = None
+        if character == "\\":
+            what = "a backslash, which is taken for a separator of folders"
+        elif "\ud800" <= character <= "\udfff":
+            what = f"the byte 0x{ord(character) & 0xFF:02x}, which is not UTF-8"
+        elif character == "\0":
+            what = "a zero byte"
+        if what is not None:
+            raise ConfigError(f"run_dir = {str(run_dir)!r}: has {what}, so no array can be saved there; name another")
+
+
+def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
+    """Moves all that a run has left into a new folder `set-aside-N` in its own; what is there already stays."""
+    if not (run_dir / RUN_FILE).exists():  # another process has done it
+        return
+    number = 1 + sum(path.name.startswith(SET_ASIDE) for path in run_dir.iterdir())
+    aside = run_dir / f"{SET_ASIDE}{number}"
+    aside.mkdir()
+    found = [path for path in run_dir.iterdir() if not path.name.startswith((".", SET_ASIDE))]
+    for path in sorted(found, key=lambda path: path.name == RUN_FILE):  # last, so that a broken move is done again
+        path.rename(aside / path.name)
+    report(f"what the run has left is in {aside} now; it begins again")
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
@@ -197,11 +235,16 @@ def load_model(
             raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
         step = checkpointer.latest.step
         try:
-            params = checkpointer.load(step, {"params": like})["params"]
+            metadata = unpack_metadata(checkpointer.metadata(step).custom_metadata)
+            tree = checkpointer.load(step, {"params": like})
+            if changed := changed_arrays(tree, metadata["digests"]):
+                raise DamagedError(f"{changed[0]} has other bits than were saved")
+            if metadata["step"] != step:
+                raise DamagedError(f"it holds the state after step {metadata['step']}")
         except Exception as error:  # whatever Orbax raises for a damaged file, report path and remedy
             remedy = _describe_broken_files(folder / str(step)) or "resume the run to mend it"
-            raise ConfigError(f"{folder / str(step)}: cannot be read ({error}); {remedy}") from error
-    return LoadedModel(config, graphdef, params, step)
+            raise CheckpointError(f"{folder / str(step)}: cannot be read ({first_line(error)}); {remedy}") from error
+    return LoadedModel(config, graphdef, tree["params"], step)
 
 
 def _describe_broken_files(checkpoint: Path) -> str | None:
@@ -211,21 +254,3 @@ def _describe_broken_files(checkpoint: Path) -> str | None:
         if wrong is not None and path.stat().st_size:
             return f"{path.relative_to(checkpoint)} {wrong}"
     return None
-
-
-def open_checkpoints(folder: Path, keep: int | None) -> ocp.training.Checkpointer:
-    """The checkpoints in a folder.
-
-    Args:
-      keep: number of newest checkpoints kept when another is saved; None opens the folder for reading only.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    policies: Any = ocp.training.preservation_policies  # Orbax's own annotations do not agree with each other
-    every_time: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-    return ocp.training.Checkpointer(
-        str(folder.absolute()),
-        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
-        save_decision_policy=every_time,
-        cleanup_tmp_directories=keep is not None,
-    )

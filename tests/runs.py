@@ -23,6 +23,7 @@ from rwkv_jax.training.state import TrainState
 from tests.golden import QUICK
 from tests.parallel.process_pair import free_port
 from tests.small_runs import assert_same_bits, write_corpus
+from tests.training.saved import restore
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 300  # seconds; a process that has not done by then what is waited for has failed
@@ -122,9 +123,7 @@ class Workplace:
         """The newest checkpoint, read on one device."""
         config = load_config(self.config)
         with ckpt.Checkpoints(run_dir, config.checkpoint.keep, pytest.fail) as checkpoints:
-            state = checkpoints.restore(abstract_state(make_train_functions(config)))
-        assert state is not None
-        return state
+            return restore(checkpoints, abstract_state(make_train_functions(config)))
 
     def assert_same_end(self, left: Path, right: Path) -> None:
         """Parameters, optimizer and counters bit for bit; every figure and sample; which step is the best."""

@@ -91,14 +91,30 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "held_out": (("data",), ()),
     "models": (("config", "kernels"), ("jax", "flax", "numpy", "einops")),
     "parallel": (("config", "models", "kernels"), ("jax", "flax", "numpy")),
-    "run_folder": (("config", "data", "models", "parallel"), ("jax", "orbax")),
+    "digests": ((), ("jax",)),
+    "checkpoint_files": (("digests",), ("jax", "orbax")),
+    "run_folder": (("checkpoint_files", "config", "data", "models", "parallel"), ("jax", "orbax")),
+    "run_lock": ((), ("filelock",)),
     "weights": (
         ("config", "data", "models", "parallel", "run_folder"),
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
     "training": (
         # Samples of a run are drawn by the engine's pure functions, without the engine.
-        ("config", "data", "held_out", "models", "parallel", "run_folder", "weights", "inference.sampling", "kernels"),
+        (
+            "checkpoint_files",
+            "config",
+            "data",
+            "digests",
+            "held_out",
+            "models",
+            "parallel",
+            "run_folder",
+            "run_lock",
+            "weights",
+            "inference.sampling",
+            "kernels",
+        ),
         ("jax", "flax", "numpy", "einops", "matplotlib", "optax", "orbax", "rich"),
     ),
     "inference": (

@@ -38,6 +38,6 @@ class Train:
 
 
 def command_line() -> str:
-    """This process's command line, for resuming."""
-    program = Path(sys.argv[0])
-    return shlex.join([*(["python", sys.argv[0]] if program.suffix == ".py" else [program.name]), *sys.argv[1:]])
+    """This process's command line, for resuming; without `--restart`, which would begin again."""
+    program, arguments = Path(sys.argv[0]), [text for text in sys.argv[1:] if text != "--restart"]
+    return shlex.join([*(["python", sys.argv[0]] if program.suffix == ".py" else [program.name]), *arguments])

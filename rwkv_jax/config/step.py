@@ -117,13 +117,25 @@ class StepConfig:
     l2wrap: float = 1e-4
     """Strength of L2Wrap, the official penalty on each token's largest logit; 0 disables it."""
     max_bad_steps: int = 10
-    """Consecutive steps with a loss or gradient that is not finite (each skipped) after which the run stops."""
+    """Consecutive skipped steps, with a loss or gradient that is not finite, after which the run stops."""
+    spike_factor: float | None = None
+    """Skip steps whose loss or gradient norm exceeds this multiple of its median over the last spike_window steps
+    taken; None never does. They count as bad steps."""
+    spike_window: int = 64
+    """Steps of the median that spike_factor multiplies; none is skipped before there are as many."""
 
     def __post_init__(self) -> None:
         require_choices(self, "training")
         check = checker(self, "training")
         require_positive(
-            self, "training", "num_steps", "batch_size", "sequence_length", "accumulation_steps", "max_bad_steps"
+            self,
+            "training",
+            "num_steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation_steps",
+            "max_bad_steps",
+            "spike_window",
         )
         check(
             self.batch_size % self.accumulation_steps == 0,
@@ -132,3 +144,4 @@ class StepConfig:
         )
         check(self.loss_chunk is None or self.loss_chunk > 0, "loss_chunk", "must be positive")
         check(self.l2wrap >= 0, "l2wrap", "must not be negative")
+        check(self.spike_factor is None or self.spike_factor > 1, "spike_factor", "must be greater than 1")

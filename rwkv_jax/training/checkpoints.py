@@ -1,70 +1,159 @@
 """Checkpoints by Orbax: written atomically in the background, restored into the current shardings.
 
-`rwkv_jax.run_folder` defines their paths and loads models from them.
+`rwkv_jax.run_folder` defines their paths and loads models from them. Beside its arrays a checkpoint has their digests,
+the step, and the sums of the logging window that it was saved within, all under a checksum of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from rwkv_jax.checkpoint_files import (
+    CheckpointError,
+    DamagedError,
+    changed_arrays,
+    first_line,
+    is_damage,
+    open_checkpoints,
+    pack_metadata,
+    unpack_metadata,
+    writing,
+)
+from rwkv_jax.digests import digest_tree, paths_of
 from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
-from rwkv_jax.run_folder import BEST, CHECKPOINTS, open_checkpoints
+from rwkv_jax.run_folder import BEST, CHECKPOINTS
 from rwkv_jax.training.state import TrainState
+
+MAX_CLOSE_SECONDS = 30.0
+"""How long an error waits for saves in flight before it is raised all the same."""
+
+DAMAGED = "damaged-"
+"""Prefix of the folders of checkpoints that were set aside."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was restored."""
+
+    state: TrainState
+    window: Mapping[str, Any]
+    """What `StepLogger.window` gave when it was saved."""
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for saves in flight.
 
     In a run of several processes, all call each method; only the first renames, and its result holds for all.
+    Whatever cannot be written is a `CheckpointError`, raised by the save itself, a later one or the end.
     """
 
     def __init__(
         self, run_dir: Path, keep: int, report: Callable[[str], None], processes: Processes | None = None
     ) -> None:
         self._report, self._processes = report, processes or Processes()
-        self._latest = open_checkpoints(run_dir / CHECKPOINTS, keep)
-        self._best = open_checkpoints(run_dir / BEST, 1)
+        with writing(run_dir):
+            self._latest = open_checkpoints(run_dir / CHECKPOINTS, keep)
+            self._best = open_checkpoints(run_dir / BEST, 1)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._latest.close()
-        self._best.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            for checkpointer in (self._latest, self._best):
+                with writing(Path(str(checkpointer.directory))):
+                    checkpointer.close()
+        else:
+            self._close_within(MAX_CLOSE_SECONDS)
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """Restores the newest checkpoint that is intact in every process; None if there is none.
+    def _close_within(self, seconds: float) -> None:
+        """Waits for saves in flight, but not for ever: another process may be gone, or a disk."""
 
-        A damaged one is reported and renamed with the prefix `damaged-`, and the one before is tried.
+        def close(checkpointer: ocp.training.Checkpointer) -> None:
+            with contextlib.suppress(Exception):  # the error that ends the run says more
+                checkpointer.close()
+
+        closing = [threading.Thread(target=close, args=(each,), daemon=True) for each in (self._latest, self._best)]
+        until = time.monotonic() + seconds
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in closing):
+            self._report(f"a save did not end within {seconds:g} seconds, and is left; it will be no checkpoint")
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """Restores the newest checkpoint that is intact in every process; None if none was ever saved.
+
+        One that is proven damaged, by a digest or its structure, is reported and renamed with the prefix `damaged-`,
+        and the one before is tried.
 
         Args:
           like: shapes, dtypes and the shardings to restore into.
 
         Raises:
           DisagreementError: the processes see different checkpoints.
+          CheckpointError: a checkpoint cannot be read for another reason than damage, is of another step than its name
+            says or of another optimizer; or there are damaged ones and none that is intact.
         """
         for step in self._steps():
-            state, reason = None, ""
-            try:
-                state = _load_alone(Path(str(self._latest.directory)) / str(step), like, self._processes)
-            except Exception as error:  # Whatever Orbax raises for a damaged file, an older checkpoint may be intact.
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            # Each process reads its own share; only some shares may be damaged.
-            reasons = allgather_text(self._processes, f"what checkpoint {step} holds", reason)
-            if not any(reasons):
-                return state
-            self._set_aside(step, next(filter(None, reasons)))
+            loaded, damage = self._load(step, like)
+            if damage is None and loaded is not None:
+                # Only now, when every process has its share: digests are sums over all of them.
+                damage = _difference(self._folder(step), loaded)
+            if damage is None and loaded is not None:
+                return Restored(TrainState(**loaded.tree), loaded.metadata["window"])
+            self._set_aside(step, damage or "")
+        folder = Path(str(self._latest.directory))
+        aside = sorted(path.name for path in folder.glob(f"{DAMAGED}*")) if folder.is_dir() else []
+        if any(allgather_text(self._processes, "damaged checkpoints", " ".join(aside))):
+            raise CheckpointError(
+                f"{folder}: none of its checkpoints is intact ({', '.join(aside)}); put one back from a copy, begin a "
+                "new run in another --run-dir, or set all of this one aside and begin at step 0 with --restart"
+            )
         return None
+
+    def _load(self, step: int, like: TrainState) -> tuple[_Loaded | None, str | None]:
+        """A checkpoint's arrays, or what is damaged of it for any process; raises CheckpointError for anything else."""
+        folder, loaded, damage, fault = self._folder(step), None, "", ""
+        try:
+            loaded = _load_alone(folder, step, like, self._processes)
+        except DamagedError as error:
+            damage = str(error)
+        except CheckpointError as error:
+            fault = str(error)
+        except Exception as error:  # whatever Orbax raises
+            if is_damage(error, folder):
+                damage = first_line(error)
+            else:
+                fault = (
+                    f"{folder}: cannot be read ({first_line(error)}); that proves no damage, so it stays as it is: "
+                    "mend the cause and start again with the same command"
+                )
+        # Each process reads its own share; only some shares may be damaged.
+        found = allgather_text(self._processes, f"what checkpoint {step} holds", json.dumps([damage, fault]))
+        damages, faults = zip(*(json.loads(text) for text in found), strict=True)
+        if any(faults):
+            raise CheckpointError(next(filter(None, faults)))
+        return loaded, next(filter(None, damages), None)
+
+    def _folder(self, step: int) -> Path:
+        return Path(str(self._latest.directory)) / str(step)
 
     def _steps(self) -> list[int]:
         """Steps of the existing checkpoints, newest first."""
@@ -79,8 +168,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int, reason: str) -> None:
         if self._processes.is_first:
-            folder = Path(str(self._latest.directory)) / str(step)
-            aside = folder.with_name(f"damaged-{step}-{os.getpid()}")
+            folder = self._folder(step)
+            aside = folder.with_name(f"{DAMAGED}{step}-{os.getpid()}")
             folder.rename(aside)
             self._report(f"checkpoint of step {step} is damaged ({reason}); moved to {aside}")
         allgather_text(self._processes, f"checkpoint {step}, moved aside", "")
@@ -88,19 +177,23 @@ class Checkpoints:
 
     def best_loss(self) -> float:
         """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one."""
-        metadata: Any = None
+        loss = math.inf
         if (latest := self._best.latest) is not None:
             # Whatever Orbax raises for a damaged file, a better checkpoint will replace it.
             with contextlib.suppress(Exception):
-                metadata = self._best.metadata(latest.step).custom_metadata
-        loss = float(metadata["held_out_loss"]) if metadata else math.inf
+                loss = float(unpack_metadata(self._best.metadata(latest.step).custom_metadata)["held_out_loss"])
         return float(allgather_text(self._processes, "best loss", repr(loss))[0])
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts to write a checkpoint; an existing one of the same step is kept."""
+    def save(self, state: TrainState, step: int, window: Mapping[str, Any] | None = None) -> None:
+        """Starts to write a checkpoint; an existing one of the same step is kept.
+
+        Args:
+          window: sums of the logging window, for `Restored.window`.
+        """
         # A run killed now must not resume after an evaluation whose best checkpoint was not finished.
-        self._best.wait()
-        _save(self._latest, state, step, {})
+        with writing(Path(str(self._best.directory))):
+            self._best.wait()
+        _save(self._latest, state, step, {"window": dict(window or {})})
 
     def save_best(self, state: TrainState, step: int, held_out_loss: float) -> None:
         """Starts to write the best checkpoint, which replaces the previous one."""
@@ -108,8 +201,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
-        self._latest.wait()
-        self._best.wait()
+        for checkpointer in (self._latest, self._best):
+            with writing(Path(str(checkpointer.directory))):
+                checkpointer.wait()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
@@ -117,15 +211,24 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
     return {name: part for name, part in state._asdict().items() if part is not None}
 
 
-def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
+def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, extra: dict[str, Any]) -> None:
     if any(checkpoint.step == step for checkpoint in checkpointer.checkpoints):
         return
     # The caller's next step reuses these buffers, and on a CPU Orbax writes from the very buffers it is given.
-    state = jax.tree.map(jnp.copy, state)
-    checkpointer.save_async(step, _as_tree(state), force=True, custom_metadata=metadata)
+    tree = jax.tree.map(jnp.copy, _as_tree(state))
+    metadata = pack_metadata({"step": step, "digests": digest_tree(tree)} | extra)
+    with writing(Path(str(checkpointer.directory))):
+        checkpointer.save_async(step, tree, force=True, custom_metadata=metadata)
 
 
-def _load_alone(folder: Path, like: TrainState, processes: Processes) -> TrainState:
+class _Loaded(NamedTuple):
+    """What a checkpoint holds, as one process has read it."""
+
+    tree: dict[str, Any]
+    metadata: Mapping[str, Any]
+
+
+def _load_alone(folder: Path, step: int, like: TrainState, processes: Processes) -> _Loaded:
     """Reads this process's share of a checkpoint without waiting for other processes.
 
     With Orbax's barrier they would wait for a process with a damaged share.
@@ -135,4 +238,29 @@ def _load_alone(folder: Path, like: TrainState, processes: Processes) -> TrainSt
     alone.primary_host, alone.active_processes = processes.index, {processes.index}
     alone.barrier_sync_key_prefix = f"process_{processes.index}"
     with context:
-        return TrainState(**ocp.load(str(folder), _as_tree(like)))
+        metadata = unpack_metadata(ocp.metadata(str(folder)).custom_metadata)
+        if metadata["step"] != step:
+            raise CheckpointError(
+                f"{folder}: holds the state after step {metadata['step']}, not {step}; give the folder its own name "
+                "back, or move it away"
+            )
+        wanted, saved = paths_of(_as_tree(like)).keys(), metadata["digests"].keys()
+        if wanted != saved:
+            missing, surplus = sorted(wanted - saved)[:3], sorted(saved - wanted)[:3]
+            raise CheckpointError(
+                f"{folder}: is of another kind of run: it lacks {missing or 'nothing'} and has {surplus or 'nothing'} "
+                "that this one does not know (the first three of each); take the settings that it was begun with"
+            )
+        return _Loaded(ocp.load(str(folder), _as_tree(like)), metadata)
+
+
+def _difference(folder: Path, loaded: _Loaded) -> str | None:
+    """Which arrays have other bits than were saved; None if none has."""
+    changed = changed_arrays(loaded.tree, loaded.metadata["digests"])
+    if "step" in changed and len(changed) > 1:
+        raise CheckpointError(
+            f"{folder}: its folder `state` is of step {int(loaded.tree['step'])}, its description of step "
+            f"{loaded.metadata['step']}; put back what was exchanged, or move the checkpoint away"
+        )
+    others = f", and so have {len(changed) - 1} other arrays" if len(changed) > 1 else ""
+    return f"{changed[0]} has other bits than were saved{others}" if changed else None

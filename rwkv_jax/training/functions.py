@@ -23,6 +23,7 @@ from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.next_token import NextToken
 from rwkv_jax.training.optimizer import make_optimizer
 from rwkv_jax.training.partition import split_params, train_all
+from rwkv_jax.training.spikes import empty_window
 from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
 from rwkv_jax.training.step import Objective, Partition, train_step
 from rwkv_kernels.arguments import broadcast_varying_axes
@@ -54,6 +55,9 @@ class TrainFunctions:
     accumulation_steps: int = 1
     offload_optimizer: bool = False
     """Whether the optimizer's state is in host memory between steps."""
+    spike_factor: float | None = None
+    """See `StepConfig`; None without a spike guard."""
+    spike_window: int = 1
 
     def init(self, key: Array) -> TrainState:
         """The first state; `initial_state` places it on the devices."""
@@ -64,7 +68,16 @@ class TrainFunctions:
         opt_state = self.optimizer.init(split_params(params, self.partition)[0])
         if self.sharded.mesh is not None:
             opt_state = jax.lax.with_sharding_constraint(opt_state, self._device_shardings.opt_state)
-        return TrainState(params, opt_state, step, jax.random.key_data(key), bad_steps, skipped_steps, recurrent_state)
+        return TrainState(
+            params,
+            opt_state,
+            step,
+            jax.random.key_data(key),
+            bad_steps,
+            skipped_steps,
+            recurrent_state,
+            None if self.spike_factor is None else empty_window(self.spike_window),
+        )
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         """One optimizer step; moves the state from and to its place between steps."""
@@ -79,6 +92,7 @@ class TrainFunctions:
             sharded=self.sharded,
             accumulation_steps=self.accumulation_steps,
             empty_state=None if self.empty_state is None else self.empty_state(),
+            spike_factor=self.spike_factor,
         )
         if self.sharded.mesh is not None or self.offload_optimizer:
             state = jax.tree.map(jax.device_put, state, self.state_shardings)
@@ -128,7 +142,8 @@ class TrainFunctions:
                 transform_non_params=lambda _: whole,
             )
             recurrent_state = None if recurrent_state is None else shardings(mesh, self.sharded.state_specs)
-        return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state)
+        recent = None if self.spike_factor is None else whole
+        return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state, recent)
 
     @property
     def tokens_sharding(self) -> Any:
@@ -190,6 +205,8 @@ def make_train_functions(
         first_step=training.first_step,
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,
+        spike_factor=training.spike_factor,
+        spike_window=training.spike_window,
     )
     _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions

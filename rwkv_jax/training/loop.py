@@ -6,6 +6,7 @@ A batch is a function of the step, so a stopped run resumes as if it had not bee
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shlex
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rwkv_jax import run_folder
+from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.data.tokenizers import load_tokenizer
@@ -27,14 +29,15 @@ from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_sa
 from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
+from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.batch import Batch, batch_loader
-from rwkv_jax.training.checkpoints import Checkpoints
+from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.reporting.console import Console
-from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers
+from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers, stopped_at
 from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.profiling import StepProfiler
-from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
+from rwkv_jax.training.reporting.step_logger import StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
@@ -62,7 +65,8 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
 
     Raises:
       ConfigError: an invalid setting, before anything is computed or overwritten.
-      NonFiniteError: `training.max_bad_steps` steps in a row were not finite; the last good state is saved.
+      NonFiniteError: `training.max_bad_steps` steps in a row were skipped; the newest checkpoint is from before them.
+      CheckpointError: a checkpoint cannot be read or written.
       LostProcessError: another process of the run did not arrive in time.
     """
     with join(config.distributed) as processes, contextlib.ExitStack() as stack:
@@ -83,6 +87,12 @@ def _train(
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
     saved_run = run_folder.prepare_run_dir(run_dir)
+    if processes.is_first:
+        stack.enter_context(lock_run(run_dir, console.print))
+    if config.restart and saved_run is not None:
+        run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
+        saved_run = None
+    config = dataclasses.replace(config, restart=False)  # or it would be part of what the run is resumed with
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
@@ -96,7 +106,8 @@ def _train(
     if saved_run is not None:
         run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
     elif processes.is_first:
-        run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
+        with writing(run_dir):
+            run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     stack.enter_context(console)
     stop = SyncedStop(stack.enter_context(stop_requests()), processes)
@@ -110,10 +121,9 @@ def _train(
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
     # State: that of the newest checkpoint, or a new one.
-    state = checkpoints.restore(abstract_state(trainer))
-    console.print(_describe(config, trainer, rows.num_tokens, None if state is None else int(state.step)))
-    if state is None:
-        state = _new_state(config, trainer)
+    restored = checkpoints.restore(abstract_state(trainer))
+    console.print(_describe(config, trainer, rows.num_tokens, None if restored is None else int(restored.state.step)))
+    state, window = restored or Restored(_new_state(config, trainer), {})
     first_step, best_loss = int(state.step), checkpoints.best_loss()
     found = {"step": first_step, "best": best_loss}
     assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
@@ -124,10 +134,16 @@ def _train(
         if notice := rate_notice(from_dict(saved_run["config"]), config, first_step):
             console.print(notice)
         if processes.is_first:
-            run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
+            with writing(run_dir):
+                run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
 
     writer = None
     if processes.is_first:
+        if (stopped := stopped_at(run_dir, first_step)) is not None:
+            console.print(
+                f"the run gave up after step {stopped}, since steps in a row had been skipped; it goes on from step "
+                f"{first_step}, before them"
+            )
         writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
     logger = StepLogger(
         num_steps=num_steps,
@@ -139,7 +155,9 @@ def _train(
         console=console,
         writer=writer,
         throughput=Throughput(training.batch_size * training.sequence_length),
+        before=window,
     )
+    save_due = False
     for step in range(first_step, num_steps):
         # Step.
         batch = load(functools.partial(rows.read, step), trains=True)
@@ -148,12 +166,8 @@ def _train(
         profiler.after(step, metrics)
         done, stopping = step + 1, stop.name()
         evaluates = done % evaluation.every == 0 or done == num_steps
-        saves = done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
-        try:
-            logger.step(step, metrics, wait=evaluates or saves)
-        except NonFiniteError:
-            checkpoints.save(state, done)
-            raise
+        save_due |= done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
+        logger.step(step, metrics, wait=evaluates or save_due)
 
         # Evaluate and sample.
         if evaluates:
@@ -168,13 +182,15 @@ def _train(
                     text = sampler.text(state.params, prompt, evaluation.sample_tokens, sampling, seed)
                     logger.sample(done, prompt, text)
 
-        # Save.
-        if saves:
+        # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
+        if save_due and not logger.is_bad:
             with logger.throughput.pause():
-                checkpoints.save(state, done)
+                checkpoints.save(state, done, logger.window)
+            save_due = False
         if stopping:
             checkpoints.wait()
-            console.print(f"{stopping}: saved after step {done}; resume with:  {command}")
+            saved = f"saved after step {done}" if not save_due else f"step {done} was skipped, so it is not saved"
+            console.print(f"{stopping}: {saved}; resume with:  {command}")
             return TrainResult(state, None)
 
     held_out = evaluate_held_out(state.params, None)
@@ -288,7 +304,8 @@ def _summarize(config: TrainConfig, corpus: Corpus, held_out: HeldOut | None, co
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
         listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
         console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
-    plot = plot_losses(Path(config.run_dir))
+    with writing(Path(config.run_dir)):
+        plot = plot_losses(Path(config.run_dir))
     console.print(f"losses: {plot}; go on with --training.num-steps above {config.training.num_steps}, or sample with")
     prompt = next(iter(config.evaluation.sample_prompts), "")
     console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")

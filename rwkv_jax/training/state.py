@@ -19,11 +19,14 @@ class TrainState(NamedTuple):
     key: Any
     """uint32 [2]: key data for sampling."""
     bad_steps: Any
-    """int32: consecutive steps skipped because loss or gradient was not finite."""
+    """int32: consecutive steps skipped because loss or gradient was not finite, or a spike."""
     skipped_steps: Any
     """int32: steps skipped in the whole run."""
     recurrent_state: Any = None
     """The recurrent state after each row of the batch; None if no state is carried."""
+    recent: Any = None
+    """float32 [2, W]: loss and gradient norm of the last W steps taken, NaN where there was none; None without a spike
+    guard."""
 
 
 class StepMetrics(NamedTuple):
@@ -34,7 +37,7 @@ class StepMetrics(NamedTuple):
     gradient_norm: Array
     """Global norm before clipping, of the trained parameters."""
     finite: Array
-    """Whether the step was taken: loss and gradient were finite."""
+    """Whether the step was taken: loss and gradient were finite, and no spike."""
     metrics: dict[str, Array] | None = None
     """Further means reported by the objective, by name."""
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from rwkv_jax.parallel.sharded_model import ShardedModel
 from rwkv_jax.training.micro_batches import sum_over_micro_batches, where_rows
 from rwkv_jax.training.partition import merge_params, split_params
+from rwkv_jax.training.spikes import is_spike, remember
 from rwkv_jax.training.state import StepMetrics, TrainState
 from rwkv_kernels.arguments import broadcast_varying_axes
 
@@ -58,12 +59,14 @@ def train_step(
     sharded: ShardedModel,
     accumulation_steps: int = 1,
     empty_state: Any = None,
+    spike_factor: float | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step; skipped, but counted, if loss or gradient is not finite.
+    """One optimizer step; skipped, but counted, if loss or gradient is not finite, or a spike.
 
     Args:
       accumulation_steps: micro-batches into which the batch's rows are split; divides B.
       empty_state: the recurrent state of rows that begin a text, arrays [L, B, ...]; used if `state` carries one.
+      spike_factor: see `spikes.is_spike`; None without the guard.
     """
     recurrent_state = state.recurrent_state
     if recurrent_state is not None:
@@ -73,25 +76,29 @@ def train_step(
         trained, frozen, batch, recurrent_state, objective, sharded, accumulation_steps
     )
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    taken, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
+    if spike_factor is not None:
+        taken &= ~is_spike(recent, loss, norm, spike_factor)
+        recent = jnp.where(taken, remember(recent, loss, norm), recent)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     updated = optax.apply_updates(trained, updates)
 
-    def if_finite(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    def if_taken(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
 
     if recurrent_state is not None:  # the state of a failed step is no valid context for the next one
-        recurrent_state = if_finite(recurrent_state, empty_state)
+        recurrent_state = if_taken(recurrent_state, empty_state)
     state = TrainState(
-        params=merge_params(if_finite(updated, trained), frozen),
-        opt_state=if_finite(opt_state, state.opt_state),
+        params=merge_params(if_taken(updated, trained), frozen),
+        opt_state=if_taken(opt_state, state.opt_state),
         step=state.step + 1,
         key=state.key,
-        bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
-        skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
+        bad_steps=jnp.where(taken, 0, state.bad_steps + 1),
+        skipped_steps=state.skipped_steps + (~taken).astype(jnp.int32),
         recurrent_state=recurrent_state,
+        recent=recent,
     )
-    return state, StepMetrics(loss, norm, finite, metrics)
+    return state, StepMetrics(loss, norm, taken, metrics)
 
 
 def loss_and_gradients(

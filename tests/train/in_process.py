@@ -22,6 +22,7 @@ from rwkv_jax.training.functions import abstract_state, make_train_functions
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.state import TrainState
 from tests.small_runs import names_in
+from tests.training.saved import restore as restore_checkpoint
 
 
 class Run(NamedTuple):
@@ -70,9 +71,7 @@ def restore(config: TrainConfig, folder: Path, step: int | None = None) -> Train
             if name != str(step):
                 shutil.rmtree(folder / "checkpoints" / name)
     with ckpt.Checkpoints(folder, config.checkpoint.keep, pytest.fail) as checkpoints:
-        state = checkpoints.restore(abstract_state(make_train_functions(config)))
-    assert state is not None
-    return state
+        return restore_checkpoint(checkpoints, abstract_state(make_train_functions(config)))
 
 
 def other_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -17,7 +17,7 @@ from tests.train.in_process import Run, restore, steps_of
 
 
 def test_folder_holds_all_that_a_run_leaves(finished: Run) -> None:
-    expected = ["best", "checkpoints", "loss.png", "metrics.jsonl", "profile", "run.json", "tokenizer.model"]
+    expected = [".lock", "best", "checkpoints", "loss.png", "metrics.jsonl", "profile", "run.json", "tokenizer.model"]
     assert names_in(finished.folder) == expected
     assert names_in(finished.folder / "checkpoints") == ["4", "8"]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.config import CheckpointConfig, ConfigError, LoggingConfig, TrainConfig
 from rwkv_jax.held_out import HeldOut
+from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training import loop
 from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.runs import read_figures
@@ -87,12 +88,46 @@ def test_damaged_newest_checkpoint_is_stepped_over_and_the_end_is_the_same(finis
     assert (four, eight, aside.startswith("damaged-8-")) == ("4", "8", True)
 
 
-def test_run_whose_only_checkpoint_is_damaged_starts_anew(finished: Run, copy: Path) -> None:
+def test_run_whose_only_checkpoint_is_damaged_begins_again_when_told_to(finished: Run, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints" / "4")
     (copy / "checkpoints" / "8" / "state" / "_METADATA").unlink()
-    again = run(finished.config, copy)
-    assert "checkpoint of step 8 is damaged" in again.output
+    figures = (copy / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"none of its checkpoints is intact \(damaged-8-\d+\); .* --restart"):
+            run(finished.config, copy)
+    assert (copy / "metrics.jsonl").read_bytes() == figures
+    again = run(dataclasses.replace(finished.config, restart=True), copy)
     assert "starting: 8 steps" in again.output
+    assert (copy / "set-aside-1" / "metrics.jsonl").read_bytes() == figures
+    assert not json.loads((copy / "run.json").read_text())["config"]["restart"]
     assert_same_bits(again.result.state, finished.result.state)
     assert read_figures(copy) == read_figures(finished.folder)
     assert names_in(copy / "best") == names_in(finished.folder / "best")
+
+
+def test_a_run_that_stopped_within_a_logging_window_writes_the_same_lines(config: TrainConfig, tmp_path: Path) -> None:
+    often = dataclasses.replace(
+        config, checkpoint=CheckpointConfig(every=3, keep=9), logging=LoggingConfig(every=4), profile=None
+    )
+    unbroken = run(often, tmp_path / "unbroken")
+    broken = Path(shutil.copytree(unbroken.folder, tmp_path / "broken"))
+    for step in (6, 8):
+        shutil.rmtree(broken / "checkpoints" / str(step))
+    assert "resuming after step 3" in run(often, broken).output
+    assert read_figures(broken) == read_figures(unbroken.folder)
+
+
+@pytest.mark.parametrize(("name", "what"), [("a\\b", "a backslash"), ("a\udce9b", "the byte 0xe9, which is not UTF-8")])
+def test_names_in_which_no_array_can_be_kept_are_refused(
+    config: TrainConfig, tmp_path: Path, name: str, what: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"run_dir = .*: has {what}.*; name another"):
+        run(config, tmp_path / name)
+    assert names_in(tmp_path) == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished: Run, copy: Path) -> None:
+    before = content(copy)
+    with lock_run(copy, pytest.fail), pytest.raises(ConfigError, match="is writing there; wait until it has ended"):
+        run(finished.config, copy)
+    assert content(copy) == before

@@ -43,6 +43,13 @@ def save(run_dir: Path, *steps: int, keep: int = 3) -> None:
             checkpoints.save(make_state(step), step)
 
 
+def restore(checkpoints: ckpt.Checkpoints, like: TrainState = LIKE) -> TrainState:
+    """The state of the newest intact checkpoint, of which there must be one."""
+    restored = checkpoints.restore(like)
+    assert restored is not None
+    return restored.state
+
+
 def truncate_data(folder: Path) -> None:
     """Leaves half of each file of a checkpoint's arrays."""
     for path in (folder / "state").rglob("d/*"):

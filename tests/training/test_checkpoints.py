@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.training import checkpoints as ckpt
 from tests.small_runs import assert_same_bits, names_in
-from tests.training.saved import LIKE, make_state, save, shapes_of
+from tests.training.saved import LIKE, make_state, restore, save, shapes_of
 
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -22,7 +22,7 @@ class TestSaveAndRestore:
     def test_what_is_restored_is_what_was_saved(self, tmp_path: Path) -> None:
         save(tmp_path, 7)
         with ckpt.Checkpoints(tmp_path, 2, print) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(7))
 
     def test_newest_is_restored_and_older_ones_make_room(self, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ class TestSaveAndRestore:
         save(tmp_path, 2, 8, 10, keep=2)
         assert names_in(tmp_path / "checkpoints") == ["10", "8"]
         with ckpt.Checkpoints(tmp_path, 2, print) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(10))
 
     def test_new_run_has_nothing_to_restore(self, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ class TestSaveAndRestore:
         with ckpt.Checkpoints(tmp_path, 2, print) as checkpoints:
             checkpoints.save(make_state(5), 4)
             checkpoints.wait()
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(4))
 
     def test_a_save_in_flight_does_not_see_later_steps(self, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ class TestSaveAndRestore:
             for _ in range(20):
                 state = jax.block_until_ready(step(state))
             checkpoints.wait()
-            restored = checkpoints.restore(like)
+            restored = restore(checkpoints, like)
         assert_same_bits(jax.tree.map(np.asarray, restored), expected)
 
     def test_leftovers_of_killed_saves_are_no_checkpoints_and_are_cleaned_up(self, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ class TestSaveAndRestore:
         shutil.copytree(tmp_path / "checkpoints" / "4", leftover)
         (leftover / "_CHECKPOINT_METADATA").unlink()
         with ckpt.Checkpoints(tmp_path, 2, print) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
             checkpoints.save(make_state(6), 6)
         assert_same_bits(restored, make_state(4))
         assert names_in(tmp_path / "checkpoints") == ["4", "6"]
@@ -75,7 +75,7 @@ class TestSaveAndRestore:
         (tmp_path / "checkpoints" / "notes").mkdir()
         (tmp_path / "checkpoints" / "readme.txt").write_text("mine")
         with ckpt.Checkpoints(tmp_path, 1, print) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
             checkpoints.save(make_state(6), 6)
         assert_same_bits(restored, make_state(4))
         assert names_in(tmp_path / "checkpoints") == ["6", "notes", "readme.txt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training import checkpoints as ckpt
 from tests.small_runs import assert_same_bits, names_in
-from tests.training.saved import LIKE, make_state, save, truncate_data
+from tests.training.saved import LIKE, make_state, restore, save, truncate_data
 
 # Orbax leaves reading tasks behind when a file is damaged; they fail later, in whatever test runs then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -56,7 +57,7 @@ class TestDamage:
         left = sorted(path.name for path in (tmp_path / "checkpoints" / "8").rglob("*"))
         said: list[str] = []
         with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(6))
         (line,) = said
         assert line.startswith("checkpoint of step 8 is damaged")
@@ -71,7 +72,7 @@ class TestDamage:
             checkpoints.restore(LIKE)
             checkpoints.save(make_state(8), 8)
         with ckpt.Checkpoints(tmp_path, 3, print) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(8))
 
     def test_two_damaged_checkpoints_are_both_stepped_over(self, tmp_path: Path) -> None:
@@ -80,19 +81,22 @@ class TestDamage:
         empty_folder(tmp_path / "checkpoints" / "6")
         said: list[str] = []
         with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(4))
         assert len(said) == 2
 
-    def test_if_the_only_checkpoint_is_damaged_there_is_none(self, tmp_path: Path) -> None:
-        save(tmp_path, 8)
-        truncate_data(tmp_path / "checkpoints" / "8")
+    def test_if_none_is_intact_that_is_an_error_until_one_is(self, tmp_path: Path) -> None:
+        save(tmp_path, 6, 8)
+        for step in (6, 8):
+            truncate_data(tmp_path / "checkpoints" / str(step))
         said: list[str] = []
-        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
-            assert checkpoints.restore(LIKE) is None
-            checkpoints.save(make_state(2), 2)
-        assert len(said) == 1
-        assert [name for name in names_in(tmp_path / "checkpoints") if not name.startswith("damaged")] == ["2"]
+        for _ in range(2):  # set aside the first time, they still count the second
+            with (
+                pytest.raises(ConfigError, match=r"none of its checkpoints is intact \(damaged-6-\d+, damaged-8-\d+\)"),
+                ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints,
+            ):
+                checkpoints.restore(LIKE)
+        assert len(said) == 2
 
 
 class TestSeveralProcesses:
@@ -102,11 +106,11 @@ class TestSeveralProcesses:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save(tmp_path, 4, 6)
-        other = {"what checkpoint 6 holds": "unexpected end of file"}
+        other = {"what checkpoint 6 holds": json.dumps(["unexpected end of file", ""])}
         monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, other.get(subject, text)])
         said: list[str] = []
         with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
-            restored = checkpoints.restore(LIKE)
+            restored = restore(checkpoints)
         assert_same_bits(restored, make_state(4))
         (line,) = said
         assert line.startswith("checkpoint of step 6 is damaged (unexpected end of file)")

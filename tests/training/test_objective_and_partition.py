@@ -37,6 +37,7 @@ from rwkv_jax.training.step import LossSums, loss_and_gradients
 from tests.fake_devices import run_on_fake_devices
 from tests.golden import QUICK, relative_error
 from tests.small_runs import assert_same_bits
+from tests.training.saved import restore
 
 PAIRS, TIME = 8, 6
 CONFIG = TrainConfig(
@@ -198,7 +199,7 @@ def saved_and_restored(state: TrainState, functions: TrainFunctions, folder: Pat
     with Checkpoints(folder, 1, pytest.fail) as checkpoints:
         checkpoints.save(state, int(state.step))
         checkpoints.wait()
-        restored = checkpoints.restore(abstract_state(functions))
+        restored = restore(checkpoints, abstract_state(functions))
     assert restored is not None
     return restored
 

@@ -17,6 +17,7 @@ from rwkv_jax.training.checkpoints import Checkpoints
 from rwkv_jax.training.functions import abstract_state, initial_state, make_train_functions
 from tests.golden import QUICK
 from tests.models.parameters import SMALL
+from tests.training.saved import restore
 
 CONFIG = TrainConfig(
     model=dataclasses.replace(SMALL["4"], dtype="float32", num_layers=2),
@@ -45,7 +46,7 @@ def test_moments_wait_in_host_memory(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, 1, pytest.fail) as checkpoints:
         checkpoints.save(states[1], 1)
         checkpoints.wait()
-        restored = checkpoints.restore(abstract_state(make_train_functions(OFFLOADED)))
+        restored = restore(checkpoints, abstract_state(make_train_functions(OFFLOADED)))
     assert memories(restored) == ({"device"}, {"pinned_host"})
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -11,12 +11,13 @@ from types import ModuleType
 from typing import Any, Literal
 
 from rwkv_jax.atomic import replace_file
+from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
 
-Kind = Literal["train", "evaluation", "sample"]
+Kind = Literal["train", "evaluation", "sample", "stop"]
 
 Sink = tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]
 """A logger besides metrics.jsonl: a function that logs values of a kind at a step, and one that closes it."""
@@ -77,8 +78,9 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / METRICS_FILE
-        _drop_after(self.path, resume_step)
-        self._file = self.path.open("ab")
+        with writing(self.path):
+            _drop_after(self.path, resume_step)
+            self._file = self.path.open("ab")
         self._sinks: list[Sink] = []
         if logging.tensorboard:
             self._sinks.append(_tensorboard(run_dir, resume_step))
@@ -93,8 +95,9 @@ class MetricsWriter:
         plain = {name: _plain(name, value) for name, value in values.items() if name not in ("kind", "step")}
         line = json.dumps({"kind": kind, "step": step, **plain}, ensure_ascii=False, allow_nan=False)
         # A lone surrogate, which a sample may contain, has no UTF-8; its backslash escape happens to be valid JSON.
-        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
         for log, _ in self._sinks:
             log(kind, step, plain)
 
@@ -128,11 +131,25 @@ def _plain(name: str, value: object) -> Any:
     raise TypeError(f"metric {name!r} is a {type(value).__name__}; give a number, a string or a list or dict of them")
 
 
+def stopped_at(run_dir: Path, resume_step: int) -> int | None:
+    """The step after which a run gave up, if that is later than the one it resumes after."""
+    path = run_dir / METRICS_FILE
+    steps = [record["step"] for record in _records(path) if record["kind"] == "stop"] if path.exists() else []
+    return steps[-1] if steps and steps[-1] > resume_step else None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); mend the file, or move it away") from error
+
+
 def _drop_after(path: Path, resume_step: int) -> None:
     """Rewrite `path` without the lines after `resume_step`, atomically."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step > 0 else []
+    kept = [record for record in _records(path) if record["step"] <= resume_step] if resume_step > 0 else []
     lines = [json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for record in kept]
     replace_file(path, b"".join(lines))
 

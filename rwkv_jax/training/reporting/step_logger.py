@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rwkv_jax.held_out import HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
@@ -14,7 +15,7 @@ from rwkv_jax.training.state import StepMetrics
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradients were not finite for too many steps in a row."""
+    """Too many steps in a row were skipped: loss or gradients were not finite, or spikes."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -33,12 +34,24 @@ class StepLogger:
     console: Console
     writer: MetricsWriter | None
     throughput: Throughput
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The `window` of the checkpoint that the run resumes from."""
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, StepMetrics] | None = None
-        self._losses: list[float] = []
+        self._losses: list[float] = list(self.before.get("losses", ()))
+        self._skipped = int(self.before.get("skipped", 0))
         self._bad: list[int] = []
-        self._skipped = 0
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """What the next line of metrics.jsonl is made of, up to the last step logged; to be saved with a checkpoint."""
+        return {"losses": list(self._losses), "skipped": self._skipped}
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the last step logged was skipped."""
+        return bool(self._bad)
 
     def step(self, step: int, metrics: StepMetrics, *, wait: bool) -> None:
         """Takes a step's metrics, which may still be computing, and logs the step before.
@@ -67,9 +80,9 @@ class StepLogger:
         else:
             self._bad.append(step)
             self._skipped += 1
-            self.console.print(
-                f"step {step}: loss {loss}, gradient norm {float(metrics.gradient_norm)}: not finite, step skipped"
-            )
+            norm = float(metrics.gradient_norm)
+            reason = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+            self.console.print(f"step {step}: loss {loss}, gradient norm {norm}: {reason}, step skipped")
         if done % self.every == 0 or done == self.num_steps:
             mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
             figures = {
@@ -93,9 +106,11 @@ class StepLogger:
         )
         if len(self._bad) >= self.max_bad_steps:
             listed = "\n".join(f"  step {bad}: {'; '.join(self.row_locations(bad))}" for bad in self._bad)
+            self._write("stop", done, {"reason": f"{len(self._bad)} steps in a row were skipped"})
             raise NonFiniteError(
-                f"{len(self._bad)} steps in a row had a loss or gradient that is not finite and were skipped; lower "
-                f"optimizer.learning_rate or optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
+                f"{len(self._bad)} steps in a row had a loss or gradient that is not finite, or a spike, and were "
+                "skipped; the newest checkpoint is from before them. Lower optimizer.learning_rate or "
+                f"optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
             )
 
     def held_out(self, step: int, result: HeldOut) -> None:

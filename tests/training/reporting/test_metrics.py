@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_jax.checkpoint_files import CheckpointError
 from rwkv_jax.config import ConfigError, LoggingConfig
 from rwkv_jax.training.reporting.console import Console, format_duration
 from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics, require_loggers
@@ -104,7 +105,7 @@ def test_the_old_record_stays_whole_when_rewriting_it_fails(tmp_path: Path, monk
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written \(no space left\)"):
         MetricsWriter(tmp_path, LoggingConfig(), resume_step=4)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

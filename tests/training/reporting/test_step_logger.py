@@ -101,8 +101,9 @@ def test_an_interval_without_a_good_step_has_no_loss(desk: Desk) -> None:
     desk.steps({0: math.nan, 1: math.inf}, wait=True)
     with pytest.raises(NonFiniteError):
         desk.steps({2: math.nan}, wait=True)
-    (record,) = desk.records
+    record, stop = desk.records
     assert (record["loss"], record["skipped_steps"]) == (None, 3)
+    assert (stop["kind"], stop["step"]) == ("stop", 3)
 
 
 @pytest.mark.parametrize("wait", [False, True])
