@@ -34,6 +34,13 @@ class _TakenError(Exception):
     """The arguments were fine."""
 
 
+NUMPY_SETTINGS: dict[str, Any] = {"temperature": np.float32(0.5), "banned": np.array([3]), "top_k": np.int64(4)}
+NUMPY_OPTIONS: dict[str, Any] = {
+    "num_slots": np.int64(4),
+    "burst_length": np.uint8(200),
+    "batch_sizes": (np.int32(2), 4),
+}
+
 HUGE = 10**5000  # has no repr: Python prints no integer of more than 4300 digits
 
 ODD: dict[str, Any] = {
@@ -87,11 +94,12 @@ def test_arguments_of_any_type_are_taken_or_named(engine: Engine, value: Any, mo
         raise _TakenError
 
     monkeypatch.setattr(engine, "_run", run)
+    generate: Any = engine.generate
     for name in _ARGUMENTS:
         if name == "conversation" and isinstance(value, str):
             continue  # a name, whose session would run
         with pytest.raises((ConfigError, _TakenError)) as caught:
-            engine.generate(**({"prompts": "abc", "max_tokens": 1} | {name: value}))
+            generate(**({"prompts": "abc", "max_tokens": 1} | {name: value}))
         assert len(str(caught.value)) < 1200, name
 
 
@@ -163,7 +171,7 @@ def test_names_of_marks_and_conversations_are_strings(engine: Engine, value: Any
         ),
         ({"return_state": np.bool_(True)}, {"return_state": True}),
         (
-            {"sampling": SamplingParams(temperature=np.float32(0.5), banned=np.array([3]), top_k=np.int64(4))},
+            {"sampling": SamplingParams(**NUMPY_SETTINGS)},
             {"sampling": SamplingParams(temperature=0.5, banned=[3], top_k=4)},
         ),
     ],
@@ -181,7 +189,7 @@ def test_numbers_of_numpy_are_numbers(engine: Engine, arguments: dict[str, Any],
 
 
 def test_options_of_numpy_are_options() -> None:
-    options = EngineOptions(num_slots=np.int64(4), burst_length=np.uint8(200), batch_sizes=(np.int32(2), 4))
+    options = EngineOptions(**NUMPY_OPTIONS)
     assert options == EngineOptions(num_slots=4, burst_length=200, batch_sizes=(2, 4))
     assert type(options.burst_length) is int
 
