@@ -39,10 +39,16 @@ class Convert:
     with_unused: bool = False
     """Also write layer 0's v0, v1 and v2 of RWKV-7, zeros if the source has none: the official trainer needs them."""
 
+    verify: bool = False
+    """Compare the source with its checksums first (.pth, and safetensors that we wrote), as `rwkv info` does."""
+
     def run(self) -> None:
         """Converts, one tensor at a time unless quantizing, and prints what was written."""
         from rwkv_jax.weights.pretrained import convert
+        from rwkv_jax.weights.sources import verify_weights
 
+        if self.verify and not verify_weights(self.source):
+            raise ConfigError(f"verify = True: {self.source} has no checksums; leave it out")
         if self.quantize is not None:
             model = self._quantize(self.quantize)
         else:

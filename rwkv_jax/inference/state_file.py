@@ -34,7 +34,7 @@ from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.inference.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
-from rwkv_jax.weights.tensors import UnsafeFileError
+from rwkv_jax.weights.tensors import UnsafeFileError, checksum_of
 
 FORMAT = "rwkv-jax state"
 VERSION = "2"
@@ -164,7 +164,7 @@ def checksums(tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> st
 
     Detects damage, not forgery.
     """
-    found = {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in tensors.items()}
+    found = {name: checksum_of(x) for name, x in tensors.items()}
     ours = json.dumps({name: x for name, x in metadata.items() if name != _CHECKSUMS}, sort_keys=True)
     return json.dumps(found | {"metadata": zlib.crc32(ours.encode())}, sort_keys=True)
 

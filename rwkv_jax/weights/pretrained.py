@@ -43,7 +43,7 @@ from rwkv_jax.weights.quantized import (
 )
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
-from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.tensors import MappedTensors, WeightsError
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
@@ -178,7 +178,9 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
 def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
     if path.is_dir():
         loaded = load_model(path, "newest")
-        weights = Weights(official_tensors(loaded.config.model, loaded.params), "official", lambda: None)
+        weights = Weights(
+            official_tensors(loaded.config.model, loaded.params), "official", lambda: None, MappedTensors({}, [])
+        )
     else:
         weights = open_weights(path, warn=warn)
     with prefix_errors(path):

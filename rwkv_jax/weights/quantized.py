@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -33,6 +33,7 @@ from rwkv_jax.weights.tensors import (
     BFLOAT16,
     DerivedTensors,
     LazyTensor,
+    MappedTensors,
     TensorSpec,
     WeightsError,
     join_names,
@@ -150,6 +151,8 @@ class DequantizedTensors(DerivedTensors):
 
     def __init__(self, tensors: Mapping[str, NDArray]) -> None:
         self._file = tensors
+        if isinstance(tensors, MappedTensors):
+            tensors.verify(tensors.headers)
         self._kinds: dict[str, Quantization | None] = {}
         parts: set[str] = set()
         for file_name in tensors:
@@ -172,6 +175,7 @@ class DequantizedTensors(DerivedTensors):
     def _dequantized(self, name: str) -> NDArray:
         parts = self.parts(name)
         if parts is None:
+            self._verify([name])
             return self._file[name]
         whole = _integers(parts).astype(np.float32)
         whole *= parts["scale"][..., None]
@@ -188,17 +192,24 @@ class DequantizedTensors(DerivedTensors):
         return TensorSpec(own, np.dtype(np.float32))
 
     def parts(self, name: str) -> PackedParts | None:
-        """The parts of a packed tensor as stored in the file; None if it is not packed.
+        """The parts of a packed tensor as stored in the file, verified; None if it is not packed.
 
         Raises:
-          WeightsError: numbers that `pack` does not make: of some the products would not be those of any matrix.
+          WeightsError: bytes that differ from the file's checksums, or numbers that `pack` does not make: of some the
+            products would not be those of any matrix.
         """
         kind = self._kinds[name]
         if kind is None:
             return None
+        self._verify(_part_names(name, kind).values())
         parts = {part: self._file[file_name] for part, file_name in _part_names(name, kind).items()}
         _check_numbers(name, parts)
         return parts
+
+    def _verify(self, names: Iterable[str]) -> None:
+        """Compares tensors of a file that has checksums with them."""
+        if isinstance(self._file, MappedTensors):
+            self._file.verify(names)
 
     def kind(self, name: str) -> Quantization | None:
         """The number format of a packed tensor; None for one that is not packed."""

@@ -1,4 +1,7 @@
-"""Reads safetensors files as memory-mapped views; writes them tensor by tensor, as one file or as shards."""
+"""Reads safetensors files as memory-mapped views; writes them tensor by tensor, as one file or as shards.
+
+What is written has a CRC-32 of each tensor in its metadata, and one of its header, under `checksums`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from rwkv_jax.atomic import new_file
+from rwkv_jax.checks import is_whole
 from rwkv_jax.json_object import parse_object
 from rwkv_jax.weights.shards import is_index, read_shards
 from rwkv_jax.weights.tensors import (
     BFLOAT16,
     MappedTensors,
+    Recorded,
     TensorSpec,
     UnsafeFileError,
     WeightsError,
+    checksum_of,
     describe_wrong_weights,
     map_file,
     tensor_spec,
@@ -32,6 +38,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"  # the only header name that is not a tensor
+_CHECKSUMS = "checksums"
 _ALIGNMENT = 8  # of the first tensor; the largest element has as many bytes
 
 
@@ -119,6 +126,10 @@ def _read_file(path: Path) -> MappedTensors:
         raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}){remedy}") from error
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = parse_object(mapped[8:start], path, UnsafeFileError)
+    checksums = _recorded(header)
+    recorded = {}
+    if _METADATA in checksums:
+        recorded[f"the header of {path.name}"] = Recorded(_described(header), checksums[_METADATA])
     header.pop(_METADATA, None)
     tensors: dict[str, NDArray] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -132,7 +143,29 @@ def _read_file(path: Path) -> MappedTensors:
             tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
         except (ValueError, OverflowError) as error:  # 65 axes, or an empty shape of 0 times too much
             raise UnsafeFileError(f"{path}: the tensor {name!r} has no possible shape ({error})") from error
-    return MappedTensors(tensors, [mapped])
+    recorded |= {name: Recorded(tensors[name], checksums[name]) for name in tensors if name in checksums}
+    return MappedTensors(tensors, [mapped], recorded)
+
+
+def _recorded(header: Mapping[str, Any]) -> dict[str, int]:
+    """The checksums of a file by name; none if it has none that can be understood."""
+    try:
+        found = json.loads((header.get(_METADATA) or {}).get(_CHECKSUMS, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return {name: value for name, value in found.items() if is_whole(value)} if isinstance(found, dict) else {}
+
+
+def _described(header: Mapping[str, Any]) -> NDArray:
+    """The bytes that the header's checksum is of: all but the checksums."""
+    metadata = {name: value for name, value in (header.get(_METADATA) or {}).items() if name != _CHECKSUMS}
+    content = json.dumps({**header, _METADATA: metadata}, sort_keys=True, separators=(",", ":"))
+    return np.frombuffer(content.encode(), np.uint8)
+
+
+def _shown(checksums: Mapping[str, int]) -> str:
+    """As JSON of a length that does not depend on the numbers, so that they may be written last."""
+    return "{" + ", ".join(f"{json.dumps(name)}: {value:10}" for name, value in checksums.items()) + "}"
 
 
 def _plan(path: Path, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
@@ -159,24 +192,38 @@ def _plan(path: Path, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
 def _write_file(
     path: Path, tensors: Mapping[str, NDArray], plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
 ) -> None:
-    header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(sorted(metadata.items()))}
+    ours = dict(metadata or {})
+    header: dict[str, Any] = {_METADATA: ours}
     offset = 0
     for name, spec in plan.items():
         header[name] = {
             "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": spec.shape,
-            "data_offsets": (offset, offset + spec.num_bytes),
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
         }
         offset += spec.num_bytes
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % _ALIGNMENT)
+    checksums = dict.fromkeys(plan, 0) | {_METADATA: checksum_of(_described(header))}
+    is_own = _CHECKSUMS not in ours
     with new_file(path, WeightsError) as file:
-        file.write(len(content).to_bytes(8, "little") + content)
+        file.write(_header_bytes(header, checksums if is_own else None))
         for name, spec in plan.items():
-            _write_tensor(path, file, name, spec, tensors[name])
+            checksums[name] = _write_tensor(path, file, name, spec, tensors[name])
+        if is_own:
+            file.seek(0)
+            file.write(_header_bytes(header, checksums))
 
 
-def _write_tensor(path: Path, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> None:
+def _header_bytes(header: dict[str, Any], checksums: Mapping[str, int] | None) -> bytes:
+    metadata = header[_METADATA] | ({} if checksums is None else {_CHECKSUMS: _shown(checksums)})
+    content = json.dumps({**header, _METADATA: dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _write_tensor(path: Path, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> int:
+    """Returns its checksum."""
     if (tensor.shape, tensor.dtype.newbyteorder("<")) != spec:
         raise WeightsError(f"{path}: the tensor {name!r} changed while it was written; start again")
-    file.write(np.ascontiguousarray(tensor, spec.dtype).reshape(-1).view(np.uint8).data)
+    content = np.ascontiguousarray(tensor, spec.dtype).reshape(-1).view(np.uint8)
+    file.write(content.data)
+    return checksum_of(content)

@@ -20,7 +20,7 @@ from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import open_packed
 from rwkv_jax.weights.safetensors import read_safetensors
 from rwkv_jax.weights.shards import is_index, shard_pattern
-from rwkv_jax.weights.tensors import WeightsError, describe_wrong_weights, join_names
+from rwkv_jax.weights.tensors import MappedTensors, WeightsError, describe_wrong_weights, join_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Weights(NamedTuple):
     """The file's layout, one of `layouts.LAYOUTS`."""
     drop_pages: Callable[[], None]
     """Drops the pages read so far from memory."""
+    file: MappedTensors
+    """As stored, with the file's checksums."""
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
@@ -207,7 +209,28 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
             tied=_is_tied(path.with_name(_CONFIG)),
             report=lambda found: _LOG.warning("%s: %s", path, found) if warn else None,
         )
-    return Weights(official, layout, tensors.drop_pages)
+    return Weights(official, layout, tensors.drop_pages, tensors)
+
+
+def verify_weights(source: str | os.PathLike[str]) -> bool:
+    """Compares a file of weights with its checksums, which reads it once.
+
+    Every `.pth` has some, and so do safetensors written here. (Packed weights are compared whenever they are loaded,
+    and the checkpoints of a run, too.)
+
+    Returns:
+      Whether it has checksums; False for a run.
+
+    Raises:
+      WeightsError: the file is damaged, or as `open_weights`.
+    """
+    path = find_weights(source)
+    if path.is_dir():
+        return False
+    file = open_weights(path, warn=False).file
+    with prefix_errors(path):
+        file.verify()
+    return file.has_checksums
 
 
 def _is_safetensors(path: Path) -> bool:

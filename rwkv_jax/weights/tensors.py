@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,26 @@ class UnsafeFileError(WeightsError):
     """A file of weights that contains anything but plain tensors; nothing in it was executed."""
 
 
-class MappedTensors(dict[str, NDArray]):
-    """Tensors by name, in the order of the file: read-only views of memory-mapped files, read when they are used."""
+class Recorded(NamedTuple):
+    """Bytes of a file, and the CRC-32 that the file has of them."""
 
-    def __init__(self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap]) -> None:
+    content: NDArray
+    checksum: int
+
+
+class MappedTensors(dict[str, NDArray]):
+    """Tensors by name, in the order of the file: read-only views of memory-mapped files, read when they are used.
+
+    Args:
+      recorded: checksums of what a file has some of, by what messages call it: the names of tensors, or entries.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap], recorded: Mapping[str, Recorded] | None = None
+    ) -> None:
         super().__init__(tensors)
         self._maps = tuple(maps)
+        self._recorded = dict(recorded or {})
 
     @classmethod
     def joined(cls, parts: Iterable[MappedTensors]) -> MappedTensors:
@@ -40,7 +55,29 @@ class MappedTensors(dict[str, NDArray]):
         for part in parts:
             whole |= part
             whole._maps += part._maps
+            whole._recorded |= part._recorded
         return whole
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the files have checksums of what they hold."""
+        return bool(self._recorded)
+
+    @property
+    def headers(self) -> list[str]:
+        """What else than tensors has a checksum."""
+        return [name for name in self._recorded if name not in self]
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compares bytes with their checksums: of the names that have one, by default all. Reads them once.
+
+        Raises:
+          WeightsError: some differ.
+        """
+        for name in self._recorded if names is None else names:
+            found = self._recorded.get(name)
+            if found is not None and checksum_of(found.content) != found.checksum:
+                raise WeightsError(f"{name} is damaged, it differs from its checksum; get the file again")
 
     def drop_pages(self) -> None:
         """Drops the pages read so far from memory; tensors stay usable and are read again on access."""
@@ -86,6 +123,11 @@ class DerivedTensors(Mapping[str, NDArray]):
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor; reads nothing."""
         return self._tensors[name].spec
+
+
+def checksum_of(tensor: NDArray) -> int:
+    """CRC-32 of a tensor's bytes: finds damage, not forgery."""
+    return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:

@@ -54,7 +54,9 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     write_safetensors(path, _tensors(), {"b": "é", "a": "1"})
     _assert_same(load_file(path), _tensors())
     with safe_open(path, framework="numpy") as file:
-        assert file.metadata() == {"b": "é", "a": "1"}
+        metadata = file.metadata()
+    assert json.loads(metadata.pop("checksums")).keys() == {*_tensors(), "__metadata__"}
+    assert metadata == {"b": "é", "a": "1"}
 
 
 def test_bfloat16_goes_out_and_in(tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_shards(tmp_path: Path) -> None:
     _assert_same(found, tensors)
     assert list(found) == list(tensors)
     with safe_open(index.with_name("model-00003-of-00004.safetensors"), framework="numpy") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "checksums"}
     with pytest.raises(WeightsError, match=r"model.safetensors.index.json: exists already and is not overwritten"):
         write_sharded_safetensors(index.parent, {"a": np.zeros(1)})
 

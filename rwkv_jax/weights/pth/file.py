@@ -24,7 +24,14 @@ from rwkv_jax.weights.pth.pickle import STORAGES, kind_of, read_pickle
 from rwkv_jax.weights.pth.rejection import reject
 from rwkv_jax.weights.pth.zip import LOCAL_HEADER, read_entries
 from rwkv_jax.weights.shards import is_index, read_shards
-from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, describe_wrong_weights, map_file
+from rwkv_jax.weights.tensors import (
+    MappedTensors,
+    Recorded,
+    UnsafeFileError,
+    WeightsError,
+    describe_wrong_weights,
+    map_file,
+)
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | tuple[Plain, ...] | dict[str, Plain] | None"
 """A value that is not a tensor, all the way down."""
@@ -54,8 +61,8 @@ def read_torch_file(path: Path) -> TorchFile:
     float16, float32, float64, bool and the integers. A tensor has the strides that it was saved with, and tied ones
     share memory. Where no tensor is at the top, the dict named "module", "state_dict" or "model" there is taken, in
     which DeepSpeed and Lightning wrap theirs; the values beside that dict are checked to be plain and left out.
-    Checksums are not compared, as torch does not: that would read the whole file. An index (`*.bin.index.json`) stands
-    for all of its shards.
+    Checksums are compared by `MappedTensors.verify` only, for that reads the whole file; torch does not. An index
+    (`*.bin.index.json`) stands for all of its shards.
 
     Raises:
       WeightsError: there is no such file, it cannot be read or is empty, or there are no tensors in it.
@@ -75,7 +82,13 @@ def read_torch_file(path: Path) -> TorchFile:
         raise UnsafeFileError(f"{path}: {found}") from None
     if not tensors:
         raise WeightsError(f"{path}: holds no tensors; name a file of weights")
-    return TorchFile(MappedTensors(tensors, [mapped]), values)
+    content = np.frombuffer(mapped, np.uint8)
+    recorded = {
+        f"the entry {name} of {path.name}": Recorded(content[entry.start : entry.stop], entry.checksum)
+        for name, entry in entries.items()
+        if entry.checksum or entry.size == 0  # torch can be told to leave them out
+    }
+    return TorchFile(MappedTensors(tensors, [mapped], recorded), values)
 
 
 def _read_shards(path: Path) -> TorchFile:

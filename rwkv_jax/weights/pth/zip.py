@@ -31,12 +31,14 @@ _MAX_DIRECTORY_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """Positions in the file: of the entry's own header, its content, and what comes next."""
+    """Positions in the file (of the entry's own header, its content, and what comes next) and the checksum."""
 
     header: int
     start: int
     stop: int
     end: int
+    checksum: int
+    """CRC-32 of its content, by the directory."""
 
     @property
     def size(self) -> int:
@@ -189,7 +191,7 @@ def _located(mapped: mmap.mmap, name: str, raw: bytes, flags: int, checksum: int
         or (local_flags, method) != (flags, 0)
     ):
         reject(f"the zip's directory and its entry {shown(name)} contradict each other", AGAIN)
-    return Entry(header, start, start + size, start + size + described)
+    return Entry(header, start, start + size, start + size + described, checksum)
 
 
 def _check_overlaps(entries: Mapping[str, Entry], directory: int) -> None:
