@@ -15,6 +15,7 @@ from rwkv_jax.data.corpus_folder import prepare_folder
 from rwkv_jax.data.encoding import token_byte_lengths
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
+from rwkv_jax.data.tokens.digest_file import check_fingerprint
 from rwkv_jax.data.tokens.mixture import period_shares
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
@@ -61,9 +62,11 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
     """The corpus of existing token files; the last `held_out` of the documents are held out.
 
     Reads the held-out tokens and at most 64 MiB of the others. Raises ConfigError if no tokens would be left to train
-    on or hold out, and for a token outside the tokenizer's vocabulary.
+    on or hold out, for a token outside the tokenizer's vocabulary, and for files that differ from their digest.
     """
     tokens, lengths = opened.tokens, token_byte_lengths(tokenizer)
+    found = fingerprint(opened)
+    check_fingerprint(opened, found)
     num_held_out = max(1, round(held_out * opened.num_documents)) if held_out > 0 else 0
     num_train = opened.num_documents - num_held_out
     if num_train < 1:
@@ -88,7 +91,7 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
         held_out=held_out_file,
         held_out_bytes=functools.partial(_decode, tokens[end:], tokenizer),
         tokenizer=tokenizer,
-        fingerprint=hashlib.blake2b(f"{fingerprint(opened)} {end}".encode(), digest_size=16).hexdigest(),
+        fingerprint=hashlib.blake2b(f"{found} {end}".encode(), digest_size=16).hexdigest(),
     )
 
 

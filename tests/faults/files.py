@@ -217,7 +217,7 @@ KINDS: dict[str, Kind] = {
     "run.json": Kind(_write_run, _read_run, JSON),
     ".pth": Kind(_write_pth, _read_weights, has_digest=False),
     ".safetensors": Kind(_write_official, _read_weights, SAFETENSORS, has_digest=False),
-    "packed weights": Kind(_write_packed, _read_weights, SAFETENSORS, has_digest=False),
+    "packed weights": Kind(_write_packed, _read_weights, SAFETENSORS),
     "state": Kind(_write_state, _read_state, SAFETENSORS),
-    "tokens": Kind(_write_tokens, _read_tokens, has_digest=False),
+    "tokens": Kind(_write_tokens, _read_tokens),
 }

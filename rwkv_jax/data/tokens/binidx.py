@@ -11,7 +11,8 @@ The .bin contains the tokens of all documents, concatenated. The .idx, all numbe
     n x int64     byte of the .bin at which each item begins
     m x int64     items before each document's first, and after the last document's last
 
-The trainer reads the .bin as one stream and ignores the items. Format: RWKV-LM, RWKV-v5/src/binidx.py.
+The trainer reads the .bin as one stream and ignores the items. Format: RWKV-LM, RWKV-v5/src/binidx.py. What the two
+were when they were written stands in a third file of ours, PATH.digest.json (`digest_file`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import dataclasses
 import hashlib
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -30,6 +32,7 @@ import numpy as np
 from rwkv_jax.atomic import already_exists, atomic_rename, flush_to_disk, refuse_existing, temporary_name
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import explain_refusal
+from rwkv_jax.data.tokens.digest_file import digest_content, digest_path
 from rwkv_jax.data.tokens.token_file import first_wrong_token
 from rwkv_jax.file_kinds import Kind
 
@@ -168,7 +171,7 @@ def fingerprint(opened: Binidx) -> str:
 
 
 class BinidxWriter:
-    """Writes a pair of files as a stream; a context manager. The files appear when it exits without an error.
+    """Writes a pair of files and their digest as a stream; a context manager. They appear when it exits without error.
 
     Data goes to temporary files beside the target, which are flushed to disk and then renamed, the .idx last. After an
     error nothing is left.
@@ -190,10 +193,11 @@ class BinidxWriter:
         self._vocab_size = vocab_size
         self._sizes = array.array("i")
         self._size = 0
+        self._checksum = 0
         self.num_tokens = 0
         """Tokens written so far."""
         self._refuse_existing()
-        self._temporary = [temporary_name(path) for path in self.paths]
+        self._temporary = [temporary_name(path) for path in self._all_paths]
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._temporary[0].open("xb")
@@ -227,7 +231,9 @@ class BinidxWriter:
             raise ConfigError(
                 f"document {self.num_documents}: token {values[wrong]} is no id of a vocabulary of {self._vocab_size}"
             )
-        self._bin.write(values.astype(self._dtype).tobytes())
+        content = values.astype(self._dtype).tobytes()
+        self._bin.write(content)
+        self._checksum = zlib.crc32(content, self._checksum)
         self.num_tokens += len(values)
         self._size += len(values)
 
@@ -246,7 +252,7 @@ class BinidxWriter:
         if not self.num_tokens:
             raise ConfigError(f"{self.paths[0]}: there is no document to write")
         flush_to_disk(self._bin)
-        with self._temporary[1].open("xb") as idx:
+        with self._temporary[2].open("xb") as idx:
             items = len(self._sizes)
             idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._dtype], items, items + 1))
             sizes = np.frombuffer(self._sizes, np.intc)
@@ -261,24 +267,37 @@ class BinidxWriter:
             for start in range(0, items + 1, _BLOCK_ITEMS):
                 idx.write(np.arange(start, min(start + _BLOCK_ITEMS, items + 1), dtype="<i8").tobytes())
             flush_to_disk(idx)
+        written = open_binidx(self._temporary[0], self._temporary[2])
+        with self._temporary[1].open("xb") as digest:
+            digest.write(digest_content(fingerprint(written), written.tokens.nbytes, self._checksum))
+            flush_to_disk(digest)
         self._refuse_existing()  # another process may have written them meanwhile
-        self._rename(0)
+        renamed: list[Path] = []
         try:
-            self._rename(1)
+            for temporary, path in zip(self._temporary, self._all_paths, strict=True):
+                _rename(temporary, path)
+                renamed.append(path)
         except BaseException:
-            self.paths[0].unlink()
+            for path in renamed:
+                path.unlink()
             raise
         flush_to_disk(self.paths[0].parent)
 
     def _refuse_existing(self) -> None:
-        for path in self.paths:
+        for path in self._all_paths:
             refuse_existing(path)
 
-    def _rename(self, index: int) -> None:
-        try:
-            atomic_rename(self._temporary[index], self.paths[index])
-        except FileExistsError as error:
-            raise already_exists(self.paths[index]) from error
+    @property
+    def _all_paths(self) -> tuple[Path, Path, Path]:
+        """In the order in which they appear."""
+        return self.paths[0], digest_path(self.paths[0]), self.paths[1]
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        atomic_rename(temporary, path)
+    except FileExistsError as error:
+        raise already_exists(path) from error
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:

@@ -67,7 +67,7 @@ def test_the_bytes_are_the_official_ones(tmp_path: Path) -> None:
     by_hand = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4)
     by_hand += struct.pack("<3i", 3, 2, 4) + struct.pack("<3q", 0, 6, 10) + struct.pack("<4q", 0, 1, 2, 3)
     assert (tmp_path / "x.idx").read_bytes() == by_hand == idx_bytes([3, 2, 4])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.digest.json", "x.idx"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -217,7 +217,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    for name in ("x.bin", "x.idx"):
+    for name in ("x.bin", "x.digest.json", "x.idx"):
         (tmp_path / name).write_text("precious")
         with pytest.raises(ConfigError, match=rf"{name}: exists already and is not overwritten; move it away"):
             BinidxWriter(tmp_path / "x", 65536)
@@ -250,7 +250,7 @@ def test_nothing_that_came_meanwhile_is_overwritten(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("name", ["x.bin", "x.idx"])
+@pytest.mark.parametrize("name", ["x.bin", "x.digest.json", "x.idx"])
 def test_nothing_that_comes_at_the_very_end_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -274,7 +274,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "link", refuse)
     _write(tmp_path / "x", _DOCUMENTS)
     assert _open(tmp_path / "x").num_documents == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.digest.json", "x.idx"]
 
 
 def test_several_may_write_beside_each_other(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_several_may_write_beside_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"x\.bin: exists already and is not overwritten"):
         _write_and(tmp_path / "x", write_another)
     assert _open(tmp_path / "x").num_documents == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.digest.json", "x.idx"]
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
