@@ -137,7 +137,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "weights",
             "kernels",
         ),
-        ("jax", "flax", "numpy", "rich", "tyro"),
+        ("jax", "flax", "numpy", "rich", "safetensors", "tyro"),
     ),
     "__main__": (("cli",), ()),
 }

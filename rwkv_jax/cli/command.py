@@ -14,6 +14,7 @@ from rwkv_jax.cli.chat import Chat
 from rwkv_jax.cli.convert import Convert
 from rwkv_jax.cli.doctor import Doctor
 from rwkv_jax.cli.generate import Generate
+from rwkv_jax.cli.info import Info
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.program_cache import keep_programs
 from rwkv_jax.cli.tokenize import Tokenize
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "convert": Convert,
+    "info": Info,
     "tokenize": Tokenize,
     "plan": Plan,
     "bench": Bench,
