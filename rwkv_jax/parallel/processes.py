@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 
 from rwkv_jax.config import ConfigError, DistributedConfig
+from rwkv_jax.parallel.rendezvous import Place, meet
 
 FOREVER = 10**9
 """A timeout in milliseconds, 11 days: for waits that end with the run."""
@@ -91,13 +91,15 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
 
     Does nothing for one process, or if JAX is already distributed. With several, an exception that leaves the context
     ends all processes: each prints which one failed and why, and exits with a nonzero status. JAX aborts processes that
-    do not find each other within `distributed.join_seconds` or lose one; the last line that each prints has the remedy.
+    lose one or, started by a launcher, do not find each other within `distributed.join_seconds`; the last line that
+    each prints has the remedy.
 
     Args:
       report: gets one line with this process' index and its number of devices.
 
     Raises:
-      ConfigError: JAX cannot initialize, or the coordinator's port is taken.
+      ConfigError: the processes have not found each other in time, another has this one's id, the coordinator's port
+        is taken, or JAX cannot initialize.
     """
     if jax.distributed.is_initialized():
         yield Processes(jax.process_index(), jax.process_count())
@@ -106,11 +108,25 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
     if config.coordinator is None and cluster is None:
         yield Processes()
         return
+    if config.coordinator is None or config.num_processes is None or config.process_id is None:
+        with _joined(config, cluster, report) as processes:
+            yield processes
+        return
+    place = Place(config.coordinator, config.num_processes, config.join_seconds)
+    with (
+        meet(place, config.process_id) as address,
+        _joined(dataclasses.replace(config, coordinator=address), None, report) as processes,
+    ):
+        yield processes
+
+
+@contextlib.contextmanager
+def _joined(config: DistributedConfig, cluster: str | None, report: Callable[[str], None]) -> Iterator[Processes]:
+    """`join`, once the processes have met or where the launcher `cluster` has placed them."""
     source = cluster or f"distributed.coordinator = {config.coordinator!r}, process {config.process_id}"
-    remedy = "start every process" if cluster else "start every process, each with its own distributed.process_id"
     with _last_words(
         f"{source}: the processes have not found each other within distributed.join_seconds = {config.join_seconds}; "
-        f"{remedy}, and see that the others can reach process 0"
+        "start every process, and see that the others can reach process 0"
     ):
         _initialize(config, cluster, source)
         processes = Processes(jax.process_index(), jax.process_count())
@@ -149,8 +165,6 @@ def exception_handled_in(thread: int) -> BaseException | None:
 
 
 def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> None:
-    if config.coordinator is not None and config.process_id == 0:
-        _refuse_taken_port(config.coordinator)
     # JAX would handle SIGTERM itself; `SyncedStop` handles all stop requests, Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -170,20 +184,6 @@ def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> 
         raise ConfigError(
             f"{source}: JAX cannot join the processes ({reason}); name them with --distributed.coordinator HOST:PORT, "
             "--distributed.num-processes and --distributed.process-id, or run one with --distributed.no-detect"
-        ) from error
-
-
-def _refuse_taken_port(coordinator: str) -> None:
-    """Raises ConfigError if this host cannot open the port; JAX would crash."""
-    port = int(coordinator.rpartition(":")[2])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except OSError as error:
-        raise ConfigError(
-            f"distributed.coordinator = {coordinator!r}: process 0 cannot open that port ({error.strerror}); name one "
-            "that is free, to all processes alike"
         ) from error
 
 
