@@ -23,11 +23,15 @@ from rwkv_jax.config import ConfigError, DistributedConfig
 from rwkv_jax.parallel.rendezvous import Place, meet
 
 FOREVER = 10**9
-"""A timeout in milliseconds, 11 days: for waits that end with the run."""
+"""A timeout in milliseconds, 11 days: for waits that end with the run, since JAX ends all if a process is lost."""
 
 _FAILURE = "rwkv_jax/failure"
 _SECONDS_TO_END_BY_ITSELF = 2.0
 _SECONDS_TO_UNWIND = 60.0
+_SECONDS_TO_LEAVE_FAILED = 120.0
+"""How long a process waits for the others to end once one has failed; more than they have to unwind."""
+_SECONDS_TO_LEAVE = 3600
+"""How long a process that is through waits for the others; process 0 may have work of its own at the end."""
 
 
 class DisagreementError(ConfigError):
@@ -100,6 +104,7 @@ def join(config: DistributedConfig, report: Callable[[str], None] = print) -> It
     Raises:
       ConfigError: the processes have not found each other in time, another has this one's id, the coordinator's port
         is taken, or JAX cannot initialize.
+      LostProcessError: the others have not ended in an hour, or one was lost at the end.
     """
     if jax.distributed.is_initialized():
         yield Processes(jax.process_index(), jax.process_count())
@@ -142,10 +147,16 @@ def _joined(config: DistributedConfig, cluster: str | None, report: Callable[[st
         except BaseException as error:
             if not isinstance(error, DisagreementError):  # All processes raise that one.
                 membership.announce(error)
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # It must not hide the error itself.
-                membership.leave()
+            with contextlib.suppress(jax.errors.JaxRuntimeError), _ended_after(processes, withdraw):
+                membership.leave()  # Whose own errors must not hide this one.
             raise
-        membership.leave()
+        try:
+            membership.leave()
+        except jax.errors.JaxRuntimeError as error:
+            raise LostProcessError(
+                f"{processes} is through, but not all others have ended ({str(error).splitlines()[0]}); see what each "
+                "printed last, and start all processes again with the same command if one of them was not"
+            ) from error
 
 
 def coordination_client() -> Any:
@@ -176,8 +187,8 @@ def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> 
             cluster_detection_method=None if cluster else "deactivate",
             initialization_timeout=config.join_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            # At the end process 0 may work longer than the others, which wait for it; heartbeats tell if it is lost.
-            shutdown_timeout_seconds=FOREVER // 1000,
+            # Heartbeats tell if one is lost meanwhile.
+            shutdown_timeout_seconds=_SECONDS_TO_LEAVE,
         )
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -202,6 +213,8 @@ class _Membership:
     def announce(self, error: BaseException) -> None:
         """Tells the other processes why this one ends."""
         message = f"{self._processes} has stopped: {type(error).__name__}: {error}"
+        # A file's name may hold bytes that are not UTF-8, which the service would refuse.
+        message = message.encode("utf-8", "backslashreplace").decode()
         with self._lock:  # The listener keeps it while it ends the process, which may have caused this error.
             self._ending.set()
             print(message, file=sys.stderr, flush=True)  # Before the service, which may hang.
@@ -236,8 +249,32 @@ class _Membership:
             print(f"{message}\n{self._processes} ends with it{own}", file=sys.stderr, flush=True)
             self._withdraw_last_words()
             # The main thread may hang in a collective, where no exception reaches it.
-            jax.distributed.shutdown()
+            with contextlib.suppress(jax.errors.JaxRuntimeError), _ended_after(self._processes, lambda: None):
+                jax.distributed.shutdown()
             os._exit(1)
+
+
+@contextlib.contextmanager
+def _ended_after(processes: Processes, withdraw_last_words: Callable[[], None]) -> Iterator[None]:
+    """Ends this process if the context takes too long: another one neither ends nor stops its heartbeats."""
+
+    def end() -> None:
+        print(
+            f"{processes} ends without the others, of which one has not ended in {_SECONDS_TO_LEAVE_FAILED:g} seconds; "
+            "see what each printed last, and kill what still runs",
+            file=sys.stderr,
+            flush=True,
+        )
+        withdraw_last_words()
+        os._exit(1)
+
+    timer = threading.Timer(_SECONDS_TO_LEAVE_FAILED, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -252,7 +289,7 @@ def _last_words(message: str) -> Iterator[Callable[[], None]]:
         return
     # In a session of its own: Ctrl-C in the terminal is for the run, which may still save.
     speaker = subprocess.Popen(
-        [shell, "-c", 'read -r withdrawn || printf "%s\\n" "$0" >&2', message],
+        [shell, "-c", 'read -r withdrawn || printf "%s\\n" "$0" >&2', message.encode("utf-8", "backslashreplace")],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
