@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rwkv_jax.parallel.processes import FOREVER, DisagreementError, LostProcessError, Processes, coordination_client
 from rwkv_jax.tables import format_table
@@ -125,6 +126,47 @@ def run_on_first_process(processes: Processes, name: str, work: Callable[[], Res
     result = work()
     client.key_value_set(key, "done")
     return result
+
+
+def connect_devices(processes: Processes, mesh: Mesh | None, *, seconds: float) -> None:
+    """Connects the CPU devices of all processes for the collectives of a mesh, once all processes are there.
+
+    Gloo, which carries them, waits at most 30 seconds, whatever the settings, for all devices of a group to come to its
+    first collective, and half an hour at later ones. So the processes wait for each other here, then do a first small
+    one in each group of devices along axes of the mesh, and may afterwards take half an hour to compile.
+
+    Args:
+      seconds: how long to wait for the other processes.
+
+    Raises:
+      LostProcessError: a process did not arrive in time.
+    """
+    if processes.count == 1 or jax.devices()[0].platform != "cpu":
+        return
+    allgather_text(processes, "their readiness to compute", "", seconds=seconds)
+    every = jax.make_mesh((jax.device_count(),), ("device",), axis_types=(AxisType.Auto,))
+    for grid in (every, mesh):
+        if grid is None:
+            continue
+        split = [axis for axis, size in grid.shape.items() if size > 1]
+        for count in range(1, len(split) + 1):
+            # XLA also takes pairs in the other order. Each order has connections of its own, so no more than needed.
+            choose = itertools.permutations if count == 2 else itertools.combinations
+            for axes in choose(split, count):
+                _sum_over(grid, axes).block_until_ready()
+
+
+def _sum_over(mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
+    """The sums, over some of a mesh's axes, of ones on all its devices."""
+    names, shape = mesh.axis_names, tuple(mesh.shape.values())
+    ones = jax.make_array_from_callback(
+        shape, NamedSharding(mesh, PartitionSpec(*names)), lambda _: np.ones((1,) * len(names), np.float32)
+    )
+    left = PartitionSpec(*(None if name in axes else name for name in names))
+    add = jax.shard_map(
+        lambda ones: jax.lax.psum(ones, axes), mesh=mesh, in_specs=PartitionSpec(*names), out_specs=left
+    )
+    return jax.jit(add)(ones)
 
 
 class SyncedStop:

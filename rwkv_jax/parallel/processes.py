@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -179,6 +180,7 @@ def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> 
     # JAX would handle SIGTERM itself; `SyncedStop` handles all stop requests, Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
+        _extend_cpu_timeouts(config.join_seconds)
         jax.distributed.initialize(
             config.coordinator,
             config.num_processes,
@@ -196,6 +198,15 @@ def _initialize(config: DistributedConfig, cluster: str | None, source: str) -> 
             f"{source}: JAX cannot join the processes ({reason}); name them with --distributed.coordinator HOST:PORT, "
             "--distributed.num-processes and --distributed.process-id, or run one with --distributed.no-detect"
         ) from error
+
+
+def _extend_cpu_timeouts(seconds: int) -> None:
+    """Gives CPU processes at least this time, rounded up to minutes, to tell each other their devices."""
+    minutes = math.ceil(seconds / 60)
+    for name, least in (("local", 2), ("global", 5)):  # JAX's defaults; it asks for more for the second
+        minutes = max(minutes + (name == "global"), least)
+        with contextlib.suppress(AttributeError):  # A version of JAX without that setting.
+            jax.config.update(f"jax_cpu_get_{name}_topology_timeout_minutes", minutes)
 
 
 class _Membership:

@@ -25,7 +25,13 @@ from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 from rwkv_jax.held_out import HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, run_on_first_process
+from rwkv_jax.parallel.coordination import (
+    SyncedStop,
+    allgather_text,
+    assert_same,
+    connect_devices,
+    run_on_first_process,
+)
 from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
@@ -111,6 +117,7 @@ def _train(
 
     stack.enter_context(console)
     stop = SyncedStop(stack.enter_context(stop_requests()), processes)
+    connect_devices(processes, trainer.sharded.mesh, seconds=MAX_PREPARATION_SECONDS)
     checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
     profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 

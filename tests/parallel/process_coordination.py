@@ -23,12 +23,21 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError, DistributedConfig
-from rwkv_jax.parallel.coordination import SyncedStop, allgather_text, assert_same, global_array, run_on_first_process
+from rwkv_jax.parallel import processes as processes_module
+from rwkv_jax.parallel.coordination import (
+    SyncedStop,
+    allgather_text,
+    assert_same,
+    connect_devices,
+    global_array,
+    run_on_first_process,
+)
 from rwkv_jax.parallel.processes import DisagreementError, LostProcessError, Processes, join
 from rwkv_jax.training.stopping import stop_requests
 
 COUNT = 2
 FAILURE = ConfigError("data.source = 'nothing': no such file")
+LONGER_THAN_GLOO_WAITS = 33.0
 
 
 def split(*axes: str, **mesh: int) -> NamedSharding:
@@ -111,6 +120,26 @@ def wait_in_a_collective(fails_after: int | None = None) -> None:
         time.sleep(0.1)
 
 
+def sum_in_every_group(processes: Processes, before: float = 0, after: float = 0) -> dict[str, Any]:
+    """Sums along axes of a mesh; process 1 comes late, or takes long to compile the sums, by these seconds."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    time.sleep(before * processes.index)
+    connect_devices(processes, mesh, seconds=80)
+    time.sleep(after * processes.index)
+    x = global_array(
+        NamedSharding(mesh, PartitionSpec("data", "tensor")), (2, 2), lambda rows: np.arange(4.0).reshape(2, 2)[rows]
+    )
+    add = jax.jit(jnp.sum, static_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return {str(axis): np.asarray(add(x, axis)).tolist() for axis in (None, 0, 1)}
+
+
+def hang() -> None:
+    """Holds the interpreter, so that no other thread of it runs, while JAX's own threads send heartbeats."""
+    sys.setswitchinterval(1e6)
+    while True:
+        pass
+
+
 def fail() -> None:
     """Raises FAILURE."""
     raise FAILURE
@@ -121,7 +150,7 @@ def main(scenario: str, port: str, index: int) -> None:
     config = DistributedConfig(f"127.0.0.1:{port}", COUNT, index)
     if scenario == "alone":
         config = dataclasses.replace(config, join_seconds=1)
-    elif scenario == "wait":
+    elif scenario in ("wait", "one hangs"):
         config = dataclasses.replace(config, heartbeat_seconds=3)
     with join(config, functools.partial(print, flush=True)) as processes:
         if scenario == "well":
@@ -132,6 +161,14 @@ def main(scenario: str, port: str, index: int) -> None:
             wait_in_a_collective(fails_after=3 if f"process {index} fails" == scenario else None)
         elif scenario == "first alone fails":
             run_on_first_process(processes, "work", fail)
+        elif scenario == "one comes late":
+            print(json.dumps(sum_in_every_group(processes, before=LONGER_THAN_GLOO_WAITS)))
+        elif scenario == "one compiles long":
+            print(json.dumps(sum_in_every_group(processes, after=LONGER_THAN_GLOO_WAITS)))
+        elif scenario == "one hangs":
+            assert_same(processes, {}, seconds=30)
+            processes_module._SECONDS_TO_LEAVE_FAILED = 4.0
+            (hang if index else fail)()
         elif scenario == "both fail":
             with contextlib.ExitStack() as stack:
                 if index == 0:

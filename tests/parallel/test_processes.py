@@ -7,12 +7,15 @@ import functools
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import pytest
 
 from rwkv_jax.config import ConfigError, DistributedConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.parallel import processes as processes_module
 from rwkv_jax.parallel.processes import Processes, exception_handled_in, join, recognized_cluster
 from tests.parallel.process_pair import Ended, end_of, free_port, start
 
@@ -102,6 +105,75 @@ def test_a_lost_process_ends_the_other_which_says_how_to_resume(killed: int) -> 
     assert "start all processes again with the same command" in last
     if killed == 1:  # The service, in process 0, has outlived it and knows its number.
         assert "unhealthy (stopped sending heartbeats):\n1\n" in survivor.errors
+
+
+@pytest.mark.long
+def test_a_process_with_an_id_in_use_is_refused_by_name_and_the_others_go_on() -> None:
+    port = free_port()
+    pair = [start("wait", port, index) for index in range(2)]
+    try:
+        for process in pair:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("process ")
+        for index in range(2):
+            third = start("wait", port, index)
+            _, errors = third.communicate(timeout=60)
+            assert third.returncode == 1
+            assert errors.splitlines()[-1].startswith(
+                f"train.py: distributed.process_id = {index}: process {index} of the run at 127.0.0.1:{port} is there "
+                f"already: process number {pair[index].pid} on host {socket.gethostname()}; that run goes on"
+            )
+        time.sleep(5)  # More than heartbeats, after which JAX would tell.
+        assert [process.poll() for process in pair] == [None, None]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+
+
+@functools.cache
+def ends_after_gloos_time() -> dict[str, list[Ended]]:
+    """How two processes end of which one makes the other wait for longer than Gloo does; both ways at once."""
+    scenarios = ("one comes late", "one compiles long")
+    with ThreadPoolExecutor(len(scenarios)) as pool:
+        return dict(zip(scenarios, pool.map(end_of, scenarios), strict=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ["one comes late", "one compiles long"])
+def test_processes_wait_for_a_slow_one_at_the_first_collectives(scenario: str) -> None:
+    ended = ends_after_gloos_time()[scenario]
+    assert [one.status for one in ended] == [0, 0], ended[0].errors[-3000:] + ended[1].errors[-3000:]
+    assert min(one.seconds for one in ended) > 33
+    for one in ended:
+        assert json.loads(one.output.splitlines()[-1]) == {"None": 6.0, "0": [2.0, 4.0], "1": [1.0, 5.0]}
+
+
+@pytest.mark.long
+def test_a_process_that_failed_ends_though_another_hangs() -> None:
+    failed, hanging = end_of("one hangs")
+    assert failed.status == 1
+    assert failed.seconds < 60
+    last = failed.errors.strip().splitlines()[-1]
+    assert last.startswith("process 0 of 2 ends without the others, of which one has not ended in 4 seconds")
+    assert hanging.status != 0
+    assert "process 1 of 2 has ended before its time" in hanging.errors
+
+
+def test_a_failure_that_names_bytes_which_are_no_text_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, str] = {}
+
+    class Client:
+        def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+            raise jax.errors.JaxRuntimeError("the run is over")
+
+        def key_value_set(self, key: str, value: str) -> None:
+            sent[key] = value.encode().decode()
+
+    monkeypatch.setattr(processes_module, "coordination_client", Client)
+    membership = processes_module._Membership(Processes(1, 2), lambda: None)
+    membership.announce(FileNotFoundError("caf\udce9"))
+    assert list(sent.values()) == [r"process 1 of 2 has stopped: FileNotFoundError: caf\udce9"]
 
 
 def test_one_process_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
