@@ -27,6 +27,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every", "batches", "sample_tokens")
         check = checker(self, "evaluation")
+        check(
+            not any("\ud800" <= character <= "\udfff" for prompt in self.sample_prompts for character in prompt),
+            "sample_prompts",
+            "is not UTF-8, or not to be read in this locale; set LC_ALL=C.UTF-8, or put them in the config file",
+        )
         check(self.sample_temperature >= 0, "sample_temperature", "must be >= 0")
         check(0 < self.sample_top_p <= 1, "sample_top_p", "must lie in (0, 1]")
 

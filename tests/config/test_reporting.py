@@ -13,6 +13,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (EvaluationConfig, {"sample_temperature": -1.0}, "evaluation.sample_temperature = -1.0: "),
     (EvaluationConfig, {"sample_top_p": 0.0}, "evaluation.sample_top_p = 0.0: "),
     (EvaluationConfig, {"sample_top_p": 1.5}, "evaluation.sample_top_p = 1.5: "),
+    (EvaluationConfig, {"sample_prompts": ("a", "caf\udcc3\udca9")}, "evaluation.sample_prompts = "),
     *((CheckpointConfig, {name: 0}, f"checkpoint.{name} = 0: ") for name in ("every", "keep")),
     (LoggingConfig, {"every": 0}, "logging.every = 0: "),
 ]
