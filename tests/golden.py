@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
+from rwkv_jax.plan.devices import unoptimized_on_cpu
+
 GOLDEN_DIR = Path(__file__).parent / "golden"
 TINY_DIR = Path(__file__).parents[2] / "shared" / "golden" / "tiny"
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = unoptimized_on_cpu()
 """Compiler options that take compilation to a third of its time: for tests of logic and for float64, where rounding by
 what users run is not the question. Tests in float32 compile as users do."""
 

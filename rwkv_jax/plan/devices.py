@@ -267,3 +267,14 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{device.name}:{sizes}", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology = '{topology}': its compiler refuses: {error}") from error
+
+
+def unoptimized_on_cpu() -> dict[str, Any]:
+    """Compiler options that take compilation for a CPU to a third of its time, for what hardly runs.
+
+    Only those that the installed XLA knows, since it refuses others.
+    """
+    import jax
+
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    return options | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {})

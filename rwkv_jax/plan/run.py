@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
-from rwkv_jax.plan.devices import Topology, topology_devices
+from rwkv_jax.plan.devices import Topology, topology_devices, unoptimized_on_cpu
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 
@@ -54,7 +54,7 @@ def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | N
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {}
         if platform == "cpu":  # never run, so not optimized: a third of the time
-            options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+            options = unoptimized_on_cpu()
         elif platform == "tpu":  # only libtpu's own dump is complete
             options = {"xla_dump_to": folder}
         try:
