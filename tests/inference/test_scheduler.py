@@ -104,7 +104,7 @@ def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: in
             i = len(found)
             found[i] = []
             running[i] = (engine.stream(**settings[i]), int(draws.integers(1, 30)))
-        i = draws.choice(list(running))
+        i = int(draws.choice(list(running)))
         stream, most = running[i]
         found[i] += some(stream, int(draws.integers(1, 4)))
         if len(found[i]) >= min(most, settings[i]["max_tokens"]) or found[i][-1].finish_reason:
@@ -262,7 +262,7 @@ def test_fifty_sessions_never_mix(engine: Engine) -> None:
         for i in streams:
             texts[i] += [turn + 1, i + 1]
         while streams:
-            i = draws.choice(list(streams))
+            i = int(draws.choice(list(streams)))
             chunk = next(streams[i], None)
             if chunk is None:
                 del streams[i]

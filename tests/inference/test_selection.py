@@ -27,7 +27,7 @@ def test_floors_of_counts_keep_as_many_as_sorting_does(num_kept: int) -> None:
         return jnp.sum(floor <= ROWS, axis=-1, dtype=jnp.float32)
 
     target = jnp.full(len(ROWS), float(num_kept))
-    floor = largest_floor(at_least, target, -jnp.inf, ROWS.max(-1), lambda floor: 1.0)
+    floor = largest_floor(at_least, target, -jnp.inf, jnp.asarray(ROWS.max(-1)), lambda floor: 1.0)
     last = np.sort(ROWS, axis=-1)[:, -num_kept]
     np.testing.assert_array_equal(np.asarray(floor)[:, None] <= ROWS, last[:, None] <= ROWS)
 

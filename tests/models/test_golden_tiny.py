@@ -45,7 +45,7 @@ def batch(name: str) -> tuple[NDArray, NDArray]:
     """All prompts, as rows of tokens [B, T] with zeros behind the shorter ones, and their lengths [B]."""
     rows = [golden(name)[f"tokens_{prompt}"] for prompt in prompts(name)]
     lengths = np.array([len(row) for row in rows], np.int32)
-    return np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows]), lengths
+    return np.stack([np.pad(row, (0, int(lengths.max()) - len(row))) for row in rows]), lengths
 
 
 @functools.cache
