@@ -1,15 +1,34 @@
-# Commands for a machine with Python 3.11 or newer and nothing else; each sets up .venv by itself.
+# Commands for a machine with Python 3.11, 3.12 or 3.13 and nothing else; each sets up .venv by itself, with the versions
+# of constraints/ for that Python: make test PYTHON=python3.12.
 #   make train   trains a small RWKV-7 on the source text of Python's standard library and samples from it
 #   make test    runs the linter, the type checker and the tests, and then
 #   make test-devices    compiles the kernels for GPUs and TPUs that need not be there, in .venv-devices (Linux, x86-64)
-# and by itself, since it installs PyTorch,
-#   make test-peers      holds our models and training steps against the official ones, in .venv-peers
+# and by themselves
+#   make test-newest     runs a tenth of the tests on another Python, in .venv-newest: make test-newest NEWEST=python3.13
+#   make test-peers      holds our models and training steps against the official ones, in .venv-peers (it has PyTorch)
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICES := .venv-devices/bin
+NEWEST ?= python3.13
 
-.PHONY: train test test-devices test-peers
+version_of = $(or $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),unknown)
+VERSION := $(call version_of,$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
+CONSTRAINTS := constraints/$(VERSION).txt
+ifeq ($(origin PYTHON),command line)
+ifneq ($(call version_of,$(PYTHON)),$(VERSION))
+$(error .venv has Python $(VERSION), PYTHON is $(call version_of,$(PYTHON)): remove .venv, .venv-devices and .venv-peers)
+endif
+endif
+
+# A tenth of the tests that touches every package, above all what releases of JAX and Flax have changed before.
+NEWEST_TESTS := $(addprefix tests/,test_constraints.py test_imports.py test_plan_command.py \
+	cli/test_doctor.py config data/tokens inference/test_engine.py inference/test_session_store.py \
+	kernels/test_definitions.py kernels/test_golden.py models/test_modules.py models/test_tabulate.py \
+	parallel/test_mesh.py parallel/test_rules.py train/test_going_on.py training/test_checkpoints.py \
+	training/test_optimizer.py training/test_step.py weights/test_pretrained.py weights/test_safetensors.py)
+
+.PHONY: train test test-devices test-newest test-peers
 
 train: .venv/installed
 	$(BIN)/python train.py configs/python_stdlib.py
@@ -18,31 +37,37 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15 -rs
 	$(MAKE) test-devices
 
-# There are no such compilers for other machines.
-ifeq ($(shell uname -sm),Linux x86_64)
+# There are no such compilers for other machines; constraints/ has those of one version of JAX.
+ifeq ($(shell uname -sm) $(VERSION),Linux x86_64 3.11)
 test-devices: .venv-devices/installed
-	$(DEVICES)/python -m pytest --numprocesses 2 -m 'devices and not long' tests/devices
+	$(DEVICES)/python -m pytest --numprocesses 2 -rs -m 'devices and not long' tests/devices
 else
 test-devices:
-	@echo 'test-devices: needs Linux on x86-64'
+	@echo 'test-devices: left out, needs Linux on x86-64 and Python 3.11 (here: $(shell uname -sm), $(VERSION))'
 endif
 
-test-peers: .venv/installed-dev .venv-peers/installed
-	$(BIN)/python -m pytest -m peers tests
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal -rs $(NEWEST_TESTS)
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+test-peers: .venv/installed-dev .venv-peers/installed
+	$(BIN)/python -m pytest -rs -m peers tests
+
+.venv/bin/python: | $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+constraints/%.txt:
+	@echo 'Python $* (PYTHON=$(PYTHON)): constraints/ has no versions of packages for it: make PYTHON=python3.12' >&2
+	@exit 1
+
+.venv/installed: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 # torch first, or another package asks for one built for GPUs.
@@ -52,8 +77,14 @@ test-peers: .venv/installed-dev .venv-peers/installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check numpy rwkv==0.8.32
 	touch $@
 
-.venv-devices/installed: pyproject.toml constraints.txt constraints-devices.txt | .venv/bin/python
+.venv-devices/installed: pyproject.toml $(CONSTRAINTS) constraints/devices-3.11.txt | .venv/bin/python
 	.venv/bin/python -m venv .venv-devices
-	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist
-	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-devices.txt
+	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e . pytest pytest-xdist
+	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/devices-3.11.txt
+	touch $@
+
+.venv-newest/installed: pyproject.toml $(wildcard constraints/*.txt)
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+		-c constraints/$(call version_of,$(NEWEST)).txt
 	touch $@

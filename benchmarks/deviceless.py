@@ -2,7 +2,7 @@
 
 XLA's GPU and TPU compilers need the description of a device and not the device. Registers and spills are NVIDIA's
 assembler's own count, for the code that XLA hands to the driver; nothing here says how fast a kernel is.
-Needs what constraints-devices.txt lists.
+Needs what constraints/devices-3.11.txt lists.
 """
 
 from __future__ import annotations

@@ -148,7 +148,6 @@ def test_loggers_that_are_not_asked_for_are_not_imported(tmp_path: Path, monkeyp
 
 
 def test_tensorboard_writes_events_beside_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
     with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True)) as writer:
         writer.write("train", 1, {"loss": 2.5, "gradient_norm": math.nan})
         writer.write("sample", 1, {"text": "def f():\n    pass"})
