@@ -161,7 +161,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(OPERATIONS)
 def test_it_does_what_a_dict_does(operations: list[tuple[str, tuple[int, ...], int]]) -> None:
     size = 5 * (STATE_BYTES + 4)  # the larger states fit after up to five tokens, and not after more
