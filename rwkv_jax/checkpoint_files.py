@@ -50,7 +50,7 @@ def writing(place: Path) -> Iterator[None]:
     """Turns whatever is raised while a run's file or folder is written into a `CheckpointError`."""
     try:
         yield
-    except ConfigError:  # which has place and remedy already
+    except (ConfigError, jax.errors.JaxRuntimeError):  # which has place and remedy already, or is no matter of files
         raise
     except Exception as error:  # Orbax has no class of its own for it
         raise CheckpointError(
@@ -68,6 +68,20 @@ def pack_metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's own metadata as JSON, with a checksum."""
     text = json.dumps(content, sort_keys=True)
     return {"content": text, "crc32": zlib.crc32(text.encode())}
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What `pack_metadata` packed for a checkpoint; read without Orbax, which takes unreadable files for missing ones.
+
+    Raises:
+      DamagedError: it is missing, or not what was saved.
+      OSError: it is there and cannot be read.
+    """
+    try:
+        packed = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
+        raise DamagedError("its description is missing") from error
+    return unpack_metadata(packed.get("custom_metadata") if isinstance(packed, dict) else None)
 
 
 def unpack_metadata(packed: Any) -> dict[str, Any]:
@@ -91,6 +105,11 @@ NO_DAMAGE = (
     "PERMISSION_DENIED",
     "Permission denied",
     "RESOURCE_EXHAUSTED",
+    "Bad file descriptor",
+    "Connection timed out",
+    "DEADLINE_EXCEEDED",
+    "No space left",
+    "Resource temporarily unavailable",
     "Stale file handle",
     "Too many open files",
     "UNAVAILABLE",
@@ -100,12 +119,13 @@ NO_DAMAGE = (
 
 
 def is_damage(error: BaseException, folder: Path) -> bool:
-    """Whether an error that was raised while a checkpoint was read can only mean that its files are damaged.
+    """Whether an error that was raised while a checkpoint was read speaks of what its files hold.
 
-    Not if memory, threads, descriptors or rights were missing, or if a file of the folder cannot be opened now.
+    Not if memory, threads, descriptors or rights were missing, if a file of the folder cannot be opened now, or if the
+    code itself is at fault.
     """
     for cause in _causes(error):
-        if isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError)):
+        if isinstance(cause, (MemoryError, ImportError, AttributeError, jax.errors.JaxRuntimeError)):
             return False
         if isinstance(cause, OSError) and not isinstance(cause, (FileNotFoundError, NotADirectoryError)):
             return False

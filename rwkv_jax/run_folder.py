@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -27,8 +27,10 @@ from rwkv_jax.checkpoint_files import (
     DamagedError,
     changed_arrays,
     first_line,
+    is_damage,
     open_checkpoints,
-    unpack_metadata,
+    read_metadata,
+    writing,
 )
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -37,9 +39,6 @@ from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
-
-if TYPE_CHECKING:  # Orbax takes a second to import, which loading weights from a file should not need.
-    pass
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -137,12 +136,13 @@ def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
     """Moves all that a run has left into a new folder `set-aside-N` in its own; what is there already stays."""
     if not (run_dir / RUN_FILE).exists():  # another process has done it
         return
-    number = 1 + sum(path.name.startswith(SET_ASIDE) for path in run_dir.iterdir())
-    aside = run_dir / f"{SET_ASIDE}{number}"
-    aside.mkdir()
-    found = [path for path in run_dir.iterdir() if not path.name.startswith((".", SET_ASIDE))]
-    for path in sorted(found, key=lambda path: path.name == RUN_FILE):  # last, so that a broken move is done again
-        path.rename(aside / path.name)
+    numbers = [path.name.removeprefix(SET_ASIDE) for path in run_dir.glob(f"{SET_ASIDE}*")]
+    aside = run_dir / f"{SET_ASIDE}{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
+    with writing(aside):
+        aside.mkdir()
+        found = [path for path in run_dir.iterdir() if not path.name.startswith((".", SET_ASIDE))]
+        for path in sorted(found, key=lambda path: path.name == RUN_FILE):  # last, so that a broken move is done again
+            path.rename(aside / path.name)
     report(f"what the run has left is in {aside} now; it begins again")
 
 
@@ -234,16 +234,23 @@ def load_model(
         if checkpointer.latest is None:
             raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
         step = checkpointer.latest.step
+        place = folder / str(step)
         try:
-            metadata = unpack_metadata(checkpointer.metadata(step).custom_metadata)
+            metadata = read_metadata(place)
             tree = checkpointer.load(step, {"params": like})
             if changed := changed_arrays(tree, metadata["digests"]):
                 raise DamagedError(f"{changed[0]} has other bits than were saved")
-            if metadata["step"] != step:
-                raise DamagedError(f"it holds the state after step {metadata['step']}")
         except Exception as error:  # whatever Orbax raises for a damaged file, report path and remedy
-            remedy = _describe_broken_files(folder / str(step)) or "resume the run to mend it"
-            raise CheckpointError(f"{folder / str(step)}: cannot be read ({first_line(error)}); {remedy}") from error
+            if not isinstance(error, DamagedError) and not is_damage(error, place):
+                remedy = "that proves no damage; mend the cause"
+            else:
+                mended = "resume the run, which takes the one before" if which == "newest" else "take the newest one"
+                remedy = _describe_broken_files(place) or mended
+            raise CheckpointError(f"{place}: cannot be read ({first_line(error)}); {remedy}") from error
+        if metadata["step"] != step:
+            raise CheckpointError(
+                f"{place}: holds the state after step {metadata['step']}; give the folder its own name back"
+            )
     return LoadedModel(config, graphdef, tree["params"], step)
 
 

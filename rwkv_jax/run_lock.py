@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import socket
@@ -21,6 +22,9 @@ from rwkv_jax.checks import ConfigError
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock-owner.json"
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
+
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
@@ -32,27 +36,28 @@ def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
     Raises:
       ConfigError: another process holds it; names its host, number and start.
     """
-    lock = FileLock(run_dir / LOCK_FILE, timeout=0)
+    lock = FileLock(run_dir / LOCK_FILE, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise ConfigError(
             f"run_dir = {str(run_dir)!r}: {_owner(run_dir)} is writing there; wait until it has ended, or name another"
         ) from None
-    except (OSError, NotImplementedError) as error:
+    except NotImplementedError as error:
         report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
-        yield
-        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be locked ({error}); see to its rights") from error
+        report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
+    since = datetime.datetime.now().isoformat(" ", "seconds")
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     try:
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": datetime.datetime.now().isoformat(" ", "seconds"),
-        }
-        replace_file(run_dir / OWNER_FILE, json.dumps(owner).encode())
+        with contextlib.suppress(OSError):  # it only tells others who is here
+            replace_file(run_dir / OWNER_FILE, json.dumps(owner).encode())
         yield
     finally:
-        (run_dir / OWNER_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (run_dir / OWNER_FILE).unlink(missing_ok=True)
         lock.release()
 
 

@@ -38,6 +38,29 @@ def test_what_a_killed_process_left_is_no_lock(tmp_path: Path) -> None:
         assert str(os.getpid()) in (tmp_path / OWNER_FILE).read_text()
 
 
+def test_an_error_within_stays_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder made read-only meanwhile, where the owner's file cannot be deleted."""
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with pytest.raises(KeyError), lock_run(tmp_path, pytest.fail):  # noqa: PT012
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise KeyError("the error")
+    monkeypatch.undo()
+    with lock_run(tmp_path, pytest.fail):
+        pass
+
+
+def test_a_lock_that_may_not_be_taken_is_no_missing_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FileLock) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be locked .*Permission denied"), lock_run(tmp_path, pytest.fail):
+        pass
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: FileLock) -> None:
         raise NotImplementedError("no flock here")

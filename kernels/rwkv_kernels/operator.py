@@ -20,11 +20,11 @@ def _run(
     chosen: dispatch.Implementation, inputs: dict[str, Array], state: State, options: dict[str, Any]
 ) -> tuple[Array, State]:
     """Runs an implementation on arguments that all vary over the same mesh axes."""
-    texts = {name: x for name, x in options.items() if isinstance(x, str)}
+    static = {name: x for name, x in options.items() if isinstance(x, str)}
     arrays, state, rest = arguments.broadcast_varying_axes(
-        tuple(inputs.values()), state, {name: x for name, x in options.items() if name not in texts}
+        tuple(inputs.values()), state, {name: x for name, x in options.items() if name not in static}
     )
-    return chosen.run(*arrays, state, **rest, **texts)
+    return chosen.run(*arrays, state, **rest, **static)
 
 
 def _empty_matrix(sizes: Mapping[str, int], dtype: jnp.dtype) -> Array:
@@ -40,7 +40,7 @@ def _check_matrix(state: Any, sizes: Mapping[str, int]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A WKV operator with all its implementations."""
+    """A WKV operator with all its implementations; WKV-4 multiplies no matrices, and so has no precision."""
 
     name: str
     axes: Mapping[str, str]

@@ -20,6 +20,8 @@ class Train:
     config_file: tyro.conf.Positional[Path | None] = None
     """Python file with a `config()`; comes first. Its fields can be changed by flags such as --model.width 512."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
+    restart: bool = False
+    """Set all that the run in --run-dir has left aside, in a folder there, and begin it again at its first step."""
 
     def run(self) -> None:
         """Trains to the end, or until SIGTERM or SIGINT.
@@ -32,7 +34,7 @@ class Train:
         from rwkv_jax.training.reporting.step_logger import NonFiniteError
 
         try:
-            train(self.config, command=command_line())
+            train(self.config, restart=self.restart, command=command_line())
         except (NonFiniteError, LostProcessError) as error:
             raise ConfigError(str(error)) from error
 

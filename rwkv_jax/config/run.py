@@ -18,8 +18,6 @@ class TrainConfig:
 
     run_dir: str = "runs/default"
     """Folder of the run: checkpoints, metrics, samples. An existing run is resumed. RWKV-LM: proj_dir."""
-    restart: bool = False
-    """Set all of the run in run_dir aside, in a folder there, and begin it again at its first step."""
     seed: int = 0
     """Seed of the initial parameters, of the order of the data and of the samples. RWKV-LM: random_seed."""
     initial_weights: str | None = None

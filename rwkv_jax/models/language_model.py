@@ -73,6 +73,7 @@ class TimeMixOutput(NamedTuple):
     v_first: Array | None
     """[B, T, C], the first layer's values; only RWKV-7 has them."""
     state: TimeMixState
+    """The next state."""
 
 
 class BlockOutput(NamedTuple):
@@ -83,20 +84,25 @@ class BlockOutput(NamedTuple):
     v_first: Array | None
     """[B, T, C], the first layer's values; only RWKV-7 has them."""
     state: Any
+    """The next state."""
 
 
 class HiddenOutput(NamedTuple):
-    """Hidden states [B, T, C], or [L, B, T, C] of every block, and the next state."""
+    """Output of the blocks."""
 
     hidden: Array
+    """[B, T, C] after the last norm; of `residual_stream`, [L, B, T, C]."""
     state: Any
+    """The next state."""
 
 
 class ModelOutput(NamedTuple):
-    """Next-token logits [B, T, V] in at least float32, and the next state."""
+    """Output of a model."""
 
     logits: Array
+    """[B, T, V] of the next token, in at least float32."""
     state: Any
+    """The next state."""
 
 
 class Block(nnx.Module):

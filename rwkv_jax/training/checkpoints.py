@@ -29,7 +29,7 @@ from rwkv_jax.checkpoint_files import (
     is_damage,
     open_checkpoints,
     pack_metadata,
-    unpack_metadata,
+    read_metadata,
     writing,
 )
 from rwkv_jax.digests import digest_tree, paths_of
@@ -41,8 +41,8 @@ from rwkv_jax.training.state import TrainState
 MAX_CLOSE_SECONDS = 30.0
 """How long an error waits for saves in flight before it is raised all the same."""
 
-DAMAGED = "damaged-"
-"""Prefix of the folders of checkpoints that were set aside."""
+DAMAGED, SUSPECT = "damaged-", "suspect-"
+"""Prefixes of the folders of checkpoints that were set aside."""
 
 
 class Restored(NamedTuple):
@@ -75,9 +75,10 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            for checkpointer in (self._latest, self._best):
-                with writing(Path(str(checkpointer.directory))):
-                    checkpointer.close()
+            with contextlib.ExitStack() as stack:  # both, whatever the first one raises
+                for checkpointer in (self._best, self._latest):
+                    stack.enter_context(writing(Path(str(checkpointer.directory))))
+                    stack.callback(checkpointer.close)
         else:
             self._close_within(MAX_CLOSE_SECONDS)
 
@@ -97,42 +98,61 @@ class Checkpoints:
         if any(thread.is_alive() for thread in closing):
             self._report(f"a save did not end within {seconds:g} seconds, and is left; it will be no checkpoint")
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def restore(self, like: TrainState, suspect: int | None = None) -> Restored | None:
         """Restores the newest checkpoint that is intact in every process; None if none was ever saved.
 
-        One that is proven damaged, by a digest or its structure, is reported and renamed with the prefix `damaged-`,
-        and the one before is tried.
+        Those that are proven damaged, by a digest or their structure, are passed over, and once an older one has been
+        restored, reported and renamed with the prefix `damaged-`.
 
         Args:
           like: shapes, dtypes and the shardings to restore into.
+          suspect: a step right after which steps were not finite: its checkpoint is passed over for the one before, if
+            there is one, and renamed with the prefix `suspect-`.
 
         Raises:
           DisagreementError: the processes see different checkpoints.
           CheckpointError: a checkpoint cannot be read for another reason than damage, is of another step than its name
-            says or of another optimizer; or there are damaged ones and none that is intact.
+            says or of another optimizer; or there are damaged ones and none that is intact, which all stay.
         """
-        for step in self._steps():
+        steps, passed = self._steps(), dict[int, str]()
+        if suspect in steps and suspect != steps[-1]:
+            passed[suspect] = ""
+        for step in [step for step in steps if step not in passed]:
             loaded, damage = self._load(step, like)
-            if damage is None and loaded is not None:
-                # Only now, when every process has its share: digests are sums over all of them.
-                damage = _difference(self._folder(step), loaded)
-            if damage is None and loaded is not None:
-                return Restored(TrainState(**loaded.tree), loaded.metadata["window"])
-            self._set_aside(step, damage or "")
+            if loaded is None or damage is not None:
+                passed[step], loaded = damage or "", None  # not held beside the next one
+                continue
+            for other, reason in passed.items():
+                if other > step:
+                    self._set_aside(other, reason)
+            return Restored(TrainState(**loaded.tree), loaded.metadata["window"])
         folder = Path(str(self._latest.directory))
         aside = sorted(path.name for path in folder.glob(f"{DAMAGED}*")) if folder.is_dir() else []
-        if any(allgather_text(self._processes, "damaged checkpoints", " ".join(aside))):
+        found = " ".join([*(f"{step} ({reason})" for step, reason in passed.items()), *aside])
+        if any(allgather_text(self._processes, "damaged checkpoints", found)):
             raise CheckpointError(
-                f"{folder}: none of its checkpoints is intact ({', '.join(aside)}); put one back from a copy, begin a "
-                "new run in another --run-dir, or set all of this one aside and begin at step 0 with --restart"
+                f"{folder}: none of its checkpoints is intact: {found}. Put one back from a copy, begin a new run in "
+                "another --run-dir, or set all of this one aside and begin again with --restart"
             )
         return None
 
     def _load(self, step: int, like: TrainState) -> tuple[_Loaded | None, str | None]:
         """A checkpoint's arrays, or what is damaged of it for any process; raises CheckpointError for anything else."""
-        folder, loaded, damage, fault = self._folder(step), None, "", ""
+        folder = self._folder(step)
+        loaded, damage = self._gathered(f"what checkpoint {step} holds", folder, _load_alone, folder, step, like)
+        if damage is not None:
+            return None, damage
+        # Only now, when every process has its share: digests are sums over all of them.
+        _, damage = self._gathered(f"digests of checkpoint {step}", folder, _verify, folder, loaded)
+        return loaded, damage
+
+    def _gathered(
+        self, subject: str, folder: Path, read: Callable[..., Any], *arguments: Any
+    ) -> tuple[Any, str | None]:
+        """What `read` returns, and the damage that any process has found; raises what any has found besides."""
+        result, damage, fault = None, "", ""
         try:
-            loaded = _load_alone(folder, step, like, self._processes)
+            result = read(*arguments, self._processes)
         except DamagedError as error:
             damage = str(error)
         except CheckpointError as error:
@@ -145,12 +165,11 @@ class Checkpoints:
                     f"{folder}: cannot be read ({first_line(error)}); that proves no damage, so it stays as it is: "
                     "mend the cause and start again with the same command"
                 )
-        # Each process reads its own share; only some shares may be damaged.
-        found = allgather_text(self._processes, f"what checkpoint {step} holds", json.dumps([damage, fault]))
+        found = allgather_text(self._processes, subject, json.dumps([damage, fault]))
         damages, faults = zip(*(json.loads(text) for text in found), strict=True)
         if any(faults):
             raise CheckpointError(next(filter(None, faults)))
-        return loaded, next(filter(None, damages), None)
+        return result, next(filter(None, damages), None)
 
     def _folder(self, step: int) -> Path:
         return Path(str(self._latest.directory)) / str(step)
@@ -169,19 +188,30 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         if self._processes.is_first:
             folder = self._folder(step)
-            aside = folder.with_name(f"{DAMAGED}{step}-{os.getpid()}")
+            aside = folder.with_name(f"{DAMAGED if reason else SUSPECT}{step}-{os.getpid()}")
             folder.rename(aside)
-            self._report(f"checkpoint of step {step} is damaged ({reason}); moved to {aside}")
+            what = f"is damaged ({reason})" if reason else "is passed over, since the step after it was not finite"
+            self._report(f"checkpoint of step {step} {what}; moved to {aside}")
         allgather_text(self._processes, f"checkpoint {step}, moved aside", "")
         self._latest.reload()  # or Orbax would believe that the step exists and never save it again
 
     def best_loss(self) -> float:
-        """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one."""
+        """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one.
+
+        Raises:
+          CheckpointError: it is there and cannot be read.
+        """
         loss = math.inf
         if (latest := self._best.latest) is not None:
-            # Whatever Orbax raises for a damaged file, a better checkpoint will replace it.
-            with contextlib.suppress(Exception):
-                loss = float(unpack_metadata(self._best.metadata(latest.step).custom_metadata)["held_out_loss"])
+            folder = Path(str(self._best.directory)) / str(latest.step)
+            try:
+                loss = float(read_metadata(folder)["held_out_loss"])
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: cannot be read ({first_line(error)}); see to its rights and its disk, and start again"
+                ) from error
+            except DamagedError as error:  # a better one will replace it
+                self._report(f"best checkpoint, of step {latest.step}, is damaged ({error}); the next one replaces it")
         return float(allgather_text(self._processes, "best loss", repr(loss))[0])
 
     def save(self, state: TrainState, step: int, window: Mapping[str, Any] | None = None) -> None:
@@ -238,7 +268,7 @@ def _load_alone(folder: Path, step: int, like: TrainState, processes: Processes)
     alone.primary_host, alone.active_processes = processes.index, {processes.index}
     alone.barrier_sync_key_prefix = f"process_{processes.index}"
     with context:
-        metadata = unpack_metadata(ocp.metadata(str(folder)).custom_metadata)
+        metadata = read_metadata(folder)
         if metadata["step"] != step:
             raise CheckpointError(
                 f"{folder}: holds the state after step {metadata['step']}, not {step}; give the folder its own name "
@@ -254,13 +284,15 @@ def _load_alone(folder: Path, step: int, like: TrainState, processes: Processes)
         return _Loaded(ocp.load(str(folder), _as_tree(like)), metadata)
 
 
-def _difference(folder: Path, loaded: _Loaded) -> str | None:
-    """Which arrays have other bits than were saved; None if none has."""
+def _verify(folder: Path, loaded: _Loaded, processes: Processes) -> None:
+    """Raises DamagedError if arrays have other bits than were saved; all processes call it together."""
+    del processes
     changed = changed_arrays(loaded.tree, loaded.metadata["digests"])
     if "step" in changed and len(changed) > 1:
         raise CheckpointError(
             f"{folder}: its folder `state` is of step {int(loaded.tree['step'])}, its description of step "
             f"{loaded.metadata['step']}; put back what was exchanged, or move the checkpoint away"
         )
-    others = f", and so have {len(changed) - 1} other arrays" if len(changed) > 1 else ""
-    return f"{changed[0]} has other bits than were saved{others}" if changed else None
+    if changed:
+        others = f", and so have {len(changed) - 1} other arrays" if len(changed) > 1 else ""
+        raise DamagedError(f"{changed[0]} has other bits than were saved{others}")

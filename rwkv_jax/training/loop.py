@@ -6,8 +6,8 @@ A batch is a function of the step, so a stopped run resumes as if it had not bee
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.reporting.console import Console
-from rwkv_jax.training.reporting.metrics import MetricsWriter, require_loggers, stopped_at
+from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import StepLogger
@@ -63,10 +63,11 @@ class TrainResult(NamedTuple):
     """The last evaluation, over all held-out text; None without held-out text or if the run was stopped early."""
 
 
-def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult:
+def train(config: TrainConfig, *, restart: bool = False, command: str = "train(config)") -> TrainResult:
     """Trains or resumes the run in `config.run_dir`; with several processes, this process's share.
 
     Args:
+      restart: set all that an existing run has left aside, in a folder of its own, and begin it again.
       command: shell command that resumes the run; printed when the run is stopped.
 
     Raises:
@@ -79,11 +80,16 @@ def train(config: TrainConfig, *, command: str = "train(config)") -> TrainResult
         # Every process computes; the first one prints and writes, except for checkpoints, which all write together.
         output = None if processes.is_first else stack.enter_context(Path(os.devnull).open("w"))
         console = Console(config.training.num_steps, every=config.logging.every, stream=output)
-        return _train(config, processes, console, stack, command)
+        return _train(config, processes, console, stack, restart, command)
 
 
 def _train(
-    config: TrainConfig, processes: Processes, console: Console, stack: contextlib.ExitStack, command: str
+    config: TrainConfig,
+    processes: Processes,
+    console: Console,
+    stack: contextlib.ExitStack,
+    restart: bool,
+    command: str,
 ) -> TrainResult:
     """`train` in a process that has joined the others; the stack closes resources at the end."""
     training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
@@ -92,13 +98,10 @@ def _train(
     # Checks: everything that can be rejected is rejected before any work is done.
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
-    saved_run = run_folder.prepare_run_dir(run_dir)
+    run_folder.prepare_run_dir(run_dir)
     if processes.is_first:
         stack.enter_context(lock_run(run_dir, console.print))
-    if config.restart and saved_run is not None:
-        run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
-        saved_run = None
-    config = dataclasses.replace(config, restart=False)  # or it would be part of what the run is resumed with
+    saved_run = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
@@ -109,6 +112,9 @@ def _train(
     load = batch_loader(trainer.tokens_sharding, trainer.rows_sharding, training, corpus.tokenizer.end_of_text)
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
+    if restart and saved_run is not None:  # which all have read, and all agree on everything else
+        run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
+        saved_run = None
     if saved_run is not None:
         run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
     elif processes.is_first:
@@ -128,9 +134,14 @@ def _train(
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
     # State: that of the newest checkpoint, or a new one.
-    restored = checkpoints.restore(abstract_state(trainer))
+    found = json.dumps(last_stop(run_dir) if processes.is_first else None)
+    gave_up = json.loads(allgather_text(processes, "how the run ended", found)[0])
+    restored = checkpoints.restore(abstract_state(trainer), suspect=None if gave_up is None else gave_up["first"])
     console.print(_describe(config, trainer, rows.num_tokens, None if restored is None else int(restored.state.step)))
+    if restored is None and saved_run is not None and processes.is_first:
+        refuse_lost_checkpoints(run_dir, config.checkpoint.every)
     state, window = restored or Restored(_new_state(config, trainer), {})
+    del restored  # or its arrays would be held beside the state's
     first_step, best_loss = int(state.step), checkpoints.best_loss()
     found = {"step": first_step, "best": best_loss}
     assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
@@ -146,10 +157,10 @@ def _train(
 
     writer = None
     if processes.is_first:
-        if (stopped := stopped_at(run_dir, first_step)) is not None:
+        if gave_up is not None and gave_up["step"] > first_step:
             console.print(
-                f"the run gave up after step {stopped}, since steps in a row had been skipped; it goes on from step "
-                f"{first_step}, before them"
+                f"the run gave up after step {gave_up['step']}, since steps in a row had been skipped; it goes on from "
+                f"step {first_step}, before them"
             )
         writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
     logger = StepLogger(
@@ -162,7 +173,7 @@ def _train(
         console=console,
         writer=writer,
         throughput=Throughput(training.batch_size * training.sequence_length),
-        before=window,
+        resumed_window=window,
     )
     save_due = False
     for step in range(first_step, num_steps):
@@ -182,7 +193,7 @@ def _train(
                 held_out = evaluate_held_out(state.params, evaluation.batches)
                 if held_out is not None:
                     logger.held_out(done, held_out)
-                    if held_out.loss < best_loss:
+                    if held_out.loss < best_loss and not logger.is_bad:
                         best_loss = held_out.loss
                         checkpoints.save_best(state, done, best_loss)
                 for seed, prompt in enumerate(_prompts_after(done, config), start=done):
@@ -192,7 +203,7 @@ def _train(
         # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
         if save_due and not logger.is_bad:
             with logger.throughput.pause():
-                checkpoints.save(state, done, logger.window)
+                checkpoints.save(state, done, logger.metrics_window)
             save_due = False
         if stopping:
             checkpoints.wait()
@@ -200,6 +211,8 @@ def _train(
             console.print(f"{stopping}: {saved}; resume with:  {command}")
             return TrainResult(state, None)
 
+    if save_due:
+        console.print(f"step {num_steps} was skipped, so it is not saved; the newest checkpoint is of an earlier one")
     held_out = evaluate_held_out(state.params, None)
     if processes.is_first:
         _summarize(config, corpus, held_out, console)

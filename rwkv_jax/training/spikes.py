@@ -17,8 +17,9 @@ def is_spike(recent: Array, loss: Array, norm: Array, factor: float) -> Array:
     Args:
       recent: [2, W], losses and norms of the last steps taken.
     """
-    # A median with a NaN in it is NaN, which nothing exceeds.
-    limits = factor * jnp.median(recent, axis=1)
+    # A median with a NaN in it is NaN, which is not above 0.
+    medians = jnp.median(recent, axis=1)
+    limits = jnp.where(medians > 0, factor * medians, jnp.inf)  # an objective's loss may be negative
     return jnp.any(jnp.stack([loss, norm]).astype(jnp.float32) > limits)
 
 

@@ -36,7 +36,7 @@ class StepMetrics(NamedTuple):
     """Mean loss; for next tokens -log p(token) in nats."""
     gradient_norm: Array
     """Global norm before clipping, of the trained parameters."""
-    finite: Array
+    taken: Array
     """Whether the step was taken: loss and gradient were finite, and no spike."""
     metrics: dict[str, Array] | None = None
     """Further means reported by the objective, by name."""

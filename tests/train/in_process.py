@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """How often each function was compiled."""
 
 
-def run(config: TrainConfig, folder: Path) -> Run:
+def run(config: TrainConfig, folder: Path, *, restart: bool = False) -> Run:
     """Trains in this process."""
     config = dataclasses.replace(config, run_dir=str(folder))
     compiled: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def run(config: TrainConfig, folder: Path) -> Run:
     logger.addHandler(counter)
     try:
         with jax.log_compiles(), contextlib.redirect_stdout(io.StringIO()) as output:
-            result = loop.train(config)
+            result = loop.train(config, restart=restart)
     finally:
         logger.removeHandler(counter)
     return Run(result, folder, config, output.getvalue(), compiled)

@@ -78,7 +78,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_which_goes_on_from_the_last_goo
     assert names_in(tmp_path / "run" / "checkpoints") == ["4"]
     assert int(restore(bad, tmp_path / "run").skipped_steps) == 0
     bad_steps.clear()
-    resumed = run(bad, tmp_path / "run")
+    resumed = run(bad, tmp_path / "run")  # there is none from before step 4, so it is not passed over
     assert "the run gave up after step 7" in resumed.output
     assert "it goes on from step 4, before them" in resumed.output
     assert int(resumed.result.state.skipped_steps) == 0

@@ -93,13 +93,12 @@ def test_run_whose_only_checkpoint_is_damaged_begins_again_when_told_to(finished
     (copy / "checkpoints" / "8" / "state" / "_METADATA").unlink()
     figures = (copy / "metrics.jsonl").read_bytes()
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"none of its checkpoints is intact \(damaged-8-\d+\); .* --restart"):
+        with pytest.raises(ConfigError, match=r"none of its checkpoints is intact: 8 \(.*\)\. .* --restart"):
             run(finished.config, copy)
     assert (copy / "metrics.jsonl").read_bytes() == figures
-    again = run(dataclasses.replace(finished.config, restart=True), copy)
+    again = run(finished.config, copy, restart=True)
     assert "starting: 8 steps" in again.output
     assert (copy / "set-aside-1" / "metrics.jsonl").read_bytes() == figures
-    assert not json.loads((copy / "run.json").read_text())["config"]["restart"]
     assert_same_bits(again.result.state, finished.result.state)
     assert read_figures(copy) == read_figures(finished.folder)
     assert names_in(copy / "best") == names_in(finished.folder / "best")
@@ -131,3 +130,11 @@ def test_a_second_run_in_the_same_folder_is_refused(finished: Run, copy: Path) -
     with lock_run(copy, pytest.fail), pytest.raises(ConfigError, match="is writing there; wait until it has ended"):
         run(finished.config, copy)
     assert content(copy) == before
+
+
+def test_checkpoints_that_are_gone_are_missed(finished: Run, copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    figures = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"no checkpoint, but metrics\.jsonl goes to step 8, and one was due each 4"):
+        run(finished.config, copy)
+    assert (copy / "metrics.jsonl").read_bytes() == figures

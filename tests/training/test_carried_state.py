@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_leaves_empty_states(float64: None) -> None:
     assert any(np.any(x) for x in jax.tree.leaves(state.recurrent_state))
     bad = make_batch(np.full((4, 9), SMALL["7"].vocab_size, np.int32), end_of_text=0, carries_state=True)
     state, metrics = step(state, bad)
-    assert not bool(metrics.finite)
+    assert not bool(metrics.taken)
     assert not any(np.any(x) for x in jax.tree.leaves(state.recurrent_state))
 
 

@@ -89,14 +89,13 @@ class TestDamage:
         save(tmp_path, 6, 8)
         for step in (6, 8):
             truncate_data(tmp_path / "checkpoints" / str(step))
-        said: list[str] = []
-        for _ in range(2):  # set aside the first time, they still count the second
+        for _ in range(2):
             with (
-                pytest.raises(ConfigError, match=r"none of its checkpoints is intact \(damaged-6-\d+, damaged-8-\d+\)"),
-                ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints,
+                pytest.raises(ConfigError, match=r"none of its checkpoints is intact: 8 \(.*\) 6 \(.*\)\. Put"),
+                ckpt.Checkpoints(tmp_path, 3, pytest.fail) as checkpoints,
             ):
                 checkpoints.restore(LIKE)
-        assert len(said) == 2
+        assert names_in(tmp_path / "checkpoints") == ["6", "8"]
 
 
 class TestSeveralProcesses:
@@ -118,12 +117,23 @@ class TestSeveralProcesses:
     def test_only_the_first_process_moves_a_damaged_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        save(tmp_path, 4)
-        empty_folder(tmp_path / "checkpoints" / "4")
+        save(tmp_path, 4, 6)
+        empty_folder(tmp_path / "checkpoints" / "6")
         monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, text])
         with ckpt.Checkpoints(tmp_path, 3, pytest.fail, Processes(1, 2)) as checkpoints:
-            assert checkpoints.restore(LIKE) is None
-        assert names_in(tmp_path / "checkpoints") == ["4"]
+            assert int(restore(checkpoints).step) == 4
+        assert names_in(tmp_path / "checkpoints") == ["4", "6"]
+
+    def test_a_digest_that_differs_for_another_process_is_damage_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4, 6)
+        other = {"digests of checkpoint 6": json.dumps(["step has other bits than were saved", ""])}
+        monkeypatch.setattr(ckpt, "allgather_text", lambda _, subject, text: [text, other.get(subject, text)])
+        said: list[str] = []
+        with ckpt.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+            assert int(restore(checkpoints).step) == 4
+        assert said[0].startswith("checkpoint of step 6 is damaged (step has other bits than were saved)")
 
     def test_processes_that_see_different_folders_are_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

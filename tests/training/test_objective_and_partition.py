@@ -176,7 +176,7 @@ def test_what_the_objective_reports_are_means_over_its_count(trained: Trained) -
     first = trained.metrics[0]
     np.testing.assert_allclose(first.loss, np.log(2), rtol=1e-6)
     assert abs(float(first.metrics["margin"])) < 1e-6
-    assert all(bool(metrics.finite) for metrics in trained.metrics)
+    assert all(bool(metrics.taken) for metrics in trained.metrics)
     assert abs(float(trained.metrics[-1].metrics["margin"])) > 1e-3
     whole = dataclasses.replace(trained.functions, accumulation_steps=1)
     last, metrics = train(whole, trained.first, range(2))

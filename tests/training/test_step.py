@@ -87,7 +87,7 @@ def test_a_step_is_adam_on_cross_entropy_and_l2wrap(float64: None, first_step: t
     state, metrics = first_step
     assert relative_error(metrics.loss, nll) < 1e-12
     assert relative_error(metrics.gradient_norm, norm) < 1e-10
-    assert bool(metrics.finite)
+    assert bool(metrics.taken)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-8)
     assert (int(state.step), int(state.bad_steps), int(state.skipped_steps)) == (1, 0, 0)
@@ -127,7 +127,7 @@ def test_every_generation_learns(float64: None, generation: str) -> None:
     losses = []
     for _ in range(30):
         state, metrics = step(state, BATCH)
-        assert bool(metrics.finite)
+        assert bool(metrics.taken)
         losses.append(float(metrics.loss))
     total = jax.jit(trainer_of(config).eval_step, compiler_options=QUICK)(params, BATCH)
     assert relative_error(losses[0], total.loss / total.count) < 1e-12
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(
     before, batch = spoil(first_step[0])
     once, metrics = train_step()(before, batch)
     twice, _ = train_step()(once, batch)
-    assert not bool(metrics.finite)
+    assert not bool(metrics.taken)
     assert bool(jnp.isfinite(metrics.loss)) == loss_is_finite
     assert in_bytes((twice.params, twice.opt_state, twice.key)) == in_bytes(
         (before.params, before.opt_state, before.key)
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(
     assert [int(x) for x in (twice.step, twice.bad_steps, twice.skipped_steps)] == [3, 2, 2]
 
     after, metrics = train_step()(twice._replace(params=first_step[0].params), BATCH)
-    assert bool(metrics.finite)
+    assert bool(metrics.taken)
     assert [int(x) for x in (after.step, after.bad_steps, after.skipped_steps)] == [4, 0, 2]
     assert in_bytes(after.params) != in_bytes(first_step[0].params)
 

@@ -131,11 +131,22 @@ def _plain(name: str, value: object) -> Any:
     raise TypeError(f"metric {name!r} is a {type(value).__name__}; give a number, a string or a list or dict of them")
 
 
-def stopped_at(run_dir: Path, resume_step: int) -> int | None:
-    """The step after which a run gave up, if that is later than the one it resumes after."""
+def last_stop(run_dir: Path) -> dict[str, Any] | None:
+    """The record with which a run gave up: `step`, and `first`, the first of the steps that were skipped."""
     path = run_dir / METRICS_FILE
-    steps = [record["step"] for record in _records(path) if record["kind"] == "stop"] if path.exists() else []
-    return steps[-1] if steps and steps[-1] > resume_step else None
+    stops = [record for record in _records(path) if record["kind"] == "stop"] if path.exists() else []
+    return stops[-1] if stops and isinstance(stops[-1].get("first"), int) else None
+
+
+def refuse_lost_checkpoints(run_dir: Path, every: int) -> None:
+    """Raises ConfigError if a run without checkpoints has taken so many steps that it must have had some."""
+    path = run_dir / METRICS_FILE
+    taken = [record["step"] for record in (_records(path) if path.exists() else []) if record.get("loss") is not None]
+    if taken and max(taken) > every:
+        raise ConfigError(
+            f"{run_dir}: has no checkpoint, but {METRICS_FILE} goes to step {max(taken)}, and one was due each {every} "
+            "steps; put the checkpoints back (is a disk not mounted?), or begin again with --restart"
+        )
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Logs each step to the console and metrics.jsonl, and stops a run after too many steps that are not finite."""
+"""Logs each step to the console and metrics.jsonl, and stops a run after too many skipped steps."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class StepLogger:
     console: Console
     writer: MetricsWriter | None
     throughput: Throughput
-    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The `window` of the checkpoint that the run resumes from."""
+    resumed_window: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The `metrics_window` of the checkpoint that the run resumes from."""
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, StepMetrics] | None = None
-        self._losses: list[float] = list(self.before.get("losses", ()))
-        self._skipped = int(self.before.get("skipped", 0))
+        self._losses: list[float] = list(self.resumed_window.get("losses", ()))
+        self._skipped = int(self.resumed_window.get("skipped", 0))
         self._bad: list[int] = []
 
     @property
-    def window(self) -> dict[str, Any]:
+    def metrics_window(self) -> dict[str, Any]:
         """What the next line of metrics.jsonl is made of, up to the last step logged; to be saved with a checkpoint."""
         return {"losses": list(self._losses), "skipped": self._skipped}
 
@@ -74,7 +74,7 @@ class StepLogger:
         loss = float(metrics.loss)
         self.throughput.step()
         done = step + 1
-        if bool(metrics.finite):
+        if bool(metrics.taken):
             self._losses.append(loss)
             self._bad = []
         else:
@@ -106,11 +106,13 @@ class StepLogger:
         )
         if len(self._bad) >= self.max_bad_steps:
             listed = "\n".join(f"  step {bad}: {'; '.join(self.row_locations(bad))}" for bad in self._bad)
-            self._write("stop", done, {"reason": f"{len(self._bad)} steps in a row were skipped"})
+            self._write(
+                "stop", done, {"first": self._bad[0], "reason": f"{len(self._bad)} steps in a row were skipped"}
+            )
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite, or a spike, and were "
-                "skipped; the newest checkpoint is from before them. Lower optimizer.learning_rate or "
-                f"optimizer.clip_norm, or look at the data. Their rows begin here:\n{listed}"
+                "skipped; nothing was saved since. Lower optimizer.learning_rate or optimizer.clip_norm, raise "
+                f"training.spike_factor if it is set, or look at the data. Their rows begin here:\n{listed}"
             )
 
     def held_out(self, step: int, result: HeldOut) -> None:

@@ -69,7 +69,8 @@ def wkv5(
         exchange one affine map of the state per row and head.
       segment_ids: integers [B, T]; the state is reset where the id changes along a row. The first segment of a row
         continues `state`.
-      lengths: integers [B] from 0 to T; steps beyond a row's length leave its state as it was, and their y is zero.
+      lengths: integers [B] from 0 to T (of the whole sequence); steps beyond a row's length leave its state as it was,
+        and their y is zero.
       implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
       precision: of matrix products: `full`, `default` or `fast`.
       validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
