@@ -24,7 +24,7 @@ endif
 # A tenth of the tests that touches every package, above all what releases of JAX and Flax have changed before.
 NEWEST_TESTS := $(addprefix tests/,test_constraints.py test_imports.py test_plan_command.py \
 	cli/test_doctor.py config data/tokens inference/test_engine.py inference/test_session_store.py \
-	kernels/test_definitions.py kernels/test_golden.py models/test_modules.py models/test_tabulate.py \
+	kernels/test_definitions.py kernels/test_lowering.py models/test_modules.py models/test_tabulate.py \
 	parallel/test_mesh.py parallel/test_rules.py train/test_going_on.py training/test_checkpoints.py \
 	training/test_optimizer.py training/test_step.py weights/test_pretrained.py weights/test_safetensors.py)
 

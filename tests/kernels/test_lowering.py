@@ -13,14 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from rwkv_kernels import dispatch
 from rwkv_kernels.cases import Shape
 from tests.kernels.operators import OPERATORS, Operator, as_jax
 
-PLATFORMS = {"pallas_triton": "cuda", "pallas_mosaic_tpu": "tpu"}
+# From JAX 0.11 on, each use says so; it works as before.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+DEVICES = {
+    "pallas_triton": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
+    "pallas_mosaic_tpu": AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu"),
+}
 SHAPE = Shape(2, 70, 2, 48, 20)
 
 Loss = Callable[..., jax.Array]
@@ -55,7 +61,7 @@ def under_remat(loss: Loss, operator: Operator) -> Loss:
 
 
 def under_shard_map(loss: Loss, operator: Operator) -> Loss:
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.sharding.get_abstract_mesh()
 
     def shard(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
         return jax.lax.psum(loss(inputs, *rest), "data")
@@ -71,7 +77,7 @@ def under_shard_map(loss: Loss, operator: Operator) -> Loss:
     "transformed",
     [by_itself, under_shard_map, *(pytest.param(each, marks=pytest.mark.long) for each in (under_vmap, under_remat))],
 )
-@pytest.mark.parametrize("implementation", PLATFORMS)
+@pytest.mark.parametrize("implementation", DEVICES)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_gradients_are_lowered(
     operator: Operator, implementation: str, transformed: Callable[[Loss, Operator], Loss]
@@ -80,8 +86,10 @@ def test_gradients_are_lowered(
     inputs = as_jax(inputs | {"state": None}, jnp.bfloat16) | {"state": as_jax(inputs["state"], jnp.float32)}
     segment_ids = jnp.zeros((SHAPE.batch, SHAPE.time), jnp.int32)
     lengths = jnp.full((SHAPE.batch,), 9)
-    function = transformed(loss(operator, implementation), operator)
-    lowered = (
-        jax.jit(function).trace(inputs, segment_ids, lengths).lower(lowering_platforms=(PLATFORMS[implementation],))
-    )
+    device = DEVICES[implementation]
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    with use_abstract_mesh(mesh):
+        function = transformed(loss(operator, implementation), operator)
+        traced = jax.jit(function).trace(inputs, segment_ids, lengths)
+        lowered = traced.lower(lowering_platforms=("cuda" if device.platform == "gpu" else device.platform,))
     assert lowered.as_text().count("custom_call") >= 2  # a kernel forward and one backward
