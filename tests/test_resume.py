@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import PATIENCE, Workplace, kill_one, read_figures, read_log, steps_in, wait_for_step
+from tests.runs import PATIENCE, Workplace, kill_one, log_file, read_figures, read_log, steps_in, wait_for_step
 from tests.small_runs import assert_same_bits
 
 # Lines of metrics.jsonl and checkpoints fall on the same steps, so that a resumed run writes the very same lines.
@@ -101,3 +101,17 @@ def test_signals_save_and_print_the_command_that_goes_on(place: Workplace, unbro
         (r["kind"], r["step"]) for r in read_figures(unbroken)
     ]
     assert_same_bits(place.final_state(unbroken), place.final_state(run_dir))
+
+
+@pytest.mark.long
+def test_a_second_run_in_the_same_folder_is_refused(place: Workplace) -> None:
+    run_dir = place.folder / "twice"
+    command = place.command(run_dir, "--training.num-steps", "1000")
+    first = place.start(command, run_dir)
+    wait_for_step([first], run_dir, 2)
+    second = place.start(command, run_dir, index=1)
+    assert second.wait(PATIENCE) == 1
+    assert f"process {first.pid} of " in log_file(run_dir, 1).read_text()
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(PATIENCE) == 0
+    assert "saved after step" in read_log(run_dir)
