@@ -159,8 +159,8 @@ FAULTS = (
     Fault(
         "a bad step is taken",
         "rwkv_jax/training/step.py",
-        "jnp.where(finite, new, old), new, old)",
-        "jnp.where(finite, new, new), new, old)",
+        "jnp.where(taken, new, old), new, old)",
+        "jnp.where(taken, new, new), new, old)",
         "tests/training/test_step.py tests/train/test_bad_steps.py",
     ),
     Fault(
