@@ -25,8 +25,8 @@ endif
 NEWEST_TESTS := $(addprefix tests/,test_constraints.py test_imports.py test_plan_command.py \
 	cli/test_doctor.py config data/tokens inference/test_engine.py inference/test_session_store.py \
 	kernels/test_definitions.py kernels/test_lowering.py models/test_modules.py models/test_tabulate.py \
-	parallel/test_mesh.py parallel/test_rules.py train/test_going_on.py training/test_checkpoints.py \
-	training/test_optimizer.py training/test_step.py weights/test_pretrained.py weights/test_safetensors.py)
+	parallel/test_mesh.py parallel/test_rules.py training/test_checkpoints.py training/test_optimizer.py \
+	weights/test_pretrained.py weights/test_safetensors.py)
 
 .PHONY: train test test-devices test-newest test-peers
 
