@@ -58,6 +58,8 @@ def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             (run_dir / OWNER_FILE).unlink(missing_ok=True)
+            if [path.name for path in run_dir.iterdir()] == [LOCK_FILE]:  # what was refused leaves no trace
+                (run_dir / LOCK_FILE).unlink()
         lock.release()
 
 

@@ -21,7 +21,11 @@ def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
         pytest.fail("both have it")
     with lock_run(tmp_path, pytest.fail):
         pass
-    assert not (tmp_path / OWNER_FILE).exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run.json").touch()
+    with lock_run(tmp_path, pytest.fail):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "run.json"]
 
 
 def test_an_owner_that_cannot_be_read_is_another_process(tmp_path: Path) -> None:
