@@ -75,7 +75,7 @@ def count(fault: str, attempts: Iterator[Callable[[], str]]) -> Row:
 
 def kills(folder: Path, number: int, seed: int) -> list[Row]:
     """SIGKILL at random moments of one run; survived if all parameters and every figure are those of one unbroken."""
-    place = Workplace(folder / "kills", folder / "programs", CONFIG)
+    place = Workplace(folder, folder / "programs", CONFIG)
     steps = ("--training.num-steps", str(8 * number + 16))
     unbroken, killed, draws = place.folder / "unbroken", place.folder / "killed", random.Random(seed)
     place.finish(place.command(unbroken, *steps), unbroken)
