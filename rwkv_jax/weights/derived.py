@@ -50,16 +50,17 @@ def rounded(tensors: Mapping[str, NDArray], dtype: str) -> DerivedTensors:
 
 
 def add_unused(tensors: Mapping[str, NDArray], config: ModelConfig) -> DerivedTensors:
-    """Official tensors of RWKV-7 with `UNUSED`, zeros if missing, as the trainer requires."""
+    """Official tensors of RWKV-7 with `UNUSED`, zeros if missing, as the trainer requires; others may be missing."""
     shapes = official_shapes(dataclasses.replace(config, unused_value_residual=True))
-    dtype = tensor_spec(tensors, "blocks.0.att.w1").dtype
+    like = "blocks.0.att.w1" if "blocks.0.att.w1" in tensors else next(iter(tensors))
+    dtype = tensor_spec(tensors, like).dtype
 
     def tensor(name: str) -> LazyTensor:
         if name not in UNUSED or name in tensors:
             return _itself(tensors, name)
         return LazyTensor(TensorSpec(shapes[name], dtype), functools.partial(np.zeros, shapes[name], dtype))
 
-    return DerivedTensors({name: tensor(name) for name in shapes})
+    return DerivedTensors({name: tensor(name) for name in shapes if name in UNUSED or name in tensors})
 
 
 def without_unused(tensors: Mapping[str, NDArray]) -> DerivedTensors:
