@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import jax
 
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.digests import digest_tree
+from rwkv_jax.json_object import is_unchanged, parse_object
 
 if TYPE_CHECKING:  # Orbax takes a second to import, which loading weights from a file should not need.
     from orbax.checkpoint import v1 as ocp
@@ -64,37 +63,24 @@ def changed_arrays(tree: Any, digests: Mapping[str, str]) -> list[str]:
     return [path for path, digest in digest_tree(tree).items() if digests.get(path) != digest]
 
 
-def pack_metadata(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's own metadata as JSON, with a checksum."""
-    text = json.dumps(content, sort_keys=True)
-    return {"content": text, "crc32": zlib.crc32(text.encode())}
-
-
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What `pack_metadata` packed for a checkpoint; read without Orbax, which takes unreadable files for missing ones.
+    """A checkpoint's own metadata, which is saved `with_digest`.
+
+    Read without Orbax, which takes unreadable files for missing ones.
 
     Raises:
       DamagedError: it is missing, or not what was saved.
       OSError: it is there and cannot be read.
     """
+    path = folder / "_CHECKPOINT_METADATA"
     try:
-        packed = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError("its description is missing") from error
-    return unpack_metadata(packed.get("custom_metadata") if isinstance(packed, dict) else None)
-
-
-def unpack_metadata(packed: Any) -> dict[str, Any]:
-    """The content of `pack_metadata`.
-
-    Raises:
-      DamagedError: it is missing, or not what was saved.
-    """
-    if not isinstance(packed, dict) or not isinstance(packed.get("content"), str):
-        raise DamagedError("its description is missing")
-    if zlib.crc32(packed["content"].encode("utf-8", "surrogatepass")) != packed.get("crc32"):
+    metadata = parse_object(content, path.name, DamagedError).get("custom_metadata")
+    if not isinstance(metadata, dict) or not is_unchanged(metadata, required=True):
         raise DamagedError("its description has other bits than were saved")
-    return json.loads(packed["content"])
+    return metadata
 
 
 NO_DAMAGE = (

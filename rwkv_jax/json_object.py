@@ -52,9 +52,11 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, _DIGEST: _digest_of(content)}
 
 
-def is_unchanged(content: Mapping[str, Any]) -> bool:
-    """Whether an object is as `with_digest` made it; one without a digest is taken as it is."""
-    return _DIGEST not in content or content[_DIGEST] == _digest_of(content)
+def is_unchanged(content: Mapping[str, Any], *, required: bool = False) -> bool:
+    """Whether an object is as `with_digest` made it; one without a digest is taken as it is, unless it is required."""
+    if _DIGEST not in content:
+        return not required
+    return content[_DIGEST] == _digest_of(content)
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:

@@ -43,10 +43,8 @@ def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
         raise ConfigError(
             f"run_dir = {str(run_dir)!r}: {_owner(run_dir)} is writing there; wait until it has ended, or name another"
         ) from None
-    except NotImplementedError as error:
-        report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be locked ({error}); see to its rights") from error
         report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
     since = datetime.datetime.now().isoformat(" ", "seconds")

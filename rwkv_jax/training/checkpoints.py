@@ -28,11 +28,11 @@ from rwkv_jax.checkpoint_files import (
     first_line,
     is_damage,
     open_checkpoints,
-    pack_metadata,
     read_metadata,
     writing,
 )
 from rwkv_jax.digests import digest_tree, paths_of
+from rwkv_jax.json_object import with_digest
 from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
 from rwkv_jax.run_folder import BEST, CHECKPOINTS
@@ -139,20 +139,20 @@ class Checkpoints:
     def _load(self, step: int, like: TrainState) -> tuple[_Loaded | None, str | None]:
         """A checkpoint's arrays, or what is damaged of it for any process; raises CheckpointError for anything else."""
         folder = self._folder(step)
-        loaded, damage = self._gathered(f"what checkpoint {step} holds", folder, _load_alone, folder, step, like)
+        loaded, damage = self._gathered(
+            f"what checkpoint {step} holds", folder, lambda: _load_alone(folder, step, like, self._processes)
+        )
         if damage is not None:
             return None, damage
         # Only now, when every process has its share: digests are sums over all of them.
-        _, damage = self._gathered(f"digests of checkpoint {step}", folder, _verify, folder, loaded)
+        _, damage = self._gathered(f"digests of checkpoint {step}", folder, lambda: _verify(folder, loaded))
         return loaded, damage
 
-    def _gathered(
-        self, subject: str, folder: Path, read: Callable[..., Any], *arguments: Any
-    ) -> tuple[Any, str | None]:
+    def _gathered(self, subject: str, folder: Path, read: Callable[[], Any]) -> tuple[Any, str | None]:
         """What `read` returns, and the damage that any process has found; raises what any has found besides."""
         result, damage, fault = None, "", ""
         try:
-            result = read(*arguments, self._processes)
+            result = read()
         except DamagedError as error:
             damage = str(error)
         except CheckpointError as error:
@@ -246,7 +246,7 @@ def _save(checkpointer: ocp.training.Checkpointer, state: TrainState, step: int,
         return
     # The caller's next step reuses these buffers, and on a CPU Orbax writes from the very buffers it is given.
     tree = jax.tree.map(jnp.copy, _as_tree(state))
-    metadata = pack_metadata({"step": step, "digests": digest_tree(tree)} | extra)
+    metadata = with_digest({"step": step, "digests": digest_tree(tree)} | extra)
     with writing(Path(str(checkpointer.directory))):
         checkpointer.save_async(step, tree, force=True, custom_metadata=metadata)
 
@@ -284,9 +284,8 @@ def _load_alone(folder: Path, step: int, like: TrainState, processes: Processes)
         return _Loaded(ocp.load(str(folder), _as_tree(like)), metadata)
 
 
-def _verify(folder: Path, loaded: _Loaded, processes: Processes) -> None:
+def _verify(folder: Path, loaded: _Loaded) -> None:
     """Raises DamagedError if arrays have other bits than were saved; all processes call it together."""
-    del processes
     changed = changed_arrays(loaded.tree, loaded.metadata["digests"])
     if "step" in changed and len(changed) > 1:
         raise CheckpointError(

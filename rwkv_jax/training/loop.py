@@ -117,6 +117,9 @@ def _train(
         saved_run = None
     if saved_run is not None:
         run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
+        if processes.is_first:
+            folder = run_dir / run_folder.CHECKPOINTS
+            refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
     elif processes.is_first:
         with writing(run_dir):
             run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
@@ -134,12 +137,10 @@ def _train(
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
     # State: that of the newest checkpoint, or a new one.
-    found = json.dumps(last_stop(run_dir) if processes.is_first else None)
-    gave_up = json.loads(allgather_text(processes, "how the run ended", found)[0])
+    ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
+    gave_up = json.loads(allgather_text(processes, "how the run ended", ending)[0])
     restored = checkpoints.restore(abstract_state(trainer), suspect=None if gave_up is None else gave_up["first"])
     console.print(_describe(config, trainer, rows.num_tokens, None if restored is None else int(restored.state.step)))
-    if restored is None and saved_run is not None and processes.is_first:
-        refuse_lost_checkpoints(run_dir, config.checkpoint.every)
     state, window = restored or Restored(_new_state(config, trainer), {})
     del restored  # or its arrays would be held beside the state's
     first_step, best_loss = int(state.step), checkpoints.best_loss()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import resource
 import shutil
 import threading
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 
 from rwkv_jax import checkpoint_files
-from rwkv_jax.checkpoint_files import CheckpointError, DamagedError, is_damage, pack_metadata, unpack_metadata
+from rwkv_jax.checkpoint_files import CheckpointError, DamagedError, is_damage, read_metadata
+from rwkv_jax.json_object import with_digest
 from rwkv_jax.training import checkpoints as ckpt
 from tests.small_runs import assert_same_bits, names_in
 from tests.training.saved import LIKE, make_state, restore, save, shapes_of
@@ -233,16 +235,30 @@ def test_an_error_does_not_wait_for_ever_for_a_save(tmp_path: Path, monkeypatch:
     [
         lambda packed: None,
         lambda packed: {},
-        lambda packed: packed | {"content": 7},
-        lambda packed: packed | {"content": packed["content"].replace("4", "5")},
-        lambda packed: packed | {"crc32": packed["crc32"] ^ 1},
+        lambda packed: packed | {"step": "4"},
+        lambda packed: packed | {"step": 5},
+        lambda packed: packed | {"digest": packed["digest"][::-1]},
+        lambda packed: {name: value for name, value in packed.items() if name != "digest"},
     ],
 )
-def test_a_description_with_other_bits_is_damaged(change: Callable[[dict[str, Any]], Any]) -> None:
-    packed = pack_metadata({"step": 4, "digests": {}})
-    assert unpack_metadata(packed) == {"step": 4, "digests": {}}
+def test_a_description_with_other_bits_is_damaged(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    packed, path = with_digest({"step": 4, "digests": {}}), tmp_path / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({"custom_metadata": packed}))
+    assert read_metadata(tmp_path) == packed
+    path.write_text(json.dumps({"custom_metadata": change(packed)}))
     with pytest.raises(DamagedError):
-        unpack_metadata(change(packed))
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"custom_metadata": 1, "custom_metadata": 1}']
+)
+def test_a_description_that_is_no_json_object_is_damaged(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DamagedError, match="its description is missing"):
+        read_metadata(tmp_path)
+    (tmp_path / "_CHECKPOINT_METADATA").write_bytes(content)
+    with pytest.raises(DamagedError):
+        read_metadata(tmp_path)
 
 
 def test_the_system_says_why() -> None:

@@ -138,11 +138,19 @@ def last_stop(run_dir: Path) -> dict[str, Any] | None:
     return stops[-1] if stops and isinstance(stops[-1].get("first"), int) else None
 
 
-def refuse_lost_checkpoints(run_dir: Path, every: int) -> None:
-    """Raises ConfigError if a run without checkpoints has taken so many steps that it must have had some."""
+def refuse_lost_checkpoints(run_dir: Path, checkpoints: Path, first_step: int, every: int) -> None:
+    """Raises ConfigError if nothing is where a run has saved checkpoints, not even a save that was cut short.
+
+    Args:
+      checkpoints: the folder, before anything cleans it up.
+      first_step: after which the run began.
+      every: steps between checkpoints.
+    """
     path = run_dir / METRICS_FILE
-    taken = [record["step"] for record in (_records(path) if path.exists() else []) if record.get("loss") is not None]
-    if taken and max(taken) > every:
+    if not path.exists() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        return
+    taken = [record["step"] for record in _records(path) if record.get("loss") is not None]
+    if taken and max(taken) > (first_step // every + 1) * every:
         raise ConfigError(
             f"{run_dir}: has no checkpoint, but {METRICS_FILE} goes to step {max(taken)}, and one was due each {every} "
             "steps; put the checkpoints back (is a disk not mounted?), or begin again with --restart"

@@ -15,7 +15,7 @@ import pytest
 from rwkv_jax.checkpoint_files import CheckpointError
 from rwkv_jax.config import ConfigError, LoggingConfig
 from rwkv_jax.training.reporting.console import Console, format_duration
-from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics, require_loggers
+from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.throughput import Throughput
 
@@ -342,3 +342,13 @@ def test_nothing_to_draw_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": null}\n{"kind": "tra')
     with pytest.raises(ValueError, match="no losses to draw"):
         plot_losses(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first_step", "last", "refused"), [(0, 4, False), (0, 5, True), (9, 12, False), (9, 13, True)]
+)
+def test_checkpoints_are_missed_once_one_was_due(tmp_path: Path, first_step: int, last: int, refused: bool) -> None:
+    write_steps(tmp_path, range(first_step + 1, last + 1))
+    expected = pytest.raises(ConfigError, match=f"goes to step {last}") if refused else contextlib.nullcontext()
+    with expected:
+        refuse_lost_checkpoints(tmp_path, tmp_path / "checkpoints", first_step, 4)
