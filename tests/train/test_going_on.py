@@ -138,3 +138,13 @@ def test_checkpoints_that_are_gone_are_missed(finished: Run, copy: Path) -> None
     with pytest.raises(ConfigError, match=r"no checkpoint, but metrics\.jsonl goes to step 8, and one was due each 4"):
         run(finished.config, copy)
     assert (copy / "metrics.jsonl").read_bytes() == figures
+
+
+def test_a_run_killed_while_its_first_save_was_written_begins_again(finished: Run, copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints" / "4")
+    (copy / "checkpoints" / "8").rename(copy / "checkpoints" / "4.orbax-checkpoint-tmp")
+    (copy / "checkpoints" / "4.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink()
+    again = run(finished.config, copy)
+    assert "starting: 8 steps" in again.output
+    assert_same_bits(again.result.state, finished.result.state)
+    assert read_figures(copy) == read_figures(finished.folder)
