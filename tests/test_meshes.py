@@ -205,6 +205,15 @@ def test_a_process_that_lags_is_waited_for(place: Workplace, unbroken: Callable[
     place.assert_same_end(unbroken(TWO_PROCESSES), run_dir)
 
 
+def test_two_processes_save_while_they_train_and_one_process_reads_it(place: Workplace, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    few = ("--training.num-steps", "4", "--evaluation.every", "4", "--evaluation.sample-prompts")
+    place.finish_on(TWO_PROCESSES, run_dir, *few)
+    assert steps_in(run_dir / "checkpoints") == [2, 4]
+    assert len(losses_of(run_dir)) == 4
+    assert place.final_state(run_dir).step == 4  # restored, so every digest was right
+
+
 def test_processes_that_read_different_corpora_all_stop(place: Workplace, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     folders = [tmp_path / name for name in ("first", "second")]
