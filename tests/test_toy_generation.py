@@ -155,7 +155,7 @@ class TimeMix(TimeMixer):
         w = jax.nn.sigmoid(self.average[...].astype(self.config.parameter_dtype))
         h = moving_average(self.value(xv).astype(w.dtype), w, state.wkv, context.segment_ids, context.lengths)
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
-        y = row_parallel_linear(h.astype(x.dtype) * g, self.output.weight[...], context)
+        y = row_parallel_linear(h.astype(x.dtype) * g, self.output.weight[...], context.axes.tensor)
         return MixOutput(y, TimeMixState(shift, h[:, -1], generation=self.config.generation))
 
 
@@ -172,7 +172,7 @@ class ChannelMix(Mixer):
     def mix(self, x: Array, *, state: Array, context: SequenceContext) -> MixOutput:
         x_prev, shift = token_shift(x, state, context)
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return MixOutput(row_parallel_linear(k, self.value.weight[...], context), shift)
+        return MixOutput(row_parallel_linear(k, self.value.weight[...], context.axes.tensor), shift)
 
 
 class ToyBlock(Block):

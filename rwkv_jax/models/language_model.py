@@ -387,7 +387,8 @@ class LanguageModel(nnx.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
         def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
-            return gather_params(name, block)(x, state=state, v_first=v_first, context=context)
+            # All by name: nnx.tabulate cannot print a call none of whose named arguments has an array.
+            return gather_params(name, block)(x=x, state=state, v_first=v_first, context=context)
 
         def run(name: str, **options: Any) -> Any:
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)

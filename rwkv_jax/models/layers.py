@@ -138,16 +138,16 @@ def shard_offset(size: int, axis_name: str | None) -> Array | int:
     return 0 if axis_name is None else size * lax.axis_index(axis_name)
 
 
-def row_parallel_linear(x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
-    """`linear` with x's last axis split over `tensor`; each shard has its columns of the weight."""
+def row_parallel_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+    """`linear` with x's last axis split over a mesh axis; each shard has its columns of the weight."""
     y = linear(x, weight)
-    if context.axes.tensor is None:
+    if axis_name is None:
         return y
-    return checkpoint_name(reduce_from_tensor_parallel(y, context.axes.tensor), CHECKPOINT_MATMUL)
+    return checkpoint_name(reduce_from_tensor_parallel(y, axis_name), CHECKPOINT_MATMUL)
 
 
-def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, context: SequenceContext) -> Array:
-    """gate * (x @ weight^T) with x's last axis split over `tensor`; each shard has its channels of the gate.
+def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+    """gate * (x @ weight^T) with x's last axis split over a mesh axis; each shard has its channels of the gate.
 
     The sum over shards is reduce-scattered, gated and gathered: as much traffic as the sum in `row_parallel_linear`.
 
@@ -155,11 +155,11 @@ def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatri
       gate: [..., out / shards]; x: [..., in / shards]; weight: [out, in / shards].
     """
     y = linear(x, weight)
-    if context.axes.tensor is None:
+    if axis_name is None:
         return gate * y
-    own = lax.psum_scatter(y, context.axes.tensor, scatter_dimension=y.ndim - 1, tiled=True)
+    own = lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 1, tiled=True)
     own = checkpoint_name(own, CHECKPOINT_MATMUL)
-    return lax.all_gather(gate * own, context.axes.tensor, axis=y.ndim - 1, tiled=True, to="invarying")
+    return lax.all_gather(gate * own, axis_name, axis=y.ndim - 1, tiled=True, to="invarying")
 
 
 def wkv_operator(

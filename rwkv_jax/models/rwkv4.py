@@ -97,7 +97,7 @@ class TimeMix(TimeMixer):
         y, wkv_state = wkv(log_w, u, *checkpoint_wkv_inputs(k, v), state.wkv)
 
         # (17) o_t = W_o (sigmoid(r_t) * wkv_t).
-        o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], context)
+        o = row_parallel_linear(jax.nn.sigmoid(r) * y, self.output.weight[...], context.axes.tensor)
         return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
@@ -133,7 +133,9 @@ class ChannelMix(Mixer):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
+        return MixOutput(
+            row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context.axes.tensor), shift
+        )
 
 
 class RWKV4Block(Block):

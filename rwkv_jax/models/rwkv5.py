@@ -140,7 +140,7 @@ class TimeMix(TimeMixer):
         y = self.ln_x(y)
         if self.has_gate:
             y = y * jax.nn.silu(self.gate(mix(self.time_mix_g)))
-        o = row_parallel_linear(y, self.output.weight[...], context)
+        o = row_parallel_linear(y, self.output.weight[...], context.axes.tensor)
         return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
@@ -176,7 +176,9 @@ class ChannelMix(Mixer):
         r = self.receptance(mix(self.time_mix_r))
         k = self.key(mix(self.time_mix_k))
         k = jnp.square(jax.nn.relu(k))
-        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
+        return MixOutput(
+            row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context.axes.tensor), shift
+        )
 
 
 class RWKV5Block(Block):

@@ -126,7 +126,7 @@ class TimeMix(TimeMixer):
         y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v), u, state.wkv)
 
         # (20) Norm over each head, gate, projection.
-        o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], context)
+        o = row_parallel_linear(self.ln_x(y) * g, self.output.weight[...], context.axes.tensor)
         return MixOutput(o, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
@@ -158,7 +158,9 @@ class ChannelMix(Mixer):
         r = self.receptance(x + xx * broadcast_param(self.time_maa_r[...], x))
         k = self.key(x + xx * broadcast_param(self.time_maa_k[...], x))
         k = jnp.square(jax.nn.relu(k))
-        return MixOutput(row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context), shift)
+        return MixOutput(
+            row_parallel_gated_linear(jax.nn.sigmoid(r), k, self.value.weight[...], context.axes.tensor), shift
+        )
 
 
 class RWKV6Block(Block):

@@ -177,7 +177,7 @@ class TimeMix(TimeMixer):
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         bonus = einsum("BTHN,BTHN->BTH", r * broadcast_param(self.r_k[...], r), k)
         bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v_heads), "B T H N -> B T (H N)")
-        o = row_parallel_linear((y + bonus) * g, self.output.weight[...], context)
+        o = row_parallel_linear((y + bonus) * g, self.output.weight[...], context.axes.tensor)
         return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
 
 
@@ -212,7 +212,7 @@ class ChannelMix(Mixer):
         x_prev, shift = token_shift(x, state, context)
         # (23) k_t; (24) o_t = W_v max(k_t, 0)^2.
         k = jnp.square(jax.nn.relu(self.key(x + (x_prev - x) * broadcast_param(self.x_k[...], x))))
-        return MixOutput(row_parallel_linear(k, self.value.weight[...], context), shift)
+        return MixOutput(row_parallel_linear(k, self.value.weight[...], context.axes.tensor), shift)
 
 
 class RWKV7Block(Block):

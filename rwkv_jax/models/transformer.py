@@ -297,7 +297,7 @@ class Attention(Mixer):
             y = join(attended, attend_to_cache(q, before, tokens.segments)).y
         # Stored for the backward pass under RWKV's name for the output of token mixing.
         y = checkpoint_name(rearrange(y, "B H T N -> B T (H N)").astype(x.dtype), "wkv")
-        return MixOutput(row_parallel_linear(y, self.output.weight[...], context), next_state)
+        return MixOutput(row_parallel_linear(y, self.output.weight[...], context.axes.tensor), next_state)
 
 
 class FeedForward(nnx.Module):
@@ -309,9 +309,9 @@ class FeedForward(nnx.Module):
         scale = INITIAL_SCALE / math.sqrt(2 * config.num_layers)
         self.value = Linear(normal(rngs.params(), (width, ffn_width), scale, dtype))
 
-    def __call__(self, x: Array, *, context: SequenceContext) -> Array:
-        """[B, T, C] -> [B, T, C]."""
-        return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], context)
+    def __call__(self, x: Array, tensor_axis: str | None = None) -> Array:
+        """[B, T, C] -> [B, T, C]; a mesh axis may split the width between the matrices."""
+        return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], tensor_axis)
 
 
 class TransformerBlock(Block):
@@ -328,10 +328,10 @@ class TransformerBlock(Block):
     def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
         with jax.named_scope("attention"):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
-            y, state = self.att.mix(y, state=state, context=context)
+            y, state = self.att.mix(x=y, state=state, context=context)  # x by name, for nnx.tabulate
             x = x + y
         with jax.named_scope("feed_forward"):
-            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context=context)
+            x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context.axes.tensor)
         return BlockOutput(x, v_first, state)
 
 

@@ -10,13 +10,17 @@ from flax import nnx
 
 from rwkv_jax.models import model_type
 from tests.models.small_models import FLOAT32
+from tests.models.small_transformers import FLOAT32 as TRANSFORMER
+
+CONFIGS = {**FLOAT32, "transformer": TRANSFORMER}
 
 
 @pytest.mark.parametrize(
-    "generation", ["7", *(pytest.param(name, marks=pytest.mark.long) for name in FLOAT32 if name != "7")]
+    "name",
+    [pytest.param(name, marks=[] if name in ("7", "transformer") else pytest.mark.long) for name in CONFIGS],
 )
-def test_a_model_is_tabulated_and_stays_as_it_was(generation: str) -> None:
-    config = FLOAT32[generation]
+def test_a_model_is_tabulated_and_stays_as_it_was(name: str) -> None:
+    config = CONFIGS[name]
     model, tokens = model_type(config)(config, rngs=nnx.Rngs(0)), jnp.ones((2, 5), jnp.int32)
     before = jax.tree.leaves(model(tokens))
     table = nnx.tabulate(model, tokens, console_kwargs={"force_terminal": False, "width": 200})
