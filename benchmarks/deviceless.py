@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
-from rwkv_kernels.cases import Shape
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.testing.cases import Shape
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}

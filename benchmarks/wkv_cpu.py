@@ -30,7 +30,7 @@ import numpy as np
 import rwkv_kernels
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels import dispatch
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs, medians, with_backward
 
 SHAPE = Shape(4, 1024, 8, 64, 64)

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 import rwkv_kernels
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels import dispatch
-from rwkv_kernels.cases import Shape
-from rwkv_kernels.products import Products, Rounding, emulated
+from rwkv_kernels.matmul import Matmul, Rounding, emulated
+from rwkv_kernels.testing.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs
 
 SHAPE = Shape(1, 128, 2, 64, 64)
@@ -53,9 +53,9 @@ def cases(operator: str) -> dict[str, Case]:
     return columns
 
 
-def hardware_products(name: str, precision: str) -> Products:
-    """A backend's products of a precision, emulated; sums of logarithms always have those of `full`."""
-    return Products(emulated(*HARDWARE[name][precision]), emulated(*HARDWARE[name]["full"]))
+def hardware_matmul(name: str, precision: str) -> Matmul:
+    """A backend's matmuls of a precision, emulated; sums of logarithms always have those of `full`."""
+    return Matmul(emulated(*HARDWARE[name][precision]), emulated(*HARDWARE[name]["full"]))
 
 
 def rows(operator: str) -> dict[tuple[str, str], Any]:
@@ -66,11 +66,11 @@ def rows(operator: str) -> dict[tuple[str, str], Any]:
             table[name, "float32"] = name
             continue
         run = functools.partial(implementation.run, interpret=True)
-        if "with_products" not in inspect.signature(implementation.run).parameters:
+        if "matmul" not in inspect.signature(implementation.run).parameters:
             table[name, "float32"] = dispatch.Implementation(run, dispatch.anything)  # nothing to multiply
             continue
         for precision in HARDWARE[name]:
-            chosen = functools.partial(run, with_products=hardware_products(name, precision))
+            chosen = functools.partial(run, matmul=hardware_matmul(name, precision))
             table[name, precision] = dispatch.Implementation(chosen, dispatch.anything)
     return table
 

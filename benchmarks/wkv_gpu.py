@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import rwkv_kernels
 from rwkv_jax.cli.machine import describe_machine
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs, with_backward
 
 SHAPES = (Shape(8, 4096, 64, 64, 64), Shape(1, 8192, 12, 64, 64), Shape(8, 1024, 12, 64, 64))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import rwkv_kernels
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 
 Inputs = dict[str, Any]
 """Arguments by name; WKV-4's state is a tuple."""

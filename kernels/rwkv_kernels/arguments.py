@@ -138,7 +138,7 @@ def check_segment_ids(segment_ids: Array, batch: int, time: int) -> Array:
     return segment_ids
 
 
-def number_segments(
+def segment_index(
     segment_ids: Array | None, lengths: Array | None, batch: int, time: int, previous: Array | None = None
 ) -> Array | None:
     """Numbers segments from 0 in order of time, so that two steps of a chunk can be compared.
@@ -163,12 +163,12 @@ def number_segments(
     return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
 
 
-def starts(segments: Array) -> Array:
-    """[B, T]: whether a segment starts at a step, from `number_segments`."""
+def segment_starts(segments: Array) -> Array:
+    """[B, T]: whether a segment starts at a step, from `segment_index`."""
     return jnp.diff(segments, axis=1, prepend=jnp.zeros_like(segments[:, :1])) != 0
 
 
-def silence(inputs: tuple[Array, ...], lengths: Array | None) -> tuple[Array, ...]:
+def zero_padding(inputs: tuple[Array, ...], lengths: Array | None) -> tuple[Array, ...]:
     """Zeroes arrays [B, T, ...] beyond each row's length; zero inputs change no state and give y = 0."""
     if lengths is None:
         return inputs

@@ -28,19 +28,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.chunks import Packing, masked, with_ndim
-from rwkv_kernels.gauge import middle_gauge
-from rwkv_kernels.products import Products
+from rwkv_kernels.chunking import Packing, masked, with_ndim
+from rwkv_kernels.decay_scaling import cumulative_decay
+from rwkv_kernels.matmul import Matmul
 
 LARGEST_EXPONENT = 20.0
-"""Limit of |sum of log w| over half a chunk for the gauge; e^x has about x times the relative error of x."""
+"""Limit of |sum of log w| over half a chunk, for decays to be mild; e^x has about x times the relative error of x."""
 
 _SMALLEST_LOG = -1e4
 """e to this power is 0 in every dtype; -inf would give NaN in sums written as matrix products."""
 
 
-AttentionChunk = Callable[[Products, Array, Array, Array, Array, Array, Array, Packing | None], tuple[Array, Array]]
-"""(products, state, r, log_w, k, v, u, packing) -> (next state, y), as `decayed_attention_chunk`."""
+AttentionChunk = Callable[[Matmul, Array, Array, Array, Array, Array, Array, Packing | None], tuple[Array, Array]]
+"""(matmul, state, r, log_w, k, v, u, packing) -> (next state, y), as `decayed_attention_chunk`."""
 
 
 def _indices(size: int) -> tuple[Array, Array]:
@@ -48,7 +48,7 @@ def _indices(size: int) -> tuple[Array, Array]:
     return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
 
-def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
+def _decayed_scores(matmul: Matmul, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
     """A below the diagonal, [..., C, C]; zero elsewhere and between segments."""
     size = r.shape[-2]
     row, column = _indices(size)
@@ -59,10 +59,10 @@ def _decayed_scores(products: Products, r: Array, log_w: Array, k: Array, same: 
             is_odd = (row >> level) & 1 == 1
             others = ((row ^ column) >> level == 0) & (row != column)  # of the same block
             # Those before the row in odd blocks, after it in even ones; Mosaic cannot choose between booleans.
-            decay = jnp.exp(products.sums(others & (is_odd ^ (column > row)), log_w))
+            decay = jnp.exp(matmul.masked_sum(others & (is_odd ^ (column > row)), log_w))
             queries, keys = r * decay, k * decay
         met = ((row ^ column) >> level == 1) & (column < row)
-        scores = scores + masked(met, products.nt(queries, keys))
+        scores = scores + masked(met, matmul.nt(queries, keys))
     return scores if same is None else masked(same, scores)
 
 
@@ -73,7 +73,7 @@ def _with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
 
 
 def decayed_attention_chunk(
-    products: Products,
+    matmul: Matmul,
     state: Array,
     r: Array,
     log_w: Array,
@@ -85,7 +85,7 @@ def decayed_attention_chunk(
     """A chunk of WKV-5 or WKV-6.
 
     Args:
-      products: matrix products at some precision.
+      matmul: at some precision.
       state: [..., M, N]; r, k: [..., C, N]; v: [..., C, M], C a power of two; all float32 or float64.
       log_w: [..., C, N]; its leading axes may be 1 or absent where decays do not depend on the row.
       u: [..., 1, N], the bonus of a step's own key.
@@ -97,19 +97,19 @@ def decayed_attention_chunk(
     size = r.shape[-2]
     row, column = _indices(size)
     log_w = jnp.maximum(log_w, _SMALLEST_LOG)
-    scores = _decayed_scores(products, r, log_w, k, None if packing is None else packing.same)
-    queries = r * jnp.exp(products.sums(column < row, log_w))
-    keys = k * jnp.exp(products.sums(column > row, log_w))
+    scores = _decayed_scores(matmul, r, log_w, k, None if packing is None else packing.same)
+    queries = r * jnp.exp(matmul.masked_sum(column < row, log_w))
+    keys = k * jnp.exp(matmul.masked_sum(column > row, log_w))
     kept = state * jnp.exp(jnp.sum(log_w, axis=-2, keepdims=True))
     if packing is not None:
         queries, keys = masked(packing.reads, queries), masked(packing.writes, keys)
         kept = masked(packing.keeps, kept)
-    y = products.nt(queries, state) + products.nn(_with_bonus(scores, r, k, u), v)
-    return kept + products.tn(v, keys), y
+    y = matmul.nt(queries, state) + matmul.nn(_with_bonus(scores, r, k, u), v)
+    return kept + matmul.tn(v, keys), y
 
 
-def gauged_attention_chunk(
-    products: Products,
+def mild_attention_chunk(
+    matmul: Matmul,
     state: Array,
     r: Array,
     log_w: Array,
@@ -118,22 +118,23 @@ def gauged_attention_chunk(
     u: Array,
     packing: Packing | None,
 ) -> tuple[Array, Array]:
-    """`decayed_attention_chunk` for weak decays (`is_weak`): one matrix product gives all of A."""
+    """`decayed_attention_chunk` for mild decays (`decay_is_mild`): one matrix product gives all of A."""
     row, column = _indices(r.shape[-2])
-    gauge = middle_gauge(products, log_w, packing)
-    queries, keys = r * jnp.exp(gauge.from_middle - log_w), k * jnp.exp(-gauge.from_middle)
-    gauged = state * jnp.exp(gauge.entering)
-    read, kept_keys, earlier = products.nt(queries, gauged), keys, column < row
+    scaling = cumulative_decay(matmul, log_w, packing)
+    queries, keys = r * jnp.exp(scaling.from_middle - log_w), k * jnp.exp(-scaling.from_middle)
+    scaled_state = state * jnp.exp(scaling.log_decay_in)
+    read, kept_keys, earlier = matmul.nt(queries, scaled_state), keys, column < row
     if packing is not None:
         read, kept_keys = masked(packing.reads, read), masked(packing.writes, keys)
-        gauged, earlier = masked(packing.keeps, gauged), with_ndim(earlier, packing.same.ndim) & packing.same
-    scores = masked(earlier, products.nt(queries, keys))
-    y = read + products.nn(_with_bonus(scores, r, k, u), v)
-    return (gauged + products.tn(v, kept_keys)) * jnp.exp(gauge.leaving), y
+        scaled_state = masked(packing.keeps, scaled_state)
+        earlier = with_ndim(earlier, packing.same.ndim) & packing.same
+    scores = masked(earlier, matmul.nt(queries, keys))
+    y = read + matmul.nn(_with_bonus(scores, r, k, u), v)
+    return (scaled_state + matmul.tn(v, kept_keys)) * jnp.exp(scaling.log_decay_out), y
 
 
-def is_weak(log_w: Array, size: int) -> Array:
-    """Whether decays are weak enough for the gauge to lose no float32 precision: a scalar.
+def decay_is_mild(log_w: Array, size: int) -> Array:
+    """Whether decays are mild enough for `mild_attention_chunk` to lose no float32 precision: a scalar.
 
     Args:
       log_w: [B, T, H, N], T a multiple of size, or [H, N].

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels import arguments, dispatch, pieces, sharded
-from rwkv_kernels.pieces import State
+from rwkv_kernels import arguments, dispatch, sharded
 from rwkv_kernels.precision import check_precision
+from rwkv_kernels.xla import state_passing
+from rwkv_kernels.xla.state_passing import State
 
 
 def _run(
@@ -47,9 +48,9 @@ class Operator:
     """Axes of the arguments, in order: "B T H N", "B T H M" or "H N"; of WKV-4, "B T C" or "C"."""
     implementations: Mapping[str, dispatch.Implementation]
     """All implementations, by name."""
-    algebra: pieces.Algebra
+    transition_ops: state_passing.TransitionOps
     """Operations on its state transitions."""
-    affine_map: Callable[..., pieces.AffineMap]
+    affine_map: Callable[..., state_passing.AffineMap]
     """(run, inputs by name, a state, segments, lengths) -> the affine map of these steps."""
     sized_by: tuple[str, ...] = ("r", "v")
     """Arguments whose shapes the others must go with."""
@@ -75,7 +76,7 @@ class Operator:
         """The operator over a sequence: y in v's dtype, and the final state.
 
         With an axis_name, each shard computes the affine map of its steps, all-gathers the maps, and runs from its
-        incoming state; the final state is that of the whole sequence.
+        initial state; the final state is that of the whole sequence.
 
         Args:
           inputs: by name; if time is split, this shard's steps.
@@ -92,25 +93,25 @@ class Operator:
 
         if axis_name is None:
             lengths = arguments.check_lengths(lengths, batch, time)
-            segments = arguments.number_segments(segment_ids, lengths, batch, time)
+            segments = arguments.segment_index(segment_ids, lengths, batch, time)
         else:
             lengths = arguments.check_lengths(lengths, batch, time * lax.axis_size(axis_name))
             lengths = sharded.lengths_of_this_shard(lengths, time, axis_name)
             segments = sharded.segments_of_this_shard(segment_ids, lengths, batch, time, axis_name)
         over_time = {name: x for name, x in inputs.items() if "T" in self.axes[name]}
-        silenced = arguments.silence(tuple(over_time.values()), lengths)
-        silenced = inputs | dict(zip(over_time, silenced, strict=True))
+        zeroed = arguments.zero_padding(tuple(over_time.values()), lengths)
+        zeroed = inputs | dict(zip(over_time, zeroed, strict=True))
         if "log_w" not in over_time:  # a decay that does not depend on the step cannot be zeroed beyond lengths
             options["lengths"] = lengths
         run = functools.partial(_run, chosen, options=options | {"segments": segments})
 
         if axis_name is None:
-            y, final = run(silenced, state)
+            y, final = run(zeroed, state)
             return y.astype(inputs["v"].dtype), final
         # In the state's dtype, so that the gradients of the two runs are summed before they are rounded.
-        silenced = {name: x.astype(dtype) for name, x in silenced.items()}
-        piece = self.affine_map(run, silenced, state, segments, lengths)
-        y, final = run(silenced, sharded.state_of_shard(self.algebra, piece, state, axis_name))
+        zeroed = {name: x.astype(dtype) for name, x in zeroed.items()}
+        span = self.affine_map(run, zeroed, state, segments, lengths)
+        y, final = run(zeroed, sharded.state_of_shard(self.transition_ops, span, state, axis_name))
         return y.astype(inputs["v"].dtype), sharded.from_last_shard(final, axis_name)
 
     def _prepare(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels import arguments, pieces
+from rwkv_kernels import arguments
+from rwkv_kernels.xla import state_passing
 
 State = Any
 """A tree of arrays."""
@@ -33,7 +34,7 @@ def lengths_of_this_shard(lengths: Array | None, time: int, axis_name: str) -> A
 def segments_of_this_shard(
     segment_ids: Array | None, lengths: Array | None, batch: int, time: int, axis_name: str
 ) -> Array | None:
-    """`number_segments` for this shard's steps; segment 0 continues the previous shard's last one.
+    """`segment_index` for this shard's steps; segment 0 continues the previous shard's last one.
 
     Args:
       lengths: of this shard's steps.
@@ -43,26 +44,28 @@ def segments_of_this_shard(
     segment_ids = arguments.check_segment_ids(segment_ids, batch, time)
     before = from_previous_shard(segment_ids[:, -1], axis_name)
     previous = jnp.where(lax.axis_index(axis_name) == 0, segment_ids[:, 0], before)
-    return arguments.number_segments(segment_ids, lengths, batch, time, previous)
+    return arguments.segment_index(segment_ids, lengths, batch, time, previous)
 
 
-def state_of_shard(algebra: pieces.Algebra, piece: pieces.AffineMap, state: State, axis_name: str) -> State:
-    """The incoming state of this shard.
+def state_of_shard(
+    ops: state_passing.TransitionOps, span: state_passing.AffineMap, state: State, axis_name: str
+) -> State:
+    """The initial state of this shard.
 
     All-gathers the maps of all shards, which are small beside the sequence, and applies those before this one.
 
     Args:
-      piece: the map of this shard's steps.
-      state: the first shard's incoming state.
+      span: the map of this shard's steps.
+      state: the first shard's initial state.
       axis_name: the mesh axis over which time is split.
     """
-    maps = jax.tree.map(lambda x: lax.all_gather(x, axis_name), piece)
+    maps = jax.tree.map(lambda x: lax.all_gather(x, axis_name), span)
     index = lax.axis_index(axis_name)
-    entering = state
+    initial = state
     for shard in range(lax.axis_size(axis_name) - 1):
-        following = pieces.apply(algebra, jax.tree.map(lambda x: x[shard], maps), entering)  # noqa: B023  used at once
-        entering = jax.tree.map(lambda x, y: jnp.where(shard < index, x, y), following, entering)  # noqa: B023
-    return entering
+        following = state_passing.apply(ops, jax.tree.map(lambda x: x[shard], maps), initial)  # noqa: B023  used at once
+        initial = jax.tree.map(lambda x, y: jnp.where(shard < index, x, y), following, initial)  # noqa: B023
+    return initial
 
 
 def from_last_shard(state: State, axis_name: str) -> State:

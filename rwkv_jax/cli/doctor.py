@@ -146,7 +146,7 @@ def check_operators() -> list[Check]:
     import numpy as np
 
     import rwkv_kernels
-    from rwkv_kernels.cases import Shape
+    from rwkv_kernels.testing.cases import Shape
 
     checks = []
     for name in rwkv_kernels.OPERATORS:

@@ -35,7 +35,7 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     wide_dtype,
 )
-from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, number_segments, starts
+from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, segment_index, segment_starts
 
 ROTARY_BASE = 10000.0
 """Pair i of a head's N / 2 pairs of channels rotates by ROTARY_BASE^(-2 i / N) per position."""
@@ -88,10 +88,10 @@ def token_positions(
     step = jnp.arange(time, dtype=jnp.int32)[None, :]
     lengths = jnp.full_like(position, time) if lengths is None else lengths
     is_read = step < lengths[:, None]
-    segments = number_segments(segment_ids, lengths, len(position), time)
+    segments = segment_index(segment_ids, lengths, len(position), time)
     if segments is None:
         return TokenPositions(position[:, None] + step, None, is_read, position + lengths)
-    begin = lax.cummax(jnp.where(starts(segments), step, 0), axis=1)
+    begin = lax.cummax(jnp.where(segment_starts(segments), step, 0), axis=1)
     positions = jnp.where(segments == 0, position[:, None] + step, step - begin)
     last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
     is_kept = is_read & (segments == segments[:, -1:])

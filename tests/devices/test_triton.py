@@ -6,8 +6,8 @@ import pytest
 
 from deviceless import OPERATORS, Direction, TritonResources, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
-from rwkv_kernels.cases import Shape
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.testing.cases import Shape
 
 pytestmark = pytest.mark.devices
 

@@ -16,7 +16,6 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_kernels import dispatch, wkv4, wkv5, wkv6, wkv7
-from rwkv_kernels.cases import Shape
 from rwkv_kernels.operator import Operator as WKVOperator
 from rwkv_kernels.ops.wkv4 import cases as wkv4_cases
 from rwkv_kernels.ops.wkv4.api import OPERATOR as WKV4
@@ -26,6 +25,7 @@ from rwkv_kernels.ops.wkv6 import cases as wkv6_cases
 from rwkv_kernels.ops.wkv6.api import OPERATOR as WKV6
 from rwkv_kernels.ops.wkv7 import cases as wkv7_cases
 from rwkv_kernels.ops.wkv7.api import OPERATOR as WKV7
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK
 
 Inputs = dict[str, Any]

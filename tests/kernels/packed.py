@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 
 SHAPE = Shape(4, 70, 2, 8, 6)
 LENGTHS = np.array([70, 0, 37, 16])

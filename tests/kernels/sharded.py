@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, relative_error
 from tests.kernels.operators import WAYS, Inputs, Operator, Way, differentiate, exactly
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import rwkv_kernels
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, relative_error
 from tests.kernels.operators import WAYS, Options, Way, differentiate, with_gradients
 

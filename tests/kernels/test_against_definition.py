@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import pytest
 
-from rwkv_kernels.cases import SHAPES, Shape
+from rwkv_kernels.testing.cases import SHAPES, Shape
 from tests.golden import assert_close, relative_error
 from tests.kernels.operators import (
     WAYS,

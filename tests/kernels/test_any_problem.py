@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import assert_close
 from tests.kernels.operators import Operator, Way, each_operator, exactly, forward, problem, with_gradients
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rwkv_kernels.arguments import values_at_hand
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.kernels.operators import OPERATORS, Operator, Way, as_jax, each_operator, each_way, named
 
 SMALL = Shape(2, 4, 3, 6, 5)

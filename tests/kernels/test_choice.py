@@ -11,7 +11,7 @@ import pytest
 
 import rwkv_kernels
 from rwkv_kernels import dispatch
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.kernels.operators import Operator, as_jax, each_operator, problem
 
 SMALL = Shape(2, 4, 3, 6, 5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.kernels.operators import OPERATORS, definition, forward, problem
 
 SMALL = Shape(2, 4, 3, 6, 5)

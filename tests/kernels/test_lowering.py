@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from jax.sharding import PartitionSpec as P
 
 from rwkv_kernels import dispatch
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.kernels.operators import OPERATORS, Operator, as_jax
 
 # From JAX 0.11 on, each use says so; it works as before.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, relative_error
 from tests.kernels.operators import (
     OPERATORS,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.kernels.operators import Way, as_jax, each_way_but_briefly, with_gradients
 
 SHAPE = Shape(2, 9, 2, 6, 6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import assert_close
 from tests.kernels.operators import WAYS, Way, forward, with_gradients
 
@@ -33,7 +33,7 @@ def test_the_same_state_over_another_exponent_gives_the_same(way: Way) -> None:
     shift = np.log(np.asarray(4, way.dtype))
     shifted = inputs | {"state": (numerator * 4, denominator * 4, exponent - shift)}
     read = ["y", *(f"d{name}" for name in ("log_w", "u", "k", "v"))]
-    # The final state's gauge may differ too, and cotangents are given for one gauge: read y alone.
+    # The final state's exponent may differ too, and cotangents are given for one exponent: read y alone.
     only_y = (cotangents[0], jax.tree.map(np.zeros_like, cotangents[1]))
     results, expected = (with_gradients(way)(x, only_y, {}) for x in (shifted, inputs))
     assert_close({name: results[name] for name in read}, {name: expected[name] for name in read}, 2 * way.bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rwkv_kernels.cases import Shape
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import assert_close, relative_error
 from tests.kernels.operators import WAYS, Way, forward, with_gradients
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from rwkv_kernels import wkv7
-from rwkv_kernels.cases import Shape
 from rwkv_kernels.ops.wkv7 import pallas
 from rwkv_kernels.ops.wkv7.api import LOG_DECAY_FLOOR, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
 from rwkv_kernels.ops.wkv7.chunked import CHUNK_SIZE
+from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, assert_close
 from tests.kernels.operators import (
     OPERATORS,

@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels import arguments, dispatch, pieces
+from rwkv_kernels import arguments, dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv4.associative import wkv4_associative
 from rwkv_kernels.ops.wkv4.chunked import wkv4_chunked
 from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State, empty_state, wkv4_scan
+from rwkv_kernels.xla import state_passing
 
 
 def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
@@ -42,15 +43,15 @@ def _add(first: State, second: State) -> State:
 
 
 def _affine_map(
-    run: pieces.Run, inputs: dict[str, Array], state: State, segments: Array | None, lengths: Array | None
-) -> pieces.AffineMap:
+    run: state_passing.Run, inputs: dict[str, Array], state: State, segments: Array | None, lengths: Array | None
+) -> state_passing.AffineMap:
     batch, time, channels = inputs["k"].shape
     _, left = run(inputs, empty_state(batch, channels, state[0].dtype))
     steps = jnp.full((1,), time) if lengths is None else lengths
     decay = jnp.broadcast_to(inputs["log_w"] * steps[:, None], (batch, channels))
     if segments is not None:
         decay = jnp.where(segments[:, -1:] == 0, decay, -jnp.inf)
-    return pieces.AffineMap(decay, left)
+    return state_passing.AffineMap(decay, left)
 
 
 def _check_state(state: Any, sizes: Mapping[str, int]) -> State:
@@ -84,7 +85,8 @@ OPERATOR = Operator(
         "pallas_triton": dispatch.Implementation(_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    algebra=pieces.Algebra(advance=_advance, compose=jnp.add, add=_add),  # a transition is the log of a decay, [B, C]
+    # A transition is the log of a decay, [B, C].
+    transition_ops=state_passing.TransitionOps(advance=_advance, compose=jnp.add, add=_add),
     affine_map=_affine_map,
 )
 """WKV-4 with all its implementations."""
@@ -128,7 +130,7 @@ def wkv4(
 
     Returns:
       y [B, T, C] in v's dtype, and the final state, float32 (float64 where an input is). Both are differentiable in
-      every input and in the initial state, by the gauge rule that wkv4/scan.py explains: whatever uses a state
+      every input and in the initial state, by the exponent rule that wkv4/scan.py explains: whatever uses a state
       may depend on numerator * e^max_exponent and denominator * e^max_exponent only.
 
     Raises:

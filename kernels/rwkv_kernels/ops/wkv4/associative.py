@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.arguments import is_active, starts
-from rwkv_kernels.ops.wkv4.scan import State, empty_state, fix_gauge, read, select
+from rwkv_kernels.arguments import is_active, segment_starts
+from rwkv_kernels.ops.wkv4.scan import State, empty_state, freeze_exponent, read, select
 
 
-class _Stretch(NamedTuple):
+class _Span(NamedTuple):
     """A span of tokens as a map of the state, for every row (and channel)."""
 
-    restarts: Array  # [B, T, 1]: the incoming state is reset
-    steps: Array  # [B, T, 1]: how many times the incoming state decays
+    restarts: Array  # [B, T, 1]: the initial state is reset
+    steps: Array  # [B, T, 1]: how many times the initial state decays
     state: State  # each [B, T, C]: the final state from the empty state
 
 
@@ -44,17 +44,17 @@ def wkv4_associative(
     log_w, u, k, v = (x.astype(dtype) for x in (log_w, u, k, v))
     u = u[None, None]  # [1, 1, C]
     decay = jnp.maximum(log_w, -1e30)[None, None]  # 0 * -inf would be NaN
-    restarts = jnp.zeros((batch, time), bool) if segments is None else starts(segments)
+    restarts = jnp.zeros((batch, time), bool) if segments is None else segment_starts(segments)
     active = jnp.ones((batch, time), bool) if lengths is None else is_active(lengths, time)
 
-    def join(first: _Stretch, second: _Stretch) -> _Stretch:
+    def join(first: _Span, second: _Span) -> _Span:
         numerator, denominator, exponent = first.state
         decayed = second.steps * decay
         largest = lax.stop_gradient(jnp.maximum(decayed + exponent, second.state[2]))
         past = jnp.exp(decayed + (exponent - largest))
         present = jnp.exp(second.state[2] - largest)
         joined = (past * numerator + present * second.state[0], past * denominator + present * second.state[1], largest)
-        return _Stretch(
+        return _Span(
             first.restarts | second.restarts,
             first.steps + second.steps,
             select(second.restarts, second.state, joined),
@@ -64,9 +64,9 @@ def wkv4_associative(
     key = lax.stop_gradient(k)
     weight = jnp.exp(k - key)
     token = select(active[..., None], (weight * v, weight, key), _over_time(empty))
-    tokens = _Stretch(restarts[..., None], active[..., None].astype(dtype), token)
+    tokens = _Span(restarts[..., None], active[..., None].astype(dtype), token)
     nothing = jnp.zeros((batch, 1, 1), bool)
-    start = _Stretch(nothing, nothing.astype(dtype), _over_time(fix_gauge(state)))
+    start = _Span(nothing, nothing.astype(dtype), _over_time(freeze_exponent(state)))
     elements = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), start, tokens)
     # States before each token, and the final one at the end.
     numerator, denominator, exponent = lax.associative_scan(join, elements, axis=1).state

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_kernels.cases import FAST, NEAR_ONE, Shape
+from rwkv_kernels.testing.cases import FAST, NEAR_ONE, Shape
 
 
 class Case(NamedTuple):

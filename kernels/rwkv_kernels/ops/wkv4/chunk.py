@@ -5,8 +5,8 @@ Write m and m' for the exponents before and after a token, and a and b for the n
     read     y = (q a + p v) / (q b + p)      q : p = e^m : e^{u + k}, the larger of the two set to 1
     update   a' = f a + g v, b' = f b + g     f = e^{log_w + m - m'}, g = e^{k - m'}
 
-By the gauge rule of scan.py exponents are constants in differentiation. With h = dy / (q b + p) and the cotangents da',
-db' of the state after the token,
+By the exponent rule of scan.py exponents are constants in differentiation. With h = dy / (q b + p) and the cotangents
+da', db' of the state after the token,
 
     da = f da' + q h      dv = g da' + p h                      dlog_w = f (a da' + b db')
     db = f db' - q h y    dk = g (v da' + db') + p h (v - y)    du = p h (v - y)
@@ -25,7 +25,7 @@ from jax import Array, lax
 from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State
 
 
-class Marks(NamedTuple):
+class TokenFlags(NamedTuple):
     """Flags of tokens; None where they are the same for all."""
 
     restart: Array | None
@@ -44,7 +44,7 @@ class Factors(NamedTuple):
 class Token(NamedTuple):
     """A token's inputs."""
 
-    marks: Marks
+    flags: TokenFlags
     k: Array
     v: Array
 
@@ -71,7 +71,7 @@ def reading(exponent: Array, u: Array, k: Array) -> Factors:
     return Factors(jnp.where(is_nearer, smaller, 1), jnp.where(is_nearer, 1, smaller))
 
 
-def updating(marks: Marks, exponent: Array, log_w: Array, k: Array) -> tuple[Factors, Array]:
+def updating(flags: TokenFlags, exponent: Array, log_w: Array, k: Array) -> tuple[Factors, Array]:
     """Factors f and g of an update, and the exponent after it.
 
     The new exponent is rounded; subtracting that same rounded number keeps its rounding error out of the factors.
@@ -83,36 +83,36 @@ def updating(marks: Marks, exponent: Array, log_w: Array, k: Array) -> tuple[Fac
     is_older = decayed > k
     smaller = jnp.exp(jnp.where(is_older, present, past))
     factors = Factors(jnp.where(is_older, 1 + past, smaller), jnp.where(is_older, smaller, 1 + present))
-    if marks.active is None:
+    if flags.active is None:
         return factors, following
-    kept = Factors(jnp.where(marks.active, factors.past, 1), jnp.where(marks.active, factors.present, 0))
-    return kept, jnp.where(marks.active, following, exponent)
+    kept = Factors(jnp.where(flags.active, factors.past, 1), jnp.where(flags.active, factors.present, 0))
+    return kept, jnp.where(flags.active, following, exponent)
 
 
-def restart(marks: Marks, state: State) -> State:
+def restart(flags: TokenFlags, state: State) -> State:
     """The state before a token, reset where a segment starts."""
-    if marks.restart is None:
+    if flags.restart is None:
         return state
     numerator, denominator, exponent = state
     return (
-        jnp.where(marks.restart, 0, numerator),
-        jnp.where(marks.restart, 0, denominator),
-        jnp.where(marks.restart, EMPTY_EXPONENT, exponent),
+        jnp.where(flags.restart, 0, numerator),
+        jnp.where(flags.restart, 0, denominator),
+        jnp.where(flags.restart, EMPTY_EXPONENT, exponent),
     )
 
 
-def read(marks: Marks, state: State, u: Array, k: Array, v: Array) -> Array:
+def read(flags: TokenFlags, state: State, u: Array, k: Array, v: Array) -> Array:
     """y of a token, from the state before it."""
     numerator, denominator, exponent = state
     factors = reading(exponent, u, k)
     y = mix(factors, numerator, v) / mix(factors, denominator, 1)
-    return y if marks.active is None else jnp.where(marks.active, y, 0)
+    return y if flags.active is None else jnp.where(flags.active, y, 0)
 
 
 def advance(before: State, log_w: Array, token: Token) -> State:
     """The state after a token, from the state before it."""
     numerator, denominator, exponent = before
-    factors, following = updating(token.marks, exponent, log_w, token.k)
+    factors, following = updating(token.flags, exponent, log_w, token.k)
     return mix(factors, numerator, token.v), mix(factors, denominator, 1), following
 
 
@@ -125,18 +125,18 @@ def backward(
       before: the state before the token, after a reset.
       later: cotangents of the numerator and denominator after it.
     """
-    (marks, k, v), (numerator, denominator, exponent), (dnumerator, ddenominator) = token, before, later
-    to_read, (to_update, _) = reading(exponent, u, k), updating(marks, exponent, log_w, k)
-    if marks.active is not None:
-        dy = jnp.where(marks.active, dy, 0)
+    (flags, k, v), (numerator, denominator, exponent), (dnumerator, ddenominator) = token, before, later
+    to_read, (to_update, _) = reading(exponent, u, k), updating(flags, exponent, log_w, k)
+    if flags.active is not None:
+        dy = jnp.where(flags.active, dy, 0)
     norm = 1 / mix(to_read, denominator, 1)
     y = mix(to_read, numerator, v) * norm
     h = dy * norm
     past, present = to_read.past * h, to_read.present * h
     bonus = present * (v - y)
     dlog_w = to_update.past * (numerator * dnumerator + denominator * ddenominator)
-    if marks.active is not None:
-        dlog_w = jnp.where(marks.active, dlog_w, 0)
+    if flags.active is not None:
+        dlog_w = jnp.where(flags.active, dlog_w, 0)
     dk = bonus + to_update.present * (v * dnumerator + ddenominator)
     dv = present + to_update.present * dnumerator
     earlier = to_update.past * dnumerator + past, to_update.past * ddenominator - past * y
@@ -147,8 +147,8 @@ def run_tokens(state: State, log_w: Array, u: Array, tokens: Sequence[Token]) ->
     """Runs a few tokens: the state after them, and the y of each."""
     ys = []
     for token in tokens:
-        state = restart(token.marks, state)
-        ys.append(read(token.marks, state, u, token.k, token.v))
+        state = restart(token.flags, state)
+        ys.append(read(token.flags, state, u, token.k, token.v))
         state = advance(state, log_w, token)
     return state, ys
 
@@ -164,7 +164,7 @@ def run_tokens_backward(
     """
     befores = []
     for token in tokens:
-        befores.append(restart(token.marks, state))
+        befores.append(restart(token.flags, state))
         state = advance(befores[-1], log_w, token)
     cotangents = []
     for token, before, dy in zip(reversed(tokens), reversed(befores), reversed(dys), strict=True):

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, starts
-from rwkv_kernels.derivatives import with_backward
+from rwkv_kernels.arguments import broadcast_varying_axes, is_active, pad_time, segment_starts
 from rwkv_kernels.ops.wkv4 import chunk
-from rwkv_kernels.ops.wkv4.chunk import Marks, Token
-from rwkv_kernels.ops.wkv4.scan import State, fix_gauge
+from rwkv_kernels.ops.wkv4.chunk import Token, TokenFlags
+from rwkv_kernels.ops.wkv4.scan import State, freeze_exponent
+from rwkv_kernels.xla.linear_rule import with_backward
 
 CHUNK_SIZE = 32
 """Default steps between stored states; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
@@ -53,7 +53,9 @@ class _Chunked:
         """Runs body(step, carry) for each step of a chunk."""
         return lax.fori_loop(0, self._size, body, carry, unroll=min(UNROLL, self._size))
 
-    def _forward(self, marks: Marks, inputs: Inputs, with_trace: bool) -> tuple[tuple[Array, State], State | None]:
+    def _forward(
+        self, flags: TokenFlags, inputs: Inputs, with_residuals: bool
+    ) -> tuple[tuple[Array, State], State | None]:
         log_w, u, k, v, state = inputs
         batch, time, channels = k.shape
         dtype = state[0].dtype
@@ -61,38 +63,40 @@ class _Chunked:
 
         def token(index: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, y = carry
-            here, k_, v_ = _at((marks, k, v), index, axis=1)
+            here, k_, v_ = _at((flags, k, v), index, axis=1)
             k_, v_ = k_.astype(dtype), v_.astype(dtype)
             before = chunk.restart(here, state)
             y = _set(y, chunk.read(here, before, u, k_, v_), index, axis=1)
             return chunk.advance(before, log_w, Token(here, k_, v_)), y
 
         def one_chunk(index: Array, carry: tuple[State, Array, State | None]) -> tuple[State, Array, State | None]:
-            state, y, trace = carry
-            if trace is not None:
-                trace = _set(trace, state, index, axis=1)
+            state, y, chunk_states = carry
+            if chunk_states is not None:
+                chunk_states = _set(chunk_states, state, index, axis=1)
             first = index * self._size
-            return *self._loop(lambda step, carry: token(first + step, carry), (state, y)), trace
+            return *self._loop(lambda step, carry: token(first + step, carry), (state, y)), chunk_states
 
         chunks = time // self._size
-        trace = None
-        if with_trace:
-            trace = jax.tree.map(lambda x: jnp.zeros((batch, chunks, channels), dtype), state)
+        chunk_states = None
+        if with_residuals:
+            chunk_states = jax.tree.map(lambda x: jnp.zeros((batch, chunks, channels), dtype), state)
         y = jnp.zeros((batch, time, channels), dtype)
-        _, y, trace = broadcast_varying_axes(state, y, trace)
-        state, y, trace = lax.fori_loop(0, chunks, one_chunk, (state, y, trace))
-        return (y, state), trace
+        _, y, chunk_states = broadcast_varying_axes(state, y, chunk_states)
+        state, y, chunk_states = lax.fori_loop(0, chunks, one_chunk, (state, y, chunk_states))
+        return (y, state), chunk_states
 
-    def forward(self, marks: Marks, *inputs: Any) -> tuple[Array, State]:
+    def forward(self, flags: TokenFlags, *inputs: Any) -> tuple[Array, State]:
         """y and the final state."""
-        return self._forward(marks, inputs, with_trace=False)[0]
+        return self._forward(flags, inputs, with_residuals=False)[0]
 
-    def forward_with_residuals(self, marks: Marks, *inputs: Any) -> tuple[tuple[Array, State], State | None]:
+    def forward_with_residuals(self, flags: TokenFlags, *inputs: Any) -> tuple[tuple[Array, State], State | None]:
         """Also the initial state of each chunk, each part [B, T / size, C]."""
-        outputs, trace = self._forward(marks, inputs, with_trace=True)
-        return checkpoint_name((outputs, trace), "wkv")
+        outputs, chunk_states = self._forward(flags, inputs, with_residuals=True)
+        return checkpoint_name((outputs, chunk_states), "wkv")
 
-    def backward(self, marks: Marks, inputs: Inputs, trace: State, cotangents: tuple[Array, State]) -> Inputs:
+    def backward(
+        self, flags: TokenFlags, inputs: Inputs, chunk_states: State, cotangents: tuple[Array, State]
+    ) -> Inputs:
         """Gradients, the last chunk first."""
         log_w_, u_, k, v, (numerator, _, _) = inputs
         dy, (dnumerator, ddenominator, _) = cotangents
@@ -100,7 +104,7 @@ class _Chunked:
         log_w, u = log_w_.astype(dtype)[None], u_.astype(dtype)[None]  # [1, C]
 
         def token_at(time: Array) -> Token:
-            here, k_, v_ = _at((marks, k, v), time, axis=1)
+            here, k_, v_ = _at((flags, k, v), time, axis=1)
             return Token(here, k_.astype(dtype), v_.astype(dtype))
 
         def one_chunk(backwards: Array, carry: Any) -> Any:
@@ -111,7 +115,7 @@ class _Chunked:
             def forward(step: Array, carry: tuple[State, State]) -> tuple[State, State]:
                 state, befores = carry
                 token = token_at(first + step)
-                before = chunk.restart(token.marks, state)
+                before = chunk.restart(token.flags, state)
                 return chunk.advance(before, log_w, token), _set(befores, before, step, axis=0)
 
             def backward(backwards: Array, carry: Any) -> Any:
@@ -123,7 +127,7 @@ class _Chunked:
                 dk, dv = _set((dk, dv), (cotangents.k.astype(k.dtype), cotangents.v.astype(v.dtype)), time, axis=1)
                 return later, dlog_w + cotangents.log_w, du + cotangents.u, dk, dv
 
-            _, befores = self._loop(forward, (_at(trace, index, axis=1), befores))
+            _, befores = self._loop(forward, (_at(chunk_states, index, axis=1), befores))
             return befores, *self._loop(backward, tuple(rest))
 
         sums = jnp.zeros_like(numerator)
@@ -163,12 +167,12 @@ def wkv4_chunked(
     padding = -time % size
     restart = active = None
     if segments is not None:
-        restart = pad_time(starts(segments), padding)[..., None]
+        restart = pad_time(segment_starts(segments), padding)[..., None]
     if lengths is not None or padding:
         counted = jnp.full((batch,), time) if lengths is None else lengths
         active = is_active(counted, time + padding)[..., None]
     form = _Chunked(size)
-    padded = (log_w, u, pad_time(k, padding), pad_time(v, padding), fix_gauge(state))
+    padded = (log_w, u, pad_time(k, padding), pad_time(v, padding), freeze_exponent(state))
     run = with_backward(form.forward, form.forward_with_residuals, form.backward)
-    y, state = run(Marks(restart, active), *padded)
+    y, state = run(TokenFlags(restart, active), *padded)
     return y[:, :time], state

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rwkv_kernels.arguments import varying_like
-from rwkv_kernels.ops.wkv4 import pallas_form
+from rwkv_kernels.ops.wkv4 import pallas_driver
 from rwkv_kernels.ops.wkv4.chunk import Token, run_tokens, run_tokens_backward
-from rwkv_kernels.ops.wkv4.pallas_form import BLOCK, read_mark
+from rwkv_kernels.ops.wkv4.pallas_driver import BLOCK, decode_flags
 from rwkv_kernels.ops.wkv4.scan import State
 
 LANES = 128
@@ -44,10 +44,10 @@ def _store(ref: Any, block: Array, tiles: list[Array]) -> None:
         ref[block * BLOCK + step] = tile.astype(ref.dtype)
 
 
-def _tokens(marks_ref: Any | None, block: Array, k_ref: Any, v_ref: Any) -> list[Token]:
-    marks = [None if marks_ref is None else marks_ref[0, block * BLOCK + step] for step in range(BLOCK)]
-    tiles = zip(marks, _load(k_ref, block), _load(v_ref, block), strict=True)
-    return [Token(read_mark(mark), k, v) for mark, k, v in tiles]
+def _tokens(flags_ref: Any | None, block: Array, k_ref: Any, v_ref: Any) -> list[Token]:
+    flags = [None if flags_ref is None else flags_ref[0, block * BLOCK + step] for step in range(BLOCK)]
+    tiles = zip(flags, _load(k_ref, block), _load(v_ref, block), strict=True)
+    return [Token(decode_flags(flag), k, v) for flag, k, v in tiles]
 
 
 def _set_all(refs: Any, parts: Any) -> None:
@@ -77,7 +77,7 @@ class TpuKernels:
         )
 
     def _specs(self, last: int | None = None) -> tuple[pl.BlockSpec, ...]:
-        """Of [R, 128], [B, R, 128], [B, T, R, 128], the trace and marks; backwards in time from chunk `last`."""
+        """Of [R, 128], [B, R, 128], [B, T, R, 128], chunk_states and flags; backwards in time from chunk `last`."""
 
         def chunk(time: Any) -> Any:
             return time if last is None else last - time
@@ -96,19 +96,19 @@ class TpuKernels:
             ),
         )
 
-    def _fold_marks(self, marks: Array | None) -> Array | None:
-        return None if marks is None else marks.reshape(marks.shape[0], -1, 1, self.tokens)
+    def _fold_flags(self, flags: Array | None) -> Array | None:
+        return None if flags is None else flags.reshape(flags.shape[0], -1, 1, self.tokens)
 
     def forward(
-        self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
+        self, log_w: Array, u: Array, k: Array, v: Array, state: State, flags: Array | None, *, with_residuals: bool
     ) -> tuple[Array, State, State | None]:
-        """Runs the forward kernel: y, the final state and, if requested, the trace."""
+        """Runs the forward kernel: y, the final state and, if requested, chunk_states."""
         log_w, u, k, v, *folded = map(_fold, (log_w, u, k, v, *state))
         batch, time, rows, _ = k.shape
-        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs()
+        of_channels, of_row, of_tokens, of_chunk_states, of_flags = self._specs()
 
-        def kernel(log_w_ref: Any, u_ref: Any, k_ref: Any, v_ref: Any, state_refs: Any, marks_ref: Any, *outs: Any):
-            y_ref, final_refs, trace_refs = outs
+        def kernel(log_w_ref: Any, u_ref: Any, k_ref: Any, v_ref: Any, state_refs: Any, flags_ref: Any, *outs: Any):
+            y_ref, final_refs, chunk_state_refs = outs
             log_w, u = log_w_ref[...], u_ref[...]
 
             @pl.when(pl.program_id(2) == 0)
@@ -116,10 +116,10 @@ class TpuKernels:
                 _set_all(final_refs, [ref[...] for ref in state_refs])
 
             def body(block: Array, state: State) -> State:
-                if trace_refs is not None:
-                    for ref, part in zip(trace_refs, state, strict=True):
+                if chunk_state_refs is not None:
+                    for ref, part in zip(chunk_state_refs, state, strict=True):
                         ref[block] = part
-                state, ys = run_tokens(state, log_w, u, _tokens(marks_ref, block, k_ref, v_ref))
+                state, ys = run_tokens(state, log_w, u, _tokens(flags_ref, block, k_ref, v_ref))
                 _store(y_ref, block, ys)
                 return state
 
@@ -128,7 +128,7 @@ class TpuKernels:
 
         row = varying_like(k, (batch, rows, LANES), jnp.float32)
         stored = varying_like(k, (batch, time // BLOCK, rows, LANES), jnp.float32)
-        y, (numerator, denominator, exponent), trace = self._call(
+        y, (numerator, denominator, exponent), chunk_states = self._call(
             kernel,
             "wkv4_forward",
             k,
@@ -138,12 +138,12 @@ class TpuKernels:
                 of_tokens,
                 of_tokens,
                 (of_row,) * 3,
-                None if marks is None else of_marks,
+                None if flags is None else of_flags,
             ],
-            out_specs=(of_tokens, (of_row,) * 3, (of_trace,) * 3 if with_trace else None),
-            out_shape=(varying_like(k, v.shape, v.dtype), (row,) * 3, (stored,) * 3 if with_trace else None),
-        )(log_w, u, k, v, tuple(folded), self._fold_marks(marks))
-        return _unfold(y), (_unfold(numerator), _unfold(denominator), _unfold(exponent)), trace
+            out_specs=(of_tokens, (of_row,) * 3, (of_chunk_states,) * 3 if with_residuals else None),
+            out_shape=(varying_like(k, v.shape, v.dtype), (row,) * 3, (stored,) * 3 if with_residuals else None),
+        )(log_w, u, k, v, tuple(folded), self._fold_flags(flags))
+        return _unfold(y), (_unfold(numerator), _unfold(denominator), _unfold(exponent)), chunk_states
 
     def backward(
         self,
@@ -151,23 +151,23 @@ class TpuKernels:
         u: Array,
         k: Array,
         v: Array,
-        marks: Array | None,
-        trace: State,
+        flags: Array | None,
+        chunk_states: State,
         dy: Array,
         dstate: tuple[Array, Array],
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
-        """Runs the backward kernel on a folded trace: gradients of the inputs and of the initial state."""
+        """Runs the backward kernel on folded chunk_states: gradients of the inputs and of the initial state."""
         log_w, u, k, v, dy, *folded = map(_fold, (log_w, u, k, v, dy, *dstate))
         batch, time, rows, _ = k.shape
-        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time // self.tokens - 1)
+        of_channels, of_row, of_tokens, of_chunk_states, of_flags = self._specs(time // self.tokens - 1)
 
         def kernel(
             log_w_ref: Any,
             u_ref: Any,
             k_ref: Any,
             v_ref: Any,
-            marks_ref: Any,
-            trace_refs: Any,
+            flags_ref: Any,
+            chunk_state_refs: Any,
             dy_ref: Any,
             dstate_refs: Any,
             gradient_refs: Any,
@@ -186,10 +186,10 @@ class TpuKernels:
                 dnumerator, ddenominator, dlog_w, du = carry
                 block = self.tokens // BLOCK - 1 - backwards
                 cotangents, later = run_tokens_backward(
-                    (trace_refs[0][block], trace_refs[1][block], trace_refs[2][block]),
+                    (chunk_state_refs[0][block], chunk_state_refs[1][block], chunk_state_refs[2][block]),
                     log_w,
                     u,
-                    _tokens(marks_ref, block, k_ref, v_ref),
+                    _tokens(flags_ref, block, k_ref, v_ref),
                     _load(dy_ref, block),
                     (dnumerator, ddenominator),
                 )
@@ -210,8 +210,8 @@ class TpuKernels:
                 of_channels,
                 of_tokens,
                 of_tokens,
-                None if marks is None else of_marks,
-                (of_trace,) * 3,
+                None if flags is None else of_flags,
+                (of_chunk_states,) * 3,
                 of_tokens,
                 (of_row,) * 2,
             ],
@@ -220,7 +220,7 @@ class TpuKernels:
                 (row, row, varying_like(k, k.shape, k.dtype), varying_like(k, v.shape, v.dtype)),
                 (row, row),
             ),
-        )(log_w, u, k, v, self._fold_marks(marks), trace, dy, tuple(folded))
+        )(log_w, u, k, v, self._fold_flags(flags), chunk_states, dy, tuple(folded))
         dlog_w, du, dk, dv = map(_unfold, gradients)
         return (dlog_w, du, dk, dv), (_unfold(earlier[0]), _unfold(earlier[1]))
 
@@ -251,6 +251,6 @@ def wkv4_pallas_mosaic_tpu(
     rows = all_rows if all_rows <= 16 else 8 if all_rows % 16 else 16
     tokens = min(tokens, time + -time % BLOCK)
     kernels = TpuKernels(rows, tokens, interpret)
-    return pallas_form.run(
+    return pallas_driver.run(
         kernels, log_w, u, k, v, state, segments, lengths, time_multiple=tokens, channel_multiple=rows * LANES
     )

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from rwkv_kernels.arguments import varying_like
-from rwkv_kernels.ops.wkv4 import pallas_form
+from rwkv_kernels.ops.wkv4 import pallas_driver
 from rwkv_kernels.ops.wkv4.chunk import Token, run_tokens, run_tokens_backward
-from rwkv_kernels.ops.wkv4.pallas_form import BLOCK, read_mark
+from rwkv_kernels.ops.wkv4.pallas_driver import BLOCK, decode_flags
 from rwkv_kernels.ops.wkv4.scan import State
 
 Rows = list[Array]
@@ -35,11 +35,11 @@ def _store_rows(ref: Any, block: Array | int, rows: Rows) -> None:
         ref[block * BLOCK + step] = row.astype(ref.dtype)
 
 
-def _tokens(marks_ref: Any | None, block: Array | int, k: Rows, v: Rows) -> list[Token]:
-    marks = [None] * BLOCK if marks_ref is None else _load_rows(marks_ref, block)
+def _tokens(flags_ref: Any | None, block: Array | int, k: Rows, v: Rows) -> list[Token]:
+    flags = [None] * BLOCK if flags_ref is None else _load_rows(flags_ref, block)
     return [
-        Token(read_mark(mark), k_.astype(jnp.float32), v_.astype(jnp.float32))
-        for mark, k_, v_ in zip(marks, k, v, strict=True)
+        Token(decode_flags(flag), k_.astype(jnp.float32), v_.astype(jnp.float32))
+        for flag, k_, v_ in zip(flags, k, v, strict=True)
     ]
 
 
@@ -63,7 +63,7 @@ class TritonKernels:
         )
 
     def _specs(self, time: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-        """Of [C], [B, C], [B, T, C], the trace and marks."""
+        """Of [C], [B, C], [B, T, C], chunk_states and flags."""
         return (
             pl.BlockSpec((self.channels,), lambda row, block: (block,)),
             pl.BlockSpec((None, self.channels), lambda row, block: (row, block)),
@@ -73,24 +73,24 @@ class TritonKernels:
         )
 
     def forward(
-        self, log_w: Array, u: Array, k: Array, v: Array, state: State, marks: Array | None, *, with_trace: bool
+        self, log_w: Array, u: Array, k: Array, v: Array, state: State, flags: Array | None, *, with_residuals: bool
     ) -> tuple[Array, State, State | None]:
-        """Runs the forward kernel: y, the final state and, if requested, the trace."""
+        """Runs the forward kernel: y, the final state and, if requested, chunk_states."""
         batch, time, channels = k.shape
-        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
+        of_channels, of_row, of_tokens, of_chunk_states, of_flags = self._specs(time)
 
-        def kernel(log_w_ref: Any, u_ref: Any, k_ref: Any, v_ref: Any, state_refs: Any, marks_ref: Any, *outs: Any):
-            y_ref, final_refs, trace_refs = outs
+        def kernel(log_w_ref: Any, u_ref: Any, k_ref: Any, v_ref: Any, state_refs: Any, flags_ref: Any, *outs: Any):
+            y_ref, final_refs, chunk_state_refs = outs
             log_w, u = log_w_ref[:], u_ref[:]
 
             def body(block: Array, carry: tuple[State, Rows, Rows]) -> tuple[State, Rows, Rows]:
                 state, k, v = carry
                 following = jnp.minimum(block + 1, time // BLOCK - 1)
                 next_k, next_v = _load_rows(k_ref, following), _load_rows(v_ref, following)
-                if trace_refs is not None:
-                    for ref, part in zip(trace_refs, state, strict=True):
+                if chunk_state_refs is not None:
+                    for ref, part in zip(chunk_state_refs, state, strict=True):
                         ref[block] = part
-                state, ys = run_tokens(state, log_w, u, _tokens(marks_ref, block, k, v))
+                state, ys = run_tokens(state, log_w, u, _tokens(flags_ref, block, k, v))
                 _store_rows(y_ref, block, ys)
                 return state, next_k, next_v
 
@@ -114,11 +114,11 @@ class TritonKernels:
                 of_tokens,
                 of_tokens,
                 (of_row,) * 3,
-                None if marks is None else of_marks,
+                None if flags is None else of_flags,
             ],
-            out_specs=(of_tokens, (of_row,) * 3, (of_trace,) * 3 if with_trace else None),
-            out_shape=(varying_like(k, v.shape, v.dtype), (row,) * 3, (stored,) * 3 if with_trace else None),
-        )(log_w, u, k, v, state, marks)
+            out_specs=(of_tokens, (of_row,) * 3, (of_chunk_states,) * 3 if with_residuals else None),
+            out_shape=(varying_like(k, v.shape, v.dtype), (row,) * 3, (stored,) * 3 if with_residuals else None),
+        )(log_w, u, k, v, state, flags)
 
     def backward(
         self,
@@ -126,23 +126,23 @@ class TritonKernels:
         u: Array,
         k: Array,
         v: Array,
-        marks: Array | None,
-        trace: State,
+        flags: Array | None,
+        chunk_states: State,
         dy: Array,
         dstate: tuple[Array, Array],
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array]]:
         """Runs the backward kernel: gradients of the inputs and of the initial state."""
         batch, time, channels = k.shape
-        of_channels, of_row, of_tokens, of_trace, of_marks = self._specs(time)
+        of_channels, of_row, of_tokens, of_chunk_states, of_flags = self._specs(time)
 
         def kernel(*refs: Any) -> None:
-            log_w_ref, u_ref, k_ref, v_ref, marks_ref, trace_refs, dy_ref, dstate_refs, *out_refs = refs
+            log_w_ref, u_ref, k_ref, v_ref, flags_ref, chunk_state_refs, dy_ref, dstate_refs, *out_refs = refs
             gradient_refs, earlier_refs = out_refs
             log_w, u = log_w_ref[:], u_ref[:]
             dlog_w_ref, du_ref, dk_ref, dv_ref = gradient_refs
 
             def load(block: Array | int) -> tuple[list[Array], Rows, Rows, Rows]:
-                start = [ref[block] for ref in trace_refs]
+                start = [ref[block] for ref in chunk_state_refs]
                 return start, _load_rows(k_ref, block), _load_rows(v_ref, block), _load_rows(dy_ref, block)
 
             def body(backwards: Array, carry: Any) -> Any:
@@ -154,7 +154,7 @@ class TritonKernels:
                     (numerator, denominator, exponent),
                     log_w,
                     u,
-                    _tokens(marks_ref, block, k, v),
+                    _tokens(flags_ref, block, k, v),
                     [row.astype(jnp.float32) for row in dy],
                     later,
                 )
@@ -185,8 +185,8 @@ class TritonKernels:
                 of_channels,
                 of_tokens,
                 of_tokens,
-                None if marks is None else of_marks,
-                (of_trace,) * 3,
+                None if flags is None else of_flags,
+                (of_chunk_states,) * 3,
                 of_tokens,
                 (of_row,) * 2,
             ],
@@ -195,7 +195,7 @@ class TritonKernels:
                 (row, row, varying_like(k, k.shape, k.dtype), varying_like(k, v.shape, v.dtype)),
                 (row, row),
             ),
-        )(log_w, u, k, v, marks, trace, dy, dstate)
+        )(log_w, u, k, v, flags, chunk_states, dy, dstate)
 
 
 def wkv4_pallas_triton(
@@ -221,6 +221,6 @@ def wkv4_pallas_triton(
       interpret: Pallas' interpret mode, on any platform.
     """
     kernels = TritonKernels(channels, num_warps, interpret)
-    return pallas_form.run(
+    return pallas_driver.run(
         kernels, log_w, u, k, v, state, segments, lengths, time_multiple=BLOCK, channel_multiple=channels
     )

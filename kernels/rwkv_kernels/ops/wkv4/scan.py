@@ -4,12 +4,12 @@ All other implementations are compared with this one in float64.
 
 The state of a channel is a weighted sum of values and the sum of the weights, A = numerator * e^max_exponent and
 B = denominator * e^max_exponent, with a common exponent so that e^k never overflows. Many choices of the three numbers
-represent the same A and B; such a choice is called a *gauge*.
+represent the same A and B.
 
-The gauge rule, kept by all implementations: code that uses a state may depend on A and B only. The final max_exponent
-is then a constant in differentiation: its cotangent is ignored, and gradients of anything that depends on A and B alone
-are exact. The gradient of the initial max_exponent is numerator * dnumerator + denominator * ddenominator, as A and B
-depend on it.
+The exponent rule, kept by all implementations: code that uses a state may depend on A and B only. The final
+max_exponent is then a constant in differentiation: its cotangent is ignored, and gradients of anything that depends on
+A and B alone are exact. The gradient of the initial max_exponent is numerator * dnumerator + denominator *
+ddenominator, as A and B depend on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.arguments import is_active, starts
+from rwkv_kernels.arguments import is_active, segment_starts
 
 State = tuple[Array, Array, Array]
 """Numerator, denominator and max_exponent, each [B, C]."""
@@ -33,7 +33,7 @@ def empty_state(batch: int, channels: int, dtype: jnp.dtype) -> State:
     return zeros, zeros, jnp.full_like(zeros, EMPTY_EXPONENT)
 
 
-def fix_gauge(state: State) -> State:
+def freeze_exponent(state: State) -> State:
     """The same state with a constant exponent; its gradient goes through numerator and denominator."""
     numerator, denominator, exponent = state
     fixed = lax.stop_gradient(exponent)
@@ -75,7 +75,7 @@ def step(state: State, log_w: Array, u: Array, k: Array, v: Array) -> tuple[Stat
     Returns:
       The next state and y [B, C], which is read before the update.
     """
-    state = fix_gauge(state)
+    state = freeze_exponent(state)
     return update(state, log_w[None], k, v), read(state, u[None], k, v)
 
 
@@ -94,7 +94,7 @@ def wkv4_scan(
     Args:
       log_w, u: [C]; k, v: [B, T, C]; any floating dtype; finite also beyond a row's length.
       state: numerator, denominator and max_exponent [B, C] in the dtype of the recurrence.
-      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      segments: int32 [B, T] from `arguments.segment_index`, or None.
       lengths: int32 [B] or None; steps beyond leave the state as it was and read zero.
 
     Returns:
@@ -114,10 +114,10 @@ def wkv4_scan(
             y, following = jnp.where(active[:, None], y, 0), select(active[:, None], following, carry)
         return following, y
 
-    restarts = None if segments is None else starts(segments)
+    restarts = None if segments is None else segment_starts(segments)
     active = None if lengths is None else is_active(lengths, k.shape[1])
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, active, k, v))
-    state, y = lax.scan(body, fix_gauge(state), time_first)
+    state, y = lax.scan(body, freeze_exponent(state), time_first)
     return y.swapaxes(0, 1), state
 
 

@@ -7,20 +7,21 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from rwkv_kernels import dispatch, pieces
+from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv5.chunked import wkv5_chunked
 from rwkv_kernels.ops.wkv5.pallas import wkv5_pallas_mosaic_tpu, wkv5_pallas_triton
 from rwkv_kernels.ops.wkv5.scan import wkv5_scan
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.xla import state_passing
 
 
 def _affine_map(
-    run: pieces.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
-) -> pieces.AffineMap:
+    run: state_passing.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
+) -> state_passing.AffineMap:
     steps = jnp.full((1,), inputs["r"].shape[1]) if lengths is None else lengths
     total = inputs["log_w"].astype(state.dtype) * steps[:, None, None]
-    return pieces.diagonal_map(functools.partial(run, inputs), total, state, segments)
+    return state_passing.diagonal_map(functools.partial(run, inputs), total, state, segments)
 
 
 OPERATOR = Operator(
@@ -32,7 +33,7 @@ OPERATOR = Operator(
         "pallas_triton": dispatch.Implementation(wkv5_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv5_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    algebra=pieces.DIAGONAL,
+    transition_ops=state_passing.DIAGONAL,
     affine_map=_affine_map,
 )
 """WKV-5 with all its implementations."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_kernels.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
+from rwkv_kernels.testing.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
 
 CASES: dict[str, AttentionCase] = ATTENTION_CASES | {"one_decay_per_head": AttentionCase(one_per_head=True)}
 """All cases, by name. `one_decay_per_head` is RWKV-5.0 and 5.1, the others are 5.2."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rwkv_kernels import pallas_chunks
 from rwkv_kernels.ops.wkv5.chunk import make_chunk
+from rwkv_kernels.pallas import mosaic_tpu, triton
+from rwkv_kernels.pallas.driver import Kernel, implementation
 
-TRITON = pallas_chunks.Kernel("wkv5", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8, fixed_decay=True)
-MOSAIC_TPU = pallas_chunks.Kernel("wkv5", make_chunk, chunk_size=64, fixed_decay=True)
+TRITON = Kernel("wkv5", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8, fixed_decay=True)
+MOSAIC_TPU = Kernel("wkv5", make_chunk, chunk_size=64, fixed_decay=True)
 
-wkv5_pallas_triton = pallas_chunks.implementation(pallas_chunks.TRITON, TRITON)
-wkv5_pallas_mosaic_tpu = pallas_chunks.implementation(pallas_chunks.MOSAIC_TPU, MOSAIC_TPU)
+wkv5_pallas_triton = implementation(triton.BACKEND, TRITON)
+wkv5_pallas_mosaic_tpu = implementation(mosaic_tpu.BACKEND, MOSAIC_TPU)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.arguments import is_active, starts
+from rwkv_kernels.arguments import is_active, segment_starts
 from rwkv_kernels.precision import XLA, Precision
 
 
@@ -49,7 +49,7 @@ def wkv5_scan(
     Args:
       r, k: [B, T, H, N]; v: [B, T, H, M]; log_w, u: [H, N]; any floating dtype.
       state: [B, H, M, N] in the dtype of the recurrence.
-      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      segments: int32 [B, T] from `arguments.segment_index`, or None.
       lengths: int32 [B] or None; r, k and v are zero beyond them.
       precision: of matrix products.
 
@@ -68,7 +68,7 @@ def wkv5_scan(
             following = jnp.where(active[:, None, None, None], following, carry)
         return following, y
 
-    restarts = None if segments is None else starts(segments)
+    restarts = None if segments is None else segment_starts(segments)
     active = None if lengths is None else is_active(lengths, r.shape[1])
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, active, (r, k, v)))
     state, y = lax.scan(body, state, time_first)

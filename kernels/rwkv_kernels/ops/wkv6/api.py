@@ -7,21 +7,22 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from rwkv_kernels import dispatch, pieces
+from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv6.associative import wkv6_associative
 from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
 from rwkv_kernels.ops.wkv6.pallas import wkv6_pallas_mosaic_tpu, wkv6_pallas_triton
 from rwkv_kernels.ops.wkv6.scan import wkv6_scan
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.xla import state_passing
 
 
 def _affine_map(
-    run: pieces.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
-) -> pieces.AffineMap:
+    run: state_passing.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
+) -> state_passing.AffineMap:
     del lengths  # beyond them log_w is zero
     total = jnp.sum(inputs["log_w"].astype(state.dtype), axis=1)
-    return pieces.diagonal_map(functools.partial(run, inputs), total, state, segments)
+    return state_passing.diagonal_map(functools.partial(run, inputs), total, state, segments)
 
 
 OPERATOR = Operator(
@@ -34,7 +35,7 @@ OPERATOR = Operator(
         "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    algebra=pieces.DIAGONAL,
+    transition_ops=state_passing.DIAGONAL,
     affine_map=_affine_map,
 )
 """WKV-6 with all its implementations."""

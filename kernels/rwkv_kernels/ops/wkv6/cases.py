@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_kernels.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
+from rwkv_kernels.testing.cases import ATTENTION_CASES, AttentionCase, Floats, Shape, attention_inputs
 
 CASES: dict[str, AttentionCase] = dict(ATTENTION_CASES)
 """All cases, by name."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.arguments import starts
+from rwkv_kernels.arguments import segment_starts
 from rwkv_kernels.precision import XLA, Precision
 
 
@@ -48,7 +48,7 @@ def wkv6_scan(
     Args:
       r, log_w, k: [B, T, H, N]; v: [B, T, H, M]; u: [H, N]; any floating dtype.
       state: [B, H, M, N] in the dtype of the recurrence.
-      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      segments: int32 [B, T] from `arguments.segment_index`, or None.
       precision: of matrix products.
 
     Returns:
@@ -63,7 +63,7 @@ def wkv6_scan(
         r, log_w, k, v = (x.astype(carry.dtype) for x in vectors)
         return step(carry, r, log_w, k, v, u, precision)
 
-    restarts = None if segments is None else starts(segments)
+    restarts = None if segments is None else segment_starts(segments)
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v)))
     state, y = lax.scan(body, state, time_first)
     return y.swapaxes(0, 1), state

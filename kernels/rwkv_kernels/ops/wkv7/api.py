@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from jax import Array
 
-from rwkv_kernels import dispatch, pieces
+from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv7.associative import wkv7_associative
 from rwkv_kernels.ops.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
 from rwkv_kernels.ops.wkv7.pallas import wkv7_pallas_mosaic_tpu, wkv7_pallas_triton
 from rwkv_kernels.ops.wkv7.scan import wkv7_scan
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.xla import state_passing
 
 
 def _affine_map(
-    run: pieces.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
-) -> pieces.AffineMap:
+    run: state_passing.Run, inputs: dict[str, Array], state: Array, segments: Array | None, lengths: Array | None
+) -> state_passing.AffineMap:
     del segments, lengths  # the run sees to both
-    return pieces.matrix_map(lambda v, state: run(inputs | {"v": v}, state), inputs["v"], state)
+    return state_passing.matrix_map(lambda v, state: run(inputs | {"v": v}, state), inputs["v"], state)
 
 
 OPERATOR = Operator(
@@ -30,7 +31,7 @@ OPERATOR = Operator(
         "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
         "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
     },
-    algebra=pieces.MATRIX,
+    transition_ops=state_passing.MATRIX,
     affine_map=_affine_map,
 )
 """WKV-7 with all its implementations."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from rwkv_kernels import pieces
 from rwkv_kernels.ops.wkv7.chunked import wkv7_chunked
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.xla import state_passing
 
 CHUNK_SIZE = 32
 """Default steps in a chunk."""
@@ -35,12 +35,14 @@ def wkv7_associative(
     Arguments and results are those of `wkv7_chunked`.
     """
     time = r.shape[1]
-    (r, log_w, k, v, a, b), segments, count = pieces.fold((r, log_w, k, v, a, b), segments, chunk_size, state.dtype)
+    chunks = state_passing.split_chunks((r, log_w, k, v, a, b), segments, chunk_size, state.dtype)
+    (r, log_w, k, v, a, b), segments, count = chunks
 
     def run(v: Array, state: Array) -> tuple[Array, Array]:
         return wkv7_chunked(r, log_w, k, v, a, b, state, segments=segments, precision=precision, chunk_size=chunk_size)
 
     empty = jnp.zeros((r.shape[0], *state.shape[1:]), state.dtype)
-    entering, final = pieces.states_at_starts(pieces.MATRIX, pieces.matrix_map(run, v, empty), state, count)
-    y, _ = run(v, entering)
-    return pieces.unfold(y, count, time), final
+    maps = state_passing.matrix_map(run, v, empty)
+    initial, final = state_passing.chunk_initial_states(state_passing.MATRIX, maps, state, count)
+    y, _ = run(v, initial)
+    return state_passing.merge_chunks(y, count, time), final

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_kernels.cases import NEAR_ONE, Floats, Shape, rounded
+from rwkv_kernels.testing.cases import NEAR_ONE, Floats, Shape, rounded
 
 MODEL_FLOOR = -math.exp(-0.5)
 """Smallest log w that an RWKV-7 model produces."""

@@ -1,6 +1,6 @@
 """WKV-7 in chunks: matrix products within chunks, a recurrence between them, and a hand-written backward pass.
 
-Within a chunk let c_t be the cumulative sum of log w and m its value at the middle row. In the *gauge* of that row,
+Within a chunk let c_t be the cumulative sum of log w and m its value at the middle row. Scaled by the decay from there,
 
     a~_t = a_t e^{c_{t-1} - m}    r~_t = r_t e^{c_t - m}    b~_t = b_t e^{m - c_t}    k~_t = k_t e^{m - c_t}
     S~   = S e^m
@@ -31,12 +31,14 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_kernels import chunks, products
+from rwkv_kernels import chunking
 from rwkv_kernels.arguments import broadcast_varying_axes, pad_time
-from rwkv_kernels.chunks import transpose
-from rwkv_kernels.derivatives import with_backward
-from rwkv_kernels.gauge import Gauge, middle_gauge, nan_out_of_range
+from rwkv_kernels.chunking import transpose
+from rwkv_kernels.decay_scaling import DecayScaling, cumulative_decay, nan_out_of_range
+from rwkv_kernels.matmul import xla_matmul
 from rwkv_kernels.precision import XLA, Precision
+from rwkv_kernels.xla import chunk_loop
+from rwkv_kernels.xla.linear_rule import with_backward
 
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
@@ -45,33 +47,35 @@ LOG_DECAY_FLOOR = -64.0 / (CHUNK_SIZE // 2)
 """Smallest log w that all tokens of a default chunk may have in float32: half a chunk then decays by e^{-64}."""
 
 
-class _Gauge(NamedTuple):
-    """A chunk's vectors scaled into the gauge, and the scales."""
+class _Scaled(NamedTuple):
+    """A chunk's vectors scaled by cumulative decay, and the scales."""
 
     queries: Array  # [B, H, 2C, N]: a~ above r~
     keys: Array  # [B, H, 2C, N]: b~ above k~
     scale_a: Array  # [B, H, C, N]: e^{c_{t-1} - m}
     scale_r: Array  # [B, H, C, N]: e^{c_t - m}
     scale_keys: Array  # [B, H, C, N]: e^{m - c_t}
-    enter: Array  # [B, H, N, 1]: e^m, for the incoming state
-    leave: Array  # [B, H, N, 1]: e^{c_C - m}, for the outgoing state
+    decay_in: Array  # [B, H, N, 1]: e^m, for the initial state
+    decay_out: Array  # [B, H, N, 1]: e^{c_C - m}, for the final state
 
 
-def _to_gauge(r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunks.Packing | None) -> _Gauge:
-    gauge = middle_gauge(products.xla("full"), log_w, packing)
+def _scale_by_cumulative_decay(
+    r: Array, log_w: Array, k: Array, a: Array, b: Array, packing: chunking.Packing | None
+) -> _Scaled:
+    scaling = cumulative_decay(xla_matmul("full"), log_w, packing)
     # Added to all sums, since the backward pass may not read the state.
-    gauge = Gauge(*(sums + nan_out_of_range(gauge) for sums in gauge))
-    scale_a = jnp.exp(gauge.from_middle - log_w)
-    scale_r = jnp.exp(gauge.from_middle)
-    scale_keys = jnp.exp(-gauge.from_middle)
-    return _Gauge(
+    scaling = DecayScaling(*(sums + nan_out_of_range(scaling) for sums in scaling))
+    scale_a = jnp.exp(scaling.from_middle - log_w)
+    scale_r = jnp.exp(scaling.from_middle)
+    scale_keys = jnp.exp(-scaling.from_middle)
+    return _Scaled(
         queries=jnp.concatenate([a * scale_a, r * scale_r], axis=2),
         keys=jnp.concatenate([b * scale_keys, k * scale_keys], axis=2),
         scale_a=scale_a,
         scale_r=scale_r,
         scale_keys=scale_keys,
-        enter=transpose(jnp.exp(gauge.entering)),
-        leave=transpose(jnp.exp(gauge.leaving)),
+        decay_in=transpose(jnp.exp(scaling.log_decay_in)),
+        decay_out=transpose(jnp.exp(scaling.log_decay_out)),
     )
 
 
@@ -81,22 +85,22 @@ class _Masks(NamedTuple):
     scores: Array | np.ndarray
     """[..., 2C, 2C]: rows a~ read earlier steps, rows r~ their own step too."""
     reads: Array | bool
-    """[..., 2C, 1]: rows a~ and r~ that read the incoming state."""
+    """[..., 2C, 1]: rows a~ and r~ that read the initial state."""
     writes: Array | bool
-    """[..., 2C, 1]: rows b~ and k~ that the outgoing state keeps."""
+    """[..., 2C, 1]: rows b~ and k~ that the final state keeps."""
     keeps: Array | bool
-    """[..., 1, 1]: the outgoing state keeps the incoming one."""
-    packing: chunks.Packing | None
+    """[..., 1, 1]: the final state keeps the initial one."""
+    packing: chunking.Packing | None
     """Masks for C rows, or None without segments."""
 
 
-def _masks(size: int, within: Array | None) -> _Masks:
-    """Masks of a chunk, whose segment numbers (`chunks.number_within_chunks`) are [B, C], or None."""
+def _masks(size: int, local_segments: Array | None) -> _Masks:
+    """Masks of a chunk, whose local segments (`chunking.local_segment_index`) are [B, C], or None."""
     earlier, own = np.tri(size, k=-1, dtype=bool), np.tri(size, dtype=bool)
     causal = np.block([[earlier, earlier], [own, own]])
-    if within is None:
+    if local_segments is None:
         return _Masks(causal, True, True, True, None)
-    packing = chunks.packing(within[:, None, :, None])
+    packing = chunking.packing(local_segments[:, None, :, None])
     twice = functools.partial(jnp.concatenate, axis=-2)
     return _Masks(
         scores=jnp.tile(packing.same, (1, 1, 2, 2)) & causal[None, None],
@@ -108,7 +112,7 @@ def _masks(size: int, within: Array | None) -> _Masks:
 
 
 def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
-    return x if mask is True else chunks.masked(jnp.asarray(mask), x)
+    return x if mask is True else chunking.masked(jnp.asarray(mask), x)
 
 
 def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
@@ -123,7 +127,7 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
     block = 1
     while block < size:
         joins = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
-        off_diagonal = triangle * chunks.with_ndim(jnp.asarray(joins, triangle.dtype), triangle.ndim)
+        off_diagonal = triangle * chunking.with_ndim(jnp.asarray(joins, triangle.dtype), triangle.ndim)
         step = off_diagonal
         if block > 1:
             step = jnp.matmul(jnp.matmul(inverse, off_diagonal, precision=precision), inverse, precision=precision)
@@ -132,8 +136,8 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
     return inverse
 
 
-class _Trace(NamedTuple):
-    """Residuals that the backward pass does not recompute."""
+class _ChunkResiduals(NamedTuple):
+    """What the backward pass does not recompute, of all chunks."""
 
     states: Array  # [T / C, B, H, N, M]: the state at the start of each chunk
     writes: Array  # [T / C, B, H, 2C, M]: Z of each chunk
@@ -152,68 +156,68 @@ class _Chunked:
         self._matmul_transposed = functools.partial(jnp.einsum, "bhim,bhjm->bhij", precision=XLA[precision])
         self._inverse = functools.partial(inverse_of_identity_minus, precision=XLA[precision])
 
-    def _masks(self, within: Array | None, index: Array) -> _Masks:
-        if within is not None:
-            within = lax.dynamic_slice_in_dim(within, index * self._size, self._size, axis=1)
-        return _masks(self._size, within)
+    def _masks(self, local_segments: Array | None, index: Array) -> _Masks:
+        if local_segments is not None:
+            local_segments = lax.dynamic_slice_in_dim(local_segments, index * self._size, self._size, axis=1)
+        return _masks(self._size, local_segments)
 
     def _forward(
-        self, within: Array | None, inputs: Inputs, with_trace: bool
-    ) -> tuple[tuple[Array, Array], _Trace | None]:
+        self, local_segments: Array | None, inputs: Inputs, with_residuals: bool
+    ) -> tuple[tuple[Array, Array], _ChunkResiduals | None]:
         r, log_w, k, v, a, b, state = inputs
         batch, time, heads, key_dim = r.shape
         size, value_dim, dtype = self._size, v.shape[-1], state.dtype
         matmul = self._matmul
 
-        def body(index: Array, carry: tuple[Array, Array, _Trace | None]) -> tuple[Array, Array, _Trace | None]:
-            state, y, trace = carry
-            r_, log_w_, k_, v_, a_, b_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
-            masks = self._masks(within, index)
-            gauge = _to_gauge(r_, log_w_, k_, a_, b_, masks.packing)
-            keys_transposed = transpose(gauge.keys)
-            scores = _where(masks.scores, matmul(gauge.queries, keys_transposed))
-            gauged = state * gauge.enter
-            read = _where(masks.reads, matmul(gauge.queries, gauged))
+        def body(index: Array, carry: tuple[Array, Array, _ChunkResiduals | None]) -> Any:
+            state, y, residuals = carry
+            r_, log_w_, k_, v_, a_, b_ = (chunk_loop.take(x, index, size, dtype) for x in (r, log_w, k, v, a, b))
+            masks = self._masks(local_segments, index)
+            scaled = _scale_by_cumulative_decay(r_, log_w_, k_, a_, b_, masks.packing)
+            keys_transposed = transpose(scaled.keys)
+            scores = _where(masks.scores, matmul(scaled.queries, keys_transposed))
+            scaled_state = state * scaled.decay_in
+            read = _where(masks.reads, matmul(scaled.queries, scaled_state))
             wanted = read[:, :, :size] + matmul(scores[:, :, :size, size:], v_)
             removed = matmul(self._inverse(scores[:, :, :size, :size]), wanted)
             writes = jnp.concatenate([removed, v_], axis=2)
-            y = chunks.put(y, read[:, :, size:] + matmul(scores[:, :, size:], writes), index)
-            if trace is not None:
-                trace = _Trace(
-                    lax.dynamic_update_index_in_dim(trace.states, state, index, 0),
-                    lax.dynamic_update_index_in_dim(trace.writes, writes, index, 0),
+            y = chunk_loop.put(y, read[:, :, size:] + matmul(scores[:, :, size:], writes), index)
+            if residuals is not None:
+                residuals = _ChunkResiduals(
+                    lax.dynamic_update_index_in_dim(residuals.states, state, index, 0),
+                    lax.dynamic_update_index_in_dim(residuals.writes, writes, index, 0),
                 )
-            kept = _where(masks.keeps, gauged) + matmul(keys_transposed, _where(masks.writes, writes))
-            return kept * gauge.leave, y, trace
+            kept = _where(masks.keeps, scaled_state) + matmul(keys_transposed, _where(masks.writes, writes))
+            return kept * scaled.decay_out, y, residuals
 
-        trace = None
-        if with_trace:
-            trace = _Trace(
+        residuals = None
+        if with_residuals:
+            residuals = _ChunkResiduals(
                 jnp.zeros((time // size, batch, heads, key_dim, value_dim), dtype),
                 jnp.zeros((time // size, batch, heads, 2 * size, value_dim), dtype),
             )
         y = jnp.zeros((batch, time, heads, value_dim), dtype)
-        _, y, trace = broadcast_varying_axes(state, y, trace)
-        state, y, trace = lax.fori_loop(0, time // size, body, (transpose(state), y, trace))
-        return (y, transpose(state)), trace
+        _, y, residuals = broadcast_varying_axes(state, y, residuals)
+        state, y, residuals = lax.fori_loop(0, time // size, body, (transpose(state), y, residuals))
+        return (y, transpose(state)), residuals
 
-    def forward(self, within: Array | None, *inputs: Array) -> tuple[Array, Array]:
+    def forward(self, local_segments: Array | None, *inputs: Array) -> tuple[Array, Array]:
         """y and the final state."""
-        return self._forward(within, inputs, with_trace=False)[0]
+        return self._forward(local_segments, inputs, with_residuals=False)[0]
 
     def forward_with_residuals(
-        self, within: Array | None, *inputs: Array
-    ) -> tuple[tuple[Array, Array], tuple[Array, _Trace]]:
-        """Also the residuals: the final state and the trace."""
-        (y, final), trace = self._forward(within, inputs, with_trace=True)
-        y, final, trace = checkpoint_name((y, final, trace), "wkv")
-        return (y, final), (final, trace)
+        self, local_segments: Array | None, *inputs: Array
+    ) -> tuple[tuple[Array, Array], tuple[Array, _ChunkResiduals]]:
+        """Also the residuals: the final state and those of the chunks."""
+        (y, final), residuals = self._forward(local_segments, inputs, with_residuals=True)
+        y, final, residuals = checkpoint_name((y, final, residuals), "wkv")
+        return (y, final), (final, residuals)
 
     def backward(
         self,
-        within: Array | None,
+        local_segments: Array | None,
         inputs: Inputs,
-        residuals: tuple[Array, _Trace],
+        residuals: tuple[Array, _ChunkResiduals],
         cotangents: tuple[Array, Array],
     ) -> Inputs:
         """The derivative of the chunk equations in the module's docstring, last chunk first.
@@ -223,7 +227,7 @@ class _Chunked:
         step before its own, r~ up to its own, b~ and k~ with the opposite sign, and the chunk's end once for the state
         it leaves.
         """
-        (r, log_w, k, v, a, b, _), (final, trace) = inputs, residuals
+        (r, log_w, k, v, a, b, _), (final, chunks) = inputs, residuals
         dy, dstate = cotangents
         dtype, size, last = final.dtype, self._size, r.shape[1] // self._size - 1
         matmul, matmul_transposed = self._matmul, self._matmul_transposed
@@ -231,28 +235,28 @@ class _Chunked:
         def body(backwards: Array, carry: tuple[Array, Array, tuple[Array, ...]]) -> Any:
             dstate, next_state, gradients = carry
             index = last - backwards
-            r_, log_w_, k_, a_, b_, dy_ = (chunks.take(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
-            state, writes = trace.states[index], trace.writes[index]
-            masks = self._masks(within, index)
-            gauge = _to_gauge(r_, log_w_, k_, a_, b_, masks.packing)
-            queries_transposed = transpose(gauge.queries)
-            scores_transposed = _where(masks.scores.swapaxes(-1, -2), matmul(gauge.keys, queries_transposed))
-            gauged = state * gauge.enter
+            r_, log_w_, k_, a_, b_, dy_ = (chunk_loop.take(x, index, size, dtype) for x in (r, log_w, k, a, b, dy))
+            state, writes = chunks.states[index], chunks.writes[index]
+            masks = self._masks(local_segments, index)
+            scaled = _scale_by_cumulative_decay(r_, log_w_, k_, a_, b_, masks.packing)
+            queries_transposed = transpose(scaled.queries)
+            scores_transposed = _where(masks.scores.swapaxes(-1, -2), matmul(scaled.keys, queries_transposed))
+            scaled_state = state * scaled.decay_in
 
-            dgauged_end = dstate * gauge.leave
-            dwrites = _where(masks.writes, matmul(gauge.keys, dgauged_end))
+            dscaled_end = dstate * scaled.decay_out
+            dwrites = _where(masks.writes, matmul(scaled.keys, dscaled_end))
             dremoved = dwrites[:, :, :size] + matmul(scores_transposed[:, :, :size, size:], dy_)
             dwanted = matmul(self._inverse(scores_transposed[:, :, :size, :size]), dremoved)
             dread = jnp.concatenate([dwanted, dy_], axis=2)
             dv = dwrites[:, :, size:] + matmul(scores_transposed[:, :, size:], dread)
             dscores = matmul_transposed(dread, writes)
-            dscores = dscores * chunks.with_ndim(jnp.asarray(masks.scores, dtype), dscores.ndim)
+            dscores = dscores * chunking.with_ndim(jnp.asarray(masks.scores, dtype), dscores.ndim)
             dread_state, kept_writes = _where(masks.reads, dread), _where(masks.writes, writes)
-            dqueries = matmul(dscores, gauge.keys) + matmul_transposed(dread_state, gauged)
-            dkeys = matmul(transpose(dscores), gauge.queries) + matmul_transposed(kept_writes, dgauged_end)
-            dgauged = _where(masks.keeps, dgauged_end) + matmul(queries_transposed, dread_state)
+            dqueries = matmul(dscores, scaled.keys) + matmul_transposed(dread_state, scaled_state)
+            dkeys = matmul(transpose(dscores), scaled.queries) + matmul_transposed(kept_writes, dscaled_end)
+            dscaled_state = _where(masks.keeps, dscaled_end) + matmul(queries_transposed, dread_state)
 
-            from_queries, from_keys = gauge.queries * dqueries, gauge.keys * dkeys
+            from_queries, from_keys = scaled.queries * dqueries, scaled.keys * dkeys
             from_a = from_queries[:, :, :size]
             from_rows = from_a + from_queries[:, :, size:] - from_keys[:, :, :size] - from_keys[:, :, size:]
             from_end = jnp.sum(dstate * next_state, axis=-1)[:, :, None]
@@ -260,15 +264,15 @@ class _Chunked:
             if masks.packing is not None:
                 later = jnp.asarray(later)[None, None] & masks.packing.same
                 from_end = jnp.where(masks.packing.writes, from_end, 0)
-            dlog_w = products.xla("full").sums(jnp.asarray(later), from_rows) + from_end - from_a
+            dlog_w = xla_matmul("full").masked_sum(jnp.asarray(later), from_rows) + from_end - from_a
 
-            dr, da = dqueries[:, :, size:] * gauge.scale_r, dqueries[:, :, :size] * gauge.scale_a
-            db, dk = dkeys[:, :, :size] * gauge.scale_keys, dkeys[:, :, size:] * gauge.scale_keys
+            dr, da = dqueries[:, :, size:] * scaled.scale_r, dqueries[:, :, :size] * scaled.scale_a
+            db, dk = dkeys[:, :, :size] * scaled.scale_keys, dkeys[:, :, size:] * scaled.scale_keys
             gradients = tuple(
-                chunks.put(whole, part, index)
+                chunk_loop.put(whole, part, index)
                 for whole, part in zip(gradients, (dr, dlog_w, dk, dv, da, db), strict=True)
             )
-            return dgauged * gauge.enter, state, gradients
+            return dscaled_state * scaled.decay_in, state, gradients
 
         gradients = tuple(jnp.zeros_like(x) for x in (r, log_w, k, v, a, b))
         carry = (transpose(dstate), transpose(final), gradients)
@@ -294,7 +298,7 @@ def wkv7_chunked(
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype, any T from 1.
       state: [B, H, M, N] in the dtype of the recurrence.
-      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      segments: int32 [B, T] from `arguments.segment_index`, or None.
       precision: of matrix products.
       chunk_size: steps in a chunk, a power of two; a sequence shorter than that is one chunk.
 
@@ -306,10 +310,11 @@ def wkv7_chunked(
       ValueError: chunk_size is not a power of two.
     """
     time = r.shape[1]
-    size = chunks.fitting_size(chunk_size, time)
+    size = chunking.fitting_size(chunk_size, time)
     # Steps of zeros change nothing: no decay (log w = 0), nothing removed, nothing written.
     padded = (pad_time(x, -time % size) for x in (r, log_w, k, v, a, b))
-    within = chunks.number_within_chunks(segments, -time % size, size)
+    local_segments = chunking.local_segment_index(segments, -time % size, size)
     form = _Chunked(size, precision)
-    y, state = with_backward(form.forward, form.forward_with_residuals, form.backward)(within, *padded, state)
+    run = with_backward(form.forward, form.forward_with_residuals, form.backward)
+    y, state = run(local_segments, *padded, state)
     return y[:, :time], state

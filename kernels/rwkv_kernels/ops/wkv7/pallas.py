@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rwkv_kernels import pallas_chunks
 from rwkv_kernels.ops.wkv7.chunk import make_chunk
+from rwkv_kernels.pallas import mosaic_tpu, triton
+from rwkv_kernels.pallas.driver import Kernel, implementation
 
-TRITON = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
-MOSAIC_TPU = pallas_chunks.Kernel("wkv7", make_chunk, chunk_size=64)
+TRITON = Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
+MOSAIC_TPU = Kernel("wkv7", make_chunk, chunk_size=64)
 """Chunks of 64: the longest whose half stays in float32's range at RWKV-7's fastest decays."""
 
-wkv7_pallas_triton = pallas_chunks.implementation(pallas_chunks.TRITON, TRITON)
-wkv7_pallas_mosaic_tpu = pallas_chunks.implementation(pallas_chunks.MOSAIC_TPU, MOSAIC_TPU)
+wkv7_pallas_triton = implementation(triton.BACKEND, TRITON)
+wkv7_pallas_mosaic_tpu = implementation(mosaic_tpu.BACKEND, MOSAIC_TPU)

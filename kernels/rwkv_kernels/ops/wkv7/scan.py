@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rwkv_kernels.arguments import starts
+from rwkv_kernels.arguments import segment_starts
 from rwkv_kernels.precision import XLA, Precision
 
 
@@ -50,7 +50,7 @@ def wkv7_scan(
     Args:
       r, log_w, k, a, b: [B, T, H, N]; v: [B, T, H, M]; any floating dtype.
       state: [B, H, M, N] in the dtype of the recurrence.
-      segments: int32 [B, T] from `arguments.number_segments`, or None.
+      segments: int32 [B, T] from `arguments.segment_index`, or None.
       precision: of matrix products.
 
     Returns:
@@ -64,7 +64,7 @@ def wkv7_scan(
         r, log_w, k, v, a, b = (x.astype(carry.dtype) for x in vectors)
         return step(carry, r, log_w, k, v, a, b, precision)
 
-    restarts = None if segments is None else starts(segments)
+    restarts = None if segments is None else segment_starts(segments)
     time_first = jax.tree.map(lambda x: x.swapaxes(0, 1), (restarts, (r, log_w, k, v, a, b)))
     state, y = lax.scan(body, state, time_first)
     return y.swapaxes(0, 1), state

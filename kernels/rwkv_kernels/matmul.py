@@ -23,12 +23,12 @@ Multiply = Callable[[Array, Array, Form], Array]
 """(x, y, form) -> their product over the last two axes, in float32 (float64 stays float64)."""
 
 
-class Products(NamedTuple):
+class Matmul(NamedTuple):
     """Matmuls inside a chunk."""
 
     multiply: Multiply
     """For vectors, scores and states, at the requested precision."""
-    add_up: Multiply
+    exact: Multiply
     """For sums of logarithms, written as matmuls with 0, 1 and -1: always as exact as float32."""
 
     def nn(self, x: Array, y: Array) -> Array:
@@ -43,11 +43,11 @@ class Products(NamedTuple):
         """x^T y."""
         return self.multiply(x, y, "tn")
 
-    def sums(self, terms: Array, x: Array) -> Array:
-        """terms x, where terms [..., I, C] of 0, 1 and -1 select the rows of x [..., C, N] to sum, with their signs."""
-        leading = jnp.broadcast_shapes(terms.shape[:-2], x.shape[:-2])
-        terms = jnp.broadcast_to(terms.astype(x.dtype), (*leading, *terms.shape[-2:]))
-        return self.add_up(terms, jnp.broadcast_to(x, (*leading, *x.shape[-2:])), "nn")
+    def masked_sum(self, mask: Array, x: Array) -> Array:
+        """mask x: sums of rows of x [..., C, N], which a mask [..., I, C] of 0, 1 and -1 selects and signs."""
+        leading = jnp.broadcast_shapes(mask.shape[:-2], x.shape[:-2])
+        mask = jnp.broadcast_to(mask.astype(x.dtype), (*leading, *mask.shape[-2:]))
+        return self.exact(mask, jnp.broadcast_to(x, (*leading, *x.shape[-2:])), "nn")
 
 
 def plain(precision: lax.PrecisionLike) -> Multiply:
@@ -61,9 +61,9 @@ def plain(precision: lax.PrecisionLike) -> Multiply:
     return multiply
 
 
-def xla(precision: Precision) -> Products:
+def xla_matmul(precision: Precision) -> Matmul:
     """Matmuls of the chunked forms."""
-    return Products(plain(XLA[precision]), plain(lax.Precision.HIGHEST))
+    return Matmul(plain(XLA[precision]), plain(lax.Precision.HIGHEST))
 
 
 def _dot(x: Array, y: Array, form: Form, precision: lax.PrecisionLike) -> Array:
@@ -82,7 +82,7 @@ def _kernel_multiply(precision: lax.PrecisionLike, half: bool) -> Multiply:
     return _with_own_derivative(multiply)
 
 
-def triton(precision: Precision) -> Products:
+def triton_matmul(precision: Precision) -> Matmul:
     """Matmuls of 2-D float32 tiles on NVIDIA tensor cores: six passes of bfloat16, TF32, or bfloat16.
 
     Three passes of TF32 take as many tensor-core operations as six of bfloat16, and a third more registers, which are
@@ -90,7 +90,7 @@ def triton(precision: Precision) -> Products:
     """
     preset = lax.DotAlgorithmPreset
     chosen = preset.BF16_BF16_F32_X6 if precision == "full" else preset.TF32_TF32_F32
-    return Products(_kernel_multiply(chosen, precision == "fast"), _kernel_sums)
+    return Matmul(_kernel_multiply(chosen, precision == "fast"), _kernel_masked_sum)
 
 
 def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
@@ -104,15 +104,15 @@ def _three_bfloat16(x: Array, y: Array, form: Form) -> Array:
     return _dot(x_rest, y, form, None) + _dot(x, y_rest, form, None) + _dot(x, y, form, None)
 
 
-def mosaic_tpu(precision: Precision) -> Products:
+def mosaic_tpu_matmul(precision: Precision) -> Matmul:
     """Matmuls of 2-D float32 tiles on a TPU's matrix unit: six, three or one pass of bfloat16."""
     exact = _kernel_multiply(lax.Precision.HIGHEST, False)
     lesser = {"default": _with_own_derivative(_three_bfloat16), "fast": _kernel_multiply(None, True)}
-    return Products(lesser.get(precision, exact), _kernel_sums)
+    return Matmul(lesser.get(precision, exact), _kernel_masked_sum)
 
 
-def _sums_in_parts(terms: Array, x: Array, form: Form) -> Array:
-    """terms x or terms^T x as exact as float32, where terms are exact in bfloat16; x is split in three bfloat16 parts.
+def _masked_sum_in_parts(mask: Array, x: Array, form: Form) -> Array:
+    """mask x or mask^T x as exact as float32, for a mask that bfloat16 holds exactly; x is split in three such parts.
 
     Takes half the passes of a general float32 product, and masks take a quarter of the registers in which kernels keep
     them through all chunks.
@@ -121,20 +121,20 @@ def _sums_in_parts(terms: Array, x: Array, form: Form) -> Array:
     for _ in range(3):
         parts.append(x.astype(jnp.bfloat16))
         x = x - parts[-1].astype(jnp.float32)
-    leading, following, last = (_dot(terms.astype(jnp.bfloat16), part, form, None) for part in parts)
+    leading, following, last = (_dot(mask.astype(jnp.bfloat16), part, form, None) for part in parts)
     return last + following + leading
 
 
-def _sums_forward(terms: Array, x: Array, form: Form) -> tuple[Array, Array]:
-    return _sums_in_parts(terms, x, form), terms
+def _masked_sum_forward(mask: Array, x: Array, form: Form) -> tuple[Array, Array]:
+    return _masked_sum_in_parts(mask, x, form), mask
 
 
-def _sums_backward(form: Form, terms: Array, dsums: Array) -> tuple[Array, Array]:
-    return jnp.zeros_like(terms), _sums_in_parts(terms, dsums, "tn" if form == "nn" else "nn")  # terms are constants
+def _masked_sum_backward(form: Form, mask: Array, dsums: Array) -> tuple[Array, Array]:
+    return jnp.zeros_like(mask), _masked_sum_in_parts(mask, dsums, "tn" if form == "nn" else "nn")  # a constant
 
 
-_kernel_sums = jax.custom_vjp(_sums_in_parts, nondiff_argnums=(2,))
-_kernel_sums.defvjp(_sums_forward, _sums_backward)
+_kernel_masked_sum = jax.custom_vjp(_masked_sum_in_parts, nondiff_argnums=(2,))
+_kernel_masked_sum.defvjp(_masked_sum_forward, _masked_sum_backward)
 
 
 Rounding = Literal["tf32", "bfloat16"]
@@ -156,11 +156,11 @@ def emulated(rounding: Rounding, terms: int) -> Multiply:
     parts = {1: 1, 3: 2, 6: 3}[terms]
 
     def split(x: Array) -> list[Array]:
-        pieces = []
+        rounded = []
         for _ in range(parts):
-            pieces.append(_round(x, rounding))
-            x = x - pieces[-1]
-        return pieces
+            rounded.append(_round(x, rounding))
+            x = x - rounded[-1]
+        return rounded
 
     def multiply(x: Array, y: Array, form: Form) -> Array:
         left, right = split(x), split(y)
@@ -170,14 +170,14 @@ def emulated(rounding: Rounding, terms: int) -> Multiply:
     return _with_own_derivative(multiply)
 
 
-def interpreted(precision: Precision) -> Products:
+def interpreted_matmul(precision: Precision) -> Matmul:
     """Matmuls of a kernel in interpret mode: float32, or emulated tensor cores for `default` and `fast`."""
     exact = _kernel_multiply(lax.Precision.HIGHEST, False)
     lesser = {"default": emulated("tf32", 1), "fast": emulated("bfloat16", 1)}
-    return Products(lesser.get(precision, exact), exact)
+    return Matmul(lesser.get(precision, exact), exact)
 
 
-def without_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+def inline_custom_rules(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without `custom_vjp` calls, which Triton's lowering does not support.
 
     Taking the vjp inlines them; compilers drop the unused residuals.

@@ -1,0 +1,168 @@
+"""Kernels through Mosaic, for TPUs: a program runs one chunk, those of a head in sequence, with the state in VMEM."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from rwkv_kernels.arguments import varying_like
+from rwkv_kernels.matmul import mosaic_tpu_matmul
+from rwkv_kernels.pallas.driver import (
+    Backend,
+    Cotangents,
+    ForwardResult,
+    Launch,
+    Operands,
+    as_float32,
+    name_of_forward,
+    take_constants,
+    with_kind,
+)
+
+
+def call_kernel(
+    launch: Launch,
+    name: str,
+    body: Callable[..., None],
+    inputs: Sequence[tuple[Array, str]],
+    outputs: Sequence[tuple[jax.ShapeDtypeStruct, str]],
+    state_shape: tuple[int, ...],
+    *,
+    backwards: bool,
+) -> Any:
+    """Calls a kernel on a grid of rows, heads and sequential chunks; an array's kind says which block a program gets.
+
+    Kinds: `time` [B, H, T, N] -> [C, N]; `steps` [B, T, 1] -> [C, 1]; `head` [H, 1, N] -> [1, N];
+    `state` [B, H, ...] -> [...]; `chunk_states` [B, H, T / C, M, N] -> [M, N].
+    """
+    from jax.experimental.pallas import tpu  # here: a backend that other machines need not have
+
+    size = launch.size
+    count = inputs[0][0].shape[2] // size
+
+    def at(index: Array) -> Array:
+        return count - 1 - index if backwards else index
+
+    specs = {
+        "time": lambda s: pl.BlockSpec((None, None, size, s[3]), lambda b, h, i: (b, h, at(i), 0)),
+        "steps": lambda s: pl.BlockSpec((None, size, 1), lambda b, h, i: (b, at(i), 0)),
+        "head": lambda s: pl.BlockSpec((None, 1, s[2]), lambda b, h, i: (h, 0, 0)),
+        "state": lambda s: pl.BlockSpec((None, None, *s[2:]), lambda b, h, i: (b, h, 0, 0)),
+        "chunk_states": lambda s: pl.BlockSpec((None, None, None, *s[3:]), lambda b, h, i: (b, h, at(i), 0, 0)),
+    }
+    batch, heads = inputs[0][0].shape[:2]
+    return pl.pallas_call(
+        body,
+        grid=(batch, heads, count),
+        in_specs=[specs[kind](x.shape) for x, kind in inputs],
+        out_specs=[specs[kind](x.shape) for x, kind in outputs],
+        out_shape=[x for x, _ in outputs],
+        scratch_shapes=[tpu.VMEM(state_shape, jnp.float32)],
+        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=launch.interpret,
+        name=f"{launch.kernel.name}_{name}",
+    )(*(x for x, _ in inputs))
+
+
+def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bool) -> ForwardResult:
+    """y, the final state, and the initial states of all chunks if residuals are wanted."""
+    over_time, per_head, constants = operands.over_time, operands.per_head, operands.constants
+    batch, time, heads = over_time[0].shape[:3]
+    count = time // launch.size
+    steps = [x[:, :, None] for x in constants if x is not None]
+    inputs = [*with_kind([x.swapaxes(1, 2) for x in over_time], "time"), *with_kind(steps, "steps")]
+    inputs += [*with_kind([x[:, None] for x in per_head], "head"), (state, "state")]
+    struct = functools.partial(varying_like, state)
+    outputs = [
+        (struct((batch, heads, time, state.shape[-2]), jnp.float32), "time"),
+        (struct(state.shape, jnp.float32), "state"),
+    ]
+    if with_residuals:
+        outputs.append((struct((batch, heads, count, *state.shape[2:]), jnp.float32), "chunk_states"))
+
+    def body(*refs: Any) -> None:
+        time_refs, refs = refs[: len(over_time)], refs[len(over_time) :]
+        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
+        head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
+        state_ref, y_ref, final_ref, *states_ref, carried = refs
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            carried[...] = state_ref[...]
+
+        for ref in states_ref:
+            ref[...] = carried[...]
+        parts = tuple(as_float32(ref[...]) for ref in time_refs)
+        selected = take_constants(constants, [ref[...] for ref in step_refs])
+        heads_only = tuple(as_float32(ref[...]) for ref in head_refs)
+        carried[...], y_ref[...] = launch.chunk(carried[...], parts, heads_only, selected)
+
+        @pl.when(pl.program_id(2) == count - 1)
+        def _() -> None:
+            final_ref[...] = carried[...]
+
+    name = name_of_forward(with_residuals)
+    y, *rest = call_kernel(launch, name, body, inputs, outputs, state.shape[2:], backwards=False)
+    return ForwardResult(y.swapaxes(1, 2), *rest)
+
+
+def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array, dstate: Array) -> Cotangents:
+    """Cotangents, the last chunk first; each chunk is recomputed from its initial state."""
+    over_time, per_head, constants = operands.over_time, operands.per_head, operands.constants
+    count = over_time[0].shape[1] // launch.size
+    batch, heads = dstate.shape[:2]
+    steps = [x[:, :, None] for x in constants if x is not None]
+    time_inputs = [x.swapaxes(1, 2) for x in (*over_time, dy)]
+    inputs = [*with_kind(time_inputs, "time"), *with_kind(steps, "steps")]
+    inputs += [*with_kind([x[:, None] for x in per_head], "head"), (chunk_states, "chunk_states"), (dstate, "state")]
+    struct = functools.partial(varying_like, dstate)
+    outputs = [(struct(x.shape, jnp.float32), "time") for x in time_inputs[:-1]]
+    outputs += [(struct((batch, heads, 1, x.shape[-1]), jnp.float32), "state") for x in per_head]
+    outputs.append((struct(dstate.shape, jnp.float32), "state"))
+
+    def body(*refs: Any) -> None:
+        time_refs, refs = refs[: len(over_time) + 1], refs[len(over_time) + 1 :]
+        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
+        head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
+        (states_ref, dstate_ref), refs = refs[:2], refs[2:]
+        dtime_refs, dhead_refs, dfirst_ref, carried = (
+            refs[: len(over_time)],
+            refs[len(over_time) : -2],
+            refs[-2],
+            refs[-1],
+        )
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            carried[...] = dstate_ref[...]
+            for ref in dhead_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+        *parts, dy = (as_float32(ref[...]) for ref in time_refs)
+        selected = take_constants(constants, [ref[...] for ref in step_refs])
+        heads_only = tuple(as_float32(ref[...]) for ref in head_refs)
+        dstate, dparts, dheads = launch.chunk_backward(
+            states_ref[...], tuple(parts), heads_only, selected, carried[...], dy
+        )
+        carried[...] = dstate
+        for ref, dpart in zip(dtime_refs, dparts, strict=True):
+            ref[...] = dpart
+        for ref, dhead in zip(dhead_refs, dheads, strict=True):
+            ref[...] += dhead
+
+        @pl.when(pl.program_id(2) == count - 1)
+        def _() -> None:
+            dfirst_ref[...] = carried[...]
+
+    *gradients, dfirst = call_kernel(launch, "backward", body, inputs, outputs, dstate.shape[2:], backwards=True)
+    dover_time = [x.swapaxes(1, 2) for x in gradients[: len(over_time)]]
+    return Cotangents(dover_time, [x[:, :, 0] for x in gradients[len(over_time) :]], dfirst)
+
+
+BACKEND = Backend(forward, backward, mosaic_tpu_matmul, smallest_size=1, cannot_load=("float16",))

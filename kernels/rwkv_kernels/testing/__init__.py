@@ -1,0 +1,1 @@
+"""What tests and benchmarks of all operators share; it needs numpy only."""
