@@ -246,7 +246,8 @@ def settings(operator: str, backend: str, *, backward: bool = False) -> str:
     parameters = inspect.signature(implementation(operator, backend)).parameters
     if "kernel" not in parameters:
         found = parameters.values()
-        return ", ".join(f"{x.name.removeprefix('num_')} {x.default}" for x in found if type(x.default) is int)
+        shown = ((x.name.removeprefix("num_").removesuffix("_size"), x.default) for x in found)
+        return ", ".join(f"{name} {default}" for name, default in shown if type(default) is int)
     kernel = parameters["kernel"].default
     warps = kernel.num_warps_backward if backward else kernel.num_warps
     return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

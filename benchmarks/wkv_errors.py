@@ -66,7 +66,7 @@ def rows(operator: str) -> dict[tuple[str, str], Any]:
             table[name, "float32"] = name
             continue
         run = functools.partial(implementation.run, interpret=True)
-        if "matmul" not in inspect.signature(implementation.run).parameters:
+        if "precision" not in inspect.signature(getattr(rwkv_kernels, operator)).parameters:
             table[name, "float32"] = dispatch.Implementation(run, dispatch.anything)  # nothing to multiply
             continue
         for precision in HARDWARE[name]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from rwkv_kernels.chunking import is_power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Implementation:
     """The function; its arguments are checked, its state is never None, T is at least 1."""
     refuses: Callable[[Problem], str | None]
     """Why a problem cannot be run, or None."""
+    min_chunk_size: int | None = None
+    """The smallest `chunk_size` that `run` takes, a power of two; None if it has no chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,16 @@ def default_order(problem: Problem) -> tuple[str, ...]:
     return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
+def on_first_use(path: str) -> Callable[..., tuple[jax.Array, Any]]:
+    """The function at MODULE:NAME, imported when it is called: most users never need a kernel backend."""
+
+    def run(*inputs: Any, **options: Any) -> tuple[jax.Array, Any]:
+        module, _, name = path.partition(":")
+        return getattr(importlib.import_module(module), name)(*inputs, **options)
+
+    return run
+
+
 def anything(problem: Problem) -> None:
     """Refuses no problem."""
 
@@ -75,24 +90,35 @@ def refuse_unless(platform: str, device: str) -> Callable[[Problem], str | None]
     return refuses
 
 
+unless_nvidia = refuse_unless("gpu", "an NVIDIA GPU")
+unless_tpu = refuse_unless("tpu", "a TPU")
+
+
 def choose(
     operator: str,
     implementations: Mapping[str, Implementation],
     preferred: tuple[str, ...],
     problem: Problem,
     requested: str | Implementation | None,
+    chunk_size: int | None = None,
 ) -> Implementation:
     """The requested implementation, or the first preferred one that can run.
 
     Args:
       preferred: names in the order to try; any other implementation runs on request only.
       requested: a name, None, or an `Implementation`.
+      chunk_size: None is the implementation's own; otherwise those without chunks are not tried.
 
     Raises:
-      ValueError: an unknown name, or the requested implementation cannot run the problem; there is no fallback.
+      ValueError: an unknown name, or the requested implementation cannot run the problem or has no chunks of that size;
+        there is no fallback.
     """
     if requested is None:
-        return implementations[_first_able(implementations, preferred, problem)]
+        if chunk_size is not None:
+            preferred = tuple(name for name in preferred if implementations[name].min_chunk_size is not None)
+        name = _first_able(implementations, preferred, problem)
+        _check_chunk_size(operator, repr(name), implementations[name], chunk_size)
+        return implementations[name]
     if isinstance(requested, Implementation):
         name, chosen = "the given one", requested
     elif requested in implementations:
@@ -102,7 +128,23 @@ def choose(
     if refusal := chosen.refuses(problem):
         able = _first_able(implementations, preferred, problem)
         raise ValueError(f"implementation = {name}: {operator} cannot run it here: {refusal}; use {able!r}")
+    _check_chunk_size(operator, name, chosen, chunk_size)
     return chosen
+
+
+def _check_chunk_size(operator: str, name: str, chosen: Implementation, chunk_size: int | None) -> None:
+    if chunk_size is None:
+        return
+    smallest = chosen.min_chunk_size
+    if smallest is None:
+        raise ValueError(
+            f"chunk_size = {chunk_size}: {name} of {operator} has no chunks; leave chunk_size out or name another "
+            "implementation, such as 'chunked'"
+        )
+    if chunk_size < smallest or not is_power_of_two(chunk_size):
+        raise ValueError(
+            f"chunk_size = {chunk_size}: must be a power of two of at least {smallest} for {name} of {operator}"
+        )
 
 
 def _first_able(implementations: Mapping[str, Implementation], preferred: tuple[str, ...], problem: Problem) -> str:

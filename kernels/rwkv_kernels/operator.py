@@ -21,7 +21,7 @@ def _run(
     chosen: dispatch.Implementation, inputs: dict[str, Array], state: State, options: dict[str, Any]
 ) -> tuple[Array, State]:
     """Runs an implementation on arguments that all vary over the same mesh axes."""
-    static = {name: x for name, x in options.items() if isinstance(x, str)}
+    static = {name: x for name, x in options.items() if isinstance(x, (str, int))}
     arrays, state, rest = arguments.broadcast_varying_axes(
         tuple(inputs.values()), state, {name: x for name, x in options.items() if name not in static}
     )
@@ -70,6 +70,7 @@ class Operator:
         segment_ids: Any,
         lengths: Any,
         implementation: str | dispatch.Implementation | None,
+        chunk_size: int | None,
         validate: bool | None,
         **options: Any,
     ) -> tuple[Array, State]:
@@ -89,7 +90,10 @@ class Operator:
         batch, time, dtype = sizes["B"], sizes["T"], jax.tree.leaves(state)[0].dtype
         shape = (batch, time, sizes["H"] if "H" in sizes else sizes["C"], sizes.get("N", 1), sizes.get("M", 1))
         problem = dispatch.Problem(jax.default_backend(), shape, dtype.name)
-        chosen = dispatch.choose(self.name, self.implementations, self.preferred(problem), problem, implementation)
+        preferred = self.preferred(problem)
+        chosen = dispatch.choose(self.name, self.implementations, preferred, problem, implementation, chunk_size)
+        if chunk_size is not None:
+            options["chunk_size"] = chunk_size
 
         if axis_name is None:
             lengths = arguments.check_lengths(lengths, batch, time)

@@ -11,9 +11,8 @@ import pytest
 
 from rwkv_kernels import wkv7
 from rwkv_kernels.ops.wkv7 import pallas
-from rwkv_kernels.ops.wkv7.api import LOG_DECAY_FLOOR, wkv7_chunked
+from rwkv_kernels.ops.wkv7.api import log_decay_floor, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
-from rwkv_kernels.ops.wkv7.chunked import CHUNK_SIZE
 from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, assert_close
 from tests.kernels.operators import (
@@ -98,12 +97,12 @@ def in_float32_and_exactly(way: Way, log_w: float) -> tuple[Results, Results]:
     return in_float32, exactly(WKV7, inputs, cotangents)
 
 
-@pytest.mark.parametrize(("log_w", "bound"), [(0.0, 5e-6), (MODEL_FLOOR, 1e-5), (LOG_DECAY_FLOOR, 5e-5)])
+@pytest.mark.parametrize(("log_w", "bound"), [(0.0, 5e-6), (MODEL_FLOOR, 1e-5), (log_decay_floor(), 5e-5)])
 @each_way
 def test_decays_from_one_down_to_the_documented_floor(way: Way, log_w: float, bound: float) -> None:
     # Far below what a model makes, the decay's gradient is a small difference of large sums.
     if way.name == "pallas_mosaic_tpu":  # its chunks are longer, and so its floor is higher
-        log_w = max(log_w, LOG_DECAY_FLOOR * CHUNK_SIZE / pallas.MOSAIC_TPU.chunk_size)
+        log_w = max(log_w, log_decay_floor(pallas.MOSAIC_TPU.chunk_size))
     assert_close(*in_float32_and_exactly(way, log_w), bound)
 
 

@@ -199,12 +199,12 @@ def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tu
     """An operator's implementation by kernels on a backend.
 
     Returns:
-      (*inputs, state, segments=, lengths=, precision=, interpret=, kernel=, matmul=) -> y [B, T, H, M] and the final
-      state [B, H, M, N], both float32. Inputs are [B, T, H, N] or [B, T, H, M] over time and [H, N] per head, any
-      floating dtype but float64; zeros over time must not change the state, except by a fixed decay. The state is
+      (*inputs, state, segments=, lengths=, precision=, chunk_size=, interpret=, kernel=, matmul=) -> y [B, T, H, M] and
+      the final state [B, H, M, N], both float32. Inputs are [B, T, H, N] or [B, T, H, M] over time and [H, N] per head,
+      any floating dtype but float64; zeros over time must not change the state, except by a fixed decay. The state is
       float32; segments and lengths are as `Operator.run` passes them. `interpret` is Pallas' interpret mode: on any
-      machine, slowly, for tests. `matmul` replaces that of the precision, to measure what it costs; by default, `full`
-      is float32 in interpret mode.
+      machine, slowly, for tests. `chunk_size` replaces the kernel's, `matmul` that of the precision, to measure what it
+      costs; by default, `full` is float32 in interpret mode.
     """
 
     def run(
@@ -212,10 +212,13 @@ def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tu
         segments: Array | None = None,
         lengths: Array | None = None,
         precision: Precision = "full",
+        chunk_size: int | None = None,
         interpret: bool = False,
         kernel: Kernel = default_kernel,
         matmul: Matmul | None = None,
     ) -> tuple[Array, Array]:
+        if chunk_size is not None:
+            kernel = dataclasses.replace(kernel, chunk_size=chunk_size)
         *inputs, state = arguments
         over_time = tuple(x for x in inputs if x.ndim == 4)
         per_head = tuple(x for x in inputs if x.ndim == 2)

@@ -16,19 +16,6 @@ from rwkv_kernels.ops.wkv4.scan import EMPTY_EXPONENT, State, empty_state, wkv4_
 from rwkv_kernels.xla import state_passing
 
 
-def _pallas_triton(*inputs: Any, **options: Any) -> tuple[Array, State]:
-    # Imported when it runs: most users never need it.
-    from rwkv_kernels.ops.wkv4.pallas_triton import wkv4_pallas_triton
-
-    return wkv4_pallas_triton(*inputs, **options)
-
-
-def _pallas_mosaic_tpu(*inputs: Any, **options: Any) -> tuple[Array, State]:
-    from rwkv_kernels.ops.wkv4.pallas_mosaic_tpu import wkv4_pallas_mosaic_tpu
-
-    return wkv4_pallas_mosaic_tpu(*inputs, **options)
-
-
 def _advance(state: State, log_decay: Array) -> State:
     numerator, denominator, exponent = state
     return numerator, denominator, exponent + log_decay
@@ -81,9 +68,15 @@ OPERATOR = Operator(
     implementations={
         "scan": dispatch.Implementation(wkv4_scan, dispatch.anything),
         "associative_scan": dispatch.Implementation(wkv4_associative, dispatch.anything),
-        "chunked": dispatch.Implementation(wkv4_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
+        "chunked": dispatch.Implementation(wkv4_chunked, dispatch.anything, min_chunk_size=1),
+        "pallas_triton": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv4.pallas_triton:wkv4_pallas_triton"), dispatch.unless_nvidia
+        ),
+        "pallas_mosaic_tpu": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv4.pallas_mosaic_tpu:wkv4_pallas_mosaic_tpu"),
+            dispatch.unless_tpu,
+            min_chunk_size=8,
+        ),
     },
     # A transition is the log of a decay, [B, C].
     transition_ops=state_passing.TransitionOps(advance=_advance, compose=jnp.add, add=_add),
@@ -103,6 +96,7 @@ def wkv4(
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
+    chunk_size: int | None = None,
     validate: bool | None = None,
 ) -> tuple[Array, State]:
     """WKV-4 over a sequence: a mean of all values so far, weighted by e^key and a decay per channel.
@@ -125,6 +119,8 @@ def wkv4(
       lengths: integers [B] from 0 to T (of the whole sequence); steps beyond a row's length leave its state as it was,
         and their y is zero.
       implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      chunk_size: steps between the states that `chunked` stores, at most, or in a block of `pallas_mosaic_tpu`; a power
+        of two, None is the implementation's own. The others have no chunks.
       validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
         True always, False never.
 
@@ -135,7 +131,8 @@ def wkv4(
 
     Raises:
       ValueError: shapes, dtypes or a state that do not go together, a log_w above 0 or lengths outside 0 to T (if
-        values are known), an unknown implementation or one that cannot run here.
+        values are known), an unknown implementation, one that cannot run here or has no chunks
+        of that size.
     """
     return OPERATOR.run(
         {"log_w": log_w, "u": u, "k": k, "v": v},
@@ -144,6 +141,7 @@ def wkv4(
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
+        chunk_size=chunk_size,
         validate=validate,
     )
 

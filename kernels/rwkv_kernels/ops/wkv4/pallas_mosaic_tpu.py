@@ -234,7 +234,7 @@ def wkv4_pallas_mosaic_tpu(
     *,
     segments: Array | None = None,
     lengths: Array | None = None,
-    tokens: int = 64,
+    chunk_size: int = 64,
     interpret: bool = False,
 ) -> tuple[Array, State]:
     """WKV-4 over a sequence on a TPU, with a hand-written backward pass; reverse mode only.
@@ -242,14 +242,14 @@ def wkv4_pallas_mosaic_tpu(
     Arguments and results are those of `wkv4_scan`, except that the state is float32 and y has v's dtype.
 
     Args:
-      tokens: per program, at most; a multiple of 8.
+      chunk_size: tokens per program, at most; a multiple of 8.
       interpret: Pallas' interpret mode, on any platform.
     """
     k, v = (x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in (k, v))  # Mosaic loads no float16
     time, channels = k.shape[1:]
     all_rows = -(-channels // LANES)
     rows = all_rows if all_rows <= 16 else 8 if all_rows % 16 else 16
-    tokens = min(tokens, time + -time % BLOCK)
+    tokens = min(chunk_size, time + -time % BLOCK)
     kernels = TpuKernels(rows, tokens, interpret)
     return pallas_driver.run(
         kernels, log_w, u, k, v, state, segments, lengths, time_multiple=tokens, channel_multiple=rows * LANES

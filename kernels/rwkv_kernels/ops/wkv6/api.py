@@ -11,7 +11,6 @@ from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv6.associative import wkv6_associative
 from rwkv_kernels.ops.wkv6.chunked import wkv6_chunked
-from rwkv_kernels.ops.wkv6.pallas import wkv6_pallas_mosaic_tpu, wkv6_pallas_triton
 from rwkv_kernels.ops.wkv6.scan import wkv6_scan
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.xla import state_passing
@@ -30,10 +29,18 @@ OPERATOR = Operator(
     axes={"r": "B T H N", "log_w": "B T H N", "k": "B T H N", "v": "B T H M", "u": "H N"},
     implementations={
         "scan": dispatch.Implementation(wkv6_scan, dispatch.anything),
-        "associative_scan": dispatch.Implementation(wkv6_associative, dispatch.anything),
-        "chunked": dispatch.Implementation(wkv6_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(wkv6_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(wkv6_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
+        "associative_scan": dispatch.Implementation(wkv6_associative, dispatch.anything, min_chunk_size=1),
+        "chunked": dispatch.Implementation(wkv6_chunked, dispatch.anything, min_chunk_size=1),
+        "pallas_triton": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv6.pallas:wkv6_pallas_triton"),
+            dispatch.unless_nvidia,
+            min_chunk_size=16,
+        ),
+        "pallas_mosaic_tpu": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv6.pallas:wkv6_pallas_mosaic_tpu"),
+            dispatch.unless_tpu,
+            min_chunk_size=16,
+        ),
     },
     transition_ops=state_passing.DIAGONAL,
     affine_map=_affine_map,
@@ -53,6 +60,7 @@ def wkv6(
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
+    chunk_size: int | None = None,
     precision: Precision = "full",
     validate: bool | None = None,
 ) -> tuple[Array, Array]:
@@ -75,6 +83,7 @@ def wkv6(
       lengths: integers [B] from 0 to T (of the whole sequence); steps beyond a row's length leave its state as it was,
         and their y is zero.
       implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      chunk_size: steps in a chunk, a power of two; None is the implementation's own. `scan` has no chunks.
       precision: of matrix products: `full`, `default` or `fast`.
       validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
         True always, False never.
@@ -85,7 +94,8 @@ def wkv6(
 
     Raises:
       ValueError: shapes or dtypes that do not go together, a log_w above 0 or lengths outside 0 to T (where values are
-        known), an unknown implementation or one that cannot run here.
+        known), an unknown implementation, one that cannot run here or has no chunks
+        of that size.
     """
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "u": u},
@@ -94,6 +104,7 @@ def wkv6(
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
+        chunk_size=chunk_size,
         precision=precision,
         validate=validate,
     )

@@ -7,8 +7,7 @@ from jax import Array
 from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
 from rwkv_kernels.ops.wkv7.associative import wkv7_associative
-from rwkv_kernels.ops.wkv7.chunked import LOG_DECAY_FLOOR, wkv7_chunked
-from rwkv_kernels.ops.wkv7.pallas import wkv7_pallas_mosaic_tpu, wkv7_pallas_triton
+from rwkv_kernels.ops.wkv7.chunked import log_decay_floor, wkv7_chunked
 from rwkv_kernels.ops.wkv7.scan import wkv7_scan
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.xla import state_passing
@@ -26,10 +25,18 @@ OPERATOR = Operator(
     axes={"r": "B T H N", "log_w": "B T H N", "k": "B T H N", "v": "B T H M", "a": "B T H N", "b": "B T H N"},
     implementations={
         "scan": dispatch.Implementation(wkv7_scan, dispatch.anything),
-        "associative_scan": dispatch.Implementation(wkv7_associative, dispatch.anything),
-        "chunked": dispatch.Implementation(wkv7_chunked, dispatch.anything),
-        "pallas_triton": dispatch.Implementation(wkv7_pallas_triton, dispatch.refuse_unless("gpu", "an NVIDIA GPU")),
-        "pallas_mosaic_tpu": dispatch.Implementation(wkv7_pallas_mosaic_tpu, dispatch.refuse_unless("tpu", "a TPU")),
+        "associative_scan": dispatch.Implementation(wkv7_associative, dispatch.anything, min_chunk_size=1),
+        "chunked": dispatch.Implementation(wkv7_chunked, dispatch.anything, min_chunk_size=1),
+        "pallas_triton": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv7.pallas:wkv7_pallas_triton"),
+            dispatch.unless_nvidia,
+            min_chunk_size=16,
+        ),
+        "pallas_mosaic_tpu": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv7.pallas:wkv7_pallas_mosaic_tpu"),
+            dispatch.unless_tpu,
+            min_chunk_size=16,
+        ),
     },
     transition_ops=state_passing.MATRIX,
     affine_map=_affine_map,
@@ -50,6 +57,7 @@ def wkv7(
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
+    chunk_size: int | None = None,
     precision: Precision = "full",
     validate: bool | None = None,
 ) -> tuple[Array, Array]:
@@ -59,9 +67,8 @@ def wkv7(
 
     Args:
       r, log_w, k, a, b: [B, T, H, N], float16, bfloat16, float32 or float64, T from 1; log_w is the log of the
-        decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `LOG_DECAY_FLOOR` = -4) only
-        `scan` is exact, and the others give NaN rather than a wrong number (`pallas_mosaic_tpu`, whose chunks are
-        twice as long, from half that on).
+        decay, at most 0. RWKV-7 keeps it above -e^{-1/2}; far below that (float32: `log_decay_floor(chunk_size)`, -4
+        for chunks of 32) only `scan` is exact, and the others give NaN rather than a wrong number.
       v: [B, T, H, M].
       state: [B, H, M, N], value axis first, float32 or float64; None is the empty state.
       axis_name: a mesh axis over which time is split evenly, inside `shard_map`: arrays over time and segment_ids are
@@ -73,6 +80,7 @@ def wkv7(
       lengths: integers [B] from 0 to T (of the whole sequence); steps beyond a row's length leave its state as it was,
         and their y is zero.
       implementation: a name or an `Implementation`; None is the platform's default (see `explain`).
+      chunk_size: steps in a chunk, a power of two; None is the implementation's own. `scan` has no chunks.
       precision: of matrix products: `full`, `default` or `fast`.
       validate: whether to check values of log_w outside jit: None does if nothing has to be copied from an accelerator,
         True always, False never.
@@ -83,7 +91,8 @@ def wkv7(
 
     Raises:
       ValueError: shapes or dtypes that do not go together, a log_w above 0 or lengths outside 0 to T (where values are
-        known), an unknown implementation or one that cannot run here.
+        known), an unknown implementation, one that cannot run here or has no chunks
+        of that size.
     """
     return OPERATOR.run(
         {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b},
@@ -92,9 +101,10 @@ def wkv7(
         segment_ids=segment_ids,
         lengths=lengths,
         implementation=implementation,
+        chunk_size=chunk_size,
         precision=precision,
         validate=validate,
     )
 
 
-__all__ = ["LOG_DECAY_FLOOR", "OPERATOR", "wkv7", "wkv7_chunked", "wkv7_scan"]
+__all__ = ["OPERATOR", "log_decay_floor", "wkv7", "wkv7_chunked", "wkv7_scan"]

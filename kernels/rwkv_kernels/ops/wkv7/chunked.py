@@ -43,8 +43,10 @@ from rwkv_kernels.xla.linear_rule import with_backward
 CHUNK_SIZE = 32
 """Default steps in a chunk; chosen by benchmarks/wkv_cpu.py --chunk-sizes."""
 
-LOG_DECAY_FLOOR = -64.0 / (CHUNK_SIZE // 2)
-"""Smallest log w that all tokens of a default chunk may have in float32: half a chunk then decays by e^{-64}."""
+
+def log_decay_floor(chunk_size: int = CHUNK_SIZE) -> float:
+    """Smallest log w that all tokens may have in float32 with chunks of this size: half of one then decays by e^-64."""
+    return -64.0 / max(chunk_size // 2, 1)
 
 
 class _Scaled(NamedTuple):
@@ -304,7 +306,7 @@ def wkv7_chunked(
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state. If log w is so far below the model's minimum, -e^{-1/2},
-      that half a chunk leaves the dtype's range (float32: all tokens below `LOG_DECAY_FLOOR`), they are NaN.
+      that half a chunk leaves the dtype's range (float32: all tokens below `log_decay_floor(chunk_size)`), they are NaN.
 
     Raises:
       ValueError: chunk_size is not a power of two.
