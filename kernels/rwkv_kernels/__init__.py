@@ -6,7 +6,7 @@ only.
 
 from __future__ import annotations
 
-import jax
+import dataclasses
 
 from rwkv_kernels import dispatch
 from rwkv_kernels.operator import Operator
@@ -40,7 +40,11 @@ def implementations(operator: str) -> tuple[str, ...]:
 
 
 def explain(
-    operator: str, shape: tuple[int, ...], dtype: str = "float32", platform: str | None = None
+    operator: str,
+    shape: tuple[int, ...],
+    dtype: str = "float32",
+    platform: str | None = None,
+    device_kind: str | None = None,
 ) -> dispatch.Explanation:
     """Explains which implementation would run, and why others cannot.
 
@@ -49,6 +53,8 @@ def explain(
       shape: (B, T, H, N, M), (B, T, H, N) if M equals N, or (B, T, C) for WKV-4.
       dtype: of the recurrence: float32, or float64 if any argument is.
       platform: `cpu`, `gpu` or `tpu`; None is JAX's default backend.
+      device_kind: as JAX names it, such as `NVIDIA H100 80GB HBM3`; None is the device of JAX's default backend if that
+        is of this platform, and otherwise not known.
 
     Returns:
       The chosen implementation, and for each other one the reason why it cannot run, if any; print it.
@@ -60,7 +66,9 @@ def explain(
         raise ValueError(f"shape = {shape}: must be (B, T, H, N), (B, T, H, N, M) or, for wkv4, (B, T, C)")
     known = _operator(operator)
     batch, time, heads, key_dim, value_dim = (*shape, 1, 1) if len(shape) == 3 else (*shape, shape[3])[:5]
-    problem = dispatch.Problem(platform or jax.default_backend(), (batch, time, heads, key_dim, value_dim), dtype)
+    problem = dispatch.problem_here((batch, time, heads, key_dim, value_dim), dtype)
+    if platform not in (None, problem.platform) or device_kind is not None:
+        problem = dataclasses.replace(problem, platform=platform or problem.platform, device_kind=device_kind)
     return dispatch.explain(known.name, known.implementations, known.preferred(problem), problem)
 
 

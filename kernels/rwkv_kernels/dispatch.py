@@ -22,6 +22,14 @@ class Problem:
     """B, T, H, N and M; WKV-4 has C heads of size 1."""
     dtype: str
     """Dtype of the recurrence: float32 or float64."""
+    device_kind: str | None = None
+    """What JAX calls the device, such as `NVIDIA H100 80GB HBM3` or `TPU v5 lite`; None if it is not known."""
+
+    def __str__(self) -> str:
+        """Such as `B8 T4096 H64 N64 M64 float32 on gpu (NVIDIA H100 80GB HBM3)`."""
+        sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", self.shape, strict=True))
+        kind = "" if self.device_kind in (None, self.platform) else f" ({self.device_kind})"
+        return f"{sizes} {self.dtype} on {self.platform}{kind}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +57,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """One line per implementation."""
-        sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", self.problem.shape, strict=True))
-        lines = [f"{self.operator} {sizes} {self.problem.dtype} on {self.problem.platform}:"]
+        lines = [f"{self.operator} {self.problem}:"]
         width = max(map(len, self.refusals))
         for name, refusal in self.refusals.items():
             verdict = f"cannot: {refusal}" if refusal else "taken" if name == self.chosen else "can, if named"
@@ -61,6 +68,11 @@ class Explanation:
 def default_order(problem: Problem) -> tuple[str, ...]:
     """Order that `implementation=None` tries, as measured on CPUs; kernels run only when named."""
     return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
+
+
+def problem_here(shape: tuple[int, int, int, int, int], dtype: str) -> Problem:
+    """The problem on JAX's default backend."""
+    return Problem(jax.default_backend(), shape, dtype, jax.devices()[0].device_kind)
 
 
 def on_first_use(path: str) -> Callable[..., tuple[jax.Array, Any]]:

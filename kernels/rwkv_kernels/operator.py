@@ -89,7 +89,7 @@ class Operator:
             check_precision(options["precision"])
         batch, time, dtype = sizes["B"], sizes["T"], jax.tree.leaves(state)[0].dtype
         shape = (batch, time, sizes["H"] if "H" in sizes else sizes["C"], sizes.get("N", 1), sizes.get("M", 1))
-        problem = dispatch.Problem(jax.default_backend(), shape, dtype.name)
+        problem = dispatch.problem_here(shape, dtype.name)
         preferred = self.preferred(problem)
         chosen = dispatch.choose(self.name, self.implementations, preferred, problem, implementation, chunk_size)
         if chunk_size is not None:

@@ -82,7 +82,17 @@ def test_one_token_is_a_matter_for_the_definition(operator: Operator) -> None:
 
 @each_operator
 def test_explain_asks_about_this_machine_unless_told(operator: Operator) -> None:
-    assert rwkv_kernels.explain(operator.name, sizes(operator)).problem.platform == jax.default_backend()
+    problem = rwkv_kernels.explain(operator.name, sizes(operator)).problem
+    assert (problem.platform, problem.device_kind) == (jax.default_backend(), jax.devices()[0].device_kind)
+
+
+@on_a_cpu
+def test_an_explanation_names_the_kind_of_device_where_it_is_known() -> None:
+    of_h100 = rwkv_kernels.explain("wkv7", (1, 2, 3, 4), platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    assert str(of_h100).startswith("wkv7 B1 T2 H3 N4 M4 float32 on gpu (NVIDIA H100 80GB HBM3):\n")
+    unknown = rwkv_kernels.explain("wkv7", (1, 2, 3, 4), platform="gpu")
+    assert unknown.problem.device_kind is None
+    assert str(unknown).startswith("wkv7 B1 T2 H3 N4 M4 float32 on gpu:\n")
 
 
 def test_values_have_the_size_of_keys_unless_told() -> None:
@@ -131,6 +141,10 @@ def test_an_implementation_of_ones_own_is_taken(operator: Operator) -> None:
 
     operator.run(**inputs, implementation=dispatch.Implementation(run, dispatch.anything))
     assert len(calls) == 1
+    of_another = dispatch.Implementation(run, lambda problem: f"this is {problem.device_kind}, not a Hopper")
+    kind = jax.devices()[0].device_kind
+    with pytest.raises(ValueError, match=rf"implementation = the given one: .*this is {kind}, not a Hopper"):
+        operator.run(**inputs, implementation=of_another)
     refusing = dispatch.Implementation(run, lambda problem: "it is Sunday")
     with pytest.raises(ValueError, match=r"implementation = the given one: .*it is Sunday; use 'chunked'"):
         operator.run(**inputs, implementation=refusing)

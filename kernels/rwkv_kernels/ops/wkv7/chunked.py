@@ -306,7 +306,8 @@ def wkv7_chunked(
 
     Returns:
       y [B, T, H, M] in the state's dtype, and the final state. If log w is so far below the model's minimum, -e^{-1/2},
-      that half a chunk leaves the dtype's range (float32: all tokens below `log_decay_floor(chunk_size)`), they are NaN.
+      that half a chunk leaves the dtype's range (float32: below `log_decay_floor(chunk_size)` for all tokens), they are
+      NaN.
 
     Raises:
       ValueError: chunk_size is not a power of two.
