@@ -153,7 +153,7 @@ def _check_chunk_size(operator: str, name: str, chosen: Implementation, chunk_si
             f"chunk_size = {chunk_size}: {name} of {operator} has no chunks; leave chunk_size out or name another "
             "implementation, such as 'chunked'"
         )
-    if chunk_size < smallest or not is_power_of_two(chunk_size):
+    if not isinstance(chunk_size, int) or chunk_size < smallest or not is_power_of_two(chunk_size):
         raise ValueError(
             f"chunk_size = {chunk_size}: must be a power of two of at least {smallest} for {name} of {operator}"
         )

@@ -70,8 +70,8 @@ def test_only_one_with_chunks_is_taken_by_default_where_a_size_is_given(operator
 
 
 @each_operator
-@pytest.mark.parametrize("size", [-4, 0, 3, 48])
-def test_sizes_that_are_no_power_of_two_are_refused(operator: Operator, size: int) -> None:
+@pytest.mark.parametrize("size", [-4, 0, 3, 48, 16.0])
+def test_sizes_that_are_no_power_of_two_are_refused(operator: Operator, size: Any) -> None:
     inputs = as_jax(problem(operator, "realistic", SHAPE)[0], jnp.float32)
     message = f"chunk_size = {size}: must be a power of two of at least 1 for 'chunked' of {operator}"
     for implementation in (None, "chunked"):
