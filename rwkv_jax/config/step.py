@@ -114,6 +114,9 @@ class StepConfig:
     operator's inputs), full (all but each block's input). RWKV-LM: grad_cp."""
     loss_chunk: int | None = None
     """Tokens whose logits are in memory at a time; None computes all [B * T, V] at once. RWKV-LM: head_chunk."""
+    fused_loss: bool = False
+    """Compute the gradients of the head and its input in the loss's forward pass, from the same logits: three products
+    with the head instead of four, in bfloat16 all with bfloat16 operands and float32 sums."""
     l2wrap: float = 1e-4
     """Strength of L2Wrap, the official penalty on each token's largest logit; 0 disables it."""
     max_bad_steps: int = 10

@@ -122,9 +122,7 @@ def sum_losses(
     tokens = wanted.shape[0]
     if chunk is None or chunk >= tokens:
         return losses(flat, wanted, weight)
-    padding = -tokens % chunk
-    flat = rearrange(jnp.pad(flat, ((0, padding), (0, 0))), "(chunks n) C -> chunks n C", n=chunk)
-    wanted, weight = (rearrange(jnp.pad(x, (0, padding)), "(chunks n) -> chunks n", n=chunk) for x in (wanted, weight))
+    flat, wanted, weight = split_chunks((flat, wanted, weight), chunk)
 
     def add_chunk(total: TokenLosses, inputs: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*inputs)), None
@@ -133,3 +131,13 @@ def sum_losses(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     zero, _ = broadcast_varying_axes(zero, (flat, wanted, weight))
     return jax.lax.scan(add_chunk, zero, (flat, wanted, weight))[0]
+
+
+def split_chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+    """Splits arrays [n, ...] into chunks of tokens, [chunks, chunk, ...]; zeros fill up the last one."""
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)))
+        return rearrange(padded, "(chunks n) ... -> chunks n ...", n=chunk)
+
+    return tuple(map(split, arrays))

@@ -1,10 +1,12 @@
 """Run with eight fake devices and a list of cases: prints, as JSON, how far a step on a mesh is from one device's.
 
-A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2, and may end in :other for the other options of a step.
+A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2, and may end in :other for the other options of a step
+or in :fused for the fused loss, which is compared with the plain one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -134,12 +136,15 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     references: dict[TrainConfig, Any] = {}
     for case in sys.argv[1:]:
-        generation, dtype, name, *other = case.split(":")
+        generation, dtype, name, *options = case.split(":")
         with jax.enable_x64(dtype == "float64"):
-            config = config_of(generation, dtype, other=bool(other))
+            config = config_of(generation, dtype, other="other" in options)
             if config not in references:
                 references[config] = results_on(config, None)
-            found[case] = errors(results_on(config, make_mesh(name)), references[config])
+            training = dataclasses.replace(config.training, fused_loss="fused" in options)
+            found[case] = errors(
+                results_on(dataclasses.replace(config, training=training), make_mesh(name)), references[config]
+            )
     json.dump(found, sys.stdout)
 
 

@@ -51,7 +51,7 @@ def test_recomputation_masks_and_rows_of_their_own_change_nothing(generation: st
 
 
 def test_meshes_change_nothing_of_a_transformer() -> None:
-    assert_equal_to_one_device("transformer", "float64", (MIXED[0], f"{MIXED[0]}:other"))
+    assert_equal_to_one_device("transformer", "float64", (MIXED[0], f"{MIXED[0]}:other", f"{MIXED[0]}:fused"))
 
 
 def test_gathered_weights_add_up_their_gradients_in_float32() -> None:

@@ -13,6 +13,7 @@ from jax import Array
 from rwkv_jax.config import StepConfig
 from rwkv_jax.parallel.sharded_model import ShardedModel
 from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.fused_loss import fused_losses
 from rwkv_jax.training.loss import sum_losses
 from rwkv_jax.training.step import LossSums
 
@@ -25,7 +26,7 @@ class NextToken:
     """`nnx.merge(graphdef, params)` is the model."""
     sharded: ShardedModel
     config: StepConfig
-    """Provides `remat`, `loss_chunk` and the strength of L2Wrap."""
+    """Provides `remat`, `loss_chunk`, `fused_loss` and the strength of L2Wrap."""
 
     def count(self, batch: Batch) -> Array:
         """Number of tokens that count."""
@@ -45,5 +46,17 @@ class NextToken:
         )
         with jax.named_scope("loss"):
             model.head = sharded.gather_params("head", model.head)
-            sums = sum_losses(model.logits, hidden, batch.targets, batch.mask, config.loss_chunk, sharded.axes.tensor)
+            tensor = sharded.axes.tensor
+            if config.fused_loss:
+                fused = fused_losses(
+                    hidden,
+                    model.head.weight[...],
+                    batch.targets,
+                    batch.mask,
+                    l2wrap=config.l2wrap,
+                    chunk=config.loss_chunk,
+                    axis_name=tensor,
+                )
+                return LossSums(minimized=fused.minimized, loss=fused.nll), next_state
+            sums = sum_losses(model.logits, hidden, batch.targets, batch.mask, config.loss_chunk, tensor)
         return LossSums(minimized=sums.nll + config.l2wrap * sums.peak, loss=sums.nll), next_state
