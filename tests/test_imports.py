@@ -121,7 +121,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("config", "data", "models", "weights"),
         ("jax", "flax", "numpy", "einops", "safetensors"),
     ),
-    "plan": (("config", "models", "parallel", "training"), ("jax", "numpy", "rich")),
+    "plan": (("config", "models", "parallel", "training", "kernels"), ("jax", "numpy", "rich")),
     "bench": (("config", "data", "models", "weights", "inference"), ("jax", "flax", "numpy")),
     "cli": (
         (

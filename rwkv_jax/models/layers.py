@@ -32,6 +32,9 @@ CHECKPOINT_MATMUL = "matrix product"
 CHECKPOINT_WKV_INPUT = "operator input"
 """Checkpoint name of the WKV operator's inputs, which can be stored too."""
 
+OPERATOR_SCOPE = "wkv_operator"
+"""Name under which compiled programs list the WKV operator's instructions."""
+
 _FEW_ROWS = 64  # as in decoding; in training the copy of a matrix is small compared with the activations
 
 
@@ -166,13 +169,14 @@ def wkv_operator(
     operator: Callable[..., Any], context: SequenceContext, implementation: str | None
 ) -> Callable[..., Any]:
     """Binds all arguments of a WKV operator except arrays and state: packing, padding, mesh axis, implementation."""
-    return functools.partial(
+    bound = functools.partial(
         operator,
         axis_name=context.axes.sequence,
         segment_ids=context.segment_ids,
         lengths=context.lengths,
         implementation=implementation,
     )
+    return jax.named_scope(OPERATOR_SCOPE)(bound)
 
 
 def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from rwkv_jax.plan.kernels import bfloat16_flops
 from rwkv_jax.plan.program import Array, Computation, Instruction, Module
 from rwkv_jax.plan.replica_groups import Groups, integers, parse_groups
 
@@ -92,13 +93,30 @@ def product_flops(module: Module) -> dict[Precision, int]:
     """FLOPs of all matrix products by precision; a multiply-add is 2."""
     flops: collections.Counter[Precision] = collections.Counter()
     for computation, instruction, executions in module.running():
-        count = _product_flops(computation, instruction)
-        if count:
-            wide = any(array.bits > 16 for array in computation.operand_arrays(instruction)[:2])
-            is_full = _HIGHEST.search(instruction.attributes) is not None
-            precision: Precision = "float32 highest" if is_full else "float32 default"
-            flops[precision if wide else "bfloat16"] += executions * count
+        for precision, count in _own_flops(computation, instruction).items():
+            flops[precision] += executions * count
     return dict(flops)
+
+
+def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> dict[Precision, int]:
+    """FLOPs of one instruction's products by precision; a fusion has those inside it."""
+    flops = collections.Counter(_own_flops(computation, instruction))
+    for name in instruction.called("calls") if instruction.opcode == "fusion" else ():
+        for inner in module.computations[name].instructions.values():
+            flops.update(instruction_flops(module, module.computations[name], inner))
+    return dict(flops)
+
+
+def _own_flops(computation: Computation, instruction: Instruction) -> dict[Precision, int]:
+    if of_kernel := bfloat16_flops(computation, instruction):
+        return {"bfloat16": of_kernel}
+    count = _product_flops(computation, instruction)
+    if not count:
+        return {}
+    if all(array.bits <= 16 for array in computation.operand_arrays(instruction)[:2]):
+        return {"bfloat16": count}
+    is_full = _HIGHEST.search(instruction.attributes) is not None
+    return {"float32 highest" if is_full else "float32 default": count}
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> int:
@@ -163,14 +181,23 @@ def memory_traffic(module: Module) -> int:
     """
     traffic = 0
     for computation, instruction, executions in module.running():
-        if computation.name not in module.fused and instruction.opcode not in _FREE:
-            traffic += executions * _traffic(module, computation, instruction)
+        if computation.name not in module.fused and not is_free(instruction):
+            traffic += executions * instruction_traffic(module, computation, instruction)
     return traffic
 
 
-def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
-    if instruction.opcode.endswith("-done"):
-        return 0
+def is_free(instruction: Instruction) -> bool:
+    """Whether an instruction takes no time of its own."""
+    return instruction.opcode in _FREE or instruction.opcode.endswith("-done")
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether an instruction communicates."""
+    return instruction.opcode in _OPCODES
+
+
+def instruction_traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one instruction outside fusions reads and writes; see `memory_traffic`."""
     results, operands = instruction.results, computation.operand_arrays(instruction)
     if instruction.opcode.endswith("-start") or instruction.opcode == "dynamic-slice":
         return 2 * _main_memory(results[:1])

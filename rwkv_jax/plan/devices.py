@@ -17,6 +17,11 @@ PREALLOCATED = 0.75
 """Share of a GPU's memory that JAX preallocates by default."""
 
 
+LAUNCH = 2.3e-6
+"""Seconds from one kernel to the next on a GPU, at least, where kernels are launched one by one. Assumed, after others'
+figures for an H100 (2.3 to 2.5 us); it was not measured here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """One accelerator by its data sheet, in bytes, bytes/s and FLOP/s."""
@@ -41,6 +46,17 @@ class Device:
     """Number of sizes in a topology's name."""
     max_devices: int
     """Of one TPU slice; for GPUs and CPUs, the most that a plan supports."""
+    launch: float = 0.0
+    """Seconds that an instruction takes at least: `LAUNCH` on GPUs, where each is a kernel to launch."""
+
+    @property
+    def peaks(self) -> Mapping[str, float]:
+        """FLOP/s of matrix products by `costs.Precision`."""
+        return {
+            "bfloat16": self.bfloat16,
+            "float32 default": self.float32_default,
+            "float32 highest": self.float32_highest,
+        }
 
     @property
     def memory_for_jax(self) -> int | None:
@@ -67,6 +83,7 @@ _H100 = Device(
     devices_per_host=8,
     dimensions=2,
     max_devices=16384,
+    launch=LAUNCH,
 )
 _A100 = dataclasses.replace(
     _H100,

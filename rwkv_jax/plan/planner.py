@@ -17,6 +17,7 @@ from rwkv_jax.plan.costs import Collective, CollectiveKind, Precision, find_coll
 from rwkv_jax.plan.devices import Device, Platform, Topology
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.replica_groups import mesh_axes
+from rwkv_jax.plan.step_time import Estimate, OperatorCalls, predict
 
 ON_HOST = "pinned_host"
 """JAX's memory kind for host memory that a device can read."""
@@ -37,6 +38,8 @@ class Work:
     """What rematerialization adds, at most."""
     dtype: str
     """Of the matrix products: bfloat16 or float32."""
+    operator: OperatorCalls | None = None
+    """None for a model without a WKV operator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Program:
     """Loops whose trip count depends on the data; the larger of its two values is counted. In the chunked operators of
     RWKV-5 and 6 that is the fast loop, which runs as long as no decay is strong."""
     floors: Floors
+    estimates: tuple[Estimate, ...] = ()
+    """The step's predicted time as compiled, and with kernels for the WKV operator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +240,7 @@ def _read_program(
     module = parse_module(compiled.text)
     flops = product_flops(module)
     collectives = total_collectives(find_collectives(module, len(hosts)), device, axis_sizes, hosts)
-    peaks: Mapping[Precision, float] = {
-        "bfloat16": device.bfloat16,
-        "float32 default": device.float32_default,
-        "float32 highest": device.float32_highest,
-    }
+    interconnect = sum(total.seconds for total in collectives)
     peak = device.bfloat16 if work.dtype == "bfloat16" else device.float32_default
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return Program(
@@ -253,10 +254,11 @@ def _read_program(
         chosen_loops=module.chosen_loops,
         floors=Floors(
             arithmetic=work.model_flops / len(hosts) / peak,
-            products=sum(count / peaks[precision] for precision, count in flops.items()),
+            products=sum(count / device.peaks[precision] for precision, count in flops.items()),
             memory=moved / device.memory_bandwidth,
-            interconnect=sum(total.seconds for total in collectives),
+            interconnect=interconnect,
         ),
+        estimates=predict(module, device, interconnect, work.operator),
     )
 
 

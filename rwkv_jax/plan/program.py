@@ -160,7 +160,7 @@ def _count_executions(computations: Mapping[str, Computation], entry: str) -> Mo
                 elif found.chosen_by_data:
                     chosen[instruction.name] = None
                 trips = 1 if found is None else found.value
-            for callee in _callees(instruction):
+            for callee in callees(instruction):
                 visit(callee, times * trips)
 
     visit(entry, 1)
@@ -199,7 +199,7 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"a parenthesis never closes: {text[start : start + 200]!r}")
 
 
-def _callees(instruction: Instruction) -> tuple[str, ...]:
+def callees(instruction: Instruction) -> tuple[str, ...]:
     """Computations that an instruction executes; not the scalar reducers of reductions."""
     if instruction.opcode == "while":
         return instruction.called("body") + instruction.called("condition")

@@ -90,6 +90,7 @@ def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
     yield _row(
         "(memory traffic)", f"{1e3 * program.traffic / plan.device.memory_bandwidth:.2f}", "an estimate, no floor"
     )
+    yield from _estimate_lines(plan, program)
     rate, mfu = plan.work.tokens / seconds, program.floors.arithmetic / seconds
     best = f"at best {rate:,.0f} tokens/s, MFU {mfu:.0%}" + (" while decays are weak" if program.chosen_loops else "")
     yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; {best}"
@@ -99,6 +100,23 @@ def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
         yield f"the driver and NCCL leave about {USABLE_SHARE[plan.device.platform]:.0%} of a GPU's memory"
     if plan.fits and plan.device.platform == "cuda" and (plan.peak or 0) > PREALLOCATED * plan.device.memory:
         yield f"JAX takes {PREALLOCATED:.0%} of a GPU's memory by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+
+
+def _estimate_lines(plan: Plan, program: Program) -> Iterator[str]:
+    """The predicted step, with the compiled implementation of the WKV operator and with its kernels."""
+    if not program.estimates:
+        return
+    launch = plan.device.launch
+    rows = [("predicted step, ms", "", "products", "traffic", "launches", "in all")]
+    for found in program.estimates:
+        how = "as compiled" if found.is_compiled else "by formulas"
+        launches = f"{found.launches:,}" if launch else "-"
+        products, traffic, total = (f"{1e3 * x:.0f}" for x in (found.products, found.traffic, found.seconds))
+        rows.append((found.implementation or "step", how, products, traffic, launches, total))
+    yield "\n" + format_table(rows, "<<>>>>", indent="")
+    shortest = f"a launch of {1e6 * launch:.1f} us, " if launch else ""
+    yield f"  each instruction at the longest of {shortest}its traffic and its products, and all collectives besides;"
+    yield "  nothing of it was measured, and a kernel may take several times as long: see docs/plan.md"
 
 
 def _row(name: str, value: str, note: str = "") -> str:

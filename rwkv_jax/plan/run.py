@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
 
+import rwkv_kernels
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
-from rwkv_jax.plan.devices import Topology, topology_devices, unoptimized_on_cpu
+from rwkv_jax.plan.devices import Platform, Topology, topology_devices, unoptimized_on_cpu
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
+from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
+from rwkv_kernels.dispatch import Problem
 
 
 def plan_run(config: TrainConfig, topology: Topology) -> Plan:
@@ -31,7 +37,7 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     if mesh is None and config.parallel.offload_optimizer:
         # An offloading step names the devices that it copies between; without a mesh, those of this machine.
         mesh = mesh_from_shape(MeshShape(), devices[:1])
-    trainer = make_train_functions(config, mesh)
+    trainer = make_train_functions(as_planned_for(config, topology.device.platform, devices[0].device_kind), mesh)
     state, batch = abstract_state(trainer), abstract_batch(trainer, config)
     if mesh is None:
         here = SingleDeviceSharding(devices[0])
@@ -45,7 +51,24 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     }
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)
     compiled, refusal = _compile(lowered, topology)
-    return make_plan(topology, mesh, count_work(config), (state, batch), groups, compiled, refusal)
+    calls = count_operator_calls(config, mesh)
+    work = dataclasses.replace(count_work(config), operator=calls)
+    return make_plan(topology, mesh, work, (state, batch), groups, compiled, refusal)
+
+
+def as_planned_for(config: TrainConfig, platform: Platform, device_kind: str) -> TrainConfig:
+    """The config with a named WKV implementation that takes the planned devices, not this machine's, for its own."""
+    name, operator = config.model.wkv_implementation, config.model.spec.operator
+    if name is None or operator is None or name not in rwkv_kernels.implementations(operator):
+        return config
+    named = rwkv_kernels.OPERATORS[operator].implementations[name]
+    own = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}[platform]
+
+    def refuses(problem: Problem) -> str | None:
+        return named.refuses(dataclasses.replace(problem, platform=own, device_kind=device_kind))
+
+    there: Any = dataclasses.replace(named, refuses=refuses)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, wkv_implementation=there))
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:
@@ -79,6 +102,36 @@ def count_work(config: TrainConfig) -> Work:
     recomputed = 0
     if training.remat != "none":  # an upper bound for `operator`, which keeps some results
         recomputed += flops - head
-    if training.loss_chunk is not None:
+    if training.loss_chunk is not None and not training.fused_loss:
         recomputed += head
     return Work(tokens, 3 * flops * tokens, recomputed * tokens, model.dtype)
+
+
+def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCalls | None:
+    """Calls of the WKV operator on each device in a step; None for a model without one."""
+    model, training = config.model, config.training
+    operator = model.spec.operator
+    if operator is None:
+        return None
+    sizes = {} if mesh is None else dict(mesh.shape)
+    devices, shards_of_time = math.prod(sizes.values()), sizes.get("sequence", 1)
+    axes = rwkv_kernels.OPERATORS[operator].axes
+    heads, head_dim = (model.num_heads, model.head_dim) if "T H" in axes["v"] else (model.width, 1)
+    shape = (1, training.sequence_length // shards_of_time, heads, head_dim)[: len(axes["v"].split())]
+    chosen = model.wkv_implementation or rwkv_kernels.explain(operator, shape).chosen
+    # Sharded time takes two passes each way: a shard's steps as a map of its incoming state, then from that state.
+    layers = model.num_layers * training.accumulation_steps * (2 if shards_of_time > 1 else 1)
+    micro_batch = training.batch_size * training.sequence_length // training.accumulation_steps
+    # Decays are in the dtype of parameters.
+    names = [name for name, letters in axes.items() if "T" in letters]
+    dtypes = {name: model.parameter_dtype if name == "log_w" else model.dtype for name in names}
+    return OperatorCalls(
+        operator=operator,
+        implementation=chosen,
+        forwards=layers * (2 if training.remat == "full" else 1),
+        backwards=layers,
+        token_heads=micro_batch * heads / devices,
+        key_dim=head_dim,
+        value_dim=head_dim,
+        item_bytes={name: jnp.dtype(dtype).itemsize for name, dtype in dtypes.items()},
+    )

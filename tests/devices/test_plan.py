@@ -10,6 +10,7 @@ import pytest
 from rwkv_jax.cli import load_config
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.plan.devices import parse_topology
+from rwkv_jax.plan.kernels import KERNELS
 from rwkv_jax.plan.planner import Plan
 from rwkv_jax.plan.report import describe
 from rwkv_jax.plan.run import plan_run
@@ -58,6 +59,20 @@ def test_one_gpu_is_no_mesh() -> None:
     assert plan.program.collectives == ()
     assert (plan.program.unknown_loops, bool(plan.program.chosen_loops)) == ((), True)
     assert plan.fits
+
+
+@pytest.mark.long
+def test_formulas_predict_what_a_step_with_kernels_compiles_to() -> None:
+    plain = small_run("7")
+    named = dataclasses.replace(plain, model=dataclasses.replace(plain.model, wkv_implementation=KERNELS))
+    programs = [plan_run(config, parse_topology("h100:1x1")).program for config in (plain, named)]
+    assert all(programs)
+    (chunked, predicted), (compiled,) = (program.estimates for program in programs if program)
+    assert (chunked.implementation, predicted.implementation, compiled.implementation) == ("chunked", KERNELS, KERNELS)
+    assert compiled.products == pytest.approx(predicted.products, rel=0.02)
+    assert compiled.traffic == pytest.approx(predicted.traffic, rel=0.1)
+    assert compiled.launches == pytest.approx(predicted.launches, rel=0.1)
+    assert compiled.seconds < 0.9 * chunked.seconds
 
 
 @pytest.mark.long

@@ -203,6 +203,8 @@ def test_work_by_hand() -> None:
     assert count_work(kept).recomputed_flops == 32 * blocks  # at most
     pieces = dataclasses.replace(again, training=dataclasses.replace(again.training, loss_chunk=16))
     assert count_work(pieces).recomputed_flops == 32 * model.flops_per_token()
+    fused = dataclasses.replace(pieces, training=dataclasses.replace(pieces.training, fused_loss=True))
+    assert count_work(fused).recomputed_flops == 32 * blocks
 
 
 def test_float64_is_refused() -> None:
