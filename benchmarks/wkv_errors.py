@@ -39,6 +39,8 @@ HARDWARE: dict[str, dict[str, tuple[Rounding, int]]] = {
 }
 """Rounding of operands and number of products for each precision, as the backends have them."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
+LOSS = "<!-- loss: start -->"
+"""Where the part of loss_errors.py begins, which is the last one."""
 
 Case = tuple[str, Shape, dict[str, Any]]
 """Name of the inputs, sizes, and options of the call."""
@@ -172,7 +174,7 @@ def main() -> None:
     for operator in arguments.operators:
         lines += table(operator)
     if arguments.write:
-        DOCUMENT.parent.mkdir(exist_ok=True)
+        lines.append(LOSS + DOCUMENT.read_text(encoding="utf-8").split(LOSS)[1])  # of another script
         DOCUMENT.write_text("\n".join(lines), encoding="utf-8")
 
 
