@@ -1,8 +1,9 @@
-"""Plans every recipe of configs/ for H100s and TPU v5p; makes docs/plan.md's table.
+"""Plans every recipe of configs/ for H100s and TPU v5p, and one with other settings; makes docs/plan.md's tables.
 
     make .venv-devices/installed
     .venv-devices/bin/python benchmarks/plan_table.py plans            # compiles what the folder does not have yet
-    .venv-devices/bin/python benchmarks/plan_table.py plans --write    # and puts the table into the page
+    .venv-devices/bin/python benchmarks/plan_table.py plans --write    # and puts the tables into the page
+    .venv-devices/bin/python benchmarks/plan_table.py plans --steps --write    # the table of one step, likewise
     .venv-devices/bin/python benchmarks/plan_table.py plans --anew --only rwkv6_3b --devices h100    # compiles it again
 
 Takes one to ten minutes a plan on two cores, each in a process of its own. Nothing is run on any device.
@@ -22,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"
 START, END = "<!-- table: start -->", "<!-- table: end -->"
+STEPS_START, STEPS_END = "<!-- steps: start -->", "<!-- steps: end -->"
 
 SLICES = {
     "rwkv7_0_1b": ("h100:1x8", "v5p:2x2x2"),
@@ -40,6 +42,15 @@ SLICES = {
     "rwkv4_14b": ("h100:8x8", "v5p:4x4x4"),
 }
 """Recipes and what each is planned for."""
+
+STEPS: dict[str, tuple[str, ...]] = {
+    "before": ("--training.remat", "full", "--training.no-fused-loss"),
+    "now": (),
+    "now, kernels named": ("--model.wkv-implementation", "pallas_triton"),
+}
+"""Settings with which a step of STEPS_OF is planned, as flags."""
+STEPS_OF = ("rwkv7_0_1b", "h100:1x8")
+STEP_COLUMNS = ("recipe", "operator", "peak", "products ms", "traffic ms", "launches", "step ms")
 
 COLUMNS = (
     "config",
@@ -61,18 +72,19 @@ WEAK_DECAYS = "\u00b9"
 """Marks what holds for one of the two loops of the chunked operators of RWKV-5 and 6."""
 
 
-def path_of(config: str, topology: str, folder: Path) -> Path:
-    return folder / f"{config}-{topology.replace(':', '-')}.json"
+def path_of(config: str, topology: str, folder: Path, flags: Sequence[str] = ()) -> Path:
+    others = "".join(f"-{flag.strip('-').replace('.', '-')}" for flag in flags)
+    return folder / f"{config}-{topology.replace(':', '-')}{others}.json"
 
 
-def plan(config: str, topology: str, folder: Path, anew: bool = False) -> dict[str, Any]:
+def plan(config: str, topology: str, folder: Path, anew: bool = False, flags: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe's plan: from the folder, or else compiled by `rwkv plan`, which leaves it there."""
-    path = path_of(config, topology, folder)
+    path = path_of(config, topology, folder, flags)
     if anew:
         path.unlink(missing_ok=True)
     if not path.exists():
         program = "import sys; from rwkv_jax.cli import main; sys.argv[0] = 'rwkv'; main()"
-        arguments = ("plan", f"configs/{config}.py", "--topology", topology, "--json", str(path.resolve()))
+        arguments = ("plan", f"configs/{config}.py", "--topology", topology, "--json", str(path.resolve()), *flags)
         subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, check=True)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -98,20 +110,40 @@ def row(config: str, found: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
+def step_rows(label: str, found: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    """A plan's lines of the table of steps."""
+    for estimate in found["program"]["estimates"]:
+        how = "compiled" if estimate["is_compiled"] else "by formulas"
+        sums = (f"{1e3 * estimate[name]:.0f}" for name in ("products", "traffic"))
+        end = (f"{estimate['launches']:,}", f"{1e3 * estimate['seconds']:.0f}")
+        peak = gibibytes(found["peak"]) if estimate["is_compiled"] else "-"
+        yield label, f"{estimate['implementation']}, {how}", peak, *sums, *end
+
+
 def gibibytes(size: int) -> str:
     return f"{size / (1 << 30):.2f} GiB"
 
 
-def report(rows: Sequence[tuple[object, ...]]) -> Iterator[str]:
-    """Lines of the page's table."""
-    version = importlib.metadata.version
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
-    yield f"\nCompiled with {packages}; no accelerator.\n"
-    yield f"| {' | '.join(COLUMNS)} |"
-    yield "|---" * len(COLUMNS) + "|"
+def table(columns: Sequence[str], rows: Sequence[tuple[object, ...]]) -> Iterator[str]:
+    """Lines of a table in Markdown, and an empty one."""
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for cells in rows:
         yield f"| {' | '.join(map(str, cells))} |"
     yield ""
+
+
+def compiled_with() -> str:
+    """The line above a table that says what compiled it."""
+    version = importlib.metadata.version
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
+    return f"\nCompiled with {packages}; no accelerator.\n"
+
+
+def report(rows: Sequence[tuple[object, ...]]) -> Iterator[str]:
+    """Lines of the page's table."""
+    yield compiled_with()
+    yield from table(COLUMNS, rows)
     if any(str(cell).endswith(WEAK_DECAYS) for cells in rows for cell in cells):
         yield f"{WEAK_DECAYS} While no decay is strong: the data choose one of two loops, and the faster is counted.\n"
 
@@ -123,6 +155,7 @@ def main() -> None:
     parser.add_argument("--devices", help="plan for these alone, such as h100; for all by default")
     parser.add_argument("--anew", action="store_true", help="compile what the folder has already, too")
     parser.add_argument("--no-compile", action="store_true", help="leave out what the folder does not have yet")
+    parser.add_argument("--steps", action="store_true", help="plan what the table of steps compares, not the recipes")
     parser.add_argument("--write", action="store_true", help="write the table into docs/plan.md")
     arguments = parser.parse_args()
     if arguments.write and (arguments.only or arguments.devices):
@@ -130,18 +163,24 @@ def main() -> None:
     if arguments.anew and arguments.no_compile:
         parser.error("--anew compiles; leave out --no-compile")
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    wanted = [(config, topology) for config in arguments.only or SLICES for topology in SLICES[config]]
-    if arguments.devices:
-        wanted = [pair for pair in wanted if pair[1].startswith(f"{arguments.devices}:")]
-    if arguments.no_compile:
-        wanted = [pair for pair in wanted if path_of(*pair, arguments.folder).exists()]
-    rows = [row(config, plan(config, topology, arguments.folder, arguments.anew)) for config, topology in wanted]
-    lines = list(report(rows))
+    if arguments.steps:
+        plans = {name: plan(*STEPS_OF, arguments.folder, arguments.anew, flags) for name, flags in STEPS.items()}
+        rows = [cells for name, found in plans.items() for cells in step_rows(name, found)]
+        lines = [compiled_with(), *table(STEP_COLUMNS, rows)]
+    else:
+        wanted = [(config, topology) for config in arguments.only or SLICES for topology in SLICES[config]]
+        if arguments.devices:
+            wanted = [pair for pair in wanted if pair[1].startswith(f"{arguments.devices}:")]
+        if arguments.no_compile:
+            wanted = [pair for pair in wanted if path_of(*pair, arguments.folder).exists()]
+        rows = [row(config, plan(config, topology, arguments.folder, arguments.anew)) for config, topology in wanted]
+        lines = list(report(rows))
     print("\n".join(lines))
     if arguments.write:
-        before, rest = DOCUMENT.read_text(encoding="utf-8").split(START)
-        after = rest.split(END)[1]
-        DOCUMENT.write_text("\n".join([before + START, *lines, END + after]), encoding="utf-8")
+        start, end = (STEPS_START, STEPS_END) if arguments.steps else (START, END)
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(start)
+        after = rest.split(end)[1]
+        DOCUMENT.write_text("\n".join([before + start, *lines, end + after]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from rwkv_jax.config import (
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
+    Remat,
     StepConfig,
     TrainConfig,
 )
@@ -50,6 +51,9 @@ class ReleasedModel:
     final_learning_rate: float
     batch_size: int
     """Rows per step, over all devices."""
+    remat: Remat = "full"
+    """`operator` where it fits in the memory of the devices that the recipe is planned for."""
+    fused_loss: bool = False
     constant_mini_epochs: int | None = None
     """Mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays, if the schedule has a constant part."""
 
@@ -64,7 +68,7 @@ RELEASED_MODELS = {
     "rwkv6_1_6b": ReleasedModel("6", 24, 2048, 3e-4, 2e-5, 384),
     "rwkv6_3b": ReleasedModel("6", 32, 2560, 2e-4, 1.5e-5, 192),
     "rwkv6_7b": ReleasedModel("6", 32, 4096, 1.5e-4, 1e-5, 576),
-    "rwkv7_0_1b": ReleasedModel("7", 12, 768, 8e-4, 3e-5, 240),
+    "rwkv7_0_1b": ReleasedModel("7", 12, 768, 8e-4, 3e-5, 240, remat="operator", fused_loss=True),
     "rwkv7_0_4b": ReleasedModel("7", 24, 1024, 6e-4, 2e-5, 240),
     "rwkv7_1_5b": ReleasedModel("7", 24, 2048, 5e-4, 1.5e-5, 352),
     "rwkv7_2_9b": ReleasedModel("7", 32, 2560, 3e-4, 1.5e-5, 256),
@@ -121,8 +125,9 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
             batch_size=model.batch_size,
             sequence_length=recipe.sequence_length,
             reset_at_documents=False,
-            remat="full",
+            remat=model.remat,
             loss_chunk=4096,
+            fused_loss=model.fused_loss,
         ),
         parallel=ParallelConfig(fsdp=fsdp),
         evaluation=EvaluationConfig(every=1000, sample_prompts=("The",)),
