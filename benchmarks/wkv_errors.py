@@ -2,6 +2,7 @@
 
     python benchmarks/wkv_errors.py             # prints the tables
     python benchmarks/wkv_errors.py --write     # and writes them into docs/errors.md
+    python benchmarks/wkv_errors.py --write --only wkv7-pallas_triton     # all other rows stay as they are
 
 Relative L2 errors of y, of the final state and of the worst gradient (every input and the initial state, with random
 cotangents of y and of the final state). Kernels run in interpret mode; what their precisions mean on a device is
@@ -16,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +27,14 @@ from numpy.typing import NDArray
 import rwkv_kernels
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_kernels import dispatch
-from rwkv_kernels.matmul import Matmul, Rounding, emulated
+from rwkv_kernels.matmul import emulated_matmul
+from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
 from wkv_problems import Inputs, as_dtype, call, make_inputs
 
 SHAPE = Shape(1, 128, 2, 64, 64)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ONE_TOKEN, ONE_TOKEN_SEGMENTS = "T = 1", "one-token segments"
-HARDWARE: dict[str, dict[str, tuple[Rounding, int]]] = {
-    "pallas_triton": {"full": ("bfloat16", 6), "default": ("tf32", 1), "fast": ("bfloat16", 1)},
-    "pallas_mosaic_tpu": {"full": ("bfloat16", 6), "default": ("bfloat16", 3), "fast": ("bfloat16", 1)},
-}
-"""Rounding of operands and number of products for each precision, as the backends have them."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
 LOSS = "<!-- loss: start -->"
 """Where the part of loss_errors.py begins, which is the last one."""
@@ -55,24 +52,19 @@ def cases(operator: str) -> dict[str, Case]:
     return columns
 
 
-def hardware_matmul(name: str, precision: str) -> Matmul:
-    """A backend's matmuls of a precision, emulated; sums of logarithms always have those of `full`."""
-    return Matmul(emulated(*HARDWARE[name][precision]), emulated(*HARDWARE[name]["full"]))
-
-
 def rows(operator: str) -> dict[tuple[str, str], Any]:
     """(implementation, precision) -> what to pass as `implementation`."""
     table: dict[tuple[str, str], Any] = {}
     for name, implementation in rwkv_kernels.OPERATORS[operator].implementations.items():
-        if name not in HARDWARE:
+        if not name.startswith("pallas"):
             table[name, "float32"] = name
             continue
         run = functools.partial(implementation.run, interpret=True)
         if "precision" not in inspect.signature(getattr(rwkv_kernels, operator)).parameters:
             table[name, "float32"] = dispatch.Implementation(run, dispatch.anything)  # nothing to multiply
             continue
-        for precision in HARDWARE[name]:
-            chosen = functools.partial(run, matmul=hardware_matmul(name, precision))
+        for precision in get_args(Precision):
+            chosen = functools.partial(run, matmul=emulated_matmul(precision))
             table[name, precision] = dispatch.Implementation(chosen, dispatch.anything)
     return table
 
@@ -130,13 +122,28 @@ def measure(operator: str, implementation: Any, case: Case, dtype: Any) -> tuple
     return errors["y"], state, errors[worst], worst
 
 
-def table(operator: str) -> list[str]:
-    """The Markdown lines of one operator."""
+def written_rows() -> dict[tuple[str, ...], str]:
+    """The rows of the document, by operator, implementation, precision and dtype of the inputs."""
+    found: dict[tuple[str, ...], str] = {}
+    operator = ""
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            operator = line.removeprefix("## ")
+        elif line.startswith("| "):
+            found[operator, *(cell.strip() for cell in line.split("|")[1:4])] = line
+    return found
+
+
+def table(operator: str, kept: dict[tuple[str, ...], str]) -> list[str]:
+    """The Markdown lines of one operator, of which some need not be made again."""
     columns = cases(operator)
     lines = [f"## {operator}", "", "| implementation | precision | inputs | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 3) + "|")
     for (name, precision), implementation in rows(operator).items():
         for dtype_name, dtype in DTYPES.items():
+            if (key := (operator, name, precision, dtype_name)) in kept:
+                lines.append(kept[key])
+                continue
             cells = []
             for case in columns.values():
                 y, state, gradient, which = measure(operator, implementation, case, dtype)
@@ -151,10 +158,10 @@ HEADER = """# Errors
 Relative L2 errors against the definition (`scan`) in float64: y / final state / worst gradient and which one it is.
 Inputs are the named cases of `kernels/rwkv_kernels/ops/wkv*/cases.py` at {shape}. Kernels were interpreted on
 a CPU with the products of their precision emulated: operands rounded as tensor cores round them (`full` is bfloat16 six
-times, `default` TF32 on NVIDIA and bfloat16 three times on TPU, `fast` bfloat16), sums in float32. XLA forms have one
-precision on a CPU, float32. With bfloat16 inputs y and the gradients are rounded to bfloat16 at the end,
-which alone is 2e-3; the state is not. Where the truth is exactly zero, as the gradient of a decay that only ever meets
-an empty state (one-token segments), the error is absolute.
+times, `default` three times, `fast` once), sums in float32. XLA forms have one precision on a CPU, float32. With
+bfloat16 inputs y and the gradients are rounded to bfloat16 at the end, which alone is 2e-3; the state is not. Where the
+truth is exactly zero, as the gradient of a decay that only ever meets an empty state (one-token segments), the error is
+absolute.
 
 A row of `scan` that is worse than the others is no accident: where decays are near 1 it rounds e^(log w) at every step,
 the same way each time, while the chunked forms add up logarithms.
@@ -165,14 +172,20 @@ Made by `python benchmarks/wkv_errors.py --write` on {machine}.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operators", nargs="+", default=list(rwkv_kernels.OPERATORS))
+    parser.add_argument(
+        "--only", nargs="+", help="such as wkv7-pallas_triton; all other rows stay as docs/errors.md has them"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/errors.md")
     arguments = parser.parse_args()
     print(describe_machine())
     sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", SHAPE, strict=True))
-    lines = [*HEADER.format(shape=sizes, machine=describe_machine()).splitlines(), ""]
-    for operator in arguments.operators:
-        lines += table(operator)
+    kept, machine = {}, describe_machine()
+    if arguments.only:
+        kept = {key: line for key, line in written_rows().items() if f"{key[0]}-{key[1]}" not in arguments.only}
+        machine += f" ({', '.join(arguments.only)}; all other rows are of an earlier run on another machine)"
+    lines = [*HEADER.format(shape=sizes, machine=machine).splitlines(), ""]
+    for operator in rwkv_kernels.OPERATORS:
+        lines += table(operator, kept)
     if arguments.write:
         lines.append(LOSS + DOCUMENT.read_text(encoding="utf-8").split(LOSS)[1])  # of another script
         DOCUMENT.write_text("\n".join(lines), encoding="utf-8")

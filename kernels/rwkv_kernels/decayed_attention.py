@@ -104,8 +104,8 @@ def decayed_attention_chunk(
     if packing is not None:
         queries, keys = masked(packing.reads, queries), masked(packing.writes, keys)
         kept = masked(packing.keeps, kept)
-    y = matmul.nt(queries, state) + matmul.nn(_with_bonus(scores, r, k, u), v)
-    return kept + matmul.tn(v, keys), y
+    y = matmul.nt(queries, state, "z") + matmul.nn(_with_bonus(scores, r, k, u), v, "yz")
+    return kept + matmul.tn(v, keys, "x"), y
 
 
 def mild_attention_chunk(

@@ -10,10 +10,11 @@ Precision = Literal["full", "default", "fast"]
 """Precision of the matrix products inside an operator; sums, decays and states are always float32.
 
     full     as exact as float32: six passes of bfloat16
-    default  TF32 (NVIDIA), three passes of bfloat16 (TPU)
+    default  three passes of bfloat16; TF32 in the XLA forms on NVIDIA
     fast     bfloat16
 
-A CPU has float32 only, and uses it for all three. docs/errors.md has the error of each.
+On NVIDIA a kernel multiplies by v and dy that are bfloat16 already in half of six passes, or two of three. A CPU has
+float32 only, and uses it for all three. docs/errors.md has the error of each.
 """
 
 XLA: dict[Precision, lax.Precision] = {

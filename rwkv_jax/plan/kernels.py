@@ -22,8 +22,9 @@ CHUNKS: Mapping[str, Mapping[str, int]] = {
 """Tokens for which a kernel stores one state, as shipped; a chunk, but for RWKV-4."""
 FORWARD, BACKWARD = "forward_saving_states", "backward"
 
-PASSES = {"full": 6, "default": 2, "fast": 1}
-"""Passes of a tensor core with bfloat16 operands that a product takes at each precision; TF32 takes as long as two."""
+PASSES = {"full": 6, "default": 3, "fast": 1}
+"""Passes of a tensor core with bfloat16 operands that a product takes at each precision, at most: v and dy that are
+bfloat16 take fewer."""
 PASSES_OF_SUMS = 3
 """Of sums of logarithms, at any precision."""
 
@@ -111,18 +112,17 @@ _PRODUCTS: Mapping[str, Callable[[str, Sizes], _Products]] = {
 
 
 def _bytes(operator: str, direction: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> float:
-    """Inputs once, and results: y and gradients in float32, but for WKV-4, which writes them in the inputs' dtypes.
+    """Inputs once, and results in their dtypes.
 
     States are float32, at the start of every chunk: [M, N], or three numbers a channel.
     """
-    is_wkv4 = operator == "wkv4"
     axes = rwkv_kernels.OPERATORS[operator].axes
     elements = {name: sizes.value_dim if "M" in axis else sizes.key_dim for name, axis in axes.items() if "T" in axis}
     inputs = sum(count * item_bytes[name] for name, count in elements.items())
-    state = 4 * (3 if is_wkv4 else sizes.key_dim * sizes.value_dim) / sizes.chunk
-    y = sizes.value_dim * (item_bytes["v"] if is_wkv4 else 4)
+    state = 4 * (3 if operator == "wkv4" else sizes.key_dim * sizes.value_dim) / sizes.chunk
+    y = sizes.value_dim * item_bytes["v"]
     if direction == BACKWARD:
-        return inputs + y + state + (inputs if is_wkv4 else 4 * sum(elements.values()))
+        return inputs + y + state + inputs
     return inputs + y + (state if direction == FORWARD else 0)
 
 

@@ -46,10 +46,10 @@ class Operands(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """Results of a forward pass, all float32."""
+    """Results of a forward pass, all float32 but y."""
 
     y: Array
-    """[B, T, H, M]."""
+    """[B, T, H, M], in v's dtype."""
     final: Array
     """[B, H, M, N]."""
     residuals: Any = None
@@ -57,14 +57,14 @@ class ForwardResult(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Results of a backward pass, all float32."""
+    """Results of a backward pass."""
 
     over_time: Sequence[Array]
-    """As the operands."""
+    """As the operands, in their dtypes."""
     per_head: Sequence[Array]
-    """[B, H, N], of each row; summed over rows by whoever calls."""
+    """float32 [B, H, N], of each row; summed over rows by whoever calls."""
     state: Array
-    """[B, H, M, N], of the initial state."""
+    """float32 [B, H, M, N], of the initial state."""
 
 
 ForwardPass = Callable[["Launch", Operands, Array, bool], ForwardResult]
@@ -82,6 +82,10 @@ class Kernel:
     chunk: MakeChunk
     chunk_size: int
     """Steps in a chunk, a power of two, at least 16."""
+    values: int
+    """Which of the arrays over time is v."""
+    decays: int | None = None
+    """Which of them is log w, if any."""
     num_warps: int = 4
     """Triton only: warps per program, forward."""
     num_warps_backward: int = 8
@@ -105,6 +109,8 @@ class Backend:
     """Head sizes are padded to a power of two of at least this; 1 means no padding."""
     cannot_load: tuple[str, ...] = ()
     """Dtypes that kernels cannot load; such arrays are cast to float32 first."""
+    multiplies_bfloat16: bool = False
+    """Its matmuls take fewer passes for operands that are bfloat16 already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +192,7 @@ def _run_backward(
     of_operands = Operands(
         None,
         None,
-        tuple(d.astype(x.dtype) for d, x in zip(over_time, operands.over_time, strict=True)),
+        tuple(over_time),
         tuple(jnp.sum(d, axis=0).astype(x.dtype) for d, x in zip(per_head, operands.per_head, strict=True)),
     )
     return of_operands, dstate
@@ -199,12 +205,13 @@ def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tu
     """An operator's implementation by kernels on a backend.
 
     Returns:
-      (*inputs, state, segments=, lengths=, precision=, chunk_size=, interpret=, kernel=, matmul=) -> y [B, T, H, M] and
-      the final state [B, H, M, N], both float32. Inputs are [B, T, H, N] or [B, T, H, M] over time and [H, N] per head,
-      any floating dtype but float64; zeros over time must not change the state, except by a fixed decay. The state is
-      float32; segments and lengths are as `Operator.run` passes them. `interpret` is Pallas' interpret mode: on any
-      machine, slowly, for tests. `chunk_size` replaces the kernel's, `matmul` that of the precision, to measure what it
-      costs; by default, `full` is float32 in interpret mode.
+      (*inputs, state, segments=, lengths=, precision=, chunk_size=, interpret=, kernel=, matmul=) -> y [B, T, H, M] in
+      v's dtype (float32 where the backend cannot load that) and the final state [B, H, M, N], float32. Inputs are
+      [B, T, H, N] or [B, T, H, M] over time and [H, N] per head, any floating dtype but float64; zeros over time must
+      not change the state, except by a fixed decay. The state is float32; segments and lengths are as `Operator.run`
+      passes them. `interpret` is Pallas' interpret mode: on any machine, slowly, for tests. `chunk_size` replaces the
+      kernel's, `matmul` that of the precision, to measure what it costs; by default, `full` is float32 in interpret
+      mode.
     """
 
     def run(
@@ -247,6 +254,12 @@ def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tu
             ),
             prepare(state, 2),
         )
+        if backend.multiplies_bfloat16:
+            values, decays = (
+                index is not None and operands.over_time[index].dtype == jnp.bfloat16
+                for index in (kernel.values, kernel.decays)
+            )
+            matmul = matmul._replace(bfloat16_values=values, bfloat16_decays=decays)
         outputs: Any = _run(backend, Launch(kernel, matmul, interpret), operands, state)
         y, final = outputs
         return y[:, :time, :, :value_dim], final[:, :, :value_dim, :key_dim]

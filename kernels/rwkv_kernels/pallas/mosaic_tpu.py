@@ -80,7 +80,7 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
     inputs += [*with_kind([x[:, None] for x in per_head], "head"), (state, "state")]
     struct = functools.partial(varying_like, state)
     outputs = [
-        (struct((batch, heads, time, state.shape[-2]), jnp.float32), "time"),
+        (struct((batch, heads, time, state.shape[-2]), over_time[launch.kernel.values].dtype), "time"),
         (struct(state.shape, jnp.float32), "state"),
     ]
     if with_residuals:
@@ -101,7 +101,8 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
         parts = tuple(as_float32(ref[...]) for ref in time_refs)
         selected = take_constants(constants, [ref[...] for ref in step_refs])
         heads_only = tuple(as_float32(ref[...]) for ref in head_refs)
-        carried[...], y_ref[...] = launch.chunk(carried[...], parts, heads_only, selected)
+        carried[...], y = launch.chunk(carried[...], parts, heads_only, selected)
+        y_ref[...] = y.astype(y_ref.dtype)
 
         @pl.when(pl.program_id(2) == count - 1)
         def _() -> None:
@@ -122,7 +123,7 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
     inputs = [*with_kind(time_inputs, "time"), *with_kind(steps, "steps")]
     inputs += [*with_kind([x[:, None] for x in per_head], "head"), (chunk_states, "chunk_states"), (dstate, "state")]
     struct = functools.partial(varying_like, dstate)
-    outputs = [(struct(x.shape, jnp.float32), "time") for x in time_inputs[:-1]]
+    outputs = [(struct(x.shape, x.dtype), "time") for x in time_inputs[:-1]]
     outputs += [(struct((batch, heads, 1, x.shape[-1]), jnp.float32), "state") for x in per_head]
     outputs.append((struct(dstate.shape, jnp.float32), "state"))
 
@@ -152,7 +153,7 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
         )
         carried[...] = dstate
         for ref, dpart in zip(dtime_refs, dparts, strict=True):
-            ref[...] = dpart
+            ref[...] = dpart.astype(ref.dtype)
         for ref, dhead in zip(dhead_refs, dheads, strict=True):
             ref[...] += dhead
 

@@ -26,7 +26,8 @@ from rwkv_kernels.pallas.driver import (
 )
 
 
-def _compiler_params(num_warps: int) -> Any:
+def compiler_params(num_warps: int) -> Any:
+    """Of a kernel that prefetches nothing."""
     from jax.experimental.pallas import triton  # here: importing it warns where it is deprecated
 
     return triton.CompilerParams(num_warps=num_warps, num_stages=1)
@@ -57,7 +58,7 @@ def call_kernel(
         in_specs=[specs[kind](x.shape) for x, kind in inputs],
         out_specs=[specs[kind](x.shape) for x, kind in outputs],
         out_shape=[x for x, _ in outputs],
-        compiler_params=_compiler_params(num_warps),
+        compiler_params=compiler_params(num_warps),
         interpret=launch.interpret,
         name=f"{launch.kernel.name}_{name}",
     )(*(x for x, _ in inputs))
@@ -73,7 +74,7 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
     inputs.append((state, "state"))
     struct = functools.partial(varying_like, state)
     outputs = [
-        (struct((batch, time, heads, state.shape[-2]), jnp.float32), "time"),
+        (struct((batch, time, heads, state.shape[-2]), over_time[launch.kernel.values].dtype), "time"),
         (struct(state.shape, jnp.float32), "state"),
     ]
     if with_residuals:
@@ -92,7 +93,7 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
             parts = tuple(as_float32(ref[here, :]) for ref in time_refs)
             selected = take_constants(constants, [ref[here][:, None] for ref in step_refs])
             state, y = launch.chunk(state, parts, heads_only, selected)
-            y_ref[here, :] = y
+            y_ref[here, :] = y.astype(y_ref.dtype)
             return state
 
         final_ref[...] = jax.lax.fori_loop(0, count, one, state_ref[...])
@@ -110,7 +111,7 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
     inputs = [*with_kind([*over_time, dy], "time"), *with_kind(steps, "steps"), *with_kind(per_head, "head")]
     inputs += with_kind([chunk_states, dstate], "state")
     struct = functools.partial(varying_like, dstate)
-    outputs = [(struct(x.shape, jnp.float32), "time") for x in over_time]
+    outputs = [(struct(x.shape, x.dtype), "time") for x in over_time]
     outputs += [(struct((batch, heads, x.shape[-1]), jnp.float32), "state") for x in per_head]
     outputs.append((struct(dstate.shape, jnp.float32), "state"))
 
@@ -132,7 +133,7 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
                 states_ref[index], tuple(parts), heads_only, selected, dstate, dy
             )
             for ref, dpart in zip(dtime_refs, dparts, strict=True):
-                ref[here, :] = dpart
+                ref[here, :] = dpart.astype(ref.dtype)
             return dstate, tuple(d + m for d, m in zip(dheads, more, strict=True))
 
         zeros = tuple(jnp.zeros((1, ref.shape[0]), jnp.float32) for ref in head_refs)
@@ -144,5 +145,5 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
     return Cotangents(gradients[: len(over_time)], gradients[len(over_time) :], dfirst)
 
 
-BACKEND = Backend(forward, backward, triton_matmul, smallest_size=16)
+BACKEND = Backend(forward, backward, triton_matmul, smallest_size=16, multiplies_bfloat16=True)
 """Tensor cores take no operand of less than 16 rows."""

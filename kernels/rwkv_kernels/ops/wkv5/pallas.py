@@ -6,8 +6,8 @@ from rwkv_kernels.ops.wkv5.chunk import make_chunk
 from rwkv_kernels.pallas import mosaic_tpu, triton
 from rwkv_kernels.pallas.driver import Kernel, implementation
 
-TRITON = Kernel("wkv5", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8, fixed_decay=True)
-MOSAIC_TPU = Kernel("wkv5", make_chunk, chunk_size=64, fixed_decay=True)
+TRITON = Kernel("wkv5", make_chunk, chunk_size=16, values=2, num_warps=8, num_warps_backward=8, fixed_decay=True)
+MOSAIC_TPU = Kernel("wkv5", make_chunk, chunk_size=64, values=2, fixed_decay=True)
 
 wkv5_pallas_triton = implementation(triton.BACKEND, TRITON)
 wkv5_pallas_mosaic_tpu = implementation(mosaic_tpu.BACKEND, MOSAIC_TPU)

@@ -6,8 +6,8 @@ from rwkv_kernels.ops.wkv6.chunk import make_chunk
 from rwkv_kernels.pallas import mosaic_tpu, triton
 from rwkv_kernels.pallas.driver import Kernel, implementation
 
-TRITON = Kernel("wkv6", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
-MOSAIC_TPU = Kernel("wkv6", make_chunk, chunk_size=64)
+TRITON = Kernel("wkv6", make_chunk, chunk_size=16, values=3, decays=1, num_warps=8, num_warps_backward=8)
+MOSAIC_TPU = Kernel("wkv6", make_chunk, chunk_size=64, values=3, decays=1)
 
 wkv6_pallas_triton = implementation(triton.BACKEND, TRITON)
 wkv6_pallas_mosaic_tpu = implementation(mosaic_tpu.BACKEND, MOSAIC_TPU)

@@ -18,18 +18,21 @@ from rwkv_kernels.decay_scaling import cumulative_decay, nan_out_of_range
 from rwkv_kernels.matmul import Matmul, inline_custom_rules
 
 
-def _inverse_of_identity_minus(matmul: Matmul, triangle: Array) -> Array:
+def inverse_by_doubling(matmul: Matmul, triangle: Array) -> Array:
     """(I - M)^{-1} for a strictly triangular M [C, C], by doubling the size of inverted diagonal blocks."""
+    size = triangle.shape[-1]
+    row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    result = jnp.where(row == column, 1.0, jnp.where(row ^ column == 1, triangle, 0))  # blocks of two
+    for level in range(1, size.bit_length() - 1):
+        joins = jnp.where((row ^ column) >> level == 1, triangle, 0)
+        result = result + matmul.nn(matmul.nn(result, joins), result)
+    return result
 
-    def by_doubling(triangle: Array) -> Array:
-        size = triangle.shape[-1]
-        row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-        column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-        result = jnp.where(row == column, 1.0, jnp.where(row ^ column == 1, triangle, 0))  # blocks of two
-        for level in range(1, size.bit_length() - 1):
-            joins = jnp.where((row ^ column) >> level == 1, triangle, 0)
-            result = result + matmul.nn(matmul.nn(result, joins), result)
-        return result
+
+def _inverse_of_identity_minus(matmul: Matmul, triangle: Array) -> Array:
+    """`inverse_by_doubling` with a derivative of its own."""
+    by_doubling = functools.partial(inverse_by_doubling, matmul)
 
     def derivative(result: Array, dresult: Array) -> Array:
         return matmul.tn(result, matmul.nt(dresult, result))
@@ -73,16 +76,17 @@ def _chunk(
     a, r, b, k = a * jnp.exp(scaling.from_middle - log_w), r * up, b * down, k * down
     earlier, own = column < row, column <= row
     kept_b, kept_k = b, k
-    read_a, read_r = matmul.nt(a, scaled_state), matmul.nt(r, scaled_state)
+    read_a, read_r = matmul.nt(a, scaled_state), matmul.nt(r, scaled_state, "z")
     if packing is not None:
         earlier, own = earlier & packing.same, own & packing.same
         read_a, read_r = jnp.where(packing.reads, read_a, 0), jnp.where(packing.reads, read_r, 0)
         kept_b, kept_k = jnp.where(packing.writes, b, 0), jnp.where(packing.writes, k, 0)
         scaled_state = jnp.where(packing.keeps, scaled_state, 0)
 
-    wanted = read_a + matmul.nn(jnp.where(earlier, matmul.nt(a, k), 0), v)
+    wanted = read_a + matmul.nn(jnp.where(earlier, matmul.nt(a, k), 0), v, "y")
     inverse = _inverse_of_identity_minus(matmul, jnp.where(earlier, matmul.nt(a, b), 0))
     removed = matmul.nn(inverse, wanted)
-    y = read_r + matmul.nn(jnp.where(own, matmul.nt(r, b), 0), removed)
-    y = y + matmul.nn(jnp.where(own, matmul.nt(r, k), 0), v)
-    return (scaled_state + matmul.tn(removed, kept_b) + matmul.tn(v, kept_k)) * jnp.exp(scaling.log_decay_out), y
+    y = read_r + matmul.nn(jnp.where(own, matmul.nt(r, b), 0), removed, "z")
+    y = y + matmul.nn(jnp.where(own, matmul.nt(r, k), 0), v, "yz")
+    written = matmul.tn(removed, kept_b) + matmul.tn(v, kept_k, "x")
+    return (scaled_state + written) * jnp.exp(scaling.log_decay_out), y

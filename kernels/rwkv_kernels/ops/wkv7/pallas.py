@@ -6,8 +6,8 @@ from rwkv_kernels.ops.wkv7.chunk import make_chunk
 from rwkv_kernels.pallas import mosaic_tpu, triton
 from rwkv_kernels.pallas.driver import Kernel, implementation
 
-TRITON = Kernel("wkv7", make_chunk, chunk_size=16, num_warps=8, num_warps_backward=8)
-MOSAIC_TPU = Kernel("wkv7", make_chunk, chunk_size=64)
+TRITON = Kernel("wkv7", make_chunk, chunk_size=16, values=3, decays=1, num_warps=8, num_warps_backward=8)
+MOSAIC_TPU = Kernel("wkv7", make_chunk, chunk_size=64, values=3, decays=1)
 """Chunks of 64: the longest whose half stays in float32's range at RWKV-7's fastest decays."""
 
 wkv7_pallas_triton = implementation(triton.BACKEND, TRITON)
