@@ -16,19 +16,25 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.extend import core as jex
 
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
+from rwkv_kernels.pallas.triton_split import warps_of_products
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
+TRITON = (*OPERATORS, "wkv7_split")
+"""What there is for NVIDIA: the kernels of each operator, and those of `pallas_triton_split`."""
+KERNELS = ("forward", "forward, storing", "backward")
+SPLIT_KERNELS = ("factors", "factors, storing", "states", "outputs", "cotangents", "gradients")
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 SHAPE = Shape(8, 4096, 64, 64, 64)
 """Heads of a model of 7B; sizes are strides and bounds of loops to a kernel, and registers depend on them a little."""
@@ -47,7 +53,7 @@ class TritonResources:
     """What a kernel takes on an H100."""
 
     kernel: str
-    """forward, `forward, storing` (the states that the backward pass starts from) or backward."""
+    """forward, `forward, storing` (the states that the backward pass starts from), backward, or of `SPLIT_KERNELS`."""
     registers: int
     """A thread's, of 255."""
     spill_stores: int
@@ -59,6 +65,8 @@ class TritonResources:
     """Tensor-core instructions of a warp group in the kernel's text, loops counted once."""
     mma_sync: int
     """Tensor-core instructions of a warp."""
+    bytes: int
+    """Of all its arguments and results, a token and head: what it moves if it moves each once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +120,7 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
         per_channel, over_time = array(channels), array(shape.batch, shape.time, channels)
         state = (array(shape.batch, channels, dtype=jnp.float32),) * 3
         return per_channel, per_channel, over_time, over_time, state
-    axes = importlib.import_module(f"rwkv_kernels.ops.{operator}.api").OPERATOR.axes
+    axes = importlib.import_module(f"rwkv_kernels.ops.{operator[:4]}.api").OPERATOR.axes
     sizes = dict(zip("BTHNM", shape, strict=True))
     inputs = (array(*(sizes[letter] for letter in letters.split())) for letters in axes.values())
     return *inputs, array(*(sizes[letter] for letter in "BHMN"), dtype=jnp.float32)
@@ -120,11 +128,12 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """An operator's function for `pallas_triton` or `pallas_mosaic_tpu`, which does not ask what machine it is on."""
+    operator, form = operator[:4], operator[4:]
     module = backend if operator == "wkv4" else "pallas"
-    return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{module}"), f"{operator}_{backend}")
+    return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{module}"), f"{operator}_{backend}{form}")
 
 
-def _compile(
+def _trace(
     device: str,
     operator: str,
     direction: Direction,
@@ -133,7 +142,6 @@ def _compile(
     shape: Shape,
     segments: bool,
     options: dict[str, Any],
-    compiler_options: dict[str, Any] | None = None,
 ) -> Any:
     run = implementation(operator, "pallas_triton" if device == "h100" else "pallas_mosaic_tpu")
     if "precision" in inspect.signature(run).parameters:
@@ -148,13 +156,15 @@ def _compile(
 
     sharding = _sharding(device)
     ids = jax.ShapeDtypeStruct((shape.batch, shape.time), jnp.int32, sharding=sharding) if segments else None
-    lowered = jax.jit({"forward": forward, "gradient": gradient}[direction]).lower(
+    return jax.jit({"forward": forward, "gradient": gradient}[direction]).trace(
         ids, *_arguments(operator, shape, DTYPES[dtype], sharding)
     )
-    return lowered.compile(compiler_options=compiler_options)
 
 
 def _label(direction: Direction, name: str) -> str:
+    if "split" in name:
+        (part,) = (part for part in SPLIT_KERNELS if name.endswith(part.replace(", storing", "_with_inverse")))
+        return part
     if direction == "forward":
         return "forward"
     return "backward" if "backward" in name else "forward, storing"
@@ -171,9 +181,11 @@ def compile_triton(
     **options: Any,
 ) -> list[TritonResources]:
     """An operator's `pallas_triton` kernels compiled for an H100; options as the implementation has them."""
+    tokens = shape.batch * shape.time * shape.heads
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder}
-        _compile("h100", operator, direction, dtype, precision, shape, segments, options, dump)
+        traced = _trace("h100", operator, direction, dtype, precision, shape, segments, options)
+        traced.lower().compile(compiler_options={"xla_dump_to": folder})
+        moved = dict(_bytes_of_kernels(traced.jaxpr))
         launches = "".join(path.read_text(encoding="utf-8") for path in Path(folder).glob("*thunk_sequence.txt"))
         shared = {
             found["name"]: int(found["bytes"])
@@ -181,15 +193,26 @@ def compile_triton(
         }
         return sorted(
             (
-                _read_ptx(path, name, _label(direction, name), shared[name])
+                _read_ptx(path, name, _label(direction, name), shared[name], moved[name] // tokens)
                 for path in Path(folder).glob("*.ptx")
                 for name in re.findall(rf"\.visible \.entry (\w*{operator}\w*)", path.read_text(encoding="utf-8"))
             ),
-            key=lambda found: ("forward", "forward, storing", "backward").index(found.kernel),
+            key=lambda found: (*KERNELS, *SPLIT_KERNELS).index(found.kernel),
         )
 
 
-def _read_ptx(path: Path, name: str, label: str, shared_memory: int) -> TritonResources:
+def _bytes_of_kernels(jaxpr: Any) -> Iterator[tuple[str, int]]:
+    """Name and bytes of arguments and results of every kernel in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            arrays = (x.aval for x in (*equation.invars, *equation.outvars))
+            yield equation.params["name"], sum(x.size * x.dtype.itemsize for x in arrays)
+        else:
+            for inner in jex.jaxprs_in_params(equation.params):
+                yield from _bytes_of_kernels(inner)
+
+
+def _read_ptx(path: Path, name: str, label: str, shared_memory: int, moved: int) -> TritonResources:
     """Assembles a file that XLA wrote, and reads what the assembler says of one of its kernels."""
     command = [str(_ptxas()), "-arch=sm_90a", "-v", str(path), "-o", os.devnull]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -211,6 +234,7 @@ def _read_ptx(path: Path, name: str, label: str, shared_memory: int) -> TritonRe
         shared_memory=shared_memory,
         wgmma=text.count("wgmma.mma_async"),
         mma_sync=text.count("mma.sync."),
+        bytes=moved,
     )
 
 
@@ -226,7 +250,7 @@ def compile_tpu(
     **options: Any,
 ) -> list[TpuResources]:
     """An operator's `pallas_mosaic_tpu` kernels compiled for a TPU generation."""
-    compiled = _compile(generation, operator, direction, dtype, precision, shape, segments, options)
+    compiled = _trace(generation, operator, direction, dtype, precision, shape, segments, options).lower().compile()
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     return sorted((TpuResources(_label(direction, _name(line)), _vmem(line)) for line in calls), key=lambda x: x.kernel)
 
@@ -241,13 +265,15 @@ def _vmem(line: str) -> int:
     return int(found[1]) if found else 0
 
 
-def settings(operator: str, backend: str, *, backward: bool = False) -> str:
-    """Sizes and warps that are shipped, in words."""
+def settings(operator: str, backend: str, name: str = "forward") -> str:
+    """Sizes and warps that are shipped, in words; `name` is a kernel's, as in `TritonResources`."""
     parameters = inspect.signature(implementation(operator, backend)).parameters
     if "kernel" not in parameters:
         found = parameters.values()
         shown = ((x.name.removeprefix("num_").removesuffix("_size"), x.default) for x in found)
         return ", ".join(f"{name} {default}" for name, default in shown if type(default) is int)
     kernel = parameters["kernel"].default
-    warps = kernel.num_warps_backward if backward else kernel.num_warps
+    warps = kernel.num_warps_backward if name in ("backward", "gradients") else kernel.num_warps
+    if name in ("states", "outputs", "cotangents"):
+        warps = warps_of_products(SHAPE.key_dim)
     return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

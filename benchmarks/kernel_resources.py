@@ -41,6 +41,7 @@ TRITON_COLUMNS = (
     "shared memory",
     "wgmma",
     "mma.sync",
+    "bytes",
 )
 TPU_COLUMNS = ("operator", "shipped", "precision", *GENERATIONS)
 
@@ -73,18 +74,22 @@ def _table(columns: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> Iter
 
 
 def _triton_rows() -> Iterator[tuple[object, ...]]:
-    for operator in OPERATORS:
+    for operator in deviceless.TRITON:
         for dtype, precision in combinations(operator):
-            for direction in ("forward", "gradient"):
-                for found in deviceless.compile_triton(operator, direction, dtype, precision):
-                    numbers = found.registers, found.spill_stores, found.spill_loads, found.shared_memory
-                    yield (
-                        *key(operator, found, dtype, precision),
-                        deviceless.settings(operator, "pallas_triton", backward=found.kernel == "backward"),
-                        *numbers,
-                        found.wgmma,
-                        found.mma_sync,
-                    )
+            kernels = deviceless.compile_triton(operator, "forward", dtype, precision)
+            kernels += deviceless.compile_triton(operator, "gradient", dtype, precision)
+            for found in {x.kernel: x for x in kernels}.values():  # some serve both
+                yield (
+                    *key(operator, found, dtype, precision),
+                    deviceless.settings(operator, "pallas_triton", found.kernel),
+                    found.registers,
+                    found.spill_stores,
+                    found.spill_loads,
+                    found.shared_memory,
+                    found.wgmma,
+                    found.mma_sync,
+                    found.bytes,
+                )
 
 
 def _tpu_rows() -> Iterator[tuple[object, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceless import OPERATORS, Direction, TritonResources, compile_triton
+from deviceless import TRITON, Direction, TritonResources, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -12,14 +12,18 @@ from rwkv_kernels.testing.cases import Shape
 pytestmark = pytest.mark.devices
 
 KERNELS: dict[str, list[str]] = {"forward": ["forward"], "gradient": ["forward, storing", "backward"]}
+SPLIT_KERNELS: dict[str, list[str]] = {
+    "forward": ["factors", "states", "outputs"],
+    "gradient": ["factors, storing", "states", "outputs", "cotangents", "gradients"],
+}
 SMALL = Shape(2, 256, 2, 64, 64)
 
-each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_operator = pytest.mark.parametrize("operator", TRITON)
 each_direction = pytest.mark.parametrize("direction", list(KERNELS))
 
 
 def _check(operator: str, direction: Direction, found: list[TritonResources]) -> None:
-    assert [x.kernel for x in found] == KERNELS[direction]
+    assert [x.kernel for x in found] == (SPLIT_KERNELS if "split" in operator else KERNELS)[direction]
     if has_products(operator):
         assert all(x.wgmma + x.mma_sync > 0 for x in found)
 
@@ -38,9 +42,7 @@ def test_what_is_shipped_spills_no_more_than_the_table_says(operator: str, direc
     _check_spills(operator, direction, "bfloat16", "full")
 
 
-OTHERS = [
-    (operator, *pair) for operator in OPERATORS for pair in combinations(operator) if pair != ("bfloat16", "full")
-]
+OTHERS = [(operator, *pair) for operator in TRITON for pair in combinations(operator) if pair != ("bfloat16", "full")]
 
 
 @pytest.mark.long

@@ -103,7 +103,7 @@ def test_float64_equals_the_definition(float64: None, way: Way, case: str, shape
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.long)])
-@each_way_but_briefly("chunked", "wkv7-pallas_triton")
+@each_way_but_briefly("chunked", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype: jnp.dtype) -> None:
     inputs, (dy, dstate) = problem(way.operator, "realistic", HALF_SHAPE)
     rounded = as_jax(inputs | {"state": None}, dtype) | {"state": as_jax(inputs["state"], jnp.float32)}
@@ -118,7 +118,7 @@ def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype:
     assert_close(results, exact, float(jnp.finfo(dtype).eps) / 2)
 
 
-@each_way_but_briefly("chunked", "wkv7-pallas_triton")
+@each_way_but_briefly("chunked", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_decay_in_float32_beside_half_precision_inputs(way: Way) -> None:
     # What a model in bfloat16 passes.
     inputs, (dy, dstate) = problem(way.operator, "slow_decay", HALF_SHAPE)

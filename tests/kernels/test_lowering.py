@@ -23,10 +23,9 @@ from tests.kernels.operators import OPERATORS, Operator, as_jax
 # From JAX 0.11 on, each use says so; it works as before.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
-DEVICES = {
-    "pallas_triton": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
-    "pallas_mosaic_tpu": AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu"),
-}
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+V6E = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+DEVICES = {"pallas_triton": H100, "pallas_triton_split": H100, "pallas_mosaic_tpu": V6E}
 SHAPE = Shape(2, 70, 2, 48, 20)
 
 Loss = Callable[..., jax.Array]
@@ -37,8 +36,10 @@ def loss(operator: Operator, implementation: str) -> Loss:
     run = operator.parts.implementations[implementation].run
     call = functools.partial(operator.run, implementation=dispatch.Implementation(run, dispatch.anything))
 
-    def scalar(inputs: dict[str, Any], segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
-        outputs = call(**inputs, segment_ids=segment_ids, lengths=lengths)
+    def scalar(
+        inputs: dict[str, Any], segment_ids: jax.Array | None, lengths: jax.Array | None, axis_name: str | None = None
+    ) -> jax.Array:
+        outputs = call(**inputs, segment_ids=segment_ids, lengths=lengths, axis_name=axis_name)
         return sum((jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(outputs)), jnp.float32(0))
 
     return scalar
@@ -73,12 +74,36 @@ def under_shard_map(loss: Loss, operator: Operator) -> Loss:
     return jax.grad(sharded)
 
 
+def under_sharded_time(loss: Loss, operator: Operator) -> Loss:
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def shard(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(inputs, *rest, axis_name="data"), "data")
+
+    def sharded(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
+        specs = {name: P(None, "data") if name in operator.over_time else P() for name in inputs}
+        in_specs = specs, P(None, "data"), P()
+        return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=P())(inputs, *rest)
+
+    return jax.grad(sharded)
+
+
+LONGER = (under_vmap, under_remat, under_sharded_time)
+
+
 @pytest.mark.parametrize(
     "transformed",
-    [by_itself, under_shard_map, *(pytest.param(each, marks=pytest.mark.long) for each in (under_vmap, under_remat))],
+    [by_itself, under_shard_map, *(pytest.param(each, marks=pytest.mark.long) for each in LONGER)],
 )
-@pytest.mark.parametrize("implementation", DEVICES)
-@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    ("operator", "implementation"),
+    [
+        pytest.param(operator, name, id=f"{operator}-{name}")
+        for operator in OPERATORS
+        for name in operator.parts.implementations
+        if name in DEVICES
+    ],
+)
 def test_gradients_are_lowered(
     operator: Operator, implementation: str, transformed: Callable[[Loss, Operator], Loss]
 ) -> None:

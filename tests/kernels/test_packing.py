@@ -80,20 +80,20 @@ def of_states(name: str, state: Any) -> Results:
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_a_packed_row_equals_its_parts_run_alone(way: Way, packing: str) -> None:
     expected = one_after_the_other(way.operator, packing)
     assert_close(run(way, PACKINGS[packing]), expected, way.bound)
 
 
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_one_segment_of_full_length_changes_nothing(way: Way) -> None:
     plain = with_gradients(way)(*way.problem("realistic", SHAPE), {})
     assert_close(run(way, {"segment_ids": UNPACKED + 3, "lengths": FULL}), plain, way.bound)
 
 
 @pytest.mark.parametrize("case", ["realistic", "slow_decay"])  # whose chunks may be computed in different ways
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_nothing_leaks_between_segments(way: Way, case: str) -> None:
     inputs, (dy, dstate) = way.problem(case, SHAPE)
     for row, start, stop in ((0, 2, 16), (0, 16, 32), (0, 64, 65), (0, 65, 70), (1, 17, 33), (1, 33, 47), (1, 47, 61)):
@@ -108,7 +108,7 @@ def test_nothing_leaks_between_segments(way: Way, case: str) -> None:
         assert all(np.all(gradient == 0) for gradient in gradients_of(results, "state"))
 
 
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_the_final_state_is_that_of_the_last_segment_alone(way: Way) -> None:
     inputs, (dy, dstate) = way.problem("slow_decay", SHAPE)
     results = run(way, PACKINGS["segments"], inputs, (np.zeros_like(dy), dstate))
@@ -119,7 +119,7 @@ def test_the_final_state_is_that_of_the_last_segment_alone(way: Way) -> None:
     assert all(np.any(gradient[3] != 0) for gradient in gradients_of(results, "state"))
 
 
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_nothing_beyond_a_length_is_read(way: Way) -> None:
     inputs, _ = way.problem("realistic", SHAPE)
     beyond = np.arange(SHAPE.time) >= LENGTHS[:, None]
@@ -140,7 +140,7 @@ def test_nothing_beyond_a_length_is_read(way: Way) -> None:
         assert np.all(np.asarray(clean[f"d{name}"])[beyond] == 0), name
 
 
-@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton")
+@each_way_but_briefly("wkv7-scan", "chunked", "wkv7-associative_scan", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 def test_a_segment_that_changes_beyond_the_length_does_not_restart_the_state(way: Way) -> None:
     ids = UNPACKED.copy()
     ids[2, LENGTHS[2] :] = 1

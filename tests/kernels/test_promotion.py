@@ -13,7 +13,7 @@ from tests.kernels.operators import Way, as_jax, each_way_but_briefly, with_grad
 SHAPE = Shape(2, 9, 2, 6, 6)
 
 
-@each_way_but_briefly("scan", "chunked", "wkv7-pallas_triton")
+@each_way_but_briefly("scan", "chunked", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_is_promoted_implicitly(way: Way, dtype: str, packed: bool) -> None:
