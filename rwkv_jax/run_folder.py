@@ -49,11 +49,11 @@ SET_ASIDE = "set-aside-"
 def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
     """Fields that must not change when a run is resumed: the model and everything that determines the data order.
 
-    Excluded are compute dtype and operator implementation, which change only rounding; the size of a Transformer's
+    Excluded are compute dtype and implementations, which change only rounding; the size of a Transformer's
     key-value cache, which training does not use; and the number of steps, so that a run can be extended.
     """
     model = dataclasses.asdict(config.model.resolved())
-    others = ("dtype", "wkv_implementation", "context_length")
+    others = ("dtype", "wkv_implementation", "output_implementation", "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
         "initial_weights": config.initial_weights,
         "seed": config.seed,

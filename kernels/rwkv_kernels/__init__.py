@@ -18,16 +18,22 @@ from rwkv_kernels.ops.wkv6.api import OPERATOR as _WKV6
 from rwkv_kernels.ops.wkv6.api import wkv6
 from rwkv_kernels.ops.wkv7.api import OPERATOR as _WKV7
 from rwkv_kernels.ops.wkv7.api import wkv7
+from rwkv_kernels.ops.wkv7.step import STEP as _WKV7_STEP
+from rwkv_kernels.ops.wkv7.step import wkv7_step
 from rwkv_kernels.sharded import from_previous_shard
 
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
 """All operators, by name."""
 
+PARTS: dict[str, dispatch.Alternatives] = {part.name: part for part in (_WKV7_STEP,)}
+"""Functions around an operator that have several implementations too, by name."""
 
-def _operator(name: str) -> Operator:
-    if name not in OPERATORS:
-        raise ValueError(f"operator = {name!r}: must be one of {', '.join(OPERATORS)}")
-    return OPERATORS[name]
+
+def _find(name: str) -> Operator | dispatch.Alternatives:
+    known = OPERATORS | PARTS
+    if name not in known:
+        raise ValueError(f"operator = {name!r}: must be one of {', '.join(known)}")
+    return known[name]
 
 
 def implementations(operator: str) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ def implementations(operator: str) -> tuple[str, ...]:
     Raises:
       ValueError: an unknown operator.
     """
-    return tuple(_operator(operator).implementations)
+    return tuple(_find(operator).implementations)
 
 
 def explain(
@@ -49,7 +55,7 @@ def explain(
     """Explains which implementation would run, and why others cannot.
 
     Args:
-      operator: "wkv4" to "wkv7".
+      operator: "wkv4" to "wkv7", or of `PARTS`.
       shape: (B, T, H, N, M), (B, T, H, N) if M equals N, or (B, T, C) for WKV-4.
       dtype: of the recurrence: float32, or float64 if any argument is.
       platform: `cpu`, `gpu` or `tpu`; None is JAX's default backend.
@@ -64,7 +70,7 @@ def explain(
     """
     if len(shape) not in (3, 4, 5):
         raise ValueError(f"shape = {shape}: must be (B, T, H, N), (B, T, H, N, M) or, for wkv4, (B, T, C)")
-    known = _operator(operator)
+    known = _find(operator)
     batch, time, heads, key_dim, value_dim = (*shape, 1, 1) if len(shape) == 3 else (*shape, shape[3])[:5]
     problem = dispatch.problem_here((batch, time, heads, key_dim, value_dim), dtype)
     if platform not in (None, problem.platform) or device_kind is not None:
@@ -74,6 +80,7 @@ def explain(
 
 __all__ = [
     "OPERATORS",
+    "PARTS",
     "explain",
     "from_previous_shard",
     "implementations",
@@ -81,4 +88,5 @@ __all__ = [
     "wkv5",
     "wkv6",
     "wkv7",
+    "wkv7_step",
 ]

@@ -169,3 +169,23 @@ def explain(
     """Explains which implementation would run the problem, and why others cannot."""
     refusals = {name: implementation.refuses(problem) for name, implementation in implementations.items()}
     return Explanation(operator, problem, _first_able(implementations, preferred, problem), refusals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternatives:
+    """The implementations of a function that is no operator over time."""
+
+    name: str
+    implementations: Mapping[str, Implementation]
+    """By name."""
+    order: tuple[str, ...]
+    """Names in the order that `implementation=None` tries."""
+
+    def preferred(self, problem: Problem) -> tuple[str, ...]:
+        """The order for a problem, which is the same for all."""
+        del problem
+        return self.order
+
+    def choose(self, problem: Problem, requested: str | Implementation | None) -> Implementation:
+        """As `choose`."""
+        return choose(self.name, self.implementations, self.order, problem, requested)

@@ -23,6 +23,7 @@ _FIELDS_OF_SOME = {
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
     "embedding_bound": "such choice",
+    "output_implementation": "such kernel",
 }
 """Fields that not every generation has (`GenerationSpec.own_fields`), and what the message says the others lack."""
 
@@ -72,6 +73,9 @@ class ModelConfig:
     float64), and the recurrence always runs in at least float32. RWKV-LM: precision."""
     wkv_implementation: str | None = None
     """Implementation of the WKV operator; None takes the default of the platform. RWKV-LM: kernel."""
+    output_implementation: str | None = None
+    """RWKV-7 only: implementation of norm, bonus and gate together with the operator where a single token is run, as in
+    decoding (`rwkv_kernels.wkv7_step`); None leaves them to the model's own equations."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")
@@ -91,7 +95,7 @@ class ModelConfig:
             check(self.head_dim >= 2, "head_dim", "must be at least 2")
         for name in ("ffn_width", *_FIELDS_OF_SOME):
             value = getattr(self, name)
-            positive = value is None or isinstance(value, bool) or value > 0
+            positive = isinstance(value, bool) or not isinstance(value, (int, float)) or value > 0
             check(positive, name, "must be positive, or None for the default")
         for name, what in _FIELDS_OF_SOME.items():
             value = getattr(self, name)

@@ -37,12 +37,19 @@ def unstacked(model: Model) -> Model:
     return result
 
 
-def with_implementation(model: Model, implementation: str) -> Model:
-    """The same model, sharing its arrays, with the named implementation of its WKV operator."""
+def with_implementation(model: Model, implementation: str | None = None, *, output: str | None = None) -> Model:
+    """The same model, sharing its arrays, with named implementations; None leaves one as it is.
+
+    Args:
+      implementation: of its WKV operator.
+      output: of what follows it (`ModelConfig.output_implementation`).
+    """
+    named = {"wkv_implementation": implementation, "output_implementation": output}
+    named = {name: value for name, value in named.items() if value is not None}
     result = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(result):
         if isinstance(config := getattr(module, "config", None), ModelConfig):
-            module.config = dataclasses.replace(config, wkv_implementation=implementation)  # pyright: ignore[reportAttributeAccessIssue]
+            module.config = dataclasses.replace(config, **named)  # pyright: ignore[reportAttributeAccessIssue]
     return result
 
 

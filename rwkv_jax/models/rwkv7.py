@@ -38,7 +38,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels import wkv7
+from rwkv_kernels import wkv7, wkv7_step
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """log w = -e^{-1/2} sigmoid(.), so that every decay is in (0.545, 1)."""
@@ -167,18 +167,47 @@ class TimeMix(TimeMixer):
         k = k * (1 + (a - 1) * cast(self.k_a, k))
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
-        r, log_w, k, v_heads, a = map(split_heads, (r, log_w, k, v, a))
-        wkv = wkv_operator(wkv7, context, config.wkv_implementation)
-        y, wkv_state = wkv(*checkpoint_wkv_inputs(r, log_w, k, v_heads, -kk, kk * a), state.wkv)
+        r, log_w, k, v, a = map(split_heads, (r, log_w, k, v, a))
+        inputs = checkpoint_wkv_inputs(r, log_w, k, v, -kk, kk * a)
+        if config.output_implementation is not None and x.shape[1] == 1 and context.axes.sequence is None:
+            o, wkv_state = self._one_token(inputs, g, state.wkv, context)
+        else:
+            y, wkv_state = wkv_operator(wkv7, context, config.wkv_implementation)(*inputs, state.wkv)
+            o = self._output(y, r, k, v, g)
 
-        # (21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate and projection.
+        # (22) Projection.
+        o = row_parallel_linear(o, self.output.weight[...], context.axes.tensor)
+        return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
+
+    def _output(self, y: Array, r: Array, k: Array, v: Array, g: Array) -> Array:
+        """(21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate: [B, T, C]."""
         y = self.ln_x(y)
         # (Sums over N as contractions: as a product and a sum they take XLA's CPU backend up to 30 times as long.)
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         bonus = einsum("BTHN,BTHN->BTH", r * broadcast_param(self.r_k[...], r), k)
-        bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v_heads), "B T H N -> B T (H N)")
-        o = row_parallel_linear((y + bonus) * g, self.output.weight[...], context.axes.tensor)
-        return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
+        bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v), "B T H N -> B T (H N)")
+        return (y + bonus) * g
+
+    def _one_token(
+        self, inputs: tuple[Array, ...], g: Array, wkv_state: Array, context: SequenceContext
+    ) -> tuple[Array, Array]:
+        """(17) and (20) to (22) for one token by one kernel: output [B, 1, C], the recurrence's next state."""
+
+        def split_heads(x: Array) -> Array:
+            return rearrange(x, "... (H N) -> ... H N", N=self.config.head_dim)
+
+        o, wkv_state = wkv7_step(
+            *(x[:, 0] for x in inputs),
+            g=split_heads(g[:, 0]),
+            r_k=self.r_k[...],
+            weight=split_heads(self.ln_x.weight[...]),
+            bias=split_heads(self.ln_x.bias[...]),
+            state=wkv_state,
+            epsilon=HEAD_NORM_EPSILON,
+            lengths=context.lengths,
+            implementation=self.config.output_implementation,
+        )
+        return rearrange(o, "B H N -> B 1 (H N)"), wkv_state
 
 
 def _normalize_heads(kk: Array) -> Array:

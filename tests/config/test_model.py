@@ -76,6 +76,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         (
+            {"generation": generation, "output_implementation": "xla"},
+            f"model.output_implementation = 'xla': RWKV-{generation} has no such kernel, only RWKV-7; leave it out",
+        )
+        for generation in ("4", "5.2", "6")
+    ),
+    *(
+        (
             {"generation": generation, "context_length": 512},
             f"model.context_length = 512: RWKV-{generation} has no such size, only a Transformer; leave it out",
         )

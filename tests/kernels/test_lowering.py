@@ -31,6 +31,11 @@ SHAPE = Shape(2, 70, 2, 48, 20)
 Loss = Callable[..., jax.Array]
 
 
+def mesh_of(implementation: str) -> AbstractMesh:
+    """One device of the kind that an implementation is for."""
+    return AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=DEVICES[implementation])
+
+
 def loss(operator: Operator, implementation: str) -> Loss:
     """(inputs, segment_ids, lengths) -> a scalar, by an implementation that is not asked whether it can run here."""
     run = operator.parts.implementations[implementation].run
@@ -112,8 +117,7 @@ def test_gradients_are_lowered(
     segment_ids = jnp.zeros((SHAPE.batch, SHAPE.time), jnp.int32)
     lengths = jnp.full((SHAPE.batch,), 9)
     device = DEVICES[implementation]
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
-    with use_abstract_mesh(mesh):
+    with use_abstract_mesh(mesh_of(implementation)):
         function = transformed(loss(operator, implementation), operator)
         traced = jax.jit(function).trace(inputs, segment_ids, lengths)
         lowered = traced.lower(lowering_platforms=("cuda" if device.platform == "gpu" else device.platform,))

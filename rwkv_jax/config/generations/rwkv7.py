@@ -21,7 +21,14 @@ class RWKV7Spec(MatrixStateSpec):
 
     name = "7"
     model_class = "rwkv_jax.models.rwkv7:RWKV7"
-    own_fields = ("decay_rank", "iclr_rank", "value_rank", "gate_rank", "unused_value_residual")
+    own_fields = (
+        "decay_rank",
+        "iclr_rank",
+        "value_rank",
+        "gate_rank",
+        "unused_value_residual",
+        "output_implementation",
+    )
     operator = "wkv7"
     heads_tensor = "att.r_k"
     state_flops = 9  # plus the rank-one removal
