@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from jax.extend import core as jex
 
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
+from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from rwkv_kernels.pallas.triton_split import warps_of_products
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -109,6 +110,11 @@ def _sharding(device: str) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(described.devices[0])
 
 
+def on_h100(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array on an H100 that is not there."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding("h100"))
+
+
 def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[Any, ...]:
     """Arguments of an operator's implementations in order, the state included."""
 
@@ -181,9 +187,37 @@ def compile_triton(
     **options: Any,
 ) -> list[TritonResources]:
     """An operator's `pallas_triton` kernels compiled for an H100; options as the implementation has them."""
-    tokens = shape.batch * shape.time * shape.heads
+    traced = _trace("h100", operator, direction, dtype, precision, shape, segments, options)
+    token_heads = shape.batch * shape.time * shape.heads
+    found = _read_kernels(traced, operator, functools.partial(_label, direction), token_heads)
+    return sorted(found, key=lambda found: (*KERNELS, *SPLIT_KERNELS).index(found.kernel))
+
+
+def compile_step(dtype: str = "bfloat16", head_dim: int = 64, batch: int = 64) -> TritonResources:
+    """The kernel of `wkv7_step` compiled for an H100, with lengths, in a model of width 2048.
+
+    log_w and parameters are float32, whatever the dtype of the other inputs; bytes are a row's and head's.
+    """
+    heads = 2048 // head_dim
+
+    def array(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return on_h100(jax.ShapeDtypeStruct(sizes, dtype))
+
+    vector = array(batch, heads, head_dim, dtype=DTYPES[dtype])
+    per_token = [array(*vector.shape) if name == "log_w" else vector for name in ("r", "log_w", *"kvabg")]
+    parameters, state = [array(heads, head_dim)] * 3, array(batch, heads, head_dim, head_dim)
+
+    def run(lengths: Any, *arrays: Any) -> Any:
+        return wkv7_step_pallas_triton(*arrays, epsilon=1e-5, lengths=lengths)
+
+    traced = jax.jit(run).trace(array(batch, dtype=jnp.int32), *per_token, *parameters, state)
+    (found,) = _read_kernels(traced, "wkv7_step", lambda name: "step", batch * heads)
+    return found
+
+
+def _read_kernels(traced: Any, part: str, label: Callable[[str], str], token_heads: int) -> list[TritonResources]:
+    """Compiles a program for an H100, and reads what became of the kernels with `part` in their names."""
     with tempfile.TemporaryDirectory() as folder:
-        traced = _trace("h100", operator, direction, dtype, precision, shape, segments, options)
         traced.lower().compile(compiler_options={"xla_dump_to": folder})
         moved = dict(_bytes_of_kernels(traced.jaxpr))
         launches = "".join(path.read_text(encoding="utf-8") for path in Path(folder).glob("*thunk_sequence.txt"))
@@ -191,14 +225,11 @@ def compile_triton(
             found["name"]: int(found["bytes"])
             for found in re.finditer(r"(?P<name>\S+) +grid: .*shared_memory: (?P<bytes>\d+) bytes", launches)
         }
-        return sorted(
-            (
-                _read_ptx(path, name, _label(direction, name), shared[name], moved[name] // tokens)
-                for path in Path(folder).glob("*.ptx")
-                for name in re.findall(rf"\.visible \.entry (\w*{operator}\w*)", path.read_text(encoding="utf-8"))
-            ),
-            key=lambda found: (*KERNELS, *SPLIT_KERNELS).index(found.kernel),
-        )
+        return [
+            _read_ptx(path, name, label(name), shared[name], moved[name] // token_heads)
+            for path in Path(folder).glob("*.ptx")
+            for name in re.findall(rf"\.visible \.entry (\w*{part}\w*)", path.read_text(encoding="utf-8"))
+        ]
 
 
 def _bytes_of_kernels(jaxpr: Any) -> Iterator[tuple[str, int]]:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import deviceless
 from deviceless import DTYPES, GENERATIONS, OPERATORS, SHAPE, TPU_SHAPE, TritonResources
+from rwkv_kernels.dispatch import Implementation, anything
+from rwkv_kernels.ops.wkv7.step_pallas_triton import num_warps, wkv7_step_pallas_triton
 from rwkv_kernels.precision import Precision
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -43,7 +45,22 @@ TRITON_COLUMNS = (
     "mma.sync",
     "bytes",
 )
+STEP_COLUMNS = (
+    "inputs",
+    "head size",
+    "warps",
+    "registers",
+    "spill stores",
+    "spill loads",
+    "shared memory",
+    "bytes",
+)
+DECODE_COLUMNS = ("rows", "output_implementation", "kernels", "MB")
 TPU_COLUMNS = ("operator", "shipped", "precision", *GENERATIONS)
+
+HEAD_SIZES = (32, 64, 128)
+STEP = Implementation(wkv7_step_pallas_triton, anything)
+"""The kernel, which is not asked what machine it is on."""
 
 Key = tuple[str, str, str, str]
 """Operator, kernel, dtype of the inputs and precision: what tells the Triton table's rows apart."""
@@ -92,6 +109,23 @@ def _triton_rows() -> Iterator[tuple[object, ...]]:
                 )
 
 
+def _step_rows() -> Iterator[tuple[object, ...]]:
+    for dtype in ("bfloat16", "float32"):
+        for size in HEAD_SIZES:
+            found = deviceless.compile_step(dtype, size)
+            numbers = found.registers, found.spill_stores, found.spill_loads, found.shared_memory, found.bytes
+            yield dtype, size, num_warps(size), *numbers
+
+
+def _decode_rows() -> Iterator[tuple[object, ...]]:
+    import decode_programs  # here: tests of kernels need no models
+
+    for batch in (1, 64):
+        for name, implementation in (("None", None), ("pallas_triton", STEP)):
+            kernels, traffic = decode_programs.per_layer(batch, implementation)
+            yield batch, name, f"{kernels:g}", f"{traffic / 1e6:.0f}"
+
+
 def _tpu_rows() -> Iterator[tuple[object, ...]]:
     """A cell has the VMEM of the forward kernel, the one that stores states, and the backward one."""
     for operator in OPERATORS:
@@ -122,6 +156,10 @@ def report() -> Iterator[str]:
     yield f"\nCompiled on {platform.machine()}, Python {platform.python_version()}, {packages}; no accelerator."
     yield f"\n### H100 (sm_90a), {_sizes(SHAPE)}\n"
     yield from _table(TRITON_COLUMNS, _triton_rows())
+    yield "\n### wkv7_step on an H100\n"
+    yield from _table(STEP_COLUMNS, _step_rows())
+    yield "\n### A token in a layer of RWKV-7, width 2048, bfloat16, on an H100\n"
+    yield from _table(DECODE_COLUMNS, _decode_rows())
     yield f"\n### TPUs, {_sizes(TPU_SHAPE)}: KiB of VMEM, bfloat16 inputs; forward / forward, storing / backward\n"
     yield from _table(TPU_COLUMNS, _tpu_rows())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceless import TRITON, Direction, TritonResources, compile_triton
+from deviceless import TRITON, Direction, TritonResources, compile_step, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -66,3 +66,12 @@ def test_packed_rows_compile(operator: str) -> None:
 def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: str) -> None:
     shape = SMALL._replace(time=100, key_dim=sizes[0], value_dim=sizes[1])
     _check(operator, "gradient", compile_triton(operator, "gradient", dtype, shape=shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_a_token_of_rwkv_7_spills_nothing_and_moves_the_state_twice(head_dim: int, dtype: str) -> None:
+    found = compile_step(dtype, head_dim)
+    assert found.spill_stores == found.spill_loads == 0
+    vectors = 7 * head_dim * (2 if dtype == "bfloat16" else 4) + 4 * head_dim
+    assert 0 <= found.bytes - (2 * 4 * head_dim**2 + vectors) < 1 + 12 * head_dim / 64  # parameters serve 64 rows
