@@ -51,6 +51,7 @@ def explain(
     dtype: str = "float32",
     platform: str | None = None,
     device_kind: str | None = None,
+    measured: str | None = None,
 ) -> dispatch.Explanation:
     """Explains which implementation would run, and why others cannot.
 
@@ -61,12 +62,13 @@ def explain(
       platform: `cpu`, `gpu` or `tpu`; None is JAX's default backend.
       device_kind: as JAX names it, such as `NVIDIA H100 80GB HBM3`; None is the device of JAX's default backend if that
         is of this platform, and otherwise not known.
+      measured: the implementation that `rwkv_kernels.autotune` found to be the fastest; None is the table's choice.
 
     Returns:
       The chosen implementation, and for each other one the reason why it cannot run, if any; print it.
 
     Raises:
-      ValueError: an unknown operator, or a shape of another length.
+      ValueError: an unknown operator, a shape of another length, or a measured implementation that cannot run.
     """
     if len(shape) not in (3, 4, 5):
         raise ValueError(f"shape = {shape}: must be (B, T, H, N), (B, T, H, N, M) or, for wkv4, (B, T, C)")
@@ -75,7 +77,7 @@ def explain(
     problem = dispatch.problem_here((batch, time, heads, key_dim, value_dim), dtype)
     if platform not in (None, problem.platform) or device_kind is not None:
         problem = dataclasses.replace(problem, platform=platform or problem.platform, device_kind=device_kind)
-    return dispatch.explain(known.name, known.implementations, known.preferred(problem), problem)
+    return dispatch.explain(known.name, known.implementations, known.preferred(problem), problem, measured)
 
 
 __all__ = [

@@ -51,16 +51,19 @@ class Explanation:
     operator: str
     problem: Problem
     chosen: str
-    """The one that `implementation=None` takes."""
+    """The one that `implementation=None` takes, or the one that was measured to be the fastest."""
     refusals: Mapping[str, str | None]
     """For each implementation the reason why it cannot run, or None."""
+    is_measured: bool = False
+    """Whether the choice is by a measurement; otherwise by the table in docs/operators.md."""
 
     def __str__(self) -> str:
         """One line per implementation."""
         lines = [f"{self.operator} {self.problem}:"]
         width = max(map(len, self.refusals))
         for name, refusal in self.refusals.items():
-            verdict = f"cannot: {refusal}" if refusal else "taken" if name == self.chosen else "can, if named"
+            taken = "taken, as measured" if self.is_measured else "taken, by the table"
+            verdict = f"cannot: {refusal}" if refusal else taken if name == self.chosen else "can, if named"
             lines.append(f"  {name.ljust(width)} {verdict}")
         return "\n".join(lines)
 
@@ -164,11 +167,25 @@ def _first_able(implementations: Mapping[str, Implementation], preferred: tuple[
 
 
 def explain(
-    operator: str, implementations: Mapping[str, Implementation], preferred: tuple[str, ...], problem: Problem
+    operator: str,
+    implementations: Mapping[str, Implementation],
+    preferred: tuple[str, ...],
+    problem: Problem,
+    measured: str | None = None,
 ) -> Explanation:
-    """Explains which implementation would run the problem, and why others cannot."""
+    """Explains which implementation would run the problem, and why others cannot.
+
+    Args:
+      measured: the fastest one, if that is known.
+
+    Raises:
+      ValueError: the measured one is unknown, or cannot run the problem.
+    """
     refusals = {name: implementation.refuses(problem) for name, implementation in implementations.items()}
-    return Explanation(operator, problem, _first_able(implementations, preferred, problem), refusals)
+    if measured is None:
+        return Explanation(operator, problem, _first_able(implementations, preferred, problem), refusals)
+    choose(operator, implementations, preferred, problem, measured)
+    return Explanation(operator, problem, measured, refusals, is_measured=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_an_explanation_is_a_line_an_implementation(operator: Operator) -> None:
     assert first.endswith("float32 on cpu:")
     assert [line.split()[0] for line in lines] == list(operator.parts.implementations)
     verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
-    assert verdicts["chunked"] == "taken"
+    assert verdicts["chunked"] == "taken, by the table"
     assert verdicts["scan"] == "can, if named"
     assert verdicts["pallas_mosaic_tpu"].startswith("cannot: ")
 
@@ -169,6 +169,19 @@ def test_an_explanation_gives_each_reason() -> None:
     explanation = dispatch.explain("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM)
     assert explanation.refusals == {"slow": None, "middle": None, "fast": "needs a GPU"}
     assert explanation.chosen == "middle"
+
+
+def test_an_explanation_says_whether_a_choice_was_measured() -> None:
+    by_table = dispatch.explain("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM)
+    measured = dispatch.explain("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM, "slow")
+    assert (by_table.chosen, by_table.is_measured) == ("middle", False)
+    assert (measured.chosen, measured.is_measured) == ("slow", True)
+    assert str(by_table).splitlines()[2].split(maxsplit=1) == ["middle", "taken, by the table"]
+    assert str(measured).splitlines()[1].split(maxsplit=1) == ["slow", "taken, as measured"]
+    for name, message in (("fast", "needs a GPU"), ("faster", "wkv7 has slow, middle, fast")):
+        with pytest.raises(ValueError, match=f"implementation = '{name}': .*{message}"):
+            dispatch.explain("wkv7", TABLE, ("fast", "middle", "slow"), PROBLEM, name)
+    assert rwkv_kernels.explain("wkv7", (1, 2, 3, 4), measured="scan").is_measured
 
 
 def test_the_first_preferred_that_can_run_is_taken() -> None:

@@ -1,0 +1,295 @@
+"""Checks an operator's implementations against its definition in float64, and times them; reads and writes no files.
+
+tuning = tune(workload_here("wkv7", (8, 4096, 12, 64, 64), "bfloat16"))
+print(tuning)
+y, state = wkv7(..., implementation=tuning.chosen)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+import rwkv_kernels
+from rwkv_kernels import dispatch
+from rwkv_kernels.testing.cases import Shape
+
+BOUND = 1e-4
+"""Largest relative error of a right result in float32; docs/errors.md has 1e-5 at most for these inputs."""
+
+_SMALL = Shape(batch=2, time=80, heads=2, key_dim=2**30, value_dim=2**30)
+"""Largest sizes of the check: all of a head, and several chunks, the last one not full."""
+_SMALL_CHANNELS = 64  # heads of size 1
+_DRAWN_STEPS = 256  # of larger inputs; then they repeat
+_HOPELESS = 10.0  # times as slow as the fastest: not timed again
+
+Inputs = dict[str, Any]
+"""Arguments by name; WKV-4's state is a tuple."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A call of an operator, as far as its time depends on it."""
+
+    operator: str
+    problem: dispatch.Problem
+    inputs: str
+    """Dtype of the arguments; but log_w, u and the state have the recurrence's."""
+    gradients: bool
+    """Whether it is differentiated, as in training."""
+    packed: bool
+    """Whether rows have several segments."""
+
+    def __str__(self) -> str:
+        """Such as `wkv7 B8 T4096 H12 N64 M64 float32 on gpu (NVIDIA H200), bfloat16 inputs, with gradients, packed`."""
+        how = "with gradients" if self.gradients else "forward"
+        return f"{self.operator} {self.problem}, {self.inputs} inputs, {how}{', packed' if self.packed else ''}"
+
+
+def workload_here(
+    operator: str,
+    shape: tuple[int, int, int, int, int],
+    inputs: str = "float32",
+    *,
+    gradients: bool = True,
+    packed: bool = False,
+) -> Workload:
+    """The workload on JAX's default backend; shape is B, T, H, N and M, where WKV-4 has C heads of size 1."""
+    recurrence = "float64" if inputs == "float64" else "float32"
+    return Workload(operator, dispatch.problem_here(shape, recurrence), inputs, gradients, packed)
+
+
+class ResultError(NamedTuple):
+    """How far one result is from the definition."""
+
+    name: str
+    """y, state, or a gradient such as dlog_w; parts of a state are numbered."""
+    error: float
+    """|result - definition| / |definition| in the L2 norm, |result| where the definition is zero; infinite for NaN."""
+    bound: float
+    """Largest error of a right one: `BOUND`, or where the result is in half precision two roundings of it."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the error is within the bound."""
+        return self.error <= self.bound
+
+
+class Trial(NamedTuple):
+    """What became of one implementation."""
+
+    name: str
+    error: float | None
+    """Relative error of its worst result on a small input; None if it gave none."""
+    seconds: float | None
+    """Median time of a call; None if it was not timed."""
+    failure: str | None
+    """Why it is never taken: it cannot run, raised, or is wrong; or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """All implementations on one workload; `str` gives a table."""
+
+    workload: Workload
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        """The fastest of those that are right; None if none is."""
+        timed = [(trial.seconds, trial.name) for trial in self.trials if trial.seconds is not None]
+        return min(timed)[1] if timed else None
+
+    def __str__(self) -> str:
+        """One line per implementation: largest error, milliseconds, verdict."""
+        lines = [f"{self.workload}:"]
+        width = max(len(trial.name) for trial in self.trials)
+        for name, error, seconds, failure in self.trials:
+            shown_error = "-" if error is None else f"{error:.0e}"
+            shown_time = "-" if seconds is None else f"{1e3 * seconds:.3f} ms"
+            verdict = failure or ("taken: the fastest" if name == self.chosen else "right")
+            lines.append(f"  {name:<{width}}  {shown_error:>7}  {shown_time:>14}  {verdict}")
+        return "\n".join(lines)
+
+
+def tune(
+    workload: Workload,
+    *,
+    implementations: Mapping[str, dispatch.Implementation] | None = None,
+    memory: int | None = None,
+    repetitions: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Tuning:
+    """Checks every implementation on a small input, and times those that are right on one of the workload's sizes.
+
+    Takes from seconds to minutes, most of them for the compiler.
+
+    Args:
+      implementations: by name; None is all of the operator's.
+      memory: bytes of the device; programs that take more are not run. None leaves it to the device to say so.
+      repetitions: timed calls, of which the median is taken, after one that is not counted.
+      clock: seconds.
+    """
+    operator = rwkv_kernels.OPERATORS[workload.operator]
+    if implementations is None:
+        implementations = operator.implementations
+    preferred = operator.preferred(workload.problem)  # first, so that what is hopeless beside it is run once
+    exact = exact_results(workload)
+    arguments = _arguments(workload, Shape(*workload.problem.shape))
+    trials: list[Trial] = []
+    for name in sorted(
+        implementations, key=lambda name: preferred.index(name) if name in preferred else len(preferred)
+    ):
+        implementation = implementations[name]
+        if refusal := implementation.refuses(workload.problem):
+            trials.append(Trial(name, None, None, f"cannot: {refusal}"))
+            continue
+        error = None
+        try:
+            worst = worst_error(workload, implementation, exact)
+            error = worst.error
+            if not worst.is_right:
+                trials.append(
+                    Trial(name, error, None, f"WRONG: {worst.name} is off by {error:.0e}, at most {worst.bound:.0e}")
+                )
+                continue
+            fastest = min((trial.seconds for trial in trials if trial.seconds is not None), default=math.inf)
+            program = _compiled(workload, implementation, arguments, memory)
+            run = functools.partial(program, *arguments)
+            seconds = _median_seconds(run, repetitions, _HOPELESS * fastest, clock)
+            trials.append(Trial(name, error, seconds, None))
+        except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
+            trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
+    return Tuning(workload, tuple(sorted(trials, key=lambda trial: list(implementations).index(trial.name))))
+
+
+def exact_results(workload: Workload) -> dict[str, NDArray]:
+    """What the definition gives for the check's input in float64: y, the final state and gradients, by name."""
+    arguments = _small_arguments(workload)
+    with jax.enable_x64(True):
+        widened = jax.tree.map(
+            lambda x: np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x), arguments
+        )
+        return {name: np.asarray(x) for name, x in jax.jit(_program(workload, "scan"))(*widened).items()}
+
+
+def worst_error(
+    workload: Workload, implementation: dispatch.Implementation, exact: Mapping[str, NDArray]
+) -> ResultError:
+    """Runs an implementation on the check's input; the result that is furthest from `exact_results`."""
+    arguments = _small_arguments(workload)
+    results = jax.jit(_program(workload, implementation))(*arguments)
+    errors = []
+    for name, x in results.items():
+        bound = BOUND if x.dtype.itemsize >= 4 else max(BOUND, float(jnp.finfo(x.dtype).eps))
+        errors.append(ResultError(name, relative_error(np.asarray(x, np.float64), exact[name]), bound))
+    return max(errors, key=lambda found: found.error / found.bound)
+
+
+def relative_error(x: NDArray, exact: NDArray) -> float:
+    """|x - exact| / |exact| in the L2 norm, |x| where exact is zero; infinite if x is not finite."""
+    error = float(np.linalg.norm(x - exact)) / (float(np.linalg.norm(exact)) or 1.0)
+    return error if math.isfinite(error) else math.inf
+
+
+def _limits(workload: Workload) -> Shape:
+    """The largest sizes of the check."""
+    return _SMALL._replace(heads=_SMALL_CHANNELS) if workload.problem.shape[3] == 1 else _SMALL
+
+
+def _small_arguments(workload: Workload) -> tuple[Inputs, Array | None]:
+    return _arguments(workload, Shape(*map(min, workload.problem.shape, _limits(workload))))
+
+
+def _arguments(workload: Workload, shape: Shape) -> tuple[Inputs, Array | None]:
+    """Inputs like a trained model's, on the device, and segment ids; large ones repeat along rows, steps and heads."""
+    drawn = Shape(*map(min, shape, _limits(workload)._replace(time=_DRAWN_STEPS)))
+    cases = importlib.import_module(f"rwkv_kernels.ops.{workload.operator}.cases")
+    operator = rwkv_kernels.OPERATORS[workload.operator]
+    sizes = dict(zip("BTHNM", shape, strict=True)) | {"C": shape.heads}
+    inputs: Inputs = cases.make_inputs("realistic", drawn)
+    state = inputs.pop("state")
+    letters = "BC" if isinstance(state, tuple) else "BHMN"
+
+    def repeated(x: NDArray, axes: Sequence[str], dtype: str) -> Array:
+        wanted = [sizes[axis] for axis in axes]
+        counts = [-(-size // own) for size, own in zip(wanted, x.shape, strict=True)]
+        return jnp.tile(jnp.asarray(x, dtype), counts)[tuple(map(slice, wanted))]
+
+    recurrence = workload.problem.dtype
+    over_all = {
+        name: repeated(x, operator.axes[name].split(), recurrence if name in ("log_w", "u") else workload.inputs)
+        for name, x in inputs.items()
+    }
+    over_all["state"] = jax.tree.map(lambda x: repeated(x, letters, recurrence), state)
+    if not workload.packed:
+        return over_all, None
+    thirds = 3 * jnp.arange(shape.time, dtype=jnp.int32) // shape.time
+    return over_all, jnp.broadcast_to(thirds, (shape.batch, shape.time))
+
+
+def _program(
+    workload: Workload, implementation: str | dispatch.Implementation
+) -> Callable[[Inputs, Array | None], dict[str, Array]]:
+    """(inputs, segment ids) -> results by name; cotangents of y and of the final state are v and the initial state."""
+    operator = getattr(rwkv_kernels, workload.operator)
+
+    def forward(inputs: Inputs, segment_ids: Array | None) -> tuple[Array, Any]:
+        return operator(**inputs, segment_ids=segment_ids, implementation=implementation, validate=False)
+
+    def run(inputs: Inputs, segment_ids: Array | None) -> dict[str, Array]:
+        if not workload.gradients:
+            y, state = forward(inputs, segment_ids)
+            return _named({"y": y, "state": state})
+        (y, state), pull_back = jax.vjp(lambda inputs: forward(inputs, segment_ids), inputs)
+        (gradients,) = pull_back((inputs["v"], inputs["state"]))
+        return _named({"y": y, "state": state} | {f"d{name}": x for name, x in gradients.items()})
+
+    return run
+
+
+def _named(results: Mapping[str, Any]) -> dict[str, Array]:
+    paths = jax.tree.leaves_with_path(dict(results))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in paths}
+
+
+def _compiled(
+    workload: Workload, implementation: dispatch.Implementation, arguments: Any, memory: int | None
+) -> Callable[..., Any]:
+    """The program for arguments of the workload's sizes; raises MemoryError if it takes more than there is."""
+    program = jax.jit(_program(workload, implementation)).lower(*arguments).compile()
+    analysis = program.memory_analysis()
+    if memory is not None and analysis is not None:
+        needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+        if needed > memory:
+            raise MemoryError(f"it takes {needed / 2**30:.1f} GiB, and there are {memory / 2**30:.1f}")
+    return program
+
+
+def _median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:
+    """Median time from launch to results after a first call, which is all that is made of what takes over the limit."""
+
+    def seconds() -> float:
+        started = clock()
+        jax.block_until_ready(run())
+        return clock() - started
+
+    first = seconds()
+    return first if first > limit else statistics.median(seconds() for _ in range(repetitions))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,133 @@
+"""Which implementation is taken by measurement: a wrong one never, whatever its time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rwkv_kernels import OPERATORS, autotune, dispatch
+from rwkv_kernels.autotune import BOUND, Trial, Tuning, Workload, workload_here
+
+SCAN = OPERATORS["wkv6"].implementations["scan"]
+SHAPE = (2, 5, 1, 4, 4)
+
+
+def changed(change: Callable[[Any, Any], tuple[Any, Any]]) -> dispatch.Implementation:
+    """The definition with other results."""
+    return dispatch.Implementation(lambda *inputs, **options: change(*SCAN.run(*inputs, **options)), dispatch.anything)
+
+
+def raising(*_: object, **__: object) -> tuple:
+    raise NotImplementedError("no lowering\nfor this device")
+
+
+def clock(*durations: float) -> Callable[[], float]:
+    """Seconds that pass during one timed call after another; fails if there are more calls."""
+    times, now = [], 0.0
+    for duration in durations:
+        times += [now, now + duration]
+        now += duration
+    return iter(times).__next__
+
+
+def tune(workload: Workload, durations: Iterable[float] = (), **implementations: dispatch.Implementation) -> Tuning:
+    return autotune.tune(workload, implementations=implementations, repetitions=3, clock=clock(*durations))
+
+
+def test_the_fastest_that_is_right_is_taken() -> None:
+    tuning = tune(
+        workload_here("wkv6", SHAPE),
+        [9.0, 2.0, 1.0, 8.0, 9.0, 0.5, 7.0, 1.5],  # the first call of each is not counted
+        slow=SCAN,
+        wrong_y=changed(lambda y, state: (1.001 * y, state)),
+        wrong_state=changed(lambda y, state: (y, 1.001 * state)),
+        wrong_gradient=changed(lambda y, state: (1.001 * y - 0.001 * jax.lax.stop_gradient(y), state)),
+        no_number=changed(lambda y, state: (jnp.nan * y, state)),
+        raises=dispatch.Implementation(raising, dispatch.anything),
+        elsewhere=dispatch.Implementation(raising, lambda problem: f"this is a {problem.platform}"),
+        fast=SCAN,
+    )
+    trials = {trial.name: trial for trial in tuning.trials}
+    assert tuning.chosen == "fast"
+    assert (trials["slow"].seconds, trials["fast"].seconds) == (2.0, 1.5)
+    assert trials["slow"].failure is trials["fast"].failure is None
+    assert 0 < (trials["slow"].error or 0) < 1e-5
+    assert trials["wrong_y"].failure == f"WRONG: y is off by 1e-03, at most {BOUND:.0e}"
+    assert trials["wrong_state"].failure == f"WRONG: state is off by 1e-03, at most {BOUND:.0e}"
+    assert (trials["wrong_gradient"].failure or "").startswith("WRONG: d")
+    assert trials["wrong_gradient"].error == pytest.approx(1e-3, rel=0.1)
+    assert trials["no_number"].error == math.inf
+    assert trials["raises"] == Trial("raises", None, None, "fails: NotImplementedError: no lowering")
+    assert trials["elsewhere"] == Trial("elsewhere", None, None, f"cannot: this is a {jax.default_backend()}")
+
+    first, *lines = str(tuning).splitlines()
+    assert first.startswith("wkv6 B2 T5 H1 N4 M4 float32 on ")
+    assert first.endswith("float32 inputs, with gradients:")
+    assert [line.split()[0] for line in lines] == list(trials)
+    assert lines[-1].endswith("1500.000 ms  taken: the fastest")
+    assert lines[0].endswith("2000.000 ms  right")
+
+
+def test_what_takes_ten_times_as_long_is_not_timed_again() -> None:
+    """What the table takes is the first to be timed, and so is usually what others are compared with."""
+    workload = workload_here("wkv6", SHAPE, gradients=False)
+    tuning = tune(workload, [1.0, 1.0, 1.0, 1.0, 11.0], associative_scan=SCAN, chunked=SCAN)
+    assert [trial[::2] for trial in tuning.trials] == [("associative_scan", 11.0), ("chunked", 1.0)]
+
+
+def test_without_one_that_is_right_nothing_is_taken() -> None:
+    workload = workload_here("wkv6", SHAPE, gradients=False)
+    tuning = autotune.tune(workload, implementations={"scan": SCAN}, memory=100)
+    assert (tuning.chosen, tuning.trials[0].seconds) == (None, None)
+    assert (tuning.trials[0].failure or "").startswith("fails: MemoryError: it takes ")
+
+
+def test_half_precision_may_round_its_results_but_not_the_state() -> None:
+    workload = workload_here("wkv6", SHAPE, "bfloat16", gradients=False)
+    exact = autotune.exact_results(workload)
+    assert autotune.worst_error(workload, SCAN, exact).is_right
+    wrong = autotune.worst_error(workload, changed(lambda y, state: (y, 1.001 * state)), exact)
+    assert (wrong.name, wrong.bound, wrong.is_right) == ("state", BOUND, False)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("wkv4", (3, 300, 70, 1, 1)), ("wkv5", (3, 300, 3, 4, 4))])
+def test_the_timed_call_has_the_sizes_and_dtypes_of_the_workload(name: str, shape: tuple[int, ...]) -> None:
+    """And the checked one is smaller, but as large in a head."""
+    operator, seen = OPERATORS[name], []
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        seen.append((inputs, options["segments"]))
+        return operator.implementations["scan"].run(*inputs, **options)
+
+    workload = workload_here(name, shape, "bfloat16", gradients=False, packed=True)  # pyright: ignore[reportArgumentType]
+    spy = dispatch.Implementation(run, dispatch.anything)
+    tuning = autotune.tune(workload, implementations={"spy": spy}, repetitions=1)
+    assert tuning.chosen == "spy"
+    (small, _), (timed, segments) = seen
+    rows, steps, heads, *_ = shape
+    of_head = () if name == "wkv4" else (4,)
+    assert [x.shape for x in timed[:-1] if x.ndim > 2] == [(rows, steps, heads, *of_head)] * (
+        2 if name == "wkv4" else 3
+    )
+    assert [x.dtype for x in timed[:-1]] == [
+        jnp.float32 if axes in ("C", "H N") else jnp.bfloat16 for axes in operator.axes.values()
+    ]
+    assert {x.dtype for x in jax.tree.leaves(timed[-1])} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.leaves(timed[-1])[0].shape == ((rows, heads) if name == "wkv4" else (rows, heads, 4, 4))
+    assert segments.shape == (rows, steps)
+    assert next(x.shape for x in small[:-1] if x.ndim > 2) == (2, 80, 64 if name == "wkv4" else 2, *of_head)
+
+
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_kernel_that_is_right_is_taken(gradients: bool) -> None:
+    kernel = OPERATORS["wkv7"].implementations["pallas_triton"]
+    interpreted = dispatch.Implementation(functools.partial(kernel.run, interpret=True), dispatch.anything)
+    tuning = tune(workload_here("wkv7", (1, 20, 1, 8, 8), gradients=gradients), [1.0] * 4, pallas_triton=interpreted)
+    assert tuning.chosen == "pallas_triton"
+    assert (tuning.trials[0].error or 1) < 5e-6
