@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 from peers_processes import PeerError, PeerProcess, progress
 from peers_protocol import Job, Request
 from rwkv_jax.bench.random_model import RandomTensors
-from rwkv_jax.cli.machine import available_cores, describe_machine
+from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.host import available_cores
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors
 

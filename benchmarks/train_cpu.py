@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_processes import PeerError, PeerProcess, progress
-from rwkv_jax.cli.machine import available_cores, processor
+from rwkv_jax.host import available_cores, processor
 from train_cpu_worker import WARMUP_STEPS, Job
 
 TITLES = {

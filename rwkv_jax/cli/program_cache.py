@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.cli.machine import instruction_sets
+from rwkv_jax.host import cache_folder, instruction_sets
 
 MIN_COMPILE_SECONDS = 0.5
 """Programs that compile faster are not cached, unless JAX is configured to."""
@@ -20,12 +20,8 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
     Different machines may share the user's folders, and JAX's cache entries do not record which CPU instructions they
     need.
-
-    Source: the XDG Base Directory Specification, which says to ignore relative paths in XDG_CACHE_HOME.
     """
-    given = environment.get("XDG_CACHE_HOME", "")
-    root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
-    return root / "rwkv-jax" / "programs" / instruction_sets()
+    return cache_folder(environment) / "programs" / instruction_sets()
 
 
 def keep_programs() -> None:

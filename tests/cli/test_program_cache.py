@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import pytest
 
-from rwkv_jax.cli.machine import instruction_sets
 from rwkv_jax.cli.program_cache import MIN_COMPILE_SECONDS, default_folder, describe_program_cache, keep_programs
+from rwkv_jax.host import instruction_sets
 
 REPOSITORY = Path(__file__).parents[2]
 
