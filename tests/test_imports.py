@@ -86,6 +86,7 @@ LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tabl
 
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "config": ((), ()),
+    "autotune": (("config", "kernels"), ("jax",)),
     "recipes": (("config",), ()),
     "data": (("config",), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
     "held_out": (("data",), ()),
@@ -102,6 +103,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "training": (
         # Samples of a run are drawn by the engine's pure functions, without the engine.
         (
+            "autotune",
             "checkpoint_files",
             "config",
             "data",
@@ -125,6 +127,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bench": (("config", "data", "models", "weights", "inference"), ("jax", "flax", "numpy")),
     "cli": (
         (
+            "autotune",
             "bench",
             "config",
             "data",

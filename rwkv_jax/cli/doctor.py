@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
 import importlib.metadata
-import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from rwkv_jax.cli.machine import available_cores, find_devices, processor
+from rwkv_jax import host
+from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.cli.program_cache import describe_program_cache
 from rwkv_jax.config import GENERATIONS, ConfigError, ModelConfig
 
@@ -32,9 +30,6 @@ OPTIONAL = {
 }
 """Optional packages and the features that need them."""
 
-BOUND = 1e-4
-"""Maximum relative error in float32 of a correct operator; on a CPU it is below 1e-5."""
-
 
 class Check(NamedTuple):
     """Comparison of an operator with its definition in float64."""
@@ -44,12 +39,15 @@ class Check(NamedTuple):
     what: str
     """`prompts` or `single tokens`."""
     error: float
-    """|result - definition| / |definition| in the L2 norm; infinite for NaN."""
+    """|result - definition| / |definition| in the L2 norm, of y or of the state; infinite for NaN."""
+
+    bound: float
+    """Largest error of a right result."""
 
     @property
     def passes(self) -> bool:
-        """Whether the error is within `BOUND`."""
-        return self.error <= BOUND
+        """Whether the error is within the bound."""
+        return self.error <= self.bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,7 @@ class Doctor:
             problem = error
             print("devices: none")
         print(describe_program_cache())
+        _tell(describe_measurements())
         _tell(describe_packages())
         if problem is not None:
             raise problem
@@ -80,7 +79,7 @@ class Doctor:
         print("\nself-check: float32 against the definition in float64")
         checks = check_operators()
         for check in checks:
-            verdict = "good" if check.passes else f"WRONG: at most {BOUND:.0e}"
+            verdict = "good" if check.passes else f"WRONG: at most {check.bound:.0e}"
             print(
                 f"  {check.operator:<6} {check.implementation:<16} {check.what:<14} relative error {check.error:.1e}  "
                 f"{verdict}"
@@ -95,9 +94,9 @@ class Doctor:
 def describe_platform() -> Iterator[str]:
     """Platform, processor and memory, one line each."""
     yield f"platform: {platform.platform()}, {platform.machine()}"
-    yield f"processor: {processor()}; using {available_cores()} of {os.cpu_count()} cores"
-    if hasattr(os, "sysconf"):
-        yield f"memory: {_gibibytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+    yield f"processor: {host.processor()}; using {host.available_cores()} of {os.cpu_count()} cores"
+    if (memory := host.memory()) is not None:
+        yield f"memory: {_gibibytes(memory)}"
 
 
 def describe_devices() -> Iterator[str]:
@@ -106,6 +105,16 @@ def describe_devices() -> Iterator[str]:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {_gibibytes(limit)} for JAX" if limit else ""
         yield f"device {device.id}: {device.platform} ({device.device_kind}){memory}"
+
+
+def describe_measurements() -> Iterator[str]:
+    """What `rwkv tune` and runs have measured on this user's machines, one line each."""
+    from rwkv_jax import autotune
+
+    try:
+        yield from autotune.describe(autotune.default_path())
+    except autotune.TuningFileError as error:
+        yield f"measured operators: {error}"
 
 
 def describe_packages() -> Iterator[str]:
@@ -142,46 +151,21 @@ def describe_engine() -> Iterator[str]:
 
 def check_operators() -> list[Check]:
     """Runs every operator on a small problem, as training and the engine do, and compares it with float64."""
-    import jax
-    import numpy as np
-
     import rwkv_kernels
-    from rwkv_kernels.testing.cases import Shape
+    from rwkv_kernels import autotune
 
     checks = []
-    for name in rwkv_kernels.OPERATORS:
-        operator, cases = getattr(rwkv_kernels, name), importlib.import_module(f"rwkv_kernels.ops.{name}.cases")
+    for name, operator in rwkv_kernels.OPERATORS.items():
         named, _ = _prefill_choice(name)
-        # Several calls, to check the state passed between them.
-        for what, num_steps, num_calls in (("prompts", 80, 2), ("single tokens", 3, 3)):
-            shape = Shape(batch=2, time=num_steps, heads=2, key_dim=16, value_dim=16)
-            inputs = cases.make_inputs("realistic", shape)
-            with jax.enable_x64(True):
-                expected = _in_calls(operator, inputs, "scan", num_calls)
-            in_float32 = jax.tree.map(np.float32, inputs)
-            sizes = (2, num_steps // num_calls, 32) if name == "wkv4" else (2, num_steps // num_calls, 2, 16)
-            chosen = rwkv_kernels.explain(name, sizes).chosen
+        for what, num_steps in (("prompts", 80), ("single tokens", 1)):
+            shape = (2, num_steps, 32, 1, 1) if name == "wkv4" else (2, num_steps, 2, 16, 16)
+            workload = autotune.workload_here(name, shape, gradients=False)
+            exact = autotune.exact_results(workload)
+            chosen = rwkv_kernels.explain(name, shape).chosen
             for implementation in dict.fromkeys((chosen, named or chosen)):
-                found = _in_calls(operator, in_float32, implementation, num_calls)
-                error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-                checks.append(Check(name, implementation, what, error if np.isfinite(error) else math.inf))
+                worst = autotune.worst_error(workload, operator.implementations[implementation], exact)
+                checks.append(Check(name, implementation, what, worst.error, worst.bound))
     return checks
-
-
-def _in_calls(operator: Callable[..., Any], inputs: Mapping[str, Any], implementation: str, num_calls: int) -> Any:
-    """y [B, T, ...] in several calls over equal parts of the time axis."""
-    import jax
-    import numpy as np
-
-    run = jax.jit(functools.partial(operator, implementation=implementation))
-    time = inputs["v"].shape[1] // num_calls
-    state, ys = inputs["state"], []
-    for begin in range(0, num_calls * time, time):
-        # Others are [H, N] or [C], constant over time.
-        over_time = {name: x[:, begin : begin + time] for name, x in inputs.items() if name != "state" and x.ndim > 2}
-        y, state = run(**(dict(inputs) | over_time | {"state": state}))
-        ys.append(np.asarray(y))
-    return np.concatenate(ys, axis=1)
 
 
 def _prefill_choice(operator: str) -> tuple[str | None, str]:

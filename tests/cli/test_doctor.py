@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy
 import pytest
 
+from rwkv_jax import autotune
 from rwkv_jax.cli import doctor
-from rwkv_jax.cli.doctor import BOUND, Check
+from rwkv_jax.cli.doctor import Check
 from rwkv_kernels import OPERATORS, dispatch
+from rwkv_kernels.autotune import BOUND, Trial, Tuning, workload_here
 from tests.cli.commands import Command
 
 
@@ -80,6 +83,18 @@ def test_single_tokens_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed == [("wkv5", "scan", "single tokens")]
 
 
+def test_what_has_been_measured_is_said(rwkv: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "check_operators", list)
+    monkeypatch.setenv(autotune.VARIABLE, str(tmp_path / "tuning.json"))
+    tuning = Tuning(workload_here("wkv6", (2, 32, 3, 16, 16)), (Trial("scan", 0.0, 2e-3, None),))
+    autotune.keep(tmp_path / "tuning.json", tuning)
+    out = rwkv("doctor").out
+    assert f"\nmeasured operators: 1 in {tmp_path / 'tuning.json'}\n  wkv6 B2 T32 H3 N16 M16 float32 on " in out
+    assert ", with gradients: scan, 2.000 ms\n" in out
+    (tmp_path / "tuning.json").write_text("{}")
+    assert f"\nmeasured operators: {tmp_path / 'tuning.json'}: is no file of measurements of " in rwkv("doctor").out
+
+
 def test_what_the_engine_takes_is_said_with_its_reason() -> None:
     lines = list(doctor.describe_engine())
     assert len(lines) == len(OPERATORS)
@@ -126,9 +141,9 @@ def test_a_failed_check_is_the_exit_status(
     rwkv: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [
-        Check("wkv4", "chunked", "prompts", BOUND / 2),
-        Check("wkv5", "chunked", "prompts", 2 * BOUND),
-        Check("wkv5", "scan", "single tokens", 2 * BOUND),
+        Check("wkv4", "chunked", "prompts", BOUND / 2, BOUND),
+        Check("wkv5", "chunked", "prompts", 2 * BOUND, BOUND),
+        Check("wkv5", "scan", "single tokens", 2 * BOUND, BOUND),
     ]
     monkeypatch.setattr(doctor, "check_operators", lambda: checks)
     with pytest.raises(SystemExit, match="rwkv: wkv5: wrong on this machine"):

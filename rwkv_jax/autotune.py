@@ -1,0 +1,197 @@
+"""The WKV operator's fastest implementation by measurement, kept in a file of the user's cache folder.
+
+A measurement holds for one kind of device, one workload, one version of JAX and one of the kernels; anything else is
+measured anew. Given the file, the choice is always the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import rwkv_kernels
+from rwkv_jax import host
+from rwkv_jax.atomic import replace_file
+from rwkv_jax.checks import ConfigError, is_number
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
+from rwkv_kernels import autotune
+from rwkv_kernels.autotune import Trial, Tuning, Workload
+
+VARIABLE = "RWKV_JAX_TUNING"
+"""Environment variable that names another file."""
+
+FORMAT = "rwkv-jax tuning 1"
+
+
+class TuningFileError(ConfigError):
+    """A file that holds no measurements of ours, or is damaged; the message has its path and the remedy."""
+
+
+def default_path(environment: Mapping[str, str] | None = None) -> Path:
+    """The file of measurements: the one that `VARIABLE` names, or `rwkv-jax/tuning.json` in the user's cache folder."""
+    environment = os.environ if environment is None else environment
+    given = environment.get(VARIABLE)
+    return Path(given).expanduser() if given else host.cache_folder(environment) / "tuning.json"
+
+
+def training_workload(
+    config: ModelConfig, rows: int, num_steps: int, *, tensor: int = 1, packed: bool = True
+) -> Workload | None:
+    """The operator's calls in a training step, as one device of the mesh makes them; None without an operator.
+
+    Args:
+      rows, num_steps: of a device.
+      tensor: devices that split the heads.
+      packed: whether rows have several documents.
+    """
+    if config.spec.operator is None:
+        return None
+    heads, head_dim = (config.num_heads, config.head_dim) if config.spec.has_heads else (config.width, 1)
+    shape = (rows, num_steps, heads // tensor, head_dim, head_dim)
+    return autotune.workload_here(config.spec.operator, shape, config.dtype, packed=packed)
+
+
+def measure(workload: Workload) -> Tuning:
+    """Checks and times all implementations; see `rwkv_kernels.autotune.tune`."""
+    memory = host.memory() if workload.problem.platform == "cpu" else None
+    return autotune.tune(workload, memory=None if memory is None else memory // 2)
+
+
+def find(path: Path, workload: Workload) -> Tuning | None:
+    """The measurement of a workload here, or None; one whose choice is no longer there is none.
+
+    Raises:
+      TuningFileError: the file is not one of ours, or is damaged.
+    """
+    trials = _read(path).get(_key(workload))
+    if trials is None:
+        return None
+    tuning = Tuning(workload, trials)
+    chosen = rwkv_kernels.OPERATORS[workload.operator].implementations.get(tuning.chosen or "")
+    return tuning if chosen is not None and chosen.refuses(workload.problem) is None else None
+
+
+def keep(path: Path, tuning: Tuning) -> None:
+    """Adds a measurement to the file, in place of an earlier one of the same workload.
+
+    Raises:
+      TuningFileError: what is there is not one of ours, or is damaged; it stays as it is.
+      OSError: the folder cannot be written.
+    """
+    entries = _read(path) | {_key(tuning.workload): tuning.trials}
+    listed = [
+        {"of": json.loads(key), "trials": [_finite(trial) for trial in trials]} for key, trials in entries.items()
+    ]
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    replace_file(path, json.dumps(with_digest({"format": FORMAT, "entries": listed}), indent=1).encode())
+
+
+def describe(path: Path) -> list[str]:
+    """What a file of measurements holds, a line each; those of other versions or devices are marked.
+
+    Raises:
+      TuningFileError: the file is not one of ours, or is damaged.
+    """
+    entries = _read(path)
+    lines = [f"measured operators: {len(entries) or 'none yet'} in {path}"]
+    here = _versions()
+    for key, trials in entries.items():
+        of = json.loads(key)
+        sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", of["shape"], strict=True))
+        how = ("with gradients" if of["gradients"] else "forward") + (", packed" if of["packed"] else "")
+        fastest = min(((trial.seconds, trial.name) for trial in trials if trial.seconds is not None), default=None)
+        found = "none is right" if fastest is None else f"{fastest[1]}, {1e3 * fastest[0]:.3f} ms"
+        old = "" if here.items() <= of.items() else "; of another version, not used"
+        lines.append(f"  {of['operator']} {sizes} {of['inputs']} on {of['device']}, {how}: {found}{old}")
+    return lines
+
+
+def _versions() -> dict[str, str]:
+    return {"jax": jax.__version__, "kernels": _kernels_digest()}
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    """Of the kernels' source, which changes oftener than the package's version."""
+    folder, digest = Path(rwkv_kernels.__file__).parent, hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(workload: Workload) -> str:
+    """All that a measurement depends on, as JSON."""
+    problem = workload.problem
+    device = problem.device_kind
+    if problem.platform == "cpu":  # whose kind is "cpu", whatever it is
+        device = f"{host.processor()}, {host.available_cores()} cores"
+    of = {
+        "operator": workload.operator,
+        "shape": problem.shape,
+        "recurrence": problem.dtype,
+        "inputs": workload.inputs,
+        "gradients": workload.gradients,
+        "packed": workload.packed,
+        "platform": problem.platform,
+        "device": device,
+    }
+    return json.dumps(of | _versions(), sort_keys=True)
+
+
+def _finite(trial: Trial) -> Trial:
+    """Without an infinite error, which JSON does not have; its failure tells."""
+    return trial if trial.error is None or math.isfinite(trial.error) else trial._replace(error=None)
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("operator", "recurrence", "inputs", "platform", "device", "jax", "kernels"), str),
+    **dict.fromkeys(("gradients", "packed"), bool),
+    "shape": list,
+}
+
+
+def _read(path: Path) -> dict[str, tuple[Trial, ...]]:
+    """The file's trials by key; nothing if there is no file."""
+    remedy = f"delete it to measure again, or name another file with --cache or {VARIABLE}"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TuningFileError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    parsed = parse_object(content, path, TuningFileError, remedy)
+    if parsed.get("format") != FORMAT:
+        raise TuningFileError(f"{path}: is no file of measurements of this version ({FORMAT!r}); {remedy}")
+    if not is_unchanged(parsed, required=True):
+        raise TuningFileError(f"{path}: has changed since it was written, its digest is another; {remedy}")
+    entries: Any = parsed.get("entries")
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise TuningFileError(f"{path}: has an entry that is no measurement; {remedy}")
+    return {
+        json.dumps(entry["of"], sort_keys=True): tuple(Trial(*trial) for trial in entry["trials"]) for entry in entries
+    }
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(of := entry.get("of"), dict) or of.keys() != _KINDS.keys():
+        return False
+    if any(type(of[name]) is not kind for name, kind in _KINDS.items()) or len(of["shape"]) != 5:
+        return False
+    return isinstance(entry.get("trials"), list) and all(map(_is_trial, entry["trials"]))
+
+
+def _is_trial(trial: Any) -> bool:
+    if not isinstance(trial, list) or len(trial) != len(Trial._fields):
+        return False
+    name, error, seconds, failure = trial
+    numbers = all(x is None or (is_number(x) and math.isfinite(x)) for x in (error, seconds))
+    return isinstance(name, str) and numbers and (failure is None or isinstance(failure, str))
