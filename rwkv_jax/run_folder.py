@@ -147,7 +147,7 @@ def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """Config and identity of a run, from its run.json.
+    """Config and identity of a run, and the choices that it has recorded, if any, from its run.json.
 
     Raises:
       ConfigError: it is missing or damaged, or has changed since it was written.
@@ -157,6 +157,9 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         content = parse_object(path.read_bytes(), "its content")
         if not all(isinstance(content.get(part), dict) for part in ("config", "identity")):
             raise ConfigError("config or identity is missing")
+        choices = content.get("choices", {})
+        if not isinstance(choices, dict) or not all(isinstance(value, str) for value in choices.values()):
+            raise ConfigError("choices are no names")
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
     except (OSError, ConfigError) as error:
@@ -168,12 +171,24 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
             f"{path}: has changed since it was written, its digest is another; put the file back, or, if it was to be "
             "changed, take the digest out of it"
         )
-    return {part: content[part] for part in ("config", "identity")}
+    return {part: content[part] for part in ("config", "identity", "choices") if part in content}
 
 
-def write_run(run_dir: Path, config: TrainConfig, run_identity: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes run.json, by which the folder is recognized as a run, then the tokenizer."""
+def write_run(
+    run_dir: Path,
+    config: TrainConfig,
+    run_identity: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    choices: Mapping[str, str] | None = None,
+) -> None:
+    """Writes run.json, by which the folder is recognized as a run, then the tokenizer.
+
+    Args:
+      choices: what was measured where the config leaves it open, by name; a resumed run keeps to it.
+    """
     content = {"config": to_dict(config), "identity": dict(run_identity)}
+    if choices:
+        content["choices"] = dict(choices)
     replace_file(run_dir / RUN_FILE, json.dumps(with_digest(content), indent=2).encode())
     replace_file(run_dir / tokenizer.saved.name, tokenizer.saved.content)
 

@@ -103,6 +103,7 @@ class TestRunFolder:
         "content",
         [
             *("", "{", "[]", "3", "{}", '{"config": {}}', "\x00\x01", '{"config": [], "identity": {}}'),
+            *('{"config": {}, "identity": {}, "choices": []}', '{"config": {}, "identity": {}, "choices": {"x": [1]}}'),
             *('{"config": {}, "identity": 3}', "[" * 100_000, '{"config": {}, "identity": {}, "config": {}}'),
         ],
         ids=lambda content: content[:40],

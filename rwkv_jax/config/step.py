@@ -126,6 +126,9 @@ class StepConfig:
     taken; None never does. They count as bad steps."""
     spike_window: int = 64
     """Steps of the median that spike_factor multiplies; none is skipped before there are as many."""
+    tune: Literal["auto", "always", "never"] = "auto"
+    """Whether a new run with model.wkv_implementation = None takes the fastest one by measurement, of `rwkv tune` or at
+    its start: auto does on a GPU or TPU. The choice is in run.json, and kept when the run is resumed."""
 
     def __post_init__(self) -> None:
         require_choices(self, "training")

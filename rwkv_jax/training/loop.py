@@ -39,6 +39,7 @@ from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
+from rwkv_jax.training.operator_choice import choose_operator, with_choices
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -120,9 +121,13 @@ def _train(
         if processes.is_first:
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
-    elif processes.is_first:
+    choices = choose_operator(config, trainer.sharded.mesh, saved_run, processes, console.print)
+    sampled = trainer.graphdef  # single tokens are taken as the table has it
+    if (chosen := with_choices(config, choices)) != config:
+        trainer = make_train_functions(chosen, trainer.sharded.mesh)
+    if saved_run is None and processes.is_first:
         with writing(run_dir):
-            run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
+            run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
 
     stack.enter_context(console)
     stop = SyncedStop(stack.enter_context(stop_requests()), processes)
@@ -133,7 +138,7 @@ def _train(
     # Functions, each compiled once.
     train_step = jax.jit(trainer.train_step, donate_argnums=0)
     evaluate_held_out = _held_out_evaluation(config, corpus, jax.jit(trainer.eval_step), load)
-    sampler = Sampler(trainer.graphdef, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
+    sampler = Sampler(sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
     # State: that of the newest checkpoint, or a new one.
@@ -154,7 +159,7 @@ def _train(
             console.print(notice)
         if processes.is_first:
             with writing(run_dir):
-                run_folder.write_run(run_dir, config, identity, corpus.tokenizer)
+                run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
 
     writer = None
     if processes.is_first:

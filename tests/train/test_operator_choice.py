@@ -1,0 +1,244 @@
+"""Which implementation a run's steps take, and that a resumed run takes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rwkv_jax import autotune
+from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
+from rwkv_jax.parallel.processes import Processes
+from rwkv_jax.training import loop
+from rwkv_jax.training.operator_choice import choose_operator, run_workload, with_choices
+from rwkv_kernels import dispatch
+from rwkv_kernels.autotune import Trial, Tuning, Workload
+from tests.small_runs import assert_same_bits
+from tests.train.in_process import Run, restore, run
+
+CONFIG = TrainConfig(run_dir="runs/mine", training=StepConfig(batch_size=4, sequence_length=32))
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of measurements."""
+    monkeypatch.setenv(autotune.VARIABLE, str(tmp_path / "tuning.json"))
+    return tmp_path / "tuning.json"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
+    """What has been measured; the scan is always found to be the fastest."""
+    workloads: list[Workload] = []
+
+    def measure(workload: Workload) -> Tuning:
+        workloads.append(workload)
+        failure = "WRONG: dk is off by 3e-01, at most 1e-04"
+        trials = (
+            Trial("scan", 1e-7, 1e-3, None),
+            Trial("chunked", 1e-7, 4e-3, None),
+            Trial("pallas_triton", 0.3, None, failure),
+            Trial("pallas_mosaic_tpu", None, None, "cannot: it needs a TPU, and this is gpu"),
+        )
+        return Tuning(workload, trials)
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    return workloads
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with a GPU says of itself."""
+    monkeypatch.setattr(dispatch, "problem_here", lambda shape, dtype: dispatch.Problem("gpu", shape, dtype, H100))
+
+
+def choose(config: TrainConfig = CONFIG, saved_run: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """What is recorded, and what is said."""
+    lines: list[str] = []
+    return choose_operator(config, None, saved_run, Processes(), lines.append), lines
+
+
+def with_tune(setting: Any) -> TrainConfig:
+    return dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, tune=setting))
+
+
+# The choice of a new run
+
+
+def test_on_a_gpu_a_new_run_measures_once(on_a_gpu: None, measured: list[Workload], path: Path) -> None:
+    choices, lines = choose()
+    assert choices == {"wkv_implementation": "scan"}
+    assert [str(workload) for workload in measured] == [
+        f"wkv7 B4 T32 H8 N64 M64 float32 on gpu ({H100}), float32 inputs, with gradients, packed"
+    ]
+    others = "chunked 4.000, pallas_triton WRONG: dk is off by 3e-01, at most 1e-04"
+    found = f"operator: wkv7 by scan, 1.000 ms a call ({others})"
+    assert lines == [
+        f"measuring the implementations of {measured[0]}: once, for up to some minutes",
+        f"{found}; measured now, kept in {path}",
+    ]
+    assert choose() == (choices, [f"{found}; measured before, in {path}"])
+    assert len(measured) == 1
+
+
+def test_on_a_cpu_only_who_asks_measures(measured: list[Workload], path: Path) -> None:
+    assert choose() == choose(with_tune("never")) == ({}, [])
+    assert not measured
+    assert not path.exists()
+    assert choose(with_tune("always"))[0] == {"wkv_implementation": "scan"}
+    assert len(measured) == 1
+
+
+def test_on_a_gpu_that_measures_nothing_the_tables_choice_is_said(on_a_gpu: None, measured: list[Workload]) -> None:
+    assert choose(with_tune("never")) == (
+        {},
+        ["operator: wkv7 by chunked, by the table, not measured on this device (training.tune = never)"],
+    )
+    assert not measured
+
+
+@pytest.mark.parametrize("model", [ModelConfig(wkv_implementation="chunked"), ModelConfig(architecture="transformer")])
+def test_where_nothing_is_open_nothing_is_measured(
+    on_a_gpu: None, measured: list[Workload], model: ModelConfig
+) -> None:
+    assert choose(dataclasses.replace(CONFIG, model=model)) == ({}, [])
+    assert not measured
+
+
+def test_a_damaged_file_is_named_and_left_as_it_is(on_a_gpu: None, measured: list[Workload], path: Path) -> None:
+    path.write_text("{}")
+    choices, lines = choose()
+    assert choices == {"wkv_implementation": "scan"}
+    assert lines[0].startswith(f"not used: {path}: is no file of measurements of this version")
+    assert lines[-1].endswith("; measured now, and kept nowhere")
+    assert path.read_text() == "{}"
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    on_a_gpu: None, measured: list[Workload], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(autotune, "keep", keep)
+    choices, lines = choose()
+    assert choices == {"wkv_implementation": "scan"}
+    assert lines[-1].endswith(f"; measured now; {path} cannot be written (Read-only file system)")
+
+
+def test_where_all_are_wrong_the_run_is_refused(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Trial("scan", 0.5, None, "WRONG: y is off by 5e-01, at most 1e-04")
+    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (wrong,)))
+    with pytest.raises(ConfigError, match=r"(?s)no implementation gives right results on this device.*scan .*WRONG: y"):
+        choose()
+
+
+def test_devices_of_a_mesh_have_their_share() -> None:
+    training = dataclasses.replace(CONFIG.training, batch_size=32, accumulation_steps=2, reset_at_documents=False)
+    workload = run_workload(dataclasses.replace(CONFIG, training=training), MeshShape(2, 4, 2, 8))
+    assert workload is not None
+    assert workload.problem.shape == (2, 16, 1, 64, 64)
+    assert not workload.packed
+    mesh = mesh_from_shape(MeshShape(), jax.devices()[:1])
+    assert choose_operator(CONFIG, mesh, None, Processes(), pytest.fail) == {}
+
+
+# What is recorded
+
+RECORDED = {"choices": {"wkv_implementation": "pallas_triton"}}
+
+
+def test_a_resumed_run_takes_what_is_recorded(on_a_gpu: None, measured: list[Workload]) -> None:
+    choices, lines = choose(with_tune("always"), RECORDED)
+    assert choices == RECORDED["choices"]
+    assert lines == ["operator: wkv7 by pallas_triton, as runs/mine has taken its steps so far"]
+    assert with_choices(CONFIG, choices).model.wkv_implementation == "pallas_triton"
+    assert choose(with_tune("always"), {}) == ({}, [])  # a run from before anything was recorded
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("recorded", "reason"),
+    [
+        ("pallas_triton", "it needs an NVIDIA GPU, and this is cpu"),
+        ("pallas_gone", "this version has none of that name"),
+    ],
+)
+def test_what_is_recorded_but_cannot_run_is_refused(recorded: str, reason: str) -> None:
+    saved_run = {"choices": {"wkv_implementation": recorded}}
+    message = (
+        f"model.wkv_implementation = None: runs/mine has taken its steps with '{recorded}', by measurement, which "
+        f"cannot run here: {reason}; resume it where it ran, or name 'chunked', which rounds differently"
+    )
+    with pytest.raises(ConfigError) as error:
+        choose(saved_run=saved_run)
+    assert str(error.value) == message
+    # Who names one goes on with it, and the record stays.
+    named = dataclasses.replace(CONFIG, model=ModelConfig(wkv_implementation="scan"))
+    assert choose(named, saved_run) == (saved_run["choices"], [])
+    assert with_choices(named, saved_run["choices"]) == named
+
+
+# Runs
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The implementations of the models whose steps are built."""
+    names: list[str | None] = []
+    make: Callable[..., Any] = loop.make_train_functions
+
+    def spy(config: TrainConfig, *arguments: Any) -> Any:
+        names.append(config.model.wkv_implementation)
+        return make(config, *arguments)
+
+    monkeypatch.setattr(loop, "make_train_functions", spy)
+    return names
+
+
+def short(config: TrainConfig, num_steps: int, **training: Any) -> TrainConfig:
+    evaluation = dataclasses.replace(config.evaluation, sample_prompts=())
+    steps = dataclasses.replace(config.training, num_steps=num_steps, **training)
+    return dataclasses.replace(config, training=steps, evaluation=evaluation, profile=None)
+
+
+def test_a_run_records_its_choice_and_goes_on_with_it(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: list[str | None]
+) -> None:
+    # The program is then the one that other tests have compiled.
+    tunings = [Trial("chunked", 1e-7, 1e-3, None)]
+    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (tunings.pop(),)))
+    begun = run(short(config, 4, tune="always"), tmp_path / "run")
+    assert "operator: wkv7 by chunked, 1.000 ms a call; measured now, kept in " in begun.output
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert recorded["choices"] == {"wkv_implementation": "chunked"}
+    assert recorded["config"]["model"]["wkv_implementation"] is None
+    resumed = run(short(config, 5), tmp_path / "run")
+    assert f"operator: wkv7 by chunked, as {tmp_path / 'run'} has taken its steps so far" in resumed.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["choices"] == recorded["choices"]
+    assert taken == [None, "chunked", None, "chunked"]
+
+
+@pytest.mark.long
+def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_was_not_stopped(
+    config: TrainConfig, tmp_path: Path, measured: list[Workload], finished: Run
+) -> None:
+    run(short(config, 4, tune="always"), tmp_path / "run")
+    resumed = run(short(config, 8), tmp_path / "run")
+    named = dataclasses.replace(config, model=dataclasses.replace(config.model, wkv_implementation="scan"))
+    straight = run(short(named, 8), tmp_path / "straight")
+    assert_same_bits(resumed.result.state, straight.result.state)
+    assert_same_bits(restore(config, tmp_path / "run"), straight.result.state)
+    assert not (resumed.result.state.params["head"]["weight"] == finished.result.state.params["head"]["weight"]).all()
+
+
+def test_a_run_of_the_tables_choice_records_nothing(finished: Run) -> None:
+    assert "choices" not in json.loads((finished.folder / "run.json").read_text())
+    assert "operator: " not in finished.output
