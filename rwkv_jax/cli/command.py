@@ -20,6 +20,7 @@ from rwkv_jax.cli.program_cache import keep_programs
 from rwkv_jax.cli.tokenize import Tokenize
 from rwkv_jax.cli.train import Train
 from rwkv_jax.cli.train_config import parse_train_config
+from rwkv_jax.cli.tune import Tune, parse_tune
 
 COMMANDS = {
     "train": Train,
@@ -29,6 +30,7 @@ COMMANDS = {
     "info": Info,
     "tokenize": Tokenize,
     "plan": Plan,
+    "tune": Tune,
     "bench": Bench,
     "doctor": Doctor,
 }
@@ -49,11 +51,13 @@ def run(arguments: Sequence[str], program: str = "rwkv") -> None:
         sys.stdout.reconfigure(errors="replace")  # a model may generate characters that the terminal's encoding lacks
     if list(arguments) == ["--version"]:
         print(f"rwkv-jax {rwkv_jax.__version__}")
-    elif arguments[:1] == ["train"]:  # the config file has the defaults of these two
+    elif arguments[:1] == ["train"]:  # the config file has the defaults of these three
         name = "rwkv train" if program == "rwkv" else program
         Train(config=parse_train_config(arguments[1:], name)).run()
     elif arguments[:1] == ["plan"]:
         parse_plan(arguments[1:]).run()
+    elif arguments[:1] == ["tune"]:
+        parse_tune(arguments[1:]).run()
     else:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="rwkv", description=_DESCRIPTION, args=list(arguments)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from rwkv_jax.atomic import new_file
-from rwkv_jax.cli.train_config import load_config
+from rwkv_jax.cli.train_config import first_config_file, load_config
 from rwkv_jax.config import ConfigError, TrainConfig
 
 
@@ -65,14 +65,8 @@ def parse_plan(arguments: Sequence[str]) -> Plan:
     Raises:
       ConfigError: no config file comes first, or the file or a value is invalid.
     """
-    first = arguments[0] if arguments else ""
-    if first in ("-h", "--help"):
+    path = first_config_file("plan", arguments, "rwkv plan CONFIG_FILE --topology NAME [--field value ...]")
+    if path is None:
         return tyro.cli(Plan, args=arguments, default=Plan(tyro.MISSING, tyro.MISSING), prog="rwkv plan")
-    if not first or first.startswith("-"):  # a config file after flags would be ignored
-        raise ConfigError(
-            f"plan: {first!r} stands where the config file does; name that first, since flags change what it says: "
-            "rwkv plan CONFIG_FILE --topology NAME [--field value ...]"
-        )
-    path = Path(first)
     default = Plan(path, tyro.MISSING, config=load_config(path))
     return tyro.cli(Plan, args=arguments, default=default, prog=f"rwkv plan {path}")

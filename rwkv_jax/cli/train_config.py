@@ -1,4 +1,4 @@
-"""Builds a run's config from a file and flags, for `rwkv train` and `rwkv plan`."""
+"""Builds a run's config from a file and flags, for `rwkv train`, `rwkv plan` and `rwkv tune`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ def load_config(path: Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{str(path)!r}: must define config() -> TrainConfig")
     return config
+
+
+def first_config_file(command: str, arguments: Sequence[str], usage: str) -> Path | None:
+    """The config file of a command that needs one; None if help is asked for.
+
+    Raises:
+      ConfigError: something else comes first.
+    """
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        return None
+    if not first or first.startswith("-"):  # a config file after flags would be ignored
+        raise ConfigError(
+            f"{command}: {first!r} stands where the config file does; name that first, since flags change what it "
+            f"says: {usage}"
+        )
+    return Path(first)
 
 
 def parse_train_config(arguments: Sequence[str], program: str = "rwkv train") -> TrainConfig:
