@@ -78,8 +78,9 @@ def kills(folder: Path, number: int, seed: int) -> list[Row]:
     place = Workplace(folder, folder / "programs", CONFIG)
     steps = ("--training.num-steps", str(8 * number + 16))
     unbroken, killed, draws = place.folder / "unbroken", place.folder / "killed", random.Random(seed)
-    place.finish(place.command(unbroken, *steps), unbroken)
+    place.finish(place.command(unbroken, *steps), unbroken, patience=60 * number)
     for kill in range(number):
+        print(f"kill {kill + 1} of {number}", file=sys.stderr)
         process = place.start(place.command(killed, *steps), killed)
         kill_one([process], 0, killed, 8 * kill + 2 * draws.randint(1, 4), draws)
     place.finish(place.command(killed, *steps), killed)

@@ -80,10 +80,10 @@ class Workplace:
             command = [sys.executable, *command[1:]]
             return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
-    def finish(self, command: list[str], run_dir: Path) -> str:
+    def finish(self, command: list[str], run_dir: Path, *, patience: float = PATIENCE) -> str:
         """Runs to the end, which must be a good one; returns what this process printed."""
         before = len(read_log(run_dir))
-        assert self.start(command, run_dir).wait(PATIENCE) == 0, read_log(run_dir)
+        assert self.start(command, run_dir).wait(patience) == 0, read_log(run_dir)
         return read_log(run_dir)[before:]
 
     def start_on(
