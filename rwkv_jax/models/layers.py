@@ -369,6 +369,20 @@ def channel_param(values: Array) -> nnx.Param[Array]:
     return nnx.Param(rearrange(values, "C -> 1 1 C"))
 
 
+_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _stretch(_: int, x: Array) -> Array:
+    """The quintic of Muon (Jordan, 2024): singular values grow 3.4-fold until they are in (0.68, 1.13)."""
+    gram = _product(x, x.T)
+    return 3.4445 * x + _product(-4.7750 * gram + 2.0315 * _product(gram, gram), x)
+
+
+def _polish(_: int, x: Array) -> Array:
+    """A Newton-Schulz iteration: singular values near 1 become 1."""
+    return 1.5 * x - 0.5 * _product(_product(x, x.T), x)
+
+
 def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> Array:
     """A random matrix times gain whose rows (columns, if there are more rows) are orthonormal.
 
@@ -384,20 +398,9 @@ def orthogonal(key: Array, shape: tuple[int, int], gain: float, dtype: str) -> A
     short, long = sorted(shape)
     # Singular values of a normal matrix are below sqrt(short) + sqrt(long) + t but for a chance of e^{-t^2 / 2}.
     matrix = matrix / (math.sqrt(short) + math.sqrt(long) + 6)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-    def stretch(_: int, x: Array) -> Array:
-        # The quintic of the Muon optimizer (Jordan, 2024): singular values grow 3.4-fold until they are in
-        # (0.68, 1.13).
-        gram = product(x, x.T)
-        return 3.4445 * x + product(-4.7750 * gram + 2.0315 * product(gram, gram), x)
-
-    def polish(_: int, x: Array) -> Array:
-        return 1.5 * x - 0.5 * product(product(x, x.T), x)
-
     # A square matrix may have a singular value as small as 1e-7 of the largest; one twice as long as it is wide, 0.17.
-    matrix = jax.lax.fori_loop(0, 16 if long < 2 * short else 5, stretch, matrix)
-    matrix = gain * jax.lax.fori_loop(0, 6, polish, matrix)
+    matrix = jax.lax.fori_loop(0, 16 if long < 2 * short else 5, _stretch, matrix)
+    matrix = gain * jax.lax.fori_loop(0, 6, _polish, matrix)
     return matrix.T if rows > columns else matrix
 
 
