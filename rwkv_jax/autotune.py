@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ VARIABLE = "RWKV_JAX_TUNING"
 """Environment variable that names another file."""
 
 FORMAT = "rwkv-jax tuning 1"
+
+PREFILL_STEPS = 512
+"""Tokens of the prompt whose prefill is measured, as many as `EngineOptions.prefill_length` is unless it is set."""
 
 
 class TuningFileError(ConfigError):
@@ -53,11 +57,22 @@ def training_workload(
       tensor: devices that split the heads.
       packed: whether rows have several documents.
     """
+    return _workload(config, rows, num_steps, tensor, gradients=True, packed=packed)
+
+
+def prefill_workload(config: ModelConfig) -> Workload | None:
+    """The operator's call in the prefill of a prompt by the engine, on one device; None without an operator."""
+    return _workload(config, 1, PREFILL_STEPS, 1, gradients=False, packed=False)
+
+
+def _workload(
+    config: ModelConfig, rows: int, num_steps: int, tensor: int, *, gradients: bool, packed: bool
+) -> Workload | None:
     if config.spec.operator is None:
         return None
     heads, head_dim = (config.num_heads, config.head_dim) if config.spec.has_heads else (config.width, 1)
     shape = (rows, num_steps, heads // tensor, head_dim, head_dim)
-    return autotune.workload_here(config.spec.operator, shape, config.dtype, packed=packed)
+    return autotune.workload_here(config.spec.operator, shape, config.dtype, gradients=gradients, packed=packed)
 
 
 def measure(workload: Workload) -> Tuning:
@@ -78,6 +93,22 @@ def find(path: Path, workload: Workload) -> Tuning | None:
     tuning = Tuning(workload, trials)
     chosen = rwkv_kernels.OPERATORS[workload.operator].implementations.get(tuning.chosen or "")
     return tuning if chosen is not None and chosen.refuses(workload.problem) is None else None
+
+
+def measured_prefill(config: ModelConfig, platform: str) -> str | None:
+    """The implementation that was measured to be the fastest in prefill, on a GPU or TPU; None where nothing was.
+
+    A file that cannot be used is warned of.
+    """
+    workload = prefill_workload(config)
+    if platform == "cpu" or config.wkv_implementation is not None or workload is None:
+        return None
+    try:
+        found = find(default_path(), workload)
+    except TuningFileError as error:
+        warnings.warn(f"not used: {error}", stacklevel=3)
+        return None
+    return None if found is None else found.chosen
 
 
 def keep(path: Path, tuning: Tuning) -> None:

@@ -189,5 +189,21 @@ def test_a_workload_has_a_devices_share(config: ModelConfig, shape: tuple[int, .
     assert (workload.inputs, workload.gradients, workload.packed) == ("float32", True, False)
 
 
+def test_an_engine_on_a_gpu_takes_what_was_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autotune.VARIABLE, str(path))
+    config = ModelConfig("6", width=256)
+    assert autotune.measured_prefill(config, "gpu") is None  # nothing is there
+    workload = autotune.prefill_workload(config)
+    assert workload is not None
+    autotune.keep(path, Tuning(workload, (Trial("associative_scan", 0.0, 1.0, None),)))
+    assert autotune.measured_prefill(config, "gpu") == "associative_scan"
+    assert autotune.measured_prefill(config, "cpu") is None
+    assert autotune.measured_prefill(dataclasses.replace(config, wkv_implementation="scan"), "gpu") is None
+    assert autotune.measured_prefill(ModelConfig(architecture="transformer"), "gpu") is None
+    path.write_text("{}")
+    with pytest.warns(UserWarning, match=r"not used: .*tuning\.json: is no file of measurements"):
+        assert autotune.measured_prefill(config, "gpu") is None
+
+
 def test_a_transformer_has_no_workload() -> None:
     assert autotune.training_workload(ModelConfig(architecture="transformer"), 2, 32) is None

@@ -27,6 +27,8 @@ class Tune:
     """Python file with a `config()`; comes first. Its fields can be changed by flags such as --parallel.tensor 2."""
     devices: int | None = None
     """Devices that the run will have, which split its rows, heads and tokens; None takes those that are here."""
+    prefill: bool = False
+    """Measure the prefill of a prompt, for generate, chat and bench on a GPU or TPU, rather than a training step."""
     cache: Path | None = None
     """File to keep the result in; None is the one that RWKV_JAX_TUNING names, or tuning.json in the user's caches."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
@@ -44,7 +46,10 @@ class Tune:
         from rwkv_jax import autotune
         from rwkv_jax.training.operator_choice import run_workload
 
-        workload = run_workload(self.config, self._mesh_shape())
+        if self.prefill:
+            workload = autotune.prefill_workload(self.config.model)
+        else:
+            workload = run_workload(self.config, self._mesh_shape())
         if workload is None:
             raise ConfigError(f"model.architecture = {self.config.model.architecture!r}: has no operator to tune")
         path = self.cache or autotune.default_path()
@@ -52,7 +57,8 @@ class Tune:
         tuning = autotune.measure(workload)
         print(tuning, flush=True)
         autotune.keep(path, tuning)
-        print(f"kept in {path}; `rwkv train` takes it for new runs on a GPU or TPU, or with --training.tune always")
+        users = "engines take it" if self.prefill else "new runs take it, elsewhere with --training.tune always"
+        print(f"kept in {path}; on a GPU or TPU {users}")
         if tuning.chosen is None:
             sys.exit("rwkv: none is right on this device; see rwkv doctor, and report it with what is above")
 

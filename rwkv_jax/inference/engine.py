@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
@@ -108,7 +109,9 @@ class Engine:
             min_bytes=_MIN_CONVERSATION_BYTES,
             may_go=lambda session: not session.is_in_use,
         )
-        programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh)
+        # Measured on one device; on a mesh XLA splits the operator's arrays, which no kernel is prepared for.
+        measured = measured_prefill(config, device.platform) if mesh is None else None
+        programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh, measured)
         self._scheduler = Scheduler(
             programs,
             Shapes(

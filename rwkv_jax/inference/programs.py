@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.inference.sampling import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.decoding import with_implementation
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 """Unsigned type of each item size; eight bytes are read as two words."""
@@ -94,7 +95,13 @@ class Programs:
     """The engine's compiled functions for one model and number of slots. They donate slots and burst starts."""
 
     def __init__(
-        self, model: LanguageModel, num_slots: int, burst_length: int, weights: NDArray[np.float32], mesh: Mesh | None
+        self,
+        model: LanguageModel,
+        num_slots: int,
+        burst_length: int,
+        weights: NDArray[np.float32],
+        mesh: Mesh | None,
+        prefill_implementation: str | None = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -102,8 +109,10 @@ class Programs:
           burst_length: maximum tokens per row and burst.
           weights: [V], weight of an occurrence of each token (`sampling.occurrence_weights`).
           mesh: rows are split over its axes `data` and `fsdp` if these divide their number; None is one device.
+          prefill_implementation: of the WKV operator, in prefill; None is the model's.
         """
         self.graphdef, self.params = nnx.split(model, nnx.Param)
+        self._prefill_graphdef, _ = nnx.split(with_implementation(model, prefill_implementation), nnx.Param)
         self.num_slots, self.burst_length = num_slots, burst_length
         self.vocab_size = model.config.vocab_size
         self._rows_axis = 1 if model.is_stacked else 0
@@ -209,7 +218,7 @@ class Programs:
           tokens: int32 [r, T], of which each row's first `lengths` [r] are valid; 0 leaves a slot unchanged.
           wants_logits: whether any row needs its logits now; otherwise none are updated.
         """
-        model = self._model(params)
+        model = nnx.merge(self._prefill_graphdef, params)
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
         hidden, state = model.hidden(tokens, own.state, lengths=lengths)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]

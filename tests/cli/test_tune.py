@@ -58,7 +58,7 @@ def test_a_table_is_printed_and_kept(
             "chunked 1e-07 2.000 ms taken: the fastest",
             "pallas_triton - - fails: ValueError: no",
         ]
-        assert last.startswith(f"kept in {cache if not flags else 'new/x.json'}; `rwkv train` takes it for new runs")
+        assert last.startswith(f"kept in {cache if not flags else 'new/x.json'}; on a GPU or TPU new runs take it")
         assert getattr(autotune.find(cache, measured[-1]), "chosen", None) == "chunked"
 
 
@@ -72,6 +72,15 @@ def test_a_run_on_more_devices_has_smaller_shares(
         rwkv("tune", config_file, "--devices", 0, *cache)
     with pytest.raises(SystemExit, match=r"rwkv: training\.batch_size: 4 rows at a time .* = 8 devices"):
         rwkv("tune", config_file, "--devices", 8, *cache)
+
+
+def test_prefill_is_another_workload(
+    rwkv: Command, config_file: Path, measured: list[Workload], tmp_path: Path
+) -> None:
+    printed = rwkv("tune", config_file, "--prefill", "--cache", tmp_path / "x.json")
+    assert printed.out.startswith("wkv7 B1 T512 H1 N64 M64 float32 on ")
+    assert ", float32 inputs, forward:\n" in printed.out
+    assert printed.out.endswith("; on a GPU or TPU engines take it\n")
 
 
 def test_a_file_of_others_is_refused_before_anything_is_measured(
