@@ -53,7 +53,8 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
     key-value cache, which training does not use; and the number of steps, so that a run can be extended.
     """
     model = dataclasses.asdict(config.model.resolved())
-    others = ("dtype", "wkv_implementation", "output_implementation", "context_length")
+    implementations = ("wkv_implementation", "output_implementation", "step_implementation")
+    others = ("dtype", *implementations, "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
         "initial_weights": config.initial_weights,
         "seed": config.seed,

@@ -32,7 +32,7 @@ class TestIdentity:
             {"optimizer": OptimizerConfig(learning_rate=1e-2, clip_norm=0.0)},
             {"training": dataclasses.replace(CONFIG.training, num_steps=77)},
             {"model": dataclasses.replace(CONFIG.model, dtype="bfloat16", wkv_implementation="scan")},
-            {"model": dataclasses.replace(CONFIG.model, output_implementation="xla")},
+            {"model": dataclasses.replace(CONFIG.model, output_implementation="xla", step_implementation="xla")},
             # What None stands for, spelled out.
             {"model": CONFIG.model.resolved()},
         ],

@@ -18,6 +18,8 @@ from rwkv_kernels.ops.wkv6.api import OPERATOR as _WKV6
 from rwkv_kernels.ops.wkv6.api import wkv6
 from rwkv_kernels.ops.wkv7.api import OPERATOR as _WKV7
 from rwkv_kernels.ops.wkv7.api import wkv7
+from rwkv_kernels.ops.wkv7.output import OUTPUT as _WKV7_OUTPUT
+from rwkv_kernels.ops.wkv7.output import wkv7_output
 from rwkv_kernels.ops.wkv7.step import STEP as _WKV7_STEP
 from rwkv_kernels.ops.wkv7.step import wkv7_step
 from rwkv_kernels.sharded import from_previous_shard
@@ -25,7 +27,7 @@ from rwkv_kernels.sharded import from_previous_shard
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (_WKV4, _WKV5, _WKV6, _WKV7)}
 """All operators, by name."""
 
-PARTS: dict[str, dispatch.Alternatives] = {part.name: part for part in (_WKV7_STEP,)}
+PARTS: dict[str, dispatch.Alternatives] = {part.name: part for part in (_WKV7_STEP, _WKV7_OUTPUT)}
 """Functions around an operator that have several implementations too, by name."""
 
 
@@ -90,5 +92,6 @@ __all__ = [
     "wkv5",
     "wkv6",
     "wkv7",
+    "wkv7_output",
     "wkv7_step",
 ]

@@ -36,8 +36,9 @@ class Problem:
 class Implementation:
     """One way to compute an operator."""
 
-    run: Callable[..., tuple[jax.Array, Any]]
-    """The function; its arguments are checked, its state is never None, T is at least 1."""
+    run: Callable[..., Any]
+    """The function; its arguments are checked, its state is never None, T is at least 1. An operator's returns y
+    and the final state."""
     refuses: Callable[[Problem], str | None]
     """Why a problem cannot be run, or None."""
     min_chunk_size: int | None = None
@@ -78,10 +79,10 @@ def problem_here(shape: tuple[int, int, int, int, int], dtype: str) -> Problem:
     return Problem(jax.default_backend(), shape, dtype, jax.devices()[0].device_kind)
 
 
-def on_first_use(path: str) -> Callable[..., tuple[jax.Array, Any]]:
+def on_first_use(path: str) -> Callable[..., Any]:
     """The function at MODULE:NAME, imported when it is called: most users never need a kernel backend."""
 
-    def run(*inputs: Any, **options: Any) -> tuple[jax.Array, Any]:
+    def run(*inputs: Any, **options: Any) -> Any:
         module, _, name = path.partition(":")
         return getattr(importlib.import_module(module), name)(*inputs, **options)
 

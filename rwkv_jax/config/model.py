@@ -24,6 +24,7 @@ _FIELDS_OF_SOME = {
     "unused_value_residual": "value residual",
     "embedding_bound": "such choice",
     "output_implementation": "such kernel",
+    "step_implementation": "such kernel",
 }
 """Fields that not every generation has (`GenerationSpec.own_fields`), and what the message says the others lack."""
 
@@ -74,8 +75,11 @@ class ModelConfig:
     wkv_implementation: str | None = None
     """Implementation of the WKV operator; None takes the default of the platform. RWKV-LM: kernel."""
     output_implementation: str | None = None
-    """RWKV-7 only: implementation of norm, bonus and gate together with the operator where a single token is run, as in
-    decoding (`rwkv_kernels.wkv7_step`); None leaves them to the model's own equations."""
+    """RWKV-7 only: implementation of what follows the operator in a head: norm, bonus and gate
+    (`rwkv_kernels.wkv7_output`); None leaves them to the model's own equations."""
+    step_implementation: str | None = None
+    """RWKV-7 only: implementation of a single token of the operator and what follows it, as in decoding
+    (`rwkv_kernels.wkv7_step`); None takes the two above."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")

@@ -37,14 +37,17 @@ def unstacked(model: Model) -> Model:
     return result
 
 
-def with_implementation(model: Model, implementation: str | None = None, *, output: str | None = None) -> Model:
+def with_implementation(
+    model: Model, implementation: str | None = None, *, output: str | None = None, step: str | None = None
+) -> Model:
     """The same model, sharing its arrays, with named implementations; None leaves one as it is.
 
     Args:
       implementation: of its WKV operator.
       output: of what follows it (`ModelConfig.output_implementation`).
+      step: of a single token of both (`ModelConfig.step_implementation`).
     """
-    named = {"wkv_implementation": implementation, "output_implementation": output}
+    named = {"wkv_implementation": implementation, "output_implementation": output, "step_implementation": step}
     named = {name: value for name, value in named.items() if value is not None}
     result = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(result):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from rwkv_jax.models.layers import (
     wkv_operator,
 )
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels import wkv7, wkv7_step
+from rwkv_kernels import wkv7, wkv7_output, wkv7_step
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """log w = -e^{-1/2} sigmoid(.), so that every decay is in (0.545, 1)."""
@@ -136,9 +136,6 @@ class TimeMix(TimeMixer):
         def cast(parameter: nnx.Param, like: Array) -> Array:
             return broadcast_param(parameter[...], like)
 
-        def split_heads(x: Array) -> Array:
-            return rearrange(x, "B T (H N) -> B T H N", N=config.head_dim)
-
         # (3) Token shift: x^j_t = lerp(x_t, x_{t-1}, mu_j) for j = r, w, k, v, a, g.
         x_prev, shift = token_shift(x, state.shift, context)
         xx = x_prev - x
@@ -163,13 +160,13 @@ class TimeMix(TimeMixer):
         g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
-        kk = _normalize_heads(split_heads(k * cast(self.k_k, k)))
+        kk = _normalize_heads(self._split_heads(k * cast(self.k_k, k)))
         k = k * (1 + (a - 1) * cast(self.k_a, k))
 
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
-        r, log_w, k, v, a = map(split_heads, (r, log_w, k, v, a))
+        r, log_w, k, v, a = map(self._split_heads, (r, log_w, k, v, a))
         inputs = checkpoint_wkv_inputs(r, log_w, k, v, -kk, kk * a)
-        if config.output_implementation is not None and x.shape[1] == 1 and context.axes.sequence is None:
+        if config.step_implementation is not None and x.shape[1] == 1 and context.axes.sequence is None:
             o, wkv_state = self._one_token(inputs, g, state.wkv, context)
         else:
             y, wkv_state = wkv_operator(wkv7, context, config.wkv_implementation)(*inputs, state.wkv)
@@ -179,8 +176,14 @@ class TimeMix(TimeMixer):
         o = row_parallel_linear(o, self.output.weight[...], context.axes.tensor)
         return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
 
+    def _split_heads(self, x: Array) -> Array:
+        return rearrange(x, "B T (H N) -> B T H N", N=self.config.head_dim)
+
     def _output(self, y: Array, r: Array, k: Array, v: Array, g: Array) -> Array:
         """(21) Norm over each head, plus (20) the bonus (r . rho k~) v of the present token; (22) gate: [B, T, C]."""
+        if (name := self.config.output_implementation) is not None:
+            o = wkv7_output(y, r, k, v, self._split_heads(g), **self._output_parameters(), implementation=name)
+            return rearrange(o, "B T H N -> B T (H N)")
         y = self.ln_x(y)
         # (Sums over N as contractions: as a product and a sum they take XLA's CPU backend up to 30 times as long.)
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -191,23 +194,20 @@ class TimeMix(TimeMixer):
     def _one_token(
         self, inputs: tuple[Array, ...], g: Array, wkv_state: Array, context: SequenceContext
     ) -> tuple[Array, Array]:
-        """(17) and (20) to (22) for one token by one kernel: output [B, 1, C], the recurrence's next state."""
-
-        def split_heads(x: Array) -> Array:
-            return rearrange(x, "... (H N) -> ... H N", N=self.config.head_dim)
-
+        """(17) and (20) to (22) for one token, as one: output [B, 1, C], the recurrence's next state."""
         o, wkv_state = wkv7_step(
-            *(x[:, 0] for x in inputs),
-            g=split_heads(g[:, 0]),
-            r_k=self.r_k[...],
-            weight=split_heads(self.ln_x.weight[...]),
-            bias=split_heads(self.ln_x.bias[...]),
+            *(x[:, 0] for x in (*inputs, self._split_heads(g))),
             state=wkv_state,
-            epsilon=HEAD_NORM_EPSILON,
+            **self._output_parameters(),
             lengths=context.lengths,
-            implementation=self.config.output_implementation,
+            implementation=self.config.step_implementation,
         )
         return rearrange(o, "B H N -> B 1 (H N)"), wkv_state
+
+    def _output_parameters(self) -> dict[str, Any]:
+        """Of (20) and (21), by the names that `wkv7_output` and `wkv7_step` have for them."""
+        weight, bias = (x[...].reshape(self.r_k.shape) for x in (self.ln_x.weight, self.ln_x.bias))
+        return {"r_k": self.r_k[...], "weight": weight, "bias": bias, "epsilon": HEAD_NORM_EPSILON}
 
 
 def _normalize_heads(kk: Array) -> Array:

@@ -191,9 +191,8 @@ def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weigh
             weights = weights._replace(tensors=tensors)
             own = dataclasses.replace(own, unused_value_residual=unused)
         found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
-        ignored = {"dtype", "wkv_implementation", "output_implementation", "embedding_bound"} | (
-            set() if config.spec.has_heads else {"head_dim"}
-        )
+        implementations = {"wkv_implementation", "output_implementation", "step_implementation"}
+        ignored = implementations | {"dtype", "embedding_bound"} | (set() if config.spec.has_heads else {"head_dim"})
         differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
         if differences:
             listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)

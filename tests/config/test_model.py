@@ -76,9 +76,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         (
-            {"generation": generation, "output_implementation": "xla"},
-            f"model.output_implementation = 'xla': RWKV-{generation} has no such kernel, only RWKV-7; leave it out",
+            {"generation": generation, f"{what}_implementation": "xla"},
+            f"model.{what}_implementation = 'xla': RWKV-{generation} has no such kernel, only RWKV-7; leave it out",
         )
+        for what in ("output", "step")
         for generation in ("4", "5.2", "6")
     ),
     *(

@@ -28,6 +28,7 @@ class RWKV7Spec(MatrixStateSpec):
         "gate_rank",
         "unused_value_residual",
         "output_implementation",
+        "step_implementation",
     )
     operator = "wkv7"
     heads_tensor = "att.r_k"

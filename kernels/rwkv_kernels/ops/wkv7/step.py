@@ -8,12 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rwkv_kernels import arguments, dispatch
-from rwkv_kernels.chunking import is_power_of_two
-from rwkv_kernels.ops.wkv7.output import gated_output
+from rwkv_kernels.ops.wkv7.output import gated_output, refuse_heads
 from rwkv_kernels.ops.wkv7.scan import step
-
-LARGEST_HEAD = 128
-"""Head size up to which a kernel's program can hold a head's state in registers."""
 
 
 def wkv7_step_xla(
@@ -43,21 +39,12 @@ def wkv7_step_xla(
     return gated_output(y, r, k, v, g, r_k[None], weight[None], bias[None], epsilon), state
 
 
-def _refuses(problem: dispatch.Problem) -> str | None:
-    if refusal := dispatch.unless_nvidia(problem):
-        return refusal
-    size = problem.shape[3]
-    if not is_power_of_two(size) or size > LARGEST_HEAD:
-        return f"a program holds a head's state: sizes are powers of two up to {LARGEST_HEAD}, and this one is {size}"
-    return None
-
-
 STEP = dispatch.Alternatives(
     name="wkv7_step",
     implementations={
         "xla": dispatch.Implementation(wkv7_step_xla, dispatch.anything),
         "pallas_triton": dispatch.Implementation(
-            dispatch.on_first_use("rwkv_kernels.ops.wkv7.step_pallas_triton:wkv7_step_pallas_triton"), _refuses
+            dispatch.on_first_use("rwkv_kernels.ops.wkv7.step_pallas_triton:wkv7_step_pallas_triton"), refuse_heads
         ),
     },
     order=("xla",),
