@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from jax.extend import core as jex
 
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
+from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from rwkv_kernels.pallas.triton_split import warps_of_products
 from rwkv_kernels.precision import Precision
@@ -213,6 +214,23 @@ def compile_step(dtype: str = "bfloat16", head_dim: int = 64, batch: int = 64) -
     traced = jax.jit(run).trace(array(batch, dtype=jnp.int32), *per_token, *parameters, state)
     (found,) = _read_kernels(traced, "wkv7_step", lambda name: "step", batch * heads)
     return found
+
+
+def compile_output(
+    dtype: str = "bfloat16", head_dim: int = 64, batch: int = 8, time: int = 4096
+) -> list[TritonResources]:
+    """The kernels of `wkv7_output`, forward and backward, compiled for an H100, in a model of width 4096."""
+    heads = 4096 // head_dim
+    over_time = on_h100(jax.ShapeDtypeStruct((batch, time, heads, head_dim), DTYPES[dtype]))
+    parameter = on_h100(jax.ShapeDtypeStruct((heads, head_dim), jnp.float32))
+
+    def run(*arrays: Any) -> Any:
+        o, pull_back = jax.vjp(functools.partial(wkv7_output_pallas_triton, epsilon=1e-5), *arrays)
+        return o, pull_back(o)
+
+    traced = jax.jit(run).trace(*[over_time] * 5, *[parameter] * 3)
+    found = _read_kernels(traced, "wkv7_output", lambda name: name.rpartition("_")[2], batch * time * heads)
+    return sorted(found, key=lambda found: KERNELS.index(found.kernel))
 
 
 def _read_kernels(traced: Any, part: str, label: Callable[[str], str], token_heads: int) -> list[TritonResources]:

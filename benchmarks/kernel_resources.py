@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import inspect
+import itertools
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import deviceless
 from deviceless import DTYPES, GENERATIONS, OPERATORS, SHAPE, TPU_SHAPE, TritonResources
 from rwkv_kernels.dispatch import Implementation, anything
+from rwkv_kernels.ops.wkv7.output_pallas_triton import NUM_WARPS, wkv7_output_pallas_triton
 from rwkv_kernels.ops.wkv7.step_pallas_triton import num_warps, wkv7_step_pallas_triton
 from rwkv_kernels.precision import Precision
 
@@ -45,7 +47,9 @@ TRITON_COLUMNS = (
     "mma.sync",
     "bytes",
 )
-STEP_COLUMNS = (
+PART_COLUMNS = (
+    "function",
+    "kernel",
     "inputs",
     "head size",
     "warps",
@@ -55,12 +59,13 @@ STEP_COLUMNS = (
     "shared memory",
     "bytes",
 )
-DECODE_COLUMNS = ("rows", "output_implementation", "kernels", "MB")
+DECODE_COLUMNS = ("rows", "step_implementation", "kernels", "MB")
+TRAIN_COLUMNS = ("output_implementation", "kernels", "MB")
 TPU_COLUMNS = ("operator", "shipped", "precision", *GENERATIONS)
 
 HEAD_SIZES = (32, 64, 128)
-STEP = Implementation(wkv7_step_pallas_triton, anything)
-"""The kernel, which is not asked what machine it is on."""
+STEP, OUTPUT = (Implementation(run, anything) for run in (wkv7_step_pallas_triton, wkv7_output_pallas_triton))
+"""Kernels that are not asked what machine they are on."""
 
 Key = tuple[str, str, str, str]
 """Operator, kernel, dtype of the inputs and precision: what tells the Triton table's rows apart."""
@@ -109,21 +114,34 @@ def _triton_rows() -> Iterator[tuple[object, ...]]:
                 )
 
 
-def _step_rows() -> Iterator[tuple[object, ...]]:
-    for dtype in ("bfloat16", "float32"):
-        for size in HEAD_SIZES:
-            found = deviceless.compile_step(dtype, size)
-            numbers = found.registers, found.spill_stores, found.spill_loads, found.shared_memory, found.bytes
-            yield dtype, size, num_warps(size), *numbers
+def _part_rows() -> Iterator[tuple[object, ...]]:
+    for dtype, size in itertools.product(("bfloat16", "float32"), HEAD_SIZES):
+        found = deviceless.compile_step(dtype, size)
+        yield "wkv7_step", "step", dtype, size, num_warps(size), *_numbers(found)
+    for dtype, size in itertools.product(("bfloat16", "float32"), HEAD_SIZES):
+        for found in deviceless.compile_output(dtype, size):
+            yield "wkv7_output", found.kernel, dtype, size, NUM_WARPS, *_numbers(found)
+
+
+def _numbers(found: TritonResources) -> tuple[int, ...]:
+    return found.registers, found.spill_stores, found.spill_loads, found.shared_memory, found.bytes
 
 
 def _decode_rows() -> Iterator[tuple[object, ...]]:
-    import decode_programs  # here: tests of kernels need no models
+    import layer_programs  # here: tests of kernels need no models
 
     for batch in (1, 64):
         for name, implementation in (("None", None), ("pallas_triton", STEP)):
-            kernels, traffic = decode_programs.per_layer(batch, implementation)
+            kernels, traffic = layer_programs.decoding_a_token(batch, implementation)
             yield batch, name, f"{kernels:g}", f"{traffic / 1e6:.0f}"
+
+
+def _train_rows() -> Iterator[tuple[object, ...]]:
+    import layer_programs  # as above
+
+    for name, implementation in (("None", None), ("pallas_triton", OUTPUT)):
+        kernels, traffic = layer_programs.training_time_mixing(implementation)
+        yield name, f"{kernels:g}", f"{traffic / 1e6:.0f}"
 
 
 def _tpu_rows() -> Iterator[tuple[object, ...]]:
@@ -156,10 +174,12 @@ def report() -> Iterator[str]:
     yield f"\nCompiled on {platform.machine()}, Python {platform.python_version()}, {packages}; no accelerator."
     yield f"\n### H100 (sm_90a), {_sizes(SHAPE)}\n"
     yield from _table(TRITON_COLUMNS, _triton_rows())
-    yield "\n### wkv7_step on an H100\n"
-    yield from _table(STEP_COLUMNS, _step_rows())
+    yield "\n### wkv7_step (bytes a row and head) and wkv7_output (a token and head) on an H100\n"
+    yield from _table(PART_COLUMNS, _part_rows())
     yield "\n### A token in a layer of RWKV-7, width 2048, bfloat16, on an H100\n"
     yield from _table(DECODE_COLUMNS, _decode_rows())
+    yield "\n### Time mixing in a layer of RWKV-7, B8 T4096, width 768, bfloat16, forward and backward, on an H100\n"
+    yield from _table(TRAIN_COLUMNS, _train_rows())
     yield f"\n### TPUs, {_sizes(TPU_SHAPE)}: KiB of VMEM, bfloat16 inputs; forward / forward, storing / backward\n"
     yield from _table(TPU_COLUMNS, _tpu_rows())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceless import TRITON, Direction, TritonResources, compile_step, compile_triton
+from deviceless import TRITON, Direction, TritonResources, compile_output, compile_step, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -69,10 +69,21 @@ def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: 
     _check(operator, "gradient", compile_triton(operator, "gradient", dtype, shape=shape))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+@pytest.mark.parametrize("head_dim", [pytest.param(16, marks=pytest.mark.long), 32, 64, 128])
 def test_a_token_of_rwkv_7_spills_nothing_and_moves_the_state_twice(head_dim: int, dtype: str) -> None:
     found = compile_step(dtype, head_dim)
     assert found.spill_stores == found.spill_loads == 0
     vectors = 7 * head_dim * (2 if dtype == "bfloat16" else 4) + 4 * head_dim
     assert 0 <= found.bytes - (2 * 4 * head_dim**2 + vectors) < 1 + 12 * head_dim / 64  # parameters serve 64 rows
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+@pytest.mark.parametrize("head_dim", [pytest.param(16, marks=pytest.mark.long), 32, 64, 128])
+def test_the_output_of_rwkv_7_spills_nothing_and_moves_each_array_once(head_dim: int, dtype: str) -> None:
+    forward, backward = compile_output(dtype, head_dim, batch=2, time=1000)
+    assert (forward.kernel, backward.kernel) == ("forward", "backward")
+    for found, arrays in ((forward, 6), (backward, 11)):
+        assert found.spill_stores == found.spill_loads == 0
+        moved = arrays * head_dim * (2 if dtype == "bfloat16" else 4)
+        assert moved <= found.bytes < 1.4 * moved, found  # padding, and a sum a parameter for each program
