@@ -1,7 +1,7 @@
 """Weight matrices quantized to 8 or 4 bits, and their products with float activations.
 
 A packed matrix is a pytree that replaces a parameter's array; `linear` and `Embedding` handle it, so the models do not
-change. On CPUs a product never materializes the matrix in floating point.
+change. On CPUs a product of few rows never materializes the matrix in floating point.
 
 On GPUs and TPUs the integers are converted right before a floating-point product. Whether XLA fuses the two, so that
 the converted matrix is never in memory, has not been measured there. XLA's CPU backend does not: it writes the
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
@@ -184,8 +185,22 @@ def _product_jvp(primals: tuple[Array, PackedMatrix], tangents: tuple[Array, Any
 def product_with_bfloat16(x: Array, weight: Array, *, in_axis: Literal[0, 1] = 1) -> Array:
     """x [rows, in] float32 @ weight^T, for weight bfloat16 [out, in], or [in, out] with in_axis 0: float32 [rows, out].
 
-    Three bfloat16 numbers represent a float32 exactly, so x is split instead of converting the matrix to float32.
+    Three bfloat16 numbers represent a float32 exactly, so x is split instead of converting the matrix to float32. On a
+    CPU many rows are multiplied by the converted matrix: writing it takes little of their time, and three times the
+    rows in bfloat16 take longer than as many in float32, with bfloat16 instructions and without.
     """
+    split = functools.partial(_times_bfloat16_by_parts, in_axis=in_axis)
+    if x.shape[0] <= _FEW_ROWS:
+        return split(x, weight)
+    converted = functools.partial(_times_bfloat16_converted, in_axis=in_axis)
+    return lax.platform_dependent(x, weight, cpu=converted, default=split)
+
+
+def _times_bfloat16_converted(x: Array, weight: Array, *, in_axis: Literal[0, 1]) -> Array:
+    return lax.dot_general(x, weight.astype(x.dtype), (((1,), (in_axis,)), ((), ())))
+
+
+def _times_bfloat16_by_parts(x: Array, weight: Array, *, in_axis: Literal[0, 1]) -> Array:
     parts: list[Array] = []
     for _ in range(3):
         # (XLA may remove a cast to bfloat16 and back.)

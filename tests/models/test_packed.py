@@ -112,9 +112,17 @@ def test_gradients_reach_the_input(quantization: Quantization) -> None:
     assert relative_error(gradient, np.asarray(cotangent @ weight.dequantized())) < 1e-5
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form is a CPU's")
+@pytest.mark.parametrize(("rows", "is_split"), [(16, True), (17, False)])
+def test_on_a_cpu_only_few_rows_are_split_for_a_bfloat16_matrix(rows: int, is_split: bool) -> None:
+    compiled = jax.jit(linear).lower(jnp.zeros((rows, 96)), jnp.zeros((40, 96), jnp.bfloat16)).compile()
+    assert (f"bf16[{3 * rows},96]" in (compiled.as_text() or "")) is is_split
+
+
+@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("in_axis", [0, 1])
-def test_bfloat16_matrices_are_multiplied_with_all_digits_of_float32(in_axis: int) -> None:
-    x, weight = normal(1, 96), jnp.asarray(normal(40, 96), jnp.bfloat16)
+def test_bfloat16_matrices_are_multiplied_with_all_digits_of_float32(in_axis: int, rows: int) -> None:
+    x, weight = normal(rows, 96), jnp.asarray(normal(40, 96), jnp.bfloat16)
     exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
     given = weight if in_axis == 1 else weight.T
     y = jax.jit(product_with_bfloat16, static_argnames="in_axis")(jnp.asarray(x), given, in_axis=in_axis)
