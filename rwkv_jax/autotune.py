@@ -91,6 +91,8 @@ def find(path: Path, workload: Workload) -> Tuning | None:
     if trials is None:
         return None
     tuning = Tuning(workload, trials)
+    if workload.operator not in rwkv_kernels.OPERATORS:  # a product, whose forms can all run
+        return tuning
     chosen = rwkv_kernels.OPERATORS[workload.operator].implementations.get(tuning.chosen or "")
     return tuning if chosen is not None and chosen.refuses(workload.problem) is None else None
 

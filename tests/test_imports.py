@@ -120,7 +120,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "matplotlib", "optax", "orbax", "rich"),
     ),
     "inference": (
-        ("autotune", "config", "data", "models", "weights"),
+        ("autotune", "config", "data", "models", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "safetensors"),
     ),
     "plan": (("config", "models", "parallel", "training", "kernels"), ("jax", "numpy", "rich")),

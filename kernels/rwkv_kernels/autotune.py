@@ -168,7 +168,7 @@ def tune(
             fastest = min((trial.seconds for trial in trials if trial.seconds is not None), default=math.inf)
             program = _compiled(workload, implementation, arguments, memory)
             run = functools.partial(program, *arguments)
-            seconds = _median_seconds(run, repetitions, _HOPELESS * fastest, clock)
+            seconds = median_seconds(run, repetitions, _HOPELESS * fastest, clock)
             trials.append(Trial(name, error, seconds, None))
         except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
             trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
@@ -278,7 +278,7 @@ def _compiled(
     return program
 
 
-def _median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:
+def median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:
     """Median time from launch to results after a first call, which is all that is made of what takes over the limit."""
 
     def seconds() -> float:

@@ -21,6 +21,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
 from rwkv_jax.inference.options import EngineOptions
 from rwkv_jax.inference.prefix_cache import PrefixCache
+from rwkv_jax.inference.product_form import choose_form, with_form
 from rwkv_jax.inference.programs import Programs
 from rwkv_jax.inference.prompts import MAX_BEST_OF, Arguments, build_requests, is_one
 from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
@@ -93,6 +94,7 @@ class Engine:
         implementation, _ = prefill_implementation(config, device.platform)
         if implementation is not None:
             self.model = with_implementation(self.model, implementation)
+        self.model = with_form(self.model, choose_form(self.model, device.platform))
         self._capacity = config.sizes().context_length or None
         # Padding rows of the embedding have no token and are untrained.
         self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])

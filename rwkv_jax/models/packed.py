@@ -8,7 +8,8 @@ the converted matrix is never in memory, has not been measured there. XLA's CPU 
 converted matrix to memory at every call. What it runs well, vectorized and on all threads, is int8 x int8 -> int32. So
 on CPUs each row of activations is split into three int8 rows (`split_rows`), whose products are exact, and their
 weighted sum is the float32 product up to float32 rounding. With few rows, reading the weights takes the time, so three
-rows cost as much as one.
+rows cost as much as one. With many rows arithmetic does, and which is faster, three times the rows in int8 or the
+converted matrix, depends on the processor (`ManyRows`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ GROUP_SIZE = 32
 NUM_DIGITS = 3
 _DIGIT_BASE = 254  # a remainder of half a unit is 127 units of the next digit
 
+ManyRows = Literal["digits", "converted"]
+"""How a CPU multiplies many rows: by int8 digits, or by the matrix converted to float32."""
+
 _FEW_ROWS = 16  # of x: up to here reading the matrix takes the time
 _TILE_ELEMENTS = 2**19  # of a 4-bit matrix, unpacked at a time: as bytes they fit a core's cache
 
@@ -48,6 +52,8 @@ class PackedMatrix(abc.ABC):
     scale: Array
     """float32 [..., out]."""
     transposed: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
+    many_rows: ManyRows = dataclasses.field(default="digits", kw_only=True, metadata={"static": True})
+    """The form on a CPU; `inference/product_form.py` measures which is the faster."""
 
     @property
     @abc.abstractmethod
@@ -61,6 +67,10 @@ class PackedMatrix(abc.ABC):
     @abc.abstractmethod
     def times(self, x: Array) -> Array:
         """x [rows, in] @ matrix^T for a single matrix (no leading axes): float32 [rows, out]."""
+
+    def is_converted_for(self, x: Array) -> bool:
+        """Whether a CPU converts the matrix to float32 for a product with x [rows, in]."""
+        return self.many_rows == "converted" and x.shape[0] > _FEW_ROWS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,7 +137,8 @@ class Int8Matrix(PackedMatrix):
 
     @override
     def times(self, x: Array) -> Array:
-        return self.scale * lax.platform_dependent(x, self.codes, cpu=_times_by_digits, default=_times_converted)
+        on_cpu = _times_converted_on_cpu if self.is_converted_for(x) else _times_by_digits
+        return self.scale * lax.platform_dependent(x, self.codes, cpu=on_cpu, default=_times_converted)
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +167,8 @@ class Int4Matrix(PackedMatrix):
     @override
     def times(self, x: Array) -> Array:
         parts = (self.codes, self.multiplier, self.offset)
-        return self.scale * lax.platform_dependent(x, *parts, cpu=_times_int4_by_digits, default=_times_int4_converted)
+        on_cpu = _times_int4_converted_on_cpu if self.is_converted_for(x) else _times_int4_by_digits
+        return self.scale * lax.platform_dependent(x, *parts, cpu=on_cpu, default=_times_int4_converted)
 
 
 def product(x: Array, weight: PackedMatrix) -> Array:
@@ -239,6 +251,14 @@ def _contract(x: Array, weight: Array, dtype: Any) -> Array:
 
 def _times_converted(x: Array, integers: Array) -> Array:
     return _contract(x, integers.astype(x.dtype), jnp.float32)
+
+
+def _times_converted_on_cpu(x: Array, integers: Array) -> Array:
+    return _times_converted(x.astype(jnp.float32), integers)
+
+
+def _times_int4_converted_on_cpu(x: Array, *parts: Array) -> Array:
+    return _times_converted_on_cpu(x, _unpacked(*parts))
 
 
 def _times_by_digits(x: Array, integers: Array) -> Array:

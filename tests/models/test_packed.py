@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal
 
@@ -51,6 +52,21 @@ def test_a_product_is_that_of_the_numbers_it_stands_for(
 ) -> None:
     x, weight = jnp.asarray(normal(rows, width, seed=1)), packed(normal(out, width), quantization)
     assert relative_error(jax.jit(product)(x, weight), in_float64(x, weight)) < 1e-6
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form is a CPU's")
+@both
+@pytest.mark.parametrize(("rows", "is_converted"), [(16, False), (17, True)])
+def test_on_a_cpu_many_rows_may_be_multiplied_by_the_converted_matrix(
+    quantization: Quantization, rows: int, is_converted: bool
+) -> None:
+    x, weight = jnp.asarray(normal(rows, 96, seed=1)), packed(normal(40, 96), quantization)
+    weight = dataclasses.replace(weight, many_rows="converted")
+    for x_dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-6)):
+        rounded = x.astype(x_dtype)
+        assert relative_error(jax.jit(product)(rounded, weight), in_float64(rounded, weight)) < bound
+    compiled = jax.jit(product).lower(x, weight).compile().as_text() or ""
+    assert (f"s8[{3 * rows},96]" not in compiled) is is_converted
 
 
 @pytest.mark.parametrize("rows", [1, 8])
