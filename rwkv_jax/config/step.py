@@ -149,5 +149,6 @@ class StepConfig:
             f"must be a multiple of training.accumulation_steps = {self.accumulation_steps}",
         )
         check(self.loss_chunk is None or self.loss_chunk > 0, "loss_chunk", "must be positive")
+        check(isinstance(self.fused_loss, bool), "fused_loss", "must be True or False")
         check(self.l2wrap >= 0, "l2wrap", "must not be negative")
         check(self.spike_factor is None or self.spike_factor > 1, "spike_factor", "must be greater than 1")

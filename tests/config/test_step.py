@@ -33,6 +33,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     ),
     (StepConfig, {"batch_size": 8, "accumulation_steps": 3}, "training.batch_size = 8: .*accumulation_steps = 3"),
     (StepConfig, {"loss_chunk": 0}, "training.loss_chunk = 0: must be positive"),
+    *((StepConfig, {"fused_loss": x}, f"training.fused_loss = {x!r}: must be True or False") for x in ("no", 1, None)),
     (StepConfig, {"l2wrap": -1e-4}, "training.l2wrap = -0.0001: must not be negative"),
 ]
 
