@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rwkv_jax.checks import checker, require_choices, require_positive
+from rwkv_jax.checks import checker, is_number, is_whole, require_choices, require_positive
 from rwkv_jax.config.generations import (
     DEFAULT_GENERATION,
     Architecture,
@@ -18,8 +18,14 @@ from rwkv_jax.config.generations import (
     named_in_a_sentence,
 )
 
+IMPLEMENTATIONS = ("wkv_implementation", "output_implementation", "step_implementation")
+"""Fields that name an implementation."""
+
+_SIZES_OF_SOME = ("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "context_length")
+_SIZES = ("ffn_width", *_SIZES_OF_SOME)  # whole numbers, or None for the default
+
 _FIELDS_OF_SOME = {
-    **dict.fromkeys(("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "context_length"), "such size"),
+    **dict.fromkeys(_SIZES_OF_SOME, "such size"),
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
     "embedding_bound": "such choice",
@@ -97,10 +103,17 @@ class ModelConfig:
                 f"the nearest are {below} and {below + self.head_dim}",
             )
             check(self.head_dim >= 2, "head_dim", "must be at least 2")
-        for name in ("ffn_width", *_FIELDS_OF_SOME):
+        for name in _SIZES:
             value = getattr(self, name)
-            positive = isinstance(value, bool) or not isinstance(value, (int, float)) or value > 0
-            check(positive, name, "must be positive, or None for the default")
+            positive = value is None or (is_whole(value) and value > 0)
+            check(positive, name, "must be positive, or None for the default: a whole number")
+        bound = self.embedding_bound
+        positive = bound is None or (is_number(bound) and bound > 0)
+        check(positive, "embedding_bound", "must be positive, or None for the default: a number")
+        for name in IMPLEMENTATIONS:
+            value = getattr(self, name)  # a program may pass a `rwkv_kernels.dispatch.Implementation`
+            names_one = value is None or hasattr(value, "refuses") or (isinstance(value, str) and value != "")
+            check(names_one, name, "must be a name, or None for the default")
         for name, what in _FIELDS_OF_SOME.items():
             value = getattr(self, name)
             owners = named_in_a_sentence([spec for spec in all_specs() if name in spec.own_fields])

@@ -22,6 +22,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"width": 3, "head_dim": 1}, "model.head_dim = 1: must be at least 2"),
     ({"num_layers": 1}, "model.num_layers = 1: RWKV needs at least 2 layers"),
     ({"ffn_width": 0}, "model.ffn_width = 0: must be positive, or None"),
+    *(
+        ({"ffn_width": x}, f"model.ffn_width = {x!r}: must be positive, or None .*: a whole")
+        for x in ("512", 1.5, True)
+    ),
+    ({"decay_rank": "64"}, "model.decay_rank = '64': must be positive, or None for the default: a whole number"),
+    ({"generation": "4", "embedding_bound": "1"}, "model.embedding_bound = '1': must be positive, .*: a number"),
+    *(
+        ({f"{what}_implementation": value}, f"model.{what}_implementation = {value!r}: must be a name, or None")
+        for what, value in (("wkv", 5), ("output", 5), ("output", ""), ("step", True))
+    ),
     *(({f"{r}_rank": -1}, f"model.{r}_rank = -1: ") for r in ("decay", "iclr", "value", "gate")),
     ({"generation": "5"}, "model.generation = '5': must be one of 4, 5.0, 5.1, 5.2, 6, 7"),
     (
