@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from rwkv_jax.config import ConfigError, StepConfig, TrainConfig
 from rwkv_jax.models import abstract_model, model_type
+from rwkv_jax.models.implementations import check_implementations
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
@@ -174,9 +175,10 @@ def make_train_functions(
       partition: selects the trained parameters; the others have no gradient and no optimizer state.
 
     Raises:
-      ConfigError: a size that the mesh does not divide, devices that do not support offloading, or a partition that
-        trains nothing.
+      ConfigError: an unknown implementation, a size that the mesh does not divide, devices that do not support
+        offloading, or a partition that trains nothing.
     """
+    check_implementations(config.model)
     kind, training = model_type(config.model), config.training
     graphdef, params = abstract_model(config.model)
     sharded = shard_model(config.model, params, mesh)

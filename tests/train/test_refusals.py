@@ -12,6 +12,7 @@ import pytest
 import train
 from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DataConfig, TrainConfig
+from rwkv_jax.config.model import IMPLEMENTATIONS
 from tests.small_runs import names_in, write_corpus
 from tests.train.in_process import Run, content, other_tokenizer, run
 
@@ -107,6 +108,16 @@ def test_tokenizer_of_another_size(config: TrainConfig, tmp_path: Path) -> None:
     data = other_tokenizer(config, tmp_path).data
     bad = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, vocab_size=512))
     with pytest.raises(ConfigError, match=r"tokenizer = .*300 entries and the model has vocab_size = 512"):
+        run(bad, tmp_path / "run")
+    assert names_in(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("field", IMPLEMENTATIONS)
+def test_unknown_implementation_leaves_no_trace_in_the_run_folder(
+    config: TrainConfig, tmp_path: Path, field: str
+) -> None:
+    bad = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: "scam"}))
+    with pytest.raises(ConfigError, match=rf"model\.{field} = 'scam': must be .*, or None"):
         run(bad, tmp_path / "run")
     assert names_in(tmp_path / "run") == []
 
