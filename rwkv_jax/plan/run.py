@@ -14,12 +14,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 import rwkv_kernels
 from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.models.implementations import known_implementations
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
 from rwkv_jax.plan.devices import Platform, Topology, topology_devices, unoptimized_on_cpu
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
-from rwkv_kernels.dispatch import Problem
+from rwkv_kernels.dispatch import Implementation, Problem
 
 
 def plan_run(config: TrainConfig, topology: Topology) -> Plan:
@@ -57,18 +58,22 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
 
 
 def as_planned_for(config: TrainConfig, platform: Platform, device_kind: str) -> TrainConfig:
-    """The config with a named WKV implementation that takes the planned devices, not this machine's, for its own."""
-    name, operator = config.model.wkv_implementation, config.model.spec.operator
-    if name is None or operator is None or name not in rwkv_kernels.implementations(operator):
-        return config
-    named = rwkv_kernels.OPERATORS[operator].implementations[name]
+    """The config with named implementations that take the planned devices, not this machine's, for their own."""
     own = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}[platform]
 
-    def refuses(problem: Problem) -> str | None:
-        return named.refuses(dataclasses.replace(problem, platform=own, device_kind=device_kind))
+    def there(named: Implementation) -> Any:
+        def refuses(problem: Problem) -> str | None:
+            return named.refuses(dataclasses.replace(problem, platform=own, device_kind=device_kind))
 
-    there: Any = dataclasses.replace(named, refuses=refuses)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, wkv_implementation=there))
+        return dataclasses.replace(named, refuses=refuses)
+
+    model = config.model
+    planned = {
+        field: there(known[name])
+        for field, known in known_implementations(model).items()
+        if (name := getattr(model, field)) in known
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(model, **planned)) if planned else config
 
 
 def _compile(lowered: Any, topology: Topology) -> tuple[Compiled | None, str | None]:

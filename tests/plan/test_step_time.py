@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.plan.devices import DEVICES, LAUNCH, Device
 from rwkv_jax.plan.kernels import BACKWARD, FORWARD, KERNELS, Sizes, bfloat16_flops, kernel_cost
 from rwkv_jax.plan.planner import Plan
@@ -126,10 +127,11 @@ def test_calls_of_the_operator() -> None:
     assert count_operator_calls(dataclasses.replace(config(), model=transformer), None) is None
 
 
-def test_a_named_kernel_is_planned_as_if_on_its_device() -> None:
-    named = dataclasses.replace(config(), model=dataclasses.replace(config().model, wkv_implementation=KERNELS))
+@pytest.mark.parametrize("field", IMPLEMENTATIONS)
+def test_a_named_kernel_is_planned_as_if_on_its_device(field: str) -> None:
+    named = dataclasses.replace(config(), model=dataclasses.replace(config().model, **{field: KERNELS}))
     problem = Problem("cpu", (1, 32, 4, 16, 16), "float32")
-    there, elsewhere = (as_planned_for(named, x, "some chip").model.wkv_implementation for x in ("cuda", "tpu"))
+    there, elsewhere = (getattr(as_planned_for(named, x, "some chip").model, field) for x in ("cuda", "tpu"))
     assert there.refuses(problem) is None  # pyright: ignore
     assert elsewhere.refuses(problem) == "it needs an NVIDIA GPU, and this is tpu"  # pyright: ignore
     assert as_planned_for(config(), "cuda", "some chip") == config()
