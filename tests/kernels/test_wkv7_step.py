@@ -165,6 +165,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"bias": inputs["bias"].reshape(16)}, r"bias: shape \(16,\) must be \[H N\]"),
         ({"state": inputs["state"][:1]}, r"state: shape \(1, 2, 8, 8\) must be \(2, 2, 8, 8\)"),
         ({"lengths": jnp.array([1, 2])}, "lengths: values from 1 to 2 must lie from 0 to T = 1"),
+        ({"log_w": -inputs["log_w"]}, r"log_w: its largest value is .* so at most 0"),
         ({"implementation": "cuda"}, "implementation = 'cuda': wkv7_step has xla, pallas_triton"),
     ):
         with pytest.raises(ValueError, match=message):

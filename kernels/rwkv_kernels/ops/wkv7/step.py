@@ -68,6 +68,7 @@ def wkv7_step(
     epsilon: float,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
+    validate: bool | None = None,
 ) -> tuple[Array, Array]:
     """One token of `wkv7` and what follows: S' = S (diag(w) + a b^T) + v k^T, o = (norm(S' r) + (r . r_k k) v) g.
 
@@ -83,12 +84,14 @@ def wkv7_step(
       epsilon: of the norm.
       lengths: integers [B], 0 or 1; 0 leaves a row's state as it was, and takes 0 for S' r.
       implementation: a name or an `Implementation`; None is "xla".
+      validate: whether to check values of log_w, as in `wkv7`.
 
     Returns:
       o [B, H, N] in v's dtype, and the next state. Both are differentiable in every array.
 
     Raises:
-      ValueError: shapes or dtypes that do not go together, an unknown implementation, or one that cannot run here.
+      ValueError: shapes or dtypes that do not go together, a log_w above 0 (where values are known), an unknown
+        implementation, or one that cannot run here.
     """
     per_token = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "g": g}
     inputs = {name: jnp.asarray(x) for name, x in (per_token | {"r_k": r_k, "weight": weight, "bias": bias}).items()}
@@ -97,6 +100,7 @@ def wkv7_step(
     axes = {"B H N": (batch, heads, size), "H N": (heads, size)}
     letters = {name: "B H N" if name in per_token else "H N" for name in inputs}
     arguments.check_inputs(inputs, {name: (found, axes[found]) for name, found in letters.items()}, "r")
+    arguments.check_log_decay(inputs["log_w"], validate)
     state = jnp.asarray(state)
     arguments.check_state("state", state, (batch, heads, size, size), "[B, H, N, N] with the value axis first")
     lengths = arguments.check_lengths(lengths, batch, 1)
