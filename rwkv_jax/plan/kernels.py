@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import rwkv_kernels
-from rwkv_jax.plan.program import Computation, Instruction
+from rwkv_jax.plan.program import Computation, Instruction, Module
 
 KERNELS, TPU_KERNELS = "pallas_triton", "pallas_mosaic_tpu"
 CHUNKS: Mapping[str, Mapping[str, int]] = {
@@ -139,6 +139,8 @@ def kernel_cost(operator: str, direction: str, sizes: Sizes, item_bytes: Mapping
 
 
 _CALL = re.compile(r"\b(wkv[4-7])_(forward_saving_states|forward|backward)\b")
+_OTHER = re.compile(r"\bwkv[4-7]_\w+")
+_WITHOUT_PRODUCTS = re.compile(r"\bwkv7_(output_forward|output_backward|step)\b")
 
 
 def bfloat16_flops(computation: Computation, instruction: Instruction) -> int:
@@ -153,3 +155,13 @@ def bfloat16_flops(computation: Computation, instruction: Instruction) -> int:
     products, sums = _PRODUCTS[found[1]](found[2], sizes).flops(sizes)
     token_heads = arrays[0].size // arrays[0].dims[-1]
     return round(token_heads * (PASSES["full"] * products + PASSES_OF_SUMS * sums))
+
+
+def uncounted_kernels(module: Module) -> tuple[str, ...]:
+    """Names of the program's kernels whose products no formula here counts."""
+    found = {}
+    for _, instruction, _ in module.running():
+        text = f"{instruction.name} {instruction.attributes}"
+        if instruction.opcode == "custom-call" and not (_CALL.search(text) or _WITHOUT_PRODUCTS.search(text)):
+            found |= dict.fromkeys(_OTHER.findall(text)[:1])
+    return tuple(found)

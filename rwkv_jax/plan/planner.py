@@ -15,6 +15,7 @@ from rwkv_jax.parallel.mesh import MeshShape
 from rwkv_jax.parallel.placement import shard_bytes
 from rwkv_jax.plan.costs import Collective, CollectiveKind, Precision, find_collectives, memory_traffic, product_flops
 from rwkv_jax.plan.devices import Device, Platform, Topology
+from rwkv_jax.plan.kernels import uncounted_kernels
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.replica_groups import mesh_axes
 from rwkv_jax.plan.step_time import Estimate, OperatorCalls, predict
@@ -124,6 +125,8 @@ class Program:
     floors: Floors
     estimates: tuple[Estimate, ...] = ()
     """The step's predicted time as compiled, and with kernels for the WKV operator."""
+    uncounted_kernels: tuple[str, ...] = ()
+    """Kernels whose products are not known, and count nowhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +262,7 @@ def _read_program(
             interconnect=interconnect,
         ),
         estimates=predict(module, device, interconnect, work.operator),
+        uncounted_kernels=uncounted_kernels(module),
     )
 
 

@@ -68,6 +68,8 @@ def _work_lines(plan: Plan, program: Program) -> Iterator[str]:
     yield _row("memory traffic", _bytes(program.traffic), "as compiled, if nothing stays in a cache")
     if program.unknown_loops:
         yield f"  counted once, trip count unknown: {', '.join(program.unknown_loops)}"
+    if program.uncounted_kernels:
+        yield f"  products of these kernels are not known, and left out: {', '.join(program.uncounted_kernels)}"
     if program.chosen_loops:
         yield f"  {CHOSEN_BY_DATA}: {', '.join(program.chosen_loops)}"
     rows = [("collectives", "along", "devices", "count", "bytes", "sent", "ms")]
@@ -96,6 +98,8 @@ def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
     yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; {best}"
     if program.unknown_loops:
         yield "the rate is too high: it leaves out all but one turn of the loops named above"
+    if program.uncounted_kernels:
+        yield "the rate may be too high, and the predicted step too short: products of the kernels above are left out"
     if plan.peak is not None and plan.usable_memory < plan.peak <= plan.device.memory:
         yield f"the driver and NCCL leave about {USABLE_SHARE[plan.device.platform]:.0%} of a GPU's memory"
     if plan.fits and plan.device.platform == "cuda" and (plan.peak or 0) > PREALLOCATED * plan.device.memory:

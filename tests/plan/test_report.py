@@ -101,6 +101,13 @@ def test_loops_that_could_not_be_counted_are_named() -> None:
     assert words.endswith("the rate is too high: it leaves out all but one turn of the loops named above")
 
 
+def test_kernels_whose_products_are_not_known_are_named() -> None:
+    words = describe(replaced(uncounted_kernels=("wkv7_split_factors",)))
+    assert "products of these kernels are not known, and left out: wkv7_split_factors\n" in words
+    assert words.endswith("products of the kernels above are left out")
+    assert "left out" not in describe(PLAN)
+
+
 def test_loops_that_the_data_choose_are_named() -> None:
     words = describe(replaced(chosen_loops=("while.7", "while.8")))
     assert "the data choose one of two loops; counted as for weak decays: while.7, while.8" in words

@@ -9,7 +9,7 @@ import pytest
 from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.plan.devices import DEVICES, LAUNCH, Device
-from rwkv_jax.plan.kernels import BACKWARD, FORWARD, KERNELS, Sizes, bfloat16_flops, kernel_cost
+from rwkv_jax.plan.kernels import BACKWARD, FORWARD, KERNELS, Sizes, bfloat16_flops, kernel_cost, uncounted_kernels
 from rwkv_jax.plan.planner import Plan
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.report import describe
@@ -89,21 +89,32 @@ def test_kernels_are_for_gpus_and_for_what_is_not_compiled_with_them() -> None:
     assert len(predict(module, DEVICES["h100"], 0.0, dataclasses.replace(CALLS, implementation=KERNELS))) == 1
 
 
-def test_a_kernels_products_are_known_by_its_name() -> None:
-    text = """\
+OF_A_KERNEL = """\
 ENTRY %main (r: bf16[2,32,3,8], s: f32[2,3,8,8]) -> f32[2,32,3,8] {
   %r = bf16[2,32,3,8]{3,2,1,0} parameter(0)
   %s = f32[2,3,8,8]{3,2,1,0} parameter(1)
   ROOT %y = f32[2,32,3,8]{3,2,1,0} custom-call(%r, %s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/wkv7_forward/pallas_call"}
 }
 """  # noqa: E501
-    module = parse_module(text)
+
+
+def test_a_kernels_products_are_known_by_its_name() -> None:
+    module = parse_module(OF_A_KERNEL)
     main = module.computations["main"]
     cost = kernel_cost("wkv7", "forward", Sizes(8, 8, 16), CALLS.item_bytes)
     assert bfloat16_flops(main, main.instructions["y"]) == round(2 * 32 * 3 * cost.bfloat16_flops("full"))
     assert bfloat16_flops(main, main.instructions["r"]) == 0
     (found,) = predict(module, device(memory_bandwidth=1e9), 0.0, None)
     assert found.products == pytest.approx(2 * 32 * 3 * cost.bfloat16_flops("full"))
+
+
+@pytest.mark.parametrize(
+    ("name", "uncounted"),
+    [("wkv7_split_factors", True), ("wkv7_forward", False), ("wkv7_output_backward", False), ("wkv7_step", False)],
+)
+def test_kernels_whose_products_are_not_known_are_found(name: str, uncounted: bool) -> None:
+    module = parse_module(OF_A_KERNEL.replace("wkv7_forward", name))
+    assert uncounted_kernels(module) == ((name,) if uncounted else ())
 
 
 def config(generation: str = "7", **training: object) -> TrainConfig:
