@@ -59,6 +59,10 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _work_lines(plan: Plan, program: Program) -> Iterator[str]:
     devices = math.prod(plan.mesh.values())
+    operator = plan.work.operator
+    if operator is not None and operator.may_be_measured and plan.device.platform != "cpu":
+        yield f"\n{operator.operator} by {operator.implementation}, by the table; a new run measures, and may take"
+        yield "another: name the one to plan, --model.wkv-implementation NAME"
     yield "\nwork of one device"
     yield _row("model FLOPs", f"{plan.work.model_flops / devices:.3e}", "forward and backward, by hand")
     if plan.work.recomputed_flops:

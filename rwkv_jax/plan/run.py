@@ -139,4 +139,5 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
         key_dim=head_dim,
         value_dim=head_dim,
         item_bytes={name: jnp.dtype(dtype).itemsize for name, dtype in dtypes.items()},
+        may_be_measured=model.wkv_implementation is None and training.tune != "never",
     )

@@ -28,6 +28,8 @@ class OperatorCalls:
     value_dim: int
     item_bytes: Mapping[str, int]
     """Of an element of each input over time."""
+    may_be_measured: bool = False
+    """Whether a new run on a GPU or TPU may take another implementation, by measurement."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from rwkv_jax.plan.devices import DEVICES
 from rwkv_jax.plan.planner import Arguments, CollectiveTotal, Floors, Plan, Program, Work
 from rwkv_jax.plan.report import describe, to_json
+from rwkv_jax.plan.step_time import OperatorCalls
 
 GIBIBYTE = 1 << 30
 PROGRAM = Program(
@@ -99,6 +100,17 @@ def test_loops_that_could_not_be_counted_are_named() -> None:
     words = describe(replaced(unknown_loops=("while.7",)))
     assert "counted once, trip count unknown: while.7" in words
     assert words.endswith("the rate is too high: it leaves out all but one turn of the loops named above")
+
+
+def test_a_choice_that_a_run_leaves_to_measurement_is_named() -> None:
+    calls = OperatorCalls("wkv7", "chunked", 1, 1, 64.0, 8, 8, {"r": 2}, may_be_measured=True)
+    measured, named = (
+        dataclasses.replace(PLAN, work=dataclasses.replace(PLAN.work, operator=operator))
+        for operator in (calls, dataclasses.replace(calls, may_be_measured=False))
+    )
+    assert "wkv7 by chunked, by the table; a new run measures" in describe(measured)
+    on_cpu = dataclasses.replace(measured, device=DEVICES["cpu"])
+    assert all("a new run measures" not in describe(plan) for plan in (named, on_cpu))
 
 
 def test_kernels_whose_products_are_not_known_are_named() -> None:

@@ -128,6 +128,9 @@ def test_calls_of_the_operator() -> None:
     assert (calls.operator, calls.implementation, calls.forwards, calls.backwards) == ("wkv7", "chunked", 3, 3)
     assert (calls.token_heads, calls.key_dim, calls.value_dim) == (8 * 32 * 4, 16, 16)
     assert calls.item_bytes == {"r": 2, "log_w": 4, "k": 2, "v": 2, "a": 2, "b": 2}
+    assert calls.may_be_measured
+    never = count_operator_calls(config(tune="never"), None)
+    assert never == dataclasses.replace(calls, may_be_measured=False)
     more = count_operator_calls(config(remat="full", accumulation_steps=2), None)
     assert more is not None
     assert (more.forwards, more.backwards, more.token_heads) == (12, 6, 4 * 32 * 4)
