@@ -70,7 +70,8 @@ class Explanation:
 
 
 def default_order(problem: Problem) -> tuple[str, ...]:
-    """Order that `implementation=None` tries, as measured on CPUs; kernels run only when named."""
+    """Order that `implementation=None` tries, as measured on CPUs; kernels only run when named, as one that was
+    measured is."""
     return ("scan", "chunked") if problem.shape[1] == 1 else ("chunked", "scan")
 
 
