@@ -185,7 +185,7 @@ def write_run(
     """Writes run.json, by which the folder is recognized as a run, then the tokenizer.
 
     Args:
-      choices: what was measured where the config leaves it open, by name; a resumed run keeps to it.
+      choices: what the run takes where the config leaves it open, by name; a resumed run keeps to it.
     """
     content = {"config": to_dict(config), "identity": dict(run_identity)}
     if choices:

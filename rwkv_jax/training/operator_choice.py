@@ -1,7 +1,7 @@
 """Which implementation of the WKV operator a run's steps take, where its config leaves that open.
 
-A new run on a GPU or TPU takes the fastest by measurement, and records it. A resumed run takes what is recorded, so
-that it ends with the bits of one that was not stopped.
+A new run on a GPU or TPU takes the fastest by measurement. Every start records what it takes; a resumed run takes what
+is recorded, so that it ends with the bits of one that was not stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from rwkv_kernels.autotune import Tuning, Workload
 FIELD = "wkv_implementation"
 """Name of the choice in run.json."""
 
+SOURCE = "wkv_implementation_by"
+"""Name in run.json of where the choice is from; `TABLE`, or absent for what was measured or named."""
+
+TABLE = "table"
+
 _MAX_SECONDS = 24 * 3600  # that the other processes wait
 
 
@@ -35,9 +40,9 @@ def choose_operator(
     processes: Processes,
     report: Callable[[str], None],
 ) -> dict[str, str]:
-    """What is recorded of a run beside its config: `FIELD` and the name of the implementation, or nothing.
+    """What is recorded of a run beside its config: `FIELD` and the name of the implementation, with `SOURCE`.
 
-    The first process looks it up or measures it, and tells the others.
+    Nothing for a model without an operator. The first process looks it up or measures it, and tells the others.
 
     Args:
       saved_run: the content of run.json; None for a new run.
@@ -49,16 +54,15 @@ def choose_operator(
     choices: dict[str, str] = {}
     if processes.is_first:
         if saved_run is not None:
-            choices = dict(saved_run.get("choices", {}))
-            _check_recorded(config, mesh, choices, report)
+            choices = _choose_again(config, mesh, saved_run, report)
         else:
             choices = _choose(config, mesh, report)
     return json.loads(allgather_text(processes, "the operator", json.dumps(choices), seconds=_MAX_SECONDS)[0])
 
 
 def with_choices(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
-    """The config with what is recorded in place of what it leaves open."""
-    if config.model.wkv_implementation is not None or FIELD not in choices:
+    """The config with what is recorded in place of what it leaves open; what the table takes anyway stays open."""
+    if config.model.wkv_implementation is not None or FIELD not in choices or choices.get(SOURCE) == TABLE:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, wkv_implementation=choices[FIELD]))
 
@@ -79,29 +83,45 @@ def _workload(config: TrainConfig, mesh: Mesh | None) -> Workload | None:
     return run_workload(config, MeshShape() if mesh is None else mesh_shape(mesh))
 
 
-def _check_recorded(
-    config: TrainConfig, mesh: Mesh | None, choices: Mapping[str, str], report: Callable[[str], None]
-) -> None:
-    workload, recorded = _workload(config, mesh), choices.get(FIELD)
-    if recorded is None or workload is None or config.model.wkv_implementation is not None:
-        return
-    implementation = rwkv_kernels.OPERATORS[workload.operator].implementations.get(recorded)
+def _choose_again(
+    config: TrainConfig, mesh: Mesh | None, saved_run: Mapping[str, Any], report: Callable[[str], None]
+) -> dict[str, str]:
+    """What a resumed run takes: what is named now, else what its last steps took."""
+    workload, named = _workload(config, mesh), config.model.wkv_implementation
+    if workload is None:
+        return {}
+    choices = saved_run.get("choices", {})
+    # The config first: earlier versions recorded only what was measured, and kept that when another was named.
+    last = saved_run.get("config", {}).get("model", {}).get(FIELD) or choices.get(FIELD)
+    if named is not None:
+        if last not in (None, named):
+            report(
+                f"operator: {workload.operator} by {named}, as named; {config.run_dir} took its last steps with "
+                f"{last}, which rounds differently"
+            )
+        return {FIELD: named}
+    by_table = _by_table(workload)
+    if last is None or (last == by_table and choices.get(SOURCE) == TABLE):
+        return {FIELD: by_table, SOURCE: TABLE}
+    implementation = rwkv_kernels.OPERATORS[workload.operator].implementations.get(last)
     refusal = (
         "this version has none of that name" if implementation is None else implementation.refuses(workload.problem)
     )
     if refusal is not None:
         raise ConfigError(
-            f"model.wkv_implementation = None: {config.run_dir} has taken its steps with {recorded!r}, by measurement, "
-            f"which cannot run here: {refusal}; resume it where it ran, or name {_by_table(workload)!r}, which rounds "
-            "differently"
+            f"model.wkv_implementation = None: {config.run_dir} took its last steps with {last!r}, which cannot run "
+            f"here: {refusal}; resume it where it ran, or name {by_table!r}, which rounds differently"
         )
-    report(f"operator: {workload.operator} by {recorded}, as {config.run_dir} has taken its steps so far")
+    report(f"operator: {workload.operator} by {last}, as {config.run_dir} took its last steps")
+    return {FIELD: last}
 
 
 def _choose(config: TrainConfig, mesh: Mesh | None, report: Callable[[str], None]) -> dict[str, str]:
-    workload, setting = _workload(config, mesh), config.training.tune
-    if workload is None or config.model.wkv_implementation is not None:
+    workload, named, setting = _workload(config, mesh), config.model.wkv_implementation, config.training.tune
+    if workload is None:
         return {}
+    if named is not None:
+        return {FIELD: named}
     on_accelerator = workload.problem.platform != "cpu"
     if setting == "never" or (setting == "auto" and not on_accelerator):
         if on_accelerator:
@@ -109,7 +129,7 @@ def _choose(config: TrainConfig, mesh: Mesh | None, report: Callable[[str], None
                 f"operator: {workload.operator} by {_by_table(workload)}, by the table, not measured on this device "
                 "(training.tune = never)"
             )
-        return {}
+        return {FIELD: _by_table(workload), SOURCE: TABLE}
     tuning, source = _look_up_or_measure(workload, report)
     if tuning.chosen is None:
         raise ConfigError(

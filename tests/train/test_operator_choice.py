@@ -24,6 +24,7 @@ from tests.train.in_process import Run, restore, run
 
 CONFIG = TrainConfig(run_dir="runs/mine", training=StepConfig(batch_size=4, sequence_length=32))
 H100 = "NVIDIA H100 80GB HBM3"
+BY_TABLE = {"wkv_implementation": "chunked", "wkv_implementation_by": "table"}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def test_on_a_gpu_a_new_run_measures_once(on_a_gpu: None, measured: list[Workloa
 
 
 def test_on_a_cpu_only_who_asks_measures(measured: list[Workload], path: Path) -> None:
-    assert choose() == choose(with_tune("never")) == ({}, [])
+    assert choose() == choose(with_tune("never")) == (BY_TABLE, [])
     assert not measured
     assert not path.exists()
     assert choose(with_tune("always"))[0] == {"wkv_implementation": "scan"}
@@ -98,17 +99,23 @@ def test_on_a_cpu_only_who_asks_measures(measured: list[Workload], path: Path) -
 
 def test_on_a_gpu_that_measures_nothing_the_tables_choice_is_said(on_a_gpu: None, measured: list[Workload]) -> None:
     assert choose(with_tune("never")) == (
-        {},
+        BY_TABLE,
         ["operator: wkv7 by chunked, by the table, not measured on this device (training.tune = never)"],
     )
     assert not measured
 
 
-@pytest.mark.parametrize("model", [ModelConfig(wkv_implementation="chunked"), ModelConfig(architecture="transformer")])
+@pytest.mark.parametrize(
+    ("model", "choices"),
+    [
+        (ModelConfig(wkv_implementation="chunked"), {"wkv_implementation": "chunked"}),
+        (ModelConfig(architecture="transformer"), {}),
+    ],
+)
 def test_where_nothing_is_open_nothing_is_measured(
-    on_a_gpu: None, measured: list[Workload], model: ModelConfig
+    on_a_gpu: None, measured: list[Workload], model: ModelConfig, choices: dict[str, str]
 ) -> None:
-    assert choose(dataclasses.replace(CONFIG, model=model)) == ({}, [])
+    assert choose(dataclasses.replace(CONFIG, model=model)) == (choices, [])
     assert not measured
 
 
@@ -147,7 +154,7 @@ def test_devices_of_a_mesh_have_their_share() -> None:
     assert workload.problem.shape == (2, 16, 1, 64, 64)
     assert not workload.packed
     mesh = mesh_from_shape(MeshShape(), jax.devices()[:1])
-    assert choose_operator(CONFIG, mesh, None, Processes(), pytest.fail) == {}
+    assert choose_operator(CONFIG, mesh, None, Processes(), pytest.fail) == BY_TABLE
 
 
 # What is recorded
@@ -158,10 +165,27 @@ RECORDED = {"choices": {"wkv_implementation": "pallas_triton"}}
 def test_a_resumed_run_takes_what_is_recorded(on_a_gpu: None, measured: list[Workload]) -> None:
     choices, lines = choose(with_tune("always"), RECORDED)
     assert choices == RECORDED["choices"]
-    assert lines == ["operator: wkv7 by pallas_triton, as runs/mine has taken its steps so far"]
+    assert lines == ["operator: wkv7 by pallas_triton, as runs/mine took its last steps"]
     assert with_choices(CONFIG, choices).model.wkv_implementation == "pallas_triton"
-    assert choose(with_tune("always"), {}) == ({}, [])  # a run from before anything was recorded
+    assert choose(with_tune("always"), {}) == (BY_TABLE, [])  # a run from before anything was recorded
+    assert choose(with_tune("always"), {"choices": BY_TABLE}) == (BY_TABLE, [])
+    assert with_choices(CONFIG, BY_TABLE) == CONFIG
     assert not measured
+
+
+def test_a_table_that_has_changed_leaves_a_run_with_what_it_took() -> None:
+    choices, lines = choose(saved_run={"choices": {"wkv_implementation": "scan", "wkv_implementation_by": "table"}})
+    assert choices == {"wkv_implementation": "scan"}
+    assert lines == ["operator: wkv7 by scan, as runs/mine took its last steps"]
+    assert with_choices(CONFIG, choices).model.wkv_implementation == "scan"
+
+
+@pytest.mark.parametrize("choices", [{}, {"wkv_implementation": "chunked"}])  # as earlier versions wrote them
+def test_what_was_named_last_is_taken_when_it_is_not_named_again(choices: dict[str, str]) -> None:
+    saved_run = {"config": {"model": {"wkv_implementation": "scan"}}, "choices": choices}
+    taken, lines = choose(saved_run=saved_run)
+    assert taken == {"wkv_implementation": "scan"}
+    assert lines == ["operator: wkv7 by scan, as runs/mine took its last steps"]
 
 
 @pytest.mark.parametrize(
@@ -174,16 +198,21 @@ def test_a_resumed_run_takes_what_is_recorded(on_a_gpu: None, measured: list[Wor
 def test_what_is_recorded_but_cannot_run_is_refused(recorded: str, reason: str) -> None:
     saved_run = {"choices": {"wkv_implementation": recorded}}
     message = (
-        f"model.wkv_implementation = None: runs/mine has taken its steps with '{recorded}', by measurement, which "
+        f"model.wkv_implementation = None: runs/mine took its last steps with '{recorded}', which "
         f"cannot run here: {reason}; resume it where it ran, or name 'chunked', which rounds differently"
     )
     with pytest.raises(ConfigError) as error:
         choose(saved_run=saved_run)
     assert str(error.value) == message
-    # Who names one goes on with it, and the record stays.
+    # Who names one goes on with it, is told, and has it recorded.
     named = dataclasses.replace(CONFIG, model=ModelConfig(wkv_implementation="scan"))
-    assert choose(named, saved_run) == (saved_run["choices"], [])
-    assert with_choices(named, saved_run["choices"]) == named
+    choices, lines = choose(named, saved_run)
+    assert choices == {"wkv_implementation": "scan"}
+    assert lines == [
+        f"operator: wkv7 by scan, as named; runs/mine took its last steps with {recorded}, which rounds differently"
+    ]
+    assert with_choices(named, choices) == named
+    assert choose(named, {"choices": choices}) == (choices, [])
 
 
 # Runs
@@ -221,7 +250,7 @@ def test_a_run_records_its_choice_and_goes_on_with_it(
     assert recorded["choices"] == {"wkv_implementation": "chunked"}
     assert recorded["config"]["model"]["wkv_implementation"] is None
     resumed = run(short(config, 5), tmp_path / "run")
-    assert f"operator: wkv7 by chunked, as {tmp_path / 'run'} has taken its steps so far" in resumed.output
+    assert f"operator: wkv7 by chunked, as {tmp_path / 'run'} took its last steps" in resumed.output
     assert json.loads((tmp_path / "run" / "run.json").read_text())["choices"] == recorded["choices"]
     assert taken == [None, "chunked", None, "chunked"]
 
@@ -239,6 +268,6 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_was_not_stopped(
     assert not (resumed.result.state.params["head"]["weight"] == finished.result.state.params["head"]["weight"]).all()
 
 
-def test_a_run_of_the_tables_choice_records_nothing(finished: Run) -> None:
-    assert "choices" not in json.loads((finished.folder / "run.json").read_text())
+def test_a_run_of_the_tables_choice_records_that_and_says_nothing(finished: Run) -> None:
+    assert json.loads((finished.folder / "run.json").read_text())["choices"] == BY_TABLE
     assert "operator: " not in finished.output
