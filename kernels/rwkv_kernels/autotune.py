@@ -134,6 +134,7 @@ def tune(
 ) -> Tuning:
     """Checks every implementation on a small input, and times those that are right on one of the workload's sizes.
 
+    The timed calls' results are compared with those of the first of them: their programs may be others than the check's.
     Takes from seconds to minutes, most of them for the compiler.
 
     Args:
@@ -149,6 +150,7 @@ def tune(
     exact = exact_results(workload)
     arguments = _arguments(workload, Shape(*workload.problem.shape))
     trials: list[Trial] = []
+    reference: tuple[str, dict[str, NDArray]] | None = None  # the first right one, and its results for `arguments`
     for name in sorted(
         implementations, key=lambda name: preferred.index(name) if name in preferred else len(preferred)
     ):
@@ -166,9 +168,14 @@ def tune(
                 )
                 continue
             fastest = min((trial.seconds for trial in trials if trial.seconds is not None), default=math.inf)
-            program = _compiled(workload, implementation, arguments, memory)
-            run = functools.partial(program, *arguments)
+            run = _LastResults(functools.partial(_compiled(workload, implementation, arguments, memory), *arguments))
             seconds = median_seconds(run, repetitions, _HOPELESS * fastest, clock)
+            if reference is None:
+                reference = name, jax.device_get(run.results)
+            elif not (worst := _worst_difference(run.results, reference[1])).is_right:
+                difference = f"{worst.name} is off {reference[0]}'s by {worst.error:.0e}, at most {worst.bound:.0e}"
+                trials.append(Trial(name, error, None, f"WRONG on the sizes of the workload: {difference}"))
+                continue
             trials.append(Trial(name, error, seconds, None))
         except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
             trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
@@ -193,9 +200,12 @@ def worst_error(
     results = jax.jit(_program(workload, implementation))(*arguments)
     errors = []
     for name, x in results.items():
-        bound = BOUND if x.dtype.itemsize >= 4 else max(BOUND, float(jnp.finfo(x.dtype).eps))
-        errors.append(ResultError(name, relative_error(np.asarray(x, np.float64), exact[name]), bound))
+        errors.append(ResultError(name, relative_error(np.asarray(x, np.float64), exact[name]), _bound(x)))
     return max(errors, key=lambda found: found.error / found.bound)
+
+
+def _bound(x: Array) -> float:
+    return BOUND if x.dtype.itemsize >= 4 else max(BOUND, float(jnp.finfo(x.dtype).eps))
 
 
 def relative_error(x: NDArray, exact: NDArray) -> float:
@@ -276,6 +286,31 @@ def _compiled(
         if needed > memory:
             raise MemoryError(f"it takes {needed / 2**30:.1f} GiB, and there are {memory / 2**30:.1f}")
     return program
+
+
+class _LastResults:
+    """Calls a function and holds what its last call gave, and never the results of two calls."""
+
+    def __init__(self, run: Callable[[], dict[str, Array]]) -> None:
+        self.run = run
+        self.results: dict[str, Array] = {}
+
+    def __call__(self) -> dict[str, Array]:
+        self.results = {}
+        self.results = self.run()
+        return self.results
+
+
+def _worst_difference(results: Mapping[str, Array], reference: Mapping[str, NDArray]) -> ResultError:
+    """The result that is furthest from the one of a right implementation; each may be off by its bound."""
+    errors = []
+    for name, x in results.items():
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        expected = jnp.asarray(reference[name], wide)
+        size = float(jnp.linalg.norm(expected.ravel())) or 1.0
+        error = float(jnp.linalg.norm((x.astype(wide) - expected).ravel())) / size
+        errors.append(ResultError(name, error if math.isfinite(error) else math.inf, 2 * _bound(x)))
+    return max(errors, key=lambda found: found.error / found.bound)
 
 
 def median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:

@@ -74,6 +74,23 @@ def test_the_fastest_that_is_right_is_taken() -> None:
     assert lines[0].endswith("2000.000 ms  right")
 
 
+def test_what_is_wrong_only_on_the_workloads_sizes_is_never_taken() -> None:
+    """As a kernel of which the small input takes another program."""
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        y, state = SCAN.run(*inputs, **options)
+        return (y if y.shape[1] == 80 else 1.001 * y), state
+
+    workload = workload_here("wkv6", (2, 90, 1, 4, 4), gradients=False)
+    wrong = dispatch.Implementation(run, dispatch.anything)
+    tuning = tune(workload, [2.0] * 4 + [1.0] * 4, chunked=SCAN, wrong=wrong)
+    assert tuning.chosen == "chunked"
+    assert tuning.trials[1].seconds is None
+    assert (tuning.trials[1].error or 1) < 1e-5
+    failure = "WRONG on the sizes of the workload: y is off chunked's by 1e-03, at most 2e-04"
+    assert tuning.trials[1].failure == failure
+
+
 def test_what_takes_ten_times_as_long_is_not_timed_again() -> None:
     """What the table takes is the first to be timed, and so is usually what others are compared with."""
     workload = workload_here("wkv6", SHAPE, gradients=False)
