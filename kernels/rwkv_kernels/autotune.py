@@ -134,8 +134,8 @@ def tune(
 ) -> Tuning:
     """Checks every implementation on a small input, and times those that are right on one of the workload's sizes.
 
-    The timed calls' results are compared with those of the first of them: their programs may be others than the check's.
-    Takes from seconds to minutes, most of them for the compiler.
+    The results of the timed calls are compared with the first one's, since their programs may be other ones than the
+    check's. Takes from seconds to minutes, most of them for the compiler.
 
     Args:
       implementations: by name; None is all of the operator's.
@@ -314,15 +314,19 @@ def _worst_difference(results: Mapping[str, Array], reference: Mapping[str, NDAr
 
 
 def median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:
-    """Median time from launch to results after a first call, which is all that is made of what takes over the limit."""
+    """Median time from launch to results after a first call, which is not counted, as it may load the program.
+
+    What takes over the limit in the second call is not called again.
+    """
 
     def seconds() -> float:
         started = clock()
         jax.block_until_ready(run())
         return clock() - started
 
-    first = seconds()
-    return first if first > limit else statistics.median(seconds() for _ in range(repetitions))
+    seconds()
+    second = seconds()
+    return second if second > limit else statistics.median([second, *(seconds() for _ in range(repetitions - 1))])
 
 
 def _first_line(error: Exception) -> str:
