@@ -37,8 +37,8 @@ class Tune:
         """Measures, prints a line per implementation and keeps the result; exits with 1 if none is right.
 
         Raises:
-          ConfigError: a model without an operator, no device, a number of devices that cannot be used, or a cache that
-            is not one of ours.
+          ConfigError: a model without an operator, no device, devices that cannot be used or split time, or a cache
+            that is not one of ours.
         """
         if self.devices is not None:
             require_whole("devices", self.devices, 1)
@@ -49,7 +49,13 @@ class Tune:
         if self.prefill:
             workload = autotune.prefill_workload(self.config.model)
         else:
-            workload = run_workload(self.config, self._mesh_shape())
+            shape = self._mesh_shape()
+            if shape.sequence > 1:
+                raise ConfigError(
+                    f"parallel.sequence = {shape.sequence}: nothing is measured for a mesh that splits time, where the "
+                    "operator runs twice, on other inputs; runs go by the table there"
+                )
+            workload = run_workload(self.config, shape)
         if workload is None:
             raise ConfigError(f"model.architecture = {self.config.model.architecture!r}: has no operator to tune")
         path = self.cache or autotune.default_path()

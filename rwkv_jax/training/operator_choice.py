@@ -123,12 +123,16 @@ def _choose(config: TrainConfig, mesh: Mesh | None, report: Callable[[str], None
     if named is not None:
         return {FIELD: named}
     on_accelerator = workload.problem.platform != "cpu"
-    if setting == "never" or (setting == "auto" and not on_accelerator):
-        if on_accelerator:
-            report(
-                f"operator: {workload.operator} by {_by_table(workload)}, by the table, not measured on this device "
-                "(training.tune = never)"
+    measures = setting == "always" or (setting == "auto" and on_accelerator)
+    num_parts = 1 if mesh is None else mesh_shape(mesh).sequence
+    if not measures or num_parts > 1:
+        if measures or on_accelerator:
+            reason = (
+                f"on a mesh that splits time (parallel.sequence = {num_parts})"
+                if num_parts > 1
+                else "on this device (training.tune = never)"
             )
+            report(f"operator: {workload.operator} by {_by_table(workload)}, by the table, not measured {reason}")
         return {FIELD: _by_table(workload), SOURCE: TABLE}
     tuning, source = _look_up_or_measure(workload, report)
     if tuning.chosen is None:

@@ -66,8 +66,12 @@ def test_a_run_on_more_devices_has_smaller_shares(
     rwkv: Command, config_file: Path, measured: list[Workload], tmp_path: Path
 ) -> None:
     cache = ("--cache", tmp_path / "x.json")
-    rwkv("tune", config_file, "--devices", 4, "--parallel.sequence", 2, *cache)
-    assert measured[-1].problem.shape == (2, 256, 1, 64, 64)
+    rwkv("tune", config_file, "--devices", 2, *cache)
+    assert measured[-1].problem.shape == (2, 512, 1, 64, 64)
+    with pytest.raises(
+        SystemExit, match=r"rwkv: --parallel\.sequence 2: nothing is measured for a mesh that splits time"
+    ):
+        rwkv("tune", config_file, "--devices", 4, "--parallel.sequence", 2, *cache)
     with pytest.raises(SystemExit, match="rwkv: --devices 0: must be a whole number, not less than 1"):
         rwkv("tune", config_file, "--devices", 0, *cache)
     with pytest.raises(SystemExit, match=r"rwkv: training\.batch_size: 4 rows at a time .* = 8 devices"):

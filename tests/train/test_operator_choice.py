@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from rwkv_jax import autotune
 from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
-from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
+from rwkv_jax.parallel.mesh import AXES, MeshShape, mesh_from_shape
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training import loop
 from rwkv_jax.training.operator_choice import choose_operator, run_workload, with_choices
@@ -155,6 +156,17 @@ def test_devices_of_a_mesh_have_their_share() -> None:
     assert not workload.packed
     mesh = mesh_from_shape(MeshShape(), jax.devices()[:1])
     assert choose_operator(CONFIG, mesh, None, Processes(), pytest.fail) == BY_TABLE
+
+
+def test_on_a_mesh_that_splits_time_nothing_is_measured(measured: list[Workload]) -> None:
+    """There the operator computes in float32, and twice, which is another problem."""
+    mesh = AbstractMesh((1, 1, 2, 1), AXES)
+    lines: list[str] = []
+    assert choose_operator(with_tune("always"), mesh, None, Processes(), lines.append) == BY_TABLE  # pyright: ignore[reportArgumentType]
+    assert lines == [
+        "operator: wkv7 by chunked, by the table, not measured on a mesh that splits time (parallel.sequence = 2)"
+    ]
+    assert not measured
 
 
 # What is recorded
