@@ -1,13 +1,15 @@
 """The WKV operator's fastest implementation by measurement, kept in a file of the user's cache folder.
 
-A measurement holds for one kind of device, one workload, one version of JAX and one of the kernels; anything else is
-measured anew. Given the file, the choice is always the same.
+A measurement holds for one kind of device, one workload and one version of JAX, of its compilers and of the kernels;
+anything else is measured anew. Given the file, the choice is always the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -129,7 +131,7 @@ def keep(path: Path, tuning: Tuning) -> None:
 
 
 def describe(path: Path) -> list[str]:
-    """What a file of measurements holds, a line each; those of other versions or devices are marked.
+    """What a file of measurements holds, a line each; those of other versions are marked.
 
     Raises:
       TuningFileError: the file is not one of ours, or is damaged.
@@ -149,7 +151,17 @@ def describe(path: Path) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "kernels": _kernels_digest()}
+    return {"jax": ", ".join([jax.__version__, *_compilers()]), "kernels": _kernels_digest()}
+
+
+@functools.cache
+def _compilers() -> tuple[str, ...]:
+    """The installed packages that compile for a device, with their versions."""
+    found = []
+    for name in ("jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return tuple(found)
 
 
 @functools.cache

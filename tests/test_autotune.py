@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.version
 import pytest
 
 from rwkv_jax import autotune, host
@@ -76,6 +77,7 @@ def test_other_versions_and_processors_measure_for_themselves(path: Path, monkey
     for place, name, other in (
         (jax, "__version__", "0.0.1"),
         (autotune, "_kernels_digest", lambda: "another"),
+        (autotune, "_compilers", lambda: ("libtpu 0.0.1",)),
         (host, "processor", lambda: "another"),
         (host, "available_cores", lambda: 1000),
     ):
@@ -83,6 +85,10 @@ def test_other_versions_and_processors_measure_for_themselves(path: Path, monkey
             patch.setattr(place, name, other)
             assert autotune.find(path, WORKLOAD) is None
     assert autotune.find(path, WORKLOAD) is not None
+
+
+def test_compilers_are_named_with_their_versions() -> None:
+    assert f"jaxlib {jaxlib.version.__version__}" in autotune._compilers()
 
 
 @pytest.mark.parametrize("name", ["pallas_mosaic_tpu", "gone"])
