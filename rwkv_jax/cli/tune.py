@@ -64,7 +64,9 @@ class Tune:
         print(tuning, flush=True)
         autotune.keep(path, tuning)
         users = "engines take it" if self.prefill else "new runs take it, elsewhere with --training.tune always"
-        print(f"kept in {path}; on a GPU or TPU {users}")
+        is_read = path.absolute() == autotune.default_path().absolute()
+        where = "" if is_read else f" with {autotune.VARIABLE}={path.absolute()}"
+        print(f"kept in {path}; on a GPU or TPU{where} {users}")
         if tuning.chosen is None:
             sys.exit("rwkv: none is right on this device; see rwkv doctor, and report it with what is above")
 

@@ -58,7 +58,9 @@ def test_a_table_is_printed_and_kept(
             "chunked 1e-07 2.000 ms taken: the fastest",
             "pallas_triton - - fails: ValueError: no",
         ]
-        assert last.startswith(f"kept in {cache if not flags else 'new/x.json'}; on a GPU or TPU new runs take it")
+        with_variable = f" with {autotune.VARIABLE}={cache}" if flags else ""
+        kept = "new/x.json" if flags else cache
+        assert last.startswith(f"kept in {kept}; on a GPU or TPU{with_variable} new runs take it")
         assert getattr(autotune.find(cache, measured[-1]), "chosen", None) == "chunked"
 
 
@@ -84,7 +86,7 @@ def test_prefill_is_another_workload(
     printed = rwkv("tune", config_file, "--prefill", "--cache", tmp_path / "x.json")
     assert printed.out.startswith("wkv7 B1 T512 H1 N64 M64 float32 on ")
     assert ", float32 inputs, forward:\n" in printed.out
-    assert printed.out.endswith("; on a GPU or TPU engines take it\n")
+    assert printed.out.endswith(f"; on a GPU or TPU with {autotune.VARIABLE}={tmp_path / 'x.json'} engines take it\n")
 
 
 def test_a_file_of_others_is_refused_before_anything_is_measured(
