@@ -120,6 +120,13 @@ def test_half_precision_may_round_its_results_but_not_the_state() -> None:
     assert (wrong.name, wrong.bound, wrong.is_right) == ("state", BOUND, False)
 
 
+def test_an_error_that_half_precision_would_hide_is_found_with_float32_inputs() -> None:
+    off = changed(lambda y, state: (1.001 * y, state))
+    tuning = tune(workload_here("wkv6", SHAPE, "bfloat16", gradients=False), [1.0] * 4, scan=SCAN, off=off)
+    assert tuning.chosen == "scan"
+    assert tuning.trials[1].failure == f"WRONG: y is off by 1e-03, at most {BOUND:.0e}"
+
+
 @pytest.mark.parametrize(("name", "shape"), [("wkv4", (3, 300, 70, 1, 1)), ("wkv5", (3, 300, 3, 4, 4))])
 def test_the_timed_call_has_the_sizes_and_dtypes_of_the_workload(name: str, shape: tuple[int, ...]) -> None:
     """And the checked one is smaller, but as large in a head."""
@@ -133,7 +140,7 @@ def test_the_timed_call_has_the_sizes_and_dtypes_of_the_workload(name: str, shap
     spy = dispatch.Implementation(run, dispatch.anything)
     tuning = autotune.tune(workload, implementations={"spy": spy}, repetitions=1)
     assert tuning.chosen == "spy"
-    (small, _), (timed, segments) = seen
+    (small, _), (widened, _), (timed, segments) = seen
     rows, steps, heads, *_ = shape
     of_head = () if name == "wkv4" else (4,)
     assert [x.shape for x in timed[:-1] if x.ndim > 2] == [(rows, steps, heads, *of_head)] * (
@@ -144,6 +151,7 @@ def test_the_timed_call_has_the_sizes_and_dtypes_of_the_workload(name: str, shap
     ]
     assert {x.dtype for x in jax.tree.leaves(timed[-1])} == {jnp.dtype(jnp.float32)}
     assert jax.tree.leaves(timed[-1])[0].shape == ((rows, heads) if name == "wkv4" else (rows, heads, 4, 4))
+    assert {x.dtype for x in jax.tree.leaves(widened)} == {jnp.dtype(jnp.float32)}
     assert segments.shape == (rows, steps)
     assert next(x.shape for x in small[:-1] if x.ndim > 2) == (2, 80, 64 if name == "wkv4" else 2, *of_head)
 
