@@ -23,7 +23,7 @@ from rwkv_jax import autotune
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, ManyRows, PackedMatrix, product
 from rwkv_kernels import dispatch
-from rwkv_kernels.autotune import Trial, Tuning, Workload, median_seconds, relative_error
+from rwkv_kernels.autotune import BOUND, Trial, Tuning, Workload, median_seconds, relative_error
 
 MIN_WIDTH = 256
 """Smaller models are fast in either form, and keep to digits."""
@@ -62,18 +62,20 @@ def faster_form(kind: str, width: int) -> ManyRows:
     path = autotune.default_path()
     try:
         tuning = autotune.find(path, workload)
-        if tuning is None:
-            tuning = Tuning(workload, measure(kind, rows, width))
-            autotune.keep(path, tuning)
-    except (autotune.TuningFileError, OSError) as error:
-        warnings.warn(f"not kept: {error}", stacklevel=4)
+    except autotune.TuningFileError:  # of which `keep` warns
+        tuning = None
+    if tuning is None:
         tuning = Tuning(workload, measure(kind, rows, width))
+        try:
+            autotune.keep(path, tuning)
+        except (autotune.TuningFileError, OSError) as error:
+            warnings.warn(f"not kept: {error}", stacklevel=4)
     seconds = {trial.name: trial.seconds or math.inf for trial in tuning.trials}
     return "converted" if _MARGIN * seconds["converted"] < seconds["digits"] else "digits"
 
 
 def measure(kind: str, rows: int, width: int, clock: Callable[[], float] = time.perf_counter) -> tuple[Trial, ...]:
-    """Error and time of both forms."""
+    """Error and time of both forms; one that is wrong has no time, and is not taken."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, width)).astype(np.float32)
     scale = jnp.full((width,), 1 / 127, jnp.float32)
@@ -90,6 +92,9 @@ def measure(kind: str, rows: int, width: int, clock: Callable[[], float] = time.
         held = _with_form(matrix, form)
         run = functools.partial(jax.jit(product).lower(given, held).compile(), given, held)
         error = relative_error(np.asarray(run(), np.float64), exact)
+        if error > BOUND:
+            trials.append(Trial(form, error, None, f"WRONG: it is off by {error:.0e}, at most {BOUND:.0e}"))
+            continue
         trials.append(Trial(form, error, median_seconds(run, 5, math.inf, clock), None))
     return tuple(trials)
 

@@ -67,6 +67,30 @@ def test_a_file_that_cannot_be_used_is_said_and_left(measured: list[tuple[object
     with pytest.warns(UserWarning, match=r"not kept: .*tuning\.json: is no file of measurements"):
         assert faster_form("int8", 512) == "converted"
     assert path.read_text() == "{}"
+    assert len(measured) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_measured_for_once(
+    measured: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(autotune, "keep", keep)
+    with pytest.warns(UserWarning, match="not kept: .*Read-only file system"):
+        assert faster_form("int8", 512) == "converted"
+    assert len(measured) == 1
+
+
+def test_a_form_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = product_form.product
+    monkeypatch.setattr(
+        product_form, "product", lambda x, held: right(x, held) * (1.01 if held.many_rows == "converted" else 1)
+    )
+    digits, converted = product_form.measure("int8", 20, 64, itertools.count().__next__)
+    assert digits.seconds == 1
+    assert converted.seconds is None
+    assert (converted.failure or "").startswith("WRONG: it is off by 1e-02, at most 1e-04")
 
 
 def test_only_packed_models_of_some_width_on_a_cpu_are_measured(measured: list[tuple[object, ...]]) -> None:
