@@ -105,6 +105,8 @@ class Tuning:
 
     workload: Workload
     trials: tuple[Trial, ...]
+    is_lasting: bool = True
+    """Whether it would be found again; not where memory was out or the device failed."""
 
     @property
     def chosen(self) -> str | None:
@@ -153,6 +155,7 @@ def tune(
     checks = [(check, exact_results(check)) for check in checked]
     arguments = _arguments(workload, Shape(*workload.problem.shape))
     trials: list[Trial] = []
+    is_lasting, lost_by = True, None
     reference: tuple[str, dict[str, NDArray]] | None = None  # the first right one, and its results for `arguments`
     for name in sorted(
         implementations, key=lambda name: preferred.index(name) if name in preferred else len(preferred)
@@ -160,6 +163,9 @@ def tune(
         implementation = implementations[name]
         if refusal := implementation.refuses(workload.problem):
             trials.append(Trial(name, None, None, f"cannot: {refusal}"))
+            continue
+        if lost_by is not None:
+            trials.append(Trial(name, None, None, f"not tried: the device fails since {lost_by}"))
             continue
         error = None
         try:
@@ -185,7 +191,19 @@ def tune(
             trials.append(Trial(name, error, seconds, None))
         except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
             trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
-    return Tuning(workload, tuple(sorted(trials, key=lambda trial: list(implementations).index(trial.name))))
+            is_lasting &= "RESOURCE_EXHAUSTED" not in str(failure)  # others' memory, perhaps
+            if not _device_works():
+                is_lasting, lost_by = False, name
+    ordered = sorted(trials, key=lambda trial: list(implementations).index(trial.name))
+    return Tuning(workload, tuple(ordered), is_lasting)
+
+
+def _device_works() -> bool:
+    """Whether the device still computes; after an illegal access on a GPU nothing does in the same process."""
+    try:
+        return int(jnp.asarray(np.ones(2, np.int32)).sum()) == 2
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 def exact_results(workload: Workload) -> dict[str, NDArray]:

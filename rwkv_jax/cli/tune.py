@@ -62,6 +62,8 @@ class Tune:
         autotune.find(path, workload)  # or a file that is not ours would be refused only after minutes
         tuning = autotune.measure(workload)
         print(tuning, flush=True)
+        if not tuning.is_lasting:
+            sys.exit("rwkv: not kept, since memory was out or the device failed; try again when nothing else uses it")
         autotune.keep(path, tuning)
         users = "engines take it" if self.prefill else "new runs take it, elsewhere with --training.tune always"
         is_read = path.absolute() == autotune.default_path().absolute()

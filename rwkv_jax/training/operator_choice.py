@@ -154,6 +154,8 @@ def _look_up_or_measure(workload: Workload, report: Callable[[str], None]) -> tu
         report(f"not used: {error}")
     report(f"measuring the implementations of {workload}: once, for up to some minutes")
     tuning = autotune.measure(workload)
+    if not tuning.is_lasting:
+        return tuning, "measured now, and not kept: memory was out, or the device failed"
     try:
         autotune.keep(path, tuning)
     except autotune.TuningFileError:

@@ -112,6 +112,22 @@ def test_without_one_that_is_right_nothing_is_taken() -> None:
     assert (tuning.trials[0].failure or "").startswith("fails: MemoryError: it takes ")
 
 
+def test_what_a_failing_device_or_full_memory_says_does_not_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> tuple:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    workload = workload_here("wkv6", SHAPE, gradients=False)
+    out_of_memory = dispatch.Implementation(full, dispatch.anything)
+    fails = dispatch.Implementation(raising, dispatch.anything)
+    assert tune(workload, [1.0] * 4, chunked=fails, scan=SCAN).is_lasting
+    tuning = tune(workload, [1.0] * 4, chunked=out_of_memory, scan=SCAN)
+    assert (tuning.chosen, tuning.is_lasting) == ("scan", False)
+    monkeypatch.setattr(autotune, "_device_works", lambda: False)
+    tuning = tune(workload, chunked=fails, scan=SCAN)
+    assert (tuning.chosen, tuning.is_lasting) == (None, False)
+    assert tuning.trials[1].failure == "not tried: the device fails since chunked"
+
+
 def test_half_precision_may_round_its_results_but_not_the_state() -> None:
     workload = workload_here("wkv6", SHAPE, "bfloat16", gradients=False)
     exact = autotune.exact_results(workload)

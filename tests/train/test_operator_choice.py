@@ -141,6 +141,15 @@ def test_a_folder_that_cannot_be_written_is_said(
     assert lines[-1].endswith(f"; measured now; {path} cannot be written (Read-only file system)")
 
 
+def test_what_does_not_last_is_not_kept(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    trials = (Trial("scan", 1e-7, 1e-3, None), Trial("chunked", None, None, "fails: RESOURCE_EXHAUSTED"))
+    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, trials, is_lasting=False))
+    choices, lines = choose()
+    assert choices == {"wkv_implementation": "scan"}
+    assert lines[-1].endswith("; measured now, and not kept: memory was out, or the device failed")
+    assert not path.exists()
+
+
 def test_where_all_are_wrong_the_run_is_refused(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Trial("scan", 0.5, None, "WRONG: y is off by 5e-01, at most 1e-04")
     monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (wrong,)))
