@@ -47,6 +47,8 @@ class Tune:
         from rwkv_jax.training.operator_choice import run_workload
 
         if self.prefill:
+            if self.devices is not None:
+                raise ConfigError(f"--devices {self.devices}: prefill is measured on one device; leave it out")
             workload = autotune.prefill_workload(self.config.model)
         else:
             shape = self._mesh_shape()

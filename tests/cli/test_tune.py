@@ -89,6 +89,22 @@ def test_prefill_is_another_workload(
     assert printed.out.endswith(f"; on a GPU or TPU with {autotune.VARIABLE}={tmp_path / 'x.json'} engines take it\n")
 
 
+def test_prefill_is_of_one_device(rwkv: Command, config_file: Path, measured: list[Workload]) -> None:
+    with pytest.raises(SystemExit, match="rwkv: --devices 2: prefill is measured on one device"):
+        rwkv("tune", config_file, "--prefill", "--devices", 2)
+    assert not measured
+
+
+def test_what_does_not_last_is_not_kept(
+    rwkv: Command, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failed = Trial("scan", None, None, "fails: RESOURCE_EXHAUSTED")
+    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (failed,), is_lasting=False))
+    with pytest.raises(SystemExit, match="rwkv: not kept, since memory was out or the device failed"):
+        rwkv("tune", config_file, "--cache", tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_a_file_of_others_is_refused_before_anything_is_measured(
     rwkv: Command, config_file: Path, measured: list[Workload], tmp_path: Path
 ) -> None:
