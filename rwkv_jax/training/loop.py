@@ -39,7 +39,7 @@ from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
-from rwkv_jax.training.operator_choice import choose_operator, with_choices
+from rwkv_jax.training.operator_choice import choose_operator, naming_operator, with_choices
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -136,7 +136,7 @@ def _train(
     profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 
     # Functions, each compiled once.
-    train_step = jax.jit(trainer.train_step, donate_argnums=0)
+    train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
     evaluate_held_out = _held_out_evaluation(config, corpus, jax.jit(trainer.eval_step), load)
     sampler = Sampler(sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)

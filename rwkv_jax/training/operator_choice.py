@@ -67,6 +67,23 @@ def with_choices(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig
     return dataclasses.replace(config, model=dataclasses.replace(config.model, wkv_implementation=choices[FIELD]))
 
 
+def naming_operator(step: Callable[..., Any], choices: Mapping[str, str]) -> Callable[..., Any]:
+    """A step whose failure names what it takes by measurement or by name, which may not fit beside the model."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except Exception as error:
+            if FIELD in choices and SOURCE not in choices:
+                error.add_note(
+                    f"the step takes the operator by {choices[FIELD]!r}; --model.wkv-implementation NAME takes another "
+                    "one, which rounds differently"
+                )
+            raise
+
+    return run
+
+
 def run_workload(config: TrainConfig, shape: MeshShape) -> Workload | None:
     """The operator's calls in a step of a run, as each device makes them; None without an operator."""
     training = config.training

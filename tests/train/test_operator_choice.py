@@ -17,7 +17,7 @@ from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.parallel.mesh import AXES, MeshShape, mesh_from_shape
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training import loop
-from rwkv_jax.training.operator_choice import choose_operator, run_workload, with_choices
+from rwkv_jax.training.operator_choice import choose_operator, naming_operator, run_workload, with_choices
 from rwkv_kernels import dispatch
 from rwkv_kernels.autotune import Trial, Tuning, Workload
 from tests.small_runs import assert_same_bits
@@ -234,6 +234,24 @@ def test_what_is_recorded_but_cannot_run_is_refused(recorded: str, reason: str) 
     ]
     assert with_choices(named, choices) == named
     assert choose(named, {"choices": choices}) == (choices, [])
+
+
+def test_a_step_that_fails_names_what_it_takes() -> None:
+    def step(state: int) -> int:
+        if state:
+            raise MemoryError("out of it")
+        return 7
+
+    assert naming_operator(step, RECORDED["choices"])(0) == 7
+    with pytest.raises(MemoryError, match="out of it") as error:
+        naming_operator(step, RECORDED["choices"])(1)
+    assert error.value.__notes__ == [
+        "the step takes the operator by 'pallas_triton'; --model.wkv-implementation NAME takes another one, which "
+        "rounds differently"
+    ]
+    with pytest.raises(MemoryError) as error:
+        naming_operator(step, BY_TABLE)(1)
+    assert not hasattr(error.value, "__notes__")
 
 
 # Runs
