@@ -30,23 +30,39 @@ def values_at_hand(x: Any, validate: bool | None = None) -> bool:
     return x.is_fully_addressable and (validate is True or all(device.platform == "cpu" for device in x.devices()))
 
 
+def axis_sizes(inputs: Mapping[str, Array], axes: Mapping[str, str], sized_by: tuple[str, ...]) -> dict[str, int]:
+    """The size of each axis, from the arrays that the other shapes follow from; the first one's sizes hold.
+
+    Args:
+      axes: letters of each array's axes, such as "B T H N".
+
+    Raises:
+      ValueError: a wrong number of axes; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    for name in sized_by:
+        _check_axes(name, inputs[name], axes[name])
+        sizes = dict(zip(axes[name].split(), inputs[name].shape, strict=True)) | sizes
+    return sizes
+
+
 def check_inputs(
-    inputs: Mapping[str, Array], expected: Mapping[str, tuple[str, tuple[int, ...]]], reference: str
+    inputs: Mapping[str, Array], axes: Mapping[str, str], sizes: Mapping[str, int], reference: str
 ) -> None:
     """Checks number of axes, shape and floating dtype of arrays.
 
     Args:
       inputs: arrays by name.
-      expected: for each array the letters of its axes ("B T H N") and their sizes.
+      axes: letters of each array's axes, such as "B T H N".
+      sizes: of each axis, from `axis_sizes`.
       reference: the array whose shape errors name beside a wrong one.
 
     Raises:
       ValueError: a wrong number of axes, shape or dtype, or an empty axis; the message names the argument.
     """
     for name, x in inputs.items():
-        axes, shape = expected[name]
-        if x.ndim != len(axes.split()):
-            raise ValueError(f"{name}: shape {x.shape} must be [{axes}]")
+        _check_axes(name, x, axes[name])
+        shape = tuple(sizes[letter] for letter in axes[name].split())
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: dtype {x.dtype} must be a floating one")
         if 0 in x.shape:
@@ -54,16 +70,11 @@ def check_inputs(
         if x.shape != shape:
             raise ValueError(
                 f"{name}: shape {x.shape} does not go with {reference} of shape {inputs[reference].shape}: "
-                f"must be {shape}, [{axes}]"
+                f"must be {shape}, [{axes[name]}]"
             )
 
 
-def check_axes(name: str, x: Array, axes: str) -> None:
-    """Checks the number of axes of the array that the other shapes follow from.
-
-    Raises:
-      ValueError: naming the argument and the axes.
-    """
+def _check_axes(name: str, x: Array, axes: str) -> None:
     if x.ndim != len(axes.split()):
         raise ValueError(f"{name}: shape {x.shape} must be [{axes}]")
 

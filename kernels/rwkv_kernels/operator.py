@@ -123,15 +123,11 @@ class Operator:
     ) -> tuple[dict[str, Array], State, dict[str, int]]:
         """Checked arguments, the initial state in the recurrence's dtype, and the size of each axis."""
         inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
-        sizes: dict[str, int] = {}
-        for name in self.sized_by:
-            arguments.check_axes(name, inputs[name], self.axes[name])
-            sizes = dict(zip(self.axes[name].split(), inputs[name].shape, strict=True)) | sizes
+        sizes = arguments.axis_sizes(inputs, self.axes, self.sized_by)
         for name, letters in self.axes.items():
             if letters == "H N" and inputs[name].shape == (sizes["H"], 1):  # one value per head
                 inputs[name] = jnp.broadcast_to(inputs[name], (sizes["H"], sizes["N"]))
-        expected = {name: (letters, tuple(sizes[x] for x in letters.split())) for name, letters in self.axes.items()}
-        arguments.check_inputs(inputs, expected, self.sized_by[0])
+        arguments.check_inputs(inputs, self.axes, sizes, self.sized_by[0])
         arguments.check_log_decay(inputs["log_w"], validate)
         if state is None:
             return inputs, self.empty_state(sizes, arguments.recurrence_dtype(inputs)), sizes

@@ -91,14 +91,12 @@ def wkv7_output(
       ValueError: shapes or dtypes that do not go together, an unknown implementation, or one that cannot run here.
     """
     over_time = {"y": y, "r": r, "k": k, "v": v, "g": g}
-    inputs = {name: jnp.asarray(x) for name, x in (over_time | {"r_k": r_k, "weight": weight, "bias": bias}).items()}
-    arguments.check_axes("y", inputs["y"], "B T H N")
-    shape = batch, time, heads, size = inputs["y"].shape
-    arguments.check_inputs(
-        inputs,
-        {name: ("B T H N", shape) if name in over_time else ("H N", (heads, size)) for name in inputs},
-        "y",
-    )
+    per_head = {"r_k": r_k, "weight": weight, "bias": bias}
+    inputs = {name: jnp.asarray(x) for name, x in (over_time | per_head).items()}
+    axes = dict.fromkeys(over_time, "B T H N") | dict.fromkeys(per_head, "H N")
+    sizes = arguments.axis_sizes(inputs, axes, ("y",))
+    arguments.check_inputs(inputs, axes, sizes, "y")
+    batch, time, heads, size = (sizes[axis] for axis in "BTHN")
     dtype = arguments.recurrence_dtype(inputs)
     chosen = OUTPUT.choose(dispatch.problem_here((batch, time, heads, size, size), dtype.name), implementation)
     arrays = arguments.broadcast_varying_axes(*inputs.values())

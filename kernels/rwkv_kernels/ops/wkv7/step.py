@@ -94,12 +94,12 @@ def wkv7_step(
         implementation, or one that cannot run here.
     """
     per_token = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "g": g}
-    inputs = {name: jnp.asarray(x) for name, x in (per_token | {"r_k": r_k, "weight": weight, "bias": bias}).items()}
-    arguments.check_axes("r", inputs["r"], "B H N")
-    batch, heads, size = inputs["r"].shape
-    axes = {"B H N": (batch, heads, size), "H N": (heads, size)}
-    letters = {name: "B H N" if name in per_token else "H N" for name in inputs}
-    arguments.check_inputs(inputs, {name: (found, axes[found]) for name, found in letters.items()}, "r")
+    per_head = {"r_k": r_k, "weight": weight, "bias": bias}
+    inputs = {name: jnp.asarray(x) for name, x in (per_token | per_head).items()}
+    axes = dict.fromkeys(per_token, "B H N") | dict.fromkeys(per_head, "H N")
+    sizes = arguments.axis_sizes(inputs, axes, ("r",))
+    arguments.check_inputs(inputs, axes, sizes, "r")
+    batch, heads, size = (sizes[axis] for axis in "BHN")
     arguments.check_log_decay(inputs["log_w"], validate)
     state = jnp.asarray(state)
     arguments.check_state("state", state, (batch, heads, size, size), "[B, H, N, N] with the value axis first")
