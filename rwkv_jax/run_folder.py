@@ -33,6 +33,7 @@ from rwkv_jax.checkpoint_files import (
     writing,
 )
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
@@ -53,8 +54,7 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
     key-value cache, which training does not use; and the number of steps, so that a run can be extended.
     """
     model = dataclasses.asdict(config.model.resolved())
-    implementations = ("wkv_implementation", "output_implementation", "step_implementation")
-    others = ("dtype", *implementations, "context_length")
+    others = ("dtype", *IMPLEMENTATIONS, "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
         "initial_weights": config.initial_weights,
         "seed": config.seed,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
@@ -191,8 +192,7 @@ def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weigh
             weights = weights._replace(tensors=tensors)
             own = dataclasses.replace(own, unused_value_residual=unused)
         found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
-        implementations = {"wkv_implementation", "output_implementation", "step_implementation"}
-        ignored = implementations | {"dtype", "embedding_bound"} | (set() if config.spec.has_heads else {"head_dim"})
+        ignored = {*IMPLEMENTATIONS, "dtype", "embedding_bound"} | (set() if config.spec.has_heads else {"head_dim"})
         differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
         if differences:
             listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)
