@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -151,6 +152,12 @@ def name_of_forward(with_residuals: bool) -> str:
 def with_kind(xs: Sequence[Array | None], kind: str) -> list[tuple[Array, str]]:
     """Arrays, each with the kind of block that a program gets of it."""
     return [(x, kind) for x in xs if x is not None]
+
+
+def split_refs(refs: Sequence[Any], *counts: int) -> list[Any]:
+    """A kernel's references in groups of these numbers, and a last group of what remains."""
+    ends = list(itertools.accumulate(counts))
+    return [refs[begin:end] for begin, end in zip([0, *ends], [*ends, len(refs)], strict=True)]
 
 
 def take_constants(constants: Sequence[Array | None], loaded: Sequence[Array]) -> list[Array | None]:

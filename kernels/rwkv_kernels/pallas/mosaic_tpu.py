@@ -21,6 +21,7 @@ from rwkv_kernels.pallas.driver import (
     Operands,
     as_float32,
     name_of_forward,
+    split_refs,
     take_constants,
     with_kind,
 )
@@ -87,9 +88,7 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
         outputs.append((struct((batch, heads, count, *state.shape[2:]), jnp.float32), "chunk_states"))
 
     def body(*refs: Any) -> None:
-        time_refs, refs = refs[: len(over_time)], refs[len(over_time) :]
-        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
-        head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
+        time_refs, step_refs, head_refs, refs = split_refs(refs, len(over_time), len(steps), len(per_head))
         state_ref, y_ref, final_ref, *states_ref, carried = refs
 
         @pl.when(pl.program_id(2) == 0)
@@ -128,16 +127,9 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
     outputs.append((struct(dstate.shape, jnp.float32), "state"))
 
     def body(*refs: Any) -> None:
-        time_refs, refs = refs[: len(over_time) + 1], refs[len(over_time) + 1 :]
-        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
-        head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
-        (states_ref, dstate_ref), refs = refs[:2], refs[2:]
-        dtime_refs, dhead_refs, dfirst_ref, carried = (
-            refs[: len(over_time)],
-            refs[len(over_time) : -2],
-            refs[-2],
-            refs[-1],
-        )
+        groups = split_refs(refs, len(time_inputs), len(steps), len(per_head), 2)
+        time_refs, step_refs, head_refs, (states_ref, dstate_ref), refs = groups
+        dtime_refs, dhead_refs, (dfirst_ref, carried) = split_refs(refs, len(over_time), len(per_head))
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:

@@ -21,6 +21,7 @@ from rwkv_kernels.pallas.driver import (
     Operands,
     as_float32,
     name_of_forward,
+    split_refs,
     take_constants,
     with_kind,
 )
@@ -81,9 +82,8 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
         outputs.append((struct((batch, heads, count, *state.shape[2:]), jnp.float32), "state"))
 
     def body(*refs: Any) -> None:
-        time_refs, refs = refs[: len(over_time)], refs[len(over_time) :]
-        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
-        head_refs, (state_ref, y_ref, final_ref, *states_ref) = refs[: len(per_head)], refs[len(per_head) :]
+        time_refs, step_refs, head_refs, refs = split_refs(refs, len(over_time), len(steps), len(per_head))
+        state_ref, y_ref, final_ref, *states_ref = refs
         heads_only = tuple(as_float32(ref[...])[None, :] for ref in head_refs)
 
         def one(index: Array, state: Array) -> Array:
@@ -116,11 +116,9 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
     outputs.append((struct(dstate.shape, jnp.float32), "state"))
 
     def body(*refs: Any) -> None:
-        time_refs, refs = refs[: len(over_time) + 1], refs[len(over_time) + 1 :]
-        step_refs, refs = refs[: len(steps)], refs[len(steps) :]
-        head_refs, refs = refs[: len(per_head)], refs[len(per_head) :]
-        (states_ref, dstate_ref), refs = refs[:2], refs[2:]
-        dtime_refs, dhead_refs, dfirst_ref = refs[: len(over_time)], refs[len(over_time) : -1], refs[-1]
+        groups = split_refs(refs, len(over_time) + 1, len(steps), len(per_head), 2)
+        time_refs, step_refs, head_refs, (states_ref, dstate_ref), refs = groups
+        dtime_refs, dhead_refs, (dfirst_ref,) = split_refs(refs, len(over_time), len(per_head))
         heads_only = tuple(as_float32(ref[...])[None, :] for ref in head_refs)
 
         def one(backwards: Array, carry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
