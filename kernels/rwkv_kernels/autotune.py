@@ -86,6 +86,11 @@ class ResultError(NamedTuple):
         """Whether the error is within the bound."""
         return self.error <= self.bound
 
+    @property
+    def share(self) -> float:
+        """The error as a share of the bound."""
+        return self.error / self.bound
+
 
 class Trial(NamedTuple):
     """What became of one implementation."""
@@ -169,10 +174,8 @@ def tune(
             continue
         error = None
         try:
-            worst = max(
-                (worst_error(check, implementation, exact) for check, exact in checks),
-                key=lambda found: found.error / found.bound,
-            )
+            errors = [worst_error(check, implementation, exact) for check, exact in checks]
+            worst = max(errors, key=lambda found: found.share)
             error = worst.error
             if not worst.is_right:
                 trials.append(
@@ -225,7 +228,7 @@ def worst_error(
     errors = []
     for name, x in results.items():
         errors.append(ResultError(name, relative_error(np.asarray(x, np.float64), exact[name]), _bound(x)))
-    return max(errors, key=lambda found: found.error / found.bound)
+    return max(errors, key=lambda found: found.share)
 
 
 def _bound(x: Array) -> float:
@@ -234,7 +237,11 @@ def _bound(x: Array) -> float:
 
 def relative_error(x: NDArray, exact: NDArray) -> float:
     """|x - exact| / |exact| in the L2 norm, |x| where exact is zero; infinite if x is not finite."""
-    error = float(np.linalg.norm(x - exact)) / (float(np.linalg.norm(exact)) or 1.0)
+    return _relative(np.linalg.norm(x - exact), np.linalg.norm(exact))
+
+
+def _relative(difference: Any, size: Any) -> float:
+    error = float(difference) / (float(size) or 1.0)
     return error if math.isfinite(error) else math.inf
 
 
@@ -331,10 +338,10 @@ def _worst_difference(results: Mapping[str, Array], reference: Mapping[str, NDAr
     for name, x in results.items():
         wide = jnp.promote_types(x.dtype, jnp.float32)
         expected = jnp.asarray(reference[name], wide)
-        size = float(jnp.linalg.norm(expected.ravel())) or 1.0
-        error = float(jnp.linalg.norm((x.astype(wide) - expected).ravel())) / size
-        errors.append(ResultError(name, error if math.isfinite(error) else math.inf, 2 * _bound(x)))
-    return max(errors, key=lambda found: found.error / found.bound)
+        difference = (x.astype(wide) - expected).ravel()
+        error = _relative(jnp.linalg.norm(difference), jnp.linalg.norm(expected.ravel()))
+        errors.append(ResultError(name, error, 2 * _bound(x)))
+    return max(errors, key=lambda found: found.share)
 
 
 def median_seconds(run: Callable[[], Any], repetitions: int, limit: float, clock: Callable[[], float]) -> float:
