@@ -18,7 +18,7 @@ from einops import rearrange
 from jax import Array, lax
 
 from rwkv_jax.models.layers import wide_dtype
-from rwkv_jax.training.loss import split_chunks, token_losses
+from rwkv_jax.training.loss import flatten_tokens, split_chunks, token_losses
 from rwkv_kernels.arguments import broadcast_varying_axes
 
 
@@ -59,8 +59,7 @@ def fused_losses(
       chunk: tokens whose logits are in memory at a time; None computes all B * T at once.
       axis_name: the mesh axis over which V is split, within `jax.shard_map`.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    counted = jnp.ones(wanted.shape, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    flat, wanted, counted = flatten_tokens(hidden, targets, mask)
     counted = lax.stop_gradient(counted)
     flat, wanted, counted = broadcast_varying_axes(flat, wanted, counted)
     flat, head = broadcast_varying_axes(flat, head)  # over axis_name, too: there the gradient of hidden is summed

@@ -112,8 +112,7 @@ def sum_losses(
       chunk: tokens whose logits are in memory at a time, also in the backward pass; None computes all B * T at once.
       axis_name: the mesh axis over which V is split, within `jax.shard_map`.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    weight = jnp.ones(wanted.shape, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    flat, wanted, weight = flatten_tokens(hidden, targets, mask)
 
     def losses(hidden: Array, targets: Array, weight: Array) -> TokenLosses:
         nll, peak = token_losses(logits_of(hidden), targets, axis_name)
@@ -131,6 +130,13 @@ def sum_losses(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     zero, _ = broadcast_varying_axes(zero, (flat, wanted, weight))
     return jax.lax.scan(add_chunk, zero, (flat, wanted, weight))[0]
+
+
+def flatten_tokens(hidden: Array, targets: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Hidden vectors [n, C], targets [n] and float32 weights [n], 1 where a token counts, of [B, T, ...]."""
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    weight = jnp.ones(wanted.shape, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    return flat, wanted, weight
 
 
 def split_chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
