@@ -19,7 +19,6 @@ from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.parallel.coordination import allgather_text
 from rwkv_jax.parallel.mesh import MeshShape, mesh_shape
 from rwkv_jax.parallel.processes import Processes
-from rwkv_kernels import dispatch
 from rwkv_kernels.autotune import Tuning, Workload
 
 FIELD = "wkv_implementation"
@@ -197,6 +196,8 @@ def found_line(tuning: Tuning, source: str) -> str:
 
 
 def _by_table(workload: Workload) -> str:
-    operator = rwkv_kernels.OPERATORS[workload.operator]
-    preferred = operator.preferred(workload.problem)
-    return dispatch.explain(operator.name, operator.implementations, preferred, workload.problem).chosen
+    problem = workload.problem
+    explanation = rwkv_kernels.explain(
+        workload.operator, problem.shape, problem.dtype, problem.platform, problem.device_kind
+    )
+    return explanation.chosen
