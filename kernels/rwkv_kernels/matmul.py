@@ -182,7 +182,7 @@ def emulated(passes: int) -> Multiply:
     def multiply(x: Array, y: Array, form: Form) -> Array:
         left, right = split(x), split(y)
         pairs = [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
-        return sum(_dot(left[i], right[j], form, lax.Precision.HIGHEST) for i, j in reversed(pairs))  # type: ignore
+        return cast(Array, sum(_dot(left[i], right[j], form, lax.Precision.HIGHEST) for i, j in reversed(pairs)))
 
     return multiply
 
