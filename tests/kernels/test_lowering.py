@@ -53,19 +53,19 @@ def loss(operator: Operator, implementation: str) -> Loss:
 
 
 def by_itself(loss: Loss, operator: Operator) -> Loss:
-    return jax.grad(loss)
+    return jax.value_and_grad(loss)
 
 
 def under_vmap(loss: Loss, operator: Operator) -> Loss:
     def mapped(inputs: dict[str, Any], *rest: jax.Array) -> Any:
         twice = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
-        return jax.vmap(jax.grad(loss), in_axes=(0, None, None))(twice, *rest)
+        return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(twice, *rest)
 
     return mapped
 
 
 def under_remat(loss: Loss, operator: Operator) -> Loss:
-    return jax.grad(jax.checkpoint(loss))  # pyright: ignore[reportPrivateImportUsage]
+    return jax.value_and_grad(jax.checkpoint(loss))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def under_shard_map(loss: Loss, operator: Operator) -> Loss:
@@ -78,7 +78,7 @@ def under_shard_map(loss: Loss, operator: Operator) -> Loss:
         specs = {name: P() if name in operator.per_head else P("data") for name in inputs}
         return jax.shard_map(shard, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=P())(inputs, *rest)
 
-    return jax.grad(sharded)
+    return jax.value_and_grad(sharded)
 
 
 def under_sharded_time(loss: Loss, operator: Operator) -> Loss:
@@ -92,7 +92,7 @@ def under_sharded_time(loss: Loss, operator: Operator) -> Loss:
         in_specs = specs, P(None, "data"), P()
         return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=P())(inputs, *rest)
 
-    return jax.grad(sharded)
+    return jax.value_and_grad(sharded)
 
 
 LONGER = (under_vmap, under_remat, under_sharded_time)
