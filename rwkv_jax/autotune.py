@@ -7,6 +7,7 @@ anything else is measured anew. Given the file, the choice is always the same.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -14,11 +15,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 
 import rwkv_kernels
 from rwkv_jax import host
@@ -26,6 +28,7 @@ from rwkv_jax.atomic import replace_file
 from rwkv_jax.checks import ConfigError, is_number
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
+from rwkv_jax.run_lock import NO_LOCKS
 from rwkv_kernels import autotune
 from rwkv_kernels.autotune import Trial, Tuning, Workload
 
@@ -36,6 +39,9 @@ FORMAT = "rwkv-jax tuning 1"
 
 PREFILL_STEPS = 512
 """Tokens of the prompt whose prefill is measured, as many as `EngineOptions.prefill_length` is unless it is set."""
+
+
+_MAX_WAIT = 60.0  # seconds for another process to write the file, which takes milliseconds
 
 
 class TuningFileError(ConfigError):
@@ -116,18 +122,41 @@ def measured_prefill(config: ModelConfig, platform: str) -> str | None:
 
 
 def keep(path: Path, tuning: Tuning) -> None:
-    """Adds a measurement to the file, in place of an earlier one of the same workload.
+    """Adds a measurement to the file, in place of an earlier one of the same workload; other processes may do so, too.
 
     Raises:
       TuningFileError: what is there is not one of ours, or is damaged; it stays as it is.
       OSError: the folder cannot be written.
     """
-    entries = _read(path) | {_key(tuning.workload): tuning.trials}
-    listed = [
-        {"of": json.loads(key), "trials": [_finite(trial) for trial in trials]} for key, trials in entries.items()
-    ]
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(path, json.dumps(with_digest({"format": FORMAT, "entries": listed}), indent=1).encode())
+    with _locked(path):
+        entries = _read(path) | {_key(tuning.workload): tuning.trials}
+        listed = [
+            {"of": json.loads(key), "trials": [_finite(trial) for trial in trials]} for key, trials in entries.items()
+        ]
+        replace_file(path, json.dumps(with_digest({"format": FORMAT, "entries": listed}), indent=1).encode())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from changing the file meanwhile, except on file systems without locks."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_path, timeout=_MAX_WAIT, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TimeoutError(errno.ETIMEDOUT, f"another process holds {lock_path.name}") from None
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()  # while it is held: who waits for it finds it gone, and makes a new one
+        lock.release()
 
 
 def describe(path: Path) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib.version
 import pytest
+from filelock import FileLock
 
 from rwkv_jax import autotune, host
 from rwkv_jax.autotune import TuningFileError
@@ -70,6 +72,46 @@ def test_another_workload_is_another_measurement(path: Path, changes: dict[str, 
         assert getattr(autotune.find(path, workload), "chosen", None) == chosen
     autotune.keep(path, Tuning(WORKLOAD, (Trial("scan", 0.0, 1.0, None),)))  # measured again
     assert getattr(autotune.find(path, WORKLOAD), "chosen", None) == "scan"
+
+
+def test_two_that_keep_at_once_lose_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [dataclasses.replace(WORKLOAD, inputs=inputs) for inputs in ("float16", "float32")]
+    second = threading.Thread(target=lambda: autotune.keep(path, Tuning(others[1], TUNING.trials)))
+    write = autotune.replace_file
+
+    def write_late(path: Path, content: bytes) -> None:
+        if not second.ident:
+            second.start()
+            second.join(0.3)  # it has to wait for us
+        write(path, content)
+
+    monkeypatch.setattr(autotune, "replace_file", write_late)
+    autotune.keep(path, Tuning(others[0], TUNING.trials))
+    second.join()
+    for workload in others:
+        assert getattr(autotune.find(path, workload), "chosen", None) == "chunked"
+    assert names_in(path.parent) == ["tuning.json"]
+
+
+def test_a_lock_that_is_never_freed_is_an_error_of_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_MAX_WAIT", 0.1)
+    path.parent.mkdir()
+    with (
+        FileLock(path.with_name(".tuning.json.lock")),
+        pytest.raises(OSError, match=r"another process holds \.tuning\.json\.lock"),
+    ):
+        autotune.keep(path, TUNING)
+    autotune.keep(path, TUNING)
+    assert names_in(path.parent) == ["tuning.json"]
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FileLock) -> None:
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    autotune.keep(path, TUNING)
+    assert autotune.find(path, WORKLOAD) is not None
 
 
 def test_other_versions_and_processors_measure_for_themselves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
