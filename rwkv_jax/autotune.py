@@ -28,6 +28,7 @@ from rwkv_jax.atomic import replace_file
 from rwkv_jax.checks import ConfigError, is_number
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
+from rwkv_jax.parallel.mesh import device_memory
 from rwkv_jax.run_lock import NO_LOCKS
 from rwkv_kernels import autotune
 from rwkv_kernels.autotune import Trial, Tuning, Workload
@@ -85,8 +86,10 @@ def _workload(
 
 def measure(workload: Workload) -> Tuning:
     """Checks and times all implementations; see `rwkv_kernels.autotune.tune`."""
-    memory = host.memory() if workload.problem.platform == "cpu" else None
-    return autotune.tune(workload, memory=None if memory is None else memory // 2)
+    if workload.problem.platform == "cpu":
+        memory = host.memory()
+        return autotune.tune(workload, memory=None if memory is None else memory // 2)
+    return autotune.tune(workload, memory=device_memory(jax.local_devices()[0]))
 
 
 def find(path: Path, workload: Workload) -> Tuning | None:

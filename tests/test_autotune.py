@@ -114,6 +114,14 @@ def test_a_file_system_without_locks_is_written_all_the_same(path: Path, monkeyp
     assert autotune.find(path, WORKLOAD) is not None
 
 
+def test_what_is_measured_fits_into_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune.autotune, "tune", lambda workload, memory: memory)
+    monkeypatch.setattr(autotune, "device_memory", lambda device: 10)
+    monkeypatch.setattr(host, "memory", lambda: 4)
+    on_gpu = dataclasses.replace(WORKLOAD, problem=dataclasses.replace(WORKLOAD.problem, platform="gpu"))
+    assert [autotune.measure(workload) for workload in (WORKLOAD, on_gpu)] == [2, 10]
+
+
 def test_other_versions_and_processors_measure_for_themselves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     autotune.keep(path, TUNING)
     for place, name, other in (

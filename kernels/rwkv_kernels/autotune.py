@@ -111,7 +111,7 @@ class Tuning:
     workload: Workload
     trials: tuple[Trial, ...]
     is_lasting: bool = True
-    """Whether it would be found again; not where memory was out or the device failed."""
+    """Whether it would be found again; not where memory was out while a program ran, or the device failed."""
 
     @property
     def chosen(self) -> str | None:
@@ -146,7 +146,8 @@ def tune(
 
     Args:
       implementations: by name; None is all of the operator's.
-      memory: bytes of the device; programs that take more are not run. None leaves it to the device to say so.
+      memory: bytes of the device; programs that take more are not run, and so never fit. None leaves it to the device
+        to say so.
       repetitions: timed calls, of which the median is taken, after one that is not counted.
       clock: seconds.
     """
@@ -194,11 +195,16 @@ def tune(
             trials.append(Trial(name, error, seconds, None))
         except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
             trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
-            is_lasting &= "RESOURCE_EXHAUSTED" not in str(failure)  # others' memory, perhaps
+            is_lasting &= not _may_fit_another_time(failure)
             if not _device_works():
                 is_lasting, lost_by = False, name
     ordered = sorted(trials, key=lambda trial: list(implementations).index(trial.name))
     return Tuning(workload, tuple(ordered), is_lasting)
+
+
+def _may_fit_another_time(failure: Exception) -> bool:
+    """Whether memory was out that others held, perhaps; a TPU's compiler places all memory by itself."""
+    return "RESOURCE_EXHAUSTED" in str(failure) and "CompileTimeHbmOom" not in str(failure)
 
 
 def _device_works() -> bool:

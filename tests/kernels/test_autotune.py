@@ -110,11 +110,14 @@ def test_without_one_that_is_right_nothing_is_taken() -> None:
     tuning = autotune.tune(workload, implementations={"scan": SCAN}, memory=100)
     assert (tuning.chosen, tuning.trials[0].seconds) == (None, None)
     assert (tuning.trials[0].failure or "").startswith("fails: MemoryError: it takes ")
+    assert tuning.is_lasting  # and is not tried again at every start
 
 
 def test_what_a_failing_device_or_full_memory_says_does_not_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+
     def full(*_: object, **__: object) -> tuple:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        raise jax.errors.JaxRuntimeError(said)
 
     workload = workload_here("wkv6", SHAPE, gradients=False)
     out_of_memory = dispatch.Implementation(full, dispatch.anything)
@@ -122,6 +125,8 @@ def test_what_a_failing_device_or_full_memory_says_does_not_last(monkeypatch: py
     assert tune(workload, [1.0] * 4, chunked=fails, scan=SCAN).is_lasting
     tuning = tune(workload, [1.0] * 4, chunked=out_of_memory, scan=SCAN)
     assert (tuning.chosen, tuning.is_lasting) == ("scan", False)
+    said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM"  # a TPU's compiler, libtpu 0.0.51
+    assert tune(workload, [1.0] * 4, chunked=out_of_memory, scan=SCAN).is_lasting
     monkeypatch.setattr(autotune, "_device_works", lambda: False)
     tuning = tune(workload, chunked=fails, scan=SCAN)
     assert (tuning.chosen, tuning.is_lasting) == (None, False)
