@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 import rwkv_kernels
 from rwkv_jax.config import ConfigError, TrainConfig
-from rwkv_jax.models.implementations import known_implementations
-from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape
+from rwkv_jax.models.implementations import check_implementations, known_implementations, refuse_unable
+from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape, mesh_shape
 from rwkv_jax.plan.devices import Platform, Topology, topology_devices, unoptimized_on_cpu
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
+from rwkv_jax.training.operator_choice import run_workload
 from rwkv_kernels.dispatch import Implementation, Problem
 
 
@@ -27,7 +29,8 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     """Compiles a run's training step for a topology and plans it; nothing is allocated.
 
     Raises:
-      ConfigError: float64, a topology that the compiler refuses, or a mesh or sizes that do not fit it.
+      ConfigError: float64, a topology that the compiler refuses, a mesh or sizes that do not fit it, or a named
+        implementation that cannot run on its devices.
     """
     if config.model.dtype == "float64":
         raise ConfigError(
@@ -38,6 +41,7 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     if mesh is None and config.parallel.offload_optimizer:
         # An offloading step names the devices that it copies between; without a mesh, those of this machine.
         mesh = mesh_from_shape(MeshShape(), devices[:1])
+    refuse_unable_there(config, mesh, topology, devices[0].device_kind)
     trainer = make_train_functions(as_planned_for(config, topology.device.platform, devices[0].device_kind), mesh)
     state, batch = abstract_state(trainer), abstract_batch(trainer, config)
     if mesh is None:
@@ -57,12 +61,30 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     return make_plan(topology, mesh, work, (state, batch), groups, compiled, refusal)
 
 
+_PLATFORMS: Mapping[Platform, str] = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}
+"""As operators name them."""
+
+
+def refuse_unable_there(config: TrainConfig, mesh: Mesh | None, topology: Topology, device_kind: str) -> None:
+    """Refuses a named implementation that cannot run on the planned devices.
+
+    Raises:
+      ConfigError: with the reason, and the implementations that can.
+    """
+    check_implementations(config.model)
+    workload = run_workload(config, MeshShape() if mesh is None else mesh_shape(mesh))
+    if workload is not None:
+        platform = _PLATFORMS[topology.device.platform]
+        problem = dataclasses.replace(workload.problem, platform=platform, device_kind=device_kind)
+        refuse_unable(config.model, problem, str(topology))
+
+
 def as_planned_for(config: TrainConfig, platform: Platform, device_kind: str) -> TrainConfig:
     """The config with named implementations that take the planned devices, not this machine's, for their own."""
-    own = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}[platform]
 
     def there(named: Implementation) -> Any:
         def refuses(problem: Problem) -> str | None:
+            own = _PLATFORMS[platform]
             return named.refuses(dataclasses.replace(problem, platform=own, device_kind=device_kind))
 
         return dataclasses.replace(named, refuses=refuses)

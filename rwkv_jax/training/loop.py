@@ -39,7 +39,7 @@ from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
-from rwkv_jax.training.operator_choice import choose_operator, naming_operator, with_choices
+from rwkv_jax.training.operator_choice import choose_operator, naming_operator, refuse_unable_here, with_choices
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -104,6 +104,7 @@ def _train(
         stack.enter_context(lock_run(run_dir, console.print))
     saved_run = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
+    refuse_unable_here(config, trainer.sharded.mesh)
     if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
         check_initial_weights(config.initial_weights, config.model, tokenizer)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 import rwkv_kernels
 from rwkv_jax import autotune
 from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.models.implementations import refuse_unable
 from rwkv_jax.parallel.coordination import allgather_text
 from rwkv_jax.parallel.mesh import MeshShape, mesh_shape
 from rwkv_jax.parallel.processes import Processes
@@ -81,6 +82,17 @@ def naming_operator(step: Callable[..., Any], choices: Mapping[str, str]) -> Cal
             raise
 
     return run
+
+
+def refuse_unable_here(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Refuses a named implementation that cannot run on this machine; it would fail only while the step is traced.
+
+    Raises:
+      ConfigError: with the reason, and the implementations that can.
+    """
+    workload = _workload(config, mesh)
+    if workload is not None:
+        refuse_unable(config.model, workload.problem, "this machine")
 
 
 def run_workload(config: TrainConfig, shape: MeshShape) -> Workload | None:

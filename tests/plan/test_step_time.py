@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
-from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.config.model import IMPLEMENTATIONS
-from rwkv_jax.plan.devices import DEVICES, LAUNCH, Device
+from rwkv_jax.plan.devices import DEVICES, LAUNCH, Device, parse_topology
 from rwkv_jax.plan.kernels import BACKWARD, FORWARD, KERNELS, Sizes, bfloat16_flops, kernel_cost, uncounted_kernels
 from rwkv_jax.plan.planner import Plan
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.report import describe
-from rwkv_jax.plan.run import as_planned_for, count_operator_calls
+from rwkv_jax.plan.run import as_planned_for, count_operator_calls, refuse_unable_there
 from rwkv_jax.plan.step_time import OperatorCalls, predict
 from rwkv_kernels.dispatch import Problem
 from tests.plan.test_report import PLAN, PROGRAM
@@ -149,6 +149,15 @@ def test_a_named_kernel_is_planned_as_if_on_its_device(field: str) -> None:
     assert there.refuses(problem) is None  # pyright: ignore
     assert elsewhere.refuses(problem) == "it needs an NVIDIA GPU, and this is tpu"  # pyright: ignore
     assert as_planned_for(config(), "cuda", "some chip") == config()
+
+
+@pytest.mark.parametrize("field", IMPLEMENTATIONS)
+def test_a_kernel_that_the_planned_device_cannot_run_is_refused(field: str) -> None:
+    named = dataclasses.replace(config(), model=dataclasses.replace(config().model, **{field: KERNELS}))
+    refuse_unable_there(named, None, parse_topology("h100:1x1"), "some chip")
+    reason = "cannot run on v5p:2x2x1: it needs an NVIDIA GPU, and this is tpu; name .* there, or leave it out"
+    with pytest.raises(ConfigError, match=f"^model.{field} = '{KERNELS}': {reason}"):
+        refuse_unable_there(named, None, parse_topology("v5p:2x2x1"), "some chip")
 
 
 def described(plan: Plan) -> str:

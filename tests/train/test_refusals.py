@@ -122,6 +122,17 @@ def test_unknown_implementation_leaves_no_trace_in_the_run_folder(
     assert names_in(tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("field", IMPLEMENTATIONS)
+def test_implementation_that_cannot_run_here_leaves_no_trace_in_the_run_folder(
+    config: TrainConfig, tmp_path: Path, field: str
+) -> None:
+    bad = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: "pallas_triton"}))
+    reason = "cannot run on this machine: it needs an NVIDIA GPU, and this is cpu; name "
+    with pytest.raises(ConfigError, match=rf"^model\.{field} = 'pallas_triton': {reason}"):
+        run(bad, tmp_path / "run")
+    assert names_in(tmp_path / "run") == []
+
+
 def test_command_line_gives_one_message_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
