@@ -1,26 +1,44 @@
-"""Costs of the WKV operators' kernels, by formulas: a program's text has a kernel's arrays, but not its products.
+"""What each kernel multiplies, reads and writes: the text of a program has a kernel's arrays, but not its products.
 
-A kernel's name is the operator's and its direction: `wkv7_forward`, `wkv7_forward_saving_states` (where a backward pass
-follows) and `wkv7_backward`. N is the size of keys, M that of values, C the steps of a chunk.
+To add a kernel, declare its work in `_FAMILIES`, and for an operator's implementation its chunks in `CHUNKS` and its
+kernels' order in `STAGES`. N is the size of keys, M that of values, C the steps of a chunk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import rwkv_kernels
-from rwkv_jax.plan.program import Computation, Instruction, Module
+from rwkv_jax.plan.program import Array, Computation, Instruction, Module
 
-KERNELS, TPU_KERNELS = "pallas_triton", "pallas_mosaic_tpu"
+KERNELS, SPLIT_KERNELS, TPU_KERNELS = "pallas_triton", "pallas_triton_split", "pallas_mosaic_tpu"
 CHUNKS: Mapping[str, Mapping[str, int]] = {
     KERNELS: {"wkv4": 8, "wkv5": 16, "wkv6": 16, "wkv7": 16},
+    SPLIT_KERNELS: {"wkv7": 32},
     TPU_KERNELS: {"wkv5": 64, "wkv6": 64, "wkv7": 64},
 }
-"""Tokens for which a kernel stores one state, as shipped; a chunk, but for RWKV-4."""
-FORWARD, BACKWARD = "forward_saving_states", "backward"
+"""Steps of a chunk, by implementation and operator, as shipped; of RWKV-4, steps for which one state is stored."""
+
+
+class Stages(NamedTuple):
+    """The kernels that run one after the other, named after their family."""
+
+    forward: tuple[str, ...]
+    """Where a backward pass follows."""
+    backward: tuple[str, ...]
+
+
+_ONE_LOOP = Stages(("forward_saving_states",), ("backward",))
+STAGES: Mapping[str, Mapping[str, Stages]] = {
+    KERNELS: dict.fromkeys(CHUNKS[KERNELS], _ONE_LOOP) | {"wkv4": Stages(("forward",), ("backward",))},
+    SPLIT_KERNELS: {"wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients"))},
+    TPU_KERNELS: dict.fromkeys(CHUNKS[TPU_KERNELS], _ONE_LOOP),
+}
+"""By implementation and operator."""
 
 PASSES = {"full": 6, "default": 3, "fast": 1}
 """Passes of a tensor core with bfloat16 operands that a product takes at each precision, at most: v and dy that are
@@ -35,6 +53,129 @@ class Sizes(NamedTuple):
     key_dim: int
     value_dim: int
     chunk: int
+
+    def product(self, letters: str) -> int:
+        """Of the sizes that letters such as `MNC` stand for; 1 for no letter."""
+        named = {"N": self.key_dim, "M": self.value_dim, "C": self.chunk}
+        return math.prod(named[letter] for letter in letters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One kernel's work for a chunk of a head, without what rows and heads need once, such as their initial state."""
+
+    products: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How many matrix products there are of each size, in multiply-adds: `CCN` is C C N."""
+    sums: float = 0
+    """Sums of logarithms over steps, which are products of C C N."""
+    over_time: str = ""
+    """Arrays that are read or written once, in their own dtypes: the operator's, or y and o in v's."""
+    float32: str = ""
+    """Those of float32: `MN` is [M, N] for each chunk. Digits stand for themselves."""
+
+
+Family = Callable[[int], Mapping[str, Work]]
+"""Steps of a chunk -> the work of each kernel, by the rest of its name."""
+
+_WKV7 = "r log_w k v a b"
+
+
+def _doublings(chunk: int) -> int:
+    return chunk.bit_length() - 1
+
+
+def _by_direction(forward: Work, backward: Work) -> Mapping[str, Work]:
+    """The kernels that loop over all chunks: states are stored where a backward pass follows."""
+    saving = dataclasses.replace(forward, float32="MN")
+    return {"forward": forward, "forward_saving_states": saving, "backward": backward}
+
+
+def _wkv7(chunk: int) -> Mapping[str, Work]:
+    """Reads and writes of the state, four scores and their four uses, and the inverse by doubling (chunk.py).
+
+    Going back, what y alone needs is not computed again, and every product has two derivatives.
+    """
+    inverse = 2 * (_doublings(chunk) - 1)
+    forward = {"MNC": 4, "CCN": 4, "CCM": 4, "CCC": inverse}
+    backward = {"MNC": 3 + 8, "CCN": 4 + 8, "CCM": 2 + 8, "CCC": inverse + 2}
+    return _by_direction(
+        Work(forward, sums=1, over_time=f"{_WKV7} y"),
+        Work(backward, sums=2, over_time=f"{_WKV7} y {_WKV7}", float32="MN"),
+    )
+
+
+def _wkv7_split(chunk: int) -> Mapping[str, Work]:
+    """The equations of ops/wkv7/split.py, in their order."""
+    inverse = 2 * (_doublings(chunk) - 1)
+    # Scores a~b~, a~k~, r~b~, r~k~, W and R_b W; A_k V, U, R_b U and R_k V; of Q two and of P one; X.
+    products = {"CCN": 6, "CCM": 4, "MNC": 2, "NNC": 1, "CCC": inverse}
+    factors = Work(products, sums=1, over_time=_WKV7, float32="NN MN CN CM")
+    return {
+        "factors": factors,
+        "factors_with_inverse": dataclasses.replace(factors, float32=f"{factors.float32} CC"),
+        "states": Work({"MNN": 1}, float32="NN MN MN"),
+        "outputs": Work({"MNC": 1}, over_time="y", float32="CN CM MN"),
+        "cotangents": Work({"MNN": 1, "MNC": 1}, over_time="y", float32="NN CN MN"),
+        # Of each gradient one product with S or D; scores a~k~, r~b~, r~k~ and the eight of dA and dR with vectors;
+        # A_k V, SA, R_b^T dY, dH, A_k^T dH, R_k^T dY and the four of dA and dR.
+        "gradients": Work({"MNC": 7, "CCN": 11, "CCM": 10}, sums=2, over_time=f"{_WKV7} y {_WKV7}", float32="CC MN MN"),
+    }
+
+
+def _decayed_attention(inputs: str, fixed: bool) -> Family:
+    """RWKV-5 and 6: scores and their sums of decays once for each doubling, a read and a write of the state.
+
+    Of RWKV-5 the sums of decays are the same in every chunk: only their derivatives are left in the loop.
+    """
+
+    def family(chunk: int) -> Mapping[str, Work]:
+        levels = _doublings(chunk)
+        forward = {"MNC": 2, "CCN": levels, "CCM": 1}
+        backward = {"MNC": 4, "CCN": 3 * levels, "CCM": 2}
+        sums = levels + 1
+        return _by_direction(
+            Work(forward, sums=0 if fixed else sums, over_time=f"{inputs} y"),
+            Work(backward, sums=sums if fixed else 2 * sums, over_time=f"{inputs} y {inputs}", float32="MN"),
+        )
+
+    return family
+
+
+def _wkv4(chunk: int) -> Mapping[str, Work]:
+    """Heads are single channels, a state is three numbers; forward they are stored where a backward pass follows."""
+    del chunk
+    return {"forward": Work(over_time="k v y", float32="3"), "backward": Work(over_time="k v y k v", float32="3")}
+
+
+def _wkv7_output(chunk: int) -> Mapping[str, Work]:
+    """Element-wise but for sums over a head's channels."""
+    del chunk
+    return {"forward": Work(over_time="y r k v g o"), "backward": Work(over_time="y r k v g o y r k v g")}
+
+
+_FAMILIES: Mapping[str, Family] = {
+    "wkv4": _wkv4,
+    "wkv5": _decayed_attention("r k v", fixed=True),
+    "wkv6": _decayed_attention("r log_w k v", fixed=False),
+    "wkv7": _wkv7,
+    "wkv7_split": _wkv7_split,
+    "wkv7_output": _wkv7_output,
+    "wkv7_step": lambda _: {"": Work(over_time=f"{_WKV7} g o", float32="MN MN")},
+}
+"""By what the kernels' names begin with."""
+
+_SINGLE_STEPS = ("wkv7_output", "wkv7_step")
+"""Families without chunks: each step's work is its own."""
+
+
+def work_of(name: str, chunk: int) -> Work | None:
+    """The work of a kernel such as `wkv7_split_factors`, with chunks of that size; None if it is not known."""
+    for prefix, family in _FAMILIES.items():
+        if name == prefix or name.startswith(f"{prefix}_"):
+            work = family(chunk).get(name[len(prefix) + 1 :])
+            if work is not None:
+                return work
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,115 +194,125 @@ class KernelCost:
         return PASSES[precision] * self.products + PASSES_OF_SUMS * self.sums
 
 
-class _Products(NamedTuple):
-    """Products for a chunk of a head, counted by kind; each is a multiply-add of N M C, C C N and so on."""
-
-    nmc: float = 0
-    ccn: float = 0
-    ccm: float = 0
-    ccc: float = 0
-    sums: float = 0
-    """Of kind C C N."""
-
-    def flops(self, sizes: Sizes) -> tuple[float, float]:
-        """FLOPs a token, of products and of sums."""
-        N, M, C = sizes
-        return 2 * (self.nmc * N * M + self.ccn * C * N + self.ccm * C * M + self.ccc * C**2), 2 * self.sums * C * N
-
-
-def _doublings(sizes: Sizes) -> int:
-    return sizes.chunk.bit_length() - 1
-
-
-def _wkv7(direction: str, sizes: Sizes) -> _Products:
-    """Reads and writes of the state, four scores and their four uses, and the inverse by doubling (chunk.py).
-
-    Going back, what y alone needs is not computed again, and every product has two derivatives.
-    """
-    inverse = 2 * (_doublings(sizes) - 1)
-    if direction == BACKWARD:
-        return _Products(nmc=3 + 8, ccn=4 + 8, ccm=2 + 8, ccc=inverse + 2, sums=2)
-    return _Products(nmc=4, ccn=4, ccm=4, ccc=inverse, sums=1)
-
-
-def _decayed_attention(direction: str, sizes: Sizes) -> _Products:
-    """RWKV-6: scores and their sums of decays once for each doubling, a read and a write of the state."""
-    levels = _doublings(sizes)
-    if direction == BACKWARD:
-        return _Products(nmc=4, ccn=3 * levels, ccm=2, sums=2 * (levels + 1))
-    return _Products(nmc=2, ccn=levels, ccm=1, sums=levels + 1)
-
-
-def _fixed_decays(direction: str, sizes: Sizes) -> _Products:
-    """RWKV-5, whose sums of decays are the same in every chunk: only their derivatives are left in the loop."""
-    return _decayed_attention(direction, sizes)._replace(sums=_doublings(sizes) + 1 if direction == BACKWARD else 0)
-
-
-def _no_products(direction: str, sizes: Sizes) -> _Products:
-    """RWKV-4, whose heads are single channels."""
-    del direction, sizes
-    return _Products()
-
-
-_PRODUCTS: Mapping[str, Callable[[str, Sizes], _Products]] = {
-    "wkv4": _no_products,
-    "wkv5": _fixed_decays,
-    "wkv6": _decayed_attention,
-    "wkv7": _wkv7,
-}
-
-
-def _bytes(operator: str, direction: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> float:
-    """Inputs once, and results in their dtypes.
-
-    States are float32, at the start of every chunk: [M, N], or three numbers a channel.
-    """
-    axes = rwkv_kernels.OPERATORS[operator].axes
-    elements = {name: sizes.value_dim if "M" in axis else sizes.key_dim for name, axis in axes.items() if "T" in axis}
-    inputs = sum(count * item_bytes[name] for name, count in elements.items())
-    state = 4 * (3 if operator == "wkv4" else sizes.key_dim * sizes.value_dim) / sizes.chunk
-    y = sizes.value_dim * item_bytes["v"]
-    if direction == BACKWARD:
-        return inputs + y + state + inputs
-    return inputs + y + (state if direction == FORWARD else 0)
-
-
-def kernel_cost(operator: str, direction: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> KernelCost:
-    """The cost of one of an operator's kernels.
+def kernel_cost(name: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> KernelCost:
+    """The cost of a kernel.
 
     Args:
-      operator: wkv4, wkv5, wkv6 or wkv7.
-      direction: forward, forward_saving_states or backward.
-      item_bytes: of an element of each input over time.
+      name: such as `wkv7_forward_saving_states` or `wkv7_split_factors`.
+      item_bytes: of an element of each of the operator's inputs over time; y, o and g are as v.
+
+    Raises:
+      KeyError: its work is not known.
     """
-    products, sums = _PRODUCTS[operator](direction, sizes).flops(sizes)
-    return KernelCost(_bytes(operator, direction, sizes, item_bytes), products, sums)
+    work = work_of(name, sizes.chunk)
+    if work is None:
+        raise KeyError(name)
+    chunk = 1 if name.startswith(_SINGLE_STEPS) else sizes.chunk
+    axes = rwkv_kernels.OPERATORS[name.split("_")[0]].axes
+
+    def row(array: str) -> int:
+        """Bytes of one step of an array over time."""
+        size = sizes.value_dim if "M" in axes.get(array, "M") else sizes.key_dim
+        return size * item_bytes.get(array, item_bytes["v"])
+
+    numbers = sum(int(x) if x.isdigit() else sizes.product(x) for x in work.float32.split())
+    products = sum(count * sizes.product(letters) for letters, count in work.products.items())
+    return KernelCost(
+        bytes=sum(map(row, work.over_time.split())) + 4 * numbers / chunk,
+        products=2 * products / chunk,
+        sums=2 * work.sums * sizes.product("CCN") / chunk,
+    )
 
 
-_CALL = re.compile(r"\b(wkv[4-7])_(forward_saving_states|forward|backward)\b")
-_OTHER = re.compile(r"\bwkv[4-7]_\w+")
-_WITHOUT_PRODUCTS = re.compile(r"\bwkv7_(output_forward|output_backward|step)\b")
+def family_of(implementation: str, operator: str) -> str:
+    """What the names of an implementation's kernels begin with."""
+    return f"{operator}_split" if implementation == SPLIT_KERNELS else operator
+
+
+def operator_costs(
+    implementation: str, operator: str, key_dim: int, value_dim: int, item_bytes: Mapping[str, int]
+) -> tuple[tuple[KernelCost, ...], tuple[KernelCost, ...]]:
+    """Costs of the kernels that an implementation launches forward, where a backward pass follows, and backward."""
+    sizes = Sizes(key_dim, value_dim, CHUNKS[implementation][operator])
+    family = family_of(implementation, operator)
+    forward, backward = (
+        tuple(kernel_cost(f"{family}_{stage}", sizes, item_bytes) for stage in stages)
+        for stages in STAGES[implementation][operator]
+    )
+    return forward, backward
+
+
+def map_columns(operator: str, key_dim: int, value_dim: int) -> int:
+    """Value columns of the pass that maps a shard's steps, where time is split: RWKV-7 also has as many as keys.
+
+    See `rwkv_kernels.xla.state_passing`.
+    """
+    return value_dim + key_dim if operator == "wkv7" else value_dim
+
+
+# In a compiled program
+
+_NAME = re.compile(r"\bwkv[4-7]_\w+")
+_OPERATOR = re.compile(r"wkv[4-7]")
+
+
+class Call(NamedTuple):
+    """A call of one of our kernels."""
+
+    name: str
+    work: Work | None
+    """None if it is not known."""
+    sizes: Sizes | None
+    """None of a kernel that multiplies no matrices, or whose work is not known."""
+    num_chunks: float
+    """Chunks of all rows and heads; the last may be shorter."""
+
+
+def find_call(computation: Computation, instruction: Instruction) -> Call | None:
+    """The call of a kernel that an instruction is, or None."""
+    if instruction.opcode != "custom-call":
+        return None
+    names = _NAME.findall(f"{instruction.name} {instruction.attributes}")
+    if not names:
+        return None
+    # A scope may be named after the operator, too.
+    name = next((x for x in names if work_of(x, 16) is not None), names[0])
+    implementation = TPU_KERNELS if "tpu_custom_call" in instruction.attributes else KERNELS
+    implementation = SPLIT_KERNELS if "_split_" in name else implementation
+    chunk = CHUNKS[implementation].get(name.split("_")[0], 1)
+    work = work_of(name, chunk)
+    if work is None or not work.products:
+        return Call(name, work, None, 0)
+    operands, results = computation.operand_arrays(instruction), instruction.results
+    if implementation != SPLIT_KERNELS:
+        value_dim, key_dim = operands[-1].dims[-2:]  # the state, or its cotangent
+        return Call(name, work, Sizes(key_dim, value_dim, chunk), operands[0].size / operands[0].dims[-1] / chunk)
+    batch, heads, count, value_dim, key_dim = _of_chunks(name.rpartition("_split_")[2], operands, results).dims
+    return Call(name, work, Sizes(key_dim, value_dim, chunk), batch * heads * count)
+
+
+def _of_chunks(stage: str, operands: Sequence[Array], results: Sequence[Array]) -> Array:
+    """The array [B, H, T / C, M, N] of a split kernel: the states of all chunks, or what these add to the state."""
+    if stage.startswith("factors"):
+        return results[1]
+    return results[0] if stage in ("states", "cotangents") else operands[-1]
 
 
 def bfloat16_flops(computation: Computation, instruction: Instruction) -> int:
     """FLOPs of a call of one of our kernels at precision `full`; 0 for any other instruction."""
-    found = _CALL.search(f"{instruction.name} {instruction.attributes}")
-    if instruction.opcode != "custom-call" or found is None or found[1] == "wkv4":
+    call = find_call(computation, instruction)
+    if call is None or call.work is None or call.sizes is None:
         return 0
-    arrays = computation.operand_arrays(instruction)
-    value_dim, key_dim = arrays[-1].dims[-2:]  # the state, or its cotangent
-    implementation = TPU_KERNELS if "tpu_custom_call" in instruction.attributes else KERNELS
-    sizes = Sizes(key_dim, value_dim, CHUNKS[implementation][found[1]])
-    products, sums = _PRODUCTS[found[1]](found[2], sizes).flops(sizes)
-    token_heads = arrays[0].size // arrays[0].dims[-1]
-    return round(token_heads * (PASSES["full"] * products + PASSES_OF_SUMS * sums))
+    products = sum(count * call.sizes.product(letters) for letters, count in call.work.products.items())
+    sums = call.work.sums * call.sizes.product("CCN")
+    return round(2 * call.num_chunks * (PASSES["full"] * products + PASSES_OF_SUMS * sums))
 
 
 def uncounted_kernels(module: Module) -> tuple[str, ...]:
     """Names of the program's kernels whose products no formula here counts."""
     found = {}
-    for _, instruction, _ in module.running():
-        text = f"{instruction.name} {instruction.attributes}"
-        if instruction.opcode == "custom-call" and not (_CALL.search(text) or _WITHOUT_PRODUCTS.search(text)):
-            found |= dict.fromkeys(_OTHER.findall(text)[:1])
+    for computation, instruction, _ in module.running():
+        call = find_call(computation, instruction)
+        if call is not None and call.work is None:
+            found[call.name] = None
     return tuple(found)

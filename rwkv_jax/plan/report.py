@@ -11,7 +11,7 @@ from rwkv_jax.plan.devices import PREALLOCATED
 from rwkv_jax.plan.planner import USABLE_SHARE, Plan, Program
 from rwkv_jax.tables import format_table
 
-VERSION = 2
+VERSION = 3
 """Of the JSON format; changes when a field is renamed or changes its meaning."""
 
 CHOSEN_BY_DATA = "the data choose one of two loops; counted as for weak decays"

@@ -18,6 +18,7 @@ from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.models.implementations import check_implementations, known_implementations, refuse_unable
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape, mesh_shape
 from rwkv_jax.plan.devices import Platform, Topology, topology_devices, unoptimized_on_cpu
+from rwkv_jax.plan.kernels import map_columns
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
@@ -141,17 +142,17 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
     if operator is None:
         return None
     sizes = {} if mesh is None else dict(mesh.shape)
-    devices, shards_of_time = math.prod(sizes.values()), sizes.get("sequence", 1)
+    devices, splits_time = math.prod(sizes.values()), sizes.get("sequence", 1) > 1
     axes = rwkv_kernels.OPERATORS[operator].axes
     heads, head_dim = (model.num_heads, model.head_dim) if "T H" in axes["v"] else (model.width, 1)
-    shape = (1, training.sequence_length // shards_of_time, heads, head_dim)[: len(axes["v"].split())]
+    shape = (1, training.sequence_length // sizes.get("sequence", 1), heads, head_dim)[: len(axes["v"].split())]
     chosen = model.wkv_implementation or rwkv_kernels.explain(operator, shape).chosen
-    # Sharded time takes two passes each way: a shard's steps as a map of its incoming state, then from that state.
-    layers = model.num_layers * training.accumulation_steps * (2 if shards_of_time > 1 else 1)
+    layers = model.num_layers * training.accumulation_steps
     micro_batch = training.batch_size * training.sequence_length // training.accumulation_steps
-    # Decays are in the dtype of parameters.
+    # Decays are in the dtype of parameters, and all is in the recurrence's where time is split.
     names = [name for name, letters in axes.items() if "T" in letters]
-    dtypes = {name: model.parameter_dtype if name == "log_w" else model.dtype for name in names}
+    own = {name: model.parameter_dtype if name == "log_w" else model.dtype for name in names}
+    dtypes = dict.fromkeys(names, "float32") if splits_time else own
     return OperatorCalls(
         operator=operator,
         implementation=chosen,
@@ -161,5 +162,6 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
         key_dim=head_dim,
         value_dim=head_dim,
         item_bytes={name: jnp.dtype(dtype).itemsize for name, dtype in dtypes.items()},
-        may_be_measured=model.wkv_implementation is None and training.tune != "never",
+        map_value_dim=map_columns(operator, head_dim, head_dim) if splits_time else 0,
+        may_be_measured=model.wkv_implementation is None and training.tune != "never" and not splits_time,
     )

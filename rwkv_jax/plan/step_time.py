@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rwkv_jax.models.layers import OPERATOR_SCOPE
 from rwkv_jax.plan.costs import instruction_flops, instruction_traffic, is_collective, is_free
 from rwkv_jax.plan.devices import Device
-from rwkv_jax.plan.kernels import BACKWARD, CHUNKS, FORWARD, KERNELS, Sizes, kernel_cost
+from rwkv_jax.plan.kernels import CHUNKS, KERNELS, SPLIT_KERNELS, KernelCost, operator_costs
 from rwkv_jax.plan.program import Computation, Instruction, Module, callees
 
 
@@ -28,6 +28,8 @@ class OperatorCalls:
     value_dim: int
     item_bytes: Mapping[str, int]
     """Of an element of each input over time."""
+    map_value_dim: int = 0
+    """On a mesh that splits time, value columns of a second pass each way, for the map of a shard's state; else 0."""
     may_be_measured: bool = False
     """Whether a new run on a GPU or TPU may take another implementation, by measurement."""
 
@@ -57,7 +59,7 @@ class _Cost(NamedTuple):
 
 
 def predict(module: Module, device: Device, interconnect: float, calls: OperatorCalls | None) -> tuple[Estimate, ...]:
-    """Predicts the step as compiled and, on GPUs, with the operator's kernels instead of its plain XLA form.
+    """Predicts the step as compiled and, on GPUs, with each of the operator's kernels instead.
 
     Args:
       interconnect: seconds of all collectives.
@@ -69,9 +71,12 @@ def predict(module: Module, device: Device, interconnect: float, calls: Operator
     compiled = _sum(parts.values())
     name = "" if calls is None else calls.implementation
     found = [Estimate(name, True, *compiled[:3], compiled.seconds + interconnect)]
-    if calls is not None and device.platform == "cuda" and calls.implementation != KERNELS:
-        total = _sum((parts[False], _kernels(calls, device)))
-        found.append(Estimate(KERNELS, False, *total[:3], total.seconds + interconnect))
+    if calls is None or device.platform != "cuda":
+        return tuple(found)
+    for kernels in (KERNELS, SPLIT_KERNELS):
+        if calls.operator in CHUNKS[kernels] and calls.implementation != kernels:
+            total = _sum((parts[False], _kernels(kernels, calls, device)))
+            found.append(Estimate(kernels, False, *total[:3], total.seconds + interconnect))
     return tuple(found)
 
 
@@ -116,18 +121,22 @@ def _conditions(module: Module) -> set[str]:
     return {name for x in loops if "known_trip_count" in x.attributes for name in x.called("condition")}
 
 
-def _kernels(calls: OperatorCalls, device: Device) -> _Cost:
+def _kernels(implementation: str, calls: OperatorCalls, device: Device) -> _Cost:
     """The operator by its kernels: what they read and write, and their products in passes of bfloat16."""
-    sizes = Sizes(calls.key_dim, calls.value_dim, CHUNKS[KERNELS][calls.operator])
 
-    def cost(direction: str, count: int) -> _Cost:
-        one = kernel_cost(calls.operator, direction, sizes, calls.item_bytes)
+    def cost(one: KernelCost, count: int) -> _Cost:
         products = calls.token_heads * one.bfloat16_flops("full") / device.bfloat16
         traffic = calls.token_heads * one.bytes / device.memory_bandwidth
         seconds = max(device.launch, products, traffic)
         return _Cost(count * products, count * traffic, count, count * seconds)
 
-    return _sum((cost(FORWARD, calls.forwards), cost(BACKWARD, calls.backwards)))
+    def passes(value_dim: int) -> Iterator[_Cost]:
+        forward, backward = operator_costs(implementation, calls.operator, calls.key_dim, value_dim, calls.item_bytes)
+        yield from (cost(one, calls.forwards) for one in forward)
+        yield from (cost(one, calls.backwards) for one in backward)
+
+    value_dims = [x for x in (calls.value_dim, calls.map_value_dim) if x]
+    return _sum(cost for value_dim in value_dims for cost in passes(value_dim))
 
 
 def _sum(costs: Iterable[_Cost]) -> _Cost:

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 import rwkv_kernels
 from rwkv_jax.plan.costs import product_flops
-from rwkv_jax.plan.kernels import BACKWARD, CHUNKS, FORWARD, KERNELS, TPU_KERNELS, Sizes, kernel_cost
+from rwkv_jax.plan.kernels import (
+    CHUNKS,
+    KERNELS,
+    SPLIT_KERNELS,
+    STAGES,
+    TPU_KERNELS,
+    Sizes,
+    family_of,
+    kernel_cost,
+    map_columns,
+    operator_costs,
+    work_of,
+)
 from rwkv_jax.plan.program import parse_module
+from rwkv_kernels import dispatch
+from rwkv_kernels.matmul import Form, Matmul
+from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
+from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from tests.golden import QUICK
 
 BATCH, TIME, HEADS, KEY_DIM, VALUE_DIM = 1, 256, 2, 16, 32
@@ -35,8 +53,11 @@ def arguments(operator: str, key_dim: int = KEY_DIM, value_dim: int = VALUE_DIM)
 
 
 def differentiated(operator: str, implementation: str) -> Any:
-    run = functools.partial(rwkv_kernels.OPERATORS[operator].implementations[implementation].run, interpret=True)
+    run = rwkv_kernels.OPERATORS[operator].implementations[implementation].run
+    return differentiated_run(functools.partial(run, interpret=True))
 
+
+def differentiated_run(run: Any) -> Any:
     def gradients(*given: Any) -> Any:
         outputs, pull_back = jax.vjp(run, *given)
         return pull_back(outputs)
@@ -55,35 +76,147 @@ def kernels(jaxpr: Any) -> Iterator[Any]:
                 yield from kernels(inner)
 
 
+def name_of(call: Any) -> str:
+    return call.params["name"]
+
+
+STATE = (BATCH, HEADS, VALUE_DIM, KEY_DIM)
+
+
+def bytes_of(call: Any, of_rows: Collection[tuple[int, ...]] = (STATE,)) -> int:
+    """Of all arrays of a call but those that rows and heads have once."""
+    arrays = [x.aval for x in (*call.invars, *call.outvars) if TIME in x.aval.shape or x.aval.ndim >= 3]
+    arrays = [x for x in arrays if x.shape not in of_rows]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def item_bytes_of(operator: str) -> dict[str, int]:
+    axes = rwkv_kernels.OPERATORS[operator].axes
+    return {name: 4 if name == "log_w" else 2 for name, letters in axes.items() if "T" in letters}
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_bytes_are_those_of_the_arrays_that_kernels_read_and_write(operator: str) -> None:
     found = list(kernels(jax.make_jaxpr(differentiated(operator, KERNELS))(*arguments(operator)).jaxpr))
-    assert len(found) == 2
     sizes = Sizes(*((1, 1) if operator == "wkv4" else (KEY_DIM, VALUE_DIM)), CHUNKS[KERNELS][operator])
     token_heads = BATCH * TIME * (64 if operator == "wkv4" else HEADS)
-    over_time = {name for name, letters in rwkv_kernels.OPERATORS[operator].axes.items() if "T" in letters}
-    item_bytes = {name: 4 if name == "log_w" else 2 for name in over_time}
-    for call, direction in zip(found, (FORWARD, BACKWARD), strict=True):
-        arrays = [x.aval for x in (*call.invars, *call.outvars) if TIME in x.aval.shape or x.aval.ndim >= 3]
-        arrays = [x for x in arrays if x.shape != (BATCH, HEADS, VALUE_DIM, KEY_DIM)]  # states of whole rows
-        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-        cost = kernel_cost(operator, direction, sizes, item_bytes)
-        assert cost.bytes == pytest.approx(size / token_heads, rel=0.01), [str(x) for x in arrays]
+    forward, backward = STAGES[KERNELS][operator]
+    assert [name_of(call) for call in found] == [f"{operator}_{stage}" for stage in (*forward, *backward)]
+    for call in found:
+        cost = kernel_cost(name_of(call), sizes, item_bytes_of(operator))
+        assert cost.bytes == pytest.approx(bytes_of(call) / token_heads, rel=0.01), name_of(call)
 
 
 @pytest.mark.parametrize(
     ("operator", "implementation"), [("wkv5", KERNELS), ("wkv6", KERNELS), ("wkv7", KERNELS), ("wkv7", TPU_KERNELS)]
 )
-@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-def test_products_are_those_of_the_compiled_kernels(operator: str, implementation: str, direction: str) -> None:
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_products_are_those_of_the_compiled_kernels(operator: str, implementation: str, goes_back: bool) -> None:
     given = arguments(operator)
     run = differentiated(operator, implementation)
-    if direction == FORWARD:
+    if not goes_back:
         run = functools.partial(rwkv_kernels.OPERATORS[operator].implementations[implementation].run, interpret=True)
     compiled = jax.jit(run).lower(*given).compile(compiler_options=QUICK)
     found = sum(product_flops(parse_module(compiled.as_text() or "")).values()) / (BATCH * TIME * HEADS)
-    sizes = Sizes(KEY_DIM, VALUE_DIM, CHUNKS[implementation][operator])
-    item_bytes = dict.fromkeys(rwkv_kernels.OPERATORS[operator].axes, 2)
-    both = [kernel_cost(operator, x, sizes, item_bytes) for x in {FORWARD, direction}]
+    forward, backward = operator_costs(implementation, operator, KEY_DIM, VALUE_DIM, item_bytes_of(operator))
     once = 0.04 if operator == "wkv5" else 1e-6  # what it computes before its loop over chunks
-    assert found == pytest.approx(sum(cost.products + cost.sums for cost in both), rel=once)
+    expected = [*forward, *(backward if goes_back else ())]
+    assert found == pytest.approx(sum(cost.products + cost.sums for cost in expected), rel=once)
+
+
+def _dot(dtype: Any, x: Any, y: Any, form: Form) -> Any:
+    """A product whose operands' dtype says which of a `Matmul`'s two it is."""
+    contracted = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[form]
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), dimensions, preferred_element_type=jnp.float32)
+
+
+TOLD_APART = Matmul(functools.partial(_dot, jnp.bfloat16), functools.partial(_dot, jnp.float32), own_derivatives=True)
+
+
+def flops_of(jaxpr: Any, dtype: Any) -> int:
+    """FLOPs of products whose operands have a dtype, in all turns of loops."""
+    flops = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and equation.invars[0].aval.dtype == dtype:
+            ((left,), _), _ = equation.params["dimension_numbers"]
+            flops += 2 * equation.outvars[0].aval.size * equation.invars[0].aval.shape[left]
+        turns = equation.params.get("length", 1)
+        assert equation.primitive.name != "while", "its turns are not known"
+        for part in equation.params.values():
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                flops += turns * flops_of(inner, dtype)
+    return flops
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("operator", CHUNKS[SPLIT_KERNELS])
+def test_split_kernels_multiply_and_move_what_is_declared(operator: str, with_gradients: bool) -> None:
+    run: Any = rwkv_kernels.OPERATORS[operator].implementations[SPLIT_KERNELS].run
+    run = functools.partial(run, interpret=True, matmul=TOLD_APART)
+    program = differentiated_run(run) if with_gradients else run
+    found = list(kernels(jax.make_jaxpr(program)(*arguments(operator)).jaxpr))
+    family, (forward, backward) = family_of(SPLIT_KERNELS, operator), STAGES[SPLIT_KERNELS][operator]
+    names = [name_of(call) for call in found]
+    if with_gradients:
+        assert names == [f"{family}_{stage}" for stage in (*forward, *backward)]
+    sizes = Sizes(KEY_DIM, VALUE_DIM, CHUNKS[SPLIT_KERNELS][operator])
+    for name, call in zip(names, found, strict=True):
+        cost = kernel_cost(name, sizes, item_bytes_of(operator))
+        programs = math.prod(call.params["grid_mapping"].grid)
+        flops, sums = (programs * flops_of(call.params["jaxpr"], dtype) for dtype in (jnp.bfloat16, jnp.float32))
+        token_heads = BATCH * TIME * HEADS
+        assert (cost.products, cost.sums) == (flops / token_heads, sums / token_heads), name
+        assert cost.bytes == bytes_of(call) / token_heads, name
+
+
+@pytest.mark.parametrize("operator", ["wkv6", "wkv7"])
+def test_where_time_is_split_kernels_run_twice_in_float32(operator: str) -> None:
+    kernel = rwkv_kernels.OPERATORS[operator].implementations[KERNELS].run
+    interpreted = dispatch.Implementation(functools.partial(kernel, interpret=True), dispatch.anything)
+    run = functools.partial(getattr(rwkv_kernels, operator), axis_name="time", implementation=interpreted)
+    size = 16  # of keys and values: the sum of both needs no padding
+    *inputs, _ = arguments(operator, size, size)
+    specs = tuple(P(None, "time") if x.ndim == 4 else P() for x in inputs)
+    mesh = AbstractMesh((2,), ("time",))
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(P(None, "time"), P()))
+    found = list(kernels(jax.make_jaxpr(differentiated_run(sharded))(*inputs).jaxpr))
+    in_float32, value_dims = dict.fromkeys(item_bytes_of(operator), 4), (map_columns(operator, size, size), size)
+    expected = []
+    for value_dim in value_dims:
+        forward, backward = operator_costs(KERNELS, operator, size, value_dim, in_float32)
+        expected += [cost.bytes for cost in (*forward, *backward)]
+    of_rows = {(BATCH, HEADS, value_dim, size) for value_dim in value_dims}
+    moved = [bytes_of(call, of_rows) / (BATCH * TIME // 2 * HEADS) for call in found]
+    assert sorted(moved) == pytest.approx(sorted(expected), rel=0.01)
+
+
+def test_kernels_around_the_operator_multiply_nothing_and_move_what_is_declared() -> None:
+    size, tokens = 32, BATCH * TIME
+    over_time = [jax.ShapeDtypeStruct((BATCH, TIME, HEADS, size), jnp.bfloat16)] * 5
+    per_head = [jax.ShapeDtypeStruct((HEADS, size), jnp.float32)] * 3
+    output = functools.partial(wkv7_output_pallas_triton, epsilon=1e-5, interpret=True)
+    step = functools.partial(wkv7_step_pallas_triton, epsilon=1e-5, interpret=True)
+    of_token = [jax.ShapeDtypeStruct((tokens, HEADS, size), jnp.bfloat16)] * 7
+    state = jax.ShapeDtypeStruct((tokens, HEADS, size, size), jnp.float32)
+    programs = (
+        jax.make_jaxpr(differentiated_run(output))(*over_time, *per_head),
+        jax.make_jaxpr(step)(*of_token, *per_head, state),
+    )
+    found = [call for program in programs for call in kernels(program.jaxpr)]
+    assert [name_of(call) for call in found] == ["wkv7_output_forward", "wkv7_output_backward", "wkv7_step"]
+    for call in found:
+        cost = kernel_cost(name_of(call), Sizes(size, size, 16), dict.fromkeys(item_bytes_of("wkv7"), 2))
+        assert (cost.products, cost.sums) == (0, 0)
+        assert not any(flops_of(call.params["jaxpr"], dtype) for dtype in (jnp.bfloat16, jnp.float32))
+        arrays = [x.aval for x in (*call.invars, *call.outvars) if tokens in x.aval.shape]
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        assert cost.bytes == moved / (tokens * HEADS), name_of(call)
+
+
+def test_work_is_known_by_a_kernels_whole_name() -> None:
+    assert work_of("wkv7_split_factors", 32) is not None
+    assert work_of("wkv7_factors", 32) is work_of("wkv7_split", 32) is work_of("wkv7_split_factor", 32) is None
+    with pytest.raises(KeyError, match="wkv7_of_tomorrow"):
+        kernel_cost("wkv7_of_tomorrow", Sizes(64, 64, 16), item_bytes_of("wkv7"))

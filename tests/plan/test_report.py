@@ -114,8 +114,8 @@ def test_a_choice_that_a_run_leaves_to_measurement_is_named() -> None:
 
 
 def test_kernels_whose_products_are_not_known_are_named() -> None:
-    words = describe(replaced(uncounted_kernels=("wkv7_split_factors",)))
-    assert "products of these kernels are not known, and left out: wkv7_split_factors\n" in words
+    words = describe(replaced(uncounted_kernels=("wkv7_of_tomorrow",)))
+    assert "products of these kernels are not known, and left out: wkv7_of_tomorrow\n" in words
     assert words.endswith("products of the kernels above are left out")
     assert "left out" not in describe(PLAN)
 
@@ -139,6 +139,6 @@ def test_a_refusal() -> None:
 
 def test_plain_data_have_the_verdict_too() -> None:
     found = json.loads(json.dumps(to_json(PLAN)))
-    assert (found["version"], found["fits"], found["mfu"], found["tokens_per_second"]) == (2, True, 0.5, 4096)
+    assert (found["version"], found["fits"], found["mfu"], found["tokens_per_second"]) == (3, True, 0.5, 4096)
     assert found["arguments"]["total"] == PLAN.arguments.total
     assert found["device"]["name"] == "h100"

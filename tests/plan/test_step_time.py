@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.config.model import IMPLEMENTATIONS
+from rwkv_jax.parallel.mesh import AXES
 from rwkv_jax.plan.devices import DEVICES, LAUNCH, Device, parse_topology
-from rwkv_jax.plan.kernels import BACKWARD, FORWARD, KERNELS, Sizes, bfloat16_flops, kernel_cost, uncounted_kernels
+from rwkv_jax.plan.kernels import (
+    KERNELS,
+    SPLIT_KERNELS,
+    Sizes,
+    bfloat16_flops,
+    kernel_cost,
+    operator_costs,
+    uncounted_kernels,
+)
 from rwkv_jax.plan.planner import Plan
 from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.report import describe
@@ -69,24 +79,38 @@ def test_an_instruction_takes_the_longest_of_its_three_times() -> None:
     assert slow_launches.seconds == 6e5
 
 
-def test_kernels_take_the_place_of_the_operators_instructions() -> None:
+@pytest.mark.parametrize("implementation", [KERNELS, SPLIT_KERNELS])
+def test_kernels_take_the_place_of_the_operators_instructions(implementation: str) -> None:
     found = device(float32_default=1e9, launch=1.0)
-    compiled, with_kernels = predict(parse_module(TEXT), found, 5.0, CALLS)
+    compiled, *others = predict(parse_module(TEXT), found, 5.0, CALLS)
     assert (compiled.implementation, compiled.is_compiled) == ("chunked", True)
-    assert (with_kernels.implementation, with_kernels.is_compiled) == (KERNELS, False)
-    forward, backward = (kernel_cost("wkv7", x, Sizes(8, 8, 16), CALLS.item_bytes) for x in (FORWARD, BACKWARD))
-    assert with_kernels.launches == 2 + CALLS.forwards + CALLS.backwards
-    traffic = CALLS.token_heads * (3 * forward.bytes + 2 * backward.bytes)
-    assert with_kernels.traffic == pytest.approx(traffic + BYTES_OF_NEGATE + BYTES_OF_SUM)
-    products = CALLS.token_heads * (3 * forward.bfloat16_flops("full") + 2 * backward.bfloat16_flops("full"))
-    assert with_kernels.products == pytest.approx(products)
-    assert with_kernels.seconds == pytest.approx(max(traffic, products) + BYTES_OF_NEGATE + 1 + 5)
+    (with_kernels,) = (x for x in others if x.implementation == implementation)
+    assert not with_kernels.is_compiled
+    forward, backward = operator_costs(implementation, "wkv7", 8, 8, CALLS.item_bytes)
+    all_calls = [*forward * CALLS.forwards, *backward * CALLS.backwards]
+    assert with_kernels.launches == 2 + len(all_calls)
+    traffic = [CALLS.token_heads * one.bytes for one in all_calls]
+    assert with_kernels.traffic == pytest.approx(sum(traffic) + BYTES_OF_NEGATE + BYTES_OF_SUM)
+    products = [CALLS.token_heads * one.bfloat16_flops("full") for one in all_calls]
+    assert with_kernels.products == pytest.approx(sum(products))
+    assert with_kernels.seconds == pytest.approx(sum(map(max, traffic, products)) + BYTES_OF_NEGATE + 1 + 5)
 
 
 def test_kernels_are_for_gpus_and_for_what_is_not_compiled_with_them() -> None:
     module = parse_module(TEXT)
     assert len(predict(module, DEVICES["v5p"], 0.0, CALLS)) == 1
-    assert len(predict(module, DEVICES["h100"], 0.0, dataclasses.replace(CALLS, implementation=KERNELS))) == 1
+    with_kernels = predict(module, DEVICES["h100"], 0.0, dataclasses.replace(CALLS, implementation=KERNELS))
+    assert [x.implementation for x in with_kernels] == [KERNELS, SPLIT_KERNELS]
+
+
+def test_where_time_is_split_the_map_of_a_shard_is_a_second_pass() -> None:
+    module, found = parse_module(TEXT), device()
+    once, twice = (
+        predict(module, found, 0.0, dataclasses.replace(CALLS, map_value_dim=size))[1] for size in (0, CALLS.value_dim)
+    )
+    assert twice.launches == once.launches + CALLS.forwards + CALLS.backwards
+    outside = BYTES_OF_NEGATE + BYTES_OF_SUM
+    assert twice.traffic - outside == pytest.approx(2 * (once.traffic - outside))
 
 
 OF_A_KERNEL = """\
@@ -101,16 +125,40 @@ ENTRY %main (r: bf16[2,32,3,8], s: f32[2,3,8,8]) -> f32[2,32,3,8] {
 def test_a_kernels_products_are_known_by_its_name() -> None:
     module = parse_module(OF_A_KERNEL)
     main = module.computations["main"]
-    cost = kernel_cost("wkv7", "forward", Sizes(8, 8, 16), CALLS.item_bytes)
+    cost = kernel_cost("wkv7_forward", Sizes(8, 8, 16), CALLS.item_bytes)
     assert bfloat16_flops(main, main.instructions["y"]) == round(2 * 32 * 3 * cost.bfloat16_flops("full"))
     assert bfloat16_flops(main, main.instructions["r"]) == 0
     (found,) = predict(module, device(memory_bandwidth=1e9), 0.0, None)
     assert found.products == pytest.approx(2 * 32 * 3 * cost.bfloat16_flops("full"))
 
 
+OF_THE_SPLIT_KERNELS = """\
+ENTRY %main (r: bf16[2,64,3,8], s: f32[2,3,2,16,8]) -> f32[2,3,2,16,8] {
+  %r = bf16[2,64,3,8]{3,2,1,0} parameter(0)
+  %s = f32[2,3,2,16,8]{4,3,2,1,0} parameter(1)
+  %f = (f32[2,3,2,8,8]{4,3,2,1,0}, f32[2,3,2,16,8]{4,3,2,1,0}, f32[2,64,3,8]{3,2,1,0}) custom-call(%r), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/wkv7_split_factors/pallas_call"}
+  %c = (f32[2,3,2,16,8]{4,3,2,1,0}, f32[2,3,16,8]{3,2,1,0}) custom-call(%r), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/wkv7_split_cotangents/pallas_call"}
+  ROOT %y = f32[2,64,3,16]{3,2,1,0} custom-call(%r, %s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/wkv7_split_outputs/pallas_call"}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("name", "stage"), [("f", "factors"), ("c", "cotangents"), ("y", "outputs")])
+def test_a_split_kernels_sizes_are_those_of_its_states(name: str, stage: str) -> None:
+    main = parse_module(OF_THE_SPLIT_KERNELS).computations["main"]
+    cost = kernel_cost(f"wkv7_split_{stage}", Sizes(8, 16, 32), CALLS.item_bytes)
+    assert bfloat16_flops(main, main.instructions[name]) == round(2 * 64 * 3 * cost.bfloat16_flops("full"))
+
+
 @pytest.mark.parametrize(
     ("name", "uncounted"),
-    [("wkv7_split_factors", True), ("wkv7_forward", False), ("wkv7_output_backward", False), ("wkv7_step", False)],
+    [
+        ("wkv7_of_tomorrow", True),
+        ("wkv7_split_tomorrow", True),
+        ("wkv7_forward", False),
+        ("wkv7_output_backward", False),
+        ("wkv7_step", False),
+    ],
 )
 def test_kernels_whose_products_are_not_known_are_found(name: str, uncounted: bool) -> None:
     module = parse_module(OF_A_KERNEL.replace("wkv7_forward", name))
@@ -134,6 +182,14 @@ def test_calls_of_the_operator() -> None:
     more = count_operator_calls(config(remat="full", accumulation_steps=2), None)
     assert more is not None
     assert (more.forwards, more.backwards, more.token_heads) == (12, 6, 4 * 32 * 4)
+    on_time = count_operator_calls(config(), AbstractMesh((2, 1, 2, 1), AXES))  # pyright: ignore[reportArgumentType]
+    assert on_time == dataclasses.replace(
+        calls,
+        token_heads=calls.token_heads / 4,
+        item_bytes=dict.fromkeys(calls.item_bytes, 4),
+        map_value_dim=32,
+        may_be_measured=False,
+    )
     channels = count_operator_calls(config("4"), None)
     assert channels is not None
     assert (channels.token_heads, channels.key_dim, channels.item_bytes) == (8 * 32 * 64, 1, {"k": 2, "v": 2})
@@ -170,8 +226,10 @@ def test_predicted_steps_in_words() -> None:
     words = described(PLAN).splitlines()
     (compiled,) = (line for line in words if line.startswith("chunked"))
     assert compiled.split() == ["chunked", "as", "compiled", "0", "0", "6", "250"]
-    (kernels,) = (line for line in words if line.startswith(KERNELS))
+    (kernels,) = (line for line in words if line.startswith(f"{KERNELS} "))
     assert kernels.split() == [KERNELS, "by", "formulas", "0", "0", "7", "250"]
+    (split,) = (line for line in words if line.startswith(SPLIT_KERNELS))
+    assert split.split() == [SPLIT_KERNELS, "by", "formulas", "0", "0", "15", "250"]
     assert any(f"a launch of {1e6 * LAUNCH:.1f} us" in line for line in words)
     on_tpu = described(dataclasses.replace(PLAN, device=DEVICES["v5p"]))
     assert "launch of" not in on_tpu
