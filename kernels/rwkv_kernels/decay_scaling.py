@@ -53,8 +53,14 @@ def cumulative_decay(matmul: Matmul, log_w: Array, packing: Packing | None) -> D
     )
 
 
-def nan_out_of_range(scaling: DecayScaling) -> Array:
-    """[..., 1, N]: 0, or NaN where a state of size 1 would silently lose digits to underflow."""
+def nan_out_of_range(scaling: DecayScaling, packing: Packing | None) -> Array:
+    """[..., 1, N]: 0, or NaN where a state of size 1 would silently lose digits to underflow.
+
+    With several segments in a chunk, in any of them. It is for all rows: products of rows would spread NaN anyway.
+    """
     limits = jnp.finfo(scaling.log_decay_in.dtype)
     smallest = jnp.minimum(scaling.log_decay_in, scaling.log_decay_out)
+    if packing is not None:  # the sums for the states are those of the first and of the last segment
+        rows = jnp.abs(lax.stop_gradient(scaling.from_middle))
+        smallest = jnp.minimum(smallest, -jnp.max(rows, axis=-2, keepdims=True))
     return jnp.where(smallest >= -math.log(limits.eps / limits.tiny), 0, jnp.nan)

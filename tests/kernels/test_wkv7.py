@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_kernels import wkv7
+from rwkv_kernels import dispatch, wkv7
 from rwkv_kernels.ops.wkv7 import pallas
 from rwkv_kernels.ops.wkv7.api import log_decay_floor, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
@@ -22,6 +22,7 @@ from tests.kernels.operators import (
     Results,
     Way,
     as_jax,
+    briefly,
     differentiate,
     exactly,
     forward,
@@ -126,3 +127,36 @@ def test_other_forms_give_nan_and_not_wrong_numbers_below_the_floor(way: Way, lo
         np.testing.assert_allclose(np.where(np.isnan(values), exact[name], values), exact[name], atol=1e-4)
     if log_w == -20:
         assert all(np.any(np.isnan(values)) for values in results.values())
+
+
+@pytest.mark.parametrize(
+    ("border", "decaying"),
+    [
+        pytest.param(12, slice(8, 12), id="a segment that ends within the second half"),
+        pytest.param(2, slice(3, 8), id="a segment that begins within the first half"),
+    ],
+)
+@pytest.mark.parametrize(
+    "way",
+    [
+        briefly(way, "chunked", "pallas_triton", "pallas_triton_split")
+        for way in WAYS
+        if way.operator is WKV7 and not way.is_definition
+    ],
+)
+def test_segments_below_the_floor_give_nan_and_not_wrong_numbers(way: Way, border: int, decaying: slice) -> None:
+    # Half a chunk decays by e^-88 there, which is no normal number in float32 while e^88 is.
+    inputs, cotangents = problem(WKV7, "realistic", Shape(1, 16, 1, 8, 8))
+    log_w = np.full_like(inputs["log_w"], -0.01)
+    log_w[:, decaying] = -88.0 / len(range(16)[decaying])
+    inputs = inputs | {"log_w": log_w}
+    options = {"segment_ids": (np.arange(16)[None] >= border).astype(np.int32)}
+    inner = WKV7.parts.implementations[way.name].run
+    in_chunks = functools.partial(inner, chunk_size=16, **({"interpret": True} if way.is_pallas else {}))
+    run = functools.partial(wkv7, implementation=dispatch.Implementation(in_chunks, dispatch.anything))
+    compiled = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
+    results = compiled(*as_jax((inputs, cotangents), jnp.float32), options)
+    exact = exactly(WKV7, inputs, cotangents, options)
+    for name, values in results.items():
+        np.testing.assert_allclose(np.where(np.isnan(values), exact[name], values), exact[name], atol=1e-4)
+    assert np.all(np.isnan(results["y"][:, decaying]))

@@ -70,10 +70,13 @@ def _chunk(
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
     packing = None if local_segments is None else chunking.packing(local_segments)
     scaling = cumulative_decay(matmul, log_w, packing)
-    scaled_state = state * jnp.exp(scaling.log_decay_in + nan_out_of_range(scaling))
+    out_of_range = nan_out_of_range(scaling, packing)
+    scaled_state = state * jnp.exp(scaling.log_decay_in + out_of_range)
+    # Not every segment of several reads the state.
+    from_middle = scaling.from_middle if packing is None else scaling.from_middle + out_of_range
 
-    up, down = jnp.exp(scaling.from_middle), jnp.exp(-scaling.from_middle)
-    a, r, b, k = a * jnp.exp(scaling.from_middle - log_w), r * up, b * down, k * down
+    up, down = jnp.exp(from_middle), jnp.exp(-from_middle)
+    a, r, b, k = a * jnp.exp(from_middle - log_w), r * up, b * down, k * down
     earlier, own = column < row, column <= row
     kept_b, kept_k = b, k
     read_a, read_r = matmul.nt(a, scaled_state), matmul.nt(r, scaled_state, "z")

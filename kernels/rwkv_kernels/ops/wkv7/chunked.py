@@ -66,7 +66,7 @@ def _scale_by_cumulative_decay(
 ) -> _Scaled:
     scaling = cumulative_decay(xla_matmul("full"), log_w, packing)
     # Added to all sums, since the backward pass may not read the state.
-    scaling = DecayScaling(*(sums + nan_out_of_range(scaling) for sums in scaling))
+    scaling = DecayScaling(*(sums + nan_out_of_range(scaling, packing) for sums in scaling))
     scale_a = jnp.exp(scaling.from_middle - log_w)
     scale_r = jnp.exp(scaling.from_middle)
     scale_keys = jnp.exp(-scaling.from_middle)

@@ -96,7 +96,7 @@ class _Chunk:
         self._inputs = inputs
         self._packing = None if inputs.local_segments is None else packing(inputs.local_segments[...][:, None])
         sums = cumulative_decay(matmul, inputs.log_w[...].astype(jnp.float32), self._packing)
-        out_of_range = nan_out_of_range(sums)
+        out_of_range = nan_out_of_range(sums, self._packing)
         self._from_middle = sums.from_middle + out_of_range
         self.enter = jnp.exp(sums.log_decay_in + out_of_range)
         """E [1, N]."""
