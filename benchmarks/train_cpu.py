@@ -5,7 +5,7 @@
 
 The second interpreter belongs to an environment made with
 
-    pip install torch==2.13.0 rwkv_ops==0.11.3 keras jax==0.10.2 flax optax
+    pip install torch==2.13.0 rwkv_ops==0.11.3 keras jax==0.10.2 flax optax einops
 
 float32, AdamW, gradients clipped. Each row is a process of its own. All of them warm up one after the other; then
 their repetitions take turns (A B C A B C ...), each one while the others wait, so that a change of the machine's speed

@@ -71,7 +71,7 @@ def build_gpt(job: Job) -> tuple[Step, int]:
 
 
 def build_rwkv(job: Job) -> tuple[Step, int]:
-    """The training step of this library, which returns the loss, and the number of parameters."""
+    """The training step of this library, or of a peer in its trainer, which returns the loss; number of parameters."""
     import jax
     import jax.numpy as jnp
 
@@ -79,14 +79,20 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
     from rwkv_jax.training.batch import Batch
     from rwkv_jax.training.functions import initial_state, make_train_functions
 
+    operator: Any = implementation_of_rwkv_ops() if job.row == "rwkv_ops" else None
+    sizes = {"vocab_size": job.vocab_size, "num_layers": job.num_layers, "width": job.width}
     config = TrainConfig(
-        model=ModelConfig(vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width),
+        model=ModelConfig(**sizes, wkv_implementation=operator),
         optimizer=OptimizerConfig(
             learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=CLIP_NORM
         ),
         training=StepConfig(batch_size=job.batch_size, sequence_length=job.sequence_length),
     )
     trainer = make_train_functions(config)
+    if job.row == "usual":
+        from usual_rwkv7 import UsualNextToken
+
+        trainer = dataclasses.replace(trainer, objective=UsualNextToken(wkv7_of_rwkv_ops))
     state = initial_state(trainer, 0)
     train_step = jax.jit(trainer.train_step, donate_argnums=0)
     tokens = Batch(*map(jnp.asarray, batch(job)))
@@ -99,38 +105,22 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
     return step, config.model.num_parameters()
 
 
-def use_rwkv_ops() -> None:
-    """Put rwkv_ops' operator in the place of ours.
-
-    By assignment, in this process which does nothing else: so the two rows differ in the recurrence alone, and the
-    library needs no door for a peer.
-    """
+def wkv7_of_rwkv_ops(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any = None) -> tuple[Any, Any]:
+    """The recurrence of rwkv_ops with our arguments: its decay is exp(-exp(w)), ours exp(log_w)."""
     import jax.numpy as jnp
     from rwkv_ops import generalized_delta_rule
 
-    import rwkv_jax.models.rwkv7
-
-    def wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any = None, **_: Any) -> tuple[Any, Any]:
-        # Its decay is exp(-exp(w)), ours exp(log_w).
-        return generalized_delta_rule(r, jnp.log(-log_w), k, v, a, b, initial_state=state, output_final_state=True)
-
-    rwkv_jax.models.rwkv7.wkv7 = wkv7
+    return generalized_delta_rule(r, jnp.log(-log_w), k, v, a, b, initial_state=state, output_final_state=True)
 
 
-def write_it_the_usual_way() -> None:
-    """Undo what this library does for a CPU outside the recurrence: products over [B, T, C], every activation kept."""
-    import jax
-    import jax.numpy as jnp
+def implementation_of_rwkv_ops() -> Any:
+    """That recurrence in the place of ours, in an otherwise equal model."""
+    from rwkv_kernels.dispatch import Implementation, anything
 
-    from rwkv_jax.models import language_model, layers
+    def run(*inputs: Any, **_options: Any) -> tuple[Any, Any]:
+        return wkv7_of_rwkv_ops(*inputs)
 
-    def linear(x: Any, weight: Any, *, out_dtype: Any = None) -> Any:
-        return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=out_dtype or x.dtype)
-
-    layers.linear = linear
-    language_model.linear = linear
-    policies: Any = jax.checkpoint_policies
-    policies.save_only_these_names = lambda *_: policies.everything_saveable
+    return Implementation(run, anything)
 
 
 def versions(packages: list[str]) -> dict[str, str]:
@@ -145,10 +135,6 @@ def versions(packages: list[str]) -> dict[str, str]:
 def open_job(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     """Build a job's model and warm it up; what runs a repetition, whatever it is asked."""
     job = Job(**arguments)
-    if job.row in ("rwkv_ops", "usual"):
-        use_rwkv_ops()
-    if job.row == "usual":
-        write_it_the_usual_way()
     step, parameters = build_gpt(job) if job.row == "gpt" else build_rwkv(job)
     # The first step compiles, the next ones meet memory that the system has not handed out yet.
     losses = [step() for _ in range(WARMUP_STEPS)]
