@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 from rwkv_jax import cli
+from rwkv_jax.host import restart_with_huge_pages
 
 
 def main() -> None:
@@ -19,4 +20,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

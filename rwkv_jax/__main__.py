@@ -1,6 +1,6 @@
 """`python -m rwkv_jax` is the `rwkv` command."""
 
-from rwkv_jax.cli import main
+from rwkv_jax.cli import run_as_process
 
 if __name__ == "__main__":
-    main()
+    run_as_process()

@@ -11,17 +11,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.host import restart_with_huge_pages
 from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rwkv_jax.cli.plan import parse_plan
     from rwkv_jax.cli.train_config import load_config, parse_train_config
 
-__all__ = ["load_config", "main", "parse_plan", "parse_train_config"]
+__all__ = ["load_config", "main", "parse_plan", "parse_train_config", "run_as_process"]
 
 __getattr__, __dir__ = lazy_names(
     __name__, {"plan": ("parse_plan",), "train_config": ("load_config", "parse_train_config")}
 )
+
+
+def run_as_process() -> None:
+    """`main` for a process that does nothing else: one that trains may begin anew with another allocator setting."""
+    if sys.argv[1:2] == ["train"]:
+        restart_with_huge_pages()
+    main()
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "rwkv") -> None:
