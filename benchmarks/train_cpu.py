@@ -9,8 +9,8 @@ The second interpreter belongs to an environment made with
 
 float32, AdamW, gradients clipped. Each row is a process of its own. All of them warm up one after the other; then
 their repetitions take turns (A B C A B C ...), each one while the others wait, so that a change of the machine's speed
-meets all of them alike. Leave the machine alone meanwhile. Absolute figures do not carry to another machine; the
-ratios nearly do.
+meets all of them alike. All have pages of 2 MB where `train.py` would take them. Leave the machine alone meanwhile.
+Absolute figures do not carry to another machine; the ratios nearly do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_processes import PeerError, PeerProcess, progress
-from rwkv_jax.host import available_cores, processor
+from rwkv_jax.host import available_cores, huge_page_environment, huge_page_setting, processor
 from train_cpu_worker import WARMUP_STEPS, Job
 
 TITLES = {
@@ -74,7 +74,7 @@ def measure(pythons: dict[str, str], jobs: Sequence[Job], repetitions: int) -> l
         # The first clean-up to be asked for is the last to be done: processes end before their folder goes.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # Without KERAS_HOME, Keras writes to the user's home.
-        environment = RWKV_OPS_ENVIRONMENT | {"KERAS_HOME": str(scratch)}
+        environment = RWKV_OPS_ENVIRONMENT | {"KERAS_HOME": str(scratch)} | huge_pages()
         processes: list[PeerProcess] = []
         for job, result in zip(jobs, results, strict=True):
             progress(f"T = {job.sequence_length}: warming up  {TITLES[job.row]}")
@@ -103,6 +103,12 @@ def measure(pythons: dict[str, str], jobs: Sequence[Job], repetitions: int) -> l
             progress(f"T = {jobs[0].sequence_length}: repetition {repetition} of {repetitions}: {rates} tokens/s")
     check(results)
     return results
+
+
+def huge_pages() -> dict[str, str]:
+    """What `train.py` adds to its environment on this machine."""
+    environment = {name: value for name, value in os.environ.items() if name == "GLIBC_TUNABLES"}
+    return huge_page_environment(environment, huge_page_setting(), platform.libc_ver()) or {}
 
 
 def check(results: Sequence[Result]) -> None:

@@ -80,9 +80,11 @@ def build_rwkv(job: Job) -> tuple[Step, int]:
     from rwkv_jax.training.functions import initial_state, make_train_functions
 
     operator: Any = implementation_of_rwkv_ops() if job.row == "rwkv_ops" else None
-    sizes = {"vocab_size": job.vocab_size, "num_layers": job.num_layers, "width": job.width}
+    model = ModelConfig(
+        vocab_size=job.vocab_size, num_layers=job.num_layers, width=job.width, wkv_implementation=operator
+    )
     config = TrainConfig(
-        model=ModelConfig(**sizes, wkv_implementation=operator),
+        model=model,
         optimizer=OptimizerConfig(
             learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=CLIP_NORM
         ),
