@@ -117,25 +117,51 @@ def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
     return x if mask is True else chunking.masked(jnp.asarray(mask), x)
 
 
-def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
-    """(I - M)^{-1} for a strictly triangular M [..., C, C], C a power of two; lower or upper.
+_SMALL_BLOCK = 8
+"""Rows of the blocks that are inverted by sums of products instead of matrix products, whose calls would cost more."""
 
-    Doubles the size of inverted diagonal blocks: X <- X + X M_off X. Unlike the product
-    (I + M)(I + M^2)(I + M^4)..., it does not lose precision if keys are aligned.
-    """
+
+def _small_product(x: Array, y: Array) -> Array:
+    """x @ y for a few rows and columns, as part of the element-wise operations around it."""
+    return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
+
+
+def _inverse_of_small(triangle: Array) -> Array:
+    """`inverse_of_identity_minus` in place: X <- X + X M_off X, with M_off what joins the blocks inverted so far."""
     size = triangle.shape[-1]
     row, column = np.indices((size, size))
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=triangle.dtype), triangle.shape)
-    block = 1
-    while block < size:
-        joins = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
-        off_diagonal = triangle * chunking.with_ndim(jnp.asarray(joins, triangle.dtype), triangle.ndim)
-        step = off_diagonal
-        if block > 1:
-            step = jnp.matmul(jnp.matmul(inverse, off_diagonal, precision=precision), inverse, precision=precision)
+    for level in range(size.bit_length() - 1):
+        joins = chunking.masked(jnp.asarray((row ^ column) >> level == 1), triangle)
+        step = joins if level == 0 else _small_product(_small_product(inverse, joins), inverse)
         inverse = inverse + step
-        block *= 2
     return inverse
+
+
+def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
+    """(I - M)^{-1} for a strictly lower triangular M [..., C, C], C a power of two.
+
+    Doubles the size of inverted diagonal blocks: X_1 and X_2, joined by M_21, give [[X_1, 0], [X_2 M_21 X_1, X_2]].
+    Unlike the product (I + M)(I + M^2)(I + M^4)..., it does not lose precision if keys are aligned.
+    """
+    size = triangle.shape[-1]
+    block = min(size, _SMALL_BLOCK)
+    matmul = functools.partial(jnp.matmul, precision=precision)
+
+    def part(row: int, column: int) -> Array:
+        return triangle[..., row * block : (row + 1) * block, column * block : (column + 1) * block]
+
+    small = _inverse_of_small(jnp.stack([part(i, i) for i in range(size // block)]))
+    inverses = [small[i] for i in range(size // block)]
+    while block < size:
+        pairs = []
+        for i in range(0, size // block, 2):
+            first, second = inverses[i : i + 2]
+            joined = matmul(matmul(second, part(i + 1, i)), first)
+            upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+            pairs.append(jnp.concatenate([upper, jnp.concatenate([joined, second], axis=-1)], axis=-2))
+        inverses, block = pairs, 2 * block
+    return inverses[0]
 
 
 class _ChunkResiduals(NamedTuple):
@@ -248,7 +274,8 @@ class _Chunked:
             dscaled_end = dstate * scaled.decay_out
             dwrites = _where(masks.writes, matmul(scaled.keys, dscaled_end))
             dremoved = dwrites[:, :, :size] + matmul(scores_transposed[:, :, :size, size:], dy_)
-            dwanted = matmul(self._inverse(scores_transposed[:, :, :size, :size]), dremoved)
+            inverse = self._inverse(transpose(scores_transposed[:, :, :size, :size]))
+            dwanted = matmul(transpose(inverse), dremoved)
             dread = jnp.concatenate([dwanted, dy_], axis=2)
             dv = dwrites[:, :, size:] + matmul(scores_transposed[:, :, size:], dread)
             dscores = matmul_transposed(dread, writes)
