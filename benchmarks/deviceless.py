@@ -26,7 +26,9 @@ from jax.experimental import topologies
 from jax.extend import core as jex
 
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
+from rwkv_kernels.ops.wkv7.cases import MODEL_CONSTANTS
 from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
+from rwkv_kernels.ops.wkv7.step import STEP
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from rwkv_kernels.pallas.triton_split import warps_of_products
 from rwkv_kernels.precision import Precision
@@ -195,23 +197,25 @@ def compile_triton(
 
 
 def compile_step(dtype: str = "bfloat16", head_dim: int = 64, batch: int = 64) -> TritonResources:
-    """The kernel of `wkv7_step` compiled for an H100, with lengths, in a model of width 2048.
+    """The kernel of `wkv7_step` compiled for an H100, with value residual and lengths, in a model of width 2048.
 
-    log_w and parameters are float32, whatever the dtype of the other inputs; bytes are a row's and head's.
+    Parameters are float32, whatever the dtype of the other inputs; bytes are a row's and head's.
     """
     heads = 2048 // head_dim
 
     def array(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return on_h100(jax.ShapeDtypeStruct(sizes, dtype))
 
-    vector = array(batch, heads, head_dim, dtype=DTYPES[dtype])
-    per_token = [array(*vector.shape) if name == "log_w" else vector for name in ("r", "log_w", *"kvabg")]
-    parameters, state = [array(heads, head_dim)] * 3, array(batch, heads, head_dim, head_dim)
+    def run(lengths: Any, inputs: Any, state: Any) -> Any:
+        return wkv7_step_pallas_triton(inputs, state, **MODEL_CONSTANTS, lengths=lengths)
 
-    def run(lengths: Any, *arrays: Any) -> Any:
-        return wkv7_step_pallas_triton(*arrays, epsilon=1e-5, lengths=lengths)
-
-    traced = jax.jit(run).trace(array(batch, dtype=jnp.int32), *per_token, *parameters, state)
+    sizes = {"B": batch, "H": heads, "N": head_dim}
+    inputs = {
+        name: array(*map(sizes.get, axes.split()), dtype=DTYPES[dtype] if "B" in axes else jnp.float32)
+        for name, axes in STEP.axes.items()
+    }
+    state = array(batch, heads, head_dim, head_dim)
+    traced = jax.jit(run).trace(array(batch, dtype=jnp.int32), inputs, state)
     (found,) = _read_kernels(traced, "wkv7_step", lambda name: "step", batch * heads)
     return found
 

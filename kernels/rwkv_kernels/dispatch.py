@@ -198,7 +198,9 @@ class Alternatives:
     implementations: Mapping[str, Implementation]
     """By name."""
     order: tuple[str, ...]
-    """Names in the order that `implementation=None` tries."""
+    """Names in the order that `implementation=None` tries; the first one is the definition."""
+    axes: Mapping[str, str]
+    """Axes of the arguments but the state, by name: "B T H N", "B H N" or "H N"."""
 
     def preferred(self, problem: Problem) -> tuple[str, ...]:
         """The order for a problem, which is the same for all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,21 @@ LOG_DECAY_SCALE = -math.exp(-0.5)
 
 HEAD_NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head, on the recurrence's raw output."""
+
+
+class Projections(NamedTuple):
+    """What the matrices of a layer's time mixing make of its input, [B, T, C] each, before biases and sigmoids."""
+
+    r: Array
+    w: Array
+    k: Array
+    v: Array
+    a: Array
+    g: Array
+    v_first: Array | None = None
+    """The first layer's values; None in a layer without a value residual."""
+    nu: Array | None = None
+    """Of the value residual."""
 
 
 class TimeMix(TimeMixer):
@@ -143,21 +158,46 @@ class TimeMix(TimeMixer):
             x + xx * cast(blend, x) for blend in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
-        # Weight preparation: (13) receptance, (5) key, (9) value; (11) d, (12) the decay w = exp(-e^{-1/2} sigmoid(d)),
-        # whose last steps run in float32 (near 1 it has no digits to spare); (8), (10) the value residual, nu being the
-        # share of the first layer's values; (4) the in-context learning rate a; (14) the gate g.
+        # Projections: (13) receptance, (5) key, (9) value; low-rank maps of (11) the decay, (4) the in-context learning
+        # rate, (8) the value residual; (14) the gate g.
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
-        decay = low_rank(xw, self.w1[...], self.w2[...], jnp.tanh).astype(config.parameter_dtype)
-        decay = broadcast_param(self.w0[...], decay) + decay
-        log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
+        w = low_rank(xw, self.w1[...], self.w2[...], jnp.tanh)
+        a = low_rank(xa, self.a1[...], self.a2[...])
+        g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
+        projected = Projections(r, w, k, v, a, g)
         if v_first is None:
             v_first = v
         elif not self.is_first:
-            v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0, v) + low_rank(xv, self.v1[...], self.v2[...]))
-        a = jax.nn.sigmoid(cast(self.a0, k) + low_rank(xa, self.a1[...], self.a2[...]))
-        g = low_rank(xg, self.g1[...], self.g2[...], jax.nn.sigmoid)
+            projected = projected._replace(v_first=v_first, nu=low_rank(xv, self.v1[...], self.v2[...]))
+
+        if config.step_implementation is not None and x.shape[1] == 1 and context.axes.sequence is None:
+            o, wkv_state = self._one_token(projected, state.wkv, context)
+        else:
+            o, wkv_state = self._tokens(projected, state.wkv, context)
+
+        # (22) Projection.
+        o = row_parallel_linear(o, self.output.weight[...], context.axes.tensor)
+        return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
+
+    def _tokens(self, projected: Projections, wkv_state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        """(4) to (21): what the output matrix multiplies [B, T, C], and the recurrence's next state."""
+        config = self.config
+        r, w, k, v, a, g, v_first, nu = projected
+
+        def cast(parameter: nnx.Param, like: Array) -> Array:
+            return broadcast_param(parameter[...], like)
+
+        # (12) The decay w = exp(-e^{-1/2} sigmoid(d)), whose last steps run in float32 (near 1 it has no digits to
+        # spare); (10) the value residual, nu being the share of the first layer's values; (4) the in-context learning
+        # rate a.
+        decay = w.astype(config.parameter_dtype)
+        decay = cast(self.w0, decay) + decay
+        log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
+        if nu is not None and v_first is not None:
+            v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0, v) + nu)
+        a = jax.nn.sigmoid(cast(self.a0, k) + a)
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
         kk = _normalize_heads(self._split_heads(k * cast(self.k_k, k)))
@@ -166,15 +206,8 @@ class TimeMix(TimeMixer):
         # (17) State evolution: S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t kappa_t)) + v_t^T k~_t, read as y_t = S_t r_t.
         r, log_w, k, v, a = map(self._split_heads, (r, log_w, k, v, a))
         inputs = checkpoint_wkv_inputs(r, log_w, k, v, -kk, kk * a)
-        if config.step_implementation is not None and x.shape[1] == 1 and context.axes.sequence is None:
-            o, wkv_state = self._one_token(inputs, g, state.wkv, context)
-        else:
-            y, wkv_state = wkv_operator(wkv7, context, config.wkv_implementation)(*inputs, state.wkv)
-            o = self._output(y, r, k, v, g)
-
-        # (22) Projection.
-        o = row_parallel_linear(o, self.output.weight[...], context.axes.tensor)
-        return TimeMixOutput(o, v_first, TimeMixState(shift, wkv_state, generation=config.generation))
+        y, wkv_state = wkv_operator(wkv7, context, config.wkv_implementation)(*inputs, wkv_state)
+        return self._output(y, r, k, v, g), wkv_state
 
     def _split_heads(self, x: Array) -> Array:
         return rearrange(x, "B T (H N) -> B T H N", N=self.config.head_dim)
@@ -191,14 +224,18 @@ class TimeMix(TimeMixer):
         bonus = rearrange(einsum("BTH,BTHN->BTHN", bonus, v), "B T H N -> B T (H N)")
         return (y + bonus) * g
 
-    def _one_token(
-        self, inputs: tuple[Array, ...], g: Array, wkv_state: Array, context: SequenceContext
-    ) -> tuple[Array, Array]:
-        """(17) and (20) to (22) for one token, as one: output [B, 1, C], the recurrence's next state."""
+    def _one_token(self, projected: Projections, wkv_state: Array, context: SequenceContext) -> tuple[Array, Array]:
+        """`_tokens` for one token, as one function of a head (`rwkv_kernels.wkv7_step`)."""
+        arrays = {name: self._split_heads(x)[:, 0] for name, x in projected._asdict().items() if x is not None}
+        biases = {"w0": self.w0, "a0": self.a0, "k_k": self.k_k, "k_a": self.k_a}
+        if projected.nu is not None:
+            biases["v0"] = self.v0
         o, wkv_state = wkv7_step(
-            *(x[:, 0] for x in (*inputs, self._split_heads(g))),
-            state=wkv_state,
+            **arrays,
+            **{name: self._of_heads(x) for name, x in biases.items()},
             **self._output_parameters(),
+            state=wkv_state,
+            decay_scale=LOG_DECAY_SCALE,
             lengths=context.lengths,
             implementation=self.config.step_implementation,
         )
@@ -206,8 +243,12 @@ class TimeMix(TimeMixer):
 
     def _output_parameters(self) -> dict[str, Any]:
         """Of (20) and (21), by the names that `wkv7_output` and `wkv7_step` have for them."""
-        weight, bias = (x[...].reshape(self.r_k.shape) for x in (self.ln_x.weight, self.ln_x.bias))
+        weight, bias = map(self._of_heads, (self.ln_x.weight, self.ln_x.bias))
         return {"r_k": self.r_k[...], "weight": weight, "bias": bias, "epsilon": HEAD_NORM_EPSILON}
+
+    def _of_heads(self, parameter: nnx.Param) -> Array:
+        """A parameter of all channels as [H, N]."""
+        return parameter[...].reshape(self.r_k.shape)
 
 
 def _normalize_heads(kk: Array) -> Array:

@@ -74,8 +74,8 @@ def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: 
 def test_a_token_of_rwkv_7_spills_nothing_and_moves_the_state_twice(head_dim: int, dtype: str) -> None:
     found = compile_step(dtype, head_dim)
     assert found.spill_stores == found.spill_loads == 0
-    vectors = 7 * head_dim * (2 if dtype == "bfloat16" else 4) + 4 * head_dim
-    assert 0 <= found.bytes - (2 * 4 * head_dim**2 + vectors) < 1 + 12 * head_dim / 64  # parameters serve 64 rows
+    vectors = 9 * head_dim * (2 if dtype == "bfloat16" else 4)
+    assert 0 <= found.bytes - (2 * 4 * head_dim**2 + vectors) < 1 + 32 * head_dim / 64  # parameters serve 64 rows
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])

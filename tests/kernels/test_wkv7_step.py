@@ -1,8 +1,9 @@
-"""One token of WKV-7 with norm, bonus and gate: the kernel and the XLA form against the equations in float64."""
+"""One token of RWKV-7's heads: the kernel and the XLA form against the equations in float64."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 import rwkv_kernels
 from rwkv_kernels import dispatch, wkv7_step
 from rwkv_kernels.ops.wkv7 import cases
-from rwkv_kernels.ops.wkv7.step import STEP
+from rwkv_kernels.ops.wkv7.step import PER_HEAD, PER_TOKEN, RESIDUAL, STEP
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK
@@ -27,45 +28,54 @@ from tests.kernels.test_lowering import mesh_of
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 Inputs = dict[str, Any]
-EPSILON = 64e-5  # the model's
+CONSTANTS: dict[str, Any] = {"epsilon": 64e-5, "decay_scale": -math.exp(-0.5)}  # the model's
 INTERPRETED = dispatch.Implementation(functools.partial(wkv7_step_pallas_triton, interpret=True), dispatch.anything)
 WAYS = {"xla": "xla", "pallas_triton": INTERPRETED}
 LENGTHS = np.array([1, 0, 1], np.int32)
 each_way = pytest.mark.parametrize("way", WAYS)
 
 
-def make_inputs(batch: int, heads: int, size: int, case: str = "realistic") -> Inputs:
+def make_inputs(batch: int, heads: int, size: int, case: str = "realistic", *, residual: bool = True) -> Inputs:
     """Arguments by name as float64 arrays whose values float32 holds exactly."""
-    inputs = cases.make_inputs(case, Shape(batch, 1, heads, size, size))
-    rng = np.random.default_rng(2)
-    inputs = {name: x if name == "state" else x[:, 0] for name, x in inputs.items()}
-    inputs["g"] = rng.standard_normal((batch, heads, size))
-    inputs |= {name: rng.standard_normal((heads, size)) for name in ("r_k", "weight", "bias")}
-    return {name: x.astype(np.float32).astype(np.float64) for name, x in inputs.items()}
+    inputs = cases.make_step_inputs(case, Shape(batch, 1, heads, size, size))
+    return {name: x for name, x in inputs.items() if residual or name not in RESIDUAL}
+
+
+def sigmoid(x: NDArray) -> NDArray:
+    return 1 / (1 + np.exp(-x))
 
 
 def equations(inputs: Inputs, lengths: NDArray | None = None) -> tuple[NDArray, NDArray]:
-    """RWKV-7's equations 17 and 20 to 22 in NumPy, for each row and head by itself."""
+    """RWKV-7's equations 4 to 22 for a token in NumPy, for each row and head by itself."""
     outputs, states = np.zeros_like(inputs["v"]), np.array(inputs["state"])
     for row, head in np.ndindex(outputs.shape[:2]):
-        r, log_w, k, v, a, b, g = (inputs[name][row, head] for name in ("r", "log_w", "k", "v", "a", "b", "g"))
-        r_k, weight, bias = (inputs[name][head] for name in ("r_k", "weight", "bias"))
+        one = {
+            name: x[row, head] if name in ("state", "v_first", "nu", *PER_TOKEN) else x[head]
+            for name, x in inputs.items()
+        }
+        eta = sigmoid(one["a0"] + one["a"])
+        kappa = one["k"] * one["k_k"]
+        kappa = kappa / max(np.linalg.norm(kappa), 1e-12)
+        k, v = one["k"] * (1 + (eta - 1) * one["k_a"]), one["v"]
+        if "v0" in one:
+            v = v + (one["v_first"] - v) * sigmoid(one["v0"] + one["nu"])
         y = np.zeros_like(v)
         if lengths is None or lengths[row]:
-            transition = np.diag(np.exp(log_w)) + np.outer(a, b)
-            states[row, head] = states[row, head] @ transition + np.outer(v, k)
-            y = states[row, head] @ r
-        norm = (y - y.mean()) / np.sqrt(y.var() + EPSILON) * weight + bias
-        outputs[row, head] = (norm + np.sum(r * r_k * k) * v) * g
+            decay = np.exp(-np.exp(-0.5) * sigmoid(one["w0"] + one["w"]))
+            transition = np.diag(decay) - np.outer(kappa, eta * kappa)
+            states[row, head] = one["state"] @ transition + np.outer(v, k)
+            y = states[row, head] @ one["r"]
+        norm = (y - y.mean()) / np.sqrt(y.var() + CONSTANTS["epsilon"]) * one["weight"] + one["bias"]
+        outputs[row, head] = (norm + np.sum(one["r"] * one["r_k"] * k) * v) * one["g"]
     return outputs, states
 
 
 def run(way: str, inputs: Inputs, dtype: Any = jnp.float32, lengths: NDArray | None = None) -> tuple[NDArray, NDArray]:
-    """o and the next state; the state and parameters are kept in at least float32, and so is log_w, as by a model."""
-    kept = ("state", "log_w", "r_k", "weight", "bias")
+    """o and the next state; the state and parameters are kept in at least float32, as by a model that is trained."""
+    kept = ("state", "v0", *PER_HEAD)
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     arrays = {name: jnp.asarray(x, wide if name in kept else dtype) for name, x in inputs.items()}
-    step = functools.partial(wkv7_step, epsilon=EPSILON, implementation=WAYS[way])
+    step = functools.partial(wkv7_step, **CONSTANTS, implementation=WAYS[way])
     o, state = jax.jit(step)(**arrays, lengths=lengths)
     assert o.dtype == dtype
     assert state.dtype == wide
@@ -76,10 +86,11 @@ def error(x: NDArray, exact: NDArray) -> float:
     return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
 
 
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 1, 32), (3, 2, 64), (1, 5, 128), (2, 3, 16)], ids=str)
 @each_way
-def test_a_token_is_what_the_equations_say(way: str, sizes: tuple[int, int, int]) -> None:
-    inputs = make_inputs(*sizes)
+def test_a_token_is_what_the_equations_say(way: str, sizes: tuple[int, int, int], residual: bool) -> None:
+    inputs = make_inputs(*sizes, residual=residual)
     for found, exact in zip(run(way, inputs), equations(inputs), strict=True):
         assert error(found, exact) < 1e-6
 
@@ -89,6 +100,13 @@ def test_the_kernel_is_right_where_the_operator_is_hard(case: str) -> None:
     inputs = make_inputs(2, 2, 32, case)
     for found, exact in zip(run("pallas_triton", inputs), equations(inputs), strict=True):
         assert error(found, exact) < 2e-6
+
+
+def test_a_key_of_zero_removes_nothing() -> None:
+    inputs = make_inputs(1, 2, 32)
+    inputs["k"] = np.zeros_like(inputs["k"])
+    for found, exact in zip(run("pallas_triton", inputs), equations(inputs), strict=True):
+        assert error(found, exact) < 1e-6
 
 
 def test_the_xla_form_has_float64(float64: None) -> None:
@@ -101,7 +119,7 @@ def test_the_xla_form_has_float64(float64: None) -> None:
 def test_only_the_output_is_rounded_to_bfloat16(way: str) -> None:
     inputs = make_inputs(2, 2, 64)
     rounded = {name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in inputs.items()}
-    rounded |= {name: inputs[name] for name in ("state", "log_w", "r_k", "weight", "bias")}
+    rounded |= {name: inputs[name] for name in ("state", "v0", *PER_HEAD)}
     (o, state), (exact, exact_state) = run(way, inputs, jnp.bfloat16), equations(rounded)
     np.testing.assert_allclose(o, exact, rtol=2**-8, atol=1e-5)
     assert error(state, exact_state) < 1e-6
@@ -115,7 +133,7 @@ def test_a_row_of_length_zero_keeps_its_state_to_the_bit_whatever_it_holds(way: 
     assert error(state, exact_state) < 1e-6
     np.testing.assert_array_equal(state[1], inputs["state"][1])
     inputs = {name: np.array(x) for name, x in inputs.items()}
-    for name in ("r", "k", "v", "a", "b"):
+    for name in ("v_first", "nu", *PER_TOKEN):
         inputs[name][1] = np.nan
     np.testing.assert_array_equal(run(way, inputs, lengths=LENGTHS)[1], state)
 
@@ -126,7 +144,7 @@ def test_gradients_are_those_of_the_definition(float64: None) -> None:
 
     def gradients(way: str, dtype: Any) -> Inputs:
         arrays, dresults = jax.tree.map(lambda x: jnp.asarray(x, dtype), (inputs, cotangents))
-        step = functools.partial(wkv7_step, epsilon=EPSILON, lengths=jnp.asarray(LENGTHS[:2]), implementation=WAYS[way])
+        step = functools.partial(wkv7_step, **CONSTANTS, lengths=jnp.asarray(LENGTHS[:2]), implementation=WAYS[way])
 
         def pull_back(arrays: Inputs) -> Inputs:
             return jax.vjp(lambda x: step(**x), arrays)[1](dresults)[0]
@@ -165,11 +183,13 @@ def test_wrong_arguments_are_named() -> None:
         ({"bias": inputs["bias"].reshape(16)}, r"bias: shape \(16,\) must be \[H N\]"),
         ({"state": inputs["state"][:1]}, r"state: shape \(1, 2, 8, 8\) must be \(2, 2, 8, 8\)"),
         ({"lengths": jnp.array([1, 2])}, "lengths: values from 1 to 2 must lie from 0 to T = 1"),
-        ({"log_w": -inputs["log_w"]}, r"log_w: its largest value is .* so at most 0"),
+        ({"decay_scale": 0.6}, r"decay_scale = 0\.6: scales the log of a decay, so it is at most 0"),
+        ({"nu": None, "v0": None}, "nu, v0: goes with v_first; give all of a residual or none"),
+        ({"v0": inputs["v0"][:1]}, r"v0: shape \(1, 8\) does not go with r"),
         ({"implementation": "cuda"}, "implementation = 'cuda': wkv7_step has xla, pallas_triton"),
     ):
         with pytest.raises(ValueError, match=message):
-            wkv7_step(**(inputs | changed), epsilon=EPSILON)
+            wkv7_step(**(CONSTANTS | inputs | changed))
 
 
 # For an NVIDIA GPU
@@ -186,7 +206,7 @@ def lowered(function: Callable[..., Any], size: int, dtype: Any) -> str:
 def test_the_kernel_is_lowered_and_writes_the_state_in_place(size: int, dtype: Any) -> None:
     named = dispatch.Implementation(wkv7_step_pallas_triton, dispatch.anything)
     with use_abstract_mesh(mesh_of("pallas_triton")):
-        text = lowered(lambda x: wkv7_step(**x, epsilon=EPSILON, implementation=named), size, dtype)
+        text = lowered(lambda x: wkv7_step(**x, **CONSTANTS, implementation=named), size, dtype)
     assert text.count("custom_call") == 1
     assert "output_operand_alias<output_tuple_indices = [1], operand_index = 0" in text
 
@@ -195,7 +215,7 @@ def test_heads_are_split_by_shard_map() -> None:
     named = dispatch.Implementation(wkv7_step_pallas_triton, dispatch.anything)
 
     def shard(inputs: Inputs) -> Any:
-        return wkv7_step(**inputs, epsilon=EPSILON, implementation=named)
+        return wkv7_step(**inputs, **CONSTANTS, implementation=named)
 
     def sharded(inputs: Inputs) -> Any:
         specs = {name: P("data") if x.ndim > 2 else P() for name, x in inputs.items()}

@@ -64,5 +64,50 @@ def make_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
     return rounded(inputs)
 
 
+def make_step_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
+    """Arguments of `wkv7_step` by name, with a value residual, as float64 arrays whose values float32 holds exactly.
+
+    What `CASES` asks of the operator's arguments is asked of what they are made from; time and M are not used.
+    """
+    log_w, aligned, state_scale = CASES[case]
+    rng = np.random.default_rng([seed, *shape])
+    per_head = (shape.heads, shape.key_dim)
+    per_token = (shape.batch, *per_head)
+    w = 3 * rng.standard_normal(per_token) - 2
+    if log_w is not None:
+        share = min(log_w / MODEL_FLOOR, 1 - 1e-9)
+        w = np.full(per_token, math.log(share / (1 - share)))
+    inputs = {name: rng.standard_normal(per_token) for name in ("r", "k", "v", "g", "v_first", "nu")}
+    inputs |= {name: rng.standard_normal(per_head) for name in ("v0", "r_k", "weight", "bias")}
+    inputs |= {
+        "w": w,
+        "a": rng.standard_normal(per_token) + (4 if aligned else 0),
+        "w0": np.zeros(per_head) if log_w is not None else 0.1 * rng.standard_normal(per_head),
+        "a0": 0.1 * rng.standard_normal(per_head),
+        "k_k": 0.7 + 0.1 * rng.standard_normal(per_head),
+        "k_a": 1 + 0.1 * rng.standard_normal(per_head),
+        "state": state_scale * rng.standard_normal((*per_token, shape.key_dim)),
+    }
+    return rounded(inputs)
+
+
+def make_output_inputs(case: str, shape: Shape, seed: int = 0) -> dict[str, Floats]:
+    """Arguments of `wkv7_output` by name, as float64 arrays whose values float32 holds exactly; M is not used.
+
+    Args:
+      case: of y, which is as large as the state.
+    """
+    rng = np.random.default_rng([seed, *shape])
+    per_head = (shape.heads, shape.key_dim)
+    over_time = (shape.batch, shape.time, *per_head)
+    inputs = {name: rng.standard_normal(over_time) for name in ("y", "r", "k", "v", "g")}
+    inputs |= {name: rng.standard_normal(per_head) for name in ("r_k", "weight", "bias")}
+    return rounded(inputs | {"y": CASES[case].state_scale * inputs["y"]})
+
+
+MODEL_CONSTANTS = {"epsilon": 64e-5, "decay_scale": MODEL_FLOOR}
+"""Of RWKV-7 models: `epsilon` of the norm, and `decay_scale`."""
+
+
 def _sigmoid(x: Floats) -> Floats:
     return 1 / (1 + np.exp(-x))

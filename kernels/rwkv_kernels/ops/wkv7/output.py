@@ -57,6 +57,7 @@ OUTPUT = dispatch.Alternatives(
         ),
     },
     order=("xla",),
+    axes=dict.fromkeys(("y", "r", "k", "v", "g"), "B T H N") | dict.fromkeys(("r_k", "weight", "bias"), "H N"),
 )
 """Its implementations; the kernels run only when named."""
 
@@ -90,12 +91,9 @@ def wkv7_output(
     Raises:
       ValueError: shapes or dtypes that do not go together, an unknown implementation, or one that cannot run here.
     """
-    over_time = {"y": y, "r": r, "k": k, "v": v, "g": g}
-    per_head = {"r_k": r_k, "weight": weight, "bias": bias}
-    inputs = {name: jnp.asarray(x) for name, x in (over_time | per_head).items()}
-    axes = dict.fromkeys(over_time, "B T H N") | dict.fromkeys(per_head, "H N")
-    sizes = arguments.axis_sizes(inputs, axes, ("y",))
-    arguments.check_inputs(inputs, axes, sizes, "y")
+    inputs = dict(zip(OUTPUT.axes, map(jnp.asarray, (y, r, k, v, g, r_k, weight, bias)), strict=True))
+    sizes = arguments.axis_sizes(inputs, OUTPUT.axes, ("y",))
+    arguments.check_inputs(inputs, OUTPUT.axes, sizes, "y")
     batch, time, heads, size = (sizes[axis] for axis in "BTHN")
     dtype = arguments.recurrence_dtype(inputs)
     chosen = OUTPUT.choose(dispatch.problem_here((batch, time, heads, size, size), dtype.name), implementation)

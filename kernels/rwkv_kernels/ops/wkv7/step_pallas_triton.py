@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from rwkv_kernels.arguments import varying_like
 from rwkv_kernels.ops.wkv7.output import gated_output
-from rwkv_kernels.ops.wkv7.step import wkv7_step_xla
+from rwkv_kernels.ops.wkv7.step import operator_inputs, wkv7_step_xla
 from rwkv_kernels.pallas.driver import as_float32
 from rwkv_kernels.pallas.triton import compiler_params
 
@@ -36,64 +37,74 @@ def _update(state: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
     return state, jnp.sum(state * r[None, :], axis=1)
 
 
-def _body(epsilon: float, with_lengths: bool, state_ref: Any, *refs: Any) -> None:
+def _body(
+    names: tuple[str, ...], epsilon: float, decay_scale: float, with_lengths: bool, state_ref: Any, *refs: Any
+) -> None:
     """One head of one row."""
     *input_refs, o_ref, next_ref = refs
     is_active = input_refs.pop()[...] > 0 if with_lengths else None
-    r, log_w, k, v, a, b, g, r_k, weight, bias = (as_float32(ref[...]) for ref in input_refs)
-    vectors = r, log_w, k, v, a, b
+    x = {name: as_float32(ref[...]) for name, ref in zip(names, input_refs, strict=True)}
+    r, _, k, v, _, _ = vectors = operator_inputs(x, decay_scale)
     if is_active is not None:  # not a choice between two states, which would take twice their registers
         vectors = tuple(jnp.where(is_active, x, 0) for x in vectors)
     next_ref[...], y = _update(state_ref[...], vectors)
-    o_ref[...] = gated_output(y, r, k, v, g, r_k, weight, bias, epsilon).astype(o_ref.dtype)
+    o_ref[...] = gated_output(y, r, k, v, x["g"], x["r_k"], x["weight"], x["bias"], epsilon).astype(o_ref.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(epsilon: float, interpret: bool, lengths: Array | None, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-    *inputs, state = arrays
-    batch, heads, size = inputs[0].shape
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(
+    epsilon: float, decay_scale: float, interpret: bool, lengths: Array | None, inputs: dict[str, Array], state: Array
+) -> tuple[Array, Array]:
+    batch, heads, size = inputs["v"].shape
     of_token = pl.BlockSpec((None, None, size), lambda b, h: (b, h, 0))
     of_head = pl.BlockSpec((None, size), lambda b, h: (h, 0))
     of_state = pl.BlockSpec((None, None, size, size), lambda b, h: (b, h, 0, 0))
     of_row = [] if lengths is None else [pl.BlockSpec((None,), lambda b, h: (b,))]
     o, state = pl.pallas_call(
-        functools.partial(_body, epsilon, lengths is not None),
+        functools.partial(_body, tuple(inputs), epsilon, decay_scale, lengths is not None),
         grid=(batch, heads),
-        in_specs=[of_state, *(of_token if x.ndim == 3 else of_head for x in inputs), *of_row],
+        in_specs=[of_state, *(of_token if x.ndim == 3 else of_head for x in inputs.values()), *of_row],
         out_specs=[of_token, of_state],
         out_shape=[
-            varying_like(state, (batch, heads, size), inputs[3].dtype),
+            varying_like(state, (batch, heads, size), inputs["v"].dtype),
             varying_like(state, state.shape, jnp.float32),
         ],
         input_output_aliases={0: 1},
         compiler_params=compiler_params(num_warps(size)),
         interpret=interpret,
         name=NAME,
-    )(state, *inputs, *(() if lengths is None else (lengths,)))
+    )(state, *inputs.values(), *(() if lengths is None else (lengths,)))
     return o, state
 
 
-def _run_forward(epsilon: float, interpret: bool, lengths: Array | None, arrays: tuple[Array, ...]) -> tuple[Any, Any]:
-    return _run(epsilon, interpret, lengths, arrays), (lengths, arrays)
+def _run_forward(
+    epsilon: float, decay_scale: float, interpret: bool, lengths: Array | None, inputs: dict[str, Array], state: Array
+) -> tuple[Any, Any]:
+    return _run(epsilon, decay_scale, interpret, lengths, inputs, state), (lengths, inputs, state)
 
 
-def _run_backward(epsilon: float, interpret: bool, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, Any]:
+def _run_backward(
+    epsilon: float, decay_scale: float, interpret: bool, saved: Any, cotangents: tuple[Array, Array]
+) -> tuple[Any, Any, Any]:
     """By the definition: a single token is differentiated in tests, hardly ever in training."""
     del interpret
-    lengths, arrays = saved
+    lengths, inputs, state = saved
     do, dstate = cotangents
-
-    def definition(*arrays: Array) -> tuple[Array, Array]:
-        return wkv7_step_xla(*arrays, epsilon=epsilon, lengths=lengths)
-
-    return None, jax.vjp(definition, *arrays)[1]((do.astype(dstate.dtype), dstate))
+    definition = functools.partial(wkv7_step_xla, epsilon=epsilon, decay_scale=decay_scale, lengths=lengths)
+    return None, *jax.vjp(definition, inputs, state)[1]((do.astype(dstate.dtype), dstate))
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
 def wkv7_step_pallas_triton(
-    *arrays: Array, epsilon: float, lengths: Array | None = None, interpret: bool = False
+    inputs: Mapping[str, Array],
+    state: Array,
+    *,
+    epsilon: float,
+    decay_scale: float,
+    lengths: Array | None = None,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """The kernel; arrays as of `wkv7_step`, in order. `interpret` is Pallas' interpret mode, for tests."""
-    return _run(epsilon, interpret, lengths, arrays)
+    """The kernel; arguments as of `wkv7_step_xla`. `interpret` is Pallas' interpret mode, for tests."""
+    return _run(epsilon, decay_scale, interpret, lengths, dict(inputs), state)
