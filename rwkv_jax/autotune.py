@@ -1,4 +1,4 @@
-"""The WKV operator's fastest implementation by measurement, kept in a file of the user's cache folder.
+"""The fastest implementation by measurement of an operator, or of a step, kept in a file of the user's cache folder.
 
 A measurement holds for one kind of device, one workload and one version of JAX, of its compilers and of the kernels;
 anything else is measured anew. Given the file, the choice is always the same.
@@ -15,7 +15,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.parallel.mesh import device_memory
 from rwkv_jax.run_lock import NO_LOCKS
-from rwkv_kernels import autotune
+from rwkv_kernels import autotune, dispatch
 from rwkv_kernels.autotune import Trial, Tuning, Workload
 
 VARIABLE = "RWKV_JAX_TUNING"
@@ -39,7 +39,11 @@ VARIABLE = "RWKV_JAX_TUNING"
 FORMAT = "rwkv-jax tuning 1"
 
 PREFILL_STEPS = 512
-"""Tokens of the prompt whose prefill is measured, as many as `EngineOptions.prefill_length` is unless it is set."""
+"""Tokens of the prompt whose prefill is measured, as many as `EngineOptions.prefill_length` is unless it is set; and
+the fewest for which what was measured is taken."""
+
+DECODED_TOKENS = 32
+"""Tokens that are decoded one by one where that is measured."""
 
 
 _MAX_WAIT = 60.0  # seconds for another process to write the file, which takes milliseconds
@@ -74,6 +78,14 @@ def prefill_workload(config: ModelConfig) -> Workload | None:
     return _workload(config, 1, PREFILL_STEPS, 1, gradients=False, packed=False)
 
 
+def decoding_workload(config: ModelConfig, rows: int) -> Workload | None:
+    """What the heads of a layer do while rows are decoded on one device; None where no function does all of it."""
+    if "step_implementation" not in config.spec.own_fields:
+        return None
+    shape = (rows, DECODED_TOKENS, config.num_heads, config.head_dim, config.head_dim)
+    return autotune.workload_here("wkv7_step", shape, config.dtype, gradients=False)
+
+
 def _workload(
     config: ModelConfig, rows: int, num_steps: int, tensor: int, *, gradients: bool, packed: bool
 ) -> Workload | None:
@@ -102,10 +114,50 @@ def find(path: Path, workload: Workload) -> Tuning | None:
     if trials is None:
         return None
     tuning = Tuning(workload, trials)
-    if workload.operator not in rwkv_kernels.OPERATORS:  # a product, whose forms can all run
+    known = (rwkv_kernels.OPERATORS | rwkv_kernels.PARTS).get(workload.operator)
+    if known is None:  # a product, whose forms can all run
         return tuning
-    chosen = rwkv_kernels.OPERATORS[workload.operator].implementations.get(tuning.chosen or "")
+    chosen = known.implementations.get(tuning.chosen or "")
     return tuning if chosen is not None and chosen.refuses(workload.problem) is None else None
+
+
+def find_or_measure(workload: Workload, measure: Callable[[Workload], Tuning] = measure) -> Tuning:
+    """The measurement of a workload from the user's file; made now, and kept there, if there is none.
+
+    A file that cannot be used or written is warned of.
+    """
+    path = default_path()
+    try:
+        found = find(path, workload)
+    except TuningFileError:  # of which `keep` warns
+        found = None
+    if found is not None:
+        return found
+    tuning = measure(workload)
+    if tuning.is_lasting:
+        try:
+            keep(path, tuning)
+        except (TuningFileError, OSError) as error:
+            warnings.warn(f"not kept: {error}", stacklevel=4)
+    return tuning
+
+
+def kept_here(path: Path) -> list[Tuning]:
+    """The measurements of operators and parts in a file that hold on this device, with these versions.
+
+    Raises:
+      TuningFileError: the file is not one of ours, or is damaged.
+    """
+    tunings = []
+    for key, trials in _read(path).items():
+        of = json.loads(key)
+        if of["operator"] not in rwkv_kernels.OPERATORS | rwkv_kernels.PARTS:
+            continue
+        problem = dispatch.problem_here(tuple(of["shape"]), of["recurrence"])
+        workload = Workload(of["operator"], problem, of["inputs"], of["gradients"], of["packed"])
+        if _key(workload) == key:
+            tunings.append(Tuning(workload, trials))
+    return tunings
 
 
 def measured_prefill(config: ModelConfig, platform: str) -> str | None:

@@ -263,3 +263,32 @@ def test_an_engine_on_a_gpu_takes_what_was_measured(path: Path, monkeypatch: pyt
 
 def test_a_transformer_has_no_workload() -> None:
     assert autotune.training_workload(ModelConfig(architecture="transformer"), 2, 32) is None
+
+
+def test_a_decoded_token_is_a_workload_where_one_function_does_it() -> None:
+    config = ModelConfig("7", width=256, dtype="bfloat16")
+    workload = autotune.decoding_workload(config, 8)
+    assert workload is not None
+    assert (workload.operator, workload.problem.shape) == ("wkv7_step", (8, autotune.DECODED_TOKENS, 4, 64, 64))
+    assert (workload.inputs, workload.gradients, workload.packed) == ("bfloat16", False, False)
+    assert autotune.decoding_workload(ModelConfig("6"), 8) is None
+    assert autotune.decoding_workload(ModelConfig(architecture="transformer"), 8) is None
+
+
+def test_what_does_not_last_is_measured_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autotune.VARIABLE, str(path))
+    tunings = iter((Tuning(WORKLOAD, (), is_lasting=False), TUNING))
+    assert autotune.find_or_measure(WORKLOAD, lambda _: next(tunings)).chosen is None
+    assert not path.exists()
+    for _ in range(2):
+        assert autotune.find_or_measure(WORKLOAD, lambda _: next(tunings)).chosen == "chunked"
+
+
+def test_measurements_that_hold_here_are_listed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune.keep(path, TUNING)
+    product = dataclasses.replace(WORKLOAD, operator="int8 product")
+    autotune.keep(path, Tuning(product, (Trial("digits", 0.0, 1.0, None),)))
+    (found,) = autotune.kept_here(path)
+    assert (found.workload, found.chosen) == (WORKLOAD, "chunked")
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    assert autotune.kept_here(path) == []

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 import rwkv_kernels
 from rwkv_kernels import dispatch
+from rwkv_kernels.operator import Operator
 from rwkv_kernels.testing.cases import Shape
 
 BOUND = 1e-4
@@ -38,19 +39,23 @@ _HOPELESS = 10.0  # times as slow as the fastest: not timed again
 Inputs = dict[str, Any]
 """Arguments by name; WKV-4's state is a tuple."""
 
+Options = dict[str, Array]
+"""`segment_ids` or `lengths`, or nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """A call of an operator, as far as its time depends on it."""
 
     operator: str
+    """An operator, or of `rwkv_kernels.PARTS`; T tokens of `wkv7_step` are decoded one by one."""
     problem: dispatch.Problem
     inputs: str
     """Dtype of the arguments; but log_w, u and the state have the recurrence's."""
     gradients: bool
-    """Whether it is differentiated, as in training."""
+    """Whether it is differentiated, as in training; otherwise rows have lengths, as an engine's have."""
     packed: bool
-    """Whether rows have several segments."""
+    """Whether rows have several segments; then they have no lengths."""
 
     def __str__(self) -> str:
         """Such as `wkv7 B8 T4096 H12 N64 M64 float32 on gpu (NVIDIA H200), bfloat16 inputs, with gradients, packed`."""
@@ -151,7 +156,7 @@ def tune(
       repetitions: timed calls, of which the median is taken, after one that is not counted.
       clock: seconds.
     """
-    operator = rwkv_kernels.OPERATORS[workload.operator]
+    operator = _find(workload)
     if implementations is None:
         implementations = operator.implementations
     preferred = operator.preferred(workload.problem)  # first, so that what is hopeless beside it is run once
@@ -159,7 +164,7 @@ def tune(
     if jnp.dtype(workload.inputs).itemsize < 4:  # whose rounding would hide errors of a percent
         checked.append(dataclasses.replace(workload, inputs="float32"))
     checks = [(check, exact_results(check)) for check in checked]
-    arguments = _arguments(workload, Shape(*workload.problem.shape))
+    arguments = make_arguments(workload, Shape(*workload.problem.shape))
     trials: list[Trial] = []
     is_lasting, lost_by = True, None
     reference: tuple[str, dict[str, NDArray]] | None = None  # the first right one, and its results for `arguments`
@@ -215,14 +220,20 @@ def _device_works() -> bool:
         return False
 
 
+def _find(workload: Workload) -> Operator | dispatch.Alternatives:
+    return (rwkv_kernels.OPERATORS | rwkv_kernels.PARTS)[workload.operator]
+
+
 def exact_results(workload: Workload) -> dict[str, NDArray]:
     """What the definition gives for the check's input in float64: y, the final state and gradients, by name."""
+    known = _find(workload)
+    definition = known.order[0] if isinstance(known, dispatch.Alternatives) else "scan"
     arguments = _small_arguments(workload)
     with jax.enable_x64(True):
         widened = jax.tree.map(
             lambda x: np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x), arguments
         )
-        return {name: np.asarray(x) for name, x in jax.jit(_program(workload, "scan"))(*widened).items()}
+        return {name: np.asarray(x) for name, x in jax.jit(make_program(workload, definition))(*widened).items()}
 
 
 def worst_error(
@@ -230,7 +241,7 @@ def worst_error(
 ) -> ResultError:
     """Runs an implementation on the check's input; the result that is furthest from `exact_results`."""
     arguments = _small_arguments(workload)
-    results = jax.jit(_program(workload, implementation))(*arguments)
+    results = jax.jit(make_program(workload, implementation))(*arguments)
     errors = []
     for name, x in results.items():
         errors.append(ResultError(name, relative_error(np.asarray(x, np.float64), exact[name]), _bound(x)))
@@ -256,18 +267,19 @@ def _limits(workload: Workload) -> Shape:
     return _SMALL._replace(heads=_SMALL_CHANNELS) if workload.problem.shape[3] == 1 else _SMALL
 
 
-def _small_arguments(workload: Workload) -> tuple[Inputs, Array | None]:
-    return _arguments(workload, Shape(*map(min, workload.problem.shape, _limits(workload))))
+def _small_arguments(workload: Workload) -> tuple[Inputs, Options]:
+    return make_arguments(workload, Shape(*map(min, workload.problem.shape, _limits(workload))))
 
 
-def _arguments(workload: Workload, shape: Shape) -> tuple[Inputs, Array | None]:
-    """Inputs like a trained model's, on the device, and segment ids; large ones repeat along rows, steps and heads."""
+def make_arguments(workload: Workload, shape: Shape) -> tuple[Inputs, Options]:
+    """Inputs like a trained model's, on the device, large ones repeating over rows, T, heads; segments or lengths."""
     drawn = Shape(*map(min, shape, _limits(workload)._replace(time=_DRAWN_STEPS)))
-    cases = importlib.import_module(f"rwkv_kernels.ops.{workload.operator}.cases")
-    operator = rwkv_kernels.OPERATORS[workload.operator]
+    operator, _, part = workload.operator.partition("_")
+    cases = importlib.import_module(f"rwkv_kernels.ops.{operator}.cases")
+    axes = _find(workload).axes
     sizes = dict(zip("BTHNM", shape, strict=True)) | {"C": shape.heads}
-    inputs: Inputs = cases.make_inputs("realistic", drawn)
-    state = inputs.pop("state")
+    inputs: Inputs = getattr(cases, f"make_{part}_inputs" if part else "make_inputs")("realistic", drawn)
+    state = inputs.pop("state", None)
     letters = "BC" if isinstance(state, tuple) else "BHMN"
 
     def repeated(x: NDArray, axes: Sequence[str], dtype: str) -> Array:
@@ -277,34 +289,64 @@ def _arguments(workload: Workload, shape: Shape) -> tuple[Inputs, Array | None]:
 
     recurrence = workload.problem.dtype
     over_all = {
-        name: repeated(x, operator.axes[name].split(), recurrence if name in ("log_w", "u") else workload.inputs)
+        name: repeated(x, axes[name].split(), recurrence if name in ("log_w", "u") else workload.inputs)
         for name, x in inputs.items()
     }
-    over_all["state"] = jax.tree.map(lambda x: repeated(x, letters, recurrence), state)
-    if not workload.packed:
-        return over_all, None
-    thirds = 3 * jnp.arange(shape.time, dtype=jnp.int32) // shape.time
-    return over_all, jnp.broadcast_to(thirds, (shape.batch, shape.time))
+    if state is not None:
+        over_all["state"] = jax.tree.map(lambda x: repeated(x, letters, recurrence), state)
+    return over_all, _options(workload, shape)
 
 
-def _program(
+def _options(workload: Workload, shape: Shape) -> Options:
+    """Three segments in each row; or lengths, of which the first is full; or nothing."""
+    rows = jnp.arange(shape.batch, dtype=jnp.int32)
+    if workload.operator == "wkv7_step":
+        return {"lengths": (rows != 1).astype(jnp.int32)}  # the second row pauses
+    if workload.operator not in rwkv_kernels.OPERATORS:
+        return {}
+    if workload.packed:
+        thirds = 3 * jnp.arange(shape.time, dtype=jnp.int32) // shape.time
+        return {"segment_ids": jnp.broadcast_to(thirds, (shape.batch, shape.time))}
+    return {} if workload.gradients else {"lengths": jnp.maximum(shape.time - rows, 1)}
+
+
+def make_program(
     workload: Workload, implementation: str | dispatch.Implementation
-) -> Callable[[Inputs, Array | None], dict[str, Array]]:
-    """(inputs, segment ids) -> results by name; cotangents of y and of the final state are v and the initial state."""
-    operator = getattr(rwkv_kernels, workload.operator)
+) -> Callable[[Inputs, Options], dict[str, Array]]:
+    """(inputs, segments or lengths) -> results by name; cotangents of y and of the final state are v and `state`."""
 
-    def forward(inputs: Inputs, segment_ids: Array | None) -> tuple[Array, Any]:
-        return operator(**inputs, segment_ids=segment_ids, implementation=implementation, validate=False)
-
-    def run(inputs: Inputs, segment_ids: Array | None) -> dict[str, Array]:
+    def run(inputs: Inputs, options: Options) -> dict[str, Array]:
+        forward = functools.partial(_results, workload, implementation, options)
         if not workload.gradients:
-            y, state = forward(inputs, segment_ids)
-            return _named({"y": y, "state": state})
-        (y, state), pull_back = jax.vjp(lambda inputs: forward(inputs, segment_ids), inputs)
-        (gradients,) = pull_back((inputs["v"], inputs["state"]))
-        return _named({"y": y, "state": state} | {f"d{name}": x for name, x in gradients.items()})
+            return _named(forward(inputs))
+        results, pull_back = jax.vjp(forward, inputs)
+        cotangents = {name: inputs["state" if name == "state" else "v"] for name in results}
+        (gradients,) = pull_back(cotangents)
+        return _named(results | {f"d{name}": x for name, x in gradients.items()})
 
     return run
+
+
+def _results(
+    workload: Workload, implementation: str | dispatch.Implementation, options: Options, inputs: Inputs
+) -> dict[str, Any]:
+    """y, or the output o of a part, and the final state of what has one."""
+    function = functools.partial(getattr(rwkv_kernels, workload.operator), **options, implementation=implementation)
+    if workload.operator in rwkv_kernels.OPERATORS:
+        return dict(zip(("y", "state"), function(**inputs, validate=False), strict=True))
+    constants = importlib.import_module("rwkv_kernels.ops.wkv7.cases").MODEL_CONSTANTS
+    if workload.operator == "wkv7_output":
+        return {"o": function(**inputs, epsilon=constants["epsilon"])}
+
+    vectors = {name: x for name, x in inputs.items() if name != "state"}
+
+    def token(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Behind a barrier, or all that does not depend on the state would be computed once.
+        held, state = jax.lax.optimization_barrier((vectors, carry[1]))
+        return function(**held, state=state, **constants)
+
+    first = jnp.zeros_like(inputs["v"]), inputs["state"]
+    return dict(zip(("o", "state"), jax.lax.fori_loop(0, workload.problem.shape[1], token, first), strict=True))
 
 
 def _named(results: Mapping[str, Any]) -> dict[str, Array]:
@@ -316,7 +358,7 @@ def _compiled(
     workload: Workload, implementation: dispatch.Implementation, arguments: Any, memory: int | None
 ) -> Callable[..., Any]:
     """The program for arguments of the workload's sizes; raises MemoryError if it takes more than there is."""
-    program = jax.jit(_program(workload, implementation)).lower(*arguments).compile()
+    program = jax.jit(make_program(workload, implementation)).lower(*arguments).compile()
     analysis = program.memory_analysis()
     if memory is not None and analysis is not None:
         needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes

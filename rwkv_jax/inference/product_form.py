@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,17 +58,7 @@ def faster_form(kind: str, width: int) -> ManyRows:
     rows = autotune.PREFILL_STEPS
     problem = dispatch.problem_here((1, rows, 1, width, width), "float32")
     workload = Workload(f"{kind} product", problem, "float32", gradients=False, packed=False)
-    path = autotune.default_path()
-    try:
-        tuning = autotune.find(path, workload)
-    except autotune.TuningFileError:  # of which `keep` warns
-        tuning = None
-    if tuning is None:
-        tuning = Tuning(workload, measure(kind, rows, width))
-        try:
-            autotune.keep(path, tuning)
-        except (autotune.TuningFileError, OSError) as error:
-            warnings.warn(f"not kept: {error}", stacklevel=4)
+    tuning = autotune.find_or_measure(workload, lambda workload: Tuning(workload, measure(kind, rows, width)))
     seconds = {trial.name: trial.seconds or math.inf for trial in tuning.trials}
     return "converted" if _MARGIN * seconds["converted"] < seconds["digits"] else "digits"
 

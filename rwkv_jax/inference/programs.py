@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
+from rwkv_jax.autotune import PREFILL_STEPS
 from rwkv_jax.inference.sampling import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import with_implementation
@@ -109,7 +110,8 @@ class Programs:
           burst_length: maximum tokens per row and burst.
           weights: [V], weight of an occurrence of each token (`sampling.occurrence_weights`).
           mesh: rows are split over its axes `data` and `fsdp` if these divide their number; None is one device.
-          prefill_implementation: of the WKV operator, in prefill; None is the model's.
+          prefill_implementation: of the WKV operator, in prefills of at least `PREFILL_STEPS` tokens, for which it was
+            measured; None is the model's.
         """
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self._prefill_graphdef, _ = nnx.split(with_implementation(model, prefill_implementation), nnx.Param)
@@ -218,7 +220,8 @@ class Programs:
           tokens: int32 [r, T], of which each row's first `lengths` [r] are valid; 0 leaves a slot unchanged.
           wants_logits: whether any row needs its logits now; otherwise none are updated.
         """
-        model = nnx.merge(self._prefill_graphdef, params)
+        is_long = tokens.shape[1] >= PREFILL_STEPS
+        model = nnx.merge(self._prefill_graphdef if is_long else self.graphdef, params)
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
         hidden, state = model.hidden(tokens, own.state, lengths=lengths)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]

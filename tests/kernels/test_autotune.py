@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkv_kernels import OPERATORS, autotune, dispatch
+from rwkv_kernels import OPERATORS, PARTS, autotune, dispatch
 from rwkv_kernels.autotune import BOUND, Trial, Tuning, Workload, workload_here
 
 SCAN = OPERATORS["wkv6"].implementations["scan"]
@@ -184,3 +184,70 @@ def test_a_kernel_that_is_right_is_taken(gradients: bool) -> None:
     tuning = tune(workload_here("wkv7", (1, 20, 1, 8, 8), gradients=gradients), [1.0] * 4, pallas_triton=interpreted)
     assert tuning.chosen == "pallas_triton"
     assert (tuning.trials[0].error or 1) < 5e-6
+
+
+# Parts of a model's layer around an operator
+
+
+def test_a_kernel_for_single_tokens_is_taken_where_it_is_right_and_faster() -> None:
+    """On T tokens one by one, of rows of which one pauses."""
+    step = PARTS["wkv7_step"].implementations
+    kernel = dispatch.Implementation(functools.partial(step["pallas_triton"].run, interpret=True), dispatch.anything)
+
+    def wrong(*inputs: Any, **options: Any) -> Any:
+        o, state = step["xla"].run(*inputs, **options)
+        return o, 1.001 * state
+
+    seen: list[Any] = []
+
+    def fast(inputs: Any, state: Any, **options: Any) -> Any:
+        seen.append((inputs["v"].dtype, state.shape, options["lengths"].shape))
+        return kernel.run(inputs, state, **options)
+
+    tuning = tune(
+        workload_here("wkv7_step", (3, 4, 3, 8, 8), "bfloat16", gradients=False),
+        [2.0] * 4 + [1.0] * 4,
+        xla=step["xla"],
+        wrong=dispatch.Implementation(wrong, dispatch.anything),
+        pallas_triton=dispatch.Implementation(fast, dispatch.anything),
+    )
+    assert tuning.chosen == "pallas_triton"
+    assert (tuning.trials[1].failure or "").startswith("WRONG: state is off by ")
+    assert max(trial.error or 0 for trial in tuning.trials if trial.failure is None) < 5e-3
+    assert set(seen) == {
+        (jnp.dtype(jnp.bfloat16), (2, 2, 8, 8), (2,)),
+        (jnp.dtype(jnp.float32), (2, 2, 8, 8), (2,)),
+        (jnp.dtype(jnp.bfloat16), (3, 3, 8, 8), (3,)),
+    }
+
+
+def test_what_follows_the_operator_is_checked_with_its_gradients() -> None:
+    output = PARTS["wkv7_output"].implementations["xla"]
+
+    def wrong(y: Any, r: Any, *inputs: Any, **options: Any) -> Any:
+        return output.run(y, jax.lax.stop_gradient(r), *inputs, **options)
+
+    implementations = {"xla": output, "wrong": dispatch.Implementation(wrong, dispatch.anything)}
+    tuning = tune(workload_here("wkv7_output", (2, 5, 1, 8, 8)), [1.0] * 4, **implementations)
+    assert tuning.chosen == "xla"
+    assert (tuning.trials[1].failure or "").startswith("WRONG: dr is off by 1e+00")
+
+
+def test_forward_calls_have_the_lengths_of_an_engines_rows() -> None:
+    seen: list[Any] = []
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        seen.append(options.get("lengths"))
+        return OPERATORS["wkv5"].implementations["scan"].run(*inputs, **options)
+
+    ignoring = dispatch.Implementation(
+        lambda *inputs, **options: (
+            OPERATORS["wkv5"].implementations["scan"].run(*inputs, **options | {"lengths": None})
+        ),
+        dispatch.anything,
+    )
+    workload = workload_here("wkv5", (3, 6, 1, 4, 4), gradients=False)
+    tuning = tune(workload, [1.0] * 4, spy=dispatch.Implementation(run, dispatch.anything), ignoring=ignoring)
+    assert [lengths.shape for lengths in seen] == [(2,), (3,)]
+    assert tuning.chosen == "spy"
+    assert (tuning.trials[1].failure or "").startswith("WRONG: state is off by ")
