@@ -42,6 +42,8 @@ class BenchedModel:
     """dtype of weights and computation; None takes the file's, or float32 with --random."""
     quantize: Quantize | None = None
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
+    tune: Literal["auto", "never"] = "auto"
+    """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer.
@@ -118,7 +120,7 @@ class Latency:
         model, tokenizer = self.model.load()
         _require_constant_state(model.config)
 
-        engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0))
+        engine = Engine(model, tokenizer, EngineOptions(num_slots=1, prefix_bytes=0, tune=self.model.tune))
         del model  # the engine has its own copy of the layers
         found = latency(engine, self.contexts, num_tokens=self.tokens, repetitions=self.repetitions)
         columns = ("tokens before", "ms a token", "lowest - highest")
@@ -153,7 +155,8 @@ class Throughput:
         model = unstacked(model)  # once, for all engines
 
         def engine_of(size: int) -> Engine:
-            return Engine(model, tokenizer, EngineOptions(num_slots=size, batch_sizes=(size,), prefix_bytes=0))
+            options = EngineOptions(num_slots=size, batch_sizes=(size,), prefix_bytes=0, tune=self.model.tune)
+            return Engine(model, tokenizer, options)
 
         engines = {size: engine_of(size) for size in sorted(set(self.batch_sizes))}
         found = throughput(engines, num_tokens=self.tokens, repetitions=self.repetitions)

@@ -62,6 +62,8 @@ class Chat:
     )
     seed: int = 0
     """Seed of the first reply; each further reply increments it."""
+    tune: Literal["auto", "never"] = "auto"
+    """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
     verbose: bool = False
     """Report the speed of each reply on standard error, as on a terminal."""
 
@@ -78,7 +80,7 @@ class Chat:
         from rwkv_jax.inference.dialogue import Dialogue
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        options = EngineOptions(num_slots=1, prefix_bytes=0)
+        options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
         engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
         tells = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -46,6 +46,8 @@ class Generate:
     """Print one JSON object per text, each on its own line."""
     logprobs: bool = False
     """With --json: each token's id and its logprob under the unmodified distribution."""
+    tune: Literal["auto", "never"] = "auto"
+    """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
     verbose: bool = False
     """Report the speed on standard error, as on a terminal."""
 
@@ -56,7 +58,7 @@ class Generate:
 
         from rwkv_jax.inference.engine import Engine, EngineOptions
 
-        options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS))
+        options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS), tune=self.tune)
         engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.inference.decode_step import choose_step
 from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
 from rwkv_jax.inference.options import EngineOptions
 from rwkv_jax.inference.prefix_cache import PrefixCache
@@ -94,7 +95,12 @@ class Engine:
         implementation, _ = prefill_implementation(config, device.platform)
         if implementation is not None:
             self.model = with_implementation(self.model, implementation)
-        self.model = with_form(self.model, choose_form(self.model, device.platform))
+        # Measured on one device; on a mesh XLA splits the arrays, which no kernel is prepared for.
+        measures = options.tune == "auto" and mesh is None
+        if options.tune == "auto":
+            self.model = with_form(self.model, choose_form(self.model, device.platform))
+        if measures and (step := choose_step(config, device.platform, options.sizes)) is not None:
+            self.model = with_implementation(self.model, step=step)
         self._capacity = config.sizes().context_length or None
         # Padding rows of the embedding have no token and are untrained.
         self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])
@@ -111,8 +117,7 @@ class Engine:
             min_bytes=_MIN_CONVERSATION_BYTES,
             may_go=lambda session: not session.is_in_use,
         )
-        # Measured on one device; on a mesh XLA splits the operator's arrays, which no kernel is prepared for.
-        measured = measured_prefill(config, device.platform) if mesh is None else None
+        measured = measured_prefill(config, device.platform) if measures else None
         programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh, measured)
         self._scheduler = Scheduler(
             programs,

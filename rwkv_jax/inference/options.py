@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from rwkv_jax.checks import ConfigError, is_number, require, require_whole, shown
 
@@ -40,6 +41,9 @@ class EngineOptions:
     """Size of the store for named conversations; the least recently used are evicted first."""
     session_idle_seconds: float = 3600.0
     """Idle seconds after which a named conversation is dropped."""
+    tune: Literal["auto", "never"] = "auto"
+    """Whether what is fastest by measurement is taken, and measured where it has not been, on one device
+    (docs/tuning.md); `never` takes what has been measured nowhere: the tables' choices."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length"):
@@ -51,6 +55,8 @@ class EngineOptions:
             object.__setattr__(self, name, int(getattr(self, name)))
         if type(self.batch_invariant) is not bool:
             raise ConfigError(f"batch_invariant = {shown(self.batch_invariant)}: must be True or False")
+        known = isinstance(self.tune, str) and self.tune in ("auto", "never")
+        require(known, "tune", self.tune, "must be auto or never")
         idle = self.session_idle_seconds
         if not is_number(idle) or not (0 < idle <= _MAX_SECONDS or idle == math.inf):
             raise ConfigError(
