@@ -8,12 +8,15 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rwkv_jax import host
 from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.cli.program_cache import describe_program_cache
 from rwkv_jax.config import GENERATIONS, ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from rwkv_kernels.autotune import Tuning
 
 NEEDED = ("rwkv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions are printed."""
@@ -37,7 +40,7 @@ class Check(NamedTuple):
     operator: str
     implementation: str
     what: str
-    """`prompts` or `single tokens`."""
+    """`prompts`, `single tokens` or `as measured`."""
     error: float
     """|result - definition| / |definition| in the L2 norm, of y or of the state; infinite for NaN."""
 
@@ -137,20 +140,29 @@ def describe_operators() -> Iterator[str]:
     for name in rwkv_kernels.OPERATORS:
         of_prompts, of_tokens = (rwkv_kernels.explain(name, _shape(name, time)) for time in (256, 1))
         yield f"{of_prompts}\n  single tokens    {of_tokens.chosen}"
+        yield from (_taken(tuning) for tuning in _measured_here(name) if tuning.workload.gradients)
 
 
 def describe_engine() -> Iterator[str]:
     """Which implementation the engine uses, without gradients, and why."""
+    import jax
+
     import rwkv_kernels
 
     for name in rwkv_kernels.OPERATORS:
         named, reason = _prefill_choice(name)
         of_prompts, of_tokens = (named or rwkv_kernels.explain(name, _shape(name, time)).chosen for time in (256, 1))
         yield f"  {name:<6} prompts: {of_prompts}, single tokens: {of_tokens}; {reason}"
+    for name in (*rwkv_kernels.OPERATORS, *rwkv_kernels.PARTS):
+        taken = [] if jax.default_backend() == "cpu" else _measured_here(name)
+        yield from (_taken(tuning) for tuning in taken if not tuning.workload.gradients)
 
 
 def check_operators() -> list[Check]:
-    """Runs every operator on a small problem, as training and the engine do, and compares it with float64."""
+    """Runs every operator on a small problem, as training and the engine do, and compares it with float64.
+
+    What was measured to be the fastest on this device is run with its own dtypes and sizes of a head as well.
+    """
     import rwkv_kernels
     from rwkv_kernels import autotune
 
@@ -165,7 +177,50 @@ def check_operators() -> list[Check]:
             for implementation in dict.fromkeys((chosen, named or chosen)):
                 worst = autotune.worst_error(workload, operator.implementations[implementation], exact)
                 checks.append(Check(name, implementation, what, worst.error, worst.bound))
-    return checks
+    return checks + _check_measured()
+
+
+def _check_measured() -> list[Check]:
+    """One check for those measurements that ask for the same one."""
+    import rwkv_kernels
+    from rwkv_kernels import autotune
+
+    checks = {}
+    for name, known in (rwkv_kernels.OPERATORS | rwkv_kernels.PARTS).items():
+        for tuning in _measured_here(name):
+            workload, chosen = tuning.workload, tuning.chosen or ""
+            problem = workload.problem
+            same = name, chosen, problem.shape[3:], problem.dtype, workload.inputs, workload.gradients, workload.packed
+            if same not in checks:
+                exact = autotune.exact_results(workload)
+                worst = autotune.worst_error(workload, known.implementations[chosen], exact)
+                checks[same] = Check(name, chosen, "as measured", worst.error, worst.bound)
+    return list(checks.values())
+
+
+def _measured_here(operator: str) -> list[Tuning]:
+    """Measurements on this device of an operator or a part, of which one that can run here is right."""
+    import rwkv_kernels
+    from rwkv_jax import autotune
+
+    implementations = (rwkv_kernels.OPERATORS | rwkv_kernels.PARTS)[operator].implementations
+    try:
+        found = autotune.kept_here(autotune.default_path())
+    except autotune.TuningFileError:  # which `describe_measurements` says
+        return []
+    return [
+        tuning
+        for tuning in found
+        if tuning.workload.operator == operator
+        and (chosen := implementations.get(tuning.chosen or "")) is not None
+        and chosen.refuses(tuning.workload.problem) is None
+    ]
+
+
+def _taken(tuning: Tuning) -> str:
+    """One line: what is taken for a workload, by measurement, and where."""
+    where = ", in runs with --training.tune always" if tuning.workload.problem.platform == "cpu" else ""
+    return f"  {tuning.workload}: {tuning.chosen}, as measured{where}"
 
 
 def _prefill_choice(operator: str) -> tuple[str | None, str]:

@@ -20,6 +20,13 @@ from rwkv_kernels.autotune import BOUND, Trial, Tuning, workload_here
 from tests.cli.commands import Command
 
 
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of measurements, which is not there yet."""
+    monkeypatch.setenv(autotune.VARIABLE, str(tmp_path / "tuning.json"))
+    return tmp_path / "tuning.json"
+
+
 def test_every_operator_is_right_here(rwkv: Command) -> None:
     printed = rwkv("doctor")
     assert printed.err == ""
@@ -83,16 +90,61 @@ def test_single_tokens_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed == [("wkv5", "scan", "single tokens")]
 
 
-def test_what_has_been_measured_is_said(rwkv: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_has_been_measured_is_said(rwkv: Command, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.setattr(doctor, "check_operators", list)
-    monkeypatch.setenv(autotune.VARIABLE, str(tmp_path / "tuning.json"))
     tuning = Tuning(workload_here("wkv6", (2, 32, 3, 16, 16)), (Trial("scan", 0.0, 2e-3, None),))
-    autotune.keep(tmp_path / "tuning.json", tuning)
+    autotune.keep(path, tuning)
     out = rwkv("doctor").out
-    assert f"\nmeasured operators: 1 in {tmp_path / 'tuning.json'}\n  wkv6 B2 T32 H3 N16 M16 float32 on " in out
+    assert f"\nmeasured operators: 1 in {path}\n  wkv6 B2 T32 H3 N16 M16 float32 on " in out
     assert ", with gradients: scan, 2.000 ms\n" in out
-    (tmp_path / "tuning.json").write_text("{}")
-    assert f"\nmeasured operators: {tmp_path / 'tuning.json'}: is no file of measurements of " in rwkv("doctor").out
+    assert f"\n  {tuning.workload}: scan, as measured, in runs with --training.tune always\n" in out
+    path.write_text("{}")
+    out = rwkv("doctor").out
+    assert f"\nmeasured operators: {path}: is no file of measurements of " in out
+    assert "as measured" not in out
+
+
+def test_what_was_measured_to_be_the_fastest_is_checked(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Once for all workloads with the same dtypes and sizes of a head, and not what cannot run here or is of others."""
+    fastest = {"associative_scan": (2, 32, 3, 16, 16), "pallas_triton": (3, 32, 3, 16, 16), "gone": (4, 32, 3, 16, 16)}
+    for name, shape in fastest.items():
+        autotune.keep(path, Tuning(workload_here("wkv7", shape), (Trial(name, 0.0, 1.0, None),)))
+    workload = workload_here("wkv7", (1, 512, 3, 16, 16))
+    autotune.keep(path, Tuning(workload, (Trial("associative_scan", 0.0, 1.0, None),)))
+    step = workload_here("wkv7_step", (4, 32, 3, 16, 16), gradients=False)
+    autotune.keep(path, Tuning(step, (Trial("xla", 0.0, 1.0, None),)))
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "_kernels_digest", lambda: "another")
+        other = workload_here("wkv7", (5, 32, 3, 16, 16))
+        autotune.keep(path, Tuning(other, (Trial("chunked", 0.0, 1.0, None),)))
+    checks = doctor._check_measured()
+    assert [check[:3] for check in checks] == [
+        ("wkv7", "associative_scan", "as measured"),
+        ("wkv7_step", "xla", "as measured"),
+    ]
+    assert all(0 < check.error < BOUND for check in checks)
+
+    def broken(*inputs: Any, **options: Any) -> Any:
+        y, state = whole.run(*inputs, **options)
+        return 1.001 * y, state
+
+    whole = OPERATORS["wkv7"].implementations["associative_scan"]
+    monkeypatch.setitem(
+        OPERATORS["wkv7"].implementations,  # pyright: ignore[reportArgumentType]
+        "associative_scan",
+        dispatch.Implementation(broken, dispatch.anything),
+    )
+    assert [check.passes for check in doctor._check_measured()] == [False, True]
+
+
+def test_what_was_measured_for_an_engine_is_said_where_it_is_taken(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    prefill = workload_here("wkv7", (1, 512, 12, 64, 64), gradients=False)
+    autotune.keep(path, Tuning(prefill, (Trial("chunked", 0.0, 1.0, None),)))
+    assert len(list(doctor.describe_engine())) == len(OPERATORS)  # on a CPU, which takes none
+    measured = [Tuning(prefill, (Trial("chunked", 0.0, 1.0, None),))]
+    monkeypatch.setattr(doctor, "_measured_here", lambda name: measured if name == "wkv7" else [])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert list(doctor.describe_engine())[-1].startswith(f"  {prefill}: chunked, as measured")
 
 
 def test_what_the_engine_takes_is_said_with_its_reason() -> None:
