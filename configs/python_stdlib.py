@@ -31,7 +31,7 @@ def config() -> TrainConfig:
         data=DataConfig(source="python-stdlib"),
         optimizer=OptimizerConfig(learning_rate=4e-3, final_learning_rate=2e-4, weight_decay=0.1, warmup_steps=20),
         # A row of 512 tokens seldom holds two documents; the figures above were seen with rows that do not ask.
-        training=StepConfig(num_steps=800, batch_size=4, sequence_length=512, reset_at_documents=False),
+        training=StepConfig(num_steps=900, batch_size=4, sequence_length=512, reset_at_documents=False),
         evaluation=EvaluationConfig(every=100, batches=8),
         checkpoint=CheckpointConfig(every=100, keep=2),
         logging=LoggingConfig(every=10),
