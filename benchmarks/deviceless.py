@@ -38,7 +38,17 @@ OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
 TRITON = (*OPERATORS, "wkv7_split")
 """What there is for NVIDIA: the kernels of each operator, and those of `pallas_triton_split`."""
 KERNELS = ("forward", "forward, storing", "backward")
-SPLIT_KERNELS = ("factors", "factors, storing", "states", "outputs", "cotangents", "gradients")
+SPLIT_KERNELS = (
+    "factors",
+    "factors, storing",
+    "states",
+    "outputs",
+    "cotangents",
+    "gradients",
+    "gradients of values",
+    "gradients of keys",
+)
+"""The last two take the place of `gradients` where heads are larger than 64."""
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 SHAPE = Shape(8, 4096, 64, 64, 64)
 """Heads of a model of 7B; sizes are strides and bounds of loops to a kernel, and registers depend on them a little."""
@@ -172,8 +182,8 @@ def _trace(
 
 def _label(direction: Direction, name: str) -> str:
     if "split" in name:
-        (part,) = (part for part in SPLIT_KERNELS if name.endswith(part.replace(", storing", "_with_inverse")))
-        return part
+        names = {part.replace(", storing", "_with_inverse").replace(" ", "_"): part for part in SPLIT_KERNELS}
+        return names[name.removeprefix("wkv7_split_")]
     if direction == "forward":
         return "forward"
     return "backward" if "backward" in name else "forward, storing"
@@ -318,7 +328,7 @@ def _vmem(line: str) -> int:
     return int(found[1]) if found else 0
 
 
-def settings(operator: str, backend: str, name: str = "forward") -> str:
+def settings(operator: str, backend: str, name: str = "forward", key_dim: int = SHAPE.key_dim) -> str:
     """Sizes and warps that are shipped, in words; `name` is a kernel's, as in `TritonResources`."""
     parameters = inspect.signature(implementation(operator, backend)).parameters
     if "kernel" not in parameters:
@@ -326,7 +336,7 @@ def settings(operator: str, backend: str, name: str = "forward") -> str:
         shown = ((x.name.removeprefix("num_").removesuffix("_size"), x.default) for x in found)
         return ", ".join(f"{name} {default}" for name, default in shown if type(default) is int)
     kernel = parameters["kernel"].default
-    warps = kernel.num_warps_backward if name in ("backward", "gradients") else kernel.num_warps
+    warps = kernel.num_warps_backward if name.startswith(("backward", "gradients")) else kernel.num_warps
     if name in ("states", "outputs", "cotangents"):
-        warps = warps_of_products(SHAPE.key_dim)
+        warps = warps_of_products(key_dim)
     return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

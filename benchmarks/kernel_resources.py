@@ -23,6 +23,7 @@ from rwkv_kernels.dispatch import Implementation, anything
 from rwkv_kernels.ops.wkv7.output_pallas_triton import NUM_WARPS, wkv7_output_pallas_triton
 from rwkv_kernels.ops.wkv7.step_pallas_triton import num_warps, wkv7_step_pallas_triton
 from rwkv_kernels.precision import Precision
+from rwkv_kernels.testing.cases import Shape
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
@@ -64,6 +65,7 @@ TRAIN_COLUMNS = ("output_implementation", "kernels", "MB")
 TPU_COLUMNS = ("operator", "shipped", "precision", *GENERATIONS)
 
 HEAD_SIZES = (32, 64, 128)
+LARGE_HEADS = SHAPE._replace(key_dim=128, value_dim=128)
 STEP, OUTPUT = (Implementation(run, anything) for run in (wkv7_step_pallas_triton, wkv7_output_pallas_triton))
 """Kernels that are not asked what machine they are on."""
 
@@ -101,17 +103,26 @@ def _triton_rows() -> Iterator[tuple[object, ...]]:
             kernels = deviceless.compile_triton(operator, "forward", dtype, precision)
             kernels += deviceless.compile_triton(operator, "gradient", dtype, precision)
             for found in {x.kernel: x for x in kernels}.values():  # some serve both
-                yield (
-                    *key(operator, found, dtype, precision),
-                    deviceless.settings(operator, "pallas_triton", found.kernel),
-                    found.registers,
-                    found.spill_stores,
-                    found.spill_loads,
-                    found.shared_memory,
-                    found.wgmma,
-                    found.mma_sync,
-                    found.bytes,
-                )
+                yield *key(operator, found, dtype, precision), *_resources(operator, found, SHAPE)
+
+
+def _large_rows() -> Iterator[tuple[object, ...]]:
+    for dtype, precision in combinations("wkv7_split"):
+        for found in deviceless.compile_triton("wkv7_split", "gradient", dtype, precision, shape=LARGE_HEADS):
+            yield *key("wkv7_split", found, dtype, precision)[1:], *_resources("wkv7_split", found, LARGE_HEADS)
+
+
+def _resources(operator: str, found: TritonResources, shape: Shape) -> tuple[object, ...]:
+    return (
+        deviceless.settings(operator, "pallas_triton", found.kernel, shape.key_dim),
+        found.registers,
+        found.spill_stores,
+        found.spill_loads,
+        found.shared_memory,
+        found.wgmma,
+        found.mma_sync,
+        found.bytes,
+    )
 
 
 def _part_rows() -> Iterator[tuple[object, ...]]:
@@ -174,6 +185,8 @@ def report() -> Iterator[str]:
     yield f"\nCompiled on {platform.machine()}, Python {platform.python_version()}, {packages}; no accelerator."
     yield f"\n### H100 (sm_90a), {_sizes(SHAPE)}\n"
     yield from _table(TRITON_COLUMNS, _triton_rows())
+    yield f"\n### wkv7_split on an H100, {_sizes(LARGE_HEADS)}, with gradients\n"
+    yield from _table(TRITON_COLUMNS[1:], _large_rows())
     yield "\n### wkv7_step (bytes a row and head) and wkv7_output (a token and head) on an H100\n"
     yield from _table(PART_COLUMNS, _part_rows())
     yield "\n### A token in a layer of RWKV-7, width 2048, bfloat16, on an H100\n"

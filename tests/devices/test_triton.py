@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceless import TRITON, Direction, TritonResources, compile_output, compile_step, compile_triton
+from deviceless import SHAPE, TRITON, Direction, TritonResources, compile_output, compile_step, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -16,6 +16,7 @@ SPLIT_KERNELS: dict[str, list[str]] = {
     "forward": ["factors", "states", "outputs"],
     "gradient": ["factors, storing", "states", "outputs", "cotangents", "gradients"],
 }
+LARGE_HEADS = [*SPLIT_KERNELS["gradient"][:-1], "gradients of values", "gradients of keys"]
 SMALL = Shape(2, 256, 2, 64, 64)
 
 each_operator = pytest.mark.parametrize("operator", TRITON)
@@ -66,7 +67,19 @@ def test_packed_rows_compile(operator: str) -> None:
 @each_operator
 def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: str) -> None:
     shape = SMALL._replace(time=100, key_dim=sizes[0], value_dim=sizes[1])
-    _check(operator, "gradient", compile_triton(operator, "gradient", dtype, shape=shape))
+    found = compile_triton(operator, "gradient", dtype, shape=shape)
+    if operator == "wkv7_split" and max(sizes) > 64:
+        assert [x.kernel for x in found] == LARGE_HEADS
+    else:
+        _check(operator, "gradient", found)
+
+
+@pytest.mark.long
+def test_heads_of_128_spill_little_where_chunks_are_apart() -> None:
+    found = compile_triton("wkv7_split", "gradient", shape=SHAPE._replace(key_dim=128, value_dim=128))
+    assert [x.kernel for x in found] == LARGE_HEADS
+    for kernel in found:
+        assert kernel.spill_stores <= 512, kernel
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])

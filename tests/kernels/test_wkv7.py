@@ -73,6 +73,18 @@ def test_programs_may_share_the_rows_of_a_state(monkeypatch: pytest.MonkeyPatch,
     assert_close(results(*as_jax(problem(WKV7, "realistic", shape), jnp.float32), {}), exact, way.bound)
 
 
+def test_large_heads_have_gradients_by_blocks_of_columns() -> None:
+    # 100 keys and 70 values, both padded to 128: two programs a chunk in each of two kernels.
+    (way,) = (way for way in WAYS if str(way) == "wkv7-pallas_triton_split")
+    given = problem(WKV7, "realistic", Shape(1, 40, 1, 100, 70))
+    options = {"segment_ids": (np.arange(40) // 17)[None].astype(np.int32)}
+    results = jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK)
+    traced = results.trace(*as_jax(given, jnp.float32), options)
+    assert all(f"wkv7_split_gradients_of_{part}" in str(traced.jaxpr) for part in ("values", "keys"))
+    found = traced.lower().compile()(*as_jax(given, jnp.float32), options)
+    assert_close(found, exactly(WKV7, *given, options), way.bound)
+
+
 @pytest.mark.parametrize("chunk_size", [-4, 0, 3, 12, 48])
 def test_chunk_sizes_that_are_no_power_of_two_are_refused(chunk_size: int) -> None:
     with pytest.raises(ValueError, match=rf"chunk_size = {chunk_size}: must be a power of two"):

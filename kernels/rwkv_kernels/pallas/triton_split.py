@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +50,46 @@ def _fenced(matmul: Matmul) -> Matmul:
     return matmul._replace(multiply=multiply)
 
 
-def by_chunk(launch: Launch, name: str, body: Body, num_warps: int, inputs: tuple, outputs: Any) -> Any:
+class Blocks(NamedTuple):
+    """How a chunk is shared among programs."""
+
+    count: int
+    of: Any
+    """Trees as inputs and outputs are, of what a program gets of each array: the `whole`, or some of the `columns` of
+    its last axis or of the `rows` before."""
+
+
+def by_chunk(
+    launch: Launch, name: str, body: Body, num_warps: int, inputs: tuple, outputs: Any, blocks: Blocks | None = None
+) -> Any:
     """Calls a kernel with one program per chunk, row and head; returns what `outputs`, a tree of types, describes.
 
     A program gets the chunk's part of every array: of steps [B, T] it is [C], of arrays over time [B, T, H, ...] it is
-    [C, ...], and of arrays of chunks [B, H, T / C, ...] it is [...].
+    [C, ...], and of arrays of chunks [B, H, T / C, ...] it is [...]. With `blocks` a chunk has several programs.
     """
     size = launch.size
-
-    def spec(x: Any) -> pl.BlockSpec:
-        if x.ndim == 2:
-            return pl.BlockSpec((None, size), lambda i, b, h: (b, i))
-        if x.ndim == 4:
-            return pl.BlockSpec((None, size, None, x.shape[3]), lambda i, b, h: (b, i, h, 0))
-        return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda i, b, h: (b, h, i, 0, 0))
-
     batch, time, heads = jax.tree.leaves(inputs)[0].shape[:3]
+    grid = time // size, batch, heads
+    count = 1 if blocks is None else blocks.count
+
+    def spec(x: Any, part: str = "whole") -> pl.BlockSpec:
+        of_rows, of_columns = part == "rows", part == "columns"
+
+        def place(*at: Any) -> tuple[Any, ...]:
+            block, i, b, h = (0, *at) if blocks is None else at
+            row, column = block if of_rows else 0, block if of_columns else 0
+            return {2: (b, i), 4: (b, i, h, column), 5: (b, h, i, row, column)}[x.ndim]
+
+        rows, columns = x.shape[-2] // (count if of_rows else 1), x.shape[-1] // (count if of_columns else 1)
+        shape = {2: (None, size), 4: (None, size, None, columns), 5: (None, None, None, rows, columns)}[x.ndim]
+        return pl.BlockSpec(shape, place)
+
     matmul = _matmul(launch) if launch.interpret else _fenced(_matmul(launch))
-    grid, specs = (time // size, batch, heads), jax.tree.map(spec, (inputs, (outputs,)))
+    arrays = inputs, (outputs,)
+    if blocks is None:
+        specs = jax.tree.map(spec, arrays)
+    else:
+        grid, specs = (count, *grid), jax.tree.map(spec, arrays, blocks.of)
     (results,) = _call(launch, name, functools.partial(body, matmul), num_warps, grid, inputs, (outputs,), specs)
     return results
 

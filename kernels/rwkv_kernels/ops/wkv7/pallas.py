@@ -1,4 +1,4 @@
-"""WKV-7 as Pallas kernels, forward and backward one each or split in five; docs/kernels.md has the resources."""
+"""WKV-7 as Pallas kernels, forward and backward one each or with chunks apart; docs/kernels.md has the resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WKV-7 as the five kernels of split.py through Triton: forward F1, F2 and F3, backward B2 and B3."""
+"""WKV-7 as the kernels of split.py through Triton: forward F1, F2 and F3, backward B2 and B3, large heads in two."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jax import Array
 
 from rwkv_kernels.arguments import varying_like
 from rwkv_kernels.ops.wkv7 import split
-from rwkv_kernels.ops.wkv7.split import Factors, Gradients, Inputs
+from rwkv_kernels.ops.wkv7.split import Factors, Gradients, Inputs, OfValues
 from rwkv_kernels.pallas.driver import Cotangents, ForwardResult, Launch, Operands
-from rwkv_kernels.pallas.triton_split import by_chunk, by_rows, warps_of_products
+from rwkv_kernels.pallas.triton_split import Blocks, by_chunk, by_rows, warps_of_products
 
 
 class _Residuals(NamedTuple):
@@ -71,8 +71,43 @@ def backward(launch: Launch, operands: Operands, residuals: _Residuals, dy: Arra
     of_cotangents = (dfinal, "rows"), (transition, "whole"), (reads, "keys"), (dy, "values")
     dstates, dinitial = by_rows(launch, "cotangents", split.cotangents, of_cotangents, states.shape)
 
-    types = Gradients._make(varying_like(dfinal, x.shape, x.dtype) for x in operands.over_time)
-    of_gradients = inputs, dy, inverse, states, dstates
-    num_warps = launch.kernel.num_warps_backward
-    gradients = by_chunk(launch, "gradients", split.gradients, num_warps, of_gradients, types)
+    if max(states.shape[-2:]) > split.BLOCK:
+        gradients = _in_two_kernels(launch, operands, dy, inverse, states, dstates)
+    else:
+        of_gradients = inputs, dy, inverse, states, dstates
+        num_warps = launch.kernel.num_warps_backward
+        gradients = by_chunk(launch, "gradients", split.gradients, num_warps, of_gradients, _types(operands))
     return Cotangents(gradients, (), dinitial)
+
+
+def _types(operands: Operands) -> Gradients:
+    return Gradients._make(varying_like(x, x.shape, x.dtype) for x in operands.over_time)
+
+
+def _in_two_kernels(
+    launch: Launch, operands: Operands, dy: Array, inverse: Array, states: Array, dstates: Array
+) -> Gradients:
+    """The gradients of all chunks, by programs with some columns of V and then with some of the other inputs."""
+    inputs, types, num_warps = _inputs(operands), _types(operands), launch.kernel.num_warps_backward
+    value_dim, key_dim = states.shape[-2:]
+    wide = varying_like(dy, dy.shape, jnp.float32)
+
+    parts = _parts(inputs, "whole", "columns"), "columns", "whole", "rows", "rows"
+    blocks = Blocks(-(-value_dim // split.BLOCK), (parts, (OfValues("columns", "columns", "columns"),)))
+    arrays = inputs, dy, inverse, states, dstates
+    outputs = OfValues(wide, wide, types.v)
+    name = "gradients_of_values"
+    removed, dwanted, dv = by_chunk(launch, name, split.gradients_of_values, num_warps, arrays, outputs, blocks)
+
+    without_v = Gradients("columns", "columns", "columns", None, "columns", "columns")
+    parts = _parts(inputs, "columns", "whole"), "whole", "whole", "whole", "columns", "columns"
+    blocks = Blocks(-(-key_dim // split.BLOCK), (parts, (without_v,)))
+    arrays, outputs = (inputs, dy, removed, dwanted, states, dstates), types._replace(v=None)
+    name = "gradients_of_keys"
+    return by_chunk(launch, name, split.gradients_of_keys, num_warps, arrays, outputs, blocks)._replace(v=dv)
+
+
+def _parts(inputs: Inputs, of_keys: str, of_values: str) -> Inputs:
+    """What a program gets of each input."""
+    parts = Inputs(*[of_keys] * 6, local_segments=None if inputs.local_segments is None else "whole")
+    return parts._replace(v=of_values)

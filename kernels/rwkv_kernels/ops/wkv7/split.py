@@ -31,10 +31,14 @@ several segments in a chunk, rows of a~ and r~ outside the segment of the state 
 and k~ outside that of the state that leaves write none of it, and scores between segments are zero.
 
 The vectors are loaded and scaled again at each use: memory near by is cheap, and registers are what kernels run out of.
+B3's first three lines need all of N, but columns of V, dY, SA and dH by themselves; the rest needs all of M, but
+columns of the others by themselves. So where a state is too large, B3 is two kernels, with programs for some columns.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -45,6 +49,15 @@ from rwkv_kernels.chunking import packing
 from rwkv_kernels.decay_scaling import cumulative_decay, nan_out_of_range
 from rwkv_kernels.matmul import Matmul
 from rwkv_kernels.ops.wkv7.chunk import inverse_by_doubling
+
+BLOCK = 64
+"""Largest N and M of which one program of B3 has all; of larger ones, what a program has."""
+
+STEP = 32
+"""What such a program contracts at a time: 64 spills up to 752 bytes at N = M = 128, 32 up to 24."""
+
+Product = Callable[[], Array]
+"""Computes an operand or a product, or has it."""
 
 Ref = Any
 """An array in a device's memory, read and written by index; outside kernels, the array."""
@@ -74,7 +87,7 @@ class Factors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of `Inputs`."""
+    """Of `Inputs`; dV is None in the second half of B3."""
 
     r: Ref
     log_w: Ref
@@ -84,17 +97,97 @@ class Gradients(NamedTuple):
     b: Ref
 
 
+class OverKeys(NamedTuple):
+    """Products that contract the keys."""
+
+    ak: Product
+    rb: Product
+    rk: Product
+    """a~ k~^T, r~ b~^T and r~ k~^T [C, C]."""
+    a_state: Product
+    b_dstate: Product
+    k_dstate: Product
+    """a~ S~^T, b~ D^T and k~ D^T [C, M]."""
+
+
+class OverValues(NamedTuple):
+    """Products that contract the values."""
+
+    ab: Product
+    ak: Product
+    rb: Product
+    rk: Product
+    """dH SA^T, dH V^T, dY SA^T and dY V^T [C, C]."""
+    a: Product
+    r: Product
+    b: Product
+    k: Product
+    """dH S~, dY S~, SA D and V D [C, N]."""
+    end: Product
+    """The sums over rows of D * S~, [1, N]."""
+
+
+class OfValues(NamedTuple):
+    """What the first half of B3 makes of each chunk: SA and dH in float32, and dV, all [C, M]."""
+
+    removed: Ref
+    dwanted: Ref
+    dv: Ref
+
+
 def _operand(ref: Ref) -> Array:
     """bfloat16 stays, for products in fewer passes; all else becomes float32."""
     return ref[...] if ref.dtype == jnp.bfloat16 else ref[...].astype(jnp.float32)
 
 
-class _Chunk:
-    """A chunk's scaled vectors and its masks."""
+class _Rows:
+    """A chunk's values, and which of its rows see which."""
 
-    def __init__(self, matmul: Matmul, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._packing = None if inputs.local_segments is None else packing(inputs.local_segments[...][:, None])
+
+    def v(self) -> Array:
+        """V [C, M]."""
+        return _operand(self._inputs.v)
+
+    def earlier(self, scores: Array) -> Array:
+        """strict_tril(scores [C, C]) within segments."""
+        return self._causal(scores, strict=True)
+
+    def own(self, scores: Array) -> Array:
+        """tril(scores [C, C]) within segments."""
+        return self._causal(scores, strict=False)
+
+    def _causal(self, scores: Array, strict: bool) -> Array:
+        return jnp.where(self.mask(strict), scores, 0)
+
+    def mask(self, strict: bool) -> Array:
+        """[C, C]: column s may be seen from row t."""
+        size = self._inputs.v.shape[0]
+        row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+        column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+        causal = column < row if strict else column <= row
+        return causal if self._packing is None else causal & self._packing.same
+
+    def reading(self, x: Array) -> Array:
+        """Rows [C, ...] that read the state which enters."""
+        return x if self._packing is None else jnp.where(self._packing.reads, x, 0)
+
+    def writing(self, x: Array) -> Array:
+        """Rows [C or 1, ...] that write the state which leaves."""
+        return x if self._packing is None else jnp.where(self._packing.writes, x, 0)
+
+    def keeping(self, x: Array) -> Array:
+        """x if the state which leaves has the one that enters in it."""
+        return x if self._packing is None else jnp.where(self._packing.keeps, x, 0)
+
+
+class _Chunk(_Rows):
+    """A chunk's scaled vectors, besides."""
+
+    def __init__(self, matmul: Matmul, inputs: Inputs) -> None:
+        super().__init__(inputs)
         sums = cumulative_decay(matmul, inputs.log_w[...].astype(jnp.float32), self._packing)
         out_of_range = nan_out_of_range(sums, self._packing)
         self._from_middle = sums.from_middle + out_of_range
@@ -128,40 +221,13 @@ class _Chunk:
         """k~ [C, N]."""
         return self._inputs.k[...].astype(jnp.float32) * self.scale_keys()
 
-    def v(self) -> Array:
-        """V [C, M]."""
-        return _operand(self._inputs.v)
+    def state_in(self, state: Ref) -> Array:
+        """S~, of S at the chunk's start [M, N]."""
+        return state[...] * self.enter
 
-    def earlier(self, scores: Array) -> Array:
-        """strict_tril(scores [C, C]) within segments."""
-        return self._causal(scores, strict=True)
-
-    def own(self, scores: Array) -> Array:
-        """tril(scores [C, C]) within segments."""
-        return self._causal(scores, strict=False)
-
-    def _causal(self, scores: Array, strict: bool) -> Array:
-        return jnp.where(self.mask(strict), scores, 0)
-
-    def mask(self, strict: bool) -> Array:
-        """[C, C]: column s may be seen from row t."""
-        size = self._from_middle.shape[0]
-        row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-        column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-        causal = column < row if strict else column <= row
-        return causal if self._packing is None else causal & self._packing.same
-
-    def reading(self, x: Array) -> Array:
-        """Rows [C, ...] that read the state which enters."""
-        return x if self._packing is None else jnp.where(self._packing.reads, x, 0)
-
-    def writing(self, x: Array) -> Array:
-        """Rows [C or 1, ...] that write the state which leaves."""
-        return x if self._packing is None else jnp.where(self._packing.writes, x, 0)
-
-    def keeping(self, x: Array) -> Array:
-        """x if the state which leaves has the one that enters in it."""
-        return x if self._packing is None else jnp.where(self._packing.keeps, x, 0)
+    def dstate_out(self, dstate: Ref) -> Array:
+        """D, of dS at the chunk's end [M, N]."""
+        return dstate[...] * self.leave
 
 
 def factors(matmul: Matmul, inputs: Inputs, factors: Factors) -> None:
@@ -222,50 +288,141 @@ def gradients(
     matmul: Matmul, inputs: Inputs, dy: Ref, inverse: Ref, state: Ref, dstate: Ref, gradients: Gradients
 ) -> None:
     """B3: a chunk's gradients, from dY [C, M], X [C, C], S at its start and dS at its end [M, N]."""
-    nn, nt, tn = matmul.nn, matmul.nt, matmul.tn
     chunk = _Chunk(matmul, inputs)
+    over_keys = _products_over_keys(matmul, chunk, state, dstate)
+    removed, dwanted = _gradients_of_values(matmul, chunk, over_keys, dy, inverse, gradients.v)
+    of_y = functools.partial(_operand, dy)
+    over_values = _products_over_values(matmul, chunk, chunk.v, of_y, lambda: removed, lambda: dwanted, state, dstate)
+    _gradients_of_keys(matmul, chunk, over_values, gradients)
 
-    def state_in() -> Array:
-        """S~."""
-        return state[...] * chunk.enter
 
-    def dstate_out() -> Array:
-        """D."""
-        return dstate[...] * chunk.leave
+def gradients_of_values(
+    matmul: Matmul, inputs: Inputs, dy: Ref, inverse: Ref, state: Ref, dstate: Ref, of_values: OfValues
+) -> None:
+    """The first half of B3, for some columns of V and dY [C, columns] and their rows of S and dS [rows, N]."""
+    (size, key_dim), value_dim = inputs.r.shape, dy.shape[1]
 
-    scores = chunk.earlier(nt(chunk.a(), chunk.k()))  # A_k [C, C]
-    wanted = chunk.reading(nt(chunk.a(), state_in()))
-    removed = nn(inverse[...], wanted + nn(scores, chunk.v()))  # SA [C, M]
-    dremoved = chunk.writing(nt(chunk.b(), dstate_out()))
-    dremoved = dremoved + tn(chunk.own(nt(chunk.r(), chunk.b())), _operand(dy))
-    dwanted = tn(inverse[...], dremoved)  # dH [C, M]
-    dv = chunk.writing(nt(chunk.k(), dstate_out())) + tn(scores, dwanted)
-    dv = dv + tn(chunk.own(nt(chunk.r(), chunk.k())), _operand(dy))
-    gradients.v[...] = dv.astype(gradients.v.dtype)
+    def over_block(keys: Any) -> OverKeys:
+        r, log_w, k, a, b = (x.at[:, keys] for x in (inputs.r, inputs.log_w, inputs.k, inputs.a, inputs.b))
+        chunk = _Chunk(matmul, Inputs(r, log_w, k, inputs.v, a, b, inputs.local_segments))
+        return _products_over_keys(matmul, chunk, state.at[:, keys], dstate.at[:, keys])
 
-    dscores_ab = chunk.earlier(nt(dwanted, removed))
-    dscores_ak = chunk.earlier(nt(dwanted, chunk.v()))
-    da = chunk.reading(nn(dwanted, state_in())) + nn(dscores_ab, chunk.b())
+    shapes = [(size, size)] * 3 + [(size, value_dim)] * 3
+    over_keys = OverKeys(*_sums_of_blocks(key_dim, over_block, shapes))
+    removed, dwanted = _gradients_of_values(matmul, _Rows(inputs), over_keys, dy, inverse, of_values.dv)
+    of_values.removed[...] = removed
+    of_values.dwanted[...] = dwanted
+
+
+def gradients_of_keys(
+    matmul: Matmul,
+    inputs: Inputs,
+    dy: Ref,
+    removed: Ref,
+    dwanted: Ref,
+    state: Ref,
+    dstate: Ref,
+    gradients: Gradients,
+) -> None:
+    """The second half of B3, for some columns of r, log w, k, a, b [C, columns] and of S and dS [M, columns]."""
+    chunk = _Chunk(matmul, inputs)
+    (size, key_dim), value_dim = inputs.r.shape, dy.shape[1]
+
+    def over_block(values: Any) -> OverValues:
+        v, of_y, sa, dh = (functools.partial(_operand, x.at[:, values]) for x in (inputs.v, dy, removed, dwanted))
+        return _products_over_values(matmul, chunk, v, of_y, sa, dh, state.at[values, :], dstate.at[values, :])
+
+    shapes = [(size, size)] * 4 + [(size, key_dim)] * 4 + [(1, key_dim)]
+    over_values = OverValues(*_sums_of_blocks(value_dim, over_block, shapes))
+    _gradients_of_keys(matmul, chunk, over_values, gradients)
+
+
+def _sums_of_blocks(
+    size: int, over_block: Callable[[Any], Iterable[Product]], shapes: Iterable[tuple[int, int]]
+) -> list[Product]:
+    """Products over all of an axis as sums of those over its blocks, which a loop keeps out of each other's way."""
+    width = min(STEP, size)
+
+    def add(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        products = over_block(pl.ds(index * width, width))
+        return tuple(x + product() for x, product in zip(sums, products, strict=True))
+
+    sums = lax.fori_loop(0, size // width, add, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    return [lambda x=x: x for x in sums]
+
+
+def _products_over_keys(matmul: Matmul, chunk: _Chunk, state: Ref, dstate: Ref) -> OverKeys:
+    nt = matmul.nt
+    return OverKeys(
+        ak=lambda: nt(chunk.a(), chunk.k()),
+        rb=lambda: nt(chunk.r(), chunk.b()),
+        rk=lambda: nt(chunk.r(), chunk.k()),
+        a_state=lambda: nt(chunk.a(), chunk.state_in(state)),
+        b_dstate=lambda: nt(chunk.b(), chunk.dstate_out(dstate)),
+        k_dstate=lambda: nt(chunk.k(), chunk.dstate_out(dstate)),
+    )
+
+
+def _products_over_values(
+    matmul: Matmul, chunk: _Chunk, v: Product, dy: Product, removed: Product, dwanted: Product, state: Ref, dstate: Ref
+) -> OverValues:
+    nn, nt = matmul.nn, matmul.nt
+    return OverValues(
+        ab=lambda: nt(dwanted(), removed()),
+        ak=lambda: nt(dwanted(), v()),
+        rb=lambda: nt(dy(), removed()),
+        rk=lambda: nt(dy(), v()),
+        a=lambda: nn(dwanted(), chunk.state_in(state)),
+        r=lambda: nn(dy(), chunk.state_in(state)),
+        b=lambda: nn(removed(), chunk.dstate_out(dstate)),
+        k=lambda: nn(v(), chunk.dstate_out(dstate)),
+        end=lambda: jnp.sum(chunk.dstate_out(dstate) * chunk.state_in(state), axis=0, keepdims=True),
+    )
+
+
+def _gradients_of_values(
+    matmul: Matmul, rows: _Rows, over_keys: OverKeys, dy: Ref, inverse: Ref, dv: Ref
+) -> tuple[Array, Array]:
+    """Writes dV; returns SA and dH, all [C, M]."""
+    nn, tn = matmul.nn, matmul.tn
+    scores = rows.earlier(over_keys.ak())  # A_k [C, C]
+    wanted = rows.reading(over_keys.a_state())
+    removed = nn(inverse[...], wanted + nn(scores, rows.v()))
+    dremoved = rows.writing(over_keys.b_dstate())
+    dremoved = dremoved + tn(rows.own(over_keys.rb()), _operand(dy))
+    dwanted = tn(inverse[...], dremoved)
+    of_v = rows.writing(over_keys.k_dstate()) + tn(scores, dwanted)
+    of_v = of_v + tn(rows.own(over_keys.rk()), _operand(dy))
+    dv[...] = of_v.astype(dv.dtype)
+    return removed, dwanted
+
+
+def _gradients_of_keys(matmul: Matmul, chunk: _Chunk, over_values: OverValues, gradients: Gradients) -> None:
+    """Writes all gradients but dV."""
+    nn, tn = matmul.nn, matmul.tn
+    dscores_ab = chunk.earlier(over_values.ab())
+    dscores_ak = chunk.earlier(over_values.ak())
+    da = chunk.reading(over_values.a()) + nn(dscores_ab, chunk.b())
     da = da + nn(dscores_ak, chunk.k())
     gradients.a[...] = (da * chunk.scale_a()).astype(gradients.a.dtype)
     from_a = da * chunk.a()
 
-    dscores_rb = chunk.own(nt(_operand(dy), removed))
-    dscores_rk = chunk.own(nt(_operand(dy), chunk.v()))
-    dr = chunk.reading(nn(_operand(dy), state_in())) + nn(dscores_rb, chunk.b())
+    dscores_rb = chunk.own(over_values.rb())
+    dscores_rk = chunk.own(over_values.rk())
+    dr = chunk.reading(over_values.r()) + nn(dscores_rb, chunk.b())
     dr = dr + nn(dscores_rk, chunk.k())
     gradients.r[...] = (dr * chunk.scale_r()).astype(gradients.r.dtype)
     from_rows = from_a + dr * chunk.r()
 
-    end = chunk.keeping(jnp.sum(dstate_out() * state_in(), axis=0, keepdims=True))  # [1, N]
-    db = chunk.writing(nn(removed, dstate_out()))
+    end = chunk.keeping(over_values.end())  # [1, N]
+    db = chunk.writing(over_values.b())
     end = end + jnp.sum(db * chunk.b(), axis=0, keepdims=True)
     db = db + tn(dscores_ab, chunk.a())
     db = db + tn(dscores_rb, chunk.r())
     gradients.b[...] = (db * chunk.scale_keys()).astype(gradients.b.dtype)
     from_rows = from_rows - db * chunk.b()
 
-    dk = chunk.writing(nn(chunk.v(), dstate_out()))
+    dk = chunk.writing(over_values.k())
     end = end + jnp.sum(dk * chunk.k(), axis=0, keepdims=True)
     dk = dk + tn(dscores_ak, chunk.a())
     dk = dk + tn(dscores_rk, chunk.r())
