@@ -24,6 +24,10 @@ CHUNKS: Mapping[str, Mapping[str, int]] = {
 """Steps of a chunk, by implementation and operator, as shipped; of RWKV-4, steps for which one state is stored."""
 
 
+BLOCK = 64
+"""Keys or values of a program of the split kernels' gradients, of which larger heads have several in two kernels."""
+
+
 class Stages(NamedTuple):
     """The kernels that run one after the other, named after their family."""
 
@@ -40,6 +44,15 @@ STAGES: Mapping[str, Mapping[str, Stages]] = {
 }
 """By implementation and operator."""
 
+
+def stages_of(implementation: str, operator: str, key_dim: int, value_dim: int) -> Stages:
+    """The kernels for heads of a size."""
+    stages = STAGES[implementation][operator]
+    if implementation != SPLIT_KERNELS or max(key_dim, value_dim) <= BLOCK:
+        return stages
+    return stages._replace(backward=(*stages.backward[:-1], "gradients_of_values", "gradients_of_keys"))
+
+
 PASSES = {"full": 6, "default": 3, "fast": 1}
 """Passes of a tensor core with bfloat16 operands that a product takes at each precision, at most: v and dy that are
 bfloat16 take fewer."""
@@ -55,8 +68,9 @@ class Sizes(NamedTuple):
     chunk: int
 
     def product(self, letters: str) -> int:
-        """Of the sizes that letters such as `MNC` stand for; 1 for no letter."""
-        named = {"N": self.key_dim, "M": self.value_dim, "C": self.chunk}
+        """Of the sizes that letters such as `MNC` stand for, K and V for blocks of keys and values; 1 for no letter."""
+        blocks = {"K": -(-self.key_dim // BLOCK), "V": -(-self.value_dim // BLOCK)}
+        named = {"N": self.key_dim, "M": self.value_dim, "C": self.chunk} | blocks
         return math.prod(named[letter] for letter in letters)
 
 
@@ -68,6 +82,8 @@ class Work:
     """How many matrix products there are of each size, in multiply-adds: `CCN` is C C N."""
     sums: float = 0
     """Sums of logarithms over steps, which are products of C C N."""
+    sums_in: str = ""
+    """Blocks in each of which they are computed again: `V`, or none."""
     over_time: str = ""
     """Arrays that are read or written once, in their own dtypes: the operator's, or y and o in v's."""
     float32: str = ""
@@ -119,6 +135,13 @@ def _wkv7_split(chunk: int) -> Mapping[str, Work]:
         # Of each gradient one product with S or D; scores a~k~, r~b~, r~k~ and the eight of dA and dR with vectors;
         # A_k V, SA, R_b^T dY, dH, A_k^T dH, R_k^T dY and the four of dA and dR.
         "gradients": Work({"MNC": 7, "CCN": 11, "CCM": 10}, sums=2, over_time=f"{_WKV7} y {_WKV7}", float32="CC MN MN"),
+        # The same in two: each block of values has the first scores, each block of keys those of dA and dR.
+        "gradients_of_values": Work(
+            {"MNC": 3, "CCNV": 3, "CCM": 6}, sums=1, sums_in="V", over_time=f"{_WKV7} y v", float32="CC MN MN CM CM"
+        ),
+        "gradients_of_keys": Work(
+            {"MNC": 4, "CCN": 8, "CCMK": 4}, sums=2, over_time=f"{_WKV7} y r log_w k a b", float32="CM CM MN MN"
+        ),
     }
 
 
@@ -220,7 +243,7 @@ def kernel_cost(name: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> Kerne
     return KernelCost(
         bytes=sum(map(row, work.over_time.split())) + 4 * numbers / chunk,
         products=2 * products / chunk,
-        sums=2 * work.sums * sizes.product("CCN") / chunk,
+        sums=2 * work.sums * sizes.product(f"CCN{work.sums_in}") / chunk,
     )
 
 
@@ -237,7 +260,7 @@ def operator_costs(
     family = family_of(implementation, operator)
     forward, backward = (
         tuple(kernel_cost(f"{family}_{stage}", sizes, item_bytes) for stage in stages)
-        for stages in STAGES[implementation][operator]
+        for stages in stages_of(implementation, operator, key_dim, value_dim)
     )
     return forward, backward
 
@@ -304,7 +327,7 @@ def bfloat16_flops(computation: Computation, instruction: Instruction) -> int:
     if call is None or call.work is None or call.sizes is None:
         return 0
     products = sum(count * call.sizes.product(letters) for letters, count in call.work.products.items())
-    sums = call.work.sums * call.sizes.product("CCN")
+    sums = call.work.sums * call.sizes.product(f"CCN{call.work.sums_in}")
     return round(2 * call.num_chunks * (PASSES["full"] * products + PASSES_OF_SUMS * sums))
 
 

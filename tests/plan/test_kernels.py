@@ -26,6 +26,7 @@ from rwkv_jax.plan.kernels import (
     kernel_cost,
     map_columns,
     operator_costs,
+    stages_of,
     work_of,
 )
 from rwkv_jax.plan.program import parse_module
@@ -150,25 +151,31 @@ def flops_of(jaxpr: Any, dtype: Any) -> int:
     return flops
 
 
-@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(
+    ("with_gradients", "key_dim", "value_dim"),
+    [(False, KEY_DIM, VALUE_DIM), (True, KEY_DIM, VALUE_DIM), (True, 128, 256), (True, 16, 128)],
+)
 @pytest.mark.parametrize("operator", CHUNKS[SPLIT_KERNELS])
-def test_split_kernels_multiply_and_move_what_is_declared(operator: str, with_gradients: bool) -> None:
+def test_split_kernels_multiply_and_move_what_is_declared(
+    operator: str, with_gradients: bool, key_dim: int, value_dim: int
+) -> None:
     run: Any = rwkv_kernels.OPERATORS[operator].implementations[SPLIT_KERNELS].run
     run = functools.partial(run, interpret=True, matmul=TOLD_APART)
     program = differentiated_run(run) if with_gradients else run
-    found = list(kernels(jax.make_jaxpr(program)(*arguments(operator)).jaxpr))
-    family, (forward, backward) = family_of(SPLIT_KERNELS, operator), STAGES[SPLIT_KERNELS][operator]
+    found = list(kernels(jax.make_jaxpr(program)(*arguments(operator, key_dim, value_dim)).jaxpr))
+    forward, backward = stages_of(SPLIT_KERNELS, operator, key_dim, value_dim)
+    family, state = family_of(SPLIT_KERNELS, operator), (BATCH, HEADS, value_dim, key_dim)
     names = [name_of(call) for call in found]
     if with_gradients:
         assert names == [f"{family}_{stage}" for stage in (*forward, *backward)]
-    sizes = Sizes(KEY_DIM, VALUE_DIM, CHUNKS[SPLIT_KERNELS][operator])
+    sizes = Sizes(key_dim, value_dim, CHUNKS[SPLIT_KERNELS][operator])
     for name, call in zip(names, found, strict=True):
         cost = kernel_cost(name, sizes, item_bytes_of(operator))
         programs = math.prod(call.params["grid_mapping"].grid)
         flops, sums = (programs * flops_of(call.params["jaxpr"], dtype) for dtype in (jnp.bfloat16, jnp.float32))
         token_heads = BATCH * TIME * HEADS
         assert (cost.products, cost.sums) == (flops / token_heads, sums / token_heads), name
-        assert cost.bytes == bytes_of(call) / token_heads, name
+        assert cost.bytes == bytes_of(call, (state,)) / token_heads, name
 
 
 @pytest.mark.parametrize("operator", ["wkv6", "wkv7"])
