@@ -31,6 +31,8 @@ KERNELS = {"pallas_triton": 2, "pallas_triton_split": 5, "pallas_mosaic_tpu": 2}
 SHAPE = Shape(2, 70, 2, 48, 20)
 
 Loss = Callable[..., jax.Array]
+Differentiated = Callable[..., Any]
+"""The loss and its gradients."""
 
 
 def mesh_of(implementation: str) -> AbstractMesh:
@@ -52,11 +54,11 @@ def loss(operator: Operator, implementation: str) -> Loss:
     return scalar
 
 
-def by_itself(loss: Loss, operator: Operator) -> Loss:
+def by_itself(loss: Loss, operator: Operator) -> Differentiated:
     return jax.value_and_grad(loss)
 
 
-def under_vmap(loss: Loss, operator: Operator) -> Loss:
+def under_vmap(loss: Loss, operator: Operator) -> Differentiated:
     def mapped(inputs: dict[str, Any], *rest: jax.Array) -> Any:
         twice = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
         return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(twice, *rest)
@@ -64,11 +66,11 @@ def under_vmap(loss: Loss, operator: Operator) -> Loss:
     return mapped
 
 
-def under_remat(loss: Loss, operator: Operator) -> Loss:
+def under_remat(loss: Loss, operator: Operator) -> Differentiated:
     return jax.value_and_grad(jax.checkpoint(loss))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def under_shard_map(loss: Loss, operator: Operator) -> Loss:
+def under_shard_map(loss: Loss, operator: Operator) -> Differentiated:
     mesh = jax.sharding.get_abstract_mesh()
 
     def shard(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
@@ -81,7 +83,7 @@ def under_shard_map(loss: Loss, operator: Operator) -> Loss:
     return jax.value_and_grad(sharded)
 
 
-def under_sharded_time(loss: Loss, operator: Operator) -> Loss:
+def under_sharded_time(loss: Loss, operator: Operator) -> Differentiated:
     mesh = jax.sharding.get_abstract_mesh()
 
     def shard(inputs: dict[str, Any], *rest: jax.Array) -> jax.Array:
@@ -112,7 +114,7 @@ LONGER = (under_vmap, under_remat, under_sharded_time)
     ],
 )
 def test_gradients_are_lowered(
-    operator: Operator, implementation: str, transformed: Callable[[Loss, Operator], Loss]
+    operator: Operator, implementation: str, transformed: Callable[[Loss, Operator], Differentiated]
 ) -> None:
     assert kernels_in_gradients(operator, implementation, transformed) >= KERNELS[implementation]
 
@@ -126,7 +128,7 @@ def test_large_heads_have_gradients_in_two_kernels() -> None:
 def kernels_in_gradients(
     operator: Operator,
     implementation: str,
-    transformed: Callable[[Loss, Operator], Loss],
+    transformed: Callable[[Loss, Operator], Differentiated],
     shape: Shape = SHAPE,
 ) -> int:
     """How many kernels the lowered program of a loss and its gradients calls."""
