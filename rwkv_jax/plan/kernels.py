@@ -183,7 +183,7 @@ _FAMILIES: Mapping[str, Family] = {
     "wkv7": _wkv7,
     "wkv7_split": _wkv7_split,
     "wkv7_output": _wkv7_output,
-    "wkv7_step": lambda _: {"": Work(over_time=f"{_WKV7} g o", float32="MN MN")},
+    "wkv7_step": lambda _: {"": Work(over_time="r w k v a g v_first nu o", float32="MN MN")},  # with a value residual
 }
 """By what the kernels' names begin with."""
 

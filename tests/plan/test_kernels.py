@@ -33,6 +33,7 @@ from rwkv_jax.plan.program import parse_module
 from rwkv_kernels import dispatch
 from rwkv_kernels.matmul import Form, Matmul
 from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
+from rwkv_kernels.ops.wkv7.step import PER_HEAD, PER_TOKEN
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from tests.golden import QUICK
 
@@ -204,12 +205,13 @@ def test_kernels_around_the_operator_multiply_nothing_and_move_what_is_declared(
     over_time = [jax.ShapeDtypeStruct((BATCH, TIME, HEADS, size), jnp.bfloat16)] * 5
     per_head = [jax.ShapeDtypeStruct((HEADS, size), jnp.float32)] * 3
     output = functools.partial(wkv7_output_pallas_triton, epsilon=1e-5, interpret=True)
-    step = functools.partial(wkv7_step_pallas_triton, epsilon=1e-5, interpret=True)
-    of_token = [jax.ShapeDtypeStruct((tokens, HEADS, size), jnp.bfloat16)] * 7
+    step = functools.partial(wkv7_step_pallas_triton, epsilon=1e-5, decay_scale=-0.5, interpret=True)
+    of_token = dict.fromkeys((*PER_TOKEN, "v_first", "nu"), jax.ShapeDtypeStruct((tokens, HEADS, size), jnp.bfloat16))
+    of_head = dict.fromkeys((*PER_HEAD, "v0"), per_head[0])
     state = jax.ShapeDtypeStruct((tokens, HEADS, size, size), jnp.float32)
     programs = (
         jax.make_jaxpr(differentiated_run(output))(*over_time, *per_head),
-        jax.make_jaxpr(step)(*of_token, *per_head, state),
+        jax.make_jaxpr(step)(of_token | of_head, state),
     )
     found = [call for program in programs for call in kernels(program.jaxpr)]
     assert [name_of(call) for call in found] == ["wkv7_output_forward", "wkv7_output_backward", "wkv7_step"]
