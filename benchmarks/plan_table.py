@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.recipes import RELEASED_MODELS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"
 START, END = "<!-- table: start -->", "<!-- table: end -->"
@@ -47,15 +49,24 @@ STEPS: dict[str, tuple[str, ...]] = {
     "before": ("--training.remat", "full", "--training.no-fused-loss"),
     "now": (),
     "now, kernels named": ("--model.wkv-implementation", "pallas_triton"),
+    "now, split kernels named": ("--model.wkv-implementation", "pallas_triton_split"),
+    "and those after the operator": (
+        *("--model.wkv-implementation", "pallas_triton_split"),
+        *("--model.output-implementation", "pallas_triton"),
+    ),
 }
 """Settings with which a step of STEPS_OF is planned, as flags."""
 STEPS_OF = ("rwkv7_0_1b", "h100:1x8")
 STEP_COLUMNS = ("recipe", "operator", "peak", "products ms", "traffic ms", "launches", "step ms")
 
+KERNELS = ("pallas_triton", "pallas_triton_split")
+"""By whose formulas a step is predicted, besides the compiled one."""
+
 COLUMNS = (
     "config",
     "devices",
     "mesh",
+    "remat",
     "tokens a step",
     "arguments",
     "temporary",
@@ -65,6 +76,8 @@ COLUMNS = (
     "interconnect ms",
     "best tokens/s",
     "best MFU",
+    "step ms",
+    *(f"by {kernels}" for kernels in KERNELS),
 )
 
 
@@ -92,10 +105,13 @@ def plan(config: str, topology: str, folder: Path, anew: bool = False, flags: Se
 def row(config: str, found: dict[str, Any]) -> tuple[object, ...]:
     """A plan's line of the table."""
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
-    start = config, found["topology"], mesh, f"{found['work']['tokens']:,}", gibibytes(found["arguments"]["total"])
+    tokens, arguments = f"{found['work']['tokens']:,}", gibibytes(found["arguments"]["total"])
+    start = config, found["topology"], mesh, RELEASED_MODELS[config].remat, tokens, arguments
     program = found["program"]
     if program is None:
-        return (*start, "-", "-", "no", "-", "-", "-", "-")
+        return (*start, *["-"] * 2, "no", *["-"] * (5 + len(KERNELS)))
+    compiled, *others = program["estimates"]
+    by_kernels = {estimate["implementation"]: milliseconds(estimate["seconds"]) for estimate in others}
     share = found["peak"] / found["device"]["memory"]
     mark = WEAK_DECAYS if program.get("chosen_loops") else ""
     return (
@@ -103,10 +119,12 @@ def row(config: str, found: dict[str, Any]) -> tuple[object, ...]:
         gibibytes(program["temporary"]),
         f"{gibibytes(found['peak'])} ({share:.0%})",
         "yes" if found["fits"] else "no",
-        f"{1e3 * program['floors']['products']:.0f}{mark}",
-        f"{1e3 * program['floors']['interconnect']:.0f}",
+        f"{milliseconds(program['floors']['products'])}{mark}",
+        milliseconds(program["floors"]["interconnect"]),
         f"{found['tokens_per_second']:,.0f}{mark}",
         f"{found['mfu']:.0%}",
+        f"{milliseconds(compiled['seconds'])}{mark}",
+        *(by_kernels.get(kernels, "-") for kernels in KERNELS),
     )
 
 
@@ -114,10 +132,14 @@ def step_rows(label: str, found: dict[str, Any]) -> Iterator[tuple[object, ...]]
     """A plan's lines of the table of steps."""
     for estimate in found["program"]["estimates"]:
         how = "compiled" if estimate["is_compiled"] else "by formulas"
-        sums = (f"{1e3 * estimate[name]:.0f}" for name in ("products", "traffic"))
-        end = (f"{estimate['launches']:,}", f"{1e3 * estimate['seconds']:.0f}")
+        sums = (milliseconds(estimate[name]) for name in ("products", "traffic"))
+        end = (f"{estimate['launches']:,}", milliseconds(estimate["seconds"]))
         peak = gibibytes(found["peak"]) if estimate["is_compiled"] else "-"
         yield label, f"{estimate['implementation']}, {how}", peak, *sums, *end
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
 
 
 def gibibytes(size: int) -> str:

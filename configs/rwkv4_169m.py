@@ -3,8 +3,8 @@
     rwkv train configs/rwkv4_169m.py --data.source PATH
     rwkv plan configs/rwkv4_169m.py --topology h100:1x8
 
-`rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 4.93 GiB of 79.14 GiB a device; at best
-6,599,007 tokens/s, MFU 65%.
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 11.52 GiB of 79.14 GiB a device; at best
+10,094,844 tokens/s, MFU 100%.
 """
 
 from rwkv_jax.config import TrainConfig

@@ -3,8 +3,8 @@
     rwkv train configs/rwkv4_430m.py --data.source PATH
     rwkv plan configs/rwkv4_430m.py --topology h100:1x8
 
-`rwkv plan` said: h100:1x8, data 8: fits; arguments 4.81 GiB, peak 10.03 GiB of 79.14 GiB a device; at best
-2,446,701 tokens/s, MFU 70%.
+`rwkv plan` said: h100:1x8, data 8: fits; arguments 4.81 GiB, peak 28.17 GiB of 79.14 GiB a device; at best
+3,482,698 tokens/s, MFU 100%.
 """
 
 from rwkv_jax.config import TrainConfig

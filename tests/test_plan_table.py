@@ -80,7 +80,15 @@ def plan_in_json(**program: Any) -> dict[str, Any]:
         "device": {"memory": 80 << 30},
         "work": {"tokens": 4096},
         "arguments": {"total": 1 << 30},
-        "program": {"temporary": 2 << 30, "floors": {"products": 0.25, "interconnect": 0.5}} | program,
+        "program": {
+            "temporary": 2 << 30,
+            "floors": {"products": 0.25, "interconnect": 0.5},
+            "estimates": [
+                {"implementation": "chunked", "seconds": 0.75},
+                {"implementation": "pallas_triton", "seconds": 0.5},
+            ],
+        }
+        | program,
         "peak": 4 << 30,
         "fits": True,
         "tokens_per_second": 8192.0,
@@ -90,8 +98,11 @@ def plan_in_json(**program: Any) -> dict[str, Any]:
 
 def test_rows_and_their_note() -> None:
     plain = SCRIPT["row"]("rwkv7_0_1b", plan_in_json(chosen_loops=[]))
-    cells = ["rwkv7_0_1b", "h100:1x8", "data 2 x fsdp 4", "4,096", "1.00 GiB", "2.00 GiB", "4.00 GiB (5%)", "yes"]
-    assert list(plain) == [*cells, "250", "500", "8,192", "50%"]
+    cells = ["rwkv7_0_1b", "h100:1x8", "data 2 x fsdp 4", "operator", "4,096", "1.00 GiB"]
+    cells += ["2.00 GiB", "4.00 GiB (5%)", "yes", "250", "500", "8,192", "50%"]
+    assert list(plain) == [*cells, "750", "500", "-"]
     marked = SCRIPT["row"]("rwkv6_3b", plan_in_json(chosen_loops=["while.1"]))
-    assert list(marked[-4:]) == [f"250{MARK}", "500", f"8,192{MARK}", "50%"]
-    assert list(SCRIPT["row"]("rwkv7_0_1b", plan_in_json() | {"program": None})[-7:]) == ["-", "-", "no", *"----"]
+    assert list(marked[9:]) == [f"250{MARK}", "500", f"8,192{MARK}", "50%", f"750{MARK}", "500", "-"]
+    refused = SCRIPT["row"]("rwkv7_0_1b", plan_in_json() | {"program": None})
+    assert list(refused[6:]) == ["-", "-", "no", *"-------"]
+    assert len(plain) == len(marked) == len(refused) == len(SCRIPT["COLUMNS"])
