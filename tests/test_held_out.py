@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rwkv_jax.held_out import bits_per_byte, compressed_bits_per_byte, evaluate
 from rwkv_jax.training.batch import Batch, make_batch
 from rwkv_jax.training.functions import TrainFunctions, make_train_functions
 from rwkv_jax.training.state import EvalSums
+from tests.programs import compiled_quickly
 
 BATCH, LENGTH = 3, 16
 
@@ -28,6 +30,13 @@ BATCH, LENGTH = 3, 16
 def token_file(count: int, num_bytes: int) -> TokenFile:
     tokens = np.random.default_rng(0).integers(0, 50, count).astype(np.uint16)
     return TokenFile(Path("unused"), tokens, num_bytes, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Compiles quickly: rounding is not the question here."""
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import RWKV7, ModelConfig, save_pretrained
+from tests.programs import compiled_quickly
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -39,6 +40,6 @@ def test_python_in_the_readme_runs(block: str, weights: Path) -> None:
         "max_tokens=200", "max_tokens=4"
     )
     names: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), compiled_quickly():
         exec(compile(block, str(README), "exec"), names)
     assert names["y"].ndim == 4 if "wkv7" in names else names["engine"] is not None

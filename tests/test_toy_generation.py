@@ -7,12 +7,10 @@ operator of rwkv_kernels, no heads, and a recurrent state of one number a channe
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +55,10 @@ from rwkv_jax.plan.run import plan_run
 from rwkv_jax.training import loop
 from rwkv_jax.training.reporting.step_logger import StepLogger
 from tests.config import test_generations
-from tests.golden import QUICK
 from tests.inference import models as inference_models
 from tests.inference import test_engine
 from tests.models import parameters, small_models, test_gradients, test_language_model
-from tests.programs import kept_on_disk
+from tests.programs import compiled_quickly, kept_on_disk
 from tests.runs import Workplace, kill_one
 from tests.small_runs import assert_same_bits, small_config
 from tests.train.in_process import run
@@ -277,8 +274,7 @@ def toy_run(folder: Path) -> TrainConfig:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Compiled quickly, and kept on disk."""
     folder = tmp_path_factory.getbasetemp() / "programs"
-    quick = mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-    with quick, kept_on_disk(folder):
+    with compiled_quickly(), kept_on_disk(folder):
         yield folder
 
 

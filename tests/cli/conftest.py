@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import jax
 import pytest
@@ -19,8 +17,7 @@ from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.functions import make_train_functions
 from tests.cli.commands import Command, Printed
-from tests.golden import QUICK
-from tests.programs import kept_on_disk
+from tests.programs import compiled_quickly, kept_on_disk
 from tests.small_runs import CODE
 
 CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
@@ -30,8 +27,7 @@ CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, h
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiles quickly and keeps programs on disk: every command would compile the same ones again, for seconds."""
     programs = tmp_path_factory.getbasetemp() / "programs"  # for all modules
-    quick = mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-    with kept_on_disk(programs), quick:
+    with kept_on_disk(programs), compiled_quickly():
         yield
 
 

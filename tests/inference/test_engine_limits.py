@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from unittest import mock
 
-import jax
 import pytest
 
 from rwkv_jax.bench.random_model import NumberTokenizer
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.engine import Engine, EngineOptions
 from rwkv_jax.inference.sampling import SamplingParams
-from tests.golden import QUICK
 from tests.inference.models import CONFIGS, OPTIONS, random_model
+from tests.programs import compiled_quickly
 
 SMALL = dataclasses.replace(CONFIGS["7"], vocab_size=16)
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+    with compiled_quickly():
         return Engine(random_model(SMALL), NumberTokenizer(SMALL.vocab_size), EngineOptions(**OPTIONS))
 
 

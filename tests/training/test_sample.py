@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from rwkv_jax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, trai
 from rwkv_jax.inference.sampling import SamplingParams
 from rwkv_jax.models import RWKV7, Transformer
 from rwkv_jax.training.sample import TOKENS_PER_CALL, Sampler
+from tests.programs import compiled_quickly
 
 CONFIG = ModelConfig(vocab_size=300, num_layers=3, width=32, head_dim=8)
 GREEDY = SamplingParams(temperature=0.0)
@@ -45,6 +46,13 @@ class Small(NamedTuple):
     sampler: CountedSampler
     greedy: Callable[[str, int], list[int]]
     """Continues a prompt by the likeliest token of the whole text so far, read in parallel each time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Compiles quickly: rounding is not the question here."""
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="module")
