@@ -18,15 +18,16 @@ from rwkv_jax.config import (
     StepConfig,
     TrainConfig,
 )
-from tests.programs import kept_on_disk
+from tests.programs import compiled_quickly, kept_on_disk
 from tests.small_runs import write_corpus
 from tests.train.in_process import Run, run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps compiled programs on disk: every call of `train` would compile the same ones again, for seconds."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):  # for all modules
+    """Compiles quickly and keeps programs on disk: every call of `train` would compile the same ones again, for
+    seconds. How a run begins, goes on and ends is the question here; tests/test_resume.py compiles as users do."""
+    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly():  # for all modules
         yield
 
 
@@ -50,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="session")
 def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run from beginning to end; not to be changed."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):
+    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly():
         return run(config, tmp_path_factory.mktemp("finished") / "run")
 
 
