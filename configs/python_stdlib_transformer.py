@@ -2,7 +2,7 @@
 
     rwkv train configs/python_stdlib_transformer.py
 
-Seen with 800 steps on 2 CPU cores, which much other work shared: 18 minutes; all held-out text 3.745 nats a token,
+Seen on 2 CPU cores with 800 steps, which much other work shared: 18 minutes; all held-out text 3.745 nats a token,
 1.854 bits a byte, where RWKV-7 had 1.563 after as many and gzip -9 needs 1.887. One seed. The learning rate is a
 quarter of RWKV-7's, with which the loss stood at 5.7 nats after 150 steps; no other was tried, and a longer run or a
 search may well do better by the Transformer.
