@@ -57,7 +57,7 @@ OUTPUT = dispatch.Alternatives(
         ),
     },
     order=("xla",),
-    axes=dict.fromkeys(("y", "r", "k", "v", "g"), "B T H N") | dict.fromkeys(("r_k", "weight", "bias"), "H N"),
+    axes={**dict.fromkeys(("y", "r", "k", "v", "g"), "B T H N"), **dict.fromkeys(("r_k", "weight", "bias"), "H N")},
 )
 """Its implementations; the kernels run only when named."""
 

@@ -74,7 +74,7 @@ STEP = dispatch.Alternatives(
         ),
     },
     order=("xla",),
-    axes=dict.fromkeys((*PER_TOKEN, "v_first", "nu"), "B H N") | dict.fromkeys((*PER_HEAD, "v0"), "H N"),
+    axes={**dict.fromkeys((*PER_TOKEN, "v_first", "nu"), "B H N"), **dict.fromkeys((*PER_HEAD, "v0"), "H N")},
 )
 """Its implementations; the kernel runs only when named, or measured to be the faster."""
 
