@@ -28,6 +28,7 @@ from jax.extend import core as jex
 from rwkv_jax.plan.devices import DEVICES, TPU_ENVIRONMENT, cuda_target
 from rwkv_kernels.ops.wkv7.cases import MODEL_CONSTANTS
 from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
+from rwkv_kernels.ops.wkv7.pallas_mosaic_gpu import wkv7_pallas_mosaic_gpu
 from rwkv_kernels.ops.wkv7.step import STEP
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
 from rwkv_kernels.pallas.triton_split import warps_of_products
@@ -36,7 +37,9 @@ from rwkv_kernels.testing.cases import Shape
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
 TRITON = (*OPERATORS, "wkv7_split")
-"""What there is for NVIDIA: the kernels of each operator, and those of `pallas_triton_split`."""
+"""What there is for NVIDIA through Triton: the kernels of each operator, and those of `pallas_triton_split`."""
+TILES = "wkv7_tiles"
+"""The kernels of `pallas_mosaic_gpu`."""
 KERNELS = ("forward", "forward, storing", "backward")
 SPLIT_KERNELS = (
     "factors",
@@ -147,6 +150,8 @@ def _arguments(operator: str, shape: Shape, dtype: Any, sharding: Any) -> tuple[
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """An operator's function for `pallas_triton` or `pallas_mosaic_tpu`, which does not ask what machine it is on."""
+    if operator == TILES:
+        return wkv7_pallas_mosaic_gpu
     operator, form = operator[:4], operator[4:]
     module = backend if operator == "wkv4" else "pallas"
     return getattr(importlib.import_module(f"rwkv_kernels.ops.{operator}.{module}"), f"{operator}_{backend}{form}")
@@ -181,9 +186,9 @@ def _trace(
 
 
 def _label(direction: Direction, name: str) -> str:
-    if "split" in name:
+    if "split" in name or "tiles" in name:
         names = {part.replace(", storing", "_with_inverse").replace(" ", "_"): part for part in SPLIT_KERNELS}
-        return names[name.removeprefix("wkv7_split_")]
+        return names[re.sub("wkv7_(split|tiles)_", "", name)]
     if direction == "forward":
         return "forward"
     return "backward" if "backward" in name else "forward, storing"
@@ -199,7 +204,7 @@ def compile_triton(
     segments: bool = False,
     **options: Any,
 ) -> list[TritonResources]:
-    """An operator's `pallas_triton` kernels compiled for an H100; options as the implementation has them."""
+    """An operator's `pallas_triton` kernels, or those of `TILES`, compiled for an H100; options as implementations'."""
     traced = _trace("h100", operator, direction, dtype, precision, shape, segments, options)
     token_heads = shape.batch * shape.time * shape.heads
     found = _read_kernels(traced, operator, functools.partial(_label, direction), token_heads)
@@ -250,6 +255,7 @@ def compile_output(
 def _read_kernels(traced: Any, part: str, label: Callable[[str], str], token_heads: int) -> list[TritonResources]:
     """Compiles a program for an H100, and reads what became of the kernels with `part` in their names."""
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         traced.lower().compile(compiler_options={"xla_dump_to": folder})
         moved = dict(_bytes_of_kernels(traced.jaxpr))
         launches = "".join(path.read_text(encoding="utf-8") for path in Path(folder).glob("*thunk_sequence.txt"))
@@ -257,17 +263,38 @@ def _read_kernels(traced: Any, part: str, label: Callable[[str], str], token_hea
             found["name"]: int(found["bytes"])
             for found in re.finditer(r"(?P<name>\S+) +grid: .*shared_memory: (?P<bytes>\d+) bytes", launches)
         }
+        shared |= {f"{name}{_MOSAIC}": size for name, size in _shared_memory(traced.jaxpr)}
         return [
-            _read_ptx(path, name, label(name), shared[name], moved[name] // token_heads)
+            _read_ptx(path, name, label(own), shared[name], moved[own] // token_heads)
             for path in Path(folder).glob("*.ptx")
             for name in re.findall(rf"\.visible \.entry (\w*{part}\w*)", path.read_text(encoding="utf-8"))
+            for own in [name.removesuffix(_MOSAIC)]
         ]
+
+
+_MOSAIC = "_mosaic_gpu_kernel"
+"""What Mosaic GPU adds to a kernel's name."""
+
+
+def _shared_memory(jaxpr: Any, name: str | None = None) -> Iterator[tuple[str, int]]:
+    """Name and bytes of shared memory of every Mosaic GPU kernel in a program, or in one of that name; no barriers."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mpmd_map":
+            name = equation.params["name"]
+        inner = list(jex.jaxprs_in_params(equation.params))
+        if name is not None and equation.primitive.name == "run_scoped":
+            arrays: list[Any] = [x.aval for x in inner[0].invars if "smem" in str(x.aval).lower()]
+            if size := sum(x.size * x.dtype.itemsize for x in arrays if x.dtype == jnp.bfloat16):
+                yield name, size
+        else:
+            for each in inner:
+                yield from _shared_memory(each, name)
 
 
 def _bytes_of_kernels(jaxpr: Any) -> Iterator[tuple[str, int]]:
     """Name and bytes of arguments and results of every kernel in a program."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
+        if equation.primitive.name in ("pallas_call", "mpmd_map"):
             arrays = (x.aval for x in (*equation.invars, *equation.outvars))
             yield equation.params["name"], sum(x.size * x.dtype.itemsize for x in arrays)
         else:
@@ -339,4 +366,6 @@ def settings(operator: str, backend: str, name: str = "forward", key_dim: int = 
     warps = kernel.num_warps_backward if name.startswith(("backward", "gradients")) else kernel.num_warps
     if name in ("states", "outputs", "cotangents"):
         warps = warps_of_products(key_dim)
+    if operator == TILES:
+        return f"chunk {kernel.chunk_size}, warpgroups 2"
     return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")

@@ -98,7 +98,7 @@ def _table(columns: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> Iter
 
 
 def _triton_rows() -> Iterator[tuple[object, ...]]:
-    for operator in deviceless.TRITON:
+    for operator in (*deviceless.TRITON, deviceless.TILES):
         for dtype, precision in combinations(operator):
             kernels = deviceless.compile_triton(operator, "forward", dtype, precision)
             kernels += deviceless.compile_triton(operator, "gradient", dtype, precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ class Implementation:
     refuses: Callable[[Problem], str | None]
     """Why a problem cannot be run, or None."""
     min_chunk_size: int | None = None
-    """The smallest `chunk_size` that `run` takes, a power of two; None if it has no chunks."""
+    """The smallest `chunk_size` that `run` takes, a power of two; None if it has no chunks, or of one size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,25 @@ def refuse_unless(platform: str, device: str) -> Callable[[Problem], str | None]
 
 
 unless_nvidia = refuse_unless("gpu", "an NVIDIA GPU")
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+"""In the names of GPUs of compute capability 9.0."""
+
+
+def unless_hopper(largest_head: int) -> Callable[[Problem], str | None]:
+    """Refuses all but NVIDIA Hopper, heads of more than a size, and float64."""
+
+    def refuses(problem: Problem) -> str | None:
+        if refusal := refuse_unless("gpu", "an NVIDIA Hopper GPU")(problem):
+            return refusal
+        if not _HOPPER.search(problem.device_kind or ""):
+            return f"it needs an NVIDIA Hopper GPU, such as H100, and this is {problem.device_kind or 'an unnamed GPU'}"
+        if max(problem.shape[3:]) > largest_head:
+            return f"its heads have at most {largest_head} keys and values, and these {max(problem.shape[3:])}"
+        return None
+
+    return refuses
+
+
 unless_tpu = refuse_unless("tpu", "a TPU")
 
 
@@ -155,8 +175,8 @@ def _check_chunk_size(operator: str, name: str, chosen: Implementation, chunk_si
     smallest = chosen.min_chunk_size
     if smallest is None:
         raise ValueError(
-            f"chunk_size = {chunk_size}: {name} of {operator} has no chunks; leave chunk_size out or name another "
-            "implementation, such as 'chunked'"
+            f"chunk_size = {chunk_size}: {name} of {operator} has no chunks to choose; leave chunk_size out or name "
+            "another implementation, such as 'chunked'"
         )
     if not isinstance(chunk_size, int) or chunk_size < smallest or not is_power_of_two(chunk_size):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Every Triton kernel compiles for an H100, on its tensor cores, and spills no more than docs/kernels.md says."""
+"""Every kernel for NVIDIA compiles for an H100, on its tensor cores, and spills no more than docs/kernels.md says."""
 
 from __future__ import annotations
 
 import pytest
 
-from deviceless import SHAPE, TRITON, Direction, TritonResources, compile_output, compile_step, compile_triton
+from deviceless import SHAPE, TILES, TRITON, Direction, TritonResources, compile_output, compile_step, compile_triton
 from kernel_resources import DOCUMENT, combinations, has_products, key, read_spills
 from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
@@ -19,13 +19,19 @@ SPLIT_KERNELS: dict[str, list[str]] = {
 LARGE_HEADS = [*SPLIT_KERNELS["gradient"][:-1], "gradients of values", "gradients of keys"]
 SMALL = Shape(2, 256, 2, 64, 64)
 
-each_operator = pytest.mark.parametrize("operator", TRITON)
+ALL = (*TRITON, TILES)
+OF_TILES = pytest.param(TILES, marks=pytest.mark.long)
+
+each_operator = pytest.mark.parametrize("operator", [*TRITON, OF_TILES])
 # The kernels of a call without gradients are those of one with gradients, less what is kept for the backward pass.
 each_direction = pytest.mark.parametrize("direction", [pytest.param("forward", marks=pytest.mark.long), "gradient"])
 
 
 def _check(operator: str, direction: Direction, found: list[TritonResources]) -> None:
-    assert [x.kernel for x in found] == (SPLIT_KERNELS if "split" in operator else KERNELS)[direction]
+    assert [x.kernel for x in found] == (SPLIT_KERNELS if operator in ("wkv7_split", TILES) else KERNELS)[direction]
+    if operator == TILES:
+        assert all(x.wgmma > 0 == x.mma_sync for x in found)
+        assert all(x.shared_memory <= 232448 - 2048 - 512 for x in found)  # of which Mosaic takes some, and barriers
     if has_products(operator):
         assert all(x.wgmma + x.mma_sync > 0 for x in found)
 
@@ -44,7 +50,7 @@ def test_what_is_shipped_spills_no_more_than_the_table_says(operator: str, direc
     _check_spills(operator, direction, "bfloat16", "full")
 
 
-OTHERS = [(operator, *pair) for operator in TRITON for pair in combinations(operator) if pair != ("bfloat16", "full")]
+OTHERS = [(operator, *pair) for operator in ALL for pair in combinations(operator) if pair != ("bfloat16", "full")]
 
 
 @pytest.mark.long
@@ -66,6 +72,8 @@ def test_packed_rows_compile(operator: str) -> None:
 @pytest.mark.parametrize("sizes", [(16, 16), (24, 40), (64, 32), (128, 128)])
 @each_operator
 def test_other_head_sizes_compile(operator: str, sizes: tuple[int, int], dtype: str) -> None:
+    if operator == TILES and max(sizes) > 64:
+        pytest.skip("its heads have at most 64 keys and values")
     shape = SMALL._replace(time=100, key_dim=sizes[0], value_dim=sizes[1])
     found = compile_triton(operator, "gradient", dtype, shape=shape)
     if operator == "wkv7_split" and max(sizes) > 64:

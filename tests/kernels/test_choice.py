@@ -95,6 +95,31 @@ def test_an_explanation_names_the_kind_of_device_where_it_is_known() -> None:
     assert str(unknown).startswith("wkv7 B1 T2 H3 N4 M4 float32 on gpu:\n")
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA GH200 480GB"])
+def test_kernels_for_hopper_are_known_to_run_on_it(kind: str) -> None:
+    explanation = rwkv_kernels.explain("wkv7", (1, 2, 3, 64), platform="gpu", device_kind=kind)
+    assert explanation.refusals["pallas_mosaic_gpu"] is None
+    assert explanation.chosen == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "sizes", "reason"),
+    [
+        ("cpu", "cpu", (64, 64), "it needs an NVIDIA Hopper GPU, and this is cpu"),
+        ("gpu", None, (64, 64), "it needs an NVIDIA Hopper GPU, such as H100, and this is an unnamed GPU"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", (64, 64), "and this is NVIDIA A100-SXM4-80GB"),
+        ("gpu", "NVIDIA B200", (64, 64), "and this is NVIDIA B200"),
+        ("gpu", "NVIDIA H200", (64, 65), "its heads have at most 64 keys and values, and these 65"),
+        ("gpu", "NVIDIA H200", (128, 64), "its heads have at most 64 keys and values, and these 128"),
+    ],
+)
+def test_kernels_for_hopper_are_refused_elsewhere_with_the_reason(
+    platform: str, kind: str | None, sizes: tuple[int, int], reason: str
+) -> None:
+    explanation = rwkv_kernels.explain("wkv7", (1, 2, 3, *sizes), platform=platform, device_kind=kind)
+    assert reason in (explanation.refusals["pallas_mosaic_gpu"] or "")
+
+
 def test_values_have_the_size_of_keys_unless_told() -> None:
     assert rwkv_kernels.explain("wkv7", (1, 2, 3, 4)) == rwkv_kernels.explain("wkv7", (1, 2, 3, 4, 4))
 

@@ -82,7 +82,7 @@ def test_sizes_that_are_no_power_of_two_are_refused(operator: Operator, size: An
 @each_operator
 def test_one_without_chunks_takes_no_size(operator: Operator) -> None:
     inputs = as_jax(problem(operator, "realistic", SHAPE)[0], jnp.float32)
-    message = f"chunk_size = 16: 'scan' of {operator} has no chunks; leave chunk_size out or name .*'chunked'"
+    message = f"chunk_size = 16: 'scan' of {operator} has no chunks to choose; leave chunk_size out or name .*'chunked'"
     with pytest.raises(ValueError, match=message):
         operator.run(**inputs, implementation="scan", chunk_size=16)
 

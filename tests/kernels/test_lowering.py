@@ -25,9 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 V6E = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-DEVICES = {"pallas_triton": H100, "pallas_triton_split": H100, "pallas_mosaic_tpu": V6E}
-KERNELS = {"pallas_triton": 2, "pallas_triton_split": 5, "pallas_mosaic_tpu": 2}
+DEVICES = {"pallas_triton": H100, "pallas_triton_split": H100, "pallas_mosaic_gpu": H100, "pallas_mosaic_tpu": V6E}
+KERNELS = {"pallas_triton": 2, "pallas_triton_split": 5, "pallas_mosaic_gpu": 5, "pallas_mosaic_tpu": 2}
 """Of a forward pass with a backward pass."""
+TARGETS = {"triton": "__gpu$xla.gpu.triton", "mosaic_gpu": "mosaic_gpu_v2", "mosaic_tpu": "tpu_custom_call"}
+SLOW = ("pallas_mosaic_gpu",)
 SHAPE = Shape(2, 70, 2, 48, 20)
 
 Loss = Callable[..., jax.Array]
@@ -107,7 +109,7 @@ LONGER = (under_vmap, under_remat, under_sharded_time)
 @pytest.mark.parametrize(
     ("operator", "implementation"),
     [
-        pytest.param(operator, name, id=f"{operator}-{name}")
+        pytest.param(operator, name, id=f"{operator}-{name}", marks=pytest.mark.long if name in SLOW else ())
         for operator in OPERATORS
         for name in operator.parts.implementations
         if name in DEVICES
@@ -141,5 +143,5 @@ def kernels_in_gradients(
         function = transformed(loss(operator, implementation), operator)
         traced = jax.jit(function).trace(inputs, segment_ids, lengths)
         lowered = traced.lower(lowering_platforms=("cuda" if device.platform == "gpu" else device.platform,))
-    target = "__gpu$xla.gpu.triton" if device.platform == "gpu" else "tpu_custom_call"
+    (target,) = (target for part, target in TARGETS.items() if part in implementation)
     return lowered.as_text().count(f"custom_call @{target}(")

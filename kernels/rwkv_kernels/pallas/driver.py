@@ -120,6 +120,8 @@ class Launch:
 
     kernel: Kernel
     matmul: Matmul
+    precision: Precision
+    """Of `matmul`, for kernels that do not take it."""
     interpret: bool
     """Pallas' interpret mode."""
 
@@ -267,7 +269,7 @@ def implementation(backend: Backend, default_kernel: Kernel) -> Callable[..., tu
                 for index in (kernel.values, kernel.decays)
             )
             matmul = matmul._replace(bfloat16_values=values, bfloat16_decays=decays)
-        outputs: Any = _run(backend, Launch(kernel, matmul, interpret), operands, state)
+        outputs: Any = _run(backend, Launch(kernel, matmul, precision, interpret), operands, state)
         y, final = outputs
         return y[:, :time, :, :value_dim], final[:, :, :value_dim, :key_dim]
 

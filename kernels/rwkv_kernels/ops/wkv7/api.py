@@ -37,6 +37,10 @@ OPERATOR = Operator(
             dispatch.unless_nvidia,
             min_chunk_size=16,
         ),
+        "pallas_mosaic_gpu": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv7.pallas_mosaic_gpu:wkv7_pallas_mosaic_gpu"),
+            dispatch.unless_hopper(largest_head=64),
+        ),
         "pallas_mosaic_tpu": dispatch.Implementation(
             dispatch.on_first_use("rwkv_kernels.ops.wkv7.pallas:wkv7_pallas_mosaic_tpu"),
             dispatch.unless_tpu,
