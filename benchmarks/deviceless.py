@@ -264,16 +264,37 @@ def _read_kernels(traced: Any, part: str, label: Callable[[str], str], token_hea
             for found in re.finditer(r"(?P<name>\S+) +grid: .*shared_memory: (?P<bytes>\d+) bytes", launches)
         }
         shared |= {f"{name}{_MOSAIC}": size for name, size in _shared_memory(traced.jaxpr)}
-        return [
+        found = [
             _read_ptx(path, name, label(own), shared[name], moved[own] // token_heads)
             for path in Path(folder).glob("*.ptx")
             for name in re.findall(rf"\.visible \.entry (\w*{part}\w*)", path.read_text(encoding="utf-8"))
             for own in [name.removesuffix(_MOSAIC)]
         ]
+    for name, arrays in _mosaic_kernels(traced.jaxpr):
+        for kernel in found:
+            if kernel.kernel == label(name):
+                _KEPT[name, arrays] = kernel
+                break
+        else:
+            found.append(_KEPT[name, arrays])
+    return found
 
 
 _MOSAIC = "_mosaic_gpu_kernel"
 """What Mosaic GPU adds to a kernel's name."""
+
+_KEPT: dict[tuple[str, str], TritonResources] = {}
+"""Mosaic GPU's kernels, by name and types of their arrays: a process compiles each once."""
+
+
+def _mosaic_kernels(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Name and types of the arrays of every Mosaic GPU kernel in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mpmd_map":
+            yield equation.params["name"], str([x.aval for x in (*equation.invars, *equation.outvars)])
+        else:
+            for inner in jex.jaxprs_in_params(equation.params):
+                yield from _mosaic_kernels(inner)
 
 
 def _shared_memory(jaxpr: Any, name: str | None = None) -> Iterator[tuple[str, int]]:
