@@ -90,6 +90,8 @@ class Kernel:
     num_warps: int = 4
     """Triton only: warps per program, forward."""
     num_warps_backward: int = 8
+    heads: int = 2
+    """TPU only: heads that a program computes side by side; one where they do not divide H."""
     fixed_decay: bool = False
     """The decay does not depend on the token, so steps beyond a length must be masked."""
     forward: ForwardPass | None = None

@@ -1,4 +1,8 @@
-"""Kernels through Mosaic, for TPUs: a program runs one chunk, those of a head in sequence, with the state in VMEM."""
+"""Kernels through Mosaic, for TPUs: a program runs a chunk of a few heads, those of a head in sequence, state in VMEM.
+
+A core runs one program at a time, and a chunk's products wait for each other: heads are computed in lockstep, so that
+the matrix units have those of another head meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from rwkv_kernels.pallas.driver import (
     take_constants,
     with_kind,
 )
+from rwkv_kernels.pallas.lockstep import in_lockstep
 
 
 def call_kernel(
@@ -37,38 +42,43 @@ def call_kernel(
     *,
     backwards: bool,
 ) -> Any:
-    """Calls a kernel on a grid of rows, heads and sequential chunks; an array's kind says which block a program gets.
+    """Calls a kernel on a grid of rows, groups of heads and sequential chunks; a kind says which block a program gets.
 
-    Kinds: `time` [B, H, T, N] -> [C, N]; `steps` [B, T, 1] -> [C, 1]; `head` [H, 1, N] -> [1, N];
-    `state` [B, H, ...] -> [...]; `chunk_states` [B, H, T / C, M, N] -> [M, N].
+    Kinds, with G heads in a group: `time` [B, H, T, N] -> [G, C, N]; `steps` [B, T, 1] -> [C, 1];
+    `head` [H, 1, N] -> [G, 1, N]; `state` [B, H, ...] -> [G, ...]; `chunk_states` [B, H, T / C, M, N] -> [G, M, N].
     """
     from jax.experimental.pallas import tpu  # here: a backend that other machines need not have
 
     size = launch.size
-    count = inputs[0][0].shape[2] // size
+    batch, heads, time = inputs[0][0].shape[:3]
+    count, group = time // size, launch.kernel.heads if heads % launch.kernel.heads == 0 else 1
 
     def at(index: Array) -> Array:
         return count - 1 - index if backwards else index
 
     specs = {
-        "time": lambda s: pl.BlockSpec((None, None, size, s[3]), lambda b, h, i: (b, h, at(i), 0)),
+        "time": lambda s: pl.BlockSpec((None, group, size, s[3]), lambda b, h, i: (b, h, at(i), 0)),
         "steps": lambda s: pl.BlockSpec((None, size, 1), lambda b, h, i: (b, at(i), 0)),
-        "head": lambda s: pl.BlockSpec((None, 1, s[2]), lambda b, h, i: (h, 0, 0)),
-        "state": lambda s: pl.BlockSpec((None, None, *s[2:]), lambda b, h, i: (b, h, 0, 0)),
-        "chunk_states": lambda s: pl.BlockSpec((None, None, None, *s[3:]), lambda b, h, i: (b, h, at(i), 0, 0)),
+        "head": lambda s: pl.BlockSpec((group, 1, s[2]), lambda b, h, i: (h, 0, 0)),
+        "state": lambda s: pl.BlockSpec((None, group, *s[2:]), lambda b, h, i: (b, h, 0, 0)),
+        "chunk_states": lambda s: pl.BlockSpec((None, group, None, *s[3:]), lambda b, h, i: (b, h, at(i), 0, 0)),
     }
-    batch, heads = inputs[0][0].shape[:2]
     return pl.pallas_call(
         body,
-        grid=(batch, heads, count),
+        grid=(batch, heads // group, count),
         in_specs=[specs[kind](x.shape) for x, kind in inputs],
         out_specs=[specs[kind](x.shape) for x, kind in outputs],
         out_shape=[x for x, _ in outputs],
-        scratch_shapes=[tpu.VMEM(state_shape, jnp.float32)],
+        scratch_shapes=[tpu.VMEM((group, *state_shape), jnp.float32)],
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=launch.interpret,
         name=f"{launch.kernel.name}_{name}",
     )(*(x for x, _ in inputs))
+
+
+def _loaded(refs: Sequence[Any], head: int) -> tuple[Array, ...]:
+    """A head's part of a group's blocks."""
+    return tuple(as_float32(ref[head]) for ref in refs)
 
 
 def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bool) -> ForwardResult:
@@ -97,11 +107,14 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
 
         for ref in states_ref:
             ref[...] = carried[...]
-        parts = tuple(as_float32(ref[...]) for ref in time_refs)
         selected = take_constants(constants, [ref[...] for ref in step_refs])
-        heads_only = tuple(as_float32(ref[...]) for ref in head_refs)
-        carried[...], y = launch.chunk(carried[...], parts, heads_only, selected)
-        y_ref[...] = y.astype(y_ref.dtype)
+        calls = [
+            (carried[head], _loaded(time_refs, head), _loaded(head_refs, head), selected)
+            for head in range(carried.shape[0])
+        ]
+        for head, (state, y) in enumerate(in_lockstep(launch.chunk, calls)):
+            carried[head] = state
+            y_ref[head] = y.astype(y_ref.dtype)
 
         @pl.when(pl.program_id(2) == count - 1)
         def _() -> None:
@@ -137,17 +150,19 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
             for ref in dhead_refs:
                 ref[...] = jnp.zeros_like(ref)
 
-        *parts, dy = (as_float32(ref[...]) for ref in time_refs)
         selected = take_constants(constants, [ref[...] for ref in step_refs])
-        heads_only = tuple(as_float32(ref[...]) for ref in head_refs)
-        dstate, dparts, dheads = launch.chunk_backward(
-            states_ref[...], tuple(parts), heads_only, selected, carried[...], dy
-        )
-        carried[...] = dstate
-        for ref, dpart in zip(dtime_refs, dparts, strict=True):
-            ref[...] = dpart.astype(ref.dtype)
-        for ref, dhead in zip(dhead_refs, dheads, strict=True):
-            ref[...] += dhead
+
+        def of(head: int) -> tuple[Any, ...]:
+            *parts, dy = _loaded(time_refs, head)
+            return states_ref[head], tuple(parts), _loaded(head_refs, head), selected, carried[head], dy
+
+        results = in_lockstep(launch.chunk_backward, [of(head) for head in range(carried.shape[0])])
+        for head, (dstate, dparts, dheads) in enumerate(results):
+            carried[head] = dstate
+            for ref, dpart in zip(dtime_refs, dparts, strict=True):
+                ref[head] = dpart.astype(ref.dtype)
+            for ref, dhead in zip(dhead_refs, dheads, strict=True):
+                ref[head] += dhead
 
         @pl.when(pl.program_id(2) == count - 1)
         def _() -> None:
