@@ -25,8 +25,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 V6E = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-DEVICES = {"pallas_triton": H100, "pallas_triton_split": H100, "pallas_mosaic_gpu": H100, "pallas_mosaic_tpu": V6E}
-KERNELS = {"pallas_triton": 2, "pallas_triton_split": 5, "pallas_mosaic_gpu": 5, "pallas_mosaic_tpu": 2}
+DEVICES = {
+    "pallas_triton": H100,
+    "pallas_triton_split": H100,
+    "pallas_mosaic_gpu": H100,
+    "pallas_mosaic_tpu": V6E,
+    "pallas_mosaic_tpu_split": V6E,
+}
+KERNELS = {
+    "pallas_triton": 2,
+    "pallas_triton_split": 5,
+    "pallas_mosaic_gpu": 5,
+    "pallas_mosaic_tpu": 2,
+    "pallas_mosaic_tpu_split": 2,
+}
 """Of a forward pass with a backward pass."""
 TARGETS = {"triton": "__gpu$xla.gpu.triton", "mosaic_gpu": "mosaic_gpu_v2", "mosaic_tpu": "tpu_custom_call"}
 SLOW = ("pallas_mosaic_gpu",)

@@ -75,6 +75,15 @@ BackwardPass = Callable[["Launch", Operands, Any, Array, Array], Cotangents]
 """(launch, operands, residuals, dy, cotangent of the final state) -> cotangents."""
 
 
+class ChunkDerivative(NamedTuple):
+    """The derivative of a chunk function, written by hand, for a loop over chunks on a TPU."""
+
+    forward: Callable[[Matmul], Callable[..., tuple[Array, Array, Array]]]
+    """(matmul) -> the chunk function with a third result [C, C], which is kept for the derivative."""
+    backward: Callable[..., tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
+    """(matmul, state, what was kept, *as in `Launch.chunk_backward`) -> as there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """An operator's chunk function and launch parameters, or passes of its own."""
@@ -92,6 +101,8 @@ class Kernel:
     num_warps_backward: int = 8
     heads: int = 2
     """TPU only: heads that a program computes side by side; one where they do not divide H."""
+    derivative: ChunkDerivative | None = None
+    """TPU only: in place of JAX's derivative of the chunk function."""
     fixed_decay: bool = False
     """The decay does not depend on the token, so steps beyond a length must be masked."""
     forward: ForwardPass | None = None
@@ -135,6 +146,14 @@ class Launch:
     def _chunk(self, constants: Any) -> Callable[..., tuple[Array, Array]]:
         chunk = self.kernel.chunk(self.matmul)
         return lambda state, over_time, per_head: chunk(state, over_time, per_head, *constants)
+
+    def chunk_for_derivative(
+        self, state: Array, over_time: Any, per_head: Any, constants: Any
+    ) -> tuple[Array, Array, Array]:
+        """As `chunk`, and what `Kernel.derivative` keeps."""
+        assert self.kernel.derivative is not None
+        chunk = self.kernel.derivative.forward(self.matmul)
+        return inline_custom_rules(lambda *arguments: chunk(*arguments, *constants))(state, over_time, per_head)
 
     def chunk(self, state: Array, over_time: Any, per_head: Any, constants: Any) -> tuple[Array, Array]:
         """Of one chunk, inside a kernel: its final state and y."""

@@ -94,54 +94,63 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
         (struct((batch, heads, time, state.shape[-2]), over_time[launch.kernel.values].dtype), "time"),
         (struct(state.shape, jnp.float32), "state"),
     ]
+    chunk, kept_shapes = launch.chunk, [state.shape[2:]]
+    if with_residuals and launch.kernel.derivative is not None:
+        chunk, kept_shapes = launch.chunk_for_derivative, [*kept_shapes, (launch.size, launch.size)]
     if with_residuals:
-        outputs.append((struct((batch, heads, count, *state.shape[2:]), jnp.float32), "chunk_states"))
+        outputs += with_kind([struct((batch, heads, count, *x), jnp.float32) for x in kept_shapes], "chunk_states")
 
     def body(*refs: Any) -> None:
         time_refs, step_refs, head_refs, refs = split_refs(refs, len(over_time), len(steps), len(per_head))
-        state_ref, y_ref, final_ref, *states_ref, carried = refs
+        state_ref, y_ref, final_ref, *kept_refs, carried = refs
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             carried[...] = state_ref[...]
 
-        for ref in states_ref:
+        for ref in kept_refs[:1]:
             ref[...] = carried[...]
         selected = take_constants(constants, [ref[...] for ref in step_refs])
         calls = [
             (carried[head], _loaded(time_refs, head), _loaded(head_refs, head), selected)
             for head in range(carried.shape[0])
         ]
-        for head, (state, y) in enumerate(in_lockstep(launch.chunk, calls)):
+        for head, (state, y, *kept) in enumerate(in_lockstep(chunk, calls)):
             carried[head] = state
             y_ref[head] = y.astype(y_ref.dtype)
+            for ref, x in zip(kept_refs[1:], kept, strict=True):
+                ref[head] = x
 
         @pl.when(pl.program_id(2) == count - 1)
         def _() -> None:
             final_ref[...] = carried[...]
 
     name = name_of_forward(with_residuals)
-    y, *rest = call_kernel(launch, name, body, inputs, outputs, state.shape[2:], backwards=False)
-    return ForwardResult(y.swapaxes(1, 2), *rest)
+    y, final, *kept = call_kernel(launch, name, body, inputs, outputs, state.shape[2:], backwards=False)
+    return ForwardResult(y.swapaxes(1, 2), final, tuple(kept))
 
 
-def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array, dstate: Array) -> Cotangents:
-    """Cotangents, the last chunk first; each chunk is recomputed from its initial state."""
+def backward(launch: Launch, operands: Operands, kept: tuple[Array, ...], dy: Array, dstate: Array) -> Cotangents:
+    """Cotangents, the last chunk first; each chunk is recomputed from its initial state, the first of what is kept."""
     over_time, per_head, constants = operands.over_time, operands.per_head, operands.constants
     count = over_time[0].shape[1] // launch.size
     batch, heads = dstate.shape[:2]
     steps = [x[:, :, None] for x in constants if x is not None]
     time_inputs = [x.swapaxes(1, 2) for x in (*over_time, dy)]
     inputs = [*with_kind(time_inputs, "time"), *with_kind(steps, "steps")]
-    inputs += [*with_kind([x[:, None] for x in per_head], "head"), (chunk_states, "chunk_states"), (dstate, "state")]
+    inputs += [*with_kind([x[:, None] for x in per_head], "head"), *with_kind(kept, "chunk_states"), (dstate, "state")]
     struct = functools.partial(varying_like, dstate)
     outputs = [(struct(x.shape, x.dtype), "time") for x in time_inputs[:-1]]
     outputs += [(struct((batch, heads, 1, x.shape[-1]), jnp.float32), "state") for x in per_head]
     outputs.append((struct(dstate.shape, jnp.float32), "state"))
 
+    chunk_backward = launch.chunk_backward
+    if launch.kernel.derivative is not None:
+        chunk_backward = functools.partial(launch.kernel.derivative.backward, launch.matmul)
+
     def body(*refs: Any) -> None:
-        groups = split_refs(refs, len(time_inputs), len(steps), len(per_head), 2)
-        time_refs, step_refs, head_refs, (states_ref, dstate_ref), refs = groups
+        groups = split_refs(refs, len(time_inputs), len(steps), len(per_head), len(kept), 1)
+        time_refs, step_refs, head_refs, kept_refs, (dstate_ref,), refs = groups
         dtime_refs, dhead_refs, (dfirst_ref, carried) = split_refs(refs, len(over_time), len(per_head))
 
         @pl.when(pl.program_id(2) == 0)
@@ -154,9 +163,10 @@ def backward(launch: Launch, operands: Operands, chunk_states: Array, dy: Array,
 
         def of(head: int) -> tuple[Any, ...]:
             *parts, dy = _loaded(time_refs, head)
-            return states_ref[head], tuple(parts), _loaded(head_refs, head), selected, carried[head], dy
+            before = _loaded(kept_refs, head)
+            return *before, tuple(parts), _loaded(head_refs, head), selected, carried[head], dy
 
-        results = in_lockstep(launch.chunk_backward, [of(head) for head in range(carried.shape[0])])
+        results = in_lockstep(chunk_backward, [of(head) for head in range(carried.shape[0])])
         for head, (dstate, dparts, dheads) in enumerate(results):
             carried[head] = dstate
             for ref, dpart in zip(dtime_refs, dparts, strict=True):

@@ -46,6 +46,11 @@ OPERATOR = Operator(
             dispatch.unless_tpu,
             min_chunk_size=16,
         ),
+        "pallas_mosaic_tpu_split": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv7.pallas:wkv7_pallas_mosaic_tpu_split"),
+            dispatch.unless_tpu,
+            min_chunk_size=16,
+        ),
     },
     transition_ops=state_passing.MATRIX,
     affine_map=_affine_map,

@@ -7,6 +7,7 @@ XLA's CPU backend. Kernels can neither concatenate nor slice tiles, and gain not
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,11 @@ def _inverse_of_identity_minus(matmul: Matmul, triangle: Array) -> Array:
 
 def make_chunk(matmul: Matmul) -> ChunkFunction:
     """The chunk function of WKV-7 with these matmuls; over time r, log_w, k, v, a, b."""
+    return lambda *arguments: _chunk(matmul, *arguments)[:2]
+
+
+def make_chunk_with_inverse(matmul: Matmul) -> Callable[..., tuple[Array, Array, Array]]:
+    """The same, and (I - A_b)^{-1} [C, C] as a third result."""
     return functools.partial(_chunk, matmul)
 
 
@@ -61,8 +67,8 @@ def _chunk(
     per_head: tuple[Array, ...],
     local_segments: Array | None,
     active: Array | None,
-) -> tuple[Array, Array]:
-    """State [M, N], vectors [C, N] and [C, M], local segments [C, 1] or None -> (next state, y [C, M])."""
+) -> tuple[Array, Array, Array]:
+    """State [M, N], vectors [C, N] and [C, M], local segments [C, 1] or None -> (next state, y [C, M], inverse)."""
     del per_head, active  # WKV-7 has no parameters per head; steps that do not count are zeros
     r, log_w, k, v, a, b = over_time
     size = r.shape[-2]
@@ -92,4 +98,4 @@ def _chunk(
     y = read_r + matmul.nn(jnp.where(own, matmul.nt(r, b), 0), removed, "z")
     y = y + matmul.nn(jnp.where(own, matmul.nt(r, k), 0), v, "yz")
     written = matmul.tn(removed, kept_b) + matmul.tn(v, kept_k, "x")
-    return (scaled_state + written) * jnp.exp(scaling.log_decay_out), y
+    return (scaled_state + written) * jnp.exp(scaling.log_decay_out), y, inverse

@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
     a: Ref  # [C, N]
     b: Ref  # [C, N]
     local_segments: Ref | None
-    """[C]: segment numbers, 0 for that of the chunk's initial state; None if that is the only one."""
+    """[C] or [C, 1]: segment numbers, 0 for that of the chunk's initial state; None if that is the only one."""
 
 
 class Factors(NamedTuple):
@@ -145,7 +145,10 @@ class _Rows:
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._packing = None if inputs.local_segments is None else packing(inputs.local_segments[...][:, None])
+        segments = None if inputs.local_segments is None else inputs.local_segments[...]
+        if segments is not None and segments.ndim == 1:
+            segments = segments[:, None]
+        self._packing = None if segments is None else packing(segments)
 
     def v(self) -> Array:
         """V [C, M]."""
@@ -286,14 +289,24 @@ def cotangents(matmul: Matmul, dfinal: Ref, transition: Ref, reads: Ref, dy: Ref
 
 def gradients(
     matmul: Matmul, inputs: Inputs, dy: Ref, inverse: Ref, state: Ref, dstate: Ref, gradients: Gradients
-) -> None:
-    """B3: a chunk's gradients, from dY [C, M], X [C, C], S at its start and dS at its end [M, N]."""
+) -> Callable[[], Array]:
+    """B3: a chunk's gradients, from dY [C, M], X [C, C], S at its start and dS at its end [M, N].
+
+    Returns:
+      () -> dS at its start, (D + dH^T a~ + dY^T r~) E: for loops that have no P and G.
+    """
     chunk = _Chunk(matmul, inputs)
     over_keys = _products_over_keys(matmul, chunk, state, dstate)
     removed, dwanted = _gradients_of_values(matmul, chunk, over_keys, dy, inverse, gradients.v)
     of_y = functools.partial(_operand, dy)
     over_values = _products_over_values(matmul, chunk, chunk.v, of_y, lambda: removed, lambda: dwanted, state, dstate)
     _gradients_of_keys(matmul, chunk, over_values, gradients)
+
+    def dinitial() -> Array:
+        read = matmul.tn(chunk.reading(dwanted), chunk.a()) + matmul.tn(chunk.reading(of_y()), chunk.r())
+        return (chunk.keeping(chunk.dstate_out(dstate)) + read) * chunk.enter
+
+    return dinitial
 
 
 def gradients_of_values(
