@@ -40,6 +40,8 @@ TRITON = (*OPERATORS, "wkv7_split")
 """What there is for NVIDIA through Triton: the kernels of each operator, and those of `pallas_triton_split`."""
 TILES = "wkv7_tiles"
 """The kernels of `pallas_mosaic_gpu`."""
+TPU = TRITON
+"""For TPUs: the kernels of each operator, and those of `pallas_mosaic_tpu_split`."""
 KERNELS = ("forward", "forward, storing", "backward")
 SPLIT_KERNELS = (
     "factors",
@@ -93,6 +95,8 @@ class TpuResources:
     kernel: str
     vmem: int
     """Bytes of on-chip memory."""
+    bundles: int
+    """VLIW instructions of a program, a chunk of a few heads; it has no loops. A core issues at most one a cycle."""
 
 
 def is_available() -> bool:
@@ -100,9 +104,16 @@ def is_available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "libtpu")) and _ptxas() is not None
 
 
+_LISTINGS = tempfile.TemporaryDirectory(prefix="llo")
+"""Where the TPU compiler leaves what it says of programs; libtpu reads the name once, when it is loaded."""
+_LISTING = "final_hlo-static-per-bundle-utilization"
+
+
 def prepare() -> None:
     """Keeps JAX on the CPU, and tells libtpu not to look for a TPU. To be called before JAX is used."""
-    os.environ.update(TPU_ENVIRONMENT)
+    listings = f"--xla_jf_dump_to={_LISTINGS.name} --xla_jf_dump_llo_text=true"
+    flags = f"{listings} --xla_jf_dump_llo_pass_label_regex={_LISTING}"
+    os.environ.update(TPU_ENVIRONMENT, LIBTPU_INIT_ARGS=flags)
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -186,7 +197,7 @@ def _trace(
 
 
 def _label(direction: Direction, name: str) -> str:
-    if "split" in name or "tiles" in name:
+    if ("split" in name or "tiles" in name) and "ward" not in name:  # one loop on a TPU has forward and backward
         names = {part.replace(", storing", "_with_inverse").replace(" ", "_"): part for part in SPLIT_KERNELS}
         return names[re.sub("wkv7_(split|tiles)_", "", name)]
     if direction == "forward":
@@ -361,13 +372,23 @@ def compile_tpu(
     **options: Any,
 ) -> list[TpuResources]:
     """An operator's `pallas_mosaic_tpu` kernels compiled for a TPU generation."""
+    before = set(Path(_LISTINGS.name).iterdir())
     compiled = _trace(generation, operator, direction, dtype, precision, shape, segments, options).lower().compile()
+    listings = set(Path(_LISTINGS.name).iterdir()) - before
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    return sorted((TpuResources(_label(direction, _name(line)), _vmem(line)) for line in calls), key=lambda x: x.kernel)
+    found = (TpuResources(_label(direction, _name(x)), _vmem(x), _bundles(listings, _name(x))) for x in calls)
+    return sorted(found, key=lambda x: x.kernel)
 
 
 def _name(line: str) -> str:
-    return line.split("=", 1)[0]
+    """Of a kernel's call in a compiled program."""
+    return line.split("=", 1)[0].removeprefix("  ROOT").strip().removeprefix("%")
+
+
+def _bundles(listings: set[Path], name: str) -> int:
+    """Bundles of a kernel, a line each after a heading."""
+    (listing,) = (path for path in listings if f"-{name}-" in path.name and _LISTING in path.name)
+    return len(listing.read_text(encoding="utf-8").split("UTILIZATION:")[1].strip().splitlines())
 
 
 def _vmem(line: str) -> int:
@@ -389,4 +410,5 @@ def settings(operator: str, backend: str, name: str = "forward", key_dim: int = 
         warps = warps_of_products(key_dim)
     if operator == TILES:
         return f"chunk {kernel.chunk_size}, warpgroups 2"
-    return f"chunk {kernel.chunk_size}" + (f", warps {warps}" if backend == "pallas_triton" else "")
+    rest = f"warps {warps}" if backend == "pallas_triton" else f"heads {kernel.heads}"
+    return f"chunk {kernel.chunk_size}, {rest}"

@@ -4,21 +4,22 @@
     .venv-devices/bin/python benchmarks/kernel_resources.py            # prints the tables
     .venv-devices/bin/python benchmarks/kernel_resources.py --write    # and puts them into the page
 
-Takes some three minutes on two cores. Nothing is run, and nothing here says how fast a kernel is.
+Takes some five minutes on two cores. Nothing is run, and nothing here says how fast a kernel is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import inspect
 import itertools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import deviceless
-from deviceless import DTYPES, GENERATIONS, OPERATORS, SHAPE, TPU_SHAPE, TritonResources
+from deviceless import DTYPES, GENERATIONS, SHAPE, TPU, TPU_SHAPE, TpuResources, TritonResources
 from rwkv_kernels.dispatch import Implementation, anything
 from rwkv_kernels.ops.wkv7.output_pallas_triton import NUM_WARPS, wkv7_output_pallas_triton
 from rwkv_kernels.ops.wkv7.step_pallas_triton import num_warps, wkv7_step_pallas_triton
@@ -155,21 +156,37 @@ def _train_rows() -> Iterator[tuple[object, ...]]:
         yield name, f"{kernels:g}", f"{traffic / 1e6:.0f}"
 
 
-def _tpu_rows() -> Iterator[tuple[object, ...]]:
-    """A cell has the VMEM of the forward kernel, the one that stores states, and the backward one."""
-    for operator in OPERATORS:
+@functools.cache
+def _tpu_kernels(generation: str, operator: str, dtype: str, precision: Precision) -> list[TpuResources]:
+    """The forward kernel, the one that stores states, and the backward one."""
+    found = deviceless.compile_tpu(generation, operator, "forward", dtype, precision)
+    found += deviceless.compile_tpu(generation, operator, "gradient", dtype, precision)
+    return sorted(found, key=lambda x: deviceless.KERNELS.index(x.kernel))
+
+
+def _tpu_rows(operators: Iterable[str], number: Callable[[str, TpuResources], int]) -> Iterator[tuple[object, ...]]:
+    """A cell has a number of each kernel."""
+
+    def cell(generation: str, operator: str, dtype: str, precision: Precision) -> str:
+        found = _tpu_kernels(generation, operator, dtype, precision)
+        return " / ".join(str(number(operator, x)) for x in found)
+
+    for operator in operators:
         for dtype, precision in combinations(operator):
             if dtype == "bfloat16":
-                cells = (_tpu_cell(generation, operator, dtype, precision) for generation in GENERATIONS)
+                cells = (cell(generation, operator, dtype, precision) for generation in GENERATIONS)
                 shipped = deviceless.settings(operator, "pallas_mosaic_tpu")
                 yield operator, shipped, precision if has_products(operator) else "-", *cells
 
 
-def _tpu_cell(generation: str, operator: str, dtype: str, precision: Precision) -> str:
-    found = deviceless.compile_tpu(generation, operator, "forward", dtype, precision)
-    found += deviceless.compile_tpu(generation, operator, "gradient", dtype, precision)
-    order = ("forward", "forward, storing", "backward")
-    return " / ".join(f"{x.vmem // 1024}" for x in sorted(found, key=lambda x: order.index(x.kernel)))
+def _kib(operator: str, found: TpuResources) -> int:
+    del operator
+    return found.vmem // 1024
+
+
+def _bundles_per_head(operator: str, found: TpuResources) -> int:
+    run = deviceless.implementation(operator, "pallas_mosaic_tpu")
+    return found.bundles // inspect.signature(run).parameters["kernel"].default.heads
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
@@ -194,7 +211,9 @@ def report() -> Iterator[str]:
     yield "\n### Time mixing in a layer of RWKV-7, B8 T4096, width 768, bfloat16, forward and backward, on an H100\n"
     yield from _table(TRAIN_COLUMNS, _train_rows())
     yield f"\n### TPUs, {_sizes(TPU_SHAPE)}: KiB of VMEM, bfloat16 inputs; forward / forward, storing / backward\n"
-    yield from _table(TPU_COLUMNS, _tpu_rows())
+    yield from _table(TPU_COLUMNS, _tpu_rows(TPU, _kib))
+    yield "\n### TPUs, the same: bundles a chunk and head\n"
+    yield from _table(TPU_COLUMNS, _tpu_rows(filter(has_products, TPU), _bundles_per_head))
 
 
 def read_spills(text: str) -> dict[Key, int]:

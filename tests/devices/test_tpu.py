@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceless import GENERATIONS, OPERATORS, TPU_SHAPE, Direction, compile_tpu
+from deviceless import GENERATIONS, TPU, TPU_SHAPE, Direction, compile_tpu
 from kernel_resources import combinations
 from rwkv_kernels.precision import Precision
 
@@ -15,7 +15,7 @@ KERNELS: dict[str, list[str]] = {"forward": ["forward"], "gradient": ["backward"
 each_generation = pytest.mark.parametrize(
     "generation", [pytest.param(name, marks=() if name == "v5p" else pytest.mark.long) for name in GENERATIONS]
 )
-each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_operator = pytest.mark.parametrize("operator", TPU)
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["one_segment", "packed"])
@@ -28,7 +28,7 @@ def test_what_is_shipped_compiles(generation: str, operator: str, direction: Dir
     assert all(x.vmem < 16 << 20 for x in found)  # what a program may have by default, on any generation
 
 
-OTHERS = [(operator, *pair) for operator in OPERATORS for pair in (*combinations(operator), ("float16", "full"))]
+OTHERS = [(operator, *pair) for operator in TPU for pair in (*combinations(operator), ("float16", "full"))]
 
 
 @pytest.mark.long

@@ -32,7 +32,7 @@ def chunk_gradients(
     dy: Array,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """As `Launch.chunk_backward`, with the chunk's X [C, C] besides."""
-    written = Gradients(*(_Written() for _ in over_time))
+    written, dinitial = Gradients(*(_Written() for _ in over_time)), _Written()
     matmul = matmul._replace(own_derivatives=False)
-    dinitial = gradients(matmul, Inputs(*over_time, constants[0]), dy, inverse, state, dstate, written)
-    return dinitial(), tuple(x.value for x in written), per_head
+    gradients(matmul, Inputs(*over_time, constants[0]), dy, inverse, state, dstate, written, dinitial)
+    return dinitial.value, tuple(x.value for x in written), per_head

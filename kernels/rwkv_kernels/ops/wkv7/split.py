@@ -288,12 +288,18 @@ def cotangents(matmul: Matmul, dfinal: Ref, transition: Ref, reads: Ref, dy: Ref
 
 
 def gradients(
-    matmul: Matmul, inputs: Inputs, dy: Ref, inverse: Ref, state: Ref, dstate: Ref, gradients: Gradients
-) -> Callable[[], Array]:
+    matmul: Matmul,
+    inputs: Inputs,
+    dy: Ref,
+    inverse: Ref,
+    state: Ref,
+    dstate: Ref,
+    gradients: Gradients,
+    dinitial: Ref | None = None,
+) -> None:
     """B3: a chunk's gradients, from dY [C, M], X [C, C], S at its start and dS at its end [M, N].
 
-    Returns:
-      () -> dS at its start, (D + dH^T a~ + dY^T r~) E: for loops that have no P and G.
+    For loops that have no P and G also dS at its start, (D + dH^T a~ + dY^T r~) E.
     """
     chunk = _Chunk(matmul, inputs)
     over_keys = _products_over_keys(matmul, chunk, state, dstate)
@@ -301,12 +307,9 @@ def gradients(
     of_y = functools.partial(_operand, dy)
     over_values = _products_over_values(matmul, chunk, chunk.v, of_y, lambda: removed, lambda: dwanted, state, dstate)
     _gradients_of_keys(matmul, chunk, over_values, gradients)
-
-    def dinitial() -> Array:
+    if dinitial is not None:
         read = matmul.tn(chunk.reading(dwanted), chunk.a()) + matmul.tn(chunk.reading(of_y()), chunk.r())
-        return (chunk.keeping(chunk.dstate_out(dstate)) + read) * chunk.enter
-
-    return dinitial
+        dinitial[...] = (chunk.keeping(chunk.dstate_out(dstate)) + read) * chunk.enter
 
 
 def gradients_of_values(
