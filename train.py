@@ -20,5 +20,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_huge_pages(sys.argv[0])
     main()

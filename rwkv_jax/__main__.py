@@ -3,4 +3,4 @@
 from rwkv_jax.cli import run_as_process
 
 if __name__ == "__main__":
-    run_as_process()
+    run_as_process("rwkv_jax")

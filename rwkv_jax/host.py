@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -54,6 +55,9 @@ def cache_folder(environment: Mapping[str, str]) -> Path:
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 
+_RESTARTED = "RWKV_JAX_RESTARTED"
+"""Set in a process that has begun anew, which never does so twice: an environment may lose what glibc reads."""
+
 
 def huge_page_environment(
     environment: Mapping[str, str], system_setting: str, libc: tuple[str, str]
@@ -84,11 +88,17 @@ def huge_page_setting() -> str:
         return ""
 
 
-def restart_with_huge_pages() -> None:
+def restart_with_huge_pages(program: str) -> None:
     """Begins this process anew, with the same arguments, in `huge_page_environment`; returns where that is None.
 
     To be called first of all, as nothing that the process has done is kept. glibc reads its settings only once.
+
+    Args:
+      program: what Python was started to run, a file or the M of `python -m M`. Where it runs something else, such as a
+        notebook that runs a file of ours, nothing is begun anew.
     """
     environment = huge_page_environment(os.environ, huge_page_setting(), platform.libc_ver())
-    if environment is not None and sys.executable:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    if environment is None or _RESTARTED in os.environ or program not in sys.orig_argv or not sys.executable:
+        return
+    with contextlib.suppress(OSError):  # the pages are small then
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment | {_RESTARTED: "1"})

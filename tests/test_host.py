@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rwkv_jax.host import huge_page_environment, huge_page_setting
+from rwkv_jax.host import huge_page_environment
 
 MADVISE, GLIBC = "always [madvise] never\n", ("glibc", "2.36")
 
@@ -36,15 +36,35 @@ def test_where_nothing_would_change(environment: dict[str, str], setting: str, l
     assert huge_page_environment(environment, setting, libc) is None
 
 
-def test_a_process_begins_anew_once_with_the_same_arguments() -> None:
-    program = (
-        "import os, sys; from rwkv_jax.host import restart_with_huge_pages; print('begins', flush=True);"
-        "restart_with_huge_pages(); print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    command = [sys.executable, "-c", program, "--a flag", "x"]
+PROGRAM = """
+import os, sys
+from rwkv_jax import host
+host.huge_page_setting = lambda: "always [madvise] never"
+host.platform.libc_ver = lambda: ("glibc", "2.36")
+print("begins", sys.argv[1:], flush=True)
+if "forget" in sys.argv:
+    os.environ.pop("GLIBC_TUNABLES", None)
+host.restart_with_huge_pages({name})
+print(os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such pages")
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("sys.argv[0]", "--a flag", ["begins", "begins", "glibc.malloc.hugetlb=1"]),
+        pytest.param("sys.argv[0]", "forget", ["begins", "begins", "None"], id="the environment loses the setting"),
+        pytest.param("'train.py'", "x", ["begins", "None"], id="Python was started to run another file"),
+    ],
+)
+def test_a_process_begins_anew_once_with_the_same_arguments(
+    name: str, arguments: str, expected: list[str], tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(name=name))
+    removed = ("GLIBC_TUNABLES", "RWKV_JAX_RESTARTED")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    command = [sys.executable, str(program), arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    expected = huge_page_environment(environment, huge_page_setting(), platform.libc_ver())
-    *begins, last = result.stdout.splitlines()
-    assert begins == ["begins"] * (1 if expected is None else 2)
-    assert last == f"{None if expected is None else expected['GLIBC_TUNABLES']} ['--a flag', 'x']"
+    assert result.stdout.splitlines() == [f"{line} {[arguments]}" if line == "begins" else line for line in expected]

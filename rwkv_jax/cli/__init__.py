@@ -25,10 +25,14 @@ __getattr__, __dir__ = lazy_names(
 )
 
 
-def run_as_process() -> None:
-    """`main` for a process that does nothing else: one that trains may begin anew with another allocator setting."""
+def run_as_process(program: str | None = None) -> None:
+    """`main` for a process that does nothing else: one that trains may begin anew with another allocator setting.
+
+    Args:
+      program: as Python's command line has it; None is the script that runs, `rwkv`.
+    """
     if sys.argv[1:2] == ["train"]:
-        restart_with_huge_pages()
+        restart_with_huge_pages(sys.argv[0] if program is None else program)
     main()
 
 
