@@ -98,7 +98,7 @@ def forward(launch: Launch, operands: Operands, state: Array, with_residuals: bo
     if with_residuals and launch.kernel.derivative is not None:
         chunk, kept_shapes = launch.chunk_for_derivative, [*kept_shapes, (launch.size, launch.size)]
     if with_residuals:
-        outputs += with_kind([struct((batch, heads, count, *x), jnp.float32) for x in kept_shapes], "chunk_states")
+        outputs += [(struct((batch, heads, count, *x), jnp.float32), "chunk_states") for x in kept_shapes]
 
     def body(*refs: Any) -> None:
         time_refs, step_refs, head_refs, refs = split_refs(refs, len(over_time), len(steps), len(per_head))

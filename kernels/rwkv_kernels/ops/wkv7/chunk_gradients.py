@@ -34,5 +34,5 @@ def chunk_gradients(
     """As `Launch.chunk_backward`, with the chunk's X [C, C] besides."""
     written, dinitial = Gradients(*(_Written() for _ in over_time)), _Written()
     matmul = matmul._replace(own_derivatives=False)
-    gradients(matmul, Inputs(*over_time, constants[0]), dy, inverse, state, dstate, written, dinitial)
+    gradients(matmul, Inputs._make((*over_time, constants[0])), dy, inverse, state, dstate, written, dinitial)
     return dinitial.value, tuple(x.value for x in written), per_head
