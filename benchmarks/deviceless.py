@@ -232,12 +232,14 @@ def compile_step(dtype: str = "bfloat16", head_dim: int = 64, batch: int = 64) -
     def array(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return on_h100(jax.ShapeDtypeStruct(sizes, dtype))
 
+    constants: dict[str, Any] = {**MODEL_CONSTANTS}
+
     def run(lengths: Any, inputs: Any, state: Any) -> Any:
-        return wkv7_step_pallas_triton(inputs, state, **MODEL_CONSTANTS, lengths=lengths)
+        return wkv7_step_pallas_triton(inputs, state, **constants, lengths=lengths)
 
     sizes = {"B": batch, "H": heads, "N": head_dim}
     inputs = {
-        name: array(*map(sizes.get, axes.split()), dtype=DTYPES[dtype] if "B" in axes else jnp.float32)
+        name: array(*map(sizes.__getitem__, axes.split()), dtype=DTYPES[dtype] if "B" in axes else jnp.float32)
         for name, axes in STEP.axes.items()
     }
     state = array(batch, heads, head_dim, head_dim)
