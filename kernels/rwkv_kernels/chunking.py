@@ -78,3 +78,27 @@ def packing(local_segments: Array) -> Packing:
     last = jnp.max(local_segments, axis=-2, keepdims=True)
     same = local_segments == transpose(local_segments)
     return Packing(same, local_segments == 0, local_segments == last, last == 0)
+
+
+class SegmentedChunk:
+    """Applies a chunk's masks where it may have steps of several segments, and changes nothing where it has one."""
+
+    def __init__(self, local_segments: Array | None) -> None:
+        """Takes segment indices [C, 1], or None."""
+        self.packing = None if local_segments is None else packing(local_segments)
+
+    def reading(self, x: Array) -> Array:
+        """Rows [C, ...] that read the state which enters."""
+        return x if self.packing is None else masked(self.packing.reads, x)
+
+    def writing(self, x: Array) -> Array:
+        """Rows [C or 1, ...] that write the state which leaves."""
+        return x if self.packing is None else masked(self.packing.writes, x)
+
+    def keeping(self, x: Array) -> Array:
+        """x if the state which leaves has the one that enters in it."""
+        return x if self.packing is None else masked(self.packing.keeps, x)
+
+    def within(self, mask: Array) -> Array:
+        """Pairs of steps [C, C] of a mask that are in one segment."""
+        return mask if self.packing is None else mask & self.packing.same

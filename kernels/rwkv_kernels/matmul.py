@@ -131,6 +131,11 @@ def _several_bfloat16(preset: lax.DotAlgorithmPreset, parts: int) -> Multiply:
     return multiply
 
 
+def operand(x: Array) -> Array:
+    """What a kernel multiplies of what it has loaded: bfloat16 stays, for fewer passes; all else becomes float32."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+
+
 def triton_matmul(precision: Precision) -> Matmul:
     """Matmuls of 2-D tiles on NVIDIA tensor cores: six, three or one pass of bfloat16.
 
