@@ -35,7 +35,7 @@ from rwkv_kernels.matmul import Matmul
 LARGEST_EXPONENT = 20.0
 """Limit of |sum of log w| over half a chunk, for decays to be mild; e^x has about x times the relative error of x."""
 
-_SMALLEST_LOG = -1e4
+SMALLEST_LOG = -1e4
 """e to this power is 0 in every dtype; -inf would give NaN in sums written as matrix products."""
 
 
@@ -48,25 +48,51 @@ def _indices(size: int) -> tuple[Array, Array]:
     return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
 
-def _decayed_scores(matmul: Matmul, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
+def earlier_steps(size: int) -> Array:
+    """[C, C]: step j is before step i."""
+    row, column = _indices(size)
+    return column < row
+
+
+def later_steps(size: int) -> Array:
+    """[C, C]: step j is after step i."""
+    row, column = _indices(size)
+    return column > row
+
+
+def num_levels(size: int) -> int:
+    """Doublings of the blocks of steps in a chunk."""
+    return size.bit_length() - 1
+
+
+def steps_to_border(size: int, level: int) -> Array:
+    """[C, C]: step j is before i in i's block of 2^level steps if that is an odd one, or after it in an even one."""
+    row, column = _indices(size)
+    is_odd = (row >> level) & 1 == 1
+    others = ((row ^ column) >> level == 0) & (row != column)  # of the same block
+    return others & (is_odd ^ (column > row))  # Mosaic cannot choose between booleans
+
+
+def pairs_across_border(size: int, level: int) -> Array:
+    """[C, C]: i is in an odd block of 2^level steps, and j in the even one just before it."""
+    row, column = _indices(size)
+    return ((row ^ column) >> level == 1) & (column < row)
+
+
+def decayed_scores(matmul: Matmul, r: Array, log_w: Array, k: Array, same: Array | None) -> Array:
     """A below the diagonal, [..., C, C]; zero elsewhere and between segments."""
     size = r.shape[-2]
-    row, column = _indices(size)
     scores = jnp.zeros((*r.shape[:-1], size), r.dtype)
-    for level in range(size.bit_length() - 1):
+    for level in range(num_levels(size)):
         queries, keys = r, k
         if level:  # within blocks of one step there is nothing to sum
-            is_odd = (row >> level) & 1 == 1
-            others = ((row ^ column) >> level == 0) & (row != column)  # of the same block
-            # Those before the row in odd blocks, after it in even ones; Mosaic cannot choose between booleans.
-            decay = jnp.exp(matmul.masked_sum(others & (is_odd ^ (column > row)), log_w))
+            decay = jnp.exp(matmul.masked_sum(steps_to_border(size, level), log_w))
             queries, keys = r * decay, k * decay
-        met = ((row ^ column) >> level == 1) & (column < row)
-        scores = scores + masked(met, matmul.nt(queries, keys))
+        scores = scores + masked(pairs_across_border(size, level), matmul.nt(queries, keys))
     return scores if same is None else masked(same, scores)
 
 
-def _with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
+def with_bonus(scores: Array, r: Array, k: Array, u: Array) -> Array:
     """A with its diagonal, a step's own contribution."""
     row, column = _indices(r.shape[-2])
     return jnp.where(with_ndim(row == column, scores.ndim), jnp.sum(r * u * k, axis=-1, keepdims=True), scores)
@@ -95,16 +121,15 @@ def decayed_attention_chunk(
       The next state [..., M, N] and y [..., C, M].
     """
     size = r.shape[-2]
-    row, column = _indices(size)
-    log_w = jnp.maximum(log_w, _SMALLEST_LOG)
-    scores = _decayed_scores(matmul, r, log_w, k, None if packing is None else packing.same)
-    queries = r * jnp.exp(matmul.masked_sum(column < row, log_w))
-    keys = k * jnp.exp(matmul.masked_sum(column > row, log_w))
+    log_w = jnp.maximum(log_w, SMALLEST_LOG)
+    scores = decayed_scores(matmul, r, log_w, k, None if packing is None else packing.same)
+    queries = r * jnp.exp(matmul.masked_sum(earlier_steps(size), log_w))
+    keys = k * jnp.exp(matmul.masked_sum(later_steps(size), log_w))
     kept = state * jnp.exp(jnp.sum(log_w, axis=-2, keepdims=True))
     if packing is not None:
         queries, keys = masked(packing.reads, queries), masked(packing.writes, keys)
         kept = masked(packing.keeps, kept)
-    y = matmul.nt(queries, state, "z") + matmul.nn(_with_bonus(scores, r, k, u), v, "yz")
+    y = matmul.nt(queries, state, "z") + matmul.nn(with_bonus(scores, r, k, u), v, "yz")
     return kept + matmul.tn(v, keys, "x"), y
 
 
@@ -119,17 +144,16 @@ def mild_attention_chunk(
     packing: Packing | None,
 ) -> tuple[Array, Array]:
     """`decayed_attention_chunk` for mild decays (`decay_is_mild`): one matrix product gives all of A."""
-    row, column = _indices(r.shape[-2])
     scaling = cumulative_decay(matmul, log_w, packing)
     queries, keys = r * jnp.exp(scaling.from_middle - log_w), k * jnp.exp(-scaling.from_middle)
     scaled_state = state * jnp.exp(scaling.log_decay_in)
-    read, kept_keys, earlier = matmul.nt(queries, scaled_state), keys, column < row
+    read, kept_keys, earlier = matmul.nt(queries, scaled_state), keys, earlier_steps(r.shape[-2])
     if packing is not None:
         read, kept_keys = masked(packing.reads, read), masked(packing.writes, keys)
         scaled_state = masked(packing.keeps, scaled_state)
         earlier = with_ndim(earlier, packing.same.ndim) & packing.same
     scores = masked(earlier, matmul.nt(queries, keys))
-    y = read + matmul.nn(_with_bonus(scores, r, k, u), v)
+    y = read + matmul.nn(with_bonus(scores, r, k, u), v)
     return (scaled_state + matmul.tn(v, kept_keys)) * jnp.exp(scaling.log_decay_out), y
 
 
