@@ -36,7 +36,7 @@ from rwkv_kernels.precision import Precision
 from rwkv_kernels.testing.cases import Shape
 
 OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
-TRITON = (*OPERATORS, "wkv7_split")
+TRITON = (*OPERATORS, "wkv5_split", "wkv6_split", "wkv7_split")
 """What there is for NVIDIA through Triton: the kernels of each operator, and those of `pallas_triton_split`."""
 TILES = "wkv7_tiles"
 """The kernels of `pallas_mosaic_gpu`."""
@@ -48,12 +48,15 @@ SPLIT_KERNELS = (
     "factors, storing",
     "states",
     "outputs",
+    "outputs, storing",
     "cotangents",
     "gradients",
     "gradients of values",
     "gradients of keys",
 )
 """The last two take the place of `gradients` where heads are larger than 64."""
+STORING = {"factors, storing": "factors_with_inverse", "outputs, storing": "outputs_with_reads"}
+"""What the names of kernels end in that also write what the backward pass starts from."""
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 SHAPE = Shape(8, 4096, 64, 64, 64)
 """Heads of a model of 7B; sizes are strides and bounds of loops to a kernel, and registers depend on them a little."""
@@ -198,8 +201,8 @@ def _trace(
 
 def _label(direction: Direction, name: str) -> str:
     if ("split" in name or "tiles" in name) and "ward" not in name:  # one loop on a TPU has forward and backward
-        names = {part.replace(", storing", "_with_inverse").replace(" ", "_"): part for part in SPLIT_KERNELS}
-        return names[re.sub("wkv7_(split|tiles)_", "", name)]
+        names = {STORING.get(part, part.replace(" ", "_")): part for part in SPLIT_KERNELS}
+        return names[re.sub("wkv[567]_(split|tiles)_", "", name)]
     if direction == "forward":
         return "forward"
     return "backward" if "backward" in name else "forward, storing"

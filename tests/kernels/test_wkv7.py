@@ -13,7 +13,6 @@ from rwkv_kernels import dispatch, wkv7
 from rwkv_kernels.ops.wkv7 import pallas
 from rwkv_kernels.ops.wkv7.api import log_decay_floor, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
-from rwkv_kernels.pallas import triton_split
 from rwkv_kernels.testing.cases import Shape
 from tests.golden import QUICK, assert_close
 from tests.kernels.operators import (
@@ -60,17 +59,6 @@ def test_chunks_of_any_size_give_the_same(float64: None, chunk_size: int) -> Non
     run = functools.partial(wkv7_chunked, chunk_size=chunk_size)
     results = jax.jit(functools.partial(differentiate, run), compiler_options=QUICK)
     assert_close(results(inputs, cotangents, {}), reference(WKV7, "aligned_keys", SHAPE), 1e-12)
-
-
-@pytest.mark.parametrize(("programs", "rows"), [(1, 40), (128, 40), (1, 100)])
-def test_programs_may_share_the_rows_of_a_state(monkeypatch: pytest.MonkeyPatch, programs: int, rows: int) -> None:
-    # 40 rows, padded to 64: one program for all of them, or four. 100 rows, padded to 128: two of 64.
-    monkeypatch.setattr(triton_split, "PROGRAMS", programs)
-    (way,) = (way for way in WAYS if str(way) == "wkv7-pallas_triton_split")
-    shape = Shape(1, 33, 1, 8, rows)
-    results = jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK)
-    exact = reference(WKV7, "realistic", shape)
-    assert_close(results(*as_jax(problem(WKV7, "realistic", shape), jnp.float32), {}), exact, way.bound)
 
 
 def test_large_heads_have_gradients_by_blocks_of_columns() -> None:

@@ -64,8 +64,9 @@ def by_chunk(
 ) -> Any:
     """Calls a kernel with one program per chunk, row and head; returns what `outputs`, a tree of types, describes.
 
-    A program gets the chunk's part of every array: of steps [B, T] it is [C], of arrays over time [B, T, H, ...] it is
-    [C, ...], and of arrays of chunks [B, H, T / C, ...] it is [...]. With `blocks` a chunk has several programs.
+    A program gets its part of every array: of steps [B, T] it is [C], of rows of all heads [H, 1, N] it is [1, N], of
+    arrays over time [B, T, H, ...] it is [C, ...], and of arrays of chunks [B, H, T / C, ...] it is [...]. With
+    `blocks` a chunk has several programs. The first input is over time.
     """
     size = launch.size
     batch, time, heads = jax.tree.leaves(inputs)[0].shape[:3]
@@ -78,11 +79,11 @@ def by_chunk(
         def place(*at: Any) -> tuple[Any, ...]:
             block, i, b, h = (0, *at) if blocks is None else at
             row, column = block if of_rows else 0, block if of_columns else 0
-            return {2: (b, i), 4: (b, i, h, column), 5: (b, h, i, row, column)}[x.ndim]
+            return {2: (b, i), 3: (h, row, column), 4: (b, i, h, column), 5: (b, h, i, row, column)}[x.ndim]
 
         rows, columns = x.shape[-2] // (count if of_rows else 1), x.shape[-1] // (count if of_columns else 1)
-        shape = {2: (None, size), 4: (None, size, None, columns), 5: (None, None, None, rows, columns)}[x.ndim]
-        return pl.BlockSpec(shape, place)
+        shapes = {2: (size,), 3: (rows, columns), 4: (size, None, columns), 5: (None, None, rows, columns)}
+        return pl.BlockSpec((None, *shapes[x.ndim]), place)
 
     matmul = _matmul(launch) if launch.interpret else _fenced(_matmul(launch))
     arrays = inputs, (outputs,)
@@ -101,7 +102,7 @@ def by_rows(
 
     Args:
       inputs: with what a program gets of each: `rows` of [B, H, M, N] or [B, H, T / C, M, N], the `whole` of
-        [B, H, T / C, N, N], all steps of `keys` [B, T, H, N], or all steps of some columns of `values` [B, T, H, M].
+        [B, H, T / C, ..., N], all steps of `keys` [B, T, H, N], or all steps of some columns of `values` [B, T, H, M].
         A state [B, H, M, N] comes first.
       shape: [B, H, T / C, M, N].
 

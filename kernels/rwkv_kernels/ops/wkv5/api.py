@@ -34,6 +34,11 @@ OPERATOR = Operator(
             dispatch.unless_nvidia,
             min_chunk_size=16,
         ),
+        "pallas_triton_split": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv5.pallas:wkv5_pallas_triton_split"),
+            dispatch.unless_nvidia,
+            min_chunk_size=16,
+        ),
         "pallas_mosaic_tpu": dispatch.Implementation(
             dispatch.on_first_use("rwkv_kernels.ops.wkv5.pallas:wkv5_pallas_mosaic_tpu"),
             dispatch.unless_tpu,

@@ -36,6 +36,11 @@ OPERATOR = Operator(
             dispatch.unless_nvidia,
             min_chunk_size=16,
         ),
+        "pallas_triton_split": dispatch.Implementation(
+            dispatch.on_first_use("rwkv_kernels.ops.wkv6.pallas:wkv6_pallas_triton_split"),
+            dispatch.unless_nvidia,
+            min_chunk_size=16,
+        ),
         "pallas_mosaic_tpu": dispatch.Implementation(
             dispatch.on_first_use("rwkv_kernels.ops.wkv6.pallas:wkv6_pallas_mosaic_tpu"),
             dispatch.unless_tpu,

@@ -1,0 +1,30 @@
+"""What is special to operators whose chunks are apart: blocks of the state's rows."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rwkv_kernels.pallas import triton_split
+from rwkv_kernels.testing.cases import Shape
+from tests.golden import QUICK, assert_close
+from tests.kernels.operators import WAYS, Way, as_jax, differentiate, problem, reference
+
+SPLIT = [way for way in WAYS if way.name == "pallas_triton_split"]
+each_way = pytest.mark.parametrize("way", SPLIT, ids=str)
+
+
+@pytest.mark.parametrize(("programs", "rows"), [(1, 40), (128, 40), (1, 100)])
+@each_way
+def test_programs_may_share_the_rows_of_a_state(
+    monkeypatch: pytest.MonkeyPatch, way: Way, programs: int, rows: int
+) -> None:
+    # 40 rows, padded to 64: one program for all of them, or four. 100 rows, padded to 128: two of 64.
+    monkeypatch.setattr(triton_split, "PROGRAMS", programs)
+    shape = Shape(1, 33, 1, 8, rows)
+    results = jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK)
+    exact = reference(way.operator, "realistic", shape)
+    assert_close(results(*as_jax(problem(way.operator, "realistic", shape), jnp.float32), {}), exact, way.bound)
