@@ -411,7 +411,8 @@ def settings(operator: str, backend: str, name: str = "forward", key_dim: int = 
         return ", ".join(f"{name} {default}" for name, default in shown if type(default) is int)
     kernel = parameters["kernel"].default
     warps = kernel.num_warps_backward if name.startswith(("backward", "gradients")) else kernel.num_warps
-    if name in ("states", "outputs", "cotangents"):
+    of_one_product = "outputs" if operator == "wkv7_split" else "factors"
+    if name in ("states", "cotangents", of_one_product):
         warps = warps_of_products(key_dim)
     if operator == TILES:
         return f"chunk {kernel.chunk_size}, warpgroups 2"
