@@ -18,7 +18,7 @@ from rwkv_jax.plan.program import Array, Computation, Instruction, Module
 KERNELS, SPLIT_KERNELS, TPU_KERNELS = "pallas_triton", "pallas_triton_split", "pallas_mosaic_tpu"
 CHUNKS: Mapping[str, Mapping[str, int]] = {
     KERNELS: {"wkv4": 8, "wkv5": 16, "wkv6": 16, "wkv7": 16},
-    SPLIT_KERNELS: {"wkv7": 32},
+    SPLIT_KERNELS: {"wkv5": 32, "wkv6": 32, "wkv7": 32},
     TPU_KERNELS: {"wkv5": 64, "wkv6": 64, "wkv7": 64},
 }
 """Steps of a chunk, by implementation and operator, as shipped; of RWKV-4, steps for which one state is stored."""
@@ -39,7 +39,11 @@ class Stages(NamedTuple):
 _ONE_LOOP = Stages(("forward_saving_states",), ("backward",))
 STAGES: Mapping[str, Mapping[str, Stages]] = {
     KERNELS: dict.fromkeys(CHUNKS[KERNELS], _ONE_LOOP) | {"wkv4": Stages(("forward",), ("backward",))},
-    SPLIT_KERNELS: {"wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients"))},
+    SPLIT_KERNELS: {
+        "wkv5": Stages(("factors", "states", "outputs_with_reads"), ("cotangents", "gradients")),
+        "wkv6": Stages(("factors", "states", "outputs_with_reads"), ("cotangents", "gradients")),
+        "wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients")),
+    },
     TPU_KERNELS: dict.fromkeys(CHUNKS[TPU_KERNELS], _ONE_LOOP),
 }
 """By implementation and operator."""
@@ -48,7 +52,7 @@ STAGES: Mapping[str, Mapping[str, Stages]] = {
 def stages_of(implementation: str, operator: str, key_dim: int, value_dim: int) -> Stages:
     """The kernels for heads of a size."""
     stages = STAGES[implementation][operator]
-    if implementation != SPLIT_KERNELS or max(key_dim, value_dim) <= BLOCK:
+    if implementation != SPLIT_KERNELS or operator != "wkv7" or max(key_dim, value_dim) <= BLOCK:
         return stages
     return stages._replace(backward=(*stages.backward[:-1], "gradients_of_values", "gradients_of_keys"))
 
@@ -164,6 +168,33 @@ def _decayed_attention(inputs: str, fixed: bool) -> Family:
     return family
 
 
+def _decayed_attention_split(decay: str) -> Family:
+    """The equations of decayed_attention_split.py, in their order; what is summed again at each use counts again."""
+
+    def family(chunk: int) -> Mapping[str, Work]:
+        levels, inputs = _doublings(chunk), f"r {decay} k v"
+        # Scores of each level, A V and G S; sums for all levels but the first, and for G.
+        outputs = Work({"CCN": levels, "CCM": 1, "MNC": 1}, sums=levels, over_time=f"{inputs} y", float32="MN")
+        # Scores and their two derivatives of each level; A^T dY and dY V^T; dY S, V dS and K dS. Sums of each level but
+        # the first, for the scores, their derivatives and back to the steps; for K twice, for G, and back for either.
+        gradients = Work(
+            {"CCN": 3 * levels, "CCM": 2, "MNC": 3},
+            sums=3 * (levels - 1) + 5,
+            over_time=f"{inputs} y {inputs}",
+            float32="MN MN N" if decay else "MN MN N N",  # and a row of the gradients that all steps share
+        )
+        return {
+            "factors": Work({"MNC": 1}, sums=1, over_time=f"{decay} k v", float32="N MN"),
+            "states": Work(float32="N MN MN"),
+            "outputs": outputs,
+            "outputs_with_reads": dataclasses.replace(outputs, float32="MN CN"),
+            "cotangents": Work({"MNC": 1}, over_time="y", float32="N CN MN"),
+            "gradients": gradients,
+        }
+
+    return family
+
+
 def _wkv4(chunk: int) -> Mapping[str, Work]:
     """Heads are single channels, a state is three numbers; forward they are stored where a backward pass follows."""
     del chunk
@@ -180,6 +211,8 @@ _FAMILIES: Mapping[str, Family] = {
     "wkv4": _wkv4,
     "wkv5": _decayed_attention("r k v", fixed=True),
     "wkv6": _decayed_attention("r log_w k v", fixed=False),
+    "wkv5_split": _decayed_attention_split(""),
+    "wkv6_split": _decayed_attention_split("log_w"),
     "wkv7": _wkv7,
     "wkv7_split": _wkv7_split,
     "wkv7_output": _wkv7_output,

@@ -88,7 +88,7 @@ STATE = (BATCH, HEADS, VALUE_DIM, KEY_DIM)
 def bytes_of(call: Any, of_rows: Collection[tuple[int, ...]] = (STATE,)) -> int:
     """Of all arrays of a call but those that rows and heads have once."""
     arrays = [x.aval for x in (*call.invars, *call.outvars) if TIME in x.aval.shape or x.aval.ndim >= 3]
-    arrays = [x for x in arrays if x.shape not in of_rows]
+    arrays = [x for x in arrays if x.shape not in of_rows and x.shape[:2] != (HEADS, 1)]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
