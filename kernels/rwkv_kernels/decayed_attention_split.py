@@ -68,9 +68,9 @@ class Inputs(NamedTuple):
     """[C]: segment numbers, 0 for that of the chunk's initial state; None if that is the only one."""
     active: Ref | None
     """[C]: 1 where a step counts, else 0; None if all do, or zeros of the inputs say which do not."""
-    r: Ref | None = None
+    r: Ref = None
     """[C, N]; F1 does without, and without u."""
-    u: Ref | None = None  # [1, N]
+    u: Ref = None  # [1, N]
 
 
 class Factors(NamedTuple):
@@ -84,7 +84,7 @@ class Outputs(NamedTuple):
     """What F3 makes of each chunk."""
 
     y: Ref  # Y [C, M], in v's dtype
-    reads: Ref | None  # G [C, N], float32; None where there is no backward pass
+    reads: Ref  # G [C, N], float32; None where there is no backward pass
 
 
 class Gradients(NamedTuple):
