@@ -10,7 +10,6 @@ import pytest
 from rwkv_jax.cli import load_config
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.plan.devices import parse_topology
-from rwkv_jax.plan.kernels import KERNELS
 from rwkv_jax.plan.planner import Plan
 from rwkv_jax.plan.report import describe
 from rwkv_jax.plan.run import plan_run
@@ -62,13 +61,17 @@ def test_one_gpu_is_no_mesh() -> None:
 
 
 @pytest.mark.long
-def test_formulas_predict_what_a_step_with_kernels_compiles_to() -> None:
+@pytest.mark.parametrize("kernels", ["pallas_triton", "pallas_triton_split"])
+def test_formulas_predict_what_a_step_with_kernels_compiles_to(kernels: str) -> None:
     plain = small_run("7")
-    named = dataclasses.replace(plain, model=dataclasses.replace(plain.model, wkv_implementation=KERNELS))
+    named = dataclasses.replace(plain, model=dataclasses.replace(plain.model, wkv_implementation=kernels))
     programs = [plan_run(config, parse_topology("h100:1x1")).program for config in (plain, named)]
     assert all(programs)
-    (chunked, predicted), (compiled,) = (program.estimates for program in programs if program)
-    assert (chunked.implementation, predicted.implementation, compiled.implementation) == ("chunked", KERNELS, KERNELS)
+    plain_estimates, named_estimates = (
+        {estimate.implementation: estimate for estimate in program.estimates} for program in programs if program
+    )
+    chunked, predicted, compiled = plain_estimates["chunked"], plain_estimates[kernels], named_estimates[kernels]
+    assert (chunked.is_compiled, predicted.is_compiled, compiled.is_compiled) == (True, False, True)
     assert compiled.products == pytest.approx(predicted.products, rel=0.02)
     assert compiled.traffic == pytest.approx(predicted.traffic, rel=0.1)
     assert compiled.launches == pytest.approx(predicted.launches, rel=0.1)
