@@ -40,7 +40,7 @@ TRITON = (*OPERATORS, "wkv5_split", "wkv6_split", "wkv7_split")
 """What there is for NVIDIA through Triton: the kernels of each operator, and those of `pallas_triton_split`."""
 TILES = "wkv7_tiles"
 """The kernels of `pallas_mosaic_gpu`."""
-TPU = TRITON
+TPU = (*OPERATORS, "wkv7_split")
 """For TPUs: the kernels of each operator, and those of `pallas_mosaic_tpu_split`."""
 KERNELS = ("forward", "forward, storing", "backward")
 SPLIT_KERNELS = (
