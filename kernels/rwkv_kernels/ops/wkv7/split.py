@@ -45,9 +45,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from rwkv_kernels.chunking import packing
+from rwkv_kernels.chunking import SegmentedChunk
 from rwkv_kernels.decay_scaling import cumulative_decay, nan_out_of_range
-from rwkv_kernels.matmul import Matmul
+from rwkv_kernels.matmul import Matmul, operand
 from rwkv_kernels.ops.wkv7.chunk import inverse_by_doubling
 
 BLOCK = 64
@@ -135,12 +135,12 @@ class OfValues(NamedTuple):
     dv: Ref
 
 
-def _operand(ref: Ref) -> Array:
-    """bfloat16 stays, for products in fewer passes; all else becomes float32."""
-    return ref[...] if ref.dtype == jnp.bfloat16 else ref[...].astype(jnp.float32)
+def _load(ref: Ref) -> Array:
+    """An array as products take it."""
+    return operand(ref[...])
 
 
-class _Rows:
+class _Rows(SegmentedChunk):
     """A chunk's values, and which of its rows see which."""
 
     def __init__(self, inputs: Inputs) -> None:
@@ -148,11 +148,11 @@ class _Rows:
         segments = None if inputs.local_segments is None else inputs.local_segments[...]
         if segments is not None and segments.ndim == 1:
             segments = segments[:, None]
-        self._packing = None if segments is None else packing(segments)
+        super().__init__(segments)
 
     def v(self) -> Array:
         """V [C, M]."""
-        return _operand(self._inputs.v)
+        return _load(self._inputs.v)
 
     def earlier(self, scores: Array) -> Array:
         """strict_tril(scores [C, C]) within segments."""
@@ -171,19 +171,7 @@ class _Rows:
         row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
         column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
         causal = column < row if strict else column <= row
-        return causal if self._packing is None else causal & self._packing.same
-
-    def reading(self, x: Array) -> Array:
-        """Rows [C, ...] that read the state which enters."""
-        return x if self._packing is None else jnp.where(self._packing.reads, x, 0)
-
-    def writing(self, x: Array) -> Array:
-        """Rows [C or 1, ...] that write the state which leaves."""
-        return x if self._packing is None else jnp.where(self._packing.writes, x, 0)
-
-    def keeping(self, x: Array) -> Array:
-        """x if the state which leaves has the one that enters in it."""
-        return x if self._packing is None else jnp.where(self._packing.keeps, x, 0)
+        return self.within(causal)
 
 
 class _Chunk(_Rows):
@@ -191,8 +179,8 @@ class _Chunk(_Rows):
 
     def __init__(self, matmul: Matmul, inputs: Inputs) -> None:
         super().__init__(inputs)
-        sums = cumulative_decay(matmul, inputs.log_w[...].astype(jnp.float32), self._packing)
-        out_of_range = nan_out_of_range(sums, self._packing)
+        sums = cumulative_decay(matmul, inputs.log_w[...].astype(jnp.float32), self.packing)
+        out_of_range = nan_out_of_range(sums, self.packing)
         self._from_middle = sums.from_middle + out_of_range
         self.enter = jnp.exp(sums.log_decay_in + out_of_range)
         """E [1, N]."""
@@ -282,7 +270,7 @@ def cotangents(matmul: Matmul, dfinal: Ref, transition: Ref, reads: Ref, dy: Ref
         index = count - 1 - backwards
         dstates[index] = dstate
         here = pl.ds(index * size, size)
-        return matmul.nt(dstate, transition[index]) + matmul.tn(_operand(dy.at[here, :]), reads[here, :])
+        return matmul.nt(dstate, transition[index]) + matmul.tn(operand(dy[here, :]), reads[here, :])
 
     dinitial[...] = lax.fori_loop(0, count, retreat, dfinal[...])
 
@@ -304,7 +292,7 @@ def gradients(
     chunk = _Chunk(matmul, inputs)
     over_keys = _products_over_keys(matmul, chunk, state, dstate)
     removed, dwanted = _gradients_of_values(matmul, chunk, over_keys, dy, inverse, gradients.v)
-    of_y = functools.partial(_operand, dy)
+    of_y = functools.partial(_load, dy)
     over_values = _products_over_values(matmul, chunk, chunk.v, of_y, lambda: removed, lambda: dwanted, state, dstate)
     _gradients_of_keys(matmul, chunk, over_values, gradients)
     if dinitial is not None:
@@ -345,7 +333,7 @@ def gradients_of_keys(
     (size, key_dim), value_dim = inputs.r.shape, dy.shape[1]
 
     def over_block(values: Any) -> OverValues:
-        v, of_y, sa, dh = (functools.partial(_operand, x.at[:, values]) for x in (inputs.v, dy, removed, dwanted))
+        v, of_y, sa, dh = (functools.partial(_load, x.at[:, values]) for x in (inputs.v, dy, removed, dwanted))
         return _products_over_values(matmul, chunk, v, of_y, sa, dh, state.at[values, :], dstate.at[values, :])
 
     shapes = [(size, size)] * 4 + [(size, key_dim)] * 4 + [(1, key_dim)]
@@ -405,10 +393,10 @@ def _gradients_of_values(
     wanted = rows.reading(over_keys.a_state())
     removed = nn(inverse[...], wanted + nn(scores, rows.v()))
     dremoved = rows.writing(over_keys.b_dstate())
-    dremoved = dremoved + tn(rows.own(over_keys.rb()), _operand(dy))
+    dremoved = dremoved + tn(rows.own(over_keys.rb()), _load(dy))
     dwanted = tn(inverse[...], dremoved)
     of_v = rows.writing(over_keys.k_dstate()) + tn(scores, dwanted)
-    of_v = of_v + tn(rows.own(over_keys.rk()), _operand(dy))
+    of_v = of_v + tn(rows.own(over_keys.rk()), _load(dy))
     dv[...] = of_v.astype(dv.dtype)
     return removed, dwanted
 
