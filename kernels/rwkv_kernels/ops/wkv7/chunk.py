@@ -19,21 +19,21 @@ from rwkv_kernels.decay_scaling import cumulative_decay, nan_out_of_range
 from rwkv_kernels.matmul import Matmul, inline_custom_rules
 
 
-def inverse_by_doubling(matmul: Matmul, triangle: Array) -> Array:
-    """(I - M)^{-1} for a strictly triangular M [C, C], by doubling the size of inverted diagonal blocks."""
+def inverse_by_doubling(product: Callable[[Array, Array], Array], triangle: Array) -> Array:
+    """(I - M)^{-1} for a strictly triangular M [..., C, C], by doubling the size of inverted diagonal blocks."""
     size = triangle.shape[-1]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
     result = jnp.where(row == column, 1.0, jnp.where(row ^ column == 1, triangle, 0))  # blocks of two
     for level in range(1, size.bit_length() - 1):
         joins = jnp.where((row ^ column) >> level == 1, triangle, 0)
-        result = result + matmul.nn(matmul.nn(result, joins), result)
+        result = result + product(product(result, joins), result)
     return result
 
 
 def _inverse_of_identity_minus(matmul: Matmul, triangle: Array) -> Array:
     """`inverse_by_doubling` with a derivative of its own."""
-    by_doubling = functools.partial(inverse_by_doubling, matmul)
+    by_doubling = functools.partial(inverse_by_doubling, matmul.nn)
 
     def derivative(result: Array, dresult: Array) -> Array:
         return matmul.tn(result, matmul.nt(dresult, result))

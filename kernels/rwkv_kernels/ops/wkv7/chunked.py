@@ -36,6 +36,7 @@ from rwkv_kernels.arguments import broadcast_varying_axes, pad_time
 from rwkv_kernels.chunking import transpose
 from rwkv_kernels.decay_scaling import DecayScaling, cumulative_decay, nan_out_of_range
 from rwkv_kernels.matmul import xla_matmul
+from rwkv_kernels.ops.wkv7.chunk import inverse_by_doubling
 from rwkv_kernels.precision import XLA, Precision
 from rwkv_kernels.xla import chunk_loop
 from rwkv_kernels.xla.linear_rule import with_backward
@@ -126,18 +127,6 @@ def _small_product(x: Array, y: Array) -> Array:
     return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
 
 
-def _inverse_of_small(triangle: Array) -> Array:
-    """`inverse_of_identity_minus` in place: X <- X + X M_off X, with M_off what joins the blocks inverted so far."""
-    size = triangle.shape[-1]
-    row, column = np.indices((size, size))
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=triangle.dtype), triangle.shape)
-    for level in range(size.bit_length() - 1):
-        joins = chunking.masked(jnp.asarray((row ^ column) >> level == 1), triangle)
-        step = joins if level == 0 else _small_product(_small_product(inverse, joins), inverse)
-        inverse = inverse + step
-    return inverse
-
-
 def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Array:
     """(I - M)^{-1} for a strictly lower triangular M [..., C, C], C a power of two.
 
@@ -151,7 +140,7 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
     def part(row: int, column: int) -> Array:
         return triangle[..., row * block : (row + 1) * block, column * block : (column + 1) * block]
 
-    small = _inverse_of_small(jnp.stack([part(i, i) for i in range(size // block)]))
+    small = inverse_by_doubling(_small_product, jnp.stack([part(i, i) for i in range(size // block)]))
     inverses = [small[i] for i in range(size // block)]
     while block < size:
         pairs = []

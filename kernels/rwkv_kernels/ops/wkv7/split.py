@@ -225,7 +225,7 @@ def factors(matmul: Matmul, inputs: Inputs, factors: Factors) -> None:
     """F1: a chunk's P, Q, G, Y' and X, in the order that takes the fewest registers."""
     nn, nt, tn = matmul.nn, matmul.nt, matmul.tn
     chunk = _Chunk(matmul, inputs)
-    inverse = inverse_by_doubling(matmul, chunk.earlier(nt(chunk.a(), chunk.b())))
+    inverse = inverse_by_doubling(nn, chunk.earlier(nt(chunk.a(), chunk.b())))
     if factors.inverse is not None:
         factors.inverse[...] = inverse
     u = nn(inverse, nn(chunk.earlier(nt(chunk.a(), chunk.k())), chunk.v()))  # [C, M]
