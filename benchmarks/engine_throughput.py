@@ -17,7 +17,7 @@ from rwkv_jax.bench.measure import Timing, throughput
 from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.weights.quantized import Quantization
 
 

@@ -20,7 +20,7 @@ from rwkv_jax.autotune import DECODED_TOKENS
 from rwkv_jax.bench.measure import throughput
 from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.config import ModelConfig, TrainConfig
-from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked, with_implementation
 from rwkv_jax.recipes import official_run

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from peers_protocol import Job, Peer, serve
 from rwkv_jax import from_pretrained
 from rwkv_jax.bench.random_model import NumberTokenizer
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.stream import Stream
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 MOST_TOKENS = 1 << 20
 """Of a text; it is given up long before."""

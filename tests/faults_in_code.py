@@ -202,28 +202,28 @@ FAULTS = (
     # Inference
     Fault(
         "top-p keeps one token too few",
-        "rwkv_jax/inference/sampling.py",
+        "rwkv_jax/inference/sampling/choose.py",
         "weights >= jax.lax.cond(jnp.any(top_p < 1)",
         "weights > jax.lax.cond(jnp.any(top_p < 1)",
         "tests/inference/test_sampling.py tests/inference/test_sampling_limits.py",
     ),
     Fault(
         "repetition rewards negative logits",
-        "rwkv_jax/inference/sampling.py",
+        "rwkv_jax/inference/sampling/choose.py",
         "logits / repetition, logits * repetition",
         "logits / repetition, logits / repetition",
         "tests/inference/test_sampling_penalties.py tests/inference/test_sampling.py",
     ),
     Fault(
         "draws follow JAX's default dtype",
-        "rwkv_jax/inference/selection.py",
+        "rwkv_jax/inference/sampling/selection.py",
         "(2,), jnp.float32)",
         "(2,))",
         "tests/inference/test_reproducible.py",
     ),
     Fault(
         "logprobs of adjusted tokens",
-        "rwkv_jax/inference/sampling.py",
+        "rwkv_jax/inference/sampling/choose.py",
         "return chosen - jax.nn.logsumexp(logits, axis=-1)",
         "return chosen - jnp.max(logits, axis=-1)",
         "tests/inference/test_sampling.py tests/inference/test_engine.py",

@@ -29,7 +29,7 @@ from peers_ours import Ours
 from peers_protocol import WARM_UP_TOKENS, Peer, Request, answer, outputs
 from rwkv_jax.bench.random_model import NumberTokenizer, RandomTensors, random_model
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
 VOCAB_SIZE = 11
 

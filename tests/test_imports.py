@@ -77,8 +77,8 @@ def test_the_walk_sees_imports() -> None:
     assert "numpy" in imports("rwkv_kernels.arguments")
     assert "rwkv_kernels.wkv7" in imports("rwkv_jax.models.rwkv7")
     # Within a function, too.
-    assert "rwkv_jax.inference.engine.Engine" in imports("rwkv_jax.cli.generate")
-    assert "rwkv_jax.inference.engine" not in imports("rwkv_jax.cli.generate", top_level_only=True)
+    assert "rwkv_jax.inference.engine.engine.Engine" in imports("rwkv_jax.cli.generate")
+    assert "rwkv_jax.inference.engine.engine" not in imports("rwkv_jax.cli.generate", top_level_only=True)
 
 
 LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tables")
@@ -167,9 +167,9 @@ def test_imports_run_one_way(module: str) -> None:
     assert not foreign(module, *packages, *others, "typing_extensions") - {"rwkv_jax"}
 
 
-@pytest.mark.parametrize("module", modules("rwkv_jax.inference.sampling", "rwkv_jax.inference.selection"))
+@pytest.mark.parametrize("module", modules("rwkv_jax.inference.sampling"))
 def test_samples_of_a_run_do_not_load_the_engine(module: str) -> None:
-    ours = ("inference.sampling", "inference.selection", "data.tokenizers", *LEAVES)
+    ours = ("inference.sampling", "data.tokenizers", *LEAVES)
     assert not foreign(module, "jax", "numpy", "einops", *(f"rwkv_jax.{name}" for name in ours)) - {"rwkv_jax"}
 
 
@@ -212,7 +212,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         "rwkv_jax",
         "rwkv_jax.config",
         "rwkv_jax.cli.command",
-        "rwkv_jax.inference.chat",
+        "rwkv_jax.inference.chat.formats",
         "rwkv_jax.weights, rwkv_jax.data",
     ],
 )

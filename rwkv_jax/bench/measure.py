@@ -20,9 +20,9 @@ from flax import nnx
 
 from rwkv_jax.checks import ConfigError, require_counts
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.packed import Int4Matrix, Int8Matrix
 

@@ -18,7 +18,7 @@ from rwkv_jax.tables import format_table
 if TYPE_CHECKING:
     from rwkv_jax.bench.measure import Timing
     from rwkv_jax.data.tokenizers import Tokenizer
-    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.engine.engine import Engine
     from rwkv_jax.models import LanguageModel
 
 
@@ -112,7 +112,7 @@ class Latency:
     def run(self) -> None:
         """Measures and prints."""
         from rwkv_jax.bench.measure import latency
-        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         require_counts(contexts=self.contexts, tokens=(self.tokens,), repetitions=(self.repetitions,))
         if self.model.random is not None:
@@ -146,7 +146,7 @@ class Throughput:
     def run(self) -> None:
         """Measures and prints."""
         from rwkv_jax.bench.measure import throughput
-        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.engine.engine import Engine, EngineOptions
         from rwkv_jax.models.decoding import unstacked
 
         require_counts(batch_sizes=self.batch_sizes, tokens=(self.tokens,), repetitions=(self.repetitions,))

@@ -14,11 +14,11 @@ import tyro
 from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.inference.chat import Thinking
+from rwkv_jax.inference.chat.formats import Thinking
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.chat import ChatFormat
-    from rwkv_jax.inference.dialogue import Dialogue
+    from rwkv_jax.inference.chat.dialogue import Dialogue
+    from rwkv_jax.inference.chat.formats import ChatFormat
 
 FIRST_BRANCH = "main"
 """Name of the first conversation."""
@@ -77,8 +77,8 @@ class Chat:
         chat_format, sampling = self._format(), self.sampling.sampling()
         chat_format.first_turn("message", self.system)
 
-        from rwkv_jax.inference.dialogue import Dialogue
-        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.chat.dialogue import Dialogue
+        from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
         engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
@@ -101,7 +101,7 @@ class Chat:
         converse(chat)
 
     def _format(self) -> ChatFormat:
-        from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD
+        from rwkv_jax.inference.chat.formats import PILE_QA, RAVEN, WORLD
 
         chat_format = {"world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}[self.format]
         return dataclasses.replace(chat_format, thinking=self.thinking)

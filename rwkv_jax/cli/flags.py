@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rwkv_jax.data.tokenizers import Tokenizer
-    from rwkv_jax.inference.sampling import SamplingParams
+    from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.models import LanguageModel
 
 Quantize = Literal["int8", "int4", "bfloat16"]
@@ -150,7 +150,7 @@ class SamplingFlags:
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters. Raises ConfigError for an invalid value."""
-        from rwkv_jax.inference.sampling import SamplingParams
+        from rwkv_jax.inference.sampling.params import SamplingParams
 
         changes: dict[str, Any] = {
             name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None

@@ -15,8 +15,8 @@ from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.engine import Engine
-    from rwkv_jax.inference.requests import Completion
+    from rwkv_jax.inference.engine.engine import Engine
+    from rwkv_jax.inference.engine.requests import Completion
 
 _MAX_SLOTS = 16
 """Texts generated concurrently; others are queued."""
@@ -56,7 +56,7 @@ class Generate:
         arguments = self._arguments()
         prompt = self._read_prompt()
 
-        from rwkv_jax.inference.engine import Engine, EngineOptions
+        from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS), tune=self.tune)
         engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
@@ -74,7 +74,7 @@ class Generate:
 
     def _arguments(self) -> dict[str, Any]:
         """Arguments for the engine. Raises ConfigError before weights are loaded."""
-        from rwkv_jax.inference.text import check_stop_strings
+        from rwkv_jax.inference.engine.text import check_stop_strings
 
         check = checker(self)
         for name in ("tokens", "num", "best_of"):

@@ -86,7 +86,7 @@ def _state_metadata(path: Path) -> dict[str, str] | None:
     """The metadata of a state file; None for any other."""
     from safetensors import SafetensorError, safe_open
 
-    from rwkv_jax.inference.state_file import FORMAT
+    from rwkv_jax.inference.state.state_file import FORMAT
 
     if not path.is_file():
         return None

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD, ChatFormat
-    from rwkv_jax.inference.dialogue import Dialogue
-    from rwkv_jax.inference.engine import Engine
-    from rwkv_jax.inference.options import EngineOptions
-    from rwkv_jax.inference.requests import Chunk, Completion, QueueFullError
-    from rwkv_jax.inference.sampling import SamplingParams
-    from rwkv_jax.inference.scheduler import NotFiniteError
-    from rwkv_jax.inference.session import Session, SessionBusyError, SessionCancelledError
-    from rwkv_jax.inference.snapshot import Snapshot, StateError
-    from rwkv_jax.inference.stream import Stream
+    from rwkv_jax.inference.chat.dialogue import Dialogue
+    from rwkv_jax.inference.chat.formats import PILE_QA, RAVEN, WORLD, ChatFormat
+    from rwkv_jax.inference.engine.engine import Engine
+    from rwkv_jax.inference.engine.options import EngineOptions
+    from rwkv_jax.inference.engine.requests import Chunk, Completion, QueueFullError
+    from rwkv_jax.inference.engine.scheduler import NotFiniteError
+    from rwkv_jax.inference.engine.stream import Stream
+    from rwkv_jax.inference.sampling.params import SamplingParams
+    from rwkv_jax.inference.state.session import Session, SessionBusyError, SessionCancelledError
+    from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 
 __all__ = [
     "PILE_QA",
@@ -42,15 +42,15 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "chat": ("ChatFormat", "PILE_QA", "RAVEN", "WORLD"),
-        "dialogue": ("Dialogue",),
-        "engine": ("Engine",),
-        "options": ("EngineOptions",),
-        "requests": ("Chunk", "Completion", "QueueFullError"),
-        "sampling": ("SamplingParams",),
-        "scheduler": ("NotFiniteError",),
-        "session": ("Session", "SessionBusyError", "SessionCancelledError"),
-        "snapshot": ("Snapshot", "StateError"),
-        "stream": ("Stream",),
+        "chat.formats": ("ChatFormat", "PILE_QA", "RAVEN", "WORLD"),
+        "chat.dialogue": ("Dialogue",),
+        "engine.engine": ("Engine",),
+        "engine.options": ("EngineOptions",),
+        "engine.requests": ("Chunk", "Completion", "QueueFullError"),
+        "sampling.params": ("SamplingParams",),
+        "engine.scheduler": ("NotFiniteError",),
+        "state.session": ("Session", "SessionBusyError", "SessionCancelledError"),
+        "state.snapshot": ("Snapshot", "StateError"),
+        "engine.stream": ("Stream",),
     },
 )

@@ -24,7 +24,7 @@ from rwkv_jax.data.tokenizers import load_tokenizer
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 from rwkv_jax.held_out import HeldOut, compressed_bits_per_byte, evaluate
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
     allgather_text,

@@ -17,7 +17,8 @@ from jax.sharding import Sharding
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
-from rwkv_jax.inference.sampling import SamplingParams, Settings, bias_array, choose, no_occurrences, stack_settings
+from rwkv_jax.inference.sampling.choose import Settings, bias_array, choose, no_occurrences, stack_settings
+from rwkv_jax.inference.sampling.params import SamplingParams
 
 TOKENS_PER_CALL = 16
 """Tokens per call of the compiled program."""

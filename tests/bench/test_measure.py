@@ -14,7 +14,7 @@ from rwkv_jax.bench import measure
 from rwkv_jax.bench.measure import Timing, cache_bytes, latency, memory, state_bytes, throughput, weights_format
 from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.inference.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.models import model_type
 from tests.golden import QUICK
 from tests.models.parameters import named_config

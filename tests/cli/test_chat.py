@@ -15,10 +15,10 @@ import pytest
 from rwkv_jax.cli import chat as chat_module
 from rwkv_jax.cli.chat import HELP, ChatLoop
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.inference.chat import WORLD
-from rwkv_jax.inference.dialogue import Dialogue
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.scheduler import NotFiniteError
+from rwkv_jax.inference.chat.dialogue import Dialogue
+from rwkv_jax.inference.chat.formats import WORLD
+from rwkv_jax.inference.engine.scheduler import NotFiniteError
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.cli.commands import Command
 from tests.inference.fake_engine import FakeEngine
 

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_jax.cli.flags import SamplingFlags
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.sampling.params import SamplingParams
 
 
 def test_presets() -> None:

@@ -19,8 +19,8 @@ from rwkv_jax import from_pretrained, run_folder
 from rwkv_jax.cli.flags import WeightsFlags
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import load_tokenizer
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command

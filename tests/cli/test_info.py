@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from rwkv_jax.data.tokens.binidx import BinidxWriter
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.state_file import save_snapshot
+from rwkv_jax.inference.state.snapshot import Snapshot
+from rwkv_jax.inference.state.state_file import save_snapshot
 from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command
 from tests.inference.small_identities import SEVEN, identity_of

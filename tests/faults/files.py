@@ -16,8 +16,8 @@ from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.corpus import corpus_of_binidx
 from rwkv_jax.data.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
 from rwkv_jax.data.tokens.binidx import BinidxWriter, open_binidx
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.state_file import load_snapshot, save_snapshot
+from rwkv_jax.inference.state.snapshot import Snapshot
+from rwkv_jax.inference.state.state_file import load_snapshot, save_snapshot
 from rwkv_jax.run_folder import identity, read_run_file, write_run
 from rwkv_jax.weights.official import check_tensors, read_config
 from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained

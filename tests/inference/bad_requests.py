@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import QueueFullError
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.models import GREEDY, VOCAB_SIZE
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rwkv_jax.inference.engine import Engine
+from rwkv_jax.inference.engine.engine import Engine
 from tests.inference.models import CONFIGS, quick_engine, random_model
 from tests.programs import compilations
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rwkv_jax.inference.state_file import parameters_digest
+from rwkv_jax.inference.state.state_file import parameters_digest
 from rwkv_jax.weights.official import shardings_on
 from tests.models.parameters import SMALL, in_dtype, random_params
 

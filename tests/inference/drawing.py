@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.inference.sampling import SamplingParams, choose, no_occurrences, stack_settings
+from rwkv_jax.inference.sampling.choose import choose, no_occurrences, stack_settings
+from rwkv_jax.inference.sampling.params import SamplingParams
 
 DRAWS = 4000
 LOGITS = np.random.default_rng(0).normal(0, 2, 12)

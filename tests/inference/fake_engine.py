@@ -10,11 +10,11 @@ import numpy as np
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.requests import Chunk, Request
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import Prompt
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.state_file import Identity
+from rwkv_jax.inference.engine.requests import Chunk, Request
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.session import Prompt
+from rwkv_jax.inference.state.snapshot import Snapshot
+from rwkv_jax.inference.state.state_file import Identity
 from rwkv_jax.models.state import State
 
 VOCAB_SIZE = 257

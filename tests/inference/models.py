@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.requests import Chunk, Completion
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.stream import Stream
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.requests import Chunk, Completion
+from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.models import LanguageModel
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from rwkv_jax import from_pretrained, save_pretrained
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
 

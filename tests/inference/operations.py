@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import Chunk, Completion
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import Session, SessionBusyError
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import Chunk, Completion
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.session import Session, SessionBusyError
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 MAX_SESSIONS = 6
 LONGEST = 120

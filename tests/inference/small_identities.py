@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.state_file import Identity, model_identity
+from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.models import LanguageModel
 from tests.models.parameters import SMALL, in_dtype, merge, random_params
 

@@ -12,9 +12,9 @@ import pytest
 from rwkv_jax.checks import shown
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 from tests.inference.models import CONFIGS, GREEDY, random_model
 
 

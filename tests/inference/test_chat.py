@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import WorldTokenizer
-from rwkv_jax.inference.chat import PILE_QA, RAVEN, WORLD, ChatFormat, Thinking
+from rwkv_jax.inference.chat.formats import PILE_QA, RAVEN, WORLD, ChatFormat, Thinking
 
 
 def test_world_conversation_from_the_first_word_to_the_last() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.options import EngineOptions
-from rwkv_jax.inference.snapshot import StateError
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.options import EngineOptions
+from rwkv_jax.inference.state.snapshot import StateError
 from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
 from tests.models.parameters import in_dtype, merge, random_params
 

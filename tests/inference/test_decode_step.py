@@ -13,8 +13,8 @@ from jax import Array
 
 from rwkv_jax import autotune
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference import decode_step
-from rwkv_jax.inference.decode_step import choose_step
+from rwkv_jax.inference.engine import decode_step
+from rwkv_jax.inference.engine.decode_step import choose_step
 from rwkv_kernels import PARTS, dispatch
 from rwkv_kernels.autotune import Trial, Tuning, Workload
 from tests.inference.models import CONFIGS, GREEDY, LONG_IDS, quick_engine, random_model

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat import RAVEN, WORLD
-from rwkv_jax.inference.dialogue import MAX_UNDO_TURNS, Dialogue
-from rwkv_jax.inference.requests import Chunk
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import Prompt
-from rwkv_jax.inference.snapshot import Snapshot, StateError
+from rwkv_jax.inference.chat.dialogue import MAX_UNDO_TURNS, Dialogue
+from rwkv_jax.inference.chat.formats import RAVEN, WORLD
+from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.session import Prompt
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from tests.inference.fake_engine import FakeEngine
 
 ARGUMENTS: dict[str, Any] = {"max_tokens": 6, "sampling": SamplingParams()}

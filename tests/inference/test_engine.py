@@ -16,10 +16,10 @@ from flax import nnx
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.requests import Completion
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import StateError
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.requests import Completion
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.models.decoding import unstacked
 from tests.golden import QUICK
 from tests.inference.models import (

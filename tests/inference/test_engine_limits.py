@@ -8,8 +8,8 @@ import pytest
 
 from rwkv_jax.bench.random_model import NumberTokenizer
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.engine import Engine, EngineOptions
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.models import CONFIGS, OPTIONS, random_model
 from tests.programs import compiled_quickly
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from jax import Array
 
-from rwkv_jax.inference import engine, programs
+from rwkv_jax.inference.engine import engine, programs
 from rwkv_kernels import OPERATORS, dispatch
 from tests.inference.models import CONFIGS, GREEDY, LONG_IDS, quick_engine, random_model
 

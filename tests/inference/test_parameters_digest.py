@@ -13,7 +13,7 @@ import pytest
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.state_file import model_identity, parameters_digest
+from rwkv_jax.inference.state.state_file import model_identity, parameters_digest
 from rwkv_jax.models.decoding import unstacked
 from tests.fake_devices import run_on_fake_devices
 from tests.inference.small_identities import SEVEN, SINGLE, identity_of, model_of, params_of

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.prefix_cache import PrefixCache
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.state.prefix_cache import PrefixCache
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 STATE_BYTES = 100
 PLENTY = 10**9

@@ -11,8 +11,8 @@ import pytest
 from rwkv_jax import autotune
 from rwkv_jax.bench.random_model import random_model
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference import engine, product_form
-from rwkv_jax.inference.product_form import choose_form, faster_form
+from rwkv_jax.inference.engine import engine, product_form
+from rwkv_jax.inference.engine.product_form import choose_form, faster_form
 from rwkv_jax.models.packed import PackedMatrix
 from rwkv_kernels.autotune import Trial
 from tests.inference.models import GREEDY, LONG_IDS, VOCAB_SIZE, quick_engine

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.options import EngineOptions
-from rwkv_jax.inference.requests import Completion
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.options import EngineOptions
+from rwkv_jax.inference.engine.requests import Completion
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.models import CONFIGS, GREEDY, IDS, quick_engine, random_model
 
 SAMPLED: dict[str, Any] = {"max_tokens": 12, "sampling": SamplingParams.rwkv(temperature=1.5), "stop_ids": ()}

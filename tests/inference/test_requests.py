@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.requests import Chunk, Request, join
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.requests import Chunk, Request, join
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 START = Snapshot((), np.zeros(9, np.float32), num_tokens=90)  # pyright: ignore[reportArgumentType]
 

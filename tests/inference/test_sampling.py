@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from rwkv_jax.inference.sampling import (
-    SamplingParams,
+from rwkv_jax.inference.sampling.choose import (
     bias_array,
     choose,
     choose_together,
@@ -23,6 +22,7 @@ from rwkv_jax.inference.sampling import (
     stack_settings,
     top_logprobs,
 )
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.drawing import DRAWS, LOGITS, agrees, compiled, draw, expected, softmax
 
 SETTINGS: list[dict[str, Any]] = [

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rwkv_jax.inference.sampling import (
-    Order,
-    SamplingParams,
-    bias_array,
-    choose,
-    choose_together,
-    no_occurrences,
-    stack_settings,
-)
+from rwkv_jax.inference.sampling.choose import bias_array, choose, choose_together, no_occurrences, stack_settings
+from rwkv_jax.inference.sampling.params import Order, SamplingParams
 from tests.golden import QUICK
 
 VOCAB_SIZE = 300

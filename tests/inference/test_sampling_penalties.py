@@ -12,8 +12,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
-from rwkv_jax.inference.sampling import (
-    SamplingParams,
+from rwkv_jax.inference.sampling.choose import (
     bias_array,
     count,
     initial_occurrences,
@@ -21,6 +20,7 @@ from rwkv_jax.inference.sampling import (
     occurrence_weights,
     stack_settings,
 )
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.drawing import DRAWS, LOGITS, agrees, compiled, draw, expected
 
 

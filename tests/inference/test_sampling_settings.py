@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.sampling.params import SamplingParams
 
 
 def test_presets() -> None:

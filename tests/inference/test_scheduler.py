@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.stream import Stream
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import QueueFullError
+from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 from tests.inference.models import (
     GREEDY,
     IDS,

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.scheduler import NotFiniteError
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import QueueFullError
+from rwkv_jax.inference.engine.scheduler import NotFiniteError
 from tests.inference.bad_requests import bad_requests
 from tests.inference.models import GREEDY, IDS, LONG_IDS, assert_same, prompts, some, texts_of
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_jax.inference.selection import draw, first_largest, largest_floor
+from rwkv_jax.inference.sampling.selection import draw, first_largest, largest_floor
 
 ROWS = np.array(
     [

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import Session, SessionBusyError, SessionCancelledError, SessionStream
-from rwkv_jax.inference.snapshot import Snapshot, StateError
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.session import Session, SessionBusyError, SessionCancelledError, SessionStream
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from tests.inference.fake_engine import VOCAB_SIZE, FakeEngine
 from tests.inference.operations import Operations, assert_identical
 

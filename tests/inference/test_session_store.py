@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.session import Session
-from rwkv_jax.inference.session_store import SessionStore
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.session import Session
+from rwkv_jax.inference.state.session_store import SessionStore
 from tests.inference.fake_engine import PASSES_FOR_ANY, FakeEngine
 
 

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.snapshot import Snapshot, StateError
-from rwkv_jax.inference.state_file import (
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
+from rwkv_jax.inference.state.state_file import (
     FORMAT,
     VERSION,
     Identity,

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.snapshot import Snapshot, StateError
-from rwkv_jax.inference.state_file import Identity, checksums, load_snapshot, model_identity, save_snapshot
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
+from rwkv_jax.inference.state.state_file import Identity, checksums, load_snapshot, model_identity, save_snapshot
 from rwkv_jax.weights.safetensors import write_safetensors
 from tests.inference.models import CONFIGS, random_model
 from tests.inference.operations import assert_identical

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import Chunk
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.models import (
     CONFIGS,
     GREEDY,

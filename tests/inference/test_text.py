@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer
-from rwkv_jax.inference.text import TextStream
+from rwkv_jax.inference.engine.text import TextStream
 
 BYTES = ByteTokenizer()
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax.inference import engine as engine_module
-from rwkv_jax.inference.engine import Engine
-from rwkv_jax.inference.requests import QueueFullError
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine import engine as engine_module
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import QueueFullError
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 from tests.inference.models import CONFIGS, GREEDY, assert_same, prompts, quick_engine, random_model, some, texts_of
 
 IDS = (1, 40, 41, 42, 43)

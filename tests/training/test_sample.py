@@ -15,7 +15,7 @@ from flax import nnx
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
-from rwkv_jax.inference.sampling import SamplingParams
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.models import RWKV7, Transformer
 from rwkv_jax.training.sample import TOKENS_PER_CALL, Sampler
 from tests.programs import compiled_quickly

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole, shown
-from rwkv_jax.inference.sampling import SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.text import check_stop_strings
+from rwkv_jax.inference.engine.text import check_stop_strings
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 Prompt = str | Sequence[int]
 """A text or token ids."""

@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
-from rwkv_jax.inference.snapshot import Snapshot, StateError
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import UnsafeFileError, checksum_of

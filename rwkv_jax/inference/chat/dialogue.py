@@ -9,12 +9,12 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat import ChatFormat
-from rwkv_jax.inference.session import Session
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.chat.formats import ChatFormat
+from rwkv_jax.inference.state.session import Session
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.engine import Engine
+    from rwkv_jax.inference.engine.engine import Engine
 
 MAX_UNDO_TURNS = 16
 """Maximum turns that `undo` can take back; each keeps two states."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from rwkv_jax.inference.job import Job
+from rwkv_jax.inference.engine.job import Job
 
 
 class FairQueue:

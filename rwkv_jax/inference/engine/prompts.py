@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
-from rwkv_jax.inference.requests import MAX_SEED, Request
-from rwkv_jax.inference.sampling import Sampling, SamplingParams
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.requests import MAX_SEED, Request
+from rwkv_jax.inference.sampling.params import Sampling, SamplingParams
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 MAX_BEST_OF = 1024
 """Upper bound of `best_of`."""

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 from rwkv_jax.autotune import PREFILL_STEPS
-from rwkv_jax.inference.sampling import Settings, choose, count, logprobs, top_logprobs
+from rwkv_jax.inference.sampling.choose import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import with_implementation
 

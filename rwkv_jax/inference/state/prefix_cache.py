@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 _TOKEN_BYTES = 4
 

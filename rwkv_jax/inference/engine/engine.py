@@ -18,22 +18,22 @@ from jax.sharding import Mesh
 from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
-from rwkv_jax.inference.decode_step import choose_step
-from rwkv_jax.inference.job import Job, PrefillCursor, TokenTables
-from rwkv_jax.inference.options import EngineOptions
-from rwkv_jax.inference.prefix_cache import PrefixCache
-from rwkv_jax.inference.product_form import choose_form, with_form
-from rwkv_jax.inference.programs import Programs
-from rwkv_jax.inference.prompts import MAX_BEST_OF, Arguments, build_requests, is_one
-from rwkv_jax.inference.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
-from rwkv_jax.inference.sampling import bias_array, initial_occurrences, occurrence_weights
-from rwkv_jax.inference.scheduler import Scheduler, Shapes
-from rwkv_jax.inference.session import Session
-from rwkv_jax.inference.session_store import SessionStore
-from rwkv_jax.inference.snapshot import Snapshot, StateError
-from rwkv_jax.inference.state_file import Identity, model_identity
-from rwkv_jax.inference.stream import Stream, uninterrupted
-from rwkv_jax.inference.text import TextStream
+from rwkv_jax.inference.engine.decode_step import choose_step
+from rwkv_jax.inference.engine.job import Job, PrefillCursor, TokenTables
+from rwkv_jax.inference.engine.options import EngineOptions
+from rwkv_jax.inference.engine.product_form import choose_form, with_form
+from rwkv_jax.inference.engine.programs import Programs
+from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, build_requests, is_one
+from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
+from rwkv_jax.inference.engine.scheduler import Scheduler, Shapes
+from rwkv_jax.inference.engine.stream import Stream, uninterrupted
+from rwkv_jax.inference.engine.text import TextStream
+from rwkv_jax.inference.sampling.choose import bias_array, initial_occurrences, occurrence_weights
+from rwkv_jax.inference.state.prefix_cache import PrefixCache
+from rwkv_jax.inference.state.session import Session
+from rwkv_jax.inference.state.session_store import SessionStore
+from rwkv_jax.inference.state.snapshot import Snapshot, StateError
+from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
 

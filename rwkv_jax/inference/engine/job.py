@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.inference.programs import DecodeParams, SlotState
-from rwkv_jax.inference.requests import Chunk, FinishReason, Request
-from rwkv_jax.inference.sampling import stack_settings
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.text import TextStream
+from rwkv_jax.inference.engine.programs import DecodeParams, SlotState
+from rwkv_jax.inference.engine.requests import Chunk, FinishReason, Request
+from rwkv_jax.inference.engine.text import TextStream
+from rwkv_jax.inference.sampling.choose import stack_settings
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 
 @dataclasses.dataclass(eq=False)

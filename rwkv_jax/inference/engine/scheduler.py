@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.inference.fair_queue import FairQueue
-from rwkv_jax.inference.job import Job, LastBurst, PrefillCursor, TokenTables, decode_params
-from rwkv_jax.inference.prefix_cache import PrefixCache
-from rwkv_jax.inference.programs import BurstStart, DecodeBurst, Programs, Slots, SlotState, pad
-from rwkv_jax.inference.requests import MAX_TOP_LOGPROBS, QueueFullError
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.fair_queue import FairQueue
+from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, decode_params
+from rwkv_jax.inference.engine.programs import BurstStart, DecodeBurst, Programs, Slots, SlotState, pad
+from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS, QueueFullError
+from rwkv_jax.inference.state.prefix_cache import PrefixCache
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 _MAX_SHORT_CALLS = 4
 """The rest of a prompt that needs more short calls than this is prefilled in long ones, with padding."""

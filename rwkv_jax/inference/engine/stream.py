@@ -11,10 +11,10 @@ from threading import Lock, RLock
 from types import FrameType, TracebackType
 from typing import Self
 
-from rwkv_jax.inference.job import Job
-from rwkv_jax.inference.requests import Chunk
-from rwkv_jax.inference.scheduler import Scheduler
-from rwkv_jax.inference.snapshot import Snapshot
+from rwkv_jax.inference.engine.job import Job
+from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.inference.engine.scheduler import Scheduler
+from rwkv_jax.inference.state.snapshot import Snapshot
 
 
 class Stream:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.session import Session
+from rwkv_jax.inference.state.session import Session
 
 
 class _Entry(NamedTuple):

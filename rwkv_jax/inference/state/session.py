@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Self, Unpack
 
 from rwkv_jax.checks import ConfigError, shown
-from rwkv_jax.inference.prompts import SessionArguments, is_one
-from rwkv_jax.inference.requests import Chunk, Completion, Prompt, join
-from rwkv_jax.inference.snapshot import Snapshot
-from rwkv_jax.inference.state_file import load_snapshot, save_snapshot
+from rwkv_jax.inference.engine.prompts import SessionArguments, is_one
+from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, join
+from rwkv_jax.inference.state.snapshot import Snapshot
+from rwkv_jax.inference.state.state_file import load_snapshot, save_snapshot
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.engine import Engine
-    from rwkv_jax.inference.stream import Stream
+    from rwkv_jax.inference.engine.engine import Engine
+    from rwkv_jax.inference.engine.stream import Stream
 
 
 class SessionBusyError(ConfigError):
@@ -115,7 +115,7 @@ class Session:
 
         Args:
           prompt: prefilled first; may be empty if the session has a state.
-          arguments: as in `rwkv_jax.inference.engine.Engine.stream`, for one text.
+          arguments: as in `rwkv_jax.inference.engine.engine.Engine.stream`, for one text.
 
         Raises:
           ConfigError: there is nothing to continue, or an invalid value.
@@ -167,7 +167,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the state, without marks, to a file that only the same model and tokenizer load.
 
-        Raises ConfigError for an empty session, and as `rwkv_jax.inference.state_file.save_snapshot`.
+        Raises ConfigError for an empty session, and as `rwkv_jax.inference.state.state_file.save_snapshot`.
         """
         with self._alone("save"):
             if self._snapshot is None:
@@ -176,7 +176,7 @@ class Session:
 
     @classmethod
     def load(cls, engine: Engine, path: str | os.PathLike[str]) -> Self:
-        """A session in a saved state. Raises as `rwkv_jax.inference.state_file.load_snapshot`."""
+        """A session in a saved state. Raises as `rwkv_jax.inference.state.state_file.load_snapshot`."""
         return cls(engine, dataclasses.replace(load_snapshot(path, engine.identity), owner=engine.owner))
 
     # Used by its streams.

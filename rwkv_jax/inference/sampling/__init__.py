@@ -1,0 +1,1 @@
+"""Sampling of tokens: parameters, and the choice inside jit."""

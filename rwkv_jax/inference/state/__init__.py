@@ -1,0 +1,1 @@
+"""States of texts between calls: snapshots, sessions, files, caches."""
