@@ -5,14 +5,16 @@ What is written has a CRC-32 of each tensor in its metadata, and one of its head
 
 from __future__ import annotations
 
+import io
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from rwkv_jax.atomic import new_file
 from rwkv_jax.checks import is_whole
@@ -53,6 +55,39 @@ def read_safetensors(path: Path) -> MappedTensors:
         name, or an index that leads out of its folder or does not match its shards.
     """
     return read_shards(path, _read_file) if is_index(path.name) else _read_file(path)
+
+
+class Parsed(NamedTuple):
+    """What a safetensors file holds."""
+
+    tensors: dict[str, NDArray]
+    """By name, in the order of their bytes."""
+    metadata: dict[str, str]
+    """Texts by name."""
+
+
+def parse_safetensors(content: bytes, name: str) -> Parsed:
+    """The tensors and metadata of a file's bytes; the tensors are read-only views of them.
+
+    Args:
+      name: what messages call it.
+
+    Raises as `read_safetensors` does for one file.
+    """
+    try:
+        deserialize(content)  # the library's checks, as of files
+    except SafetensorError as error:
+        raise UnsafeFileError(f"{name}: is not a whole safetensors file ({error}); get it again") from error
+    header, start = _header(content, name)
+    metadata = header.pop(_METADATA, None) or {}
+    return Parsed(_views(content, name, header, start), metadata)
+
+
+def safetensors_bytes(name: str, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of the file that `write_safetensors` writes; messages call it by the name. Raises as it does."""
+    content = io.BytesIO()
+    _write_to(content, name, tensors, _plan(name, tensors), metadata)
+    return content.getvalue()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
@@ -124,27 +159,38 @@ def _read_file(path: Path) -> MappedTensors:
         wrong = describe_wrong_weights(path, ("safetensors",))
         remedy = f": it {wrong}" if wrong else "; get it again"
         raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}){remedy}") from error
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    header = parse_object(mapped[8:start], path, UnsafeFileError)
+    header, start = _header(mapped, path)
     checksums = _recorded(header)
     recorded = {}
     if _METADATA in checksums:
         recorded[f"the header of {path.name}"] = Recorded(_described(header), checksums[_METADATA])
     header.pop(_METADATA, None)
+    tensors = _views(mapped, path, header, start)
+    recorded |= {name: Recorded(tensors[name], checksums[name]) for name in tensors if name in checksums}
+    return MappedTensors(tensors, [mapped], recorded)
+
+
+def _header(content: bytes | mmap.mmap, source: Path | str) -> tuple[dict[str, Any], int]:
+    """The header of a file that the library has checked, and where the bytes of its tensors begin."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return parse_object(content[8:start], source, UnsafeFileError), start
+
+
+def _views(content: bytes | mmap.mmap, source: Path | str, header: Mapping[str, Any], start: int) -> dict[str, NDArray]:
+    """The tensors of a header without metadata, in the order of their bytes, as views."""
     tensors: dict[str, NDArray] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise WeightsError(
-                f"{path}: the tensor {name!r} has dtype {entry['dtype']}, which is not read; "
+                f"{source}: the tensor {name!r} has dtype {entry['dtype']}, which is not read; "
                 f"convert it to one of {', '.join(_DTYPES)}"
             )
         try:
-            tensors[name] = np.ndarray(entry["shape"], dtype, buffer=mapped, offset=start + entry["data_offsets"][0])
+            tensors[name] = np.ndarray(entry["shape"], dtype, buffer=content, offset=start + entry["data_offsets"][0])
         except (ValueError, OverflowError) as error:  # 65 axes, or an empty shape of 0 times too much
-            raise UnsafeFileError(f"{path}: the tensor {name!r} has no possible shape ({error})") from error
-    recorded |= {name: Recorded(tensors[name], checksums[name]) for name in tensors if name in checksums}
-    return MappedTensors(tensors, [mapped], recorded)
+            raise UnsafeFileError(f"{source}: the tensor {name!r} has no possible shape ({error})") from error
+    return tensors
 
 
 def _recorded(header: Mapping[str, Any]) -> dict[str, int]:
@@ -168,7 +214,7 @@ def _shown(checksums: Mapping[str, int]) -> str:
     return "{" + ", ".join(f"{json.dumps(name)}: {value:10}" for name, value in checksums.items()) + "}"
 
 
-def _plan(path: Path, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
+def _plan(source: Path | str, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
     """Shape and little-endian dtype of each tensor, in the order in which they are written."""
     plan: dict[str, TensorSpec] = {}
     for name in tensors:
@@ -176,21 +222,32 @@ def _plan(path: Path, tensors: Mapping[str, NDArray]) -> dict[str, TensorSpec]:
         plan[name] = TensorSpec(shape, dtype.newbyteorder("<"))
         if plan[name].dtype not in _DTYPE_NAMES:
             raise WeightsError(
-                f"{path}: the tensor {name!r} has dtype {dtype}, which is not written; "
+                f"{source}: the tensor {name!r} has dtype {dtype}, which is not written; "
                 f"convert it to one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise WeightsError(f"{path}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
+            raise WeightsError(f"{source}: the name {name!r} cannot be written as UTF-8; rename the tensor") from error
         if name == _METADATA:
-            raise WeightsError(f"{path}: no tensor can be named {name!r}, the format keeps that name; rename it")
+            raise WeightsError(f"{source}: no tensor can be named {name!r}, the format keeps that name; rename it")
     # The format has no gaps, so the order alone aligns each tensor to its elements.
     return dict(sorted(plan.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def _write_file(
     path: Path, tensors: Mapping[str, NDArray], plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
+) -> None:
+    with new_file(path, WeightsError) as file:
+        _write_to(file, path, tensors, plan, metadata)
+
+
+def _write_to(
+    file: BinaryIO,
+    source: Path | str,
+    tensors: Mapping[str, NDArray],
+    plan: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None,
 ) -> None:
     ours = dict(metadata or {})
     header: dict[str, Any] = {_METADATA: ours}
@@ -204,13 +261,12 @@ def _write_file(
         offset += spec.num_bytes
     checksums = dict.fromkeys(plan, 0) | {_METADATA: checksum_of(_described(header))}
     is_own = _CHECKSUMS not in ours
-    with new_file(path, WeightsError) as file:
-        file.write(_header_bytes(header, checksums if is_own else None))
-        for name, spec in plan.items():
-            checksums[name] = _write_tensor(path, file, name, spec, tensors[name])
-        if is_own:
-            file.seek(0)
-            file.write(_header_bytes(header, checksums))
+    file.write(_header_bytes(header, checksums if is_own else None))
+    for name, spec in plan.items():
+        checksums[name] = _write_tensor(source, file, name, spec, tensors[name])
+    if is_own:
+        file.seek(0)
+        file.write(_header_bytes(header, checksums))
 
 
 def _header_bytes(header: dict[str, Any], checksums: Mapping[str, int] | None) -> bytes:
@@ -220,10 +276,10 @@ def _header_bytes(header: dict[str, Any], checksums: Mapping[str, int] | None) -
     return len(content).to_bytes(8, "little") + content
 
 
-def _write_tensor(path: Path, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> int:
+def _write_tensor(source: Path | str, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> int:
     """Returns its checksum."""
     if (tensor.shape, tensor.dtype.newbyteorder("<")) != spec:
-        raise WeightsError(f"{path}: the tensor {name!r} changed while it was written; start again")
+        raise WeightsError(f"{source}: the tensor {name!r} changed while it was written; start again")
     content = np.ascontiguousarray(tensor, spec.dtype).reshape(-1).view(np.uint8)
     file.write(content.data)
     return checksum_of(content)

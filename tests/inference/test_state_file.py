@@ -26,6 +26,8 @@ from rwkv_jax.inference.state.state_file import (
     VERSION,
     Identity,
     checksums,
+    decode_snapshot,
+    encode_snapshot,
     load_snapshot,
     model_identity,
     save_snapshot,
@@ -139,6 +141,15 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in "ab":
         save_snapshot(tmp_path / name, _snapshot(identity), identity)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("generation", SINGLE)
+def test_bytes_are_those_of_the_file(tmp_path: Path, generation: str) -> None:
+    identity = identity_of(SINGLE[generation])
+    save_snapshot(tmp_path / "x", _snapshot(identity), identity)
+    content = encode_snapshot(_snapshot(identity), identity)
+    assert content == (tmp_path / "x").read_bytes()
+    assert_identical(decode_snapshot(content, identity), _snapshot(identity))
 
 
 @pytest.mark.parametrize("padding", range(0, 64, 8))
@@ -329,6 +340,28 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
             assert_identical(found, _snapshot(identity_of(SEVEN)))
         else:
             assert str(path) in str(found)
+
+
+def test_bytes_are_refused_as_files_are(tmp_path: Path) -> None:
+    identity = identity_of(SEVEN)
+    content = encode_snapshot(_snapshot(identity), identity)
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in (*range(0, header, 13), *range(header, len(content), 397)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x04
+        (tmp_path / "x").write_bytes(damaged)
+        expected = _load(tmp_path / "x")
+        if isinstance(expected, Snapshot):
+            assert_identical(decode_snapshot(bytes(damaged), identity), expected)
+            continue
+        with pytest.raises(type(expected), match=r"^the upload: "):
+            decode_snapshot(bytes(damaged), identity, name="the upload")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", bytes(64), b"PK\3\4" + bytes(60), b"\xff" * 64])
+def test_bytes_of_anything_else_are_refused(content: bytes) -> None:
+    with pytest.raises(UnsafeFileError, match="the upload: is not a whole safetensors file"):
+        decode_snapshot(content, identity_of(SEVEN), name="the upload")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
+from rwkv_jax.weights.safetensors import (
+    parse_safetensors,
+    read_safetensors,
+    safetensors_bytes,
+    write_safetensors,
+)
 from rwkv_jax.weights.tensors import UnsafeFileError, checksum_of
 
 FORMAT = "rwkv-jax state"
@@ -143,10 +148,20 @@ def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Id
       WeightsError: the file exists already, or cannot be written there.
     """
     path = Path(path).expanduser()
+    write_safetensors(path, *_content(path, snapshot, identity))
+
+
+def encode_snapshot(snapshot: Snapshot, identity: Identity) -> bytes:
+    """The bytes of the file that `save_snapshot` writes; raises StateError as it does."""
+    return safetensors_bytes("state", *_content("state", snapshot, identity))
+
+
+def _content(source: Path | str, snapshot: Snapshot, identity: Identity) -> tuple[dict[str, NDArray], dict[str, str]]:
+    """The checked tensors and metadata of a file."""
     tensors = {name: np.asarray(x) for name, x in _by_name(snapshot.state, snapshot.logits).items()}
-    _check_tensors(path, tensors, identity)
-    _check_finite(path, tensors)
-    _check_positions(path, tensors, identity, snapshot.num_tokens)
+    _check_tensors(source, tensors, identity)
+    _check_finite(source, tensors)
+    _check_positions(source, tensors, identity, snapshot.num_tokens)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -156,7 +171,7 @@ def save_snapshot(path: str | os.PathLike[str], snapshot: Snapshot, identity: Id
         "tokenizer": identity.tokenizer,
         "num_tokens": str(snapshot.num_tokens),
     }
-    write_safetensors(path, tensors, metadata | {_CHECKSUMS: checksums(tensors, metadata)})
+    return tensors, metadata | {_CHECKSUMS: checksums(tensors, metadata)}
 
 
 def checksums(tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> str:
@@ -190,11 +205,23 @@ def load_snapshot(path: str | os.PathLike[str], identity: Identity) -> Snapshot:
         raise
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-    num_tokens = _check_metadata(path, metadata, identity)
-    _check_tensors(path, found, identity)
-    _check_checksums(path, found, metadata)
-    _check_finite(path, found)
-    _check_positions(path, found, identity, num_tokens)
+    return _snapshot(path, found, metadata, identity)
+
+
+def decode_snapshot(content: bytes, identity: Identity, *, name: str = "state") -> Snapshot:
+    """As `load_snapshot`, from the bytes of a file, which messages call by the name."""
+    found, metadata = parse_safetensors(content, name)
+    return _snapshot(name, found, metadata, identity)
+
+
+def _snapshot(
+    source: Path | str, found: Mapping[str, NDArray], metadata: Mapping[str, str], identity: Identity
+) -> Snapshot:
+    num_tokens = _check_metadata(source, metadata, identity)
+    _check_tensors(source, found, identity)
+    _check_checksums(source, found, metadata)
+    _check_finite(source, found)
+    _check_positions(source, found, identity, num_tokens)
     # Copies by NumPy: the file may change, and JAX may alias host arrays.
     leaves = [jax.device_put(np.array(found[name])) for name in _by_name(identity.state, identity.logits)]
     *state, logits = leaves
@@ -212,32 +239,32 @@ def _by_name(state: Any, logits: Any) -> dict[str, Any]:
     return named | {_LOGITS: logits}
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, str], identity: Identity) -> int:
+def _check_metadata(source: Path | str, metadata: Mapping[str, str], identity: Identity) -> int:
     """The number of tokens, from metadata checked against an identity."""
     if metadata.get("format") != FORMAT:
         raise StateError(
-            f"{path}: is not the state of a text (its format is {_quoted(metadata, 'format')}, not {FORMAT!r}); "
+            f"{source}: is not the state of a text (its format is {_quoted(metadata, 'format')}, not {FORMAT!r}); "
             f"name {_REMEDY}"
         )
     if metadata.get("version") != VERSION:
         raise StateError(
-            f"{path}: is of version {_quoted(metadata, 'version')}, written by {_quoted(metadata, 'producer')}, "
+            f"{source}: is of version {_quoted(metadata, 'version')}, written by {_quoted(metadata, 'producer')}, "
             f"where version {VERSION!r} is read; use the rwkv-jax that wrote it, or one that is as new"
         )
     if _recorded(metadata).get("metadata") != json.loads(checksums({}, metadata))["metadata"]:
-        raise StateError(f"{path}: is damaged, its metadata differ from their checksum; {_DAMAGED}")
+        raise StateError(f"{source}: is damaged, its metadata differ from their checksum; {_DAMAGED}")
     differences = [
         f"{name}: {_quoted(metadata, name)} in the file, {getattr(identity, name)!r} here; {remedy}"
         for name, remedy in _REMEDIES.items()
         if metadata.get(name) != getattr(identity, name)
     ]
     if differences:
-        first = f"{path}: this state does not belong to the model and tokenizer here:"
+        first = f"{source}: this state does not belong to the model and tokenizer here:"
         raise StateError("\n  ".join([first, *differences]))
     count = metadata.get("num_tokens", "")
     if not (count.isascii() and count.isdecimal() and len(count) < 19 and int(count) > 0):
         shown = _quoted(metadata, "num_tokens")
-        raise StateError(f"{path}: num_tokens = {shown} is no number of tokens; save the state again")
+        raise StateError(f"{source}: num_tokens = {shown} is no number of tokens; save the state again")
     return int(count)
 
 
@@ -245,7 +272,7 @@ def _quoted(metadata: Mapping[str, str], name: str) -> str:
     return repr(metadata.get(name))[:80]  # a hostile file may have made it arbitrarily long
 
 
-def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity) -> None:
+def _check_tensors(source: Path | str, found: Mapping[str, NDArray], identity: Identity) -> None:
     expected = _by_name(identity.state, identity.logits)
     lines = [f"missing      {name} {_described(spec)}" for name, spec in expected.items() if name not in found]
     lines += [f"not expected {name} {_described(x)}" for name, x in found.items() if name not in expected]
@@ -256,24 +283,24 @@ def _check_tensors(path: Path, found: Mapping[str, NDArray], identity: Identity)
     ]
     if lines:
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-        first = f"{path}: these are not the tensors of a state of this model; take one that it made:"
+        first = f"{source}: these are not the tensors of a state of this model; take one that it made:"
         raise StateError("\n  ".join([first, *(line[:200] for line in lines[:_LISTED]), *more]))
 
 
-def _check_finite(path: Path, tensors: Mapping[str, NDArray]) -> None:
+def _check_finite(source: Path | str, tensors: Mapping[str, NDArray]) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise StateError(
-                f"{path}: the tensor {name!r} holds numbers that are not finite, after which a model says nothing; "
+                f"{source}: the tensor {name!r} holds numbers that are not finite, after which a model says nothing; "
                 "go back to an earlier state"
             )
 
 
-def _check_checksums(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
+def _check_checksums(source: Path | str, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
     recorded, found = _recorded(metadata), json.loads(checksums(tensors, metadata))
     for name in tensors:
         if found[name] != recorded.get(name):
-            raise StateError(f"{path}: the tensor {name!r} is damaged, it differs from its checksum; {_DAMAGED}")
+            raise StateError(f"{source}: the tensor {name!r} is damaged, it differs from its checksum; {_DAMAGED}")
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -285,18 +312,18 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
     return recorded if isinstance(recorded, dict) else {}
 
 
-def _check_positions(path: Path, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:
+def _check_positions(source: Path | str, tensors: Mapping[str, NDArray], identity: Identity, num_tokens: int) -> None:
     """Rejects a cache with another number of tokens, which would continue at the wrong position."""
     if identity.capacity is not None and num_tokens > identity.capacity:
         raise StateError(
-            f"{path}: num_tokens = {num_tokens}: a state of this model holds {identity.capacity}; go back to an "
+            f"{source}: num_tokens = {num_tokens}: a state of this model holds {identity.capacity}; go back to an "
             "earlier state"
         )
     for name in _by_name(identity.state, identity.logits):
         if name.endswith(".position") and int(tensors[name]) != num_tokens:
             raise StateError(
-                f"{path}: the tensor {name!r} is {int(tensors[name])} after num_tokens = {num_tokens}, and must be the "
-                "same; go back to an earlier state"
+                f"{source}: the tensor {name!r} is {int(tensors[name])} after num_tokens = {num_tokens}, and must be "
+                "the same; go back to an earlier state"
             )
 
 
