@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rwkv_kernels import dispatch, wkv7
-from rwkv_kernels.ops.wkv7 import pallas
+from rwkv_kernels.ops.wkv7 import chunked, pallas
 from rwkv_kernels.ops.wkv7.api import log_decay_floor, wkv7_chunked
 from rwkv_kernels.ops.wkv7.cases import MODEL_FLOOR, make_inputs
 from rwkv_kernels.testing.cases import Shape
@@ -71,6 +71,24 @@ def test_large_heads_have_gradients_by_blocks_of_columns() -> None:
     assert all(f"wkv7_split_gradients_of_{part}" in str(traced.jaxpr) for part in ("values", "keys"))
     found = traced.lower().compile()(*as_jax(given, jnp.float32), options)
     assert_close(found, exactly(WKV7, *given, options), way.bound)
+
+
+def test_cpus_alone_invert_small_blocks_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    triangle = np.tril(np.random.default_rng(0).normal(size=(2, 32, 32)).astype(np.float32) / 8, k=-1)
+    invert = functools.partial(chunked.inverse_of_identity_minus, precision=jax.lax.Precision.HIGHEST)
+    traced = jax.jit(invert).trace(triangle)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    products = {name: text.count("stablehlo.dot_general") for name, text in texts.items()}
+    # Two pairs of blocks of 8 and one of 16 are joined by two products each; blocks of 2, 4, 8 and 16 all at once.
+    assert products == {"cpu": 6, "cuda": 8, "tpu": 8}
+    assert {name for name, text in texts.items() if "stablehlo.reduce" in text} == {"cpu"}
+
+    here = jax.jit(invert, compiler_options=QUICK)(triangle)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, cpu, default: default(*arguments))
+    elsewhere = jax.jit(lambda x: invert(x), compiler_options=QUICK)(triangle)
+    for inverse in (here, elsewhere):
+        product = inverse @ (np.eye(32) - triangle)
+        np.testing.assert_allclose(product, np.broadcast_to(np.eye(32), product.shape), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [-4, 0, 3, 12, 48])
