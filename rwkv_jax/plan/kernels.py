@@ -14,14 +14,21 @@ from typing import NamedTuple
 
 import rwkv_kernels
 from rwkv_jax.plan.program import Array, Computation, Instruction, Module
+from rwkv_kernels.pallas.driver import padded_size
 
-KERNELS, SPLIT_KERNELS, TPU_KERNELS = "pallas_triton", "pallas_triton_split", "pallas_mosaic_tpu"
+KERNELS, SPLIT_KERNELS, TILE_KERNELS = "pallas_triton", "pallas_triton_split", "pallas_mosaic_gpu"
+TPU_KERNELS, TPU_SPLIT_KERNELS = "pallas_mosaic_tpu", "pallas_mosaic_tpu_split"
 CHUNKS: Mapping[str, Mapping[str, int]] = {
     KERNELS: {"wkv4": 8, "wkv5": 16, "wkv6": 16, "wkv7": 16},
     SPLIT_KERNELS: {"wkv5": 32, "wkv6": 32, "wkv7": 32},
+    TILE_KERNELS: {"wkv7": 64},
     TPU_KERNELS: {"wkv5": 64, "wkv6": 64, "wkv7": 64},
+    TPU_SPLIT_KERNELS: {"wkv7": 64},
 }
 """Steps of a chunk, by implementation and operator, as shipped; of RWKV-4, steps for which one state is stored."""
+
+_SMALLEST_HEADS: Mapping[str, int] = {KERNELS: 16, SPLIT_KERNELS: 16, TILE_KERNELS: 64}
+"""Heads are padded to a power of two of at least this; those of other implementations are not."""
 
 
 BLOCK = 64
@@ -44,13 +51,17 @@ STAGES: Mapping[str, Mapping[str, Stages]] = {
         "wkv6": Stages(("factors", "states", "outputs_with_reads"), ("cotangents", "gradients")),
         "wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients")),
     },
+    TILE_KERNELS: {
+        "wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients")),
+    },
     TPU_KERNELS: dict.fromkeys(CHUNKS[TPU_KERNELS], _ONE_LOOP),
+    TPU_SPLIT_KERNELS: {"wkv7": _ONE_LOOP},
 }
 """By implementation and operator."""
 
 
 def stages_of(implementation: str, operator: str, key_dim: int, value_dim: int) -> Stages:
-    """The kernels for heads of a size."""
+    """The kernels for heads of a size, padded."""
     stages = STAGES[implementation][operator]
     if implementation != SPLIT_KERNELS or operator != "wkv7" or max(key_dim, value_dim) <= BLOCK:
         return stages
@@ -92,6 +103,8 @@ class Work:
     """Arrays that are read or written once, in their own dtypes: the operator's, or y and o in v's."""
     float32: str = ""
     """Those of float32: `MN` is [M, N] for each chunk. Digits stand for themselves."""
+    float32_bytes: int = 4
+    """Of an element of float32, in these and over time."""
 
 
 Family = Callable[[int], Mapping[str, Work]]
@@ -146,7 +159,29 @@ def _wkv7_split(chunk: int) -> Mapping[str, Work]:
         "gradients_of_keys": Work(
             {"MNC": 4, "CCN": 8, "CCMK": 4}, sums=2, over_time=f"{_WKV7} y r log_w k a b", float32="CM CM MN MN"
         ),
+    } | _by_direction_with_inverse(chunk)
+
+
+def _by_direction_with_inverse(chunk: int) -> Mapping[str, Work]:
+    """Of a TPU: the loop over all chunks, which keeps X, and back the gradients of chunk_gradients.py and dS."""
+    forward, saving, _ = _wkv7(chunk).values()
+    return {
+        "forward": forward,
+        "forward_saving_states": dataclasses.replace(saving, float32="MN CC"),
+        "backward": Work({"MNC": 7 + 2, "CCN": 11, "CCM": 10}, sums=2, over_time=f"{_WKV7} y {_WKV7}", float32="MN CC"),
     }
+
+
+def _wkv7_tiles(chunk: int) -> Mapping[str, Work]:
+    """The equations of ops/wkv7/split_tiles.py: those of the split form with R_b and R_k's scores where they are used.
+
+    A float32 is three bfloat16. Masks, which packed rows have for all heads, are in no formula.
+    """
+    split = _wkv7_split(chunk)
+    # From the middle row, from the start and to the end, the latter two again for E and L; back to the steps two.
+    sums = {"factors": 5, "factors_with_inverse": 5, "gradients": 5 + 2}
+    stages = ("factors", "factors_with_inverse", "states", "outputs", "cotangents", "gradients")
+    return {name: dataclasses.replace(split[name], sums=sums.get(name, 0), float32_bytes=6) for name in stages}
 
 
 def _decayed_attention(inputs: str, fixed: bool) -> Family:
@@ -215,6 +250,7 @@ _FAMILIES: Mapping[str, Family] = {
     "wkv6_split": _decayed_attention_split("log_w"),
     "wkv7": _wkv7,
     "wkv7_split": _wkv7_split,
+    "wkv7_tiles": _wkv7_tiles,
     "wkv7_output": _wkv7_output,
     "wkv7_step": lambda _: {"": Work(over_time="r w k v a g v_first nu o", float32="MN MN")},  # with a value residual
 }
@@ -255,6 +291,7 @@ def kernel_cost(name: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> Kerne
 
     Args:
       name: such as `wkv7_forward_saving_states` or `wkv7_split_factors`.
+      sizes: as padded.
       item_bytes: of an element of each of the operator's inputs over time; y, o and g are as v.
 
     Raises:
@@ -269,12 +306,13 @@ def kernel_cost(name: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> Kerne
     def row(array: str) -> int:
         """Bytes of one step of an array over time."""
         size = sizes.value_dim if "M" in axes.get(array, "M") else sizes.key_dim
-        return size * item_bytes.get(array, item_bytes["v"])
+        item = item_bytes.get(array, item_bytes["v"])
+        return size * (work.float32_bytes if item == 4 else item)
 
     numbers = sum(int(x) if x.isdigit() else sizes.product(x) for x in work.float32.split())
     products = sum(count * sizes.product(letters) for letters, count in work.products.items())
     return KernelCost(
-        bytes=sum(map(row, work.over_time.split())) + 4 * numbers / chunk,
+        bytes=sum(map(row, work.over_time.split())) + work.float32_bytes * numbers / chunk,
         products=2 * products / chunk,
         sums=2 * work.sums * sizes.product(f"CCN{work.sums_in}") / chunk,
     )
@@ -282,18 +320,26 @@ def kernel_cost(name: str, sizes: Sizes, item_bytes: Mapping[str, int]) -> Kerne
 
 def family_of(implementation: str, operator: str) -> str:
     """What the names of an implementation's kernels begin with."""
-    return f"{operator}_split" if implementation == SPLIT_KERNELS else operator
+    forms = {SPLIT_KERNELS: "_split", TPU_SPLIT_KERNELS: "_split", TILE_KERNELS: "_tiles"}
+    return operator + forms.get(implementation, "")
+
+
+def sizes_of(implementation: str, operator: str, key_dim: int, value_dim: int) -> Sizes:
+    """The sizes that an implementation's kernels have for heads of these."""
+    chunk, smallest = CHUNKS[implementation][operator], _SMALLEST_HEADS.get(implementation, 1)
+    if operator == "wkv4":
+        return Sizes(key_dim, value_dim, chunk)
+    return Sizes(padded_size(key_dim, smallest), padded_size(value_dim, smallest), chunk)
 
 
 def operator_costs(
     implementation: str, operator: str, key_dim: int, value_dim: int, item_bytes: Mapping[str, int]
 ) -> tuple[tuple[KernelCost, ...], tuple[KernelCost, ...]]:
     """Costs of the kernels that an implementation launches forward, where a backward pass follows, and backward."""
-    sizes = Sizes(key_dim, value_dim, CHUNKS[implementation][operator])
-    family = family_of(implementation, operator)
+    sizes, family = sizes_of(implementation, operator, key_dim, value_dim), family_of(implementation, operator)
     forward, backward = (
         tuple(kernel_cost(f"{family}_{stage}", sizes, item_bytes) for stage in stages)
-        for stages in stages_of(implementation, operator, key_dim, value_dim)
+        for stages in stages_of(implementation, operator, sizes.key_dim, sizes.value_dim)
     )
     return forward, backward
 
@@ -309,7 +355,6 @@ def map_columns(operator: str, key_dim: int, value_dim: int) -> int:
 # In a compiled program
 
 _NAME = re.compile(r"\bwkv[4-7]_\w+")
-_OPERATOR = re.compile(r"wkv[4-7]")
 
 
 class Call(NamedTuple):
@@ -333,18 +378,28 @@ def find_call(computation: Computation, instruction: Instruction) -> Call | None
         return None
     # A scope may be named after the operator, too.
     name = next((x for x in names if work_of(x, 16) is not None), names[0])
-    implementation = TPU_KERNELS if "tpu_custom_call" in instruction.attributes else KERNELS
-    implementation = SPLIT_KERNELS if "_split_" in name else implementation
+    implementation = _implementation(name, on_tpu="tpu_custom_call" in instruction.attributes)
     chunk = CHUNKS[implementation].get(name.split("_")[0], 1)
     work = work_of(name, chunk)
     if work is None or not work.products:
         return Call(name, work, None, 0)
     operands, results = computation.operand_arrays(instruction), instruction.results
-    if implementation != SPLIT_KERNELS:
+    if implementation not in (SPLIT_KERNELS, TILE_KERNELS):
         value_dim, key_dim = operands[-1].dims[-2:]  # the state, or its cotangent
         return Call(name, work, Sizes(key_dim, value_dim, chunk), operands[0].size / operands[0].dims[-1] / chunk)
-    batch, heads, count, value_dim, key_dim = _of_chunks(name.rpartition("_split_")[2], operands, results).dims
+    if implementation == TILE_KERNELS:  # some array has a tile for each chunk: [planes, B, H, T / C, M, N]
+        of_chunks = next(x.dims[1:] for x in (*operands, *results) if len(x.dims) == 6)
+    else:
+        of_chunks = _of_chunks(name.rpartition("_split_")[2], operands, results).dims
+    batch, heads, count, value_dim, key_dim = of_chunks
     return Call(name, work, Sizes(key_dim, value_dim, chunk), batch * heads * count)
+
+
+def _implementation(name: str, on_tpu: bool) -> str:
+    """The implementation that a kernel is of."""
+    if on_tpu:
+        return TPU_SPLIT_KERNELS if "_split_" in name else TPU_KERNELS
+    return SPLIT_KERNELS if "_split_" in name else TILE_KERNELS if "_tiles_" in name else KERNELS
 
 
 def _of_chunks(stage: str, operands: Sequence[Array], results: Sequence[Array]) -> Array:

@@ -20,12 +20,15 @@ from rwkv_jax.plan.kernels import (
     KERNELS,
     SPLIT_KERNELS,
     STAGES,
+    TILE_KERNELS,
     TPU_KERNELS,
+    TPU_SPLIT_KERNELS,
     Sizes,
     family_of,
     kernel_cost,
     map_columns,
     operator_costs,
+    sizes_of,
     stages_of,
     work_of,
 )
@@ -35,6 +38,8 @@ from rwkv_kernels.matmul import Form, Matmul
 from rwkv_kernels.ops.wkv7.output_pallas_triton import wkv7_output_pallas_triton
 from rwkv_kernels.ops.wkv7.step import PER_HEAD, PER_TOKEN
 from rwkv_kernels.ops.wkv7.step_pallas_triton import wkv7_step_pallas_triton
+from rwkv_kernels.pallas import interpreted_tiles
+from rwkv_kernels.pallas.tiles import Tiles, is_stored
 from tests.golden import QUICK
 
 BATCH, TIME, HEADS, KEY_DIM, VALUE_DIM = 1, 256, 2, 16, 32
@@ -154,29 +159,76 @@ def flops_of(jaxpr: Any, dtype: Any) -> int:
 
 @pytest.mark.parametrize(
     ("with_gradients", "key_dim", "value_dim"),
-    [(False, KEY_DIM, VALUE_DIM), (True, KEY_DIM, VALUE_DIM), (True, 128, 256), (True, 16, 128)],
+    [(False, KEY_DIM, VALUE_DIM), (True, KEY_DIM, VALUE_DIM), (True, 256, 128), (True, 16, 128), (True, 96, 48)],
 )
-@pytest.mark.parametrize("operator", CHUNKS[SPLIT_KERNELS])
+@pytest.mark.parametrize(
+    ("implementation", "operator"),
+    [*((SPLIT_KERNELS, operator) for operator in CHUNKS[SPLIT_KERNELS]), (TPU_SPLIT_KERNELS, "wkv7")],
+)
 def test_split_kernels_multiply_and_move_what_is_declared(
-    operator: str, with_gradients: bool, key_dim: int, value_dim: int
+    implementation: str, operator: str, with_gradients: bool, key_dim: int, value_dim: int
 ) -> None:
-    run: Any = rwkv_kernels.OPERATORS[operator].implementations[SPLIT_KERNELS].run
+    run: Any = rwkv_kernels.OPERATORS[operator].implementations[implementation].run
     run = functools.partial(run, interpret=True, matmul=TOLD_APART)
     program = differentiated_run(run) if with_gradients else run
     found = list(kernels(jax.make_jaxpr(program)(*arguments(operator, key_dim, value_dim)).jaxpr))
-    forward, backward = stages_of(SPLIT_KERNELS, operator, key_dim, value_dim)
-    family, state = family_of(SPLIT_KERNELS, operator), (BATCH, HEADS, value_dim, key_dim)
+    sizes, family = sizes_of(implementation, operator, key_dim, value_dim), family_of(implementation, operator)
+    if implementation == SPLIT_KERNELS:  # heads are powers of two
+        assert sizes[:2] == tuple(1 << (size - 1).bit_length() for size in (key_dim, value_dim))
+    forward, backward = stages_of(implementation, operator, sizes.key_dim, sizes.value_dim)
     names = [name_of(call) for call in found]
     if with_gradients:
         assert names == [f"{family}_{stage}" for stage in (*forward, *backward)]
-    sizes = Sizes(key_dim, value_dim, CHUNKS[SPLIT_KERNELS][operator])
     for name, call in zip(names, found, strict=True):
         cost = kernel_cost(name, sizes, item_bytes_of(operator))
         programs = math.prod(call.params["grid_mapping"].grid)
         flops, sums = (programs * flops_of(call.params["jaxpr"], dtype) for dtype in (jnp.bfloat16, jnp.float32))
         token_heads = BATCH * TIME * HEADS
         assert (cost.products, cost.sums) == (flops / token_heads, sums / token_heads), name
+        state = (BATCH, HEADS, sizes.value_dim, sizes.key_dim)
         assert cost.bytes == bytes_of(call, (state,)) / token_heads, name
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_kernels_of_tiles_multiply_and_move_what_is_declared(
+    monkeypatch: pytest.MonkeyPatch, with_gradients: bool, dtype: Any
+) -> None:
+    """Their programs as interpreted: products of tiles and passes of exact ones, and planes of bfloat16."""
+    found: list[tuple[float, float, float]] = []
+    counted = [0, 0]
+    call, product = interpreted_tiles.call, Tiles.product
+
+    def counting(tiles: Any, *terms: Any, exact: bool = False) -> Any:
+        counted[exact] += len(terms)
+        return product(tiles, *terms, exact=exact)
+
+    def spying(body: Any, parts: int, by_chunk: bool, sizes: Any, inputs: Any, outputs: Any) -> Any:
+        counted[:] = 0, 0
+        results = call(body, parts, by_chunk, sizes, inputs, outputs)
+        chunks = 1 if by_chunk else sizes[2]
+        arrays = [
+            x.array for x in jax.tree.leaves((inputs, outputs), is_leaf=is_stored) if x.kind in ("time", "chunks")
+        ]
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        found.append((counted[False] / chunks, counted[True] / chunks, moved / (BATCH * TIME * HEADS)))
+        return results
+
+    monkeypatch.setattr(Tiles, "product", counting)
+    monkeypatch.setattr(interpreted_tiles, "call", spying)
+    *inputs, state = arguments("wkv7", 48, 32)
+    inputs = [x if x.dtype == jnp.float32 else jax.ShapeDtypeStruct(x.shape, dtype) for x in inputs]
+    run = functools.partial(rwkv_kernels.OPERATORS["wkv7"].implementations[TILE_KERNELS].run, interpret=True)
+    jax.eval_shape(differentiated_run(run) if with_gradients else run, *inputs, state)
+
+    sizes = sizes_of(TILE_KERNELS, "wkv7", 48, 32)
+    assert sizes == Sizes(64, 64, 64)
+    forward, backward = stages_of(TILE_KERNELS, "wkv7", 64, 64)
+    names = (*forward, *backward) if with_gradients else ("factors", *forward[1:])
+    of_a_product = 2 * 64**3 / 64
+    items = {name: 4 if name == "log_w" else dtype.dtype.itemsize for name in item_bytes_of("wkv7")}
+    expected = [kernel_cost(f"wkv7_tiles_{name}", sizes, items) for name in names]
+    assert found == [(cost.products / of_a_product, cost.sums / of_a_product, cost.bytes) for cost in expected]
 
 
 @pytest.mark.parametrize("operator", ["wkv6", "wkv7"])
@@ -227,5 +279,7 @@ def test_kernels_around_the_operator_multiply_nothing_and_move_what_is_declared(
 def test_work_is_known_by_a_kernels_whole_name() -> None:
     assert work_of("wkv7_split_factors", 32) is not None
     assert work_of("wkv7_factors", 32) is work_of("wkv7_split", 32) is work_of("wkv7_split_factor", 32) is None
+    assert work_of("wkv7_tiles_factors", 64) is not None
+    assert work_of("wkv7_tiles_forward", 64) is work_of("wkv5_split_forward", 64) is None
     with pytest.raises(KeyError, match="wkv7_of_tomorrow"):
         kernel_cost("wkv7_of_tomorrow", Sizes(64, 64, 16), item_bytes_of("wkv7"))

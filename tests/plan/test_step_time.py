@@ -150,6 +150,36 @@ def test_a_split_kernels_sizes_are_those_of_its_states(name: str, stage: str) ->
     assert bfloat16_flops(main, main.instructions[name]) == round(2 * 64 * 3 * cost.bfloat16_flops("full"))
 
 
+OF_A_TPU = """\
+ENTRY %main (r: bf16[2,3,128,8], s: f32[2,3,16,8]) -> bf16[2,3,128,16] {
+  %r = bf16[2,3,128,8]{3,2,1,0} parameter(0)
+  %s = f32[2,3,16,8]{3,2,1,0} parameter(1)
+  ROOT %y = bf16[2,3,128,16]{3,2,1,0} custom-call(%r, %s), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/wkv7_split_forward_saving_states"}
+}
+"""  # noqa: E501
+OF_TILES = """\
+ENTRY %main (r: bf16[1,2,128,3,64], s: bf16[3,2,3,2,64,64]) -> bf16[1,2,128,3,64] {
+  %r = bf16[1,2,128,3,64]{4,3,2,1,0} parameter(0)
+  %s = bf16[3,2,3,2,64,64]{5,4,3,2,1,0} parameter(1)
+  ROOT %y = bf16[1,2,128,3,64]{4,3,2,1,0} custom-call(%r, %s), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/wkv7_tiles_outputs/mpmd_map"}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sizes"),
+    [
+        (OF_A_TPU, "wkv7_split_forward_saving_states", Sizes(8, 16, 64)),
+        (OF_TILES, "wkv7_tiles_outputs", Sizes(64, 64, 64)),
+    ],
+    ids=["split on a TPU", "tiles"],
+)
+def test_sizes_of_other_implementations(text: str, name: str, sizes: Sizes) -> None:
+    main = parse_module(text).computations["main"]
+    cost = kernel_cost(name, sizes, CALLS.item_bytes)
+    assert bfloat16_flops(main, main.instructions["y"]) == round(2 * 128 * 3 * cost.bfloat16_flops("full"))
+
+
 @pytest.mark.parametrize(
     ("name", "uncounted"),
     [
