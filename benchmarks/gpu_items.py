@@ -12,6 +12,10 @@ from typing import Any
 Record = dict[str, Any]
 """What was found, or `skipped` or `failed` with a reason; JSON."""
 
+NO_TIME, NOT_COMPILED = "no time was left", "it was not compiled in time"
+OUT_OF_TIME = (NO_TIME, NOT_COMPILED)
+"""Why an item was skipped that could have been run."""
+
 COMPILING = 2 / 3
 """Share of a part's time after which what is not compiled is given up."""
 
@@ -42,7 +46,7 @@ def run_items(items: Sequence[Item], seconds: float, *, threads: int | None = No
       threads: that compile; None is one for each core.
     """
     if seconds <= 0:
-        yield from ({"part": item.part, "name": item.name, "skipped": "no time was left"} for item in items)
+        yield from ({"part": item.part, "name": item.name, "skipped": NO_TIME} for item in items)
         return
     deadline = time.monotonic() + seconds
     pool = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
@@ -52,9 +56,9 @@ def run_items(items: Sequence[Item], seconds: float, *, threads: int | None = No
     for item, future in zip(items, prepared, strict=True):
         record: Record = {"part": item.part, "name": item.name}
         if not future.done() or future.cancelled():
-            yield record | {"skipped": "it was not compiled in time"}
+            yield record | {"skipped": NOT_COMPILED}
         elif time.monotonic() > deadline:
-            yield record | {"skipped": "no time was left"}
+            yield record | {"skipped": NO_TIME}
         else:
             beside = sum(not other.done() for other in prepared)
             if beside:

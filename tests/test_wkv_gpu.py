@@ -14,7 +14,7 @@ import pytest
 
 import gpu_operators
 import wkv_gpu
-from gpu_items import Item, run_items
+from gpu_items import NO_TIME, NOT_COMPILED, Item, run_items, skipping
 from gpu_operators import SMALL_SHAPES, Settings
 from rwkv_kernels import OPERATORS, PARTS, dispatch
 
@@ -79,6 +79,26 @@ def test_a_kernel_that_is_wrong_is_the_exit_status(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("WRONG, or failing: wkv7_step pallas_triton N8 bfloat16 forward; ")
     assert last.endswith("; wkv7_output pallas_triton N8 bfloat16 gradients")
+
+
+def test_on_a_gpu_every_kernel_has_to_be_checked() -> None:
+    def wait() -> Any:
+        goes_on.wait()
+        return dict
+
+    goes_on = threading.Event()
+    try:
+        items = [
+            dataclasses.replace(item(name, wait), part=part) for part, name in (("correctness", "a"), ("times", "b"))
+        ]
+        refused = skipping("correctness", "c", "it needs a TPU")
+        records = [*run_items([*items, refused], 0.2, threads=3), *run_items(items, 0)]
+    finally:
+        goes_on.set()
+    assert [record.get("skipped") for record in records] == [*[NOT_COMPILED] * 2, "it needs a TPU", *[NO_TIME] * 2]
+    assert wkv_gpu.complaints(records, on_gpu=False) == []
+    (complaint,) = wkv_gpu.complaints(records, on_gpu=True)
+    assert complaint == "NOT CHECKED, for want of time; give a larger --budget: a; a"
 
 
 def test_each_precision_of_a_kernel_is_checked_on_the_operators_own_grounds(monkeypatch: pytest.MonkeyPatch) -> None:
