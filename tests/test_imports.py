@@ -123,6 +123,22 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("autotune", "config", "data", "models", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "safetensors"),
     ),
+    "serving": (
+        ("config", "data", "inference", "models", "parallel", "run_folder", "weights"),
+        (
+            "jax",
+            "numpy",
+            "anyio",
+            "fastapi",
+            "prometheus_client",
+            "pydantic",
+            "ray",
+            "redis",
+            "sse_starlette",
+            "starlette",
+            "uvicorn",
+        ),
+    ),
     "plan": (("config", "models", "parallel", "training", "kernels"), ("jax", "numpy", "rich")),
     "bench": (("config", "data", "models", "weights", "inference"), ("jax", "flax", "numpy")),
     "cli": (
@@ -136,6 +152,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "parallel",
             "plan",
             "run_folder",
+            "serving",
             "training",
             "weights",
             "kernels",
@@ -213,6 +230,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         "rwkv_jax.config",
         "rwkv_jax.cli.command",
         "rwkv_jax.inference.chat.formats",
+        "rwkv_jax.serving.options",
         "rwkv_jax.weights, rwkv_jax.data",
     ],
 )

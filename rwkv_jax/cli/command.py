@@ -17,6 +17,7 @@ from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.info import Info
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.program_cache import keep_programs
+from rwkv_jax.cli.serve import Serve
 from rwkv_jax.cli.tokenize import Tokenize
 from rwkv_jax.cli.train import Train
 from rwkv_jax.cli.train_config import parse_train_config
@@ -26,6 +27,7 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "convert": Convert,
     "info": Info,
     "tokenize": Tokenize,
@@ -37,8 +39,8 @@ COMMANDS = {
 """The class of each command, with its flags and `run()`."""
 
 _DESCRIPTION = """\
-Train RWKV language models, generate text and chat with them, convert and measure them. `rwkv COMMAND --help` has a
-command's flags, `rwkv --version` says which version this is."""
+Train RWKV language models, generate text and chat with them, serve, convert and measure them. `rwkv COMMAND --help`
+has a command's flags, `rwkv --version` says which version this is."""
 
 
 def run(arguments: Sequence[str], program: str = "rwkv") -> None:
@@ -62,6 +64,6 @@ def run(arguments: Sequence[str], program: str = "rwkv") -> None:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="rwkv", description=_DESCRIPTION, args=list(arguments)
         )
-        if isinstance(command, Generate | Chat | Bench):
+        if isinstance(command, Generate | Chat | Serve | Bench):
             keep_programs()
         command.run()

@@ -1,0 +1,44 @@
+"""`rwkv serve`: an HTTP server with OpenAI's API."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rwkv_jax.checks import ConfigError, require_whole
+from rwkv_jax.cli.flags import WeightsFlags
+from rwkv_jax.serving.options import ServeOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP with OpenAI's API, on this machine unless --host says otherwise (docs/serving.md)."""
+
+    weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
+    options: Annotated[ServeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServeOptions)
+    slots: int = 16
+    """Texts generated at once; others are queued."""
+    max_queue: int = 1024
+    """Texts that may wait for a slot; further requests are answered with status 429."""
+    tune: Literal["auto", "never"] = "auto"
+    """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
+
+    def run(self) -> None:
+        """Loads the model and serves it until SIGINT or SIGTERM."""
+        require_whole("slots", self.slots, 1)
+        require_whole("max_queue", self.max_queue, 1)
+        try:
+            from rwkv_jax.serving.server import run_server
+        except ModuleNotFoundError as error:
+            raise ConfigError(f'serve: needs the package {error.name}: pip install "rwkv-jax[serve]"') from error
+
+        from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+        from rwkv_jax.serving.service import Service
+
+        engine_options = EngineOptions(num_slots=self.slots, max_queue=self.max_queue, tune=self.tune)
+        engine = Engine(*self.weights.load(), engine_options)  # it copies each layer; the stacked arrays can be freed
+        name = self.options.model_name or Path(self.weights.source).resolve().stem
+        run_server(Service(engine, name, self.options))

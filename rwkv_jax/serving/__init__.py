@@ -1,0 +1,1 @@
+"""`rwkv serve`: an HTTP server with OpenAI's API for an engine (extra `serve`)."""

@@ -1,0 +1,19 @@
+"""The application: all routes, and how errors are answered."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+import rwkv_jax
+from rwkv_jax.serving import errors
+from rwkv_jax.serving.routes import models
+from rwkv_jax.serving.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """An ASGI application that serves a model; its engine remains the caller's to close."""
+    app = FastAPI(title="rwkv-jax", version=rwkv_jax.__version__)
+    app.state.service = service
+    errors.install(app)
+    app.include_router(models.router)
+    return app

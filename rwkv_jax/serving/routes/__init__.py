@@ -1,0 +1,1 @@
+"""The endpoints: each file has a router."""

@@ -1,0 +1,51 @@
+"""What all routes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.serving.errors import APIError
+from rwkv_jax.serving.options import ServeOptions
+
+
+@dataclasses.dataclass
+class Service:
+    """A model that is served."""
+
+    engine: Engine
+    """Generates the texts."""
+    model_name: str
+    """Name by which requests ask for the model."""
+    options: ServeOptions = dataclasses.field(default_factory=ServeOptions)
+    """As the server was started."""
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    """Unix time at which the model was loaded."""
+
+    def check_model(self, name: str) -> None:
+        """Raises APIError, status 404, unless a request asks for the model that there is."""
+        if name != self.model_name:
+            message = f"model = {name!r}: there is only {self.model_name!r} here"
+            raise APIError(404, message, param="model", code="model_not_found")
+
+
+def from_request(request: Request) -> Service:
+    """The service of the app that answers a request."""
+    return request.app.state.service
+
+
+ServiceOf = Annotated[Service, Depends(from_request)]
+"""Type of a route's parameter that gets the service."""
+
+
+def tenant_of(request: Request) -> str:
+    """The tenant that a request belongs to: that of its API key; "" without keys."""
+    return request.scope.get("state", {}).get("tenant", "")
+
+
+TenantOf = Annotated[str, Depends(tenant_of)]
+"""Type of a route's parameter that gets the request's tenant."""

@@ -1,0 +1,40 @@
+"""`rwkv serve`: its flags; what it serves is in tests/serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rwkv_jax.serving import server
+from rwkv_jax.serving.options import ServeOptions
+from rwkv_jax.serving.service import Service
+from tests.cli.commands import Command
+
+
+def test_a_run_is_served_by_its_name(rwkv: Command, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Service] = []
+    monkeypatch.setattr(server, "run_server", served.append)
+    rwkv("serve", run_dir, "--port", 0, "--slots", 2, "--max-queue", 3, "--tune", "never")
+    rwkv("serve", run_dir, "--model-name", "mine", "--host", "::1")
+    first, second = served
+    assert (first.model_name, first.options) == ("run", ServeOptions(port=0))
+    assert (first.engine.options.num_slots, first.engine.options.max_queue) == (2, 3)
+    assert (second.model_name, second.options.host) == ("mine", "::1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slots", "0"], "--slots 0: must be a whole number"),
+        (["--max-queue", "0"], "--max-queue 0: must be a whole number"),
+        (["--port", "-1"], "--port -1: must be a whole number, from 0 to 65535"),
+        (["--host", ""], "--host '': must be an address"),
+        (["--model-name", ""], "--model-name '': is empty"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_named(rwkv: Command, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        rwkv("serve", "nowhere", *arguments)
+    assert str(exit_.value.code).startswith(f"rwkv: {message}")

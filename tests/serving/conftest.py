@@ -1,0 +1,30 @@
+"""A tiny random model that is served, once a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.serving.app import create_app
+from rwkv_jax.serving.service import Service
+from tests.inference.models import CONFIGS, quick_engine, random_model
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return quick_engine(random_model(CONFIGS["7"]), max_queue=60)
+
+
+@pytest.fixture(scope="module")
+def service(engine: Engine) -> Service:
+    return Service(engine, "tiny")
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[TestClient]:
+    """Calls the app in this process; a 500 is an answer, too."""
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        yield client
