@@ -13,6 +13,7 @@ from rwkv_kernels.ops.wkv7 import split
 from rwkv_kernels.ops.wkv7.split import Factors, Gradients, Inputs, OfValues
 from rwkv_kernels.pallas.driver import Cotangents, ForwardResult, Launch, Operands
 from rwkv_kernels.pallas.triton_split import Blocks, by_chunk, by_rows, warps_of_products
+from rwkv_kernels.split_parts import BLOCK
 
 
 class _Residuals(NamedTuple):
@@ -71,7 +72,7 @@ def backward(launch: Launch, operands: Operands, residuals: _Residuals, dy: Arra
     of_cotangents = (dfinal, "rows"), (transition, "whole"), (reads, "keys"), (dy, "values")
     dstates, dinitial = by_rows(launch, "cotangents", split.cotangents, of_cotangents, states.shape)
 
-    if max(states.shape[-2:]) > split.BLOCK:
+    if max(states.shape[-2:]) > BLOCK:
         gradients = _in_two_kernels(launch, operands, dy, inverse, states, dstates)
     else:
         of_gradients = inputs, dy, inverse, states, dstates
@@ -93,7 +94,7 @@ def _in_two_kernels(
     wide = varying_like(dy, dy.shape, jnp.float32)
 
     parts = _parts(inputs, "whole", "columns"), "columns", "whole", "rows", "rows"
-    blocks = Blocks(-(-value_dim // split.BLOCK), (parts, (OfValues("columns", "columns", "columns"),)))
+    blocks = Blocks(-(-value_dim // BLOCK), (parts, (OfValues("columns", "columns", "columns"),)))
     arrays = inputs, dy, inverse, states, dstates
     outputs = OfValues(wide, wide, types.v)
     name = "gradients_of_values"
@@ -101,7 +102,7 @@ def _in_two_kernels(
 
     without_v = Gradients("columns", "columns", "columns", None, "columns", "columns")
     parts = _parts(inputs, "columns", "whole"), "whole", "whole", "whole", "columns", "columns"
-    blocks = Blocks(-(-key_dim // split.BLOCK), (parts, (without_v,)))
+    blocks = Blocks(-(-key_dim // BLOCK), (parts, (without_v,)))
     arrays, outputs = (inputs, dy, removed, dwanted, states, dstates), types._replace(v=None)
     name = "gradients_of_keys"
     return by_chunk(launch, name, split.gradients_of_keys, num_warps, arrays, outputs, blocks)._replace(v=dv)

@@ -38,29 +38,22 @@ columns of the others by themselves. So where a state is too large, B3 is two ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
+from rwkv_kernels import split_parts
 from rwkv_kernels.chunking import SegmentedChunk
 from rwkv_kernels.decay_scaling import cumulative_decay, nan_out_of_range
 from rwkv_kernels.matmul import Matmul, operand
 from rwkv_kernels.ops.wkv7.chunk import inverse_by_doubling
-
-BLOCK = 64
-"""Largest N and M of which one program of B3 has all; of larger ones, what a program has."""
-
-STEP = 32
-"""What such a program contracts at a time: 64 spills up to 752 bytes at N = M = 128, 32 up to 24."""
+from rwkv_kernels.split_parts import Ref, sums_over_blocks
 
 Product = Callable[[], Array]
 """Computes an operand or a product, or has it."""
-
-Ref = Any
-"""An array in a device's memory, read and written by index; outside kernels, the array."""
 
 
 class Inputs(NamedTuple):
@@ -243,14 +236,8 @@ def factors(matmul: Matmul, inputs: Inputs, factors: Factors) -> None:
     factors.contribution[...] = (written + tn(chunk.v(), chunk.writing(chunk.k()))) * chunk.leave
 
 
-def states(matmul: Matmul, initial: Ref, transition: Ref, contribution: Ref, states: Ref, final: Ref) -> None:
-    """F2: some rows of S at the start of every chunk, [T / C, rows, N], and of the final S, [rows, N]."""
-
-    def advance(index: Array, state: Array) -> Array:
-        states[index] = state
-        return matmul.nn(state, transition[index]) + contribution[index]
-
-    final[...] = lax.fori_loop(0, states.shape[0], advance, initial[...])
+states = functools.partial(split_parts.states, lambda matmul, state, transition: matmul.nn(state, transition))
+"""F2."""
 
 
 def outputs(matmul: Matmul, reads: Ref, own: Ref, state: Ref, y: Ref) -> None:
@@ -258,21 +245,8 @@ def outputs(matmul: Matmul, reads: Ref, own: Ref, state: Ref, y: Ref) -> None:
     y[...] = (matmul.nt(reads[...], state[...]) + own[...]).astype(y.dtype)
 
 
-def cotangents(matmul: Matmul, dfinal: Ref, transition: Ref, reads: Ref, dy: Ref, dstates: Ref, dinitial: Ref) -> None:
-    """B2: some rows of dS at the end of every chunk, [T / C, rows, N], and of dS at the start, [rows, N].
-
-    G [T, N] and dY [T, rows] are those of all chunks.
-    """
-    count = dstates.shape[0]
-    size = reads.shape[0] // count
-
-    def retreat(backwards: Array, dstate: Array) -> Array:
-        index = count - 1 - backwards
-        dstates[index] = dstate
-        here = pl.ds(index * size, size)
-        return matmul.nt(dstate, transition[index]) + matmul.tn(operand(dy[here, :]), reads[here, :])
-
-    dinitial[...] = lax.fori_loop(0, count, retreat, dfinal[...])
+cotangents = functools.partial(split_parts.cotangents, lambda matmul, dstate, p: matmul.nt(dstate, p))
+"""B2."""
 
 
 def gradients(
@@ -306,13 +280,13 @@ def gradients_of_values(
     """The first half of B3, for some columns of V and dY [C, columns] and their rows of S and dS [rows, N]."""
     (size, key_dim), value_dim = inputs.r.shape, dy.shape[1]
 
-    def over_block(keys: Any) -> OverKeys:
+    def over_block(keys: Any) -> Iterator[Array]:
         r, log_w, k, a, b = (x.at[:, keys] for x in (inputs.r, inputs.log_w, inputs.k, inputs.a, inputs.b))
         chunk = _Chunk(matmul, Inputs(r, log_w, k, inputs.v, a, b, inputs.local_segments))
-        return _products_over_keys(matmul, chunk, state.at[:, keys], dstate.at[:, keys])
+        return map(operator.call, _products_over_keys(matmul, chunk, state.at[:, keys], dstate.at[:, keys]))
 
     shapes = [(size, size)] * 3 + [(size, value_dim)] * 3
-    over_keys = OverKeys(*_sums_of_blocks(key_dim, over_block, shapes))
+    over_keys = OverKeys(*_as_products(sums_over_blocks(key_dim, over_block, shapes)))
     removed, dwanted = _gradients_of_values(matmul, _Rows(inputs), over_keys, dy, inverse, of_values.dv)
     of_values.removed[...] = removed
     of_values.dwanted[...] = dwanted
@@ -332,26 +306,17 @@ def gradients_of_keys(
     chunk = _Chunk(matmul, inputs)
     (size, key_dim), value_dim = inputs.r.shape, dy.shape[1]
 
-    def over_block(values: Any) -> OverValues:
+    def over_block(values: Any) -> Iterator[Array]:
         v, of_y, sa, dh = (functools.partial(_load, x.at[:, values]) for x in (inputs.v, dy, removed, dwanted))
-        return _products_over_values(matmul, chunk, v, of_y, sa, dh, state.at[values, :], dstate.at[values, :])
+        products = _products_over_values(matmul, chunk, v, of_y, sa, dh, state.at[values, :], dstate.at[values, :])
+        return map(operator.call, products)
 
     shapes = [(size, size)] * 4 + [(size, key_dim)] * 4 + [(1, key_dim)]
-    over_values = OverValues(*_sums_of_blocks(value_dim, over_block, shapes))
+    over_values = OverValues(*_as_products(sums_over_blocks(value_dim, over_block, shapes)))
     _gradients_of_keys(matmul, chunk, over_values, gradients)
 
 
-def _sums_of_blocks(
-    size: int, over_block: Callable[[Any], Iterable[Product]], shapes: Iterable[tuple[int, int]]
-) -> list[Product]:
-    """Products over all of an axis as sums of those over its blocks, which a loop keeps out of each other's way."""
-    width = min(STEP, size)
-
-    def add(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        products = over_block(pl.ds(index * width, width))
-        return tuple(x + product() for x, product in zip(sums, products, strict=True))
-
-    sums = lax.fori_loop(0, size // width, add, tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
+def _as_products(sums: Iterable[Array]) -> list[Product]:
     return [lambda x=x: x for x in sums]
 
 
