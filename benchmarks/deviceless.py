@@ -55,7 +55,7 @@ SPLIT_KERNELS = (
     "gradients of keys",
 )
 """The last two take the place of `gradients` where heads are larger than 64."""
-STORING = {"factors, storing": "factors_with_inverse", "outputs, storing": "outputs_with_reads"}
+STORING = {"factors, storing": "factors_with_inverse", "outputs, storing": "outputs_with_scores"}
 """What the names of kernels end in that also write what the backward pass starts from."""
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 SHAPE = Shape(8, 4096, 64, 64, 64)

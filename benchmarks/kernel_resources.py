@@ -108,9 +108,10 @@ def _triton_rows() -> Iterator[tuple[object, ...]]:
 
 
 def _large_rows() -> Iterator[tuple[object, ...]]:
-    for dtype, precision in combinations("wkv7_split"):
-        for found in deviceless.compile_triton("wkv7_split", "gradient", dtype, precision, shape=LARGE_HEADS):
-            yield *key("wkv7_split", found, dtype, precision)[1:], *_resources("wkv7_split", found, LARGE_HEADS)
+    for operator in (operator for operator in deviceless.TRITON if operator.endswith("split")):
+        for dtype, precision in combinations(operator):
+            for found in deviceless.compile_triton(operator, "gradient", dtype, precision, shape=LARGE_HEADS):
+                yield *key(operator, found, dtype, precision), *_resources(operator, found, LARGE_HEADS)
 
 
 def _resources(operator: str, found: TritonResources, shape: Shape) -> tuple[object, ...]:
@@ -200,10 +201,10 @@ def report() -> Iterator[str]:
         f"{name} {version(name)}" for name in ("jax", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu")
     )
     yield f"\nCompiled on {platform.machine()}, Python {platform.python_version()}, {packages}; no accelerator."
-    yield f"\n### H100 (sm_90a), {_sizes(SHAPE)}\n"
+    yield f"\n{_heading(SHAPE)}\n"
     yield from _table(TRITON_COLUMNS, _triton_rows())
-    yield f"\n### wkv7_split on an H100, {_sizes(LARGE_HEADS)}, with gradients\n"
-    yield from _table(TRITON_COLUMNS[1:], _large_rows())
+    yield f"\n{_heading(LARGE_HEADS)}, with gradients\n"
+    yield from _table(TRITON_COLUMNS, _large_rows())
     yield "\n### wkv7_step (bytes a row and head) and wkv7_output (a token and head) on an H100\n"
     yield from _table(PART_COLUMNS, _part_rows())
     yield "\n### A token in a layer of RWKV-7, width 2048, bfloat16, on an H100\n"
@@ -216,10 +217,15 @@ def report() -> Iterator[str]:
     yield from _table(TPU_COLUMNS, _tpu_rows(filter(has_products, TPU), _bundles_per_head))
 
 
-def read_spills(text: str) -> dict[Key, int]:
-    """Spill stores of every row of a written Triton table."""
+def _heading(shape: Shape) -> str:
+    """Of a table of kernels on an H100."""
+    return f"### H100 (sm_90a), {_sizes(shape)}"
+
+
+def read_spills(text: str, shape: Shape = SHAPE) -> dict[Key, int]:
+    """Spill stores of every row of a written table for an H100."""
     spills: dict[Key, int] = {}
-    for line in text.splitlines():
+    for line in text.split(_heading(shape))[1].split("\n### ")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == len(TRITON_COLUMNS) and cells[2] in DTYPES:
             spills[cells[0], cells[1], cells[2], cells[3]] = int(cells[TRITON_COLUMNS.index("spill stores")])

@@ -14,7 +14,7 @@ Forward these are
 and backwards, from the cotangents dY and that of the final state,
 
     B2  cotangents  dS <- dS p + dY^T G          last chunk first
-    B3  gradients   of a chunk, from S at its start and dS at its end
+    B3  gradients   of a chunk, from S at its start, dS at its end, and A, which F3 leaves
 
         dG = dY S      dK = V dS      dA = dY V^T      dV = A^T dY + K dS^T
         dr = dG e^{before}      dk = dK e^{after}      dbefore = G dG      dafter = K dK      dtotal = p sum(dS S)
@@ -31,16 +31,20 @@ the state that leaves are zero, p is zero unless these are the same, and A is ze
 The decay of WKV-5 is a row [1, N]: steps that do not count do not decay, and its gradient is the sum over steps.
 
 The vectors are loaded and scaled again at each use: memory near by is cheap, and registers are what kernels run out of.
+For the same reason B3 has A from F3, and contracts in loops. Columns of dV need nothing of each other, nor do those of
+the other gradients, so where a state is too large, B3 is two kernels.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.experimental import pallas as pl
+from jax import Array
 
+from rwkv_kernels import split_parts
 from rwkv_kernels.chunking import SegmentedChunk, masked
 from rwkv_kernels.decayed_attention import (
     SMALLEST_LOG,
@@ -52,9 +56,7 @@ from rwkv_kernels.decayed_attention import (
     with_bonus,
 )
 from rwkv_kernels.matmul import Matmul, operand
-
-Ref = Any
-"""An array in a device's memory, read and written by index; outside kernels, the array."""
+from rwkv_kernels.split_parts import Ref, sums_over_blocks
 
 
 class Inputs(NamedTuple):
@@ -84,7 +86,8 @@ class Outputs(NamedTuple):
     """What F3 makes of each chunk."""
 
     y: Ref  # Y [C, M], in v's dtype
-    reads: Ref  # G [C, N], float32; None where there is no backward pass
+    reads: Ref  # G [C, N], and
+    scores: Ref  # A [C, C], both float32; None where there is no backward pass
 
 
 class Gradients(NamedTuple):
@@ -173,72 +176,80 @@ def factors(matmul: Matmul, inputs: Inputs, factors: Factors) -> None:
     factors.contribution[...] = matmul.tn(chunk.v(), chunk.keys())
 
 
-def states(matmul: Matmul, initial: Ref, transition: Ref, contribution: Ref, states: Ref, final: Ref) -> None:
-    """F2: some rows of S at the start of every chunk, [T / C, rows, N], and of the final S, [rows, N]."""
+def _decayed(matmul: Matmul, state: Array, transition: Array) -> Array:
     del matmul
+    return state * transition
 
-    def advance(index: Array, state: Array) -> Array:
-        states[index] = state
-        return state * transition[index] + contribution[index]
 
-    final[...] = lax.fori_loop(0, states.shape[0], advance, initial[...])
+states = functools.partial(split_parts.states, _decayed)
+cotangents = functools.partial(split_parts.cotangents, _decayed)
+"""F2 and B2."""
 
 
 def outputs(matmul: Matmul, inputs: Inputs, state: Ref, outputs: Outputs) -> None:
     """F3: a chunk's Y and G from S at its start [M, N]."""
     chunk = _Chunk(matmul, inputs)
-    own = matmul.nn(chunk.scores(), chunk.v())
+    scores = chunk.scores()
+    if outputs.scores is not None:
+        outputs.scores[...] = scores
+    own = matmul.nn(scores, chunk.v())
     reads = chunk.reads()
     if outputs.reads is not None:
         outputs.reads[...] = reads
     outputs.y[...] = (matmul.nt(reads, state[...]) + own).astype(outputs.y.dtype)
 
 
-def cotangents(matmul: Matmul, dfinal: Ref, transition: Ref, reads: Ref, dy: Ref, dstates: Ref, dinitial: Ref) -> None:
-    """B2: some rows of dS at the end of every chunk, [T / C, rows, N], and of dS at the start, [rows, N].
+def gradients_of_values(matmul: Matmul, inputs: Inputs, dy: Ref, scores: Ref, dstate: Ref, dv: Ref) -> None:
+    """The first half of B3: dV [C, M] of a chunk from dY, A [C, C] and dS at the chunk's end [M, N], or some of M."""
 
-    G [T, N] and dY [T, rows] are those of all chunks.
-    """
-    count = dstates.shape[0]
-    size = reads.shape[0] // count
+    def over_block(keys: Any) -> Iterator[Array]:
+        k, log_w = inputs.k.at[:, keys], inputs.log_w.at[:, keys]
+        chunk = _Chunk(matmul, inputs._replace(k=k, log_w=log_w, r=None, u=None))
+        yield matmul.nt(chunk.keys(), dstate[:, keys])
 
-    def retreat(backwards: Array, dstate: Array) -> Array:
-        index = count - 1 - backwards
-        dstates[index] = dstate
-        here = pl.ds(index * size, size)
-        return dstate * transition[index] + matmul.tn(operand(dy[here, :]), reads[here, :])
-
-    dinitial[...] = lax.fori_loop(0, count, retreat, dfinal[...])
+    (written,) = sums_over_blocks(inputs.k.shape[1], over_block, (dy.shape,))
+    dv[...] = (written + matmul.tn(scores[...], operand(dy[...]))).astype(dv.dtype)
 
 
-def gradients(matmul: Matmul, inputs: Inputs, dy: Ref, state: Ref, dstate: Ref, gradients: Gradients) -> None:
-    """B3: a chunk's gradients, from dY [C, M], S at its start and dS at its end [M, N]."""
-    nn, nt, tn = matmul.nn, matmul.nt, matmul.tn
+class _OverValues(NamedTuple):
+    """Sums over columns of V."""
+
+    scores: Array
+    """dY V^T [C, C], of which dA is the lower triangle within segments."""
+    reads: Array
+    """dY S [C, N]."""
+    keys: Array
+    """V dS [C, N]."""
+    own: Array
+    """The diagonal of dA, [C, 1]."""
+    transition: Array
+    """sum(dS S) [1, N]."""
+
+
+def gradients_of_keys(matmul: Matmul, inputs: Inputs, dy: Ref, state: Ref, dstate: Ref, gradients: Gradients) -> None:
+    """The second half of B3, for all or some columns of r, log w, k and u, and their columns of S and dS [M, N]."""
+    nn, tn = matmul.nn, matmul.tn
     chunk = _Chunk(matmul, inputs)
+    over_values = _sums_over_values(matmul, inputs, dy, state, dstate)
 
     def to_steps(steps: Array, dsums: Array) -> Array:
         """The cotangent of log w, from that of its sums over steps [C, C]."""
         return matmul.exact(jnp.where(steps, 1.0, 0.0), dsums, "tn")
 
-    dv = tn(chunk.scores(), operand(dy[...]))
-    dv = dv + nt(chunk.keys(), dstate[...])
-    gradients.v[...] = dv.astype(gradients.v.dtype)
-
-    dr = chunk.reading(nn(operand(dy[...]), state[...])) * chunk.decay_before()
+    dr = chunk.reading(over_values.reads) * chunk.decay_before()
     dlog_w = to_steps(earlier_steps(chunk.size), dr * chunk.r())
-    dk = chunk.writing(nn(chunk.v(), dstate[...])) * chunk.decay_after()
+    dk = chunk.writing(over_values.keys) * chunk.decay_after()
     dlog_w = dlog_w + to_steps(later_steps(chunk.size), dk * chunk.k())
-    dlog_w = dlog_w + chunk.total() * jnp.sum(dstate[...] * state[...], axis=0, keepdims=True)
+    dlog_w = dlog_w + chunk.total() * over_values.transition
 
-    downs = jnp.sum(dy[...].astype(jnp.float32) * chunk.v().astype(jnp.float32), axis=1, keepdims=True)  # dA_ii [C, 1]
-    gradients.u[...] = jnp.sum(downs * chunk.r() * chunk.k(), axis=0, keepdims=True)
-    dr, dk = dr + downs * chunk.u() * chunk.k(), dk + downs * chunk.u() * chunk.r()
+    own = over_values.own
+    gradients.u[...] = jnp.sum(own * chunk.r() * chunk.k(), axis=0, keepdims=True)
+    dr, dk = dr + own * chunk.u() * chunk.k(), dk + own * chunk.u() * chunk.r()
 
-    dscores = nt(operand(dy[...]), chunk.v())
     for level in range(num_levels(chunk.size)):
         decay, pairs = chunk.decay_to_border(level), chunk.pairs(level)
-        dqueries = nn(masked(pairs, dscores), chunk.k() * decay) * decay
-        dkeys = tn(masked(pairs, dscores), chunk.r() * decay) * decay
+        dqueries = nn(masked(pairs, over_values.scores), chunk.k() * decay) * decay
+        dkeys = tn(masked(pairs, over_values.scores), chunk.r() * decay) * decay
         if level:
             between = steps_to_border(chunk.size, level)
             dlog_w = dlog_w + to_steps(between, chunk.r() * dqueries + chunk.k() * dkeys)
@@ -250,3 +261,30 @@ def gradients(matmul: Matmul, inputs: Inputs, dy: Ref, state: Ref, dstate: Ref, 
     if gradients.log_w.shape != dlog_w.shape:  # all steps share it
         dlog_w = jnp.sum(dlog_w, axis=0, keepdims=True)
     gradients.log_w[...] = dlog_w.astype(gradients.log_w.dtype)
+
+
+def _sums_over_values(matmul: Matmul, inputs: Inputs, dy: Ref, state: Ref, dstate: Ref) -> _OverValues:
+    def over_block(values: Any) -> Iterator[Array]:
+        def of_y() -> Array:
+            return operand(dy[:, values])
+
+        def v() -> Array:
+            return operand(inputs.v[:, values])
+
+        yield matmul.nt(of_y(), v())
+        yield matmul.nn(of_y(), state[values, :])
+        yield matmul.nn(v(), dstate[values, :])
+        yield jnp.sum(of_y().astype(jnp.float32) * v().astype(jnp.float32), axis=1, keepdims=True)
+        yield jnp.sum(dstate[values, :] * state[values, :], axis=0, keepdims=True)
+
+    size, key_dim = inputs.k.shape
+    shapes = (size, size), (size, key_dim), (size, key_dim), (size, 1), (1, key_dim)
+    return _OverValues(*sums_over_blocks(inputs.v.shape[1], over_block, shapes))
+
+
+def gradients(
+    matmul: Matmul, inputs: Inputs, dy: Ref, scores: Ref, state: Ref, dstate: Ref, gradients: Gradients
+) -> None:
+    """B3: a chunk's gradients, from dY [C, M], A [C, C], S at its start and dS at its end [M, N]."""
+    gradients_of_values(matmul, inputs, dy, scores, dstate, gradients.v)
+    gradients_of_keys(matmul, inputs, dy, state, dstate, gradients)

@@ -47,8 +47,8 @@ _ONE_LOOP = Stages(("forward_saving_states",), ("backward",))
 STAGES: Mapping[str, Mapping[str, Stages]] = {
     KERNELS: dict.fromkeys(CHUNKS[KERNELS], _ONE_LOOP) | {"wkv4": Stages(("forward",), ("backward",))},
     SPLIT_KERNELS: {
-        "wkv5": Stages(("factors", "states", "outputs_with_reads"), ("cotangents", "gradients")),
-        "wkv6": Stages(("factors", "states", "outputs_with_reads"), ("cotangents", "gradients")),
+        "wkv5": Stages(("factors", "states", "outputs_with_scores"), ("cotangents", "gradients")),
+        "wkv6": Stages(("factors", "states", "outputs_with_scores"), ("cotangents", "gradients")),
         "wkv7": Stages(("factors_with_inverse", "states", "outputs"), ("cotangents", "gradients")),
     },
     TILE_KERNELS: {
@@ -63,7 +63,7 @@ STAGES: Mapping[str, Mapping[str, Stages]] = {
 def stages_of(implementation: str, operator: str, key_dim: int, value_dim: int) -> Stages:
     """The kernels for heads of a size, padded."""
     stages = STAGES[implementation][operator]
-    if implementation != SPLIT_KERNELS or operator != "wkv7" or max(key_dim, value_dim) <= BLOCK:
+    if implementation != SPLIT_KERNELS or max(key_dim, value_dim) <= BLOCK:
         return stages
     return stages._replace(backward=(*stages.backward[:-1], "gradients_of_values", "gradients_of_keys"))
 
@@ -210,21 +210,32 @@ def _decayed_attention_split(decay: str) -> Family:
         levels, inputs = _doublings(chunk), f"r {decay} k v"
         # Scores of each level, A V and G S; sums for all levels but the first, and for G.
         outputs = Work({"CCN": levels, "CCM": 1, "MNC": 1}, sums=levels, over_time=f"{inputs} y", float32="MN")
-        # Scores and their two derivatives of each level; A^T dY and dY V^T; dY S, V dS and K dS. Sums of each level but
-        # the first, for the scores, their derivatives and back to the steps; for K twice, for G, and back for either.
-        gradients = Work(
-            {"CCN": 3 * levels, "CCM": 2, "MNC": 3},
-            sums=3 * (levels - 1) + 5,
-            over_time=f"{inputs} y {inputs}",
-            float32="MN MN N" if decay else "MN MN N N",  # and a row of the gradients that all steps share
-        )
+        # A^T dY and K dS; two derivatives of each level's scores, dY V^T, dY S and V dS. Sums for K, in either half;
+        # for G, and back from both; of each level but the first for the derivatives, and back from them.
+        sums_of_keys = 2 * (levels - 1) + 4
+        rows = "N" if decay else "N N"  # of the gradients that all steps share
         return {
             "factors": Work({"MNC": 1}, sums=1, over_time=f"{decay} k v", float32="N MN"),
             "states": Work(float32="N MN MN"),
             "outputs": outputs,
-            "outputs_with_reads": dataclasses.replace(outputs, float32="MN CN"),
+            "outputs_with_scores": dataclasses.replace(outputs, float32="MN CN CC"),
             "cotangents": Work({"MNC": 1}, over_time="y", float32="N CN MN"),
-            "gradients": gradients,
+            "gradients": Work(
+                {"CCN": 2 * levels, "CCM": 2, "MNC": 3},
+                sums=1 + sums_of_keys,
+                over_time=f"{inputs} y {inputs}",
+                float32=f"CC MN MN {rows}",
+            ),
+            # The same in two: each block of values has K, each block of keys dY V^T.
+            "gradients_of_values": Work(
+                {"CCM": 1, "MNC": 1}, sums=1, sums_in="V", over_time=f"{decay} k y v", float32="CC MN"
+            ),
+            "gradients_of_keys": Work(
+                {"CCN": 2 * levels, "CCMK": 1, "MNC": 2},
+                sums=sums_of_keys,
+                over_time=f"{inputs} y r {decay} k",
+                float32=f"MN MN {rows}",
+            ),
         }
 
     return family

@@ -61,18 +61,6 @@ def test_chunks_of_any_size_give_the_same(float64: None, chunk_size: int) -> Non
     assert_close(results(inputs, cotangents, {}), reference(WKV7, "aligned_keys", SHAPE), 1e-12)
 
 
-def test_large_heads_have_gradients_by_blocks_of_columns() -> None:
-    # 100 keys and 70 values, both padded to 128: two programs a chunk in each of two kernels.
-    (way,) = (way for way in WAYS if str(way) == "wkv7-pallas_triton_split")
-    given = problem(WKV7, "realistic", Shape(1, 40, 1, 100, 70))
-    options = {"segment_ids": (np.arange(40) // 17)[None].astype(np.int32)}
-    results = jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK)
-    traced = results.trace(*as_jax(given, jnp.float32), options)
-    assert all(f"wkv7_split_gradients_of_{part}" in str(traced.jaxpr) for part in ("values", "keys"))
-    found = traced.lower().compile()(*as_jax(given, jnp.float32), options)
-    assert_close(found, exactly(WKV7, *given, options), way.bound)
-
-
 def test_cpus_alone_invert_small_blocks_without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     triangle = np.tril(np.random.default_rng(0).normal(size=(2, 32, 32)).astype(np.float32) / 8, k=-1)
     invert = functools.partial(chunked.inverse_of_identity_minus, precision=jax.lax.Precision.HIGHEST)
