@@ -14,7 +14,7 @@ import tyro
 from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.inference.chat.formats import Thinking
+from rwkv_jax.inference.chat.template import Thinking
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat.dialogue import Dialogue
@@ -46,15 +46,16 @@ class Chat:
     """Chat with a model. The state holds the history, so each turn prefills only its new text."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
-    format: Literal["world", "raven", "pile-qa"] = "world"
-    """Chat format the model was trained with: world (User and Assistant) for World and G1 models, raven (Bob and Alice)
-    for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
+    format: Literal["g1", "world", "raven", "pile-qa"] = "g1"
+    """Chat format the model was trained with: g1 for RWKV-7 G1 models, which may think, world (User and Assistant as
+    well) for World models, raven (Bob and Alice) for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
     system: str | None = None
     """System message."""
     thinking: Thinking = "none"
-    """Thinking of G1 models. none: not requested. think: the model thinks first, as long as it chooses; think a bit,
-    think a lot: for less or more time (models from September 2025 on). closed, empty: it answers at once, after an
-    empty think block on two lines or on one; use the one that gives better answers. /thoughts shows the thinking."""
+    """Thinking of G1 models. none: not requested. open: the model thinks first, as long as it chooses; think, think a
+    bit, think a lot: for the time that this asks for (models from September 2025 on). closed, empty: it answers at
+    once, after an empty think block on two lines or on one; use the one that gives better answers. /thoughts shows the
+    thinking."""
     tokens: int = 2048
     """Maximum tokens of a reply."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = dataclasses.field(
@@ -88,7 +89,9 @@ class Chat:
             {"max_tokens": self.tokens, "sampling": sampling},
             self.seed,
             tell_speed=(lambda speed: _tell(f"[{speed}]")) if tells else None,
-            tell_thinking=(lambda: _tell("[thinking ...]")) if tells and self.thinking.startswith("think") else None,
+            tell_thinking=(lambda: _tell("[thinking ...]"))
+            if tells and self.thinking not in ("none", "closed", "empty")
+            else None,
             burst_length=engine.options.burst_length,
         )
         if sys.stdin.isatty():
@@ -101,9 +104,9 @@ class Chat:
         converse(chat)
 
     def _format(self) -> ChatFormat:
-        from rwkv_jax.inference.chat.formats import PILE_QA, RAVEN, WORLD
+        from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
 
-        chat_format = {"world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}[self.format]
+        chat_format = {"g1": G1, "world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}[self.format]
         return dataclasses.replace(chat_format, thinking=self.thinking)
 
 

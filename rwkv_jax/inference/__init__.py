@@ -8,7 +8,10 @@ from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat.dialogue import Dialogue
-    from rwkv_jax.inference.chat.formats import PILE_QA, RAVEN, WORLD, ChatFormat
+    from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
+    from rwkv_jax.inference.chat.messages import Message, ToolCall
+    from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
+    from rwkv_jax.inference.chat.template import ChatTemplate
     from rwkv_jax.inference.engine.engine import Engine
     from rwkv_jax.inference.engine.options import EngineOptions
     from rwkv_jax.inference.engine.requests import Chunk, Completion, QueueFullError
@@ -19,17 +22,23 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 
 __all__ = [
+    "G1",
     "PILE_QA",
     "RAVEN",
     "WORLD",
     "ChatFormat",
+    "ChatTemplate",
     "Chunk",
     "Completion",
+    "Delta",
     "Dialogue",
     "Engine",
     "EngineOptions",
+    "Message",
     "NotFiniteError",
     "QueueFullError",
+    "Reply",
+    "ReplyParser",
     "SamplingParams",
     "Session",
     "SessionBusyError",
@@ -37,12 +46,16 @@ __all__ = [
     "Snapshot",
     "StateError",
     "Stream",
+    "ToolCall",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "chat.formats": ("ChatFormat", "PILE_QA", "RAVEN", "WORLD"),
+        "chat.formats": ("ChatFormat", "G1", "PILE_QA", "RAVEN", "WORLD"),
+        "chat.messages": ("Message", "ToolCall"),
+        "chat.replies": ("Delta", "Reply", "ReplyParser"),
+        "chat.template": ("ChatTemplate",),
         "chat.dialogue": ("Dialogue",),
         "engine.engine": ("Engine",),
         "engine.options": ("EngineOptions",),

@@ -16,7 +16,7 @@ from rwkv_jax.cli import chat as chat_module
 from rwkv_jax.cli.chat import HELP, ChatLoop
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat.dialogue import Dialogue
-from rwkv_jax.inference.chat.formats import WORLD
+from rwkv_jax.inference.chat.formats import G1, WORLD
 from rwkv_jax.inference.engine.scheduler import NotFiniteError
 from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.cli.commands import Command
@@ -146,8 +146,8 @@ def test_help_names_every_command() -> None:
     assert all(HELP.count(f"{command} ") == 1 for command in commands)
     for command in commands - {"/quit"}:
         assert "no such command" not in answers(chat, command)[0]
-    for thinking in ("none", "closed", "empty"):
-        new = ChatLoop(Dialogue(FakeEngine(), dataclasses.replace(WORLD, thinking=thinking)), {})
+    for thinking in ("none", "open", "closed", "empty"):
+        new = ChatLoop(Dialogue(FakeEngine(), dataclasses.replace(G1, thinking=thinking)), {})
         assert answers(new, "/thoughts") == ["none\n"]
     assert not chat.is_over
     assert answers(chat, "/quit") == [""]

@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.dialogue import MAX_UNDO_TURNS, Dialogue
-from rwkv_jax.inference.chat.formats import RAVEN, WORLD
+from rwkv_jax.inference.chat.formats import G1, RAVEN, WORLD
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.session import Prompt
@@ -153,7 +153,7 @@ def test_a_reply_that_nobody_begins_to_read_was_never_asked_for() -> None:
 
 def test_thoughts_are_not_part_of_the_answer() -> None:
     reply = "> hm, well\n</think>\n so it is "
-    dialogue = Dialogue(ScriptedEngine(reply), dataclasses.replace(WORLD, thinking="think"))
+    dialogue = Dialogue(ScriptedEngine(reply), dataclasses.replace(G1, thinking="think"))
     pieces = list(dialogue.reply("a", max_tokens=len(reply), sampling=SamplingParams()))
     assert "".join(pieces) == " so it is"
     assert len(pieces) == len(reply)

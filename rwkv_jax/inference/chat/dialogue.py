@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.formats import ChatFormat
+from rwkv_jax.inference.chat.replies import Delta, Reply
 from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -30,6 +31,8 @@ class _Position:
     """Text since the last message, including a stop string."""
     reply: str = ""
     """The reply, which `tail` begins with."""
+    thoughts: str = ""
+    """The thinking in the reply."""
     before_reply: Snapshot | None = None
     """The state after the last message."""
     message: str | None = None
@@ -69,7 +72,7 @@ class Dialogue:
     @property
     def thoughts(self) -> str:
         """The model's thinking before its last answer, in a format with thinking."""
-        return self._format.thoughts(self._position.reply)
+        return self._position.thoughts
 
     def reply(self, message: str, **arguments: Any) -> Generator[str]:
         """Yields the model's answer to a message, one piece per token; empty if nothing is shown, as while thinking.
@@ -85,27 +88,31 @@ class Dialogue:
         before, tokenizer = self._position, self._engine.tokenizer
         session = Session(self._engine, before.snapshot)
         if before.snapshot is None:
-            session.append(self._format.first_turn(message, self._system))
+            prompt = self._format.first_turn(message, self._system)
         else:
-            session.append(self._format.next_turn(message, before.tail))
+            prompt = self._format.next_turn(message, before.tail)
+        session.append(prompt)
         before_reply = session.snapshot
+        parser = self._format.reply_parser(prompt)
+        deltas: list[Delta] = []
         ids: list[int] = []
-        reply, stop, num_shown = "", None, 0
+        reply, stop = "", None
         ends = {"stop": self._format.stop_strings, "stop_ids": (tokenizer.end_of_text,)}
         with contextlib.suppress(GeneratorExit), session.stream(**ends, **arguments) as stream:
             for chunk in stream:
                 ids += chunk.ids
                 reply, stop = reply + chunk.text, chunk.stop
-                answer = self._format.answer(reply)
-                yield answer[num_shown:]
-                num_shown = max(num_shown, len(answer))
+                new = parser.push(chunk.text) + (parser.flush() if chunk.finish_reason is not None else [])
+                deltas += new
+                yield Reply.of(new).content
         if stop == tokenizer.end_of_text:
             # After that token another text begins, without this conversation.
             session = Session(self._engine, before_reply)
             if ids:
                 session.append(ids)
         self._past = (*self._past, before)[-MAX_UNDO_TURNS:]
-        self._position = _Position(session.snapshot, tokenizer.decode(ids), reply, before_reply, message)
+        thoughts = Reply.of(deltas).reasoning
+        self._position = _Position(session.snapshot, tokenizer.decode(ids), reply, thoughts, before_reply, message)
 
     def undo(self) -> str:
         """Undoes the last turn and returns its message. Raises ConfigError if no turn is kept."""

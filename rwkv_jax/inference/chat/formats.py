@@ -1,39 +1,42 @@
 """Chat formats of RWKV models, as text around messages.
 
-A conversation is one growing text: `first_turn`, the model's reply, `next_turn`, the next reply. Each function returns
-only the text to append, since the state has read the rest. A prompt ends with `Assistant:` without a space: the first
-token of a reply includes it.
+A conversation is one growing text: `first_turn`, the model's reply, `next_turn`, the next reply; each returns only the
+text to append, since the state has read the rest. `render` writes a whole list of messages. A prompt ends with
+`Assistant:` without a space: the first token of a reply includes it.
 
-Sources: the templates beside the RWKV-7 G1 weights, for `WORLD` and its ways of thinking; ChatRWKV, for `RAVEN`; the
-README of RWKV-LM, for `PILE_QA`.
+Sources: RWKV-v7/RWKV7-G1x-templates.txt of RWKV-LM (2026-07-18), for `WORLD` and for thinking and tools in `G1`;
+ChatRWKV, for `RAVEN`; the README of RWKV-LM, for `PILE_QA`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rwkv_jax.config import ConfigError
-
-Thinking = Literal["none", "think", "think a bit", "think a lot", "closed", "empty"]
-"""Thinking of G1 models: not requested; of any length; shorter or longer, requested at the end of the message (models
-from September 2025 on); or skipped by an empty think block in the prompt, on two lines or on one."""
+from rwkv_jax.inference.chat.messages import Message, clean, read_messages
+from rwkv_jax.inference.chat.replies import ReplyParser
+from rwkv_jax.inference.chat.template import Thinking, ToolChoice
+from rwkv_jax.inference.chat.tools import tools_block, write_calls
 
 _OPENINGS: dict[str, str] = {
     "none": "",
+    "open": " <think",
     "think": " <think",
     "think a bit": " <think",
     "think a lot": " <think",
     "closed": " <think>\n</think",
     "empty": " <think></think",
 }
-_END_OF_THOUGHTS = "</think>"
+_CALL_OPENING = " ```json"
+_FUNCTION_OUTPUT = "Function output:\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """The text around the messages of a conversation."""
+    """The text around the messages of a conversation; a `ChatTemplate`."""
 
     before_message: str
     """Starts a turn; `User: `."""
@@ -47,12 +50,13 @@ class ChatFormat:
     """Starts the conversation."""
     stop_strings: tuple[str, ...] = ()
     """Stop strings of a reply: the start of the next turn. The end-of-text token ends one, too."""
+    is_g1: bool = False
+    """Whether models of this format think and call tools."""
     thinking: Thinking = "none"
     """Thinking mode."""
 
     def __post_init__(self) -> None:
-        if self.thinking not in _OPENINGS:
-            raise ConfigError(f"thinking = {self.thinking!r}: must be one of {', '.join(_OPENINGS)}")
+        self._check_thinking(self.thinking)
         if self.before_reply.endswith(" "):
             raise ConfigError(f"before_reply = {self.before_reply!r}: leave out the space; replies bring their own")
 
@@ -62,7 +66,8 @@ class ChatFormat:
         Raises:
           ConfigError: an empty message, or a system message in a format that has none.
         """
-        return self.begins_with + self._system_part(system) + self._turn(message)
+        start = "" if system is None else self._system_part("system", system, None) + self.separator
+        return self.begins_with + start + self._turn(message)
 
     def next_turn(self, message: str, reply: str = "") -> str:
         """Text to append after a reply, up to the next one.
@@ -86,48 +91,126 @@ class ChatFormat:
             length -= 1
         return self.separator[length:]
 
-    def answer(self, text: str) -> str:
-        """The reply to show: without thinking, leading space and trailing line breaks."""
-        return self._split(text)[1].removeprefix(" ").lstrip("\n").rstrip()
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+        thinking: Thinking | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, as `ChatTemplate.render` says.
 
-    def thoughts(self, text: str) -> str:
-        """The model's thinking before its answer; the whole reply if it is still thinking.
-
-        Empty without any reply: the start of the think block in the prompt does not count.
+        Each of the user's messages requests thinking in the same way, as in a conversation by turns. What the assistant
+        thought is written where it is given. With tools a reply is begun as a call, unless thinking comes first.
         """
-        return self._split(text)[0].removeprefix(">").strip() if text else ""
+        if variables:
+            raise ConfigError(f"variables {', '.join(variables)}: are for Jinja templates; this chat format has none")
+        thinking = self.thinking if thinking is None else thinking
+        self._check_thinking(thinking)
+        if tools and not self.is_g1:
+            raise ConfigError("tools: this chat format has none; take a G1 model with the template g1")
+        read = read_messages(messages)
+        last = f"messages[{len(read) - 1}]"
+        if continue_final_message and (read[-1].role != "assistant" or read[-1].tool_calls):
+            raise ConfigError(f"{last}: continue_final_message needs the assistant's text at the end")
+        if not continue_final_message and add_generation_prompt and read[-1].role in ("system", "assistant"):
+            raise ConfigError(
+                f"{last}: is the {read[-1].role}'s, which asks for no reply; end with a message of the user or a tool, "
+                "or set continue_final_message"
+            )
+        blocks = []
+        if tools and read[0].role != "system":
+            blocks.append(self._system_part("tools", "", tools_block(tools, tool_choice)))
+        for index, message in enumerate(read):
+            self._check_order(f"messages[{index}]", message, read[index - 1].role if index else None)
+            if message.role == "system":
+                block = tools_block(tools, tool_choice) if tools else None
+                blocks.append(self._system_part(f"messages[{index}]", message.content, block))
+            elif message.role == "assistant":
+                is_open = continue_final_message and index == len(read) - 1
+                blocks.append(self._reply_header + self._reply_part(f"messages[{index}]", message, is_open))
+            else:
+                blocks.append(self._message_part(message, thinking))
+        if add_generation_prompt and not continue_final_message:
+            opens_call = bool(tools) and tool_choice == "required" and thinking == "none"
+            blocks.append(self._reply_header + (_CALL_OPENING if opens_call else _OPENINGS[thinking]))
+        return self.begins_with + self.separator.join(blocks)
 
-    def clean(self, text: str) -> str:
-        """A message without blank lines, which separate turns, and without surrounding space."""
-        return re.sub("\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
+    def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
+        """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
+        return ReplyParser(prompt.rpartition(self.before_reply)[2], thinks=self.is_g1, calls=calls and self.is_g1)
 
-    def _system_part(self, system: str | None) -> str:
-        if system is None:
-            return ""
+    @property
+    def _reply_header(self) -> str:
+        return self.before_reply.removeprefix(self.separator)
+
+    def _check_thinking(self, thinking: str) -> None:
+        if thinking not in _OPENINGS:
+            raise ConfigError(f"thinking = {thinking!r}: must be one of {', '.join(_OPENINGS)}")
+        if thinking != "none" and not self.is_g1:
+            raise ConfigError(f"thinking = {thinking!r}: this chat format has none; take a G1 model, or thinking none")
+
+    def _check_order(self, place: str, message: Message, before: str | None) -> None:
+        """Checks that a message can be told from the one before it."""
+        if message.role == "system" and before is not None:
+            raise ConfigError(f"{place}: the system's message comes first and alone; join it with the first one")
+        if message.role == before and before in ("user", "assistant"):
+            raise ConfigError(f"{place}: is the second in a row of the {before}; join the two")
+        if (message.role == "tool" or message.tool_calls) and not self.is_g1:
+            raise ConfigError(f"{place}: this chat format has no tools; take a G1 model with the template g1")
+        if message.reasoning and not self.is_g1:
+            raise ConfigError(f"{place}: this chat format has no reasoning; leave it out")
+
+    def _system_part(self, place: str, system: str, tools: str | None) -> str:
         if self.before_system is None:
             raise ConfigError(
-                f"system = {system!r}: this chat format has no system message; put it in the first message"
+                f"{place} = {system!r}: this chat format has no system message; put it in the first message"
             )
-        return self.before_system + self._cleaned("system", system) + self.separator
+        texts = ([] if tools is not None and not system else [_cleaned(place, system)]) + ([tools] if tools else [])
+        return self.before_system + "\n".join(texts)
 
     def _turn(self, message: str) -> str:
-        asked = f" {self.thinking}" if self.thinking.startswith("think ") else ""
-        opening = _OPENINGS[self.thinking]
-        return self.before_message + self._cleaned("message", message) + asked + self.before_reply + opening
+        _cleaned("message", message)
+        header = self.separator + self._reply_header
+        return self._message_part(Message("user", message), self.thinking) + header + _OPENINGS[self.thinking]
 
-    def _cleaned(self, name: str, text: str) -> str:
-        cleaned = self.clean(text) if isinstance(text, str) else ""
-        if not cleaned:
-            raise ConfigError(f"{name} = {text!r}: is empty; give it some text")
-        return cleaned
+    def _message_part(self, message: Message, thinking: str) -> str:
+        if message.role == "tool":
+            return (self.before_message + _FUNCTION_OUTPUT + clean(message.content)).rstrip()
+        asked = f" ({thinking})" if thinking.startswith("think") else ""
+        return self.before_message + clean(message.content) + asked
 
-    def _split(self, text: str) -> tuple[str, str]:
-        """Splits a reply into thinking and answer."""
-        whole = _OPENINGS[self.thinking].removeprefix(" <think") + text
-        if self.thinking == "none":
-            return "", text
-        thoughts, _, answer = whole.partition(_END_OF_THOUGHTS)
-        return thoughts, answer
+    def _reply_part(self, place: str, message: Message, is_open: bool) -> str:
+        """A reply without its header; open if it goes on."""
+        space = "" if self.before_reply.endswith("\n") else " "
+        content = self._without_turns(message.content.replace("\r\n", "\n").lstrip("\n"))
+        content = content if is_open else content.rstrip()
+        reasoning = self._without_turns(message.reasoning.replace("\r\n", "\n").strip())
+        if "<think>" in reasoning or "</think>" in reasoning:
+            raise ConfigError(f"{place}: reasoning has a <think> marker; leave the markers out")
+        if reasoning and is_open and not content:
+            return f"{space}<think>\n{reasoning}"
+        thoughts = f"{space}<think>\n{reasoning}\n</think>\n" if reasoning else ""
+        calls = write_calls(message.tool_calls)
+        answer = content + ("\n" if content and calls else "") + calls
+        return thoughts + answer if thoughts else space + answer
+
+    def _without_turns(self, text: str) -> str:
+        """A reply's text, which may have blank lines, without what would begin another turn."""
+        headers = (self.before_message, self._reply_header, self.before_system or self.before_message)
+        starts = "|".join(re.escape(header.strip()) for header in headers)
+        return re.sub(rf"\n{{2,}}(?={starts})", "\n", text)
+
+
+def _cleaned(name: str, text: str) -> str:
+    cleaned = clean(text) if isinstance(text, str) else ""
+    if not cleaned:
+        raise ConfigError(f"{name} = {text!r}: is empty; give it some text")
+    return cleaned
 
 
 WORLD = ChatFormat(
@@ -136,7 +219,10 @@ WORLD = ChatFormat(
     before_system="System: ",
     stop_strings=("\n\nUser:", "\n\nSystem:"),
 )
-"""World and G1 models, generations 5 to 7."""
+"""World models, generations 5 to 7."""
+
+G1 = dataclasses.replace(WORLD, is_g1=True)
+"""RWKV-7 G1 models, which think and call tools."""
 
 RAVEN = ChatFormat(
     before_message="Bob: ",

@@ -1,0 +1,59 @@
+"""What all chat templates do: a conversation as a prompt, and what to make of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from rwkv_jax.inference.chat.messages import Message
+from rwkv_jax.inference.chat.replies import ReplyParser
+
+Thinking = Literal["none", "open", "think", "think a bit", "think a lot", "closed", "empty"]
+"""Thinking of G1 models: not requested; begun in the prompt, as long as the model chooses; begun, with its length
+requested in parentheses at the end of the message; or skipped by an empty think block, on two lines or on one."""
+
+ToolChoice = Literal["auto", "required"]
+"""Whether a reply may be something else than a call of a tool."""
+
+
+class ChatTemplate(Protocol):
+    """Writes conversations as a model was trained to read them."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Stop strings of a reply: the start of the next turn. The end-of-text token ends one, too."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+        thinking: Thinking | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, for the engine, which puts the end-of-text token before it.
+
+        A conversation that goes on begins with the same text, so that its state is found in the prefix cache.
+
+        Args:
+          messages: as in `read_messages`.
+          tools: functions that the model may call, in OpenAI's form: `{"type": "function", "function": {"name",
+            "description", "parameters"}}`, or what is under `function` alone.
+          tool_choice: with tools, whether the reply must be a call.
+          thinking: None for the template's own.
+          add_generation_prompt: whether a reply begins at the end of the text.
+          continue_final_message: the reply goes on with the last message, the assistant's, in place of a new one.
+          variables: more variables of a Jinja template.
+
+        Raises:
+          ConfigError: what the template cannot write; the error names the message and the remedy.
+        """
+        ...
+
+    def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
+        """A parser for the reply to a rendered prompt; with `calls`, for tool calls, too."""
+        ...
