@@ -7,7 +7,6 @@ anything else is measured anew. Given the file, the choice is always the same.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock, Timeout
 
 import rwkv_kernels
 from rwkv_jax import host
@@ -29,7 +27,7 @@ from rwkv_jax.checks import ConfigError, is_number
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.parallel.mesh import device_memory
-from rwkv_jax.run_lock import NO_LOCKS
+from rwkv_jax.run_lock import take_lock
 from rwkv_kernels import autotune, dispatch
 from rwkv_kernels.autotune import Trial, Tuning, Workload
 
@@ -196,16 +194,7 @@ def keep(path: Path, tuning: Tuning) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Keeps other processes from changing the file meanwhile, except on file systems without locks."""
     lock_path = path.with_name(f".{path.name}.lock")
-    lock = FileLock(lock_path, timeout=_MAX_WAIT, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise TimeoutError(errno.ETIMEDOUT, f"another process holds {lock_path.name}") from None
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    lock, _ = take_lock(lock_path, _MAX_WAIT)
     try:
         yield
     finally:

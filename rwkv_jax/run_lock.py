@@ -26,6 +26,27 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
 
+def take_lock(path: Path, wait: float) -> tuple[FileLock, Exception | None]:
+    """A lock of a file, held; or free, and why that is, where the file system has no locks.
+
+    Args:
+      wait: seconds for which another process may still hold it.
+
+    Raises:
+      OSError: it cannot be had; a TimeoutError if another process holds it.
+    """
+    lock = FileLock(path, timeout=wait, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TimeoutError(errno.ETIMEDOUT, f"another process holds {path.name}") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        return lock, error
+    return lock, None
+
+
 @contextlib.contextmanager
 def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock of an existing run folder.
@@ -36,17 +57,16 @@ def lock_run(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
     Raises:
       ConfigError: another process holds it; names its host, number and start.
     """
-    lock = FileLock(run_dir / LOCK_FILE, timeout=0, fallback_to_soft=False)
     try:
-        lock.acquire()
-    except Timeout:
+        lock, missing = take_lock(run_dir / LOCK_FILE, wait=0)
+    except TimeoutError:
         raise ConfigError(
             f"run_dir = {str(run_dir)!r}: {_owner(run_dir)} is writing there; wait until it has ended, or name another"
         ) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be locked ({error}); see to its rights") from error
-        report(f"{run_dir}: this file system has no locks ({error}), so see to it that no other run writes there")
+    except OSError as error:
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: cannot be locked ({error}); see to its rights") from error
+    if missing is not None:
+        report(f"{run_dir}: this file system has no locks ({missing}), so see to it that no other run writes there")
     since = datetime.datetime.now().isoformat(" ", "seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     try:

@@ -86,7 +86,7 @@ LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tabl
 
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "config": ((), ()),
-    "autotune": (("config", "kernels", "parallel", "run_lock"), ("jax", "filelock")),
+    "autotune": (("config", "kernels", "parallel", "run_lock"), ("jax",)),
     "recipes": (("config",), ()),
     "data": (("config",), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
     "held_out": (("data",), ()),
