@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 import rwkv_jax
 from rwkv_jax.serving import errors
-from rwkv_jax.serving.routes import models
+from rwkv_jax.serving.routes import completions, models
 from rwkv_jax.serving.service import Service
 
 
@@ -16,4 +16,5 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     errors.install(app)
     app.include_router(models.router)
+    app.include_router(completions.router)
     return app

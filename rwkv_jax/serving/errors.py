@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,10 +86,14 @@ def _invalid(error: RequestValidationError) -> APIError:
     return APIError(400, f"{param or 'body'}: {first['msg']}", param=param)
 
 
+_FIELD = re.compile(r"(?P<name>[a-z_]+(\[\d+\]|\.\w+)*)( \d+)?(:| = | of id | names id | string \d)")
+_RENAMED = {"stop_ids": "stop_token_ids"}  # of the engine's arguments, for the request's fields
+
+
 def _param(message: str) -> str | None:
     """The field that a ConfigError starts with: `top_p` of `top_p = 2.0: must be ...`."""
-    name = message.partition(":")[0].partition(" = ")[0]
-    return name if name.isidentifier() else None
+    field = _FIELD.match(message)
+    return None if field is None else _RENAMED.get(field["name"], field["name"])
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:

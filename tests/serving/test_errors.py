@@ -68,6 +68,8 @@ def test_the_field_and_the_headers() -> None:
     assert (config.param, config.kind) == ("top_p", "invalid_request_error")
     assert errors.as_api_error(RAISED["queue"][0]).headers == {"Retry-After": "1"}
     assert errors.as_api_error(ConfigError("a sentence: with colons")).param is None
+    assert errors.as_api_error(ConfigError("messages[2].content: is empty")).param == "messages[2].content"
+    assert errors.as_api_error(ConfigError("stop_ids: token id 300")).param == "stop_token_ids"
 
 
 def test_headers_of_an_answer(client: TestClient) -> None:

@@ -1,0 +1,174 @@
+"""/v1/completions: continuations of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from sse_starlette import EventSourceResponse
+
+from rwkv_jax.checks import ConfigError
+from rwkv_jax.inference.chat.fim import FIM_STOP, fim_prompt
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.requests import Chunk, TopLogprobs
+from rwkv_jax.inference.engine.requests import Completion as Text
+from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.serving.logprobs import CompletionLogprobs
+from rwkv_jax.serving.protocol.base import Usage
+from rwkv_jax.serving.protocol.completions import Choice, Completion, CompletionBody, Logprobs
+from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
+from rwkv_jax.serving.sse import event_stream
+from rwkv_jax.serving.texts import Job, best, collect, opened, submit, usage_of, while_connected
+
+router = APIRouter(tags=["completions"])
+
+_MAX_TOKENS = 16  # OpenAI's default
+
+
+class Echo(NamedTuple):
+    """A prompt in front of its continuations."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float | None]
+    """Of each of `ids`: None for the first. Empty if they are not asked for."""
+    tops: list[TopLogprobs]
+
+
+@router.post("/v1/completions", response_model=Completion)
+async def complete(
+    body: CompletionBody, request: Request, service: ServiceOf, tenant: TenantOf
+) -> Completion | EventSourceResponse:
+    """Continues one prompt or several."""
+    service.check_model(body.model)
+    with_usage = body.has_usage_chunk()
+    job = await anyio.to_thread.run_sync(as_job, body, service.engine, tenant)
+    head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
+    answer = _Answer(body, service, job, head)
+    if not body.stream:
+        return await while_connected(request, answer.whole)
+    echoes = await answer.echoes()
+    stream = await submit(service, job)
+    return event_stream(answer.pieces(stream, echoes, with_usage), omits=frozenset() if with_usage else {"usage"})
+
+
+def as_job(body: CompletionBody, engine: Engine, tenant: str) -> Job:
+    """What the engine is asked. Raises ConfigError for fields that do not go together."""
+    prompts, stops = _prompts(body), body.stops()
+    copies = body.best_of or body.n or 1
+    if copies < (body.n or 1):
+        raise ConfigError(f"best_of = {copies}: must be at least n = {body.n}")
+    if body.stream and copies > (body.n or 1):
+        raise ConfigError(f"best_of = {copies}: is known at the end only; leave stream out, or best_of")
+    if body.suffix is not None:
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError("suffix: needs a prompt of text, not of token ids")
+        if body.echo:
+            raise ConfigError("echo: shows prompts, of which a suffix makes another text; leave one of them out")
+        prompts = [fim_prompt(str(prompt), body.suffix) for prompt in prompts]
+        stops = [*stops, FIM_STOP]
+    ids = [_encode(engine, prompt) for prompt in prompts]
+    return Job(
+        [each for each in ids for _ in range(copies)],
+        copies,
+        {
+            "max_tokens": _MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            "sampling": body.sampling(),
+            "seed": body.seeds(len(ids) * copies),
+            "stop": stops,
+            "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
+            "top_logprobs": body.logprobs or 0,
+            "client_id": tenant,
+        },
+    )
+
+
+def _prompts(body: CompletionBody) -> list[str | list[int]]:
+    """The prompts of a request, each a text or ids."""
+    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
+        return [body.prompt]  # pyright: ignore[reportReturnType]
+    return list(body.prompt)  # pyright: ignore[reportReturnType]
+
+
+def _encode(engine: Engine, prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """Answers one request, whole or in pieces."""
+
+    body: CompletionBody
+    service: Service
+    job: Job
+    head: Completion
+    """Without choices."""
+
+    async def whole(self) -> Completion:
+        """The answer to a request without `stream`."""
+        echoes, count = await self.echoes(), self.body.n or 1
+        stream = await submit(self.service, self.job)
+        texts = await collect(stream)
+        choices = []
+        for prompt, group in enumerate(best(texts, self.job.copies, count)):
+            choices += [self._choice(prompt * count + i, text, echoes[prompt]) for i, text in enumerate(group)]
+        return self._with(*choices, usage=usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts)))
+
+    async def pieces(
+        self, stream: Stream, echoes: Sequence[Echo | None], with_usage: bool
+    ) -> AsyncIterator[Completion]:
+        """The answer to a request with `stream`, in chunks."""
+        makers = [self._maker() for _ in self.job.prompts]
+        for index, maker in enumerate(makers):
+            if (echo := echoes[index // self.job.copies]) is not None:
+                yield self._with(Choice(index=index, text=echo.text, logprobs=self._of_echo(maker, echo)))
+        num_generated = 0
+        async with opened(stream):
+            async for chunk in stream:
+                num_generated += len(chunk.ids)
+                logprobs = self._of_tokens(makers[chunk.index], chunk)
+                if chunk.text or chunk.finish_reason or (logprobs is not None and chunk.ids):
+                    reason = chunk.finish_reason
+                    yield self._with(
+                        Choice(index=chunk.index, text=chunk.text, logprobs=logprobs, finish_reason=reason)
+                    )
+        if with_usage:
+            yield self._with(usage=usage_of(stream, self.job.copies, num_generated))
+
+    async def echoes(self) -> list[Echo | None]:
+        """For each prompt what is shown of it; None without `echo`."""
+        prompts = self.job.prompts[:: self.job.copies]
+        if not self.body.echo:
+            return [None] * len(prompts)
+        if self.body.logprobs is not None:
+            raise ConfigError("echo: not with logprobs yet; leave one of them out")
+        texts = [self.service.engine.tokenizer.decode(ids) for ids in prompts]
+        return [Echo(text, ids, [], []) for text, ids in zip(texts, prompts, strict=True)]
+
+    def _choice(self, index: int, text: Text, echo: Echo | None) -> Choice:
+        maker = self._maker()
+        before = None if echo is None else self._of_echo(maker, echo)
+        logprobs = self._of_tokens(maker, text)
+        if before is not None and logprobs is not None:
+            logprobs = before + logprobs
+        shown = text.text if echo is None else echo.text + text.text
+        return Choice(index=index, text=shown, logprobs=logprobs, finish_reason=text.finish_reason)
+
+    def _maker(self) -> CompletionLogprobs:
+        return CompletionLogprobs(self.service.engine.tokenizer, self.body.logprobs or 0)
+
+    def _of_echo(self, maker: CompletionLogprobs, echo: Echo) -> Logprobs | None:
+        return None if self.body.logprobs is None else maker.piece(echo.ids, echo.logprobs, echo.tops)
+
+    def _of_tokens(self, maker: CompletionLogprobs, of: Chunk | Text) -> Logprobs | None:
+        return None if self.body.logprobs is None else maker.piece(of.ids, of.logprobs, of.top_logprobs)
+
+    def _with(self, *choices: Choice, usage: Usage | None = None) -> Completion:
+        return self.head.model_copy(update={"choices": list(choices), "usage": usage})

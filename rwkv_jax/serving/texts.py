@@ -1,0 +1,98 @@
+"""From a request to the engine and back: what it is asked, what it generates while the client listens, and the cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Request
+
+from rwkv_jax.inference.engine.prompts import Arguments
+from rwkv_jax.inference.engine.requests import Chunk, Completion, join
+from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.serving.errors import APIError
+from rwkv_jax.serving.protocol.base import Usage
+from rwkv_jax.serving.service import Service
+
+_Result = TypeVar("_Result")
+_CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a request asks of the engine."""
+
+    prompts: list[list[int]]
+    """Token ids, a prompt's copies next to each other."""
+    copies: int
+    """Texts of each prompt."""
+    arguments: Arguments
+    """As in `Engine.stream`."""
+
+
+async def submit(service: Service, job: Job) -> Stream:
+    """Asks the engine. Raises as `Engine.stream`: whatever is wrong with a request is known before it is answered."""
+    return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))
+
+
+@contextlib.asynccontextmanager
+async def opened(stream: Stream) -> AsyncGenerator[Stream]:
+    """A stream for as long as the block runs; its texts end with the block, also where the task is cancelled."""
+    try:
+        yield stream
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(stream.cancel)
+
+
+async def collect(stream: Stream) -> list[Completion]:
+    """All texts of a stream, in the order of their prompts."""
+    found: list[list[Chunk]] = [[] for _ in stream.num_prompt_tokens]
+    async with opened(stream):
+        async for chunk in stream:
+            found[chunk.index].append(chunk)
+    counts = stream.num_prompt_tokens
+    return [join(own, index, counts[index]) for index, own in enumerate(found)]
+
+
+def usage_of(stream: Stream, copies: int, num_generated: int) -> Usage:
+    """What a stream has cost.
+
+    Args:
+      copies: texts of each prompt, which counts once.
+    """
+    read = sum(stream.num_prompt_tokens[::copies])
+    return Usage(prompt_tokens=read, completion_tokens=num_generated, total_tokens=read + num_generated)
+
+
+def best(completions: Sequence[Completion], copies: int, count: int) -> list[list[Completion]]:
+    """Of each prompt's copies the `count` with the greatest score, best first; in their order if those are all."""
+    groups = [list(completions[i : i + copies]) for i in range(0, len(completions), copies)]
+    if count == copies:
+        return groups
+    return [sorted(group, key=lambda completion: completion.score, reverse=True)[:count] for group in groups]
+
+
+async def while_connected(request: Request, work: Callable[[], Awaitable[_Result]]) -> _Result:
+    """Does some work for a client and stops if it disconnects, which frees the texts' slots."""
+    task = asyncio.ensure_future(work())
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise APIError(_CLIENT_CLOSED_REQUEST, "the client has closed the connection")
+        return task.result()
+    finally:
+        for each in (watch, task):
+            each.cancel()
+        await asyncio.gather(watch, task, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

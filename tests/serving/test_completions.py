@@ -1,0 +1,230 @@
+"""/v1/completions: every field does what the engine's argument does, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.serving.protocol.completions import CompletionBody
+from rwkv_jax.serving.routes.completions import as_job
+
+PROMPT = "Hello, caf\u00e9"
+GREEDY = {"model": "tiny", "temperature": 0, "prompt": PROMPT}
+
+
+def complete(client: TestClient, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json=GREEDY | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
+    """The answers of a stream, which ends with [DONE]."""
+    answer = client.post("/v1/completions", json=GREEDY | fields | {"stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def refused(client: TestClient, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json=GREEDY | fields)
+    assert answer.status_code == 400, answer.text
+    return answer.json()["error"]
+
+
+def test_greedy_text_is_the_engines_whole_and_streamed(client: TestClient, engine: Engine) -> None:
+    expected = engine.generate(PROMPT, max_tokens=12, sampling="greedy")
+    answer = complete(client, max_tokens=12)
+    (choice,) = answer["choices"]
+    assert (choice["index"], choice["text"], choice["logprobs"]) == (0, expected.text, None)
+    assert choice["finish_reason"] == expected.finish_reason
+    read = len(engine.encode(PROMPT, begins=True))
+    assert answer["usage"] == {
+        "prompt_tokens": read,
+        "completion_tokens": len(expected.ids),
+        "total_tokens": read + len(expected.ids),
+        "prompt_tokens_details": None,
+    }
+    pieces = streamed(client, max_tokens=12)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected.text
+    assert [piece["choices"][0]["finish_reason"] for piece in pieces][-1] == expected.finish_reason
+    assert len({piece["id"] for piece in pieces}) == 1
+    assert all("usage" not in piece for piece in pieces)
+
+
+def test_usage_ends_a_stream_that_asks_for_it(client: TestClient) -> None:
+    pieces = streamed(client, max_tokens=3, stream_options={"include_usage": True})
+    assert pieces[-1]["choices"] == []
+    assert pieces[-1]["usage"] == complete(client, max_tokens=3)["usage"]
+    assert [piece["usage"] for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+
+
+def test_prompts_of_all_forms(client: TestClient, engine: Engine) -> None:
+    ids = engine.encode(PROMPT, begins=True)
+    one = complete(client, max_tokens=4)["choices"][0]["text"]
+    other = complete(client, prompt="x", max_tokens=4)["choices"][0]["text"]
+    assert complete(client, prompt=ids, max_tokens=4)["choices"][0]["text"] == one
+    for several in ([PROMPT, "x"], [ids, engine.encode("x", begins=True)]):
+        choices = complete(client, prompt=several, max_tokens=4)["choices"]
+        assert [(choice["index"], choice["text"]) for choice in choices] == [(0, one), (1, other)]
+    empty = complete(client, prompt="", max_tokens=4)
+    assert empty["usage"]["prompt_tokens"] == 1
+    assert empty["choices"][0]["text"] == engine.generate([0], max_tokens=4, sampling="greedy").text
+
+
+def test_several_texts_of_each_prompt(client: TestClient, engine: Engine) -> None:
+    fields = {"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "temperature": 1, "seed": 5}
+    answer = complete(client, **fields)
+    prompts = ["a", "a", "b", "b"]
+    expected = [text.text for text in engine.generate(prompts, max_tokens=3, seed=5)]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (4, 12)
+    texts = [""] * 4
+    for piece in streamed(client, **fields):
+        texts[piece["choices"][0]["index"]] += piece["choices"][0]["text"]
+    assert texts == expected
+
+
+def test_best_of_returns_the_likeliest(client: TestClient, engine: Engine) -> None:
+    answer = complete(client, best_of=3, n=2, max_tokens=4, temperature=1, seed=1)
+    texts = sorted(engine.generate([PROMPT] * 3, max_tokens=4, seed=1), key=lambda text: -text.score)
+    assert [choice["text"] for choice in answer["choices"]] == [text.text for text in texts[:2]]
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_logprobs(client: TestClient, engine: Engine) -> None:
+    expected = engine.generate(PROMPT, max_tokens=5, sampling="greedy", top_logprobs=3)
+    block = complete(client, max_tokens=5, logprobs=3)["choices"][0]["logprobs"]
+    assert block["token_logprobs"] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert [max(top.values()) for top in block["top_logprobs"]] == block["token_logprobs"]
+    assert [len(top) for top in block["top_logprobs"]] == [3] * 5
+    assert [top[token] for token, top in zip(block["tokens"], block["top_logprobs"], strict=True)] == block[
+        "token_logprobs"
+    ]
+    pieces = [piece["choices"][0]["logprobs"] for piece in streamed(client, max_tokens=5, logprobs=3)]
+    for name, values in block.items():
+        assert [value for piece in pieces for value in piece[name]] == values
+    unlikely = complete(client, max_tokens=2, logprobs=0, temperature=1, seed=3)["choices"][0]["logprobs"]
+    assert [list(top) for top in unlikely["top_logprobs"]] == [[token] for token in unlikely["tokens"]]
+
+
+def test_stops(client: TestClient, engine: Engine) -> None:
+    whole = engine.generate(PROMPT, max_tokens=12, sampling="greedy")
+    stop = whole.text[3:5]
+    choice = complete(client, max_tokens=12, stop=["never", stop])["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole.text[: whole.text.index(stop)], "stop")
+    assert complete(client, max_tokens=12, stop=stop)["choices"][0]["text"] == choice["text"]
+    by_id = complete(client, max_tokens=12, stop_token_ids=[whole.ids[2]])["choices"][0]
+    assert by_id["text"] == engine.tokenizer.decode(whole.ids[: whole.ids.index(whole.ids[2])])
+
+
+def asked(engine: Engine, **fields: Any) -> tuple[list[list[int]], dict[str, Any]]:
+    """The prompts and the arguments that the engine gets for a request."""
+    body = CompletionBody.model_validate({"model": "tiny", "prompt": "ab"} | fields)
+    job = as_job(body, engine, "tenant")
+    return job.prompts, dict(job.arguments)
+
+
+def test_fields_become_the_engines_arguments(engine: Engine) -> None:
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0.1,
+        "typical_p": 0.8,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.1,
+        "penalty_decay": 0.9,
+        "penalize_prompt": True,
+        "order": "rwkv",
+        "logit_bias": {"7": -1.5, "12": 2},
+    }
+    given = {"stop_token_ids": [9], "ignore_eos": True, "seed": -1, "n": 2, "max_tokens": 0, "user": "someone"}
+    prompts, arguments = asked(engine, **fields, **given)
+    expected = fields | {"top_k": 0, "logit_bias": {7: -1.5, 12: 2.0}}
+    assert arguments == {
+        "max_tokens": 0,
+        "sampling": SamplingParams(**expected),
+        "seed": [2**32 - 1, 0],
+        "stop": [],
+        "stop_ids": {9},
+        "top_logprobs": 0,
+        "client_id": "tenant",
+    }
+    assert prompts == [engine.encode("ab", begins=True)] * 2
+    _, plain = asked(engine)
+    assert (plain["max_tokens"], plain["sampling"]) == (16, SamplingParams())
+    assert plain["stop_ids"] == {engine.tokenizer.end_of_text}
+
+
+def test_a_seed_is_drawn_where_none_is_given(engine: Engine) -> None:
+    drawn = {asked(engine)[1]["seed"][0] for _ in range(4)}
+    assert len(drawn) > 1
+
+
+def test_a_suffix_is_filled_in(engine: Engine) -> None:
+    prompts, arguments = asked(engine, prompt="a", suffix="b", stop="c")
+    assert engine.tokenizer.decode(prompts[0]) == "✿prefix✿✿suffix✿b✿middle✿a"
+    assert arguments["stop"] == ["c", "✿"]
+
+
+def test_echo_and_no_tokens(client: TestClient, engine: Engine) -> None:
+    generated = complete(client, max_tokens=4)["choices"][0]["text"]
+    assert complete(client, max_tokens=4, echo=True)["choices"][0]["text"] == PROMPT + generated
+    assert "".join(piece["choices"][0]["text"] for piece in streamed(client, max_tokens=4, echo=True)) == (
+        PROMPT + generated
+    )
+    none = complete(client, max_tokens=0)
+    assert (none["choices"][0]["text"], none["choices"][0]["finish_reason"]) == ("", "length")
+    assert none["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"suffixx": "a"}, "suffixx"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e30}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 0}, "n"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"stream": True, "best_of": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
+        ({"stop": [""]}, "stop"),
+        ({"stop_token_ids": [300]}, "stop_token_ids"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"seed": 2**64}, "seed"),
+        ({"prompt": [1], "suffix": "a"}, "suffix"),
+        ({"suffix": "a", "echo": True}, "echo"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_by_the_fields_name(client: TestClient, fields: dict[str, Any], param: str) -> None:
+    # Not by json=, whose encoder refuses lone surrogates.
+    answer = client.post(
+        "/v1/completions", content=json.dumps(GREEDY | fields), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400, answer.text
+    assert (answer.json()["error"]["param"] or "").startswith(param), answer.json()
+
+
+def test_another_model_is_not_found(client: TestClient) -> None:
+    assert client.post("/v1/completions", json=GREEDY | {"model": "other"}).status_code == 404
