@@ -36,7 +36,9 @@ import importlib.resources, io, pkgutil, sys
 import rwkv_jax, rwkv_kernels
 from rwkv_jax import *
 from rwkv_jax import cli
+from rwkv_jax.serving.routes import page
 
+assert page.assemble().content.count(b"<script>") > 5
 for package in (rwkv_jax, rwkv_kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not module.name.endswith("__main__"):

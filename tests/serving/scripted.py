@@ -1,0 +1,162 @@
+"""A server with the chat page whose answers are scripted by the questions, and a thread that runs an app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from rwkv_jax.serving.routes import page
+
+HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
+
+<svg onload="window.hacked = 3"><style>body { display: none }</style>
+# <b onclick="window.hacked = 4">heading</b>
+- <iframe srcdoc="<script>parent.hacked = 5</script>"></iframe>
+- [link](javascript:window.hacked=6) ![image](http://127.0.0.1:1/pixel.png)
+> <a href="javascript:window.hacked=7">quote</a>
+
+```html"><script>window.hacked = 8</script>
+</code></pre><script>window.hacked = 9</script>
+```
+**<u>bold</u>** `</code><script>window.hacked = 10</script>` *<meta http-equiv=refresh content=0>*
+"""
+MARKDOWN = """# Squares
+
+The **sum** of `n` odd numbers is *square*:
+
+1. add the first
+2. add the next
+   - and so on
+   - to the last
+
+> It was known to Nicomachus.
+
+```python
+def squares(n):
+    return [sum(range(1, 2 * k, 2)) for k in range(n)]
+```
+
+A line,
+and another.
+"""
+THOUGHTS = "The user wants an example. Odd numbers add up to squares, as 1 + 3 + 5 = 9 shows."
+NESTED = "- " * 3000 + "deep\n" + "> " * 3000 + "deep\n" + "*" * 3000 + "`" * 3000
+
+
+def create_scripted_app() -> FastAPI:
+    """The page, and endpoints that answer at once. `app.state.requests` and `.states` tell what was asked and kept."""
+    app = FastAPI()
+    app.include_router(page.router)
+    app.state.requests, app.state.states, app.state.key = [], {}, None
+    numbers = itertools.count()
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if app.state.key and request.headers.get("Authorization") != f"Bearer {app.state.key}":
+            return failure(401, "the API key is missing or unknown")
+        return JSONResponse({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await request.json()
+        app.state.requests.append(body)
+        if "state" in body and body["state"] not in app.state.states:
+            return failure(404, f"state {body['state']!r} is unknown", param="state")
+        question = body["messages"][-1]["content"]
+        if question == "busy":
+            return failure(429, "the queue is full", headers={"Retry-After": "7"})
+        return StreamingResponse(events(app, body, question, next(numbers)), media_type="text/event-stream")
+
+    @app.api_route("/v1/states/{name}", methods=["GET", "PUT", "DELETE"])
+    async def states(name: str, request: Request) -> Response:
+        if request.method == "PUT":
+            app.state.states[name] = await request.body()
+        elif name not in app.state.states:
+            return failure(404, f"state {name!r} is unknown", param="state")
+        elif request.method == "DELETE":
+            del app.state.states[name]
+        else:
+            return Response(app.state.states[name], media_type="application/octet-stream")
+        return JSONResponse({"id": name})
+
+    return app
+
+
+def failure(status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": {"message": message, "param": param}}, status, headers)
+
+
+async def events(app: FastAPI, body: dict[str, Any], question: str, number: int) -> AsyncIterator[str]:
+    """A stream in the form of the real server's."""
+    thoughts, text, pause = "", f"You said {question}.", 0.0
+    match question:
+        case "hostile":
+            text = HOSTILE
+        case "nested":
+            text = NESTED
+        case "markdown":
+            thoughts, text = THOUGHTS, MARKDOWN
+        case "slow":
+            text, pause = "one two three four five six seven eight nine ten " * 100, 0.02
+    yield event({"role": "assistant", "content": ""})
+    for piece in pieces(thoughts):
+        yield event({"reasoning_content": piece})
+    for i, piece in enumerate(pieces(text)):
+        if question == "broken" and i == 2:
+            yield f"data: {json.dumps({'error': {'message': 'the model made numbers that are not finite'}})}\n\n"
+            return
+        yield event({"content": piece}, token=piece if body.get("logprobs") else None)
+        await asyncio.sleep(pause)
+    if question == "cut":
+        return
+    name = f"state-{number}"
+    app.state.states[name] = f"after {question}".encode()
+    yield event({}, finish="stop", state=name)
+    usage = {"prompt_tokens": 1, "completion_tokens": len(pieces(text)), "total_tokens": 1 + len(pieces(text))}
+    yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def pieces(text: str) -> list[str]:
+    return [text[i : i + 7] for i in range(0, len(text), 7)]
+
+
+def event(
+    delta: dict[str, str], *, token: str | None = None, finish: str | None = None, state: str | None = None
+) -> str:
+    choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": finish}
+    if token is not None:
+        top = [{"token": token, "logprob": -0.5}, {"token": "other", "logprob": -1.5}]
+        choice["logprobs"] = {"content": [{"token": token, "logprob": -0.5, "top_logprobs": top}]}
+    chunk: dict[str, Any] = {"object": "chat.completion.chunk", "choices": [choice]}
+    if state is not None:
+        chunk["state"] = state
+    return f"data: {json.dumps(chunk)}\n\n"
+
+
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[str]:
+    """Serves an app on a free port of this machine; gives its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
