@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 import rwkv_jax
 from rwkv_jax.serving import errors
-from rwkv_jax.serving.routes import completions, models, page
+from rwkv_jax.serving.routes import chat, completions, models, page
 from rwkv_jax.serving.service import Service
 
 
@@ -17,5 +17,6 @@ def create_app(service: Service) -> FastAPI:
     errors.install(app)
     app.include_router(models.router)
     app.include_router(completions.router)
+    app.include_router(chat.router)
     app.include_router(page.router)
     return app

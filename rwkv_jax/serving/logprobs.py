@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rwkv_jax.data.tokenizers import StreamingDecoder, Tokenizer
 from rwkv_jax.inference.engine.requests import TopLogprobs
+from rwkv_jax.serving.protocol.chat import ChatLogprobs, ContentLogprob, TokenLogprob
 from rwkv_jax.serving.protocol.completions import Logprobs
 
 
@@ -60,3 +62,23 @@ class CompletionLogprobs:
         for other, logprob in (*top[: self._count], (token, value)):
             found.setdefault(token_string(self._tokenizer, other), logprob)  # several ids may have one text
         return found
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[float], tops: Sequence[TopLogprobs]
+) -> ChatLogprobs:
+    """Of some tokens of a reply, in the chat API's form; arguments as those of `CompletionLogprobs.piece`."""
+
+    def token_logprob(token: int, logprob: float) -> dict[str, Any]:
+        content = tokenizer.token_bytes(token)
+        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+
+    return ChatLogprobs(
+        content=[
+            ContentLogprob(
+                **token_logprob(token, dict(top).get(token, value)),
+                top_logprobs=[TokenLogprob(**token_logprob(other, logprob)) for other, logprob in top],
+            )
+            for token, value, top in zip(ids, values, tops or [()] * len(ids), strict=True)
+        ]
+    )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from rwkv_jax.inference.chat.formats import G1
+from rwkv_jax.inference.chat.template import ChatTemplate
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.options import ServeOptions
@@ -23,6 +25,8 @@ class Service:
     """Name by which requests ask for the model."""
     options: ServeOptions = dataclasses.field(default_factory=ServeOptions)
     """As the server was started."""
+    template: ChatTemplate = G1
+    """Writes conversations as the model was trained to read them."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     """Unix time at which the model was loaded."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -12,30 +11,19 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.serving.protocol.completions import CompletionBody
 from rwkv_jax.serving.routes.completions import as_job
+from tests.serving import calls
 
 PROMPT = "Hello, caf\u00e9"
+PATH = "/v1/completions"
 GREEDY = {"model": "tiny", "temperature": 0, "prompt": PROMPT}
 
 
 def complete(client: TestClient, **fields: Any) -> dict[str, Any]:
-    answer = client.post("/v1/completions", json=GREEDY | fields)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    return calls.post(client, PATH, GREEDY | fields)
 
 
 def streamed(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
-    """The answers of a stream, which ends with [DONE]."""
-    answer = client.post("/v1/completions", json=GREEDY | fields | {"stream": True})
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
-    assert events.pop() == "[DONE]"
-    return [json.loads(event) for event in events]
-
-
-def refused(client: TestClient, **fields: Any) -> dict[str, Any]:
-    answer = client.post("/v1/completions", json=GREEDY | fields)
-    assert answer.status_code == 400, answer.text
-    return answer.json()["error"]
+    return calls.streamed(client, PATH, GREEDY | fields)
 
 
 def test_greedy_text_is_the_engines_whole_and_streamed(client: TestClient, engine: Engine) -> None:
@@ -218,13 +206,9 @@ def test_echo_and_no_tokens(client: TestClient, engine: Engine) -> None:
     ids=str,
 )
 def test_what_cannot_be_is_refused_by_the_fields_name(client: TestClient, fields: dict[str, Any], param: str) -> None:
-    # Not by json=, whose encoder refuses lone surrogates.
-    answer = client.post(
-        "/v1/completions", content=json.dumps(GREEDY | fields), headers={"Content-Type": "application/json"}
-    )
-    assert answer.status_code == 400, answer.text
-    assert (answer.json()["error"]["param"] or "").startswith(param), answer.json()
+    error = calls.refused(client, PATH, GREEDY | fields)
+    assert (error["param"] or "").startswith(param), error
 
 
 def test_another_model_is_not_found(client: TestClient) -> None:
-    assert client.post("/v1/completions", json=GREEDY | {"model": "other"}).status_code == 404
+    assert client.post(PATH, json=GREEDY | {"model": "other"}).status_code == 404
