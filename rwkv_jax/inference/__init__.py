@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.chat.messages import Message, ToolCall
     from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
     from rwkv_jax.inference.chat.template import ChatTemplate
+    from rwkv_jax.inference.engine.driver import EngineClosedError, EngineStats
     from rwkv_jax.inference.engine.engine import Engine
     from rwkv_jax.inference.engine.options import EngineOptions
     from rwkv_jax.inference.engine.requests import Chunk, Completion, QueueFullError
@@ -33,7 +34,9 @@ __all__ = [
     "Delta",
     "Dialogue",
     "Engine",
+    "EngineClosedError",
     "EngineOptions",
+    "EngineStats",
     "Message",
     "NotFiniteError",
     "QueueFullError",
@@ -57,6 +60,7 @@ __getattr__, __dir__ = lazy_names(
         "chat.replies": ("Delta", "Reply", "ReplyParser"),
         "chat.template": ("ChatTemplate",),
         "chat.dialogue": ("Dialogue",),
+        "engine.driver": ("EngineClosedError", "EngineStats"),
         "engine.engine": ("Engine",),
         "engine.options": ("EngineOptions",),
         "engine.requests": ("Chunk", "Completion", "QueueFullError"),

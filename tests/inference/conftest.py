@@ -20,7 +20,7 @@ def compiled() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def engine(compiled: list[str]) -> Engine:
-    return quick_engine(random_model(CONFIGS["7"]), max_queue=60)
+    return quick_engine(random_model(CONFIGS["7"]), fresh=True, max_queue=60)
 
 
 @pytest.fixture(scope="module")

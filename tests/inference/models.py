@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine import engine as engine_module
+from rwkv_jax.inference.engine.admission import Admission
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions, make_scheduler
+from rwkv_jax.inference.engine.job import Job
+from rwkv_jax.inference.engine.news import News
+from rwkv_jax.inference.engine.programs import Programs
 from rwkv_jax.inference.engine.requests import Chunk, Completion
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.decoding import unstacked
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params
 from tests.programs import compiled_quickly
@@ -48,10 +59,72 @@ def random_model(config: ModelConfig) -> LanguageModel:
     return merge(config, jax.tree.map(jnp.asarray, in_dtype(random_params(config), config)))
 
 
-def quick_engine(model: LanguageModel, mesh: Mesh | None = None, **options: Any) -> Engine:
-    """An engine whose programs compile in a third of the time that users' take."""
-    with compiled_quickly():
+_programs: dict[Any, tuple[LanguageModel, Programs]] = {}
+"""By model and shapes, with the model, so that no other one gets its id."""
+
+
+@contextlib.contextmanager
+def shared_programs(model: LanguageModel, *, fresh: bool = False) -> Iterator[None]:
+    """What is built of a model meanwhile compiles in a third of the time that users' programs take, and once."""
+
+    def shared(used: LanguageModel, num_slots: int, burst_length: int, weights: Any, *others: Any) -> Programs:
+        if fresh:
+            return Programs(used, num_slots, burst_length, weights, *others)
+        key = (id(model), nnx.graphdef(used), num_slots, burst_length, *others)
+        if key not in _programs:
+            _programs[key] = (model, Programs(used, num_slots, burst_length, weights, *others))
+        return _programs[key][1]
+
+    with compiled_quickly(), mock.patch.object(engine_module, "Programs", shared):
+        yield
+
+
+def quick_engine(model: LanguageModel, mesh: Mesh | None = None, *, fresh: bool = False, **options: Any) -> Engine:
+    """An engine that shares the programs of others of the same model and shapes, unless it is to be `fresh`."""
+    with shared_programs(model, fresh=fresh):
         return Engine(model, ByteTokenizer(VOCAB_SIZE), EngineOptions(**(OPTIONS | options)), mesh=mesh)
+
+
+class Stepped:
+    """A scheduler whose steps a test takes itself."""
+
+    def __init__(self, model: LanguageModel, **options: Any) -> None:
+        chosen = EngineOptions(**(OPTIONS | options))
+        self.admission = Admission(model.config, ByteTokenizer(VOCAB_SIZE), chosen.num_slots)
+        self.prefix_cache = PrefixCache(chosen.prefix_bytes) if chosen.prefix_bytes else None
+        with shared_programs(model):
+            self.scheduler = make_scheduler(unstacked(model), self.admission.weights, chosen, self.prefix_cache)
+
+    def queue(self, prompt: Any, **arguments: Any) -> Job:
+        """A queued text, by the arguments of `Engine.stream`."""
+        slots = self.scheduler.slots
+        requests = self.admission.requests(prompt, 1, arguments, owner=slots.owner, empty_row=slots.empty_row)
+        (job,) = self.admission.jobs(requests, News())
+        self.scheduler.queue([job])
+        return job
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.scheduler.step()
+
+    def finish(self, *jobs: Job) -> None:
+        """Steps until these texts have ended."""
+        while not all(job.is_done for job in jobs):
+            assert self.scheduler.step()
+
+
+def texts_in(engine: Engine) -> tuple[int, int, int]:
+    """Texts with a slot, in the queue, and swapped out."""
+    found = engine.stats()
+    return found.num_running, found.num_queued, found.num_swapped_out
+
+
+def assert_free(engine: Engine) -> None:
+    """Fails if a text is in a slot or in the queue; those that were left a moment ago have a moment to go."""
+    deadline = time.monotonic() + 10
+    while (left := texts_in(engine)) != (0, 0, 0) and time.monotonic() < deadline:
+        engine.generate("x", max_tokens=1)
+    assert left == (0, 0, 0)
 
 
 @functools.cache

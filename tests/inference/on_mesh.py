@@ -45,7 +45,7 @@ def main() -> None:
             mesh = mesh_from_shape(MeshShape(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
             engine = quick_engine(from_pretrained(path, dtype="float32", mesh=mesh), mesh)
             report[shape] = written(engine)
-            leaves = jax.tree.leaves(engine._scheduler._slots)
+            leaves = jax.tree.leaves(engine._driver.scheduler.slots._slots)
             report[f"devices of {shape}"] = sorted({len(x.sharding.device_set) for x in leaves})
             report[f"rows of {shape}"] = sorted({x.addressable_shards[0].data.shape[0] for x in leaves})
     json.dump(report, sys.stdout)

@@ -15,7 +15,7 @@ from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.state.snapshot import StateError
-from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
+from tests.inference.models import CONFIGS, GREEDY, assert_free, prompts, quick_engine, random_model
 from tests.models.parameters import in_dtype, merge, random_params
 
 CONFIG = CONFIGS["7"]
@@ -28,10 +28,8 @@ def engine() -> Engine:
 
 
 def like(engine: Engine, **options: Any) -> Engine:
-    """Another engine, with the same programs."""
-    other = quick_engine(random_model(CONFIG), **options)
-    other._scheduler._programs = engine._scheduler._programs
-    return other
+    """Another engine of the same model."""
+    return quick_engine(random_model(engine.config), **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def test_a_forgotten_stream_frees_its_session(engine: Engine, size: int) -> None
     assert not session.is_in_use
     assert session.num_tokens == len(IDS)
     assert session.generate(max_tokens=3, sampling=GREEDY, stop_ids=()).finish_reason == "length"
-    assert other._scheduler.num_running == 0
+    assert_free(other)
     for name in "bcd":
         other.generate("Hi", conversation=name, max_tokens=1)
     assert other.conversation("a").num_tokens == 0

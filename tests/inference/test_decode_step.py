@@ -70,10 +70,10 @@ def test_an_engine_decodes_with_a_kernel_that_is_right_and_faster(
     """The same text, by a program that has it once a layer; prompts do not take it."""
     workloads = measured(monkeypatch, {1: 0.5, 4: 0.9})
     model = random_model(CONFIG)
-    plain = quick_engine(model, tune="never").generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
+    plain = quick_engine(model, fresh=True, tune="never").generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
     assert not workloads
     assert not tokens
-    found = quick_engine(model).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
+    found = quick_engine(model, fresh=True).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
     assert [workload.problem.shape for workload in workloads] == [(1, 32, 2, 8, 8), (4, 32, 2, 8, 8)]
     assert tokens == [(1, 2, 8)] * CONFIG.num_layers
     assert found.ids == plain.ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.inference.engine.requests import Completion
+from rwkv_jax.inference.engine.slot_arrays import SlotArrays
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.models.decoding import unstacked
@@ -47,27 +47,23 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def forgetful(engine: Engine) -> Engine:
-    """With the same programs, but no store of prefixes: what is read again is read."""
-    forgetful = quick_engine(random_model(CONFIG), prefix_bytes=0)
-    forgetful._scheduler._programs = engine._scheduler._programs
-    return forgetful
+def forgetful() -> Engine:
+    """Without a store of prefixes: what is read again is read."""
+    return quick_engine(random_model(CONFIG), prefix_bytes=0)
 
 
 @pytest.fixture
-def reads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Tokens that each call of the reading program has read."""
-    programs = engine._scheduler._programs
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that each call of the prefill program has read."""
     counts: list[int] = []
-    read = programs.prefill
+    prefill = SlotArrays.prefill
 
-    def counted(params: Any, slots: Any, rows: Any, tokens: Any, lengths: Any, wants_logits: Any) -> Any:
-        counts.append(int(lengths.sum()))
-        return read(params, slots, rows, tokens, lengths, wants_logits)
+    def counted(self: SlotArrays, pieces: Any, *arguments: Any, **named: Any) -> None:
+        counts.append(sum(size for _, size in pieces))
+        prefill(self, pieces, *arguments, **named)
 
-    monkeypatch.setattr(programs, "prefill", counted)
-    yield counts
-    monkeypatch.undo()
+    monkeypatch.setattr(SlotArrays, "prefill", counted)
+    return counts
 
 
 def ids_of(engine: Engine, prompt: str) -> list[int]:
@@ -182,17 +178,17 @@ def test_a_batch_of_ragged_prompts_is_each_alone(engine: Engine, sampling: Sampl
 def test_few_prompts_do_not_have_all_slots_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an engine with more slots than one call reads of: some together, then the last few one by one."""
     wide = quick_engine(random_model(CONFIG), num_slots=10, batch_sizes=(10,), prefix_bytes=0)
-    programs, shapes = wide._scheduler._programs, []
-    read = programs.prefill
+    shapes: list[tuple[bool, int]] = []
+    prefill = SlotArrays.prefill
 
-    def recorded(params: Any, slots: Any, rows: Any, tokens: Any, *rest: Any) -> Any:
-        shapes.append(tokens.shape)
-        return read(params, slots, rows, tokens, *rest)
+    def recorded(self: SlotArrays, pieces: Any, length: int, *, alone: bool, wants_logits: bool) -> None:
+        shapes.append((alone, length))
+        prefill(self, pieces, length, alone=alone, wants_logits=wants_logits)
 
-    monkeypatch.setattr(programs, "prefill", recorded)
+    monkeypatch.setattr(SlotArrays, "prefill", recorded)
     texts = list(prompts(11, 12, 12))
     together = wide.generate(texts, max_tokens=5, sampling=GREEDY)
-    assert set(shapes) == {(8, 4), (1, 4)}
+    assert set(shapes) == {(False, 4), (True, 4)}
     for ids, found in zip(texts, together, strict=True):
         assert found.ids == engine.generate(ids, max_tokens=5, sampling=GREEDY).ids
 
@@ -221,9 +217,9 @@ def test_nothing_may_be_asked_for(engine: Engine) -> None:
 
 def test_a_state_of_another_model_is_refused(engine: Engine) -> None:
     own = engine.prefill(None, "a")
-    row = quick_engine(random_model(CONFIGS["4"]))._scheduler.empty_row
+    other = quick_engine(random_model(CONFIGS["4"])).prefill(None, "a")
     strangers = (
-        dataclasses.replace(own, state=row.state),
+        dataclasses.replace(own, state=other.state),
         dataclasses.replace(own, state=own.state[:1]),
         dataclasses.replace(own, logits=own.logits[:-1]),
         dataclasses.replace(own, owner="another"),

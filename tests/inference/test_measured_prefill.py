@@ -27,12 +27,12 @@ def test_long_pieces_of_prompts_are_prefilled_by_what_was_measured_for_them_and_
     monkeypatch.setitem(OPERATORS["wkv7"].implementations, "associative_scan", measured)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(engine, "measured_prefill", lambda *_: "associative_scan")
     model = random_model(CONFIGS["7"])
-    plain = quick_engine(model).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
+    plain = quick_engine(model, fresh=True).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
     assert not steps  # all pieces are shorter than what was measured
     monkeypatch.setattr(programs, "PREFILL_STEPS", 16)
-    assert quick_engine(model, tune="never").generate(LONG_IDS, max_tokens=3, sampling=GREEDY) == plain
+    assert quick_engine(model, fresh=True, tune="never").generate(LONG_IDS, max_tokens=3, sampling=GREEDY) == plain
     assert not steps
-    found = quick_engine(model).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
+    found = quick_engine(model, fresh=True).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
     assert steps == {16}  # and not pieces of 4, nor single tokens
     assert found.ids == plain.ids
     assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-4)

@@ -17,14 +17,19 @@ from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.snapshot import Snapshot
 from tests.inference.models import (
+    CONFIGS,
     GREEDY,
     IDS,
     LONG_IDS,
     VOCAB_SIZE,
+    Stepped,
+    assert_free,
     assert_same,
     prompts,
     quick_engine,
+    random_model,
     some,
+    texts_in,
     texts_of,
     what_was_read,
 )
@@ -32,17 +37,14 @@ from tests.inference.models import (
 OURS = {"jit(_make)", "jit(_put)", "jit(_take)", "jit(_prefill)", "jit(_decode)"}
 
 
-def slots_of(engine: Engine) -> list[Any]:
-    """Copies of all that the slots hold, rows first."""
-    return [np.array(x) for x in jax.tree.leaves(engine._scheduler._slots)]
+def live_bytes() -> int:
+    """Of all arrays of this process."""
+    return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
 
 
-def count_ticks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows with every turn of the scheduler."""
-    ticks: list[bool] = []
-    step = engine._scheduler.step
-    monkeypatch.setattr(engine._scheduler, "step", lambda: ticks.append(step()) or ticks[-1])
-    return ticks
+@pytest.fixture(scope="module")
+def stepped() -> Stepped:
+    return Stepped(random_model(CONFIGS["7"]), max_queue=60)
 
 
 # Coming and going
@@ -51,8 +53,8 @@ def count_ticks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[str]) -> None:
     for i, prompt in enumerate(prompts(0, 60, 90)):
         engine.generate(prompt, max_tokens=1 + i % 7, seed=i)
-    shapes = [x.shape for x in slots_of(engine)]
-    slots = engine._scheduler._slots
+    assert engine.prefix_cache is not None
+    before = live_bytes() - engine.prefix_cache.nbytes
     some_of_them = list(prompts(1, 40, 90))
     engine.generate(some_of_them, max_tokens=5, sampling=SamplingParams.rwkv(top_k=4, min_p=0.01, typical_p=0.9))
     engine.generate(some_of_them[:5], max_tokens=5, guidance_scale=1.5, negative_prompt="x", stop=["a"], best_of=2)
@@ -65,13 +67,16 @@ def test_a_hundred_prompts_take_eight_programs(engine: Engine, compiled: list[st
         some(stream, 5)
     assert stream.snapshot is not None
     assert compiled == []
-    assert [x.shape for x in slots_of(engine)] == shapes
-    assert all(x.is_deleted() for x in jax.tree.leaves(slots))  # their memory is what the next ones have
+    stream = None
+    assert_free(engine)
+    assert live_bytes() - engine.prefix_cache.nbytes < before + 2**16  # steps donate the slots
 
 
 def test_weights_that_were_put_on_a_device_take_no_more_programs(engine: Engine, compiled: list[str]) -> None:
     """As those from files are; those of other tests come from a program."""
-    placed = quick_engine(nnx.merge(*jax.device_put(nnx.split(engine.model), jax.devices()[0])), num_slots=2)
+    placed = quick_engine(
+        nnx.merge(*jax.device_put(nnx.split(engine.model), jax.devices()[0])), fresh=True, num_slots=2
+    )
     compiled.clear()
     for seed in range(2):
         placed.generate("a", max_tokens=3, seed=seed)
@@ -121,75 +126,84 @@ def test_texts_that_come_and_go_are_what_they_are_alone(engine: Engine, seed: in
             assert_same(states[i], engine.prefill(None, settings[i]["prompts"] + what_was_read(chunks)))
 
 
-def test_rows_that_take_no_part_are_untouched(engine: Engine) -> None:
+def test_rows_that_take_no_part_are_untouched(stepped: Stepped) -> None:
     """Of a paused text, and of slots that nobody has, down to the last bit."""
-    paused = engine.stream(IDS, return_state=True, max_tokens=50, sampling=SamplingParams.rwkv())
-    next(paused)
-    (own,) = paused._jobs[0].slots
-    before = slots_of(engine)
-    with engine.stream([LONG_IDS[::-1], (5,), IDS], max_tokens=1000, stop_ids=()) as others:
-        some(others, 90)
-        used = {slot for job in others._jobs for slot in job.slots}
-        after = slots_of(engine)
-    engine.generate((7, *LONG_IDS), max_tokens=3)  # on its own
-    assert used == set(range(4)) - {own}
-    for x, y, z in zip(before, after, slots_of(engine), strict=True):
-        np.testing.assert_array_equal(x[own], y[own])
-        np.testing.assert_array_equal(x[own], z[own])
-    assert any(not np.array_equal(x[slot], y[slot]) for x, y in zip(before, after, strict=True) for slot in used)
-    paused.cancel()
 
-    free = engine._scheduler._free[0]
-    before = slots_of(engine)
-    engine.generate([IDS, (9, 8)], max_tokens=9)
-    for x, y in zip(before, slots_of(engine), strict=True):
-        np.testing.assert_array_equal(x[free], y[free])
+    def rows() -> list[list[Any]]:
+        slots = stepped.scheduler.slots
+        return [[np.array(x) for x in jax.tree.leaves(slots.row(slot))] for slot in range(slots.count)]
+
+    def assert_identical(found: list[Any], expected: list[Any]) -> None:
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    paused = stepped.queue(IDS, return_state=True, max_tokens=50, sampling=SamplingParams.rwkv())
+    stepped.step(3)
+    assert paused.is_paused
+    (own,) = paused.slots
+    before = rows()
+    others = [stepped.queue(ids, max_tokens=1000, stop_ids=()) for ids in (LONG_IDS[::-1], (5,), IDS)]
+    stepped.step(30)
+    after = rows()
+    assert {slot for job in others for slot in job.slots} == set(range(4)) - {own}
+    for job in others:
+        stepped.scheduler.cancel(job)
+    stepped.finish(stepped.queue((7, *LONG_IDS), max_tokens=3))  # on its own
+    assert_identical(before[own], after[own])
+    assert_identical(before[own], rows()[own])
+    for slot in set(range(4)) - {own}:
+        assert any(not np.array_equal(x, y) for x, y in zip(before[slot], after[slot], strict=True))
+    stepped.scheduler.cancel(paused)
+
+    free = stepped.scheduler.slots.free[0]
+    before = rows()
+    stepped.finish(*(stepped.queue(ids, max_tokens=9) for ids in (IDS, (9, 8))))
+    assert_identical(before[free], rows()[free])
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_prompt_does_not_wait_for_a_long_one(stepped: Stepped) -> None:
     long_prompt = np.random.default_rng(0).integers(1, VOCAB_SIZE, 10_000).tolist()
-    with engine.stream(long_prompt) as long, engine.stream(IDS[:4]) as short:
-        ticks = count_ticks(engine, monkeypatch)
-        next(short)
-        assert len(ticks) <= 3
-        assert long._jobs[0].is_prefilling
-        with engine.stream(long_prompt[::-1]) as other:
-            some(short, 8)
-            assert 0 < long._jobs[0].cursors[0].num_prefilled < 1000
-            assert 0 < other._jobs[0].cursors[0].num_prefilled < 1000
+    long, short = stepped.queue(long_prompt), stepped.queue(IDS[:4])
+    stepped.step(3)
+    assert short.chunks
+    assert long.is_prefilling
+    other = stepped.queue(long_prompt[::-1])
+    stepped.step(8)
+    assert len(short.chunks) >= 8
+    assert 0 < long.cursors[0].num_prefilled < 1000
+    assert 0 < other.cursors[0].num_prefilled < 1000
+    for job in (long, short, other):
+        stepped.scheduler.cancel(job)
 
 
 # Waiting
 
 
 def test_a_full_queue_refuses_and_goes_on(narrow: Engine) -> None:
-    streams = [narrow.stream([IDS, IDS], max_tokens=3, sampling=GREEDY) for _ in range(2)]
-    with pytest.raises(QueueFullError, match=r"^queue: 4 texts wait, and 1 more would pass max_queue = 4; collect"):
-        narrow.stream(IDS)
-    next(streams[0])
-    with pytest.raises(QueueFullError, match=r"^queue: 3 texts wait, and 2 more would pass max_queue = 4; collect"):
-        narrow.stream([IDS, IDS])
+    with narrow.hold():
+        streams = [narrow.stream([IDS, IDS], max_tokens=3, sampling=GREEDY) for _ in range(2)]
+        with pytest.raises(QueueFullError, match=r"^queue: 4 texts wait, and 1 more would pass max_queue = 4; collect"):
+            narrow.stream(IDS)
+        streams[1].cancel()
+        with pytest.raises(QueueFullError, match=r"^queue: 2 texts wait, and 3 more would pass max_queue = 4; collect"):
+            narrow.stream([IDS] * 3)
+        streams[1] = narrow.stream([IDS, IDS], max_tokens=3, sampling=GREEDY)
     # Of a list what does not fit waits outside the queue.
     alone = narrow.generate([IDS] * 9, max_tokens=3, sampling=GREEDY)
     assert len({completion.ids for completion in alone}) == 1
-    assert len(list(streams[0])) == 2 * 3 - 1
-    assert len(list(streams[1])) == 2 * 3
+    assert [len(list(stream)) for stream in streams] == [2 * 3, 2 * 3]
 
 
-def test_clients_take_turns(narrow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    admit = narrow._scheduler._admit
-
-    def noted(job: Any) -> None:
-        order.append(f"{job.request.client_id}{job.index}")
-        admit(job)
-
-    monkeypatch.setattr(narrow._scheduler, "_admit", noted)
-    first = narrow.stream([IDS] * 3, max_tokens=2, client_id="a")
-    second = narrow.stream([IDS], max_tokens=2, client_id="b")
-    list(first)
-    list(second)
-    assert order == ["a0", "b0", "a1", "a2"]
+def test_clients_take_turns() -> None:
+    narrow = Stepped(random_model(CONFIGS["7"]), num_slots=1, max_queue=4)
+    first = [narrow.queue(IDS, max_tokens=2, client_id="a") for _ in range(3)]
+    second = narrow.queue(IDS, max_tokens=2, client_id="b")
+    waiting, order = [*first, second], []
+    while waiting:
+        narrow.step()
+        order += [job for job in waiting if job.has_begun]
+        waiting = [job for job in waiting if not job.has_begun]
+    assert order == [first[0], second, first[1], first[2]]
 
 
 def test_texts_whose_readers_pause_share_one_slot(narrow: Engine) -> None:
@@ -214,7 +228,7 @@ def test_a_text_without_its_slot_can_be_cancelled_anywhere(narrow: Engine, count
     chunks = some(stream, count)
     narrow.generate((3, 4), max_tokens=2)
     stream.cancel()
-    assert narrow._scheduler.num_queued == 0
+    assert texts_in(narrow) == (0, 0, 0)
     assert_same(stream.snapshot, narrow.prefill(None, IDS + texts_of(chunks)[1]))
 
 
@@ -222,7 +236,7 @@ def test_paused_texts_make_room_for_one_that_needs_two_slots(engine: Engine) -> 
     expected = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x")
     streams = [engine.stream((i, *IDS), return_state=True, max_tokens=20, seed=i) for i in range(2, 6)]
     chunks = [some(stream, 1) for stream in streams]
-    assert engine._scheduler.num_running == 4
+    assert engine.stats().num_running == 4
     found = engine.generate(IDS, max_tokens=6, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x")
     assert found.ids == expected.ids
     streams.pop().cancel()
@@ -236,10 +250,11 @@ def test_paused_texts_make_room_for_one_that_needs_two_slots(engine: Engine) -> 
 
 def test_two_prompts_of_which_one_begins_the_other_can_both_be_left(engine: Engine) -> None:
     """The second waits for the first to be read, which never is, and nobody else waits for either."""
-    first = engine.stream((200, *LONG_IDS), max_tokens=3)
-    second = engine.stream((200, *LONG_IDS, 7), max_tokens=3, sampling=GREEDY)
+    with engine.hold():
+        first = engine.stream((200, *LONG_IDS * 200), max_tokens=3)
+        second = engine.stream((200, *LONG_IDS * 200, 7), max_tokens=3, sampling=GREEDY)
     engine.generate((5,), max_tokens=1)
-    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (1, 1)
+    assert texts_in(engine) == (1, 1, 0)
     first.cancel()
     assert len(list(second)) == 3
 

@@ -12,12 +12,14 @@ import pytest
 
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.inference.engine.slot_arrays import SlotArrays
 from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.inference.models import (
     CONFIGS,
     GREEDY,
     IDS,
     LONG_IDS,
+    assert_free,
     assert_same,
     prompts,
     quick_engine,
@@ -41,8 +43,7 @@ def engine() -> Engine:
 def nothing_is_left(engine: Engine) -> Any:
     """No test leaves a text in a slot or in the queue."""
     yield
-    engine.generate("x", max_tokens=1)
-    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
+    assert_free(engine)
 
 
 # What is shown
@@ -133,18 +134,19 @@ def test_a_cancelled_text_stands_behind_what_was_collected(engine: Engine, count
         stream.cancel()
         stream.cancel()
         assert next(stream, None) is None
-        if count == 0:  # nobody has waited for anything
+        if count == 0:
             assert stream.snapshot is options.get("state")
         else:
             assert_same(stream.snapshot, engine.prefill(None, IDS + what_was_read(chunks)))
             assert stream.snapshot is stream.snapshot
 
 
-def test_a_text_that_was_written_and_not_collected_stands_behind_its_prompt(engine: Engine) -> None:
-    stream = engine.stream(IDS, max_tokens=9, return_state=True, **DRAWN)
-    engine.generate(IDS, max_tokens=9)
-    stream.cancel()
-    assert_same(stream.snapshot, engine.prefill(None, IDS))
+def test_a_text_that_was_written_and_not_collected_stands_where_it_began(engine: Engine) -> None:
+    for state in (None, engine.prefill(None, IDS)):
+        stream = engine.stream(IDS, max_tokens=9, return_state=True, state=state, **DRAWN)
+        engine.generate(IDS, max_tokens=9)
+        stream.cancel()
+        assert stream.snapshot is state
 
 
 @pytest.mark.parametrize("collected", [1, 3])
@@ -169,20 +171,21 @@ def test_a_text_that_pauses_is_not_moved_by_others(engine: Engine, count: int, n
 def test_a_text_that_is_being_read_stands_where_it_was(engine: Engine) -> None:
     going_on: dict[str, Any] = {"state": engine.prefill(None, IDS)}
     for options in ({}, going_on):
-        stream = engine.stream(LONG_IDS, return_state=True, **options)
+        stream = engine.stream(LONG_IDS * 100, return_state=True, **options)
         engine.generate(IDS, max_tokens=1)
-        assert engine._scheduler.num_running == 1
+        assert engine.stats().num_running == 1
         stream.cancel()
-        assert engine._scheduler.num_running == 0
+        assert engine.stats().num_running == 0
         assert stream.snapshot is options.get("state")
 
 
 def test_equal_texts_in_the_queue_are_told_apart(engine: Engine) -> None:
-    streams = [engine.stream(IDS, max_tokens=5, return_state=True, sampling=GREEDY) for _ in range(9)]
-    for stream in streams[1::2]:
-        stream.cancel()
-        assert stream.snapshot is None
-    assert engine._scheduler.num_queued == 5
+    with engine.hold():
+        streams = [engine.stream(IDS, max_tokens=5, return_state=True, sampling=GREEDY) for _ in range(9)]
+        for stream in streams[1::2]:
+            stream.cancel()
+            assert stream.snapshot is None
+        assert engine.stats().num_queued == 5
     assert len({texts_of(list(stream)) for stream in streams[::2]}) == 1
 
 
@@ -203,11 +206,12 @@ def test_a_state_is_asked_for_at_the_end_only(engine: Engine) -> None:
 def test_leaving_a_block_ends_what_is_in_it(engine: Engine) -> None:
     with engine.stream([IDS] * 6, max_tokens=1000) as stream:
         some(stream, 3)
-        assert engine._scheduler.num_running == 4
-    assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
+        assert engine.stats().num_running == 4
+    found = engine.stats()
+    assert (found.num_running, found.num_queued) == (0, 0)
     with pytest.raises(ZeroDivisionError), engine.stream(IDS, max_tokens=1000) as stream:
         raise ZeroDivisionError
-    assert engine._scheduler.num_queued == 0
+    assert engine.stats().num_queued == 0
 
 
 def test_forgotten_streams_free_their_slots(engine: Engine) -> None:
@@ -215,11 +219,10 @@ def test_forgotten_streams_free_their_slots(engine: Engine) -> None:
         streams = [engine.stream(IDS, max_tokens=10_000, return_state=return_state) for _ in range(7)]
         for stream in streams[:4]:
             next(stream)
-        assert engine._scheduler.num_running == 4
+        assert engine.stats().num_running == 4
         del stream, streams
         gc.collect()
-        engine.generate(IDS, max_tokens=1)
-        assert (engine._scheduler.num_running, engine._scheduler.num_queued) == (0, 0)
+        assert_free(engine)
 
 
 # Threads and tasks
@@ -243,13 +246,13 @@ def test_many_tasks_read_at_once(engine: Engine) -> None:
 
 def test_a_task_that_gives_up_waiting_loses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It need not wait for the device; a chunk that comes too late is the next one's, and no part of the state yet."""
-    step = engine._scheduler.step
+    decode = SlotArrays.decode
 
-    def slow_tick() -> bool:
+    def slow(*arguments: Any) -> Any:
         time.sleep(0.02)
-        return step()
+        return decode(*arguments)
 
-    monkeypatch.setattr(engine._scheduler, "step", slow_tick)
+    monkeypatch.setattr(SlotArrays, "decode", slow)
 
     async def main() -> tuple[list[Chunk], int, Any]:
         chunks: list[Chunk] = []
@@ -286,25 +289,20 @@ def test_many_threads_write_at_once(engine: Engine) -> None:
             assert found[place][i].ids == engine.generate(alone, max_tokens=8, seed=place + i).ids
 
 
-def test_a_state_waits_for_the_turn_in_which_its_text_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread's turn, of which the last chunk comes before the state is taken out."""
-    stream = engine.stream(IDS, max_tokens=6, return_state=True, **DRAWN)
-    chunks = some(stream, 3)
-    keep = engine._scheduler._save_state
+def test_a_state_waits_for_the_step_in_which_its_text_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last chunk comes before the state is taken out."""
+    row = SlotArrays.row
 
-    def slow_keep(job: Any) -> None:
+    def slow(*arguments: Any) -> Any:
         time.sleep(0.05)
-        keep(job)
+        return row(*arguments)
 
-    monkeypatch.setattr(engine._scheduler, "_save_state", slow_keep)
-    chunks += some(stream, 1)
-    other = threading.Thread(target=engine.generate, args=(IDS,), kwargs={"max_tokens": 9})
-    other.start()
-    while stream._jobs[0].finish_reason is None:
-        time.sleep(0.0002)
-    chunks += list(stream)
+    monkeypatch.setattr(SlotArrays, "row", slow)
+    stream = engine.stream(IDS, max_tokens=6, return_state=True, **DRAWN)
+    chunks: list[Chunk] = []
+    while len(chunks) < 6:
+        chunks += stream._jobs[0].chunks and some(stream, 1)  # without waiting for news
     assert_same(stream.snapshot, engine.prefill(None, IDS + texts_of(chunks)[1]))
-    other.join()
 
 
 def test_another_thread_may_cancel(engine: Engine) -> None:

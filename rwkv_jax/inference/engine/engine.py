@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 from rwkv_jax.autotune import measured_prefill
-from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
+from rwkv_jax.checks import ConfigError, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.inference.engine.admission import Admission
 from rwkv_jax.inference.engine.decode_step import choose_step
-from rwkv_jax.inference.engine.job import Job, PrefillCursor, TokenTables
+from rwkv_jax.inference.engine.driver import Driver, EngineStats
+from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.engine.product_form import choose_form, with_form
 from rwkv_jax.inference.engine.programs import Programs
-from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, build_requests, is_one
-from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, QueueFullError, Request, join
-from rwkv_jax.inference.engine.scheduler import Scheduler, Shapes
-from rwkv_jax.inference.engine.stream import Stream, uninterrupted
-from rwkv_jax.inference.engine.text import TextStream
-from rwkv_jax.inference.sampling.choose import bias_array, initial_occurrences, occurrence_weights
+from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, is_one
+from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, Request, join
+from rwkv_jax.inference.engine.scheduler import Scheduler
+from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
+from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.session_store import SessionStore
-from rwkv_jax.inference.state.snapshot import Snapshot, StateError
+from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
@@ -44,6 +47,9 @@ _MIN_CONVERSATION_BYTES = 1024  # counted for a session without state, so that n
 
 class Engine:
     """Continuous batching of any number of texts: `generate`, `stream`, sessions. Thread-safe.
+
+    A thread of its own, which alone touches the slots, runs all texts: it starts with the first one and ends with
+    `close`, which a `with` block calls.
 
     Texts share a fixed number of slots on the device and join and leave between steps; memory does not grow with the
     length of a text. The model is stored with separate arrays per layer (`unstacked`).
@@ -101,11 +107,8 @@ class Engine:
             self.model = with_form(self.model, choose_form(self.model, device.platform))
         if measures and (step := choose_step(config, device.platform, options.sizes)) is not None:
             self.model = with_implementation(self.model, step=step)
-        self._capacity = config.sizes().context_length or None
-        # Padding rows of the embedding have no token and are untrained.
-        self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])
-        self._weights = occurrence_weights(tokenizer, config.vocab_size)
-        self._lock = threading.RLock()
+        self._admission = Admission(config, tokenizer, options.num_slots)
+        self._sessions_lock = threading.RLock()
         self._identity: Identity | None = None
         self._identity_lock = threading.Lock()  # hashing the weights takes seconds, while others continue
         self.prefix_cache = (
@@ -118,21 +121,47 @@ class Engine:
             may_go=lambda session: not session.is_in_use,
         )
         measured = measured_prefill(config, device.platform) if measures else None
-        programs = Programs(self.model, options.num_slots, options.burst_length, self._weights, mesh, measured)
-        self._scheduler = Scheduler(
-            programs,
-            Shapes(
-                options.sizes,
-                options.prefill_length,
-                options.short_prefill_length,
-                # Rows split over devices are not moved.
-                options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
-                always_batched=options.batch_invariant,
-            ),
-            max_queue=options.max_queue,
-            prefix_cache=self.prefix_cache,
-            min_prefix_tokens=options.min_prefix_tokens,
+        scheduler = make_scheduler(
+            self.model, self._admission.weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
         )
+        slots = scheduler.slots
+        self._owner, self._empty_row, self._state_bytes = slots.owner, slots.empty_row, scheduler.state_bytes
+        self._driver = Driver(scheduler)
+
+    # The thread.
+
+    def start(self) -> None:
+        """Starts the engine's thread, which the first text would do; no effect if it runs.
+
+        Raises:
+          EngineClosedError: the engine was closed.
+        """
+        self._driver.start()
+
+    def close(self) -> None:
+        """Ends the thread after its current step, and all texts with EngineClosedError; frees the slots.
+
+        An engine that nobody refers to any more closes by itself, and so do all when Python ends.
+        """
+        self._driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """In a `with` block: no step begins, so that all texts submitted in it start together. Wait for none in it."""
+        return self._driver.hold()
+
+    def warm_up(self) -> None:
+        """Compiles all programs, which first uses would otherwise wait for."""
+        self._driver.call(self._driver.scheduler.slots.warm_up)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing and has done; waits for nothing."""
+        return self._driver.stats()
 
     # Texts.
 
@@ -220,13 +249,10 @@ class Engine:
           ConfigError: an invalid value.
           QueueFullError: too many texts are queued already.
         """
-        requests = self._requests(prompts, 1, arguments)
-        return self._submitted(
-            [self._job(request, index, _MAX_PENDING_CHUNKS) for index, request in enumerate(requests)]
-        )
-
-    submit = stream
-    """As `stream`; submitted texts run whenever any caller waits, and are collected by iterating."""
+        news = News()
+        jobs = self._admission.jobs(self._requests(prompts, 1, arguments), news, _MAX_PENDING_CHUNKS)
+        self._driver.submit(jobs)
+        return Stream(jobs, news, self._driver)
 
     def prefill(self, state: Snapshot | None, prompt: Prompt) -> Snapshot:
         """Prefills a prompt after a state (None begins a text) and returns the new state.
@@ -236,12 +262,9 @@ class Engine:
           QueueFullError: there is no room before others collect what they have asked for.
         """
         (request,) = self._requests(prompt, 1, {"max_tokens": 0, "state": state, "return_state": True})
-        while True:
-            with self._lock:
-                if self._scheduler.room:
-                    stream = self._submitted([self._job(request, 0)])
-                    break
-            self._wait()
+        while not (streams := self._try_streams([request])):
+            self._driver.wait_for_room()
+        (stream,) = streams
         for _ in stream:
             pass
         assert stream.snapshot is not None
@@ -265,12 +288,12 @@ class Engine:
         """
         if not isinstance(name, str):
             raise ConfigError(f"conversation = {shown(name)}: must be a string")
-        if (one := self._scheduler.state_bytes) > self.options.session_bytes:
+        if (one := self._state_bytes) > self.options.session_bytes:
             raise ConfigError(
                 f"session_bytes = {self.options.session_bytes}: a state of this model has {one}; build the engine with "
                 "more, or use a session() of your own"
             )
-        with self._lock:
+        with self._sessions_lock:
             session = self.sessions.get(name)
             if session is None:
                 session = Session(self, on_change=functools.partial(self._keep, name))
@@ -279,7 +302,7 @@ class Engine:
 
     def _keep(self, name: str, session: Session) -> None:
         """Updates a conversation's size; re-adds an evicted one unless another has its name."""
-        with self._lock:
+        with self._sessions_lock:
             if self.sessions.get(name) not in (None, session):
                 return
             try:
@@ -290,7 +313,7 @@ class Engine:
     @property
     def owner(self) -> str:
         """Checksum of the model's parameters, stored in its snapshots."""
-        return self._scheduler.owner
+        return self._owner
 
     @property
     def identity(self) -> Identity:
@@ -306,104 +329,71 @@ class Engine:
         Raises:
           ConfigError: the text is empty, or not UTF-8.
         """
-        if not text:
-            raise ConfigError("prompt = '': is empty; for a text from its start give [tokenizer.end_of_text]")
-        try:
-            ids = self.tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"prompt = {shown(text)}: is not UTF-8") from error
-        return [self.tokenizer.end_of_text, *ids] if begins else ids
-
-    # Arguments to jobs.
+        return self._admission.encode(text, begins=begins)
 
     def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
-        """Checked requests, with copies of a prompt adjacent."""
-        requests = build_requests(self.encode, self.tokenizer.end_of_text, prompts, copies, arguments)
-        for i, request in enumerate(requests):
-            if request.state is not None:
-                self._check_state(request.state)
-            name = "prompt" if len(requests) == copies else f"prompt {i // copies}"
-            request.check(self.config.vocab_size, self._capacity, name=name)
-            bias_array(request.sampling, self._named)  # rejects bans of all tokens
-            if request.negative_ids and self.options.num_slots < 2:
-                raise ConfigError(
-                    f"guidance_scale = {request.guidance_scale}: needs two slots; build the engine with num_slots >= 2"
-                )
-        return requests
+        return self._admission.requests(prompts, copies, arguments, owner=self._owner, empty_row=self._empty_row)
 
-    def _job(self, request: Request, index: int, max_pending_chunks: int | None = None) -> Job:
-        texts = [request.ids, request.negative_ids] if request.negative_ids else [request.ids]
-        cursors = [PrefillCursor(tuple(map(int, ids))) for ids in texts]
-        tables, text = functools.partial(self._tables, request), TextStream(self.tokenizer, request.stop)
-        return Job(request, index, cursors, tables, text, max_pending_chunks)
-
-    def _tables(self, request: Request) -> TokenTables:
-        """Created when a text gets its slot, not while it is queued: V entries each."""
-        stops = np.zeros(self.config.vocab_size, np.bool_)
-        stops[list(request.stop_ids)] = True
-        occurrences = initial_occurrences(request.sampling, request.ids, self._weights)
-        return TokenTables(occurrences, bias_array(request.sampling, self._named), stops)
+    def _try_streams(self, requests: Sequence[Request]) -> list[Stream]:
+        """Streams to be collected as a whole, of as many of the texts as the queue has room for."""
+        requests = requests[: self._driver.room]
+        news = [News() for _ in requests]
+        jobs = [self._admission.jobs([request], each) for request, each in zip(requests, news, strict=True)]
+        if not self._driver.try_submit([job for own in jobs for job in own]):  # others were faster
+            return []
+        return [Stream(own, each, self._driver) for own, each in zip(jobs, news, strict=True)]
 
     def _run(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs texts to completion. Queues only as many as may start soon, to leave room for others."""
-        pending = collections.deque(enumerate(requests))
-        chunks: list[list[Chunk]] = [[] for _ in requests]
-        streams: collections.deque[Stream] = collections.deque()
-        waiting: collections.deque[Job] = collections.deque()
+        completions: list[Completion] = []
+        running: collections.deque[tuple[Stream, list[Chunk]]] = collections.deque()
+        num_sent = 0
         try:
-            while pending or streams:
-                with self._lock:
-                    while waiting and waiting[0].has_begun:
-                        waiting.popleft()
-                    while pending and self._scheduler.room and len(waiting) < self.options.num_slots:
-                        index, request = pending.popleft()
-                        waiting.append(self._job(request, index))
-                        streams.append(self._submitted([waiting[-1]]))
-                if not streams:
-                    self._wait()
-                elif (chunk := next(streams[0], None)) is None:
-                    streams.popleft()
+            while len(completions) < len(requests):
+                num_waiting = sum(not stream.has_begun for stream, _ in running)
+                soon = requests[num_sent : num_sent + self.options.num_slots - num_waiting]
+                streams = self._try_streams(soon) if soon else []
+                running.extend((stream, []) for stream in streams)
+                num_sent += len(streams)
+                if not running:
+                    self._driver.wait_for_room()
+                    continue
+                stream, chunks = running[0]
+                if (chunk := next(stream, None)) is not None:
+                    chunks.append(chunk)
                 else:
-                    chunks[chunk.index].append(chunk)
+                    running.popleft()
+                    index = len(completions)
+                    completions.append(join(chunks, index, len(requests[index].ids)))
         finally:
-            for stream in streams:
+            for stream, _ in running:
                 stream.cancel()
-        return [join(own, index, len(requests[index].ids)) for index, own in enumerate(chunks)]
-
-    def _submitted(self, jobs: Sequence[Job]) -> Stream:
-        with self._lock, uninterrupted():
-            self._scheduler.submit(jobs)
-            return Stream(jobs, self._scheduler, self._lock)
-
-    def _wait(self) -> None:
-        """Runs one step of the submitted texts. Raises QueueFullError if all of them wait for their consumers."""
-        with self._lock, uninterrupted():
-            if not self._scheduler.step() and not self._scheduler.room:
-                raise QueueFullError(
-                    f"queue: max_queue = {self.options.max_queue}, and as many texts are half collected; "
-                    "collect or cancel some first, or build the engine with more"
-                )
-
-    def _check_state(self, snapshot: Snapshot) -> None:
-        if not is_whole(snapshot.num_tokens) or snapshot.num_tokens < 0:
-            raise StateError(f"state: its num_tokens = {shown(snapshot.num_tokens)} is no number of tokens")
-        is_ours = snapshot.owner is None or (
-            isinstance(snapshot.owner, str) and snapshot.owner == self._scheduler.owner
-        )
-        if not is_ours or not _is_like(snapshot, self._scheduler.empty_row):
-            raise StateError(
-                f"state: is of another model than this {self.config.title} of "
-                f"{self.config.num_layers} x {self.config.width}; give one that an engine of this very model made"
-            )
+        return completions
 
 
-def _is_like(snapshot: Snapshot, row: Any) -> bool:
-    """Whether a snapshot has the arrays of a slot's row."""
-    try:
-        leaves, tree = jax.tree.flatten((snapshot.state, snapshot.logits))
-    except (RecursionError, SystemError, TypeError, ValueError):  # of what is nested too deep, or cannot be sorted
-        return False
-    expected, like = jax.tree.flatten((row.state, row.logits))
-    return tree == like and all(
-        np.shape(x) == y.shape and getattr(x, "dtype", None) == y.dtype for x, y in zip(leaves, expected, strict=True)
+def make_scheduler(
+    model: LanguageModel,
+    weights: NDArray[np.float32],
+    options: EngineOptions,
+    prefix_cache: PrefixCache | None,
+    *,
+    mesh: Mesh | None = None,
+    prefill_implementation: str | None = None,
+) -> Scheduler:
+    """A scheduler with its slots and programs, of which nothing is compiled yet; arguments as those of `Programs`."""
+    shapes = Shapes(
+        options.sizes,
+        options.prefill_length,
+        options.short_prefill_length,
+        # Rows split over devices are not moved.
+        options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
+        always_batched=options.batch_invariant,
+    )
+    programs = Programs(model, options.num_slots, options.burst_length, weights, mesh, prefill_implementation)
+    return Scheduler(
+        SlotArrays(programs, shapes),
+        shapes,
+        max_queue=options.max_queue,
+        prefix_cache=prefix_cache,
+        min_prefix_tokens=options.min_prefix_tokens,
     )

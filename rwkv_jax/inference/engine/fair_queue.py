@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rwkv_jax.inference.engine.job import Job
 
@@ -16,6 +16,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(map(len, self._jobs.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter([job for own in self._jobs.values() for job in own])
 
     def append(self, job: Job) -> None:
         """Appends a job to its client's queue."""
@@ -37,7 +40,7 @@ class FairQueue:
         for own in self._jobs.values():
             for job in [job for job in own if job.is_abandoned]:
                 own.remove(job)
-                job.is_done = True
+                job.end()
 
     def pop(self, is_blocked: Callable[[Job], bool]) -> Job | None:
         """Pops the first unblocked job of the next client, which then becomes the last."""

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.programs import DecodeParams, SlotState
 from rwkv_jax.inference.engine.requests import Chunk, FinishReason, Request
 from rwkv_jax.inference.engine.text import TextStream
 from rwkv_jax.inference.sampling.choose import stack_settings
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.snapshot import Snapshot
 
 
@@ -62,7 +64,7 @@ class LastBurst:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request and its progress. Owned by the scheduler and guarded by its lock."""
+    """A request and its progress. The engine's thread changes it; its consumer takes chunks out and abandons it."""
 
     request: Request
     index: int
@@ -72,12 +74,16 @@ class Job:
     tables: Callable[[], TokenTables]
     """Creates the per-token inputs of its slots."""
     text: TextStream
+    news: News
+    """Where its consumer learns of chunks and of the end."""
     max_pending_chunks: int | None = None
     """Uncollected chunks at which it pauses; None for texts collected as a whole."""
     waits_for: Job | None = None
     """A job in prefill whose prompt is a prefix of this one's."""
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
     """Chunks generated and not yet collected."""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache spared it."""
     num_generated: int = 0
     """Tokens generated, including a stop token."""
     burst: list[int] = dataclasses.field(default_factory=list)
@@ -151,6 +157,11 @@ class Job:
                 self.burst_was_used_up = position + 1 == len(tokens)
                 return
 
+    def end(self, error: Exception | None = None) -> None:
+        """Marks it as done, by an error if given, once its last chunk is there."""
+        self.error, self.is_done = error, True
+        self.news.announce()
+
     def end_after_prefill(self) -> None:
         """Ends a text that only needed prefill."""
         self._end("length", None, "")
@@ -175,7 +186,7 @@ def decode_params(
     positions, max_tokens = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
     seeds, guidance_scale = np.zeros(num_rows, np.uint32), np.ones(num_rows, np.float32)
     token_row, negative_row = np.arange(num_rows, dtype=np.int32), np.arange(num_rows, dtype=np.int32)
-    samplings = [jobs[0].request.sampling] * num_rows
+    samplings = [jobs[0].request.sampling if jobs else SamplingParams()] * num_rows
     for job in jobs:
         own, *_ = rows = [row_of_slot[slot] for slot in job.slots]
         for row in rows:

@@ -1,25 +1,23 @@
 """Continuous batching: assigns slots to texts and schedules prefill and decode.
 
 A step is at most one prefill and one decode call, so that a long prompt does not block others: texts join and leave
-between steps. Clients with queued texts take turns, and so do prompts in prefill. A scheduler is not thread-safe; the
-engine holds a lock.
+between steps. Clients with queued texts take turns, and so do prompts in prefill. A scheduler is not thread-safe: the
+engine's driver thread alone calls it.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from rwkv_jax.inference.engine.fair_queue import FairQueue
-from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, decode_params
-from rwkv_jax.inference.engine.programs import BurstStart, DecodeBurst, Programs, Slots, SlotState, pad
-from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS, QueueFullError
+from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables
+from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
+from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
+from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -34,64 +32,47 @@ class NotFiniteError(FloatingPointError):
     """The model's logits are not finite."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Shapes of the compiled programs."""
-
-    batch_sizes: tuple[int, ...]
-    """Decode batch sizes, ascending; the last is the number of slots."""
-    long: int
-    """Tokens per long prefill of one prompt."""
-    short: int
-    """Tokens per prompt in a short prefill, of one or `short_rows` prompts."""
-    short_rows: int
-    """Prompts in a batched prefill; all slots in order if there are no more slots."""
-    always_batched: bool = False
-    """Whether even a single short piece uses a batched prefill, for identical rounding."""
-
-
 class Scheduler:
     """Runs jobs on slots, step by step."""
 
     def __init__(
         self,
-        programs: Programs,
+        slots: SlotArrays,
         shapes: Shapes,
         *,
         max_queue: int,
         prefix_cache: PrefixCache | None,
         min_prefix_tokens: int,
     ) -> None:
-        """Allocates the slots.
+        """Starts without jobs.
 
         Args:
           max_queue: jobs that may wait for a slot.
           prefix_cache: cache for states of prompts; None disables it.
           min_prefix_tokens: shorter prompts are not cached.
         """
-        self._programs, self._shapes = programs, shapes
-        self._max_queue, self._prefix_cache, self._min_prefix_tokens = max_queue, prefix_cache, min_prefix_tokens
+        self.slots, self._shapes = slots, shapes
+        self.max_queue, self._prefix_cache, self._min_prefix_tokens = max_queue, prefix_cache, min_prefix_tokens
         self._queue = FairQueue()
         self._prefilling: collections.deque[Job] = collections.deque()
         self._decoding: list[Job] = []
         self._swapped_out: list[Job] = []  # paused and without slots
-        self.is_busy = False
-        """Whether slots are being changed; read, under the lock, by finalizers that may run during a step."""
-        self.owner = programs.checksum().hex()
-        """Checksum of the model's parameters, to recognize its snapshots."""
-        self._allocate()
-        self.empty_row = self._row(self._slots, 0)
-        """The row of an empty text."""
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((self.empty_row.state, self.empty_row.logits)))
+        self.counts: collections.Counter[str] = collections.Counter(
+            prompt_tokens=0, cached_tokens=0, prefix_hits=0, prefix_misses=0, generated_tokens=0
+        )
+        """Numbers since the start, by their names in `EngineStats`."""
+        row = slots.empty_row
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((row.state, row.logits)))
         """Bytes of one snapshot."""
         if prefix_cache is not None and self.state_bytes > prefix_cache.max_bytes:
             self._prefix_cache = None  # not even one state would fit
 
-    def _allocate(self) -> None:
-        self._free = list(range(self._programs.num_slots))[::-1]
-        self._slots, self._burst_start = self._programs.make(self._programs.params)
+    # Called by the driver.
 
-    # Called by the engine.
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix cache."""
+        return 0 if self._prefix_cache is None else self._prefix_cache.nbytes
 
     @property
     def num_queued(self) -> int:
@@ -104,102 +85,28 @@ class Scheduler:
         return len(self._prefilling) + len(self._decoding)
 
     @property
+    def num_swapped_out(self) -> int:
+        """Number of jobs that wait for their consumers without a slot."""
+        return len(self._swapped_out)
+
+    @property
     def room(self) -> int:
-        """Number of jobs that may still be submitted; 0 while `max_queue` jobs are swapped out for slow consumers."""
-        return 0 if len(self._swapped_out) >= self._max_queue else max(0, self._max_queue - self.num_queued)
+        """Number of jobs that may still be queued; 0 while `max_queue` jobs are swapped out for slow consumers."""
+        return 0 if len(self._swapped_out) >= self.max_queue else max(0, self.max_queue - self.num_queued)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs, all of them or none.
+    def queue(self, jobs: Sequence[Job]) -> None:
+        """Queues jobs."""
+        for job in jobs:
+            self._queue.append(job)
 
-        Raises:
-          QueueFullError: more than `max_queue` would wait.
-        """
-        with self._exclusive():
-            self._queue.remove_abandoned()
-            if len(jobs) > self.room:
-                others = f" ({len(self._swapped_out)} others are half collected)" if self._swapped_out else ""
-                raise QueueFullError(
-                    f"queue: {self.num_queued} texts wait{others}, and {len(jobs)} more would pass max_queue = "
-                    f"{self._max_queue}; collect some first, or build the engine with more"
-                )
-            for job in jobs:
-                self._queue.append(job)
+    def remove_abandoned(self) -> None:
+        """Ends queued jobs that nobody will collect."""
+        self._queue.remove_abandoned()
 
     def cancel(self, job: Job) -> None:
-        """Ends a job at what was collected; during a step it is only marked, and ended in the next one."""
+        """Ends a job at what was collected; no effect on one that has ended."""
         if job.is_done:
             return
-        if self.is_busy:
-            job.is_abandoned = True
-        else:
-            with self._exclusive():
-                self._cancel(job)
-
-    def extend(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
-        """Prefills some tokens immediately, in a free slot or one borrowed from a text, and returns the state.
-
-        If the device fails, all jobs with a slot end with that error.
-        """
-        with self._exclusive():
-            slot = self._free[-1] if self._free else 0
-            lender = next((job for job in [*self._prefilling, *self._decoding] if slot in job.slots), None)
-            lent = self._row(self._slots, slot)
-            zeros = np.zeros(self._programs.vocab_size, np.float32)
-            cursor = PrefillCursor(tuple(ids), slot=slot)
-            try:
-                self._put(slot, SlotState(snapshot.state, snapshot.logits, zeros), zeros, zeros > 0)
-                while cursor.remaining:
-                    piece = (cursor, min(cursor.remaining, self._shapes.short))
-                    self._prefill_rows([piece], self._shapes.short, alone=True)
-                state = self._snapshot(self._row(self._slots, slot), snapshot.num_tokens + len(ids))
-                if lender is not None:
-                    tables = lender.tables()
-                    self._put(slot, lent, tables.bias, tables.stops)
-            except BaseException as error:
-                self._fail(error)  # the borrowed slot no longer has its text's state
-                raise
-            return state
-
-    def step(self) -> bool:
-        """Admits queued texts, prefills a piece of a prompt, and decodes a burst.
-
-        Returns:
-          Whether there was anything to do.
-
-        An error caused by one job ends that job. If the device fails or the step is interrupted, all jobs with a slot
-        end with that error, and queued ones continue in new slots.
-        """
-        with self._exclusive():
-            try:
-                for job in [*self._prefilling, *self._decoding, *self._swapped_out]:
-                    if job.is_abandoned:
-                        self._cancel(job)
-                for job in [job for job in self._swapped_out if not job.is_paused]:
-                    self._swapped_out.remove(job)
-                    self._queue.append(job)
-                admitted = self._admit_queued()
-                prefilled = self._prefill()
-                return self._decode() or prefilled or admitted
-            except BaseException as error:
-                self._fail(error)
-                if not isinstance(error, Exception):
-                    raise
-                return True
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Keeps this thread's finalizers, which may run at any time, from changing slots meanwhile."""
-        if self.is_busy:
-            raise RuntimeError("the engine is in the midst of a step: a finalizer (`__del__`) cannot run it")
-        self.is_busy = True
-        try:
-            yield
-        finally:
-            self.is_busy = False
-
-    # Join and leave.
-
-    def _cancel(self, job: Job) -> None:
         if job in self._swapped_out:
             self._swapped_out.remove(job)
         elif job.slots:
@@ -207,20 +114,69 @@ class Scheduler:
             self._release(job)
         else:
             self._queue.remove(job)
-        job.is_done = True
+        job.end()
+
+    def extend(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
+        """Prefills some tokens immediately, in a free slot or one borrowed from a text, and returns the state.
+
+        If the device fails, all jobs with a slot end with that error.
+        """
+        try:
+            self.slots.repair()
+            slot = self.slots.slot_to_borrow
+            lender = next((job for job in [*self._prefilling, *self._decoding] if slot in job.slots), None)
+            return self.slots.prefilled(snapshot, ids, lender)
+        except BaseException as error:
+            self._fail(error)  # the borrowed slot no longer has its text's state
+            raise
+
+    def step(self) -> bool:
+        """Admits queued texts, prefills a piece of a prompt, and decodes a burst.
+
+        Returns:
+          Whether there was anything to do.
+
+        An error caused by one job ends that job. If the device fails, all jobs with a slot end with that error, and
+        queued ones continue in new slots; if there can be none, they end with that error too.
+        """
+        try:
+            for job in [*self._prefilling, *self._decoding, *self._swapped_out]:
+                if job.is_abandoned:
+                    self.cancel(job)
+            self._queue.remove_abandoned()
+            for job in [job for job in self._swapped_out if not job.is_paused]:
+                self._swapped_out.remove(job)
+                self._queue.append(job)
+            if self.num_queued:
+                self.slots.repair()
+            admitted = self._admit_queued()
+            prefilled = self._prefill()
+            return self._decode() or prefilled or admitted
+        except BaseException as error:
+            self._fail(error)
+            return True
+
+    def close(self, error: Exception) -> None:
+        """Ends all jobs with an error and frees the slots."""
+        for job in [*self._prefilling, *self._decoding, *self._swapped_out, *self._queue]:
+            job.end(error)
+        for jobs in (self._prefilling, self._decoding, self._swapped_out):
+            jobs.clear()
+        self._queue = FairQueue()
+        self.slots.release()
+
+    # Join and leave.
 
     def _admit_queued(self) -> bool:
         admitted, lacks_slots = False, False
-        while self._free and not lacks_slots and (job := self._queue.pop(self._is_prefix_in_prefill)) is not None:
-            if job.is_abandoned:
-                job.is_done = True
-            elif len(job.cursors) > len(self._free):
+        while self.slots.free and not lacks_slots and (job := self._queue.pop(self._is_prefix_in_prefill)) is not None:
+            if len(job.cursors) > len(self.slots.free):
                 self._queue.put_back(job)
                 lacks_slots = True
             else:
                 self._admit(job)
                 admitted = True
-        lacks_slots = lacks_slots or (not self._free and self.num_queued > 0)
+        lacks_slots = lacks_slots or (not self.slots.free and self.num_queued > 0)
         if lacks_slots and not admitted:
             # Swap out a paused text: its state is small and restored exactly.
             paused = next((job for job in self._decoding if job.is_paused), None)
@@ -254,21 +210,16 @@ class Scheduler:
             tables = job.tables()
             for cursor in job.cursors:
                 row = cursor.saved or self._first_row(job, cursor, tables)
-                cursor.slot = self._free.pop()
-                self._put(cursor.slot, row, tables.bias, tables.stops)
+                cursor.slot = self.slots.free.pop()
+                self.slots.put(cursor.slot, row, tables.bias, tables.stops)
                 cursor.saved = None
         except Exception as error:
-            if any(x.is_deleted() for x in jax.tree.leaves(self._slots)):
+            if self.slots.are_deleted:
                 raise
             self._finish(job, error)  # the request's fault, such as a deleted state
             return
         if not job.is_prefilling:
             self._start_decoding(job)
-
-    def _put(self, slot: int, row: SlotState, bias: Any, stops: Any) -> None:
-        # It may be on the host or other devices, if another engine with the same weights made it.
-        row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
-        self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
     def _first_row(self, job: Job, cursor: PrefillCursor, tables: TokenTables) -> SlotState:
         """Initial state of a text: its request's state, or that after the longest cached prefix of its prompt."""
@@ -277,12 +228,15 @@ class Scheduler:
             return SlotState(state.state, state.logits, tables.occurrences)
         if self._prefix_cache is not None:
             found = self._prefix_cache.lookup(cursor.ids)
-            if found is not None and found[1].owner == self.owner:
+            if found is not None and found[1].owner == self.slots.owner:
                 cursor.num_prefilled, prefix = found
+                job.num_cached = cursor.num_prefilled
+                self.counts.update(cached_tokens=job.num_cached, prefix_hits=1)
                 return SlotState(prefix.state, prefix.logits, tables.occurrences)
+            self.counts["prefix_misses"] += 1
             shared = self._prefix_cache.shared_prefix_length(cursor.ids)
             cursor.shared_prefix_length = shared if shared >= self._min_prefix_tokens else 0
-        return SlotState(self.empty_row.state, self.empty_row.logits, tables.occurrences)
+        return SlotState(self.slots.empty_row.state, self.slots.empty_row.logits, tables.occurrences)
 
     def _start_decoding(self, job: Job) -> None:
         self._prefilling.remove(job)
@@ -295,44 +249,43 @@ class Scheduler:
 
     def _finish(self, job: Job, error: Exception | None = None) -> None:
         self._release(job)
-        job.error, job.is_done = error, True
+        job.end(error)
 
     def _release(self, job: Job) -> None:
         if job in self._prefilling:
             self._prefilling.remove(job)
         if job in self._decoding:
             self._decoding.remove(job)
-        self._free += job.slots
+        self.slots.free += job.slots
         for cursor in job.cursors:
             cursor.slot = None
 
     def _swap_out(self, job: Job) -> None:
         for cursor in job.cursors:
             assert cursor.slot is not None
-            cursor.saved = self._row(self._slots, cursor.slot)
+            cursor.saved = self.slots.row(cursor.slot)
         self._save_state(job)
         self._release(job)
         self._swapped_out.append(job)
 
     def _fail(self, error: BaseException) -> None:
+        """Ends all jobs with a slot. The slots are allocated anew when needed."""
         reason = (
             error if isinstance(error, Exception) else RuntimeError("interrupted while this text was being generated")
         )
+        if self.slots.is_broken:  # there are no slots to be had
+            for job in self._queue:
+                job.end(reason)
+            self._queue = FairQueue()
         for job in [*self._prefilling, *self._decoding]:
-            job.error, job.is_done = reason, True
             for cursor in job.cursors:
                 cursor.slot = None
+            job.end(reason)
         self._prefilling.clear()
         self._decoding.clear()
-        self._allocate()
+        self.slots.is_broken = True
 
     # States of finished texts.
-
-    def _row(self, source: Slots | BurstStart, slot: int) -> SlotState:
-        return self._programs.take(source.state, source.logits, self._slots.occurrences, np.int32(slot))
-
-    def _snapshot(self, row: SlotState, num_tokens: int) -> Snapshot:
-        return Snapshot(row.state, row.logits, num_tokens, self.owner)
 
     def _save_state(self, job: Job) -> None:
         """Extracts the states that a job's consumer may request: now, and before the last burst."""
@@ -342,10 +295,10 @@ class Scheduler:
         assert cursor.slot is not None
         job.snapshot, job.last_burst = None, None
         if job.burst_was_used_up:
-            job.snapshot = self._snapshot(cursor.saved or self._row(self._slots, cursor.slot), job.num_tokens)
+            job.snapshot = self.slots.snapshot(cursor.saved or self.slots.row(cursor.slot), job.num_tokens)
         # Not needed if all chunks are collected; and a text just swapped in has no burst in its slot yet.
         if job.burst and (job.chunks or not job.burst_was_used_up):
-            before = self._snapshot(self._row(self._burst_start, cursor.slot), job.num_tokens - len(job.burst))
+            before = self.slots.snapshot(self.slots.row_before_burst(cursor.slot), job.num_tokens - len(job.burst))
             job.last_burst = LastBurst(before, tuple(job.burst))
 
     # Prefill.
@@ -373,27 +326,14 @@ class Scheduler:
         return True
 
     def _prefill_rows(self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool) -> None:
-        num_rows, num_slots = 1 if alone else self._shapes.short_rows, self._programs.num_slots
-        slots = [cursor.slot for cursor, _ in pieces]
-        rows = None if num_rows == num_slots else pad(slots, num_rows, num_slots, np.int32)
-        tokens = np.zeros((num_rows, length), np.int32)
-        lengths = np.zeros(num_rows, np.int32)
-        for i, (cursor, size) in enumerate(pieces):
-            assert cursor.slot is not None
-            row = cursor.slot if rows is None else i
-            tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
-            lengths[row] = size
         to_cache = [cursor for cursor, size in pieces if self._is_worth_caching(cursor, size)]
         wants_logits = bool(to_cache) or any(cursor.remaining == size for cursor, size in pieces)
-        self._slots = self._programs.prefill(
-            self._programs.params, self._slots, rows, tokens, lengths, np.bool_(wants_logits)
-        )
-        for cursor, size in pieces:
-            cursor.num_prefilled += size
+        self.slots.prefill(pieces, length, alone=alone, wants_logits=wants_logits)
+        self.counts["prompt_tokens"] += sum(size for _, size in pieces)
         for cursor in to_cache:
             assert self._prefix_cache is not None
             assert cursor.slot is not None
-            snapshot = self._snapshot(self._row(self._slots, cursor.slot), cursor.num_prefilled)
+            snapshot = self.slots.snapshot(self.slots.row(cursor.slot), cursor.num_prefilled)
             self._prefix_cache.put(cursor.ids[: cursor.num_prefilled], snapshot)
 
     def _is_worth_caching(self, cursor: PrefillCursor, size: int) -> bool:
@@ -412,23 +352,15 @@ class Scheduler:
         jobs = [job for job in self._decoding if not job.is_paused]
         if not jobs:
             return False
-        num_slots = self._programs.num_slots
-        used = [slot for job in jobs for slot in job.slots]
-        size = next(size for size in self._shapes.batch_sizes if size >= len(used))
-        rows = None if size == num_slots else pad(used, size, num_slots, np.int32)
-        row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
-        params = decode_params(jobs, row_of_slot, size, self._programs.burst_length)
         num_top = MAX_TOP_LOGPROBS if any(job.request.top_logprobs for job in jobs) else 0
-        self._slots, self._burst_start, burst = self._programs.decode(
-            self._programs.params, self._slots, self._burst_start, rows, params, num_top=num_top
-        )
-        burst: DecodeBurst = jax.device_get(burst)
+        burst, row_of_slot = self.slots.decode(jobs, num_top)
         for job in jobs:
             self._add_burst(job, burst, row_of_slot[job.slots[0]])
         return True
 
     def _add_burst(self, job: Job, burst: DecodeBurst, row: int) -> None:
         size = int(burst.counts[row])
+        self.counts["generated_tokens"] += size
         logprobs = burst.logprobs[:size, row]
         if np.isnan(logprobs).any():
             broken = (
@@ -447,3 +379,5 @@ class Scheduler:
         if job.finish_reason is not None:
             self._save_state(job)
             self._finish(job)
+        else:
+            job.news.announce()

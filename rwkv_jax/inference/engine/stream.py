@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from threading import Lock, RLock
-from types import FrameType, TracebackType
+from collections.abc import Sequence
+from threading import RLock
+from types import TracebackType
 from typing import Self
 
+from rwkv_jax.inference.engine.driver import Driver
 from rwkv_jax.inference.engine.job import Job
+from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.requests import Chunk
-from rwkv_jax.inference.engine.scheduler import Scheduler
 from rwkv_jax.inference.state.snapshot import Snapshot
 
 
 class Stream:
     """Chunks of one or several texts, in the order of generation.
 
-    Waiting for a chunk runs the engine for all texts until there is one: there is no background thread. Streams of one
-    engine may be consumed by any threads and tasks, each stream by one of them. Leaving a `with` block, `cancel()` and
-    dropping a stream all end generation.
-
-    A `with` block may also be left by the garbage collector (in an unreferenced generator), during a step of the
-    engine. The snapshot is then the state that the stream continued.
+    The engine's thread generates them ahead of their consumer. Streams of one engine may be consumed by any threads and
+    tasks, each stream by one of them. Leaving a `with` block, `cancel()` and dropping a stream all end generation.
     """
 
-    def __init__(self, jobs: Sequence[Job], scheduler: Scheduler, lock: RLock) -> None:
-        """A stream of submitted jobs."""
+    def __init__(self, jobs: Sequence[Job], news: News, driver: Driver) -> None:
+        """A stream of submitted jobs that announce their chunks in `news`."""
         self._jobs = tuple(jobs)
         self._open = list(jobs)
-        self._open_lock = Lock()  # held only briefly, so that collecting never waits for the device
-        self._scheduler, self._lock = scheduler, lock
+        self._lock = RLock()  # held only briefly; reentrant, since a finalizer may come along
+        self._news, self._driver = news, driver
+        self._has_collected = False
         self._snapshot: Snapshot | None = None
-        self._is_given_up = False
 
     def __iter__(self) -> Self:
         return self
@@ -43,7 +37,8 @@ class Stream:
     def __next__(self) -> Chunk:
         """The next chunk; raises the error that ended a text."""
         while (chunk := self._collect()) is None:
-            self._run()
+            self._driver.refuse_own_thread()
+            self._news.wait(self._has_news)
         return chunk
 
     def __aiter__(self) -> Self:
@@ -53,19 +48,34 @@ class Stream:
         """As `next`, while other tasks run. A cancelled task collects nothing."""
         try:
             while (chunk := self._collect()) is None:
-                await asyncio.to_thread(self._run)
+                await self._news.wait_async(self._has_news)
         except StopIteration:
             raise StopAsyncIteration from None
         return chunk
 
     def cancel(self) -> None:
-        """Ends the texts at the chunks collected so far; others are dropped."""
-        with self._lock, uninterrupted():
-            self._is_given_up = self._is_given_up or (self._scheduler.is_busy and bool(self._open))
-            for job in self._jobs:
-                self._scheduler.cancel(job)
-            with self._open_lock:
-                self._open.clear()
+        """Ends the texts at the chunks collected so far, within one step; others are dropped.
+
+        A finalizer in the engine's own thread, where a generator that has this stream in a `with` block may be
+        collected, cannot wait for that: the texts end all the same, and the snapshot is the state that they continued.
+        """
+        with self._lock:
+            left, self._open = self._open, []
+        self._news.announce()
+        if self._driver.is_own_thread:
+            self._abandon(left)
+        else:
+            self._driver.call_unless_closed(self._cancel)
+
+    def _cancel(self) -> None:
+        for job in self._jobs:
+            self._driver.scheduler.cancel(job)
+
+    def _abandon(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.is_abandoned = True
+        if jobs:
+            self._driver.wake()
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +94,7 @@ class Stream:
         await asyncio.to_thread(self.cancel)
 
     def __del__(self) -> None:
-        for job in getattr(self, "_open", ()):
-            job.is_abandoned = True
+        self._abandon(getattr(self, "_open", ()))
 
     @property
     def num_prompt_tokens(self) -> tuple[int, ...]:
@@ -93,38 +102,39 @@ class Stream:
         return tuple(len(job.request.ids) for job in self._jobs)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether all its texts have left the queue."""
+        return all(job.has_begun for job in self._jobs)
+
+    @property
+    def num_cached_tokens(self) -> tuple[int, ...]:
+        """Of these, tokens whose state was in the prefix cache; known with the first chunk."""
+        return tuple(job.num_cached for job in self._jobs)
+
+    @property
     def snapshot(self) -> Snapshot | None:
         """The state after exactly the collected chunks, once a stream with `return_state` has ended.
 
-        After cancellation during prefill it is the state that was continued, or None.
+        If none was collected it is the state that was continued, or None.
         """
         job = self._jobs[0]
         if not job.request.return_state or self._open:
             raise RuntimeError("snapshot: is that of a single text, given return_state=True, whose stream has ended")
-        with self._lock, uninterrupted():  # the step in which the text ended may still be running
-            if self._snapshot is None:
-                self._snapshot = self._after_collected(job)
-            return self._snapshot
-
-    def _after_collected(self, job: Job) -> Snapshot | None:
-        if job.error is not None or self._is_given_up or self._scheduler.is_busy:
+        if job.error is not None or not self._has_collected or self._driver.is_own_thread:
             return job.request.state
+        if self._snapshot is None:
+            self._snapshot = self._driver.call(self._after_collected)
+        return self._snapshot
+
+    def _after_collected(self) -> Snapshot | None:
+        job = self._jobs[0]
         num_collected = max(0, len(job.burst) - len(job.chunks))
         if job.snapshot is not None and num_collected == len(job.burst):
             return job.snapshot
         if job.last_burst is not None:
-            collected = job.last_burst.ids[:num_collected]
-            return self._scheduler.extend(job.last_burst.before, collected) if collected else job.last_burst.before
+            collected, before = job.last_burst.ids[:num_collected], job.last_burst.before
+            return self._driver.scheduler.extend(before, collected) if collected else before
         return job.request.state
-
-    def _run(self) -> None:
-        """Runs the engine for one step unless there is a chunk to collect.
-
-        Only one, so that a task yields its thread to others.
-        """
-        with self._lock, uninterrupted():
-            if not self._has_news() and not self._scheduler.step() and not self._has_news():
-                raise RuntimeError("the engine has nothing to do, and this text is not finished: this is our mistake")
 
     def _has_news(self) -> bool:
         jobs = self._open
@@ -132,15 +142,19 @@ class Stream:
 
     def _collect(self) -> Chunk | None:
         """A chunk if there is one; removes jobs that are done and empty. Raises StopIteration after the last."""
-        with self._open_lock:
+        with self._lock:
             for job in list(self._open):
                 is_done = job.is_done  # read first: chunks are added before it is set
                 if job.chunks:
+                    was_paused = job.is_paused
                     chunk = job.chunks.popleft()
+                    self._has_collected = True
                     # Moves to the end; removed after its last chunk.
                     self._open.remove(job)
                     if chunk.finish_reason is None:
                         self._open.append(job)
+                    if was_paused and not job.is_paused:
+                        self._driver.wake()
                     return chunk
                 if is_done:
                     self._open.remove(job)
@@ -151,20 +165,3 @@ class Stream:
             if not self._open:
                 raise StopIteration
         return None
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Defers Ctrl-C to the end of a step: it must not interrupt other texts."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    caught: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        before(*caught[0])

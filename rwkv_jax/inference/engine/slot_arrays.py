@@ -1,0 +1,177 @@
+"""The slots on the device: which of them are free, and the compiled programs' calls that read and change them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rwkv_jax.inference.engine.job import Job, PrefillCursor, decode_params
+from rwkv_jax.inference.engine.programs import DecodeBurst, Programs, SlotState, pad
+from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
+from rwkv_jax.inference.state.snapshot import Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Shapes of the compiled programs."""
+
+    batch_sizes: tuple[int, ...]
+    """Decode batch sizes, ascending; the last is the number of slots."""
+    long: int
+    """Tokens per long prefill of one prompt."""
+    short: int
+    """Tokens per prompt in a short prefill, of one or `short_rows` prompts."""
+    short_rows: int
+    """Prompts in a batched prefill; all slots in order if there are no more slots."""
+    always_batched: bool = False
+    """Whether even a single short piece uses a batched prefill, for identical rounding."""
+
+
+class SlotArrays:
+    """The arrays of all slots, which every call donates and replaces. Not thread-safe."""
+
+    def __init__(self, programs: Programs, shapes: Shapes) -> None:
+        """Allocates them."""
+        self._programs, self._shapes = programs, shapes
+        self.owner = programs.checksum().hex()
+        """Checksum of the model's parameters, to recognize its snapshots."""
+        self._allocate()
+        self.empty_row = self.row(0)
+        """The row of an empty text."""
+
+    def _allocate(self) -> None:
+        self.free = list(range(self.count))[::-1]
+        """Slots without a text; the last is taken next."""
+        self._slots, self._burst_start = self._programs.make(self._programs.params)
+        self.is_broken = False
+        """Whether a call failed, after which the arrays may be half donated."""
+
+    def repair(self) -> None:
+        """Allocates the slots anew after a failure."""
+        if self.is_broken:
+            self._allocate()
+
+    @property
+    def are_deleted(self) -> bool:
+        """Whether a failed call has taken them along."""
+        return any(x.is_deleted() for x in jax.tree.leaves(self._slots))
+
+    def release(self) -> None:
+        """Frees the memory, for good."""
+        del self._slots, self._burst_start
+
+    @property
+    def count(self) -> int:
+        """Number of slots."""
+        return self._programs.num_slots
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._programs.vocab_size
+
+    def row(self, slot: int) -> SlotState:
+        """A copy of what a slot holds now."""
+        return self._programs.take(self._slots.state, self._slots.logits, self._slots.occurrences, np.int32(slot))
+
+    def row_before_burst(self, slot: int) -> SlotState:
+        """A copy of the state and logits from before a slot's last burst."""
+        start = self._burst_start
+        return self._programs.take(start.state, start.logits, self._slots.occurrences, np.int32(slot))
+
+    def snapshot(self, row: SlotState, num_tokens: int) -> Snapshot:
+        """A row's state, for later."""
+        return Snapshot(row.state, row.logits, num_tokens, self.owner)
+
+    def put(self, slot: int, row: SlotState, bias: Any, stops: Any) -> None:
+        """Loads a text into a slot."""
+        # It may be on the host or other devices, if another engine with the same weights made it.
+        row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
+        self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
+
+    def prefill(
+        self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool, wants_logits: bool
+    ) -> None:
+        """Prefills the next tokens of some prompts, and moves their cursors.
+
+        Args:
+          pieces: cursors with slots, and the number of tokens of each, at most `length`: one if `alone`, else at most
+            `short_rows`.
+          length: `long` or `short` of the shapes.
+          wants_logits: whether any of them needs its logits now.
+        """
+        num_rows = 1 if alone else self._shapes.short_rows
+        slots = [cursor.slot for cursor, _ in pieces]
+        rows = None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
+        tokens = np.zeros((num_rows, length), np.int32)
+        lengths = np.zeros(num_rows, np.int32)
+        for i, (cursor, size) in enumerate(pieces):
+            assert cursor.slot is not None
+            row = cursor.slot if rows is None else i
+            tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
+            lengths[row] = size
+        self._slots = self._programs.prefill(
+            self._programs.params, self._slots, rows, tokens, lengths, np.bool_(wants_logits)
+        )
+        for cursor, size in pieces:
+            cursor.num_prefilled += size
+
+    def prefilled(self, snapshot: Snapshot, ids: Sequence[int], lender: Job | None) -> Snapshot:
+        """The state after some more tokens, which are prefilled in a free slot, or in one borrowed from a text.
+
+        Args:
+          lender: the text with slot `slot_to_borrow`; None if that is free.
+        """
+        slot = self.slot_to_borrow
+        lent = self.row(slot)
+        zeros = np.zeros(self.vocab_size, np.float32)
+        cursor = PrefillCursor(tuple(ids), slot=slot)
+        self.put(slot, SlotState(snapshot.state, snapshot.logits, zeros), zeros, zeros > 0)
+        while cursor.remaining:
+            size = min(cursor.remaining, self._shapes.short)
+            self.prefill([(cursor, size)], self._shapes.short, alone=True, wants_logits=size == cursor.remaining)
+        state = self.snapshot(self.row(slot), snapshot.num_tokens + len(ids))
+        if lender is not None:
+            tables = lender.tables()
+            self.put(slot, lent, tables.bias, tables.stops)
+        return state
+
+    @property
+    def slot_to_borrow(self) -> int:
+        """A free slot if there is one."""
+        return self.free[-1] if self.free else 0
+
+    def decode(self, jobs: Sequence[Job], num_top: int) -> tuple[DecodeBurst, dict[int, int]]:
+        """Decodes a burst of some texts, in the smallest batch that fits.
+
+        Returns:
+          Its tokens, on the host, and the row of each slot in them.
+        """
+        num_used = sum(len(job.slots) for job in jobs)
+        return self._decode(jobs, next(size for size in self._shapes.batch_sizes if size >= num_used), num_top)
+
+    def _decode(self, jobs: Sequence[Job], size: int, num_top: int) -> tuple[DecodeBurst, dict[int, int]]:
+        used = [slot for job in jobs for slot in job.slots]
+        rows = None if size == self.count else pad(used, size, self.count, np.int32)
+        row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
+        params = decode_params(jobs, row_of_slot, size, self._programs.burst_length)
+        self._slots, self._burst_start, burst = self._programs.decode(
+            self._programs.params, self._slots, self._burst_start, rows, params, num_top=num_top
+        )
+        return jax.device_get(burst), row_of_slot
+
+    def warm_up(self) -> None:
+        """Compiles all programs, by calls that change no slot."""
+        self.repair()
+        if self.free:
+            zeros = np.zeros(self.vocab_size, np.float32)
+            self.put(self.free[-1], self.row(self.free[-1]), zeros, zeros > 0)
+        for length, alone in ((self._shapes.long, True), (self._shapes.short, True), (self._shapes.short, False)):
+            self.prefill([], length, alone=alone, wants_logits=False)
+        for size in self._shapes.batch_sizes:
+            for num_top in (0, MAX_TOP_LOGPROBS):
+                self._decode([], size, num_top)
