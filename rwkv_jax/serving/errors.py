@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from rwkv_jax.checks import ConfigError
@@ -96,9 +97,17 @@ def _param(message: str) -> str | None:
     return None if field is None else _RENAMED.get(field["name"], field["name"])
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    answer = as_api_error(error)
-    return JSONResponse(answer.body, answer.status, answer.headers)
+class ErrorResponse(Response):
+    """The response that tells an error. In ASCII, for what a message quotes of a request may be no valid Unicode."""
+
+    media_type = "application/json"
+
+    def __init__(self, error: APIError) -> None:
+        super().__init__(json.dumps(error.body), error.status, error.headers)
+
+
+async def _answer(request: Request, error: Exception) -> ErrorResponse:
+    return ErrorResponse(as_api_error(error))
 
 
 def install(app: FastAPI) -> None:
