@@ -10,6 +10,7 @@ import tyro
 
 from rwkv_jax.checks import ConfigError, require_whole
 from rwkv_jax.cli.flags import WeightsFlags
+from rwkv_jax.serving.keys import read_keys
 from rwkv_jax.serving.options import ServeOptions
 
 
@@ -30,6 +31,8 @@ class Serve:
         """Loads the model and serves it until SIGINT or SIGTERM."""
         require_whole("slots", self.slots, 1)
         require_whole("max_queue", self.max_queue, 1)
+        if self.options.api_keys is not None:
+            read_keys(self.options.api_keys)  # a mistake is told before weights are loaded
         try:
             from rwkv_jax.serving.server import run_server
         except ModuleNotFoundError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 import rwkv_jax
-from rwkv_jax.serving import errors
-from rwkv_jax.serving.routes import chat, completions, models, page
+from rwkv_jax.serving import errors, guards
+from rwkv_jax.serving.routes import chat, completions, models, operations, page
 from rwkv_jax.serving.service import Service
 
 
@@ -15,8 +15,10 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="rwkv-jax", version=rwkv_jax.__version__)
     app.state.service = service
     errors.install(app)
+    guards.install(app, service)
     app.include_router(models.router)
     app.include_router(completions.router)
     app.include_router(chat.router)
     app.include_router(page.router)
+    app.include_router(operations.router)
     return app

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import math
+import re
+from pathlib import Path
 
-from rwkv_jax.checks import checker, require_whole
+from rwkv_jax.checks import checker, require, require_whole
 
 _MAX_PORT = 2**16 - 1
 
@@ -19,9 +23,62 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one."""
     model_name: str | None = None
     """Name by which requests ask for the model; None is the name of its file or folder."""
+    api_keys: Path | None = None
+    """File of the keys that requests must have, one NAME:KEY or NAME:sha256:DIGEST a line; NAME is the key's tenant."""
+    public_without_keys: bool = False
+    """Serve without keys on an address that other machines reach, too."""
+    requests_per_minute: float | None = None
+    """Requests of each key in a minute; None is no limit."""
+    max_concurrent: int | None = None
+    """Requests of each key at once; None is no limit."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt; None is no limit."""
+    max_body_bytes: int = 64 * 2**20
+    """Size of a request, which may have a state in it."""
+    timeout_seconds: float = 600.0
+    """Seconds after which a request is ended."""
+    drain_seconds: float = 30.0
+    """Seconds in which running requests may end after SIGTERM or SIGINT."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may use the server from a browser, such as https://chat.example.org; * is all."""
+    access_log: Path | None = None
+    """File to which a line of JSON is appended for each request; None is standard output."""
+    ssl_certfile: Path | None = None
+    """Certificate chain in PEM, for HTTPS."""
+    ssl_keyfile: Path | None = None
+    """Its private key, unless that is in the same file."""
 
     def __post_init__(self) -> None:
         check = checker(self)
         check(bool(self.host), "host", "must be an address, such as 127.0.0.1")
         require_whole("port", self.port, 0, _MAX_PORT)
+        is_guarded = self.api_keys is not None or self.public_without_keys
+        check(
+            is_guarded or self.is_loopback,
+            "host",
+            "other machines reach this address; give --api-keys FILE, or --public-without-keys to let everyone in",
+        )
+        for name in ("requests_per_minute", "timeout_seconds", "drain_seconds"):
+            value = getattr(self, name)
+            check(value is None or 0 < value < math.inf, name, "must be a positive number")
+        require_whole("max_body_bytes", self.max_body_bytes, 1)
+        for name in ("max_concurrent", "max_prompt_tokens"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), 1)
+        for origin in self.cors_origins:
+            require(
+                origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin) is not None,
+                "cors_origins",
+                origin,
+                "must be an origin, such as https://chat.example.org, or *",
+            )
+        check(self.ssl_keyfile is None or self.ssl_certfile is not None, "ssl_keyfile", "needs --ssl-certfile as well")
         check(self.model_name is None or bool(self.model_name), "model_name", "is empty; leave it out, or name one")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

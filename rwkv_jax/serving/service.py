@@ -11,7 +11,9 @@ from fastapi import Depends, Request
 from rwkv_jax.inference.chat.formats import G1
 from rwkv_jax.inference.chat.template import ChatTemplate
 from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.serving.drain import Running
 from rwkv_jax.serving.errors import APIError
+from rwkv_jax.serving.metrics import Metrics
 from rwkv_jax.serving.options import ServeOptions
 
 
@@ -29,6 +31,12 @@ class Service:
     """Writes conversations as the model was trained to read them."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     """Unix time at which the model was loaded."""
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    """What /metrics reports."""
+    running: Running = dataclasses.field(default_factory=Running)
+    """Requests that are being answered."""
+    is_warm: bool = True
+    """Whether all programs are compiled; until then /health says that the server is not ready."""
 
     def check_model(self, name: str) -> None:
         """Raises APIError, status 404, unless a request asks for the model that there is."""

@@ -30,6 +30,8 @@ def test_a_run_is_served_by_its_name(rwkv: Command, run_dir: Path, monkeypatch: 
         (["--max-queue", "0"], "--max-queue 0: must be a whole number"),
         (["--port", "-1"], "--port -1: must be a whole number, from 0 to 65535"),
         (["--host", ""], "--host '': must be an address"),
+        (["--host", "0.0.0.0"], "--host '0.0.0.0': other machines reach this address; give --api-keys FILE"),
+        (["--api-keys", "nowhere"], "--api-keys 'nowhere': cannot be read"),
         (["--model-name", ""], "--model-name '': is empty"),
     ],
     ids=str,
