@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import os
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +25,28 @@ def forgotten_programs() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+TUNING = "RWKV_JAX_TUNING"
+"""The variable that names the file of measurements."""
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_measurements_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets no fixture of a module read or write what the user has measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TUNING, str(tmp_path_factory.getbasetemp() / "tuning.json"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_measurements(no_measurements_of_the_users: None) -> Iterator[None]:
+    """Lets no test find what another one, or the user, has measured."""
+    outside = os.environ[TUNING]
+    os.environ[TUNING] = f"{outside}.{next(_numbers)}"
+    yield
+    os.environ[TUNING] = outside
 
 
 @pytest.fixture
