@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 import rwkv_kernels
-from rwkv_jax import host
+from rwkv_jax import host, trying
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.checks import ConfigError, is_number
 from rwkv_jax.config import ModelConfig
@@ -94,12 +94,37 @@ def _workload(
     return autotune.workload_here(config.spec.operator, shape, config.dtype, gradients=gradients, packed=packed)
 
 
-def measure(workload: Workload) -> Tuning:
-    """Checks and times all implementations; see `rwkv_kernels.autotune.tune`."""
+def measure(workload: Workload, path: Path | None = None, *, again: bool = False) -> Tuning:
+    """Checks and times all implementations; see `rwkv_kernels.autotune.tune`.
+
+    One that hung in an earlier process, or took it with it, is named and left out; never one that the table takes.
+
+    Args:
+      path: the file of measurements, beside which such are marked; None is the user's.
+      again: whether to try them again.
+    """
+    known = (rwkv_kernels.OPERATORS | rwkv_kernels.PARTS)[workload.operator]
+    path, trusted = path or default_path(), known.preferred(workload.problem)
+    marks = {name: _mark(path, workload, name) for name in known.implementations if name not in trusted}
+    if again:
+        for mark in marks.values():
+            trying.forget(mark)
+    since = {name: trying.left_since(mark) for name, mark in marks.items()}
+    left_out = {
+        name: f"not tried: it did not come back from a trial that began {begun}; {trying.REMEDY}"
+        for name, begun in since.items()
+        if begun is not None
+    }
     if workload.problem.platform == "cpu":
         memory = host.memory()
-        return autotune.tune(workload, memory=None if memory is None else memory // 2)
-    return autotune.tune(workload, memory=device_memory(jax.local_devices()[0]))
+        memory = None if memory is None else memory // 2
+    else:
+        memory = device_memory(jax.local_devices()[0])
+
+    def marked(name: str) -> contextlib.AbstractContextManager[None]:
+        return trying.marked(marks[name]) if name in marks else contextlib.nullcontext()
+
+    return autotune.tune(workload, memory=memory, left_out=left_out, trying=marked)
 
 
 def find(path: Path, workload: Workload) -> Tuning | None:
@@ -220,6 +245,10 @@ def describe(path: Path) -> list[str]:
         found = "none is right" if fastest is None else f"{fastest[1]}, {1e3 * fastest[0]:.3f} ms"
         old = "" if here.items() <= of.items() else "; of another version, not used"
         lines.append(f"  {of['operator']} {sizes} {of['inputs']} on {of['device']}, {how}: {found}{old}")
+    for mark in sorted(_marks(path).glob("* by *")):
+        if (since := trying.left_since(mark)) is not None:
+            tried = mark.name.partition(",")[0]
+            lines.append(f"  {tried}: did not come back from a trial that began {since}; {trying.REMEDY}")
     return lines
 
 
@@ -263,6 +292,19 @@ def _key(workload: Workload) -> str:
         "device": device,
     }
     return json.dumps(of | _versions(), sort_keys=True)
+
+
+def _marks(path: Path) -> Path:
+    """The folder of marks of a file of measurements."""
+    return path.with_name(f".{path.name}.trying")
+
+
+def _mark(path: Path, workload: Workload, name: str) -> Path:
+    """Of an implementation on this device, with these versions, whatever its sizes."""
+    of = json.loads(_key(workload))
+    on = json.dumps([of[key] for key in ("platform", "device", "jax", "kernels")])
+    digest = hashlib.blake2b(on.encode(), digest_size=8).hexdigest()
+    return _marks(path) / f"{workload.operator} by {name}, {digest}"
 
 
 def _finite(trial: Trial) -> Trial:

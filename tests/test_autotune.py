@@ -115,7 +115,7 @@ def test_a_file_system_without_locks_is_written_all_the_same(path: Path, monkeyp
 
 
 def test_what_is_measured_fits_into_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune.autotune, "tune", lambda workload, memory: memory)
+    monkeypatch.setattr(autotune.autotune, "tune", lambda workload, memory, **_: memory)
     monkeypatch.setattr(autotune, "device_memory", lambda device: 10)
     monkeypatch.setattr(host, "memory", lambda: 4)
     on_gpu = dataclasses.replace(WORKLOAD, problem=dataclasses.replace(WORKLOAD.problem, platform="gpu"))
@@ -216,6 +216,12 @@ def test_the_file_is_the_named_one_or_in_the_users_caches() -> None:
     assert autotune.default_path({}) == Path("~/.cache/rwkv-jax/tuning.json").expanduser()
     named = {"XDG_CACHE_HOME": "/caches", autotune.VARIABLE: "~/mine.json"}
     assert autotune.default_path(named) == Path("~/mine.json").expanduser()
+
+
+def test_tests_have_an_empty_file_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = autotune.default_path()
+    assert path.parent == tmp_path_factory.getbasetemp()
+    assert not path.exists()
 
 
 def test_a_digest_is_of_the_kernels_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

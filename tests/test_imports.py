@@ -86,7 +86,7 @@ LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tabl
 
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "config": ((), ()),
-    "autotune": (("config", "kernels", "parallel", "run_lock"), ("jax",)),
+    "autotune": (("config", "kernels", "parallel", "trying", "run_lock"), ("jax",)),
     "recipes": (("config",), ()),
     "data": (("config",), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
     "held_out": (("data",), ()),
@@ -96,6 +96,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "checkpoint_files": (("digests",), ("jax", "orbax")),
     "run_folder": (("checkpoint_files", "config", "data", "models", "parallel"), ("jax", "orbax")),
     "run_lock": ((), ("filelock",)),
+    "trying": (("run_lock",), ()),
     "weights": (
         ("config", "data", "models", "parallel", "run_folder"),
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),

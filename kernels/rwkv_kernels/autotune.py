@@ -7,6 +7,7 @@ y, state = wkv7(..., implementation=tuning.chosen)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -143,18 +144,21 @@ def tune(
     memory: int | None = None,
     repetitions: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    left_out: Mapping[str, str] | None = None,
+    trying: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Tuning:
     """Checks every implementation on a small input, and times those that are right on one of the workload's sizes.
 
     The results of the timed calls are compared with the first one's, since their programs may be other ones than the
-    check's. Takes from seconds to minutes, most of them for the compiler.
+    check's. Most of the time is the compiler's.
 
     Args:
       implementations: by name; None is all of the operator's.
-      memory: bytes of the device; programs that take more are not run, and so never fit. None leaves it to the device
-        to say so.
+      memory: bytes of the device; programs that take more are not run, and so never fit. None leaves that to it.
       repetitions: timed calls, of which the median is taken, after one that is not counted.
       clock: seconds.
+      left_out: names that are not tried, with the reasons.
+      trying: (name) -> what surrounds all that is run of an implementation.
     """
     operator = _find(workload)
     if implementations is None:
@@ -175,29 +179,37 @@ def tune(
         if refusal := implementation.refuses(workload.problem):
             trials.append(Trial(name, None, None, f"cannot: {refusal}"))
             continue
+        if left_out and name in left_out:
+            trials.append(Trial(name, None, None, left_out[name]))
+            continue
         if lost_by is not None:
             trials.append(Trial(name, None, None, f"not tried: the device fails since {lost_by}"))
             continue
         error = None
         try:
-            errors = [worst_error(check, implementation, exact) for check, exact in checks]
-            worst = max(errors, key=lambda found: found.share)
-            error = worst.error
-            if not worst.is_right:
-                trials.append(
-                    Trial(name, error, None, f"WRONG: {worst.name} is off by {error:.0e}, at most {worst.bound:.0e}")
+            with trying(name):
+                errors = [worst_error(check, implementation, exact) for check, exact in checks]
+                worst = max(errors, key=lambda found: found.share)
+                error = worst.error
+                if not worst.is_right:
+                    trials.append(
+                        Trial(
+                            name, error, None, f"WRONG: {worst.name} is off by {error:.0e}, at most {worst.bound:.0e}"
+                        )
+                    )
+                    continue
+                fastest = min((trial.seconds for trial in trials if trial.seconds is not None), default=math.inf)
+                run = _LastResults(
+                    functools.partial(_compiled(workload, implementation, arguments, memory), *arguments)
                 )
-                continue
-            fastest = min((trial.seconds for trial in trials if trial.seconds is not None), default=math.inf)
-            run = _LastResults(functools.partial(_compiled(workload, implementation, arguments, memory), *arguments))
-            seconds = median_seconds(run, repetitions, _HOPELESS * fastest, clock)
-            if reference is None:
-                reference = name, jax.device_get(run.results)
-            elif not (worst := _worst_difference(run.results, reference[1])).is_right:
-                difference = f"{worst.name} is off {reference[0]}'s by {worst.error:.0e}, at most {worst.bound:.0e}"
-                trials.append(Trial(name, error, None, f"WRONG on the sizes of the workload: {difference}"))
-                continue
-            trials.append(Trial(name, error, seconds, None))
+                seconds = median_seconds(run, repetitions, _HOPELESS * fastest, clock)
+                if reference is None:
+                    reference = name, jax.device_get(run.results)
+                elif not (worst := _worst_difference(run.results, reference[1])).is_right:
+                    difference = f"{worst.name} is off {reference[0]}'s by {worst.error:.0e}, at most {worst.bound:.0e}"
+                    trials.append(Trial(name, error, None, f"WRONG on the sizes of the workload: {difference}"))
+                    continue
+                trials.append(Trial(name, error, seconds, None))
         except Exception as failure:  # whatever a compiler or a device raises, this one is not taken
             trials.append(Trial(name, error, None, f"fails: {_first_line(failure)}"))
             is_lasting &= not _may_fit_another_time(failure)

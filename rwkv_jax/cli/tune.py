@@ -29,6 +29,8 @@ class Tune:
     """Devices that the run will have, which split its rows, heads and tokens; None takes those that are here."""
     prefill: bool = False
     """Measure the prefill of a prompt, for generate, chat and bench on a GPU or TPU, rather than a training step."""
+    again: bool = False
+    """Try also what did not come back from an earlier trial, which took its process with it or had to be killed."""
     cache: Path | None = None
     """File to keep the result in; None is the one that RWKV_JAX_TUNING names, or tuning.json in the user's caches."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
@@ -62,7 +64,7 @@ class Tune:
             raise ConfigError(f"model.architecture = {self.config.model.architecture!r}: has no operator to tune")
         path = self.cache or autotune.default_path()
         autotune.find(path, workload)  # or a file that is not ours would be refused only after minutes
-        tuning = autotune.measure(workload)
+        tuning = autotune.measure(workload, path, again=self.again)
         print(tuning, flush=True)
         if not tuning.is_lasting:
             sys.exit("rwkv: not kept, since memory was out or the device failed; try again when nothing else uses it")

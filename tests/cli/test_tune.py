@@ -32,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     """What has been measured, without taking any time."""
     workloads: list[Workload] = []
 
-    def measure(workload: Workload) -> Tuning:
+    def measure(workload: Workload, path: Path, *, again: bool) -> Tuning:
         workloads.append(workload)
         slow, fast = Trial("scan", 2e-7, 4e-3, None), Trial("chunked", 1e-7, 2e-3, None)
         return Tuning(workload, (slow, fast, Trial("pallas_triton", None, None, "fails: ValueError: no")))
@@ -99,7 +99,7 @@ def test_what_does_not_last_is_not_kept(
     rwkv: Command, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failed = Trial("scan", None, None, "fails: RESOURCE_EXHAUSTED")
-    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (failed,), is_lasting=False))
+    monkeypatch.setattr(autotune, "measure", lambda workload, *_, **__: Tuning(workload, (failed,), is_lasting=False))
     with pytest.raises(SystemExit, match="rwkv: not kept, since memory was out or the device failed"):
         rwkv("tune", config_file, "--cache", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
@@ -121,7 +121,7 @@ def test_where_all_are_wrong_the_exit_status_says_so(
     rwkv: Command, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = Trial("scan", 0.5, None, "WRONG: y is off by 5e-01, at most 1e-04")
-    monkeypatch.setattr(autotune, "measure", lambda workload: Tuning(workload, (wrong,)))
+    monkeypatch.setattr(autotune, "measure", lambda workload, *_, **__: Tuning(workload, (wrong,)))
     with pytest.raises(SystemExit, match="rwkv: none is right on this device"):
         rwkv("tune", config_file, "--cache", tmp_path / "x.json")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -103,6 +104,28 @@ def test_a_slow_first_call_is_not_held_against_it() -> None:
     workload = workload_here("wkv6", SHAPE, gradients=False)
     tuning = tune(workload, [1.0] * 4 + [100.0, 0.5, 0.5, 0.5], associative_scan=SCAN, chunked=SCAN)
     assert tuning.chosen == "associative_scan"
+
+
+def test_what_is_left_out_is_not_run_and_all_that_is_run_is_surrounded() -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def trying(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.append(f"{name} ended")
+
+    tuning = autotune.tune(
+        workload_here("wkv5", SHAPE, gradients=False),
+        implementations={
+            "out": dispatch.Implementation(raising, dispatch.anything),
+            "in": OPERATORS["wkv5"].implementations["scan"],
+        },
+        left_out={"out": "not tried", "gone": "not here"},
+        trying=trying,
+    )
+    assert inside == ["in", "in ended"]
+    assert (tuning.chosen, tuning.trials[0]) == ("in", Trial("out", None, None, "not tried"))
 
 
 def test_without_one_that_is_right_nothing_is_taken() -> None:
