@@ -219,8 +219,17 @@ def _measured_here(operator: str) -> list[Tuning]:
 
 def _taken(tuning: Tuning) -> str:
     """One line: what is taken for a workload, by measurement, and where."""
-    where = ", in runs with --training.tune always" if tuning.workload.problem.platform == "cpu" else ""
-    return f"  {tuning.workload}: {tuning.chosen}, as measured{where}"
+    import rwkv_kernels
+
+    workload = tuning.workload
+    where = ""
+    if workload.operator in rwkv_kernels.OPERATORS and not workload.gradients:
+        where = (
+            f", for pieces of prompts of at least {workload.problem.shape[1]} tokens: not with a lower prefill_length"
+        )
+    elif workload.problem.platform == "cpu":
+        where = ", in runs with --training.tune always"
+    return f"  {workload}: {tuning.chosen}, as measured{where}"
 
 
 def _prefill_choice(operator: str) -> tuple[str | None, str]:

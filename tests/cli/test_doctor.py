@@ -144,7 +144,8 @@ def test_what_was_measured_for_an_engine_is_said_where_it_is_taken(monkeypatch: 
     measured = [Tuning(prefill, (Trial("chunked", 0.0, 1.0, None),))]
     monkeypatch.setattr(doctor, "_measured_here", lambda name: measured if name == "wkv7" else [])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert list(doctor.describe_engine())[-1].startswith(f"  {prefill}: chunked, as measured")
+    where = "for pieces of prompts of at least 512 tokens: not with a lower prefill_length"
+    assert list(doctor.describe_engine())[-1] == f"  {prefill}: chunked, as measured, {where}"
 
 
 def test_what_the_engine_takes_is_said_with_its_reason() -> None:
