@@ -137,13 +137,13 @@ def _wkv7(chunk: int) -> Mapping[str, Work]:
     )
 
 
-def _wkv7_split(chunk: int) -> Mapping[str, Work]:
+def _wkv7_split(chunk: int) -> dict[str, Work]:
     """The equations of ops/wkv7/split.py, in their order."""
     inverse = 2 * (_doublings(chunk) - 1)
     # Scores a~b~, a~k~, r~b~, r~k~, W and R_b W; A_k V, U, R_b U and R_k V; of Q two and of P one; X.
     products = {"CCN": 6, "CCM": 4, "MNC": 2, "NNC": 1, "CCC": inverse}
     factors = Work(products, sums=1, over_time=_WKV7, float32="NN MN CN CM")
-    return {
+    stages = {
         "factors": factors,
         "factors_with_inverse": dataclasses.replace(factors, float32=f"{factors.float32} CC"),
         "states": Work({"MNN": 1}, float32="NN MN MN"),
@@ -159,10 +159,11 @@ def _wkv7_split(chunk: int) -> Mapping[str, Work]:
         "gradients_of_keys": Work(
             {"MNC": 4, "CCN": 8, "CCMK": 4}, sums=2, over_time=f"{_WKV7} y r log_w k a b", float32="CM CM MN MN"
         ),
-    } | _by_direction_with_inverse(chunk)
+    }
+    return stages | _by_direction_with_inverse(chunk)
 
 
-def _by_direction_with_inverse(chunk: int) -> Mapping[str, Work]:
+def _by_direction_with_inverse(chunk: int) -> dict[str, Work]:
     """Of a TPU: the loop over all chunks, which keeps X, and back the gradients of chunk_gradients.py and dS."""
     forward, saving, _ = _wkv7(chunk).values()
     return {

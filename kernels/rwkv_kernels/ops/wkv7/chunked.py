@@ -119,7 +119,7 @@ def _where(mask: Array | np.ndarray | bool, x: Array) -> Array:
 
 
 _SMALL_BLOCK = 8
-"""Rows of the blocks that CPUs invert by sums of products instead of matrix products, whose calls would cost more."""
+"""Rows of the blocks that are inverted by sums of products instead of matrix products, whose calls would cost more."""
 
 
 def _small_product(x: Array, y: Array) -> Array:
@@ -128,7 +128,7 @@ def _small_product(x: Array, y: Array) -> Array:
 
 
 def _inverse_of_small_blocks(triangle: Array, precision: lax.Precision) -> Array:
-    """`inverse_of_identity_minus` on CPUs: X_1 and X_2, joined by M_21, give [[X_1, 0], [X_2 M_21 X_1, X_2]]."""
+    """`inverse_of_identity_minus` but on GPUs: X_1 and X_2, joined by M_21, give [[X_1, 0], [X_2 M_21 X_1, X_2]]."""
     size = triangle.shape[-1]
     block = min(size, _SMALL_BLOCK)
     matmul = functools.partial(jnp.matmul, precision=precision)
@@ -153,11 +153,12 @@ def inverse_of_identity_minus(triangle: Array, precision: lax.Precision) -> Arra
     """(I - M)^{-1} for a strictly lower triangular M [..., C, C], C a power of two.
 
     Doubles the size of inverted diagonal blocks. Unlike the product (I + M)(I + M^2)(I + M^4)..., it does not lose
-    precision if keys are aligned. Accelerators multiply whole matrices, in fewer and larger operations.
+    precision if keys are aligned. GPUs multiply whole matrices, in fewer and larger operations. (libtpu 0.0.51 aborts
+    on these in some programs, such as the step of RWKV-7 7.2B on v5p.)
     """
-    on_cpu = functools.partial(_inverse_of_small_blocks, precision=precision)
+    by_blocks = functools.partial(_inverse_of_small_blocks, precision=precision)
     whole = functools.partial(inverse_by_doubling, functools.partial(jnp.matmul, precision=precision))
-    return lax.platform_dependent(triangle, cpu=on_cpu, default=whole)
+    return lax.platform_dependent(triangle, cuda=whole, rocm=whole, default=by_blocks)
 
 
 class _ChunkResiduals(NamedTuple):
