@@ -4,7 +4,7 @@
     rwkv plan configs/rwkv4_14b.py --topology h100:8x8
 
 `rwkv plan` said: h100:8x8, fsdp 64: fits; arguments 2.50 GiB, peak 28.30 GiB of 79.14 GiB a device; at best
-759,791 tokens/s, MFU 100%.
+759,791 tokens/s, MFU 100% (of arithmetic alone); predicted 1728 ms a step, 749 by pallas_triton.
 """
 
 from rwkv_jax.config import TrainConfig

@@ -4,7 +4,7 @@
     rwkv plan configs/rwkv4_169m.py --topology h100:1x8
 
 `rwkv plan` said: h100:1x8, data 8: fits; arguments 1.89 GiB, peak 11.52 GiB of 79.14 GiB a device; at best
-10,094,844 tokens/s, MFU 100%.
+10,094,844 tokens/s, MFU 100% (of arithmetic alone); predicted 367 ms a step, 71 by pallas_triton.
 """
 
 from rwkv_jax.config import TrainConfig

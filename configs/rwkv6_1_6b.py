@@ -3,8 +3,9 @@
     rwkv train configs/rwkv6_1_6b.py --data.source PATH
     rwkv plan configs/rwkv6_1_6b.py --topology h100:2x8
 
-`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 37.65 GiB of 79.14 GiB a device;
-at best 1,155,675 tokens/s, MFU 65% while decays are weak.
+`rwkv plan` said: h100:2x8, data 2 x fsdp 8: fits; arguments 2.24 GiB, peak 37.77 GiB of 79.14 GiB a device;
+at best 1,227,861 tokens/s, MFU 69% while decays are weak; predicted 2953 ms a step, 2042 by pallas_triton,
+2148 by pallas_triton_split.
 """
 
 from rwkv_jax.config import TrainConfig

@@ -54,8 +54,6 @@ class ReleasedModel:
     remat: Remat = "full"
     """The least that fits in the memory of the devices that the recipe is planned for, whichever implementation of the
     operator a run takes there."""
-    fused_loss: bool = True
-    """Not of what was planned before there was one."""
     constant_mini_epochs: int | None = None
     """Mini-epochs, of PILE_MINI_EPOCHS, before the learning rate decays, if the schedule has a constant part."""
 
@@ -67,9 +65,9 @@ RELEASED_MODELS = {
     "rwkv4_3b": ReleasedModel("4", 32, 2560, 1.5e-4, 1e-5, 256, remat="none", constant_mini_epochs=451),
     "rwkv4_7b": ReleasedModel("4", 32, 4096, 1.5e-4, 1e-5, 256, remat="none", constant_mini_epochs=465),
     "rwkv4_14b": ReleasedModel("4", 40, 5120, 1e-4, 7e-6, 256, remat="none", constant_mini_epochs=544),
-    "rwkv6_1_6b": ReleasedModel("6", 24, 2048, 3e-4, 2e-5, 384, fused_loss=False),
+    "rwkv6_1_6b": ReleasedModel("6", 24, 2048, 3e-4, 2e-5, 384),
     "rwkv6_3b": ReleasedModel("6", 32, 2560, 2e-4, 1.5e-5, 192),
-    "rwkv6_7b": ReleasedModel("6", 32, 4096, 1.5e-4, 1e-5, 576, fused_loss=False),
+    "rwkv6_7b": ReleasedModel("6", 32, 4096, 1.5e-4, 1e-5, 576),
     "rwkv7_0_1b": ReleasedModel("7", 12, 768, 8e-4, 3e-5, 240, remat="operator"),
     "rwkv7_0_4b": ReleasedModel("7", 24, 1024, 6e-4, 2e-5, 240),
     "rwkv7_1_5b": ReleasedModel("7", 24, 2048, 5e-4, 1.5e-5, 352),
@@ -129,7 +127,7 @@ def official_run(name: str, *, fsdp: int) -> TrainConfig:
             reset_at_documents=False,
             remat=model.remat,
             loss_chunk=4096,
-            fused_loss=model.fused_loss,
+            fused_loss=True,
         ),
         parallel=ParallelConfig(fsdp=fsdp),
         evaluation=EvaluationConfig(every=1000, sample_prompts=("The",)),

@@ -19,7 +19,9 @@ MARK = SCRIPT["WEAK_DECAYS"]
 CLAIM = re.compile(
     r"(?P<devices>[\w-]+:[\dx]+), (?P<mesh>[\w ]+?): (?P<fits>fits|does not fit); "
     r"arguments (?P<arguments>[\d.]+ GiB), peak (?P<peak>[\d.]+ GiB) of (?P<memory>[\d.]+ GiB) a device; "
-    r"at best (?P<rate>[\d,]+) tokens/s, MFU (?P<mfu>\d+%)(?P<weak> while decays are weak)?"
+    r"at best (?P<rate>[\d,]+) tokens/s, MFU (?P<mfu>\d+%)(?P<alone> \(of arithmetic alone\))?"
+    r"(?P<weak> while decays are weak)?(; predicted (?P<step>\d+) ms a step"
+    r"(, (?P<triton>\d+) by pallas_triton)?(, (?P<split>\d+) by pallas_triton_split)?)?[.;]"
 )
 """What a docstring says of a plan, on one line."""
 
@@ -53,6 +55,9 @@ def test_docstring_and_table_say_the_same_of_the_same_plans(name: str) -> None:
         assert claim["memory"] == SCRIPT["gibibytes"](device.memory)
         assert float(peak.split()[0]) * 2**30 / device.memory == pytest.approx(int(share) / 100, abs=0.006)
         assert (claim["rate"], claim["mfu"]) == (row["best tokens/s"].removesuffix(MARK), row["best MFU"])
+        assert (claim["alone"] is not None) == (claim["mfu"] == "100%")
+        steps = (row[column].removesuffix(MARK) for column in ("step ms", "by pallas_triton", "by pallas_triton_split"))
+        assert [claim[name] or "-" for name in ("step", "triton", "split")] == list(steps)
 
 
 def test_every_recipe_has_a_row_and_no_row_is_there_twice() -> None:

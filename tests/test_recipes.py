@@ -118,7 +118,7 @@ def test_settings_are_those_of_the_generation(name: str) -> None:
     # The least recomputation that is planned to fit.
     remat = "none" if name.startswith("rwkv4") else "operator" if name == "rwkv7_0_1b" else "full"
     assert training.remat == remat
-    assert training.fused_loss == (name not in ("rwkv6_1_6b", "rwkv6_7b"))  # those were not planned anew
+    assert training.fused_loss
     assert config.run_dir == f"runs/{name}"
 
 

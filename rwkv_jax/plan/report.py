@@ -98,7 +98,9 @@ def _floor_lines(plan: Plan, program: Program) -> Iterator[str]:
     )
     yield from _estimate_lines(plan, program)
     rate, mfu = plan.work.tokens / seconds, program.floors.arithmetic / seconds
-    best = f"at best {rate:,.0f} tokens/s, MFU {mfu:.0%}" + (" while decays are weak" if program.chosen_loops else "")
+    best = f"at best {rate:,.0f} tokens/s, MFU {mfu:.0%}"
+    best += " (of arithmetic alone)" if highest == "arithmetic" else ""
+    best += " while decays are weak" if program.chosen_loops else ""
     yield f"\nverdict: {'fits' if plan.fits else 'does not fit'}; {best}"
     if program.unknown_loops:
         yield "the rate is too high: it leaves out all but one turn of the loops named above"

@@ -55,6 +55,11 @@ def test_the_words_of_a_plan() -> None:
     assert "weak" not in words
 
 
+def test_a_rate_that_only_the_models_arithmetic_bounds_is_called_so() -> None:
+    floors = dataclasses.replace(PROGRAM.floors, arithmetic=1.0, products=1.0, memory=0.0, interconnect=0.0)
+    assert "verdict: fits; at best 4,096 tokens/s, MFU 100% (of arithmetic alone)" in describe(replaced(floors=floors))
+
+
 def test_a_compiler_that_counts_otherwise_is_shown() -> None:
     other = dataclasses.replace(PLAN, arguments=dataclasses.replace(PLAN.arguments, compiled=10 * GIBIBYTE))
     assert "the compiler says -1,024 bytes" in describe(other)
