@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rwkv_jax.serving.errors import ErrorResponse, as_api_error
 from rwkv_jax.serving.metrics import Metrics
+from rwkv_jax.serving.token_counts import begin_counting
 
 LOGGER = logging.getLogger("rwkv_jax.serving.access")
 """Each record's message is a line of JSON."""
@@ -39,8 +40,8 @@ class AccessLog:
         begin, status = time.perf_counter(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
+        tokens = begin_counting()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -58,9 +59,9 @@ class AccessLog:
                 await ErrorResponse(answer)(scope, receive, send_with_id)
         finally:
             self._metrics.in_flight.dec()
-            self._record(scope, status or _CLIENT_GONE, time.perf_counter() - begin)
+            self._record(scope, status or _CLIENT_GONE, time.perf_counter() - begin, tokens)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, tokens: dict[str, int]) -> None:
         route = route_of(scope)
         self._metrics.requests.labels(route, scope["method"], str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
@@ -74,7 +75,7 @@ class AccessLog:
                 "route": route,
                 "status": status,
                 "seconds": round(seconds, 4),
-                **state.get("usage", {}),
+                **tokens,
             }
             LOGGER.info(json.dumps(line))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.serving.token_counts import count_tokens
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Of `Metrics.text`."""
@@ -48,8 +49,8 @@ class Metrics:
         """All values in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    async def timed(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-        """The same chunks of one or more texts, timed."""
+    async def timed(self, chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk]:
+        """The same chunks of one or more texts, timed and counted."""
         begin = time.perf_counter()
         first: dict[int, float] = {}  # by text
         counts: dict[int, int] = {}
@@ -58,6 +59,7 @@ class Metrics:
             if chunk.ids and chunk.index not in first:
                 first[chunk.index] = now
                 self.first_token_seconds.observe(now - begin)
+            count_tokens("completion_tokens", len(chunk.ids))
             count = counts[chunk.index] = counts.get(chunk.index, 0) + len(chunk.ids)
             if chunk.finish_reason is not None and count > 1:
                 self.token_seconds.observe((now - first[chunk.index]) / (count - 1))

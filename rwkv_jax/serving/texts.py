@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import anyio
@@ -18,6 +18,7 @@ from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.protocol.base import Usage
 from rwkv_jax.serving.service import Service
+from rwkv_jax.serving.token_counts import count_tokens
 
 _Result = TypeVar("_Result")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it
@@ -36,25 +37,35 @@ class Job:
 
 
 async def submit(service: Service, job: Job) -> Stream:
-    """Asks the engine. Raises as `Engine.stream`: whatever is wrong with a request is known before it is answered."""
+    """Asks the engine. Raises as `Engine.stream`: whatever is wrong with a request is known before it is answered.
+
+    Raises:
+      APIError: a prompt is longer than the server allows.
+    """
+    longest, limit = max(map(len, job.prompts)), service.options.max_prompt_tokens
+    if limit is not None and longest > limit:
+        message = f"a prompt of {longest} tokens is longer than this server allows (max_prompt_tokens = {limit})"
+        raise APIError(400, message, code="context_length_exceeded")
+    count_tokens("prompt_tokens", sum(map(len, job.prompts[:: job.copies])))
     return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))
 
 
 @contextlib.asynccontextmanager
-async def opened(stream: Stream) -> AsyncGenerator[Stream]:
-    """A stream for as long as the block runs; its texts end with the block, also where the task is cancelled."""
+async def opened(service: Service, stream: Stream) -> AsyncGenerator[AsyncIterator[Chunk]]:
+    """A stream's chunks, timed; its texts end with the block, also where the task is cancelled."""
     try:
-        yield stream
+        async with contextlib.aclosing(service.metrics.timed(stream)) as chunks:
+            yield chunks
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(stream.cancel)
 
 
-async def collect(stream: Stream) -> list[Completion]:
+async def collect(service: Service, stream: Stream) -> list[Completion]:
     """All texts of a stream, in the order of their prompts."""
     found: list[list[Chunk]] = [[] for _ in stream.num_prompt_tokens]
-    async with opened(stream):
-        async for chunk in stream:
+    async with opened(service, stream) as chunks:
+        async for chunk in chunks:
             found[chunk.index].append(chunk)
     counts = stream.num_prompt_tokens
     return [join(own, index, counts[index]) for index, own in enumerate(found)]

@@ -63,6 +63,16 @@ def test_tokens_of_a_text_and_back(client: TestClient) -> None:
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "h\u00e9"}
 
 
+def test_a_conversation_as_a_prompt(client: TestClient, service: Service) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    prompt = client.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    assert prompt == service.template.render(messages)
+    assert "Hi" in prompt
+    open_end = client.post("/apply-template", json={"messages": messages, "add_generation_prompt": False}).json()
+    assert prompt.startswith(open_end["prompt"])
+    assert len(open_end["prompt"]) < len(prompt)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -70,6 +80,8 @@ def test_tokens_of_a_text_and_back(client: TestClient) -> None:
         ("/tokenize", {"prompt": "a", "model": "gpt"}, "model"),
         ("/tokenize", {"prompt": "a", "content": "b"}, "content"),
         ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        ("/apply-template", {"messages": []}, "messages"),
+        ("/apply-template", {"messages": [{"role": "user", "text": "a"}]}, "messages.0.text"),
         ("/detokenize", {"tokens": [256]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [10**400]}, "tokens"),
@@ -122,6 +134,36 @@ def test_requests_are_counted_by_route_and_status(client: TestClient) -> None:
     assert found["rwkv_requests_in_flight",] == 1  # this one
     assert found["rwkv_request_seconds_count", "/tokenize"] >= 3
     assert not any("a/path" in label for name in found for label in name[1:])
+
+
+def test_tokens_are_logged_and_timed(client: TestClient, lines: list[dict]) -> None:
+    def count(name: str) -> float:
+        return values(client)[f"rwkv_time_{name}_seconds_count",]
+
+    before = [count(name) for name in ("to_first_token", "per_token")]
+    body = {"model": "tiny", "prompt": [[1, 2, 3], [4, 5]], "max_tokens": 4, "n": 2, "ignore_eos": True}
+    usage = client.post("/v1/completions", json=body).json()["usage"]
+    client.post("/v1/completions", json={**body, "stream": True})
+    client.post("/v1/completions", json={**body, "max_tokens": 1})
+    whole, streamed, _ = [line for line in lines if line["route"] == "/v1/completions"]
+    for line in (whole, streamed):
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (usage["prompt_tokens"], 16) == (5, 16)
+    after = [count(name) for name in ("to_first_token", "per_token")]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [12, 8]  # one token has no time between tokens
+
+
+def test_long_prompts_are_refused(service: Service) -> None:
+    app = create_app(Service(service.engine, "tiny", ServeOptions(max_prompt_tokens=4)))
+    with TestClient(app) as client:
+        body = {"model": "tiny", "max_tokens": 1, "prompt": "abc"}  # 4 tokens with that of the beginning
+        assert client.post("/v1/completions", json=body).status_code == 200
+        for wrong in ({"prompt": "abcd"}, {"prompt": ["a", "abcd"], "n": 2}, {"prompt": "abcd", "stream": True}):
+            error = client.post("/v1/completions", json=body | wrong)
+            assert (error.status_code, error.json()["error"]["code"]) == (400, "context_length_exceeded")
+            assert "max_prompt_tokens = 4" in error.json()["error"]["message"]
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "abcd"}]}
+        assert client.post("/v1/chat/completions", json=chat).json()["error"]["code"] == "context_length_exceeded"
+        assert client.post("/tokenize", json={"prompt": "abcd"}).json()["max_model_len"] == 4
 
 
 def test_each_app_counts_for_itself(service: Service) -> None:

@@ -1,10 +1,11 @@
-"""Bodies of /health, /tokenize and /detokenize; the latter two are vLLM's."""
+"""Bodies of /health; of /tokenize and /detokenize, as vLLM has them; of /apply-template, as llama.cpp has it."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from rwkv_jax.serving.protocol.base import Answer, RequestBody
+from rwkv_jax.serving.protocol.chat import ChatBody
 
 
 class Health(Answer):
@@ -44,7 +45,13 @@ class DetokenizeRequest(RequestBody):
     tokens: list[int]
 
 
+class TemplateBody(ChatBody):
+    """A conversation, as /v1/chat/completions takes it; what concerns generation is checked and has no effect."""
+
+    model: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class Text(Answer):
-    """Their text."""
+    """A text."""
 
     prompt: str

@@ -143,7 +143,7 @@ class _Answer:
     async def whole(self) -> ChatCompletion:
         """The answer to a request without `stream`."""
         stream = await submit(self.service, self.job)
-        texts = await collect(stream)
+        texts = await collect(self.service, stream)
         choices = []
         for index, text in enumerate(texts):
             message = message_of(text.text, self._parser())
@@ -157,10 +157,10 @@ class _Answer:
         """The answer to a request with `stream`, in chunks."""
         replies = [ReplyStream(self._parser()) for _ in range(self.job.copies)]
         num_generated = 0
-        async with opened(stream):
+        async with opened(self.service, stream) as chunks:
             for index in range(self.job.copies):
                 yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
-            async for chunk in stream:
+            async for chunk in chunks:
                 num_generated += len(chunk.ids)
                 for choice in self._choices(chunk, replies[chunk.index]):
                     yield self._chunk(choice)

@@ -115,7 +115,7 @@ class _Answer:
         """The answer to a request without `stream`."""
         echoes, count = await self.echoes(), self.body.n or 1
         stream = await submit(self.service, self.job)
-        texts = await collect(stream)
+        texts = await collect(self.service, stream)
         choices = []
         for prompt, group in enumerate(best(texts, self.job.copies, count)):
             choices += [self._choice(prompt * count + i, text, echoes[prompt]) for i, text in enumerate(group)]
@@ -130,8 +130,8 @@ class _Answer:
             if (echo := echoes[index // self.job.copies]) is not None:
                 yield self._with(Choice(index=index, text=echo.text, logprobs=self._of_echo(maker, echo)))
         num_generated = 0
-        async with opened(stream):
-            async for chunk in stream:
+        async with opened(self.service, stream) as chunks:
+            async for chunk in chunks:
                 num_generated += len(chunk.ids)
                 logprobs = self._of_tokens(makers[chunk.index], chunk)
                 if chunk.text or chunk.finish_reason or (logprobs is not None and chunk.ids):

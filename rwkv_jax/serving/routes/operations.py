@@ -1,4 +1,4 @@
-"""For operators: /health, /metrics; for clients that count: /tokenize, /detokenize."""
+"""For operators: /health, /metrics; for clients: /tokenize, /detokenize, /apply-template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from fastapi import APIRouter, Response
 
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.metrics import CONTENT_TYPE
-from rwkv_jax.serving.protocol.operations import DetokenizeRequest, Health, Text, TokenizeRequest, Tokens
+from rwkv_jax.serving.protocol.operations import DetokenizeRequest, Health, TemplateBody, Text, TokenizeRequest, Tokens
+from rwkv_jax.serving.routes.chat import render
 from rwkv_jax.serving.service import ServiceOf
 
 router = APIRouter(tags=["operations"])
@@ -55,3 +56,11 @@ async def detokenize(request: DetokenizeRequest, service: ServiceOf) -> Text:
         return Text(prompt=await to_thread.run_sync(service.engine.tokenizer.decode, request.tokens))
     except IndexError as error:
         raise APIError(400, f"tokens: {error.args[0]}", param="tokens") from error
+
+
+@router.post("/apply-template")
+async def apply_template(body: TemplateBody, service: ServiceOf) -> Text:
+    """The prompt that a conversation becomes."""
+    if body.model is not None:
+        service.check_model(body.model)
+    return Text(prompt=render(body, service))
