@@ -122,7 +122,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "inference": (
         ("autotune", "config", "data", "models", "weights", "kernels"),
-        ("jax", "flax", "numpy", "einops", "safetensors"),
+        ("jax", "flax", "numpy", "einops", "jinja2", "safetensors"),
     ),
     "serving": (
         ("config", "data", "inference", "models", "parallel", "run_folder", "weights"),

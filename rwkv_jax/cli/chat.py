@@ -14,11 +14,10 @@ import tyro
 from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.inference.chat.template import Thinking
+from rwkv_jax.inference.chat.template import Thinking, begins_thinking, check_start
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat.dialogue import Dialogue
-    from rwkv_jax.inference.chat.formats import ChatFormat
 
 FIRST_BRANCH = "main"
 """Name of the first conversation."""
@@ -46,9 +45,10 @@ class Chat:
     """Chat with a model. The state holds the history, so each turn prefills only its new text."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
-    format: Literal["g1", "world", "raven", "pile-qa"] = "g1"
-    """Chat format the model was trained with: g1 for RWKV-7 G1 models, which may think, world (User and Assistant as
-    well) for World models, raven (Bob and Alice) for RWKV-4 Raven, pile-qa for base models trained on the Pile."""
+    template: str | None = None
+    """Chat template the model was trained with: g1 for RWKV-7 G1 models, which may think, world (User and Assistant as
+    well) for World models, raven (Bob and Alice) for RWKV-4 Raven, pile-qa for base models trained on the Pile, or a
+    file of a Jinja template; None takes the one beside the weights, or chooses by their name and tokenizer."""
     system: str | None = None
     """System message."""
     thinking: Thinking = "none"
@@ -75,23 +75,26 @@ class Chat:
         check(0 <= self.seed < 2**32, "seed", "must fit in 32 bits and not be negative")
         if self.system is not None:
             require_text(f"system = {self.system!r}", self.system)
-        chat_format, sampling = self._format(), self.sampling.sampling()
-        chat_format.first_turn("message", self.system)
+        sampling = self.sampling.sampling()
+
+        from rwkv_jax.inference.chat.choice import named_template
+
+        check_start(named_template(self.template or "g1"), self.system, self.thinking)
 
         from rwkv_jax.inference.chat.dialogue import Dialogue
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
-        engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
+        model, tokenizer, template = self.weights.load_with_template(self.template)
+        engine = Engine(model, tokenizer, options)
+        del model  # the engine has copied each layer; the stacked arrays can be freed
         tells = self.verbose or sys.stderr.isatty()
         chat = ChatLoop(
-            Dialogue(engine, chat_format, self.system),
+            Dialogue(engine, template, self.system, self.thinking),
             {"max_tokens": self.tokens, "sampling": sampling},
             self.seed,
             tell_speed=(lambda speed: _tell(f"[{speed}]")) if tells else None,
-            tell_thinking=(lambda: _tell("[thinking ...]"))
-            if tells and self.thinking not in ("none", "closed", "empty")
-            else None,
+            tell_thinking=(lambda: _tell("[thinking ...]")) if tells and begins_thinking(self.thinking) else None,
             burst_length=engine.options.burst_length,
         )
         if sys.stdin.isatty():
@@ -102,12 +105,6 @@ class Chat:
                 readline.parse_and_bind("set enable-bracketed-paste on")
             print("Type /help for the commands.")
         converse(chat)
-
-    def _format(self) -> ChatFormat:
-        from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
-
-        chat_format = {"g1": G1, "world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}[self.format]
-        return dataclasses.replace(chat_format, thinking=self.thinking)
 
 
 class ChatLoop:

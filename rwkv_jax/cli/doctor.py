@@ -27,6 +27,7 @@ OPTIONAL = {
     "huggingface-hub": "models by their names on the Hugging Face hub",
     "pyrwkv-tokenizer": "the tokenizer of World models",
     "tokenizers": "tokenizer.json of Hugging Face",
+    "jinja2": "chat templates that come with a tokenizer",
     "pyarrow": ".parquet, .arrow and .feather files",
     "tensorboardX": "TensorBoard logs",
     "wandb": "Weights & Biases logs",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rwkv_jax.data.tokenizers import Tokenizer
+    from rwkv_jax.inference.chat.template import ChatTemplate
     from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.models import LanguageModel
 
@@ -42,11 +43,29 @@ class WeightsFlags:
         Raises:
           ConfigError: no device, incompatible flags, or as `from_pretrained` and `load_tokenizer`.
         """
-        from rwkv_jax.weights.pretrained import from_pretrained
         from rwkv_jax.weights.sources import find_weights
 
         find_devices()
+        return self._load_from(find_weights(self.source))
+
+    def load_with_template(self, name: str | None) -> tuple[LanguageModel, Tokenizer, ChatTemplate]:
+        """Loads the tokenizer, then the model, and the chat template of a name, or else the model's own.
+
+        Raises:
+          ConfigError: as `load`, `named_template` and `choose_template`.
+        """
+        from rwkv_jax.inference.chat.choice import choose_template, named_template
+        from rwkv_jax.weights.sources import find_weights
+
+        named = None if name is None else named_template(name)
+        find_devices()
         place = find_weights(self.source)
+        model, tokenizer = self._load_from(place)
+        return model, tokenizer, choose_template(place, tokenizer) if named is None else named
+
+    def _load_from(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
+        from rwkv_jax.weights.pretrained import from_pretrained
+
         if place.is_dir():
             return self._load_run(place)
         if self.checkpoint != "newest":

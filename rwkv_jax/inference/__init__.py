@@ -9,6 +9,7 @@ from rwkv_jax.lazy import lazy_names
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat.dialogue import Dialogue
     from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
+    from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
     from rwkv_jax.inference.chat.messages import Message, ToolCall
     from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
     from rwkv_jax.inference.chat.template import ChatTemplate
@@ -37,6 +38,7 @@ __all__ = [
     "EngineClosedError",
     "EngineOptions",
     "EngineStats",
+    "JinjaTemplate",
     "Message",
     "NotFiniteError",
     "QueueFullError",
@@ -56,6 +58,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "chat.formats": ("ChatFormat", "G1", "PILE_QA", "RAVEN", "WORLD"),
+        "chat.jinja_template": ("JinjaTemplate",),
         "chat.messages": ("Message", "ToolCall"),
         "chat.replies": ("Delta", "Reply", "ReplyParser"),
         "chat.template": ("ChatTemplate",),

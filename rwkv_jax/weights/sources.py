@@ -39,6 +39,7 @@ _IN_ORDER = (
 _OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
 _TRAINER_LOG = "train_log.txt"
 _CONFIG, _MAX_CONFIG_BYTES = "config.json", 2**20  # of transformers and flash-linear-attention
+_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # of chats
 _HUB_URL = re.compile(
     r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)(?:/\w+/[^/]+(?P<file>/[^?#]+))?.*"
 )
@@ -145,7 +146,7 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
             chosen = file or _choose(list_files(name), name)
             shards = [shard_pattern(chosen)] if is_index(chosen) else []
             config = [] if chosen.endswith(".pth") else [_CONFIG]
-            wanted = [chosen, *TOKENIZER_FILES, *config, *shards]
+            wanted = [chosen, *TOKENIZER_FILES, *_TEMPLATES, *config, *shards]
             return Path(download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise

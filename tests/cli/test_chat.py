@@ -298,7 +298,7 @@ def test_a_message_that_is_no_text_is_shown_without_what_is_around_it() -> None:
 
 
 def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
-    flags = ("chat", run_dir, "--tokens", 8, "--format", "raven", "--temperature", 0, "--verbose")
+    flags = ("chat", run_dir, "--tokens", 8, "--template", "raven", "--temperature", 0, "--verbose")
     state = tmp_path / "state.safetensors"
     printed = rwkv(*flags, stdin=f"hello\n/undo\nhello\n/save {state}\n/quit\nnever read\n")
     first, second = printed.out.removesuffix(f"saved to {state}\n").split("taken back: hello\n")
@@ -313,8 +313,10 @@ def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Pa
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--seed", "-1"], "--seed -1"),
         (["--top-p", "2"], "--top-p 2.0"),
-        (["--format", "raven", "--system", "be brief"], "--system 'be brief': this chat format has no system message"),
+        (["--template", "raven", "--system", "be brief"], "--system 'be brief': this chat format has no system"),
         (["--system", " "], "--system ' ': is empty"),
+        (["--template", "vicuna"], "--template 'vicuna': is none of g1, world, raven, pile-qa, and no file"),
+        (["--template", "world", "--thinking", "open"], "--thinking 'open': this chat format has none"),
         (["--system", "caf\udce9"], r"--system 'caf\udce9': is not UTF-8; convert it"),
         ([], "nowhere: no such file or folder"),
     ],

@@ -232,7 +232,7 @@ def test_what_a_format_does_not_have_is_refused() -> None:
         (
             [{"role": "system", "content": "x"}, USER],
             {},
-            r"messages\[0\] = 'x': this chat format has no system message",
+            "system = 'x': this chat format has no system message",
         ),
     ):
         with pytest.raises(ConfigError, match=error):

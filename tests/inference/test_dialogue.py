@@ -13,6 +13,7 @@ import pytest
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.dialogue import MAX_UNDO_TURNS, Dialogue
 from rwkv_jax.inference.chat.formats import G1, RAVEN, WORLD
+from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.session import Prompt
@@ -158,6 +159,46 @@ def test_thoughts_are_not_part_of_the_answer() -> None:
     assert "".join(pieces) == " so it is"
     assert len(pieces) == len(reply)
     assert dialogue.thoughts == "hm, well"
+
+
+BLOCKS = """\
+{%- for message in messages %}{{ "<" ~ message.role ~ ">" ~ message.content ~ "\n" }}{% endfor -%}
+{%- if add_generation_prompt %}{{ "<assistant>" ~ ("<think" if thinking else "") }}{% endif -%}
+"""
+
+
+def test_a_template_that_writes_all_messages_reads_what_is_new(tmp_path: Path) -> None:
+    engine = ScriptedEngine("one\n<user>", "two", [*b"three", 256], "")
+    dialogue = Dialogue(engine, JinjaTemplate(BLOCKS), system="be brief")
+    assert say(dialogue, "a", max_tokens=99) == "one"
+    assert say(dialogue, "b", max_tokens=3) == "two"
+    text = "<system>be brief\n<user>a\n<assistant>one\n<user>b\n<assistant>"
+    assert_stands_behind(dialogue, engine, text + "two")
+    assert engine.prompts == ["<system>be brief\n<user>a\n<assistant>", "one\n<user>b\n<assistant>"]
+    dialogue.save(tmp_path / "state.safetensors")
+    say(dialogue, "c", max_tokens=99)
+    assert_stands_behind(dialogue, engine, text + "two\n<user>c\n<assistant>three")
+    assert (dialogue.undo(), dialogue.undo()) == ("c", "b")
+    other_engine = ScriptedEngine("four")
+    other = Dialogue(other_engine, JinjaTemplate(BLOCKS), system="be brief")
+    other.load(tmp_path / "state.safetensors")
+    assert_stands_behind(other, engine, text + "two\n")
+    assert say(other, "d", max_tokens=4) == "four"
+    assert_stands_behind(other, engine, text + "two\n<user>d\n<assistant>four")
+    dialogue.reset()
+    assert dialogue.num_tokens == 0
+
+
+def test_a_template_that_leaves_thoughts_out_reads_the_conversation_without_them() -> None:
+    engine = ScriptedEngine("> hm</think>one", "> so</think>")
+    dialogue = Dialogue(engine, JinjaTemplate(BLOCKS), thinking="open")
+    assert say(dialogue, "a", max_tokens=15) == "one"
+    assert dialogue.thoughts == "hm"
+    say(dialogue, "b", max_tokens=12)
+    assert engine.prompts[-1] == "<user>a\n<assistant>one\n<user>b\n<assistant><think"
+    assert_stands_behind(dialogue, engine, engine.prompts[-1] + "> so</think>")
+    with pytest.raises(ConfigError, match=r"thinking = 'think'"):
+        Dialogue(engine, JinjaTemplate(BLOCKS), thinking="think")
 
 
 def test_undo_goes_back_turn_by_turn() -> None:

@@ -271,7 +271,7 @@ def test_one_file_of_a_repository_is_fetched(repository: Path, monkeypatch: pyte
     hub = Hub(repository, online=True, fetched=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert find_weights("owner/name/other.pth") == repository / "other.pth"
-    assert [pattern for pattern in hub.patterns if "tokenizer" not in pattern] == ["other.pth"]
+    assert [pattern for pattern in hub.patterns if "tokenizer" not in pattern] == ["other.pth", "chat_template.jinja"]
 
 
 @pytest.mark.parametrize("source", ["owner/name", "owner/name/other.pth"])

@@ -1,4 +1,8 @@
-"""A conversation in a chat format: the state holds the history, and turns can be undone."""
+"""A conversation by turns: the state holds the history, and turns can be undone.
+
+A `ChatFormat` writes each turn behind the text so far. Any other template writes all messages anew, and of what it
+writes the state reads what is new: the last reply again, without what of it the template leaves out, and the message.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.formats import ChatFormat
+from rwkv_jax.inference.chat.messages import Message
 from rwkv_jax.inference.chat.replies import Delta, Reply
+from rwkv_jax.inference.chat.template import ChatTemplate, Thinking, check_start, start_of
 from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -27,16 +33,22 @@ class _Position:
 
     snapshot: Snapshot | None = None
     """The state at this point."""
-    tail: str = ""
-    """Text since the last message, including a stop string."""
+    start: Snapshot | None = None
+    """The state at the start of the conversation, where it was loaded."""
+    messages: tuple[Message, ...] = ()
+    """What was said since then."""
+    prompt: str = ""
+    """Text before the last reply, in a template that writes all messages anew."""
+    before_reply: Snapshot | None = None
+    """The state after the prompt."""
     reply: str = ""
-    """The reply, which `tail` begins with."""
+    """The last reply."""
+    tail: str = ""
+    """Text since the prompt: the reply and a stop string."""
     thoughts: str = ""
     """The thinking in the reply."""
-    before_reply: Snapshot | None = None
-    """The state after the last message."""
     message: str | None = None
-    """The last message."""
+    """The last message of the user."""
 
 
 class Dialogue:
@@ -45,18 +57,24 @@ class Dialogue:
     After an error a dialogue is unchanged.
     """
 
-    def __init__(self, engine: Engine, chat_format: ChatFormat, system: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, template: ChatTemplate, system: str | None = None, thinking: Thinking | None = None
+    ) -> None:
         """Starts a conversation.
 
         Args:
           system: system message.
+          thinking: None for the template's own.
 
         Raises:
-          ConfigError: an empty system message, or a format without one.
+          ConfigError: an empty system message, or a template without one or without this way of thinking.
         """
-        chat_format.first_turn("message", system)  # reject it now rather than after the first message
-        self._engine, self._format, self._system = engine, chat_format, system
-        self._position = _Position()
+        check_start(template, system, thinking)  # reject it now rather than after the first message
+        if isinstance(template, ChatFormat) and thinking is not None:
+            template = dataclasses.replace(template, thinking=thinking)
+        self._engine, self._template, self._system = engine, template, system
+        self._thinking: Thinking | None = thinking
+        self._position = _Position(messages=start_of(system))
         self._past: tuple[_Position, ...] = ()
 
     @property
@@ -71,7 +89,7 @@ class Dialogue:
 
     @property
     def thoughts(self) -> str:
-        """The model's thinking before its last answer, in a format with thinking."""
+        """The model's thinking before its last answer."""
         return self._position.thoughts
 
     def reply(self, message: str, **arguments: Any) -> Generator[str]:
@@ -86,18 +104,14 @@ class Dialogue:
           ConfigError: an empty message or an invalid value; raised with the first piece.
         """
         before, tokenizer = self._position, self._engine.tokenizer
-        session = Session(self._engine, before.snapshot)
-        if before.snapshot is None:
-            prompt = self._format.first_turn(message, self._system)
-        else:
-            prompt = self._format.next_turn(message, before.tail)
-        session.append(prompt)
+        messages = (*before.messages, Message("user", message))
+        session, prompt = self._read(messages, before)
         before_reply = session.snapshot
-        parser = self._format.reply_parser(prompt)
+        parser = self._template.reply_parser(prompt)
         deltas: list[Delta] = []
         ids: list[int] = []
         reply, stop = "", None
-        ends = {"stop": self._format.stop_strings, "stop_ids": (tokenizer.end_of_text,)}
+        ends = {"stop": self._template.stop_strings, "stop_ids": (tokenizer.end_of_text,)}
         with contextlib.suppress(GeneratorExit), session.stream(**ends, **arguments) as stream:
             for chunk in stream:
                 ids += chunk.ids
@@ -110,9 +124,21 @@ class Dialogue:
             session = Session(self._engine, before_reply)
             if ids:
                 session.append(ids)
+        parts = Reply.of(deltas)
+        if parts.content or parts.reasoning:
+            messages += (Message("assistant", parts.content, parts.reasoning),)
         self._past = (*self._past, before)[-MAX_UNDO_TURNS:]
-        thoughts = Reply.of(deltas).reasoning
-        self._position = _Position(session.snapshot, tokenizer.decode(ids), reply, thoughts, before_reply, message)
+        self._position = _Position(
+            snapshot=session.snapshot,
+            start=before.start,
+            messages=messages,
+            prompt=prompt,
+            before_reply=before_reply,
+            reply=reply,
+            tail=tokenizer.decode(ids),
+            thoughts=parts.reasoning,
+            message=message,
+        )
 
     def undo(self) -> str:
         """Undoes the last turn and returns its message. Raises ConfigError if no turn is kept."""
@@ -126,13 +152,13 @@ class Dialogue:
 
     def fork(self) -> Self:
         """An independent conversation at the same point; shares all arrays."""
-        other = type(self)(self._engine, self._format, self._system)
+        other = type(self)(self._engine, self._template, self._system, self._thinking)
         other._position, other._past = self._position, self._past
         return other
 
     def reset(self) -> None:
         """Starts over and forgets all turns."""
-        self._position, self._past = _Position(), ()
+        self._position, self._past = _Position(messages=start_of(self._system)), ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the state with the last reply closed, so that any turn may follow.
@@ -143,10 +169,13 @@ class Dialogue:
         position = self._position
         if position.snapshot is None:
             raise ConfigError(f"{path}: there is nothing to save: no reply has been kept")
-        session = Session(self._engine, position.snapshot if position.before_reply is None else position.before_reply)
-        if position.before_reply is not None:
+        session = Session(self._engine, position.snapshot)
+        if position.before_reply is not None and isinstance(self._template, ChatFormat):
             # The stop string may have begun the next turn: prefill the reply again without it.
-            session.append(position.reply + self._format.closing(position.reply))
+            session = Session(self._engine, position.before_reply)
+            session.append(position.reply + self._template.closing(position.reply))
+        elif position.before_reply is not None:
+            session, _ = self._read_anew(position.messages, position, add_generation_prompt=False)
         session.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -157,4 +186,30 @@ class Dialogue:
           ConfigError: no such file, or a damaged one.
         """
         session = Session.load(self._engine, path)
-        self._position, self._past = _Position(session.snapshot, self._format.separator), ()
+        tail = self._template.separator if isinstance(self._template, ChatFormat) else ""
+        self._position, self._past = _Position(session.snapshot, start=session.snapshot, tail=tail), ()
+
+    def _read(self, messages: tuple[Message, ...], before: _Position) -> tuple[Session, str]:
+        """A session that has read up to the reply to the last message, and the text that ends there."""
+        if not isinstance(self._template, ChatFormat):
+            return self._read_anew(messages, before)
+        message = messages[-1].content
+        session = Session(self._engine, before.snapshot)
+        if before.snapshot is None:
+            prompt = self._template.first_turn(message, self._system)
+        else:
+            prompt = self._template.next_turn(message, before.tail)
+        session.append(prompt)
+        return session, prompt
+
+    def _read_anew(
+        self, messages: tuple[Message, ...], before: _Position, *, add_generation_prompt: bool = True
+    ) -> tuple[Session, str]:
+        text = self._template.render(messages, thinking=self._thinking, add_generation_prompt=add_generation_prompt)
+        if before.before_reply is not None and text.startswith(before.prompt):
+            session, new = Session(self._engine, before.before_reply), text[len(before.prompt) :]
+        else:
+            session, new = Session(self._engine, before.start), text
+        if new:
+            session.append(new)
+        return session, text

@@ -66,7 +66,7 @@ class ChatFormat:
         Raises:
           ConfigError: an empty message, or a system message in a format that has none.
         """
-        start = "" if system is None else self._system_part("system", system, None) + self.separator
+        start = "" if system is None else self._system_part(system, None) + self.separator
         return self.begins_with + start + self._turn(message)
 
     def next_turn(self, message: str, reply: str = "") -> str:
@@ -124,12 +124,12 @@ class ChatFormat:
             )
         blocks = []
         if tools and read[0].role != "system":
-            blocks.append(self._system_part("tools", "", tools_block(tools, tool_choice)))
+            blocks.append(self._system_part("", tools_block(tools, tool_choice)))
         for index, message in enumerate(read):
             self._check_order(f"messages[{index}]", message, read[index - 1].role if index else None)
             if message.role == "system":
                 block = tools_block(tools, tool_choice) if tools else None
-                blocks.append(self._system_part(f"messages[{index}]", message.content, block))
+                blocks.append(self._system_part(message.content, block))
             elif message.role == "assistant":
                 is_open = continue_final_message and index == len(read) - 1
                 blocks.append(self._reply_header + self._reply_part(f"messages[{index}]", message, is_open))
@@ -165,12 +165,12 @@ class ChatFormat:
         if message.reasoning and not self.is_g1:
             raise ConfigError(f"{place}: this chat format has no reasoning; leave it out")
 
-    def _system_part(self, place: str, system: str, tools: str | None) -> str:
+    def _system_part(self, system: str, tools: str | None) -> str:
         if self.before_system is None:
             raise ConfigError(
-                f"{place} = {system!r}: this chat format has no system message; put it in the first message"
+                f"system = {system!r}: this chat format has no system message; put it in the first message"
             )
-        texts = ([] if tools is not None and not system else [_cleaned(place, system)]) + ([tools] if tools else [])
+        texts = [tools] if tools and not system else [_cleaned("system", system), *([tools] if tools else [])]
         return self.before_system + "\n".join(texts)
 
     def _turn(self, message: str) -> str:

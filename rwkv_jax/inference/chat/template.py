@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from rwkv_jax.inference.chat.messages import Message
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.chat.messages import Message, clean
 from rwkv_jax.inference.chat.replies import ReplyParser
 
 Thinking = Literal["none", "open", "think", "think a bit", "think a lot", "closed", "empty"]
@@ -14,6 +15,23 @@ requested in parentheses at the end of the message; or skipped by an empty think
 
 ToolChoice = Literal["auto", "required"]
 """Whether a reply may be something else than a call of a tool."""
+
+
+def begins_thinking(thinking: Thinking) -> bool:
+    """Whether a reply begins within a think block."""
+    return thinking not in ("none", "closed", "empty")
+
+
+def check_start(template: ChatTemplate, system: str | None, thinking: Thinking | None) -> None:
+    """Raises ConfigError unless a conversation can start with this system's message and go on in this way."""
+    if system is not None and not clean(system):
+        raise ConfigError(f"system = {system!r}: is empty; give it some text")
+    template.render([*start_of(system), Message("user", "message")], thinking=thinking)
+
+
+def start_of(system: str | None) -> tuple[Message, ...]:
+    """Messages before the user's first one."""
+    return () if system is None else (Message("system", system),)
 
 
 class ChatTemplate(Protocol):

@@ -1,0 +1,193 @@
+"""Chat templates in Jinja that lie beside a tokenizer: chat_template.jinja, or in tokenizer_config.json.
+
+They are given what transformers gives them, except that `bos_token` and `eos_token` are empty: the engine begins each
+text with the end-of-text token, and a conversation goes on in one text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from rwkv_jax.config import ConfigError
+from rwkv_jax.inference.chat.messages import Message, ToolCall, read_messages
+from rwkv_jax.inference.chat.replies import ReplyParser
+from rwkv_jax.inference.chat.template import Thinking, ToolChoice
+from rwkv_jax.json_object import parse_object
+
+TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+"""Files of a tokenizer's folder in which a template is looked for, in this order."""
+
+_MAX_BYTES = 2**24
+_BEGUN = re.compile(r"(?:<think(?:>\s*(?:</think>?\s*)?)?|```(?:json)?\s*)\Z")  # a reply in a prompt
+_SWITCHES: dict[str, dict[str, bool]] = {
+    "none": {},
+    "open": {"thinking": True, "enable_thinking": True},
+    "closed": {"thinking": False, "enable_thinking": False},
+}
+_PROBE = ("first-question", "first-answer", "second-question")
+
+
+class JinjaTemplate:
+    """A `ChatTemplate` in Jinja."""
+
+    def __init__(self, source: str, name: str = TEMPLATE_FILE) -> None:
+        """From a template's text; `name` is its place, for messages.
+
+        Raises:
+          ConfigError: it is no template, or jinja2 is missing.
+        """
+        try:
+            from rwkv_jax.inference.chat.sandbox import compile_template
+        except ImportError as error:
+            raise ConfigError(
+                f'{name} needs the package jinja2: pip install "rwkv-jax[serve]", or name another template, such as g1'
+            ) from error
+        self.name = name
+        self._write: Callable[[Mapping[str, Any]], str] = self._guarded(lambda: compile_template(source))
+        self._stop_strings = self._find_stop_strings()
+
+    @classmethod
+    def beside(cls, folder: Path) -> Self | None:
+        """The template in a tokenizer's folder, or None.
+
+        Raises:
+          ConfigError: a file that is too large, is not UTF-8 or not JSON, or as `__init__`.
+        """
+        path = folder / TEMPLATE_FILE
+        if path.is_file():
+            return cls.from_file(path)
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            return None
+        source = parse_object(_read(path), path).get("chat_template")
+        if isinstance(source, list):  # several by name
+            named = {item.get("name"): item.get("template") for item in source if isinstance(item, Mapping)}
+            source = named.get("default")
+        return cls(source, f"{path}: chat_template") if isinstance(source, str) else None
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """The template in a file. Raises ConfigError as `beside`."""
+        try:
+            return cls(_read(path).decode(), str(path))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not UTF-8 ({error}); convert it") from error
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """What the template writes between a reply and the next message of the user."""
+        return self._stop_strings
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+        thinking: Thinking | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, as `ChatTemplate.render` says.
+
+        Whether a reply must be a call is the model's choice. Thinking can be `open` or `closed` only, which sets the
+        variables `thinking` and `enable_thinking`.
+        """
+        if thinking is not None and thinking not in _SWITCHES:
+            raise ConfigError(
+                f"thinking = {thinking!r}: {self.name} knows {', '.join(_SWITCHES)} only; name one of them, or the "
+                "template g1"
+            )
+        read = read_messages(messages)
+        text = self._guarded(
+            lambda: self._write(
+                {
+                    "bos_token": "",
+                    "eos_token": "",
+                    "documents": None,
+                    **_SWITCHES[thinking or "none"],
+                    **(variables or {}),
+                    "messages": [_as_mapping(message) for message in read],
+                    "tools": [_as_function(tool) for tool in tools] if tools else None,
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                }
+            )
+        )
+        return self._up_to(text, read) if continue_final_message else text
+
+    def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
+        """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
+        begun = _BEGUN.search(prompt, max(0, len(prompt) - 256))
+        return ReplyParser(begun[0] if begun else "", calls=calls)
+
+    def _find_stop_strings(self) -> tuple[str, ...]:
+        first, answer, second = _PROBE
+        probe = [Message("user", first), Message("assistant", answer), Message("user", second)]
+        try:
+            text = self.render(probe, add_generation_prompt=False)
+        except ConfigError:  # it wants more than that
+            return ()
+        between = text.rpartition(answer)[2].partition(second)[0].rstrip()
+        return (between,) if between else ()
+
+    def _up_to(self, text: str, messages: Sequence[Message]) -> str:
+        """The text up to the end of the last message's content."""
+        last, place = messages[-1], f"messages[{len(messages) - 1}]"
+        content = last.content.strip()
+        if last.role != "assistant" or not content or last.tool_calls:
+            raise ConfigError(f"{place}: continue_final_message needs the assistant's text at the end")
+        before, found, _ = text.rpartition(content)
+        if not found:
+            raise ConfigError(f"{place}: {self.name} does not write it as it is, so it cannot be continued")
+        return before + found
+
+    def _guarded(self, function: Callable[[], Any]) -> Any:
+        """Runs what a template may let fail in any way."""
+        try:
+            result = function()
+            if isinstance(result, str):
+                result.encode()
+            return result
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            number = getattr(error, "lineno", None)
+            line = "" if number is None else f", line {number}"
+            raise ConfigError(f"{self.name}{line}: {reason}; mend the messages, or name another template") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror}") from error
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than {_MAX_BYTES} bytes, so it is no template; get the file again")
+    return content
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """A message as transformers gives it to templates."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    optional = {"reasoning_content": message.reasoning, "tool_call_id": message.tool_call_id, "name": message.name}
+    fields |= {name: text for name, text in optional.items() if text}
+    if message.tool_calls:
+        fields["tool_calls"] = [_as_call(call) for call in message.tool_calls]
+    return fields
+
+
+def _as_call(call: ToolCall) -> dict[str, Any]:
+    from rwkv_jax.inference.chat.sandbox import JSONText
+
+    function = {"name": call.name, "arguments": JSONText(call.arguments)}
+    return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
+
+
+def _as_function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    return tool if "function" in tool else {"type": "function", "function": tool}

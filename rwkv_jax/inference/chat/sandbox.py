@@ -1,0 +1,270 @@
+"""Jinja templates that nobody vouches for: rendered without access to anything, within bounds of text and work.
+
+jinja2's sandbox keeps templates from Python's internals. It bounds neither memory nor time, so here filters and methods
+are those of a list, each loop, call and operation counts as a step, and what would make a long text is refused before
+it is made. One operation may still take as long as the texts that it is given are long.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, ClassVar, NoReturn
+
+from jinja2 import TemplateError, TemplateRuntimeError, Undefined, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+MAX_CHARS = 2**22
+"""Characters of any text that a template makes."""
+MAX_STEPS = 1_000_000
+"""Steps of one rendering: operations, iterations, and elements and thousands of characters that these make."""
+
+_MAX_BITS = 4096  # of integers
+_CHARS_PER_STEP = 1024
+_FILTERS = re.compile(
+    "abs|capitalize|d|default|dictsort|first|float|int|items|last|list|lower|map|max|min|reject|rejectattr|reverse|round"
+    "|safe|select|selectattr|sort|title|trim|truncate|unique|upper"
+)
+_STR_METHODS = re.compile(
+    "capitalize|count|endswith|find|index|isalnum|isalpha|isascii|isdigit|islower|isspace|isupper|join|lower|lstrip"
+    "|partition|removeprefix|removesuffix|replace|rfind|rindex|rpartition|rsplit|rstrip|split|splitlines|startswith|strip"
+    "|title|upper"
+)
+
+_steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps_left")
+
+
+class JSONText(dict[str, Any]):
+    """An object that `tojson` writes as the text that it was read from."""
+
+    def __init__(self, text: str) -> None:
+        """From the JSON text of an object."""
+        super().__init__(json.loads(text))
+        self.text = text
+
+
+def compile_template(source: str) -> Callable[[Mapping[str, Any]], str]:
+    """A function from variables to text.
+
+    Raises:
+      TemplateError: the source is no template; the function raises whatever a template may lead to.
+    """
+    _steps_left.set([MAX_STEPS])
+    template = _Sandbox().from_string(source)
+
+    def render(variables: Mapping[str, Any]) -> str:
+        _steps_left.set([MAX_STEPS])
+        return _joined(template.generate(dict(variables)))
+
+    return render
+
+
+def _spend(num_steps: int = 1) -> None:
+    left = _steps_left.get()
+    left[0] -= num_steps
+    if left[0] < 0:
+        raise TemplateRuntimeError(f"it takes more than {MAX_STEPS} steps")
+
+
+def _spend_on_text(num_chars: int) -> None:
+    """Steps for a text of this length, which may be yet to be made."""
+    if num_chars > MAX_CHARS:
+        raise TemplateRuntimeError(f"it makes a text of more than {MAX_CHARS} characters")
+    _spend(1 + num_chars // _CHARS_PER_STEP)
+
+
+def _spend_on(value: Any) -> Any:
+    """The value, after steps for what it has."""
+    if isinstance(value, str):
+        _spend_on_text(len(value))
+    else:
+        _spend(1 + len(value) if isinstance(value, Sized) else 1)
+    return value
+
+
+def _text(value: Any) -> str:
+    """The value as text. Its parts are counted first: objects within each other may be few and their text huge."""
+    todo, num_chars = [value], 0
+    while todo:
+        part = todo.pop()
+        if isinstance(part, Mapping):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            todo += part
+        num_chars += len(part) if isinstance(part, str) else 1
+        _spend()
+    _spend_on_text(num_chars)
+    return str(value)
+
+
+def _joined(parts: Iterable[Any], separator: str = "") -> str:
+    texts, num_chars = [], 0
+    for part in parts:
+        texts.append(_text(part))
+        num_chars += len(texts[-1]) + len(separator)
+        if num_chars > MAX_CHARS:
+            break
+    _spend_on_text(num_chars)
+    return separator.join(texts)
+
+
+def _replaced(text: str, old: str, new: str, count: int | None = -1) -> str:
+    text, old, new = _text(text), _text(old), _text(new)
+    _spend_on_text(len(text) + text.count(old) * len(new))
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _indented(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    space = " " * min(width, 64) if isinstance(width, int) else _text(width)
+    lines = _text(text).splitlines() or [""]
+    _spend_on_text(len(text) + len(lines) * len(space))
+    rest = "\n".join(space + line if line or blank else line for line in lines[1:])
+    return (space if first else "") + lines[0] + ("\n" + rest if len(lines) > 1 else "")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: JSON without escapes of HTML."""
+    if isinstance(value, JSONText) and indent is None and separators is None and not (ensure_ascii or sort_keys):
+        return value.text
+    _text(value)
+    indent = None if indent is None else min(int(indent), 8)
+    return _spend_on(
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
+
+
+def _length(value: Any) -> int:
+    """Of nothing, 0: the tools of a request without tools are none."""
+    return 0 if value is None else len(value)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _counted(value: Any) -> Any:
+    """What a loop goes over."""
+    return _spend_on(value if isinstance(value, Sized) else list(value))
+
+
+def _counting(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # with what jinja2 notes about its arguments
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        return _spend_on(function(*args, **kwargs))
+
+    return counting
+
+
+class _Generation(Extension):
+    """{% generation %}, by which trainers find the assistant's tokens, stands for its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Compiler(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+        self.write("environment.concat((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    code_generator_class = _Compiler
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    concat = staticmethod(_joined)
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            finalize=lambda value: value if isinstance(value, Undefined) else _text(value),
+            optimized=False,
+            cache_size=0,
+        )
+        self.filters = {name: _counting(self.filters[name]) for name in self.filters if _FILTERS.fullmatch(name)}
+        self.filters |= {"count": _length, "length": _length, "tojson": _tojson, "replace": _replaced, "string": _text}
+        self.filters |= {
+            "indent": _indented,
+            "join": lambda parts, d="", attribute=None: self._join(parts, d, attribute),
+        }
+        self.filters["counted"] = _counted
+        self.globals = {
+            "range": safe_range,
+            "dict": dict,
+            "namespace": self.globals["namespace"],
+            "raise_exception": _raise_exception,
+        }
+
+    def _join(self, parts: Any, separator: str, attribute: str | None) -> str:
+        found = parts if attribute is None else (self.getitem(part, attribute) for part in parts)
+        return _joined(found, _text(separator))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in list(template.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        return template
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str):
+            return _STR_METHODS.fullmatch(attr) is not None
+        if isinstance(obj, int | float | complex | bytes | tuple | range):
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No format methods: their widths make texts of any length."""
+        return None
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        _spend()
+        if isinstance(owner, str) and name == "join":
+            return _joined(*args, separator=owner)
+        if isinstance(owner, str) and name == "replace":
+            return _replaced(owner, *args, **kwargs)
+        return _spend_on(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _spend()
+        if operator == "%" and isinstance(left, str):
+            raise TemplateRuntimeError("it formats a text with %, which is not supported")
+        if isinstance(left, int) and isinstance(right, int):
+            factor = right if operator == "**" else 1
+            if operator in ("*", "**") and left.bit_length() * max(factor, 1) + right.bit_length() > _MAX_BITS:
+                raise TemplateRuntimeError("it makes an integer that is too large")
+        elif operator == "*":
+            sequence, number = (right, left) if isinstance(left, int) else (left, right)
+            if isinstance(sequence, Sequence) and isinstance(number, int):
+                _spend_length(sequence, len(sequence) * max(number, 0))
+        elif operator == "+" and isinstance(left, Sequence) and isinstance(right, Sequence):
+            _spend_length(left, len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+
+def _spend_length(sequence: Sequence[Any], length: int) -> None:
+    """Steps for a longer sequence of the same kind."""
+    if isinstance(sequence, str):
+        _spend_on_text(length)
+    else:
+        _spend(length)
