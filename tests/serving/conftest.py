@@ -11,6 +11,7 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
 from tests.inference.models import CONFIGS, quick_engine, random_model
+from tests.programs import compiled_quickly
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,10 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def service(engine: Engine) -> Service:
-    return Service(engine, "tiny")
+    service = Service(engine, "tiny")
+    with compiled_quickly():
+        assert service.embedder.config == engine.config
+    return service
 
 
 @pytest.fixture(scope="module")
