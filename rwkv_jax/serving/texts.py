@@ -16,7 +16,7 @@ from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, Completion, join
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.serving.errors import APIError
-from rwkv_jax.serving.protocol.base import Usage
+from rwkv_jax.serving.protocol.base import PromptTokensDetails, Usage
 from rwkv_jax.serving.service import Service
 from rwkv_jax.serving.token_counts import count_tokens
 
@@ -72,13 +72,18 @@ async def collect(service: Service, stream: Stream) -> list[Completion]:
 
 
 def usage_of(stream: Stream, copies: int, num_generated: int) -> Usage:
-    """What a stream has cost.
+    """What a stream has cost, once it has ended.
 
     Args:
       copies: texts of each prompt, which counts once.
     """
-    read = sum(stream.num_prompt_tokens[::copies])
-    return Usage(prompt_tokens=read, completion_tokens=num_generated, total_tokens=read + num_generated)
+    read, cached = (sum(counts[::copies]) for counts in (stream.num_prompt_tokens, stream.num_cached_tokens))
+    return Usage(
+        prompt_tokens=read,
+        completion_tokens=num_generated,
+        total_tokens=read + num_generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )
 
 
 def best(completions: Sequence[Completion], copies: int, count: int) -> list[list[Completion]]:

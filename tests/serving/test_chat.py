@@ -48,6 +48,7 @@ def test_a_greedy_reply_is_the_engines_whole_and_streamed(client: TestClient, en
     assert (choice["finish_reason"], choice["logprobs"]) == (expected.finish_reason, None)
     read = len(engine.encode(PROMPT, begins=True))
     assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (read, len(expected.ids))
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": read}  # the engine has just read it
     pieces = calls.streamed(client, PATH, GREEDY | {"stream_options": {"include_usage": True}})
     assert deltas(pieces)[0] == {"role": "assistant", "content": ""}
     assert joined(pieces, "content") == shown
@@ -119,7 +120,7 @@ def test_fields_become_the_engines_arguments(service: Service, engine: Engine) -
 class Scripted:
     """A stream of one text that has been written before."""
 
-    num_prompt_tokens = (3,)
+    num_prompt_tokens, num_cached_tokens = (3,), (0,)
 
     def __init__(self, text: str) -> None:
         pieces = [text[i : i + 3] for i in range(0, len(text), 3)]

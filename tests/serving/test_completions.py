@@ -37,7 +37,7 @@ def test_greedy_text_is_the_engines_whole_and_streamed(client: TestClient, engin
         "prompt_tokens": read,
         "completion_tokens": len(expected.ids),
         "total_tokens": read + len(expected.ids),
-        "prompt_tokens_details": None,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     pieces = streamed(client, max_tokens=12)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected.text

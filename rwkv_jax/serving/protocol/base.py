@@ -31,5 +31,4 @@ class Usage(Answer):
     """Tokens that were generated, also those that are not shown."""
     total_tokens: int
     """The sum of both."""
-    prompt_tokens_details: PromptTokensDetails | None = None
-    """Where the prefix cache is on."""
+    prompt_tokens_details: PromptTokensDetails
