@@ -96,14 +96,13 @@ class PrefixCache:
             return True
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._snapshots)
+        return len(self._keys)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all entries together."""
-        with self._lock:
-            return self._num_bytes
+        # Without the lock, for which the engine's thread would wait if a finalizer came along and waited for it.
+        return self._num_bytes
 
 
 def _as_key(tokens: Sequence[int] | NDArray[Any]) -> bytes:

@@ -54,7 +54,7 @@ class Session:
         self._engine = engine
         self._snapshot = snapshot
         self._marks: dict[str, Snapshot | None] = {}
-        self._lock = threading.Lock()  # held only briefly
+        self._lock = threading.RLock()  # held only briefly; reentrant, since a finalizer may come along
         self._in_use: str | None = None
         # Weak, so that a stream dropped by its consumer is collected and ends.
         self._stream: weakref.ref[Stream] | None = None
