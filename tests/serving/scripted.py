@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -48,6 +49,15 @@ def squares(n):
 A line,
 and another.
 """
+SQUARES = """The first `n` odd numbers add up to **a square**:
+
+- 1 + 3 = 4
+- 1 + 3 + 5 = 9
+
+```python
+sum(range(1, 2 * n, 2)) == n**2
+```
+"""
 THOUGHTS = "The user wants an example. Odd numbers add up to squares, as 1 + 3 + 5 = 9 shows."
 NESTED = "- " * 3000 + "deep\n" + "> " * 3000 + "deep\n" + "*" * 3000 + "`" * 3000
 
@@ -56,7 +66,7 @@ def create_scripted_app() -> FastAPI:
     """The page, and endpoints that answer at once. `app.state.requests` and `.states` tell what was asked and kept."""
     app = FastAPI()
     app.include_router(page.router)
-    app.state.requests, app.state.states, app.state.key = [], {}, None
+    app.state.requests, app.state.states, app.state.key, app.state.pause = [], {}, None, 0.0
     numbers = itertools.count()
 
     @app.get("/v1/models")
@@ -97,7 +107,7 @@ def failure(status: int, message: str, *, param: str | None = None, headers: dic
 
 async def events(app: FastAPI, body: dict[str, Any], question: str, number: int) -> AsyncIterator[str]:
     """A stream in the form of the real server's."""
-    thoughts, text, pause = "", f"You said {question}.", 0.0
+    thoughts, text, pause = "", f"You said {question}.", app.state.pause
     match question:
         case "hostile":
             text = HOSTILE
@@ -105,16 +115,25 @@ async def events(app: FastAPI, body: dict[str, Any], question: str, number: int)
             text = NESTED
         case "markdown":
             thoughts, text = THOUGHTS, MARKDOWN
+        case "How do odd numbers add up?":
+            thoughts, text = THOUGHTS, SQUARES
+        case "And without the code?":
+            text = "The first n odd numbers add up to n times n: each next one frames a square in a greater square."
         case "slow":
             text, pause = "one two three four five six seven eight nine ten " * 100, 0.02
     yield event({"role": "assistant", "content": ""})
+    has_tokens = bool(body.get("logprobs"))
     for piece in pieces(thoughts):
-        yield event({"reasoning_content": piece})
+        yield event({"reasoning_content": piece}, tokens=[piece.encode()] * has_tokens)
+    if thoughts and has_tokens:
+        yield event({}, tokens=[b"</thi", b"nk>\n"])
     for i, piece in enumerate(pieces(text)):
         if question == "broken" and i == 2:
             yield f"data: {json.dumps({'error': {'message': 'the model made numbers that are not finite'}})}\n\n"
             return
-        yield event({"content": piece}, token=piece if body.get("logprobs") else None)
+        half = 0 if piece.isascii() else len(piece.encode()) // 2  # in the midst of a character, perhaps
+        tokens = [token for token in (piece.encode()[:half], piece.encode()[half:]) if token]
+        yield event({"content": piece}, tokens=tokens * has_tokens)
         await asyncio.sleep(pause)
     if question == "cut":
         return
@@ -127,20 +146,24 @@ async def events(app: FastAPI, body: dict[str, Any], question: str, number: int)
 
 
 def pieces(text: str) -> list[str]:
-    return [text[i : i + 7] for i in range(0, len(text), 7)]
+    return re.findall(r"\s*\S{1,7}|\s+$", text)
 
 
 def event(
-    delta: dict[str, str], *, token: str | None = None, finish: str | None = None, state: str | None = None
+    delta: dict[str, str], *, tokens: Sequence[bytes] = (), finish: str | None = None, state: str | None = None
 ) -> str:
-    choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": finish}
-    if token is not None:
-        top = [{"token": token, "logprob": -0.5}, {"token": "other", "logprob": -1.5}]
-        choice["logprobs"] = {"content": [{"token": token, "logprob": -0.5, "top_logprobs": top}]}
+    choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    if tokens:
+        choice["logprobs"] = {"content": [token_logprobs(token) for token in tokens]}
     chunk: dict[str, Any] = {"object": "chat.completion.chunk", "choices": [choice]}
     if state is not None:
-        chunk["state"] = state
+        chunk["state"] = {"id": state, "num_tokens": 1}
     return f"data: {json.dumps(chunk)}\n\n"
+
+
+def token_logprobs(content: bytes) -> dict[str, Any]:
+    own = {"token": content.decode(errors="replace"), "logprob": -(content[-1] % 8) / 2, "bytes": list(content)}
+    return own | {"top_logprobs": [own, {"token": "other", "logprob": -1.5, "bytes": list(b"other")}]}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from playwright.sync_api import Browser, expect
 
 from tests.serving.browser import Chat, chromium, opened
-from tests.serving.scripted import create_scripted_app, running
+from tests.serving.scripted import MARKDOWN, create_scripted_app, pieces, running
 
 pytestmark = pytest.mark.browser
 
@@ -177,7 +177,7 @@ def test_answers_are_announced_by_the_block(chat: Chat) -> None:
     assert said[0] == "The model is answering."
     assert said[1] == "Squares"
     assert "It was known to Nicomachus." in said
-    assert said[-1].startswith("End of the answer. 38 tokens")
+    assert said[-1].startswith(f"End of the answer. {len(pieces(MARKDOWN))} tokens")
     assert len(said) == 8
     expect(chat.page.get_by_role("log")).to_have_attribute("aria-live", "polite")
     live = chat.page.locator("[aria-live], [role=log], [role=status], [role=alert]")

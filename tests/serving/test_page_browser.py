@@ -237,8 +237,10 @@ def test_sampling_fields_are_sent_where_filled(chat: Chat, app: FastAPI) -> None
     chat.page.get_by_label("Temperature").fill("0.7")
     chat.page.get_by_label("Min p").fill("")
     chat.page.get_by_label("Order").select_option("rwkv")
+    chat.page.get_by_label("Thinking").select_option("a lot")
     chat.ask("a")
     sent = app.state.requests[-1]
+    assert sent["chat_template_kwargs"] == {"thinking": "think a lot"}
     names = [label.lower().replace(" ", "_").replace("maximum", "max") for label in labels if label != "Min p"]
     assert {name: sent[name] for name in names} == dict.fromkeys(names, 1) | {"temperature": 0.7}
     assert sent["order"] == "rwkv"
@@ -264,17 +266,19 @@ def test_a_wrong_setting_is_shown_and_nothing_is_sent(chat: Chat, app: FastAPI) 
 def test_tokens_are_colored_by_probability(chat: Chat, app: FastAPI) -> None:
     chat.button("Settings").click()
     chat.page.get_by_label("Color tokens by probability").check()
-    answer = chat.ask("a")
+    answer = chat.ask("é")
     assert app.state.requests[-1]["logprobs"] is True
     row = answer.get_by_role("group", name="Tokens colored by probability")
-    expect(row.locator("span")).to_have_text(["You sai", "d a."])
+    assert row.locator("span").all_text_contents() == ["You", " said", " ", "é."]
     row.focus()
     row.press("ArrowRight")
-    expect(answer.get_by_role("status")).to_have_text('"You sai" 60.7%; likely, too: "other" 22.3%')
+    expect(answer.get_by_role("status")).to_have_text('"You" 8.21%; instead: "other" 22.3%')
     row.locator("span").last.hover()
-    expect(answer.get_by_role("status")).to_have_text('"d a." 60.7%; likely, too: "other" 22.3%')
+    expect(answer.get_by_role("status")).to_have_text('"é." 4.98%; instead: "other" 22.3%')
+    # Thinking is none of the answer's tokens.
+    expect(chat.ask("markdown").locator(".tokens span").first).to_have_text("#")
     chat.page.get_by_label("Color tokens by probability").uncheck()
-    expect(answer.locator("p").first).to_have_text("You said a.")
+    expect(chat.answers.first.locator("p").first).to_have_text("You said é.")
 
 
 @pytest.mark.parametrize(
@@ -309,9 +313,9 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
         chat.button("Settings").click()
         chat.page.get_by_label("API key").fill("secret")
         chat.page.get_by_label("API key").press("Enter")
-        expect(chat.page.get_by_label("Model")).to_have_value("scripted")
+        expect(chat.page.get_by_label("Model", exact=True)).to_have_value("scripted")
         expect(chat.page.locator("#notice")).to_be_empty()
         chat.page.reload()
-        expect(chat.page.get_by_label("Model")).to_have_value("scripted")
+        expect(chat.page.get_by_label("Model", exact=True)).to_have_value("scripted")
         stored = chat.page.evaluate("JSON.stringify({...localStorage})")
         assert "secret" not in stored

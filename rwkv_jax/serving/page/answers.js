@@ -45,7 +45,8 @@ async function generate(conversation) {
 }
 
 /**
- * Streams an answer; where the server has lost the conversation's state, or has another model now, all of it is sent.
+ * Streams an answer. All of the conversation is sent where the server has lost its state, or has another model now, or
+ * the model's chat template cannot go on from a state.
  * @param {Generation} generation
  */
 async function receive(generation) {
@@ -54,8 +55,9 @@ async function receive(generation) {
   try {
     await receiveTurn(generation, turn);
   } catch (error) {
-    const isLost = error instanceof ServerError && error.param === "state" && turn.state !== conversation.root;
-    if (!isLost || message.content || message.reasoning) throw error;
+    const isOfState = error instanceof ServerError && ["state", "messages"].includes(error.param ?? "");
+    const hasBegun = message.content || message.reasoning;
+    if (!isOfState || hasBegun || !turn.state || turn.state === conversation.root) throw error;
     forgetStates(conversation);
     await receiveTurn(generation, turnOf(conversation, conversation.messages.length - 1));
   }
@@ -66,9 +68,7 @@ async function receive(generation) {
  * @param {ReturnType<typeof turnOf>} turn
  */
 async function receiveTurn({ conversation, message, stopper }, turn) {
-  const probabilities = page.settings.probabilities ? { logprobs: true, top_logprobs: 3 } : {};
-  const model = byId("model", HTMLSelectElement).value;
-  const body = { model, ...turn, ...samplingOf(page.settings.sampling), ...probabilities };
+  const body = { model: byId("model", HTMLSelectElement).value, ...turn, ...requestOf(page.settings) };
   const start = performance.now();
   const timing = { numTokens: null, seconds: 0, firstToken: /** @type {number | null} */ (null) };
   const show = oncePerFrame(() => showProgress(conversation, message));

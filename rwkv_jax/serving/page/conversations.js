@@ -70,13 +70,15 @@ function forkConversation(conversation, end) {
  * The fields of a request for the answer `messages[end]`: a state, and the messages that it has not read.
  * @param {Conversation} conversation
  * @param {number} end
- * @returns {{state?: string, messages: {role: string, content: string}[]}}
+ * @returns {{state?: string, messages: {role: string, content: string, reasoning_content?: string}[]}}
  */
 function turnOf(conversation, end) {
   const before = conversation.messages.slice(0, end);
   const newest = before.findLastIndex((message) => message.state !== null);
   const state = newest < 0 ? conversation.root : before[newest].state;
-  const unread = withoutFailedTurns(before.slice(newest + 1)).map(({ role, content }) => ({ role, content }));
+  const unread = withoutFailedTurns(before.slice(newest + 1)).map(({ role, content, reasoning }) =>
+    reasoning ? { role, content, reasoning_content: reasoning } : { role, content },
+  );
   if (state !== null) return { state, messages: unread };
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return { messages: [...system, ...unread] };
@@ -130,21 +132,48 @@ function titleOf(text) {
  * @param {any} chunk a chat.completion.chunk
  */
 function addChunk(message, chunk) {
-  message.state = chunk.state ?? message.state;
+  message.state = chunk.state?.id ?? message.state;
   const choice = chunk.choices?.[0];
   if (choice) {
     message.reasoning += choice.delta?.reasoning_content ?? "";
     message.content += choice.delta?.content ?? "";
     message.finish = choice.finish_reason ?? message.finish;
-    for (const token of choice.logprobs?.content ?? []) message.tokens.push(tokenOf(token));
+    for (const token of choice.logprobs?.content ?? []) message.tokens.push(tokenOf(token, decoderOf(message)));
   }
 }
 
+/** @type {WeakMap<Message, TextDecoder>} */
+const decoders = new WeakMap();
+
 /**
- * @param {{token: string, logprob: number, top_logprobs?: {token: string, logprob: number}[]}} token
+ * A character may be spread over several tokens; it is the last one's.
+ * @param {Message} message
+ */
+function decoderOf(message) {
+  const decoder = decoders.get(message) ?? new TextDecoder();
+  decoders.set(message, decoder);
+  return decoder;
+}
+
+/**
+ * @param {{token: string, bytes: number[], logprob: number, top_logprobs: {token: string, logprob: number}[]}} token
+ * @param {TextDecoder} decoder
  * @returns {Token}
  */
-function tokenOf({ token, logprob, top_logprobs = [] }) {
+function tokenOf({ token, bytes, logprob, top_logprobs }, decoder) {
+  const text = decoder.decode(Uint8Array.from(bytes), { stream: true });
   const others = top_logprobs.filter((other) => other.token !== token);
-  return { text: token, logprob, alternatives: others.map((other) => ({ text: other.token, logprob: other.logprob })) };
+  return { text, logprob, alternatives: others.map((other) => ({ text: other.token, logprob: other.logprob })) };
+}
+
+/**
+ * The tokens of the answer alone: the server's are those of the whole reply, thinking and its markers among them.
+ * @param {Message} message
+ * @returns {Token[]}
+ */
+function answerTokens({ tokens, reasoning }) {
+  if (!reasoning) return tokens;
+  let text = "";
+  const end = tokens.findIndex((token) => (text += token.text).includes("</think>"));
+  return end < 0 ? [] : tokens.slice(end + 1);
 }

@@ -61,6 +61,12 @@ function connectSettings() {
     show(page.conversation);
   });
   byId("system", HTMLTextAreaElement).addEventListener("change", changeSystem);
+  const thinking = byId("thinking", HTMLSelectElement);
+  thinking.value = page.settings.thinking;
+  thinking.addEventListener("change", () => {
+    page.settings.thinking = thinking.value;
+    saveSettings(page.settings);
+  });
   const key = byId("api-key", HTMLInputElement);
   key.value = apiKey.get();
   key.addEventListener("change", () => {

@@ -51,11 +51,12 @@ class MessageView {
     this.thinking.hidden = !message.reasoning.trim();
     this.summary.textContent = isWriting && !message.content ? "Thinking…" : "Thoughts";
     renderMarkdown(this.thought, message.reasoning);
-    const asTokens = this.tokens !== null && message.tokens.length > 0;
+    const tokens = this.tokens ? answerTokens(message) : [];
+    const asTokens = tokens.length > 0;
     this.text.hidden = asTokens;
     if (message.role === "user") this.text.textContent = message.content;
     else if (!asTokens) renderMarkdown(this.text, message.content);
-    this.tokens?.show(message.tokens);
+    this.tokens?.show(tokens);
     this.error.textContent = message.error;
     this.ending.textContent = endingOf(message);
   }
@@ -122,7 +123,7 @@ class TokenView {
     this.current = i;
     const { text, logprob, alternatives } = this.tokens[i];
     const others = alternatives.map((other) => `${JSON.stringify(other.text)} ${percent(other.logprob)}`).join(", ");
-    this.detail.textContent = `${JSON.stringify(text)} ${percent(logprob)}${others && `; likely, too: ${others}`}`;
+    this.detail.textContent = `${JSON.stringify(text)} ${percent(logprob)}${others && `; instead: ${others}`}`;
   }
 }
 

@@ -20,13 +20,16 @@ function samplingFields() {
 }
 
 /**
- * The request's sampling fields: those that are not empty.
- * @param {Record<string, string>} sampling
- * @returns {Record<string, number | string>}
+ * What the settings add to a request: of the sampling fields, those that are not empty.
+ * @param {Settings} settings
  */
-function samplingOf(sampling) {
+function requestOf({ sampling, thinking, probabilities }) {
   const filled = Object.entries(sampling).filter(([, value]) => value !== "");
-  return Object.fromEntries(filled.map(([name, value]) => [name, name === "order" ? value : Number(value)]));
+  return {
+    ...Object.fromEntries(filled.map(([name, value]) => [name, name === "order" ? value : Number(value)])),
+    ...(thinking ? { chat_template_kwargs: { thinking } } : {}),
+    ...(probabilities ? { logprobs: true, top_logprobs: 3 } : {}),
+  };
 }
 
 /**

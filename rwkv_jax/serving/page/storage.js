@@ -69,6 +69,7 @@ class ConversationStore {
 /**
  * @typedef {{
  *   system: string,
+ *   thinking: string,
  *   sampling: Record<string, string>,
  *   probabilities: boolean,
  *   theme: "" | "dark" | "light",
@@ -79,7 +80,8 @@ class ConversationStore {
 
 /** @returns {Settings} */
 function loadSettings() {
-  const defaults = { system: "", sampling: {}, probabilities: false, theme: /** @type {const} */ (""), current: "" };
+  /** @type {Settings} */
+  const defaults = { system: "", thinking: "", sampling: {}, probabilities: false, theme: "", current: "" };
   try {
     return { ...defaults, ...JSON.parse(localStorage.getItem("rwkv-chat") ?? "{}") };
   } catch {
