@@ -3,8 +3,8 @@
 A slot is one row of every array. Its `logits` follow the last token read, so decoding is: choose a token from them,
 then read it. Every generated token has therefore been read, including the last one and a stop token, so a text can be
 continued after any of them. No shape depends on the length of a text or prompt or on the number of texts, so the number
-of programs is fixed when the engine is built: three that create, fill and copy slots, three prefill shapes, and one
-decode program per batch size (two, if top logprobs are requested).
+of programs is fixed when the engine is built: three that create, fill and copy slots, three prefill shapes, the same
+three that score what they read, and one decode program per batch size (two of all these, if top logprobs are requested).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 from rwkv_jax.autotune import PREFILL_STEPS
+from rwkv_jax.inference.engine.scoring import TokenScores, score_tokens
 from rwkv_jax.inference.sampling.choose import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import with_implementation
@@ -132,6 +133,9 @@ class Programs:
         self.put = jax.jit(self._put, donate_argnums=0, out_shardings=slots_on)
         self.take = jax.jit(self._take, out_shardings=replicated)
         self.prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=slots_on)
+        self.score = jax.jit(
+            self._score, static_argnames="num_top", donate_argnums=1, out_shardings=(slots_on, replicated)
+        )
         self.decode = jax.jit(
             self._decode,
             static_argnames="num_top",
@@ -141,6 +145,9 @@ class Programs:
 
     def _model(self, params: Any) -> LanguageModel:
         return nnx.merge(self.graphdef, params)
+
+    def _prefill_model(self, params: Any, length: int) -> LanguageModel:
+        return nnx.merge(self._prefill_graphdef if length >= PREFILL_STEPS else self.graphdef, params)
 
     def _split_rows(self, tree: Any, mesh: Mesh) -> Any:
         axes = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
@@ -220,17 +227,33 @@ class Programs:
           tokens: int32 [r, T], of which each row's first `lengths` [r] are valid; 0 leaves a slot unchanged.
           wants_logits: whether any row needs its logits now; otherwise none are updated.
         """
-        is_long = tokens.shape[1] >= PREFILL_STEPS
-        model = nnx.merge(self._prefill_graphdef if is_long else self.graphdef, params)
+        model = self._prefill_model(params, tokens.shape[1])
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
         hidden, state = model.hidden(tokens, own.state, lengths=lengths)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        last = _last(hidden, lengths)
         logits = jax.lax.cond(
             wants_logits,
             lambda: jnp.where((lengths > 0)[:, None], model.logits(last).astype(self._logits_dtype), own.logits),
             lambda: own.logits,
         )
         return self._scatter(slots, rows, state=state, logits=logits)
+
+    def _score(
+        self, params: Any, slots: Slots, rows: Array | None, tokens: Array, lengths: Array, *, num_top: int
+    ) -> tuple[Slots, TokenScores]:
+        """Prefills as `_prefill`, and scores every token that it reads.
+
+        Args:
+          num_top: number of most likely tokens to report, at most V; each value compiles a program.
+        """
+        model = self._prefill_model(params, tokens.shape[1])
+        own = self._gather(BurstStart(slots.state, slots.logits), rows)
+        hidden, state = model.hidden(tokens, own.state, lengths=lengths)
+        num_top = min(num_top, self.vocab_size)
+        scores = score_tokens(model.logits, hidden, own.logits, tokens, lengths, num_top)
+        logits = model.logits(_last(hidden, lengths)).astype(self._logits_dtype)
+        logits = jnp.where((lengths > 0)[:, None], logits, own.logits)
+        return self._scatter(slots, rows, state=state, logits=logits), scores
 
     def _decode(
         self,
@@ -306,6 +329,11 @@ class Programs:
             lambda start: start,
             start,
         )
+
+
+def _last(hidden: Array, lengths: Array) -> Array:
+    """[r, C] of hidden [r, T, C]: the last valid one of each row; of an empty row, the first."""
+    return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def _take_rows(rows: Array, axis: int, x: Array) -> Array:

@@ -1,7 +1,8 @@
-"""Normalizes the arguments of `Engine.generate` and `Engine.stream` to one `Request` per text."""
+"""Normalizes the arguments of `Engine.generate`, `Engine.stream` and `Engine.score` to one `Request` per text."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -105,12 +106,13 @@ def build_requests(
     stop, stop_ids, negative = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("negative_prompt", None)
     strings = (stop,) if isinstance(stop, str) else _converted(tuple, "stop", stop)
     ends = _converted(frozenset, "stop_ids", [end_of_text] if stop_ids is None else stop_ids)
-    negative_ids = () if negative is None else _ids("negative_prompt", negative, encode, begins=True)
+    begin, go_on = (functools.partial(encode, begins=begins) for begins in (True, False))
+    negative_ids = () if negative is None else _ids("negative_prompt", negative, begin)
     requests = []
     for i, prompt in enumerate(each):
         # After a state the prompt may be empty.
         is_nothing = state is not None and isinstance(prompt, str) and not prompt
-        ids = () if is_nothing else _ids(f"prompt {i}", prompt, encode, begins=state is None)
+        ids = () if is_nothing else _ids(f"prompt {i}", prompt, begin if state is None else go_on)
         for seed in seeds[i * copies : (i + 1) * copies]:
             requests.append(
                 Request(
@@ -127,6 +129,65 @@ def build_requests(
     return requests
 
 
+def build_score_requests(
+    encode: Callable[..., list[int]], end_of_text: int, contexts: Any, continuations: Any, **given: Any
+) -> list[Request]:
+    """One request per context, whose `scored_ids` are its continuation, or all of it if there are no continuations.
+
+    A context that is a text begins after the end-of-text token, and so does one without ids. Context and continuation,
+    both texts, are encoded together if that begins with the context's own ids, as lm-eval does, else each by itself.
+
+    Args:
+      encode: encode(text, begins=) -> ids.
+      given: other fields of the requests.
+
+    Raises:
+      ConfigError: neither texts nor token ids, not as many continuations as contexts, or nothing to score.
+    """
+    encode = functools.partial(encode, begins=False)
+    befores = _each_of("contexts", contexts)
+    if continuations is None:
+        pairs = [((end_of_text,), _scored_ids(f"context {i}", text, encode)) for i, text in enumerate(befores)]
+    else:
+        afters = _each_of("continuations", continuations)
+        if is_one(contexts) != is_one(continuations) or len(befores) != len(afters):
+            raise ConfigError(
+                f"continuations: {len(afters)} for {len(befores)} contexts; give one for one, or a list of as many"
+            )
+        pairs = [_pair(i, *both, encode, end_of_text) for i, both in enumerate(zip(befores, afters, strict=True))]
+    return [Request(ids, max_tokens=0, scored_ids=scored, **given) for ids, scored in pairs]
+
+
+def _each_of(name: str, texts: Any) -> list[Any]:
+    texts = np.asarray(texts) if isinstance(texts, jax.Array) else texts
+    each = [texts] if is_one(texts) else list(texts)
+    if not each:
+        raise ConfigError(f"{name}: there are none; give at least one")
+    return each
+
+
+def _pair(
+    index: int, context: Any, continuation: Any, encode: Callable[[str], list[int]], end_of_text: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of a context, and of its continuation."""
+    scored = _scored_ids(f"continuation {index}", continuation, encode)
+    if not isinstance(context, str):
+        return _ids(f"context {index}", context, encode) or (end_of_text,), scored
+    before = tuple(encode(context)) if context else ()
+    if isinstance(continuation, str):
+        together = tuple(encode(context + continuation))
+        if len(together) > len(before) and together[: len(before)] == before:
+            scored = together[len(before) :]
+    return (end_of_text, *before), scored
+
+
+def _scored_ids(name: str, text: Any, encode: Callable[[str], list[int]]) -> tuple[int, ...]:
+    ids = () if isinstance(text, str) and not text else _ids(name, text, encode)
+    if not ids:
+        raise ConfigError(f"{name} = {shown(text)}: is empty; give at least one token to score")
+    return ids
+
+
 def _seeds(seed: Any, count: int, copies: int) -> list[int]:
     """Of one number on, or of a number for each prompt on."""
     if is_whole(seed):
@@ -138,9 +199,9 @@ def _seeds(seed: Any, count: int, copies: int) -> list[int]:
     return [int(first) + copy for first in firsts for copy in range(copies)]
 
 
-def _ids(name: str, prompt: Any, encode: Callable[..., list[int]], *, begins: bool) -> tuple[int, ...]:
+def _ids(name: str, prompt: Any, encode: Callable[[str], list[int]]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return tuple(encode(prompt, begins=begins))
+        return tuple(encode(prompt))
     if isinstance(prompt, bytes | bytearray | memoryview | set | frozenset | Mapping):
         raise ConfigError(f"{name} = {shown(prompt)}: must be a text, or a sequence of token ids")
     return _converted(tuple, name, prompt)

@@ -62,6 +62,8 @@ class Request:
     """Whether the final state is needed. Such a text runs at most one burst ahead of its consumer."""
     client_id: str = ""
     """The client: clients' queues take turns."""
+    scored_ids: tuple[int, ...] = ()
+    """Given tokens behind the prompt, to be scored; nothing is generated then."""
 
     def check(self, vocab_size: int, capacity: int | None, *, name: str = "prompt") -> None:
         """Checks the request.
@@ -85,12 +87,13 @@ class Request:
             raise ConfigError(f"{name}: is empty; give at least one token (the end-of-text id begins a text)")
         if not self.ids and self.max_tokens == 0:
             raise ConfigError(f"{name}: is empty, and no tokens are asked for; give tokens to read")
-        for whose, ids in ((name, self.ids), ("stop_ids", self.stop_ids), ("negative_prompt", self.negative_ids)):
+        named = ((name, self.ids), ("continuation", self.scored_ids), ("stop_ids", self.stop_ids))
+        for whose, ids in (*named, ("negative_prompt", self.negative_ids)):
             _check_ids(whose, ids, vocab_size)
         check_stop_strings(self.stop)
         self._check_guidance()
         self.sampling.check_ids(vocab_size)
-        longest = max(before + len(self.ids), len(self.negative_ids)) + self.max_tokens
+        longest = max(before + len(self.ids) + len(self.scored_ids), len(self.negative_ids)) + self.max_tokens
         if capacity is not None and longest > capacity:
             raise ConfigError(
                 f"max_tokens = {self.max_tokens} after {longest - self.max_tokens} tokens: this model's state holds "
