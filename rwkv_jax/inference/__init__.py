@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine.options import EngineOptions
     from rwkv_jax.inference.engine.requests import Chunk, Completion, QueueFullError
     from rwkv_jax.inference.engine.scheduler import NotFiniteError
+    from rwkv_jax.inference.engine.scoring import Score
     from rwkv_jax.inference.engine.stream import Stream
     from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.inference.state.session import Session, SessionBusyError, SessionCancelledError
@@ -45,6 +46,7 @@ __all__ = [
     "Reply",
     "ReplyParser",
     "SamplingParams",
+    "Score",
     "Session",
     "SessionBusyError",
     "SessionCancelledError",
@@ -69,6 +71,7 @@ __getattr__, __dir__ = lazy_names(
         "engine.requests": ("Chunk", "Completion", "QueueFullError"),
         "sampling.params": ("SamplingParams",),
         "engine.scheduler": ("NotFiniteError",),
+        "engine.scoring": ("Score",),
         "state.session": ("Session", "SessionBusyError", "SessionCancelledError"),
         "state.snapshot": ("Snapshot", "StateError"),
         "engine.stream": ("Stream",),

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.inference import Engine, NotFiniteError, Score
 from rwkv_jax.inference.engine import scoring
 from rwkv_jax.inference.engine.prompts import build_score_requests
-from tests.inference.models import log_softmax
+from tests.inference.models import (
+    CONFIGS,
+    GREEDY,
+    IDS,
+    LONG_IDS,
+    VOCAB_SIZE,
+    log_softmax,
+    prompts,
+    quick_engine,
+    random_model,
+    whole_logits,
+)
+
+CONFIG = CONFIGS["7"]
 
 # The device's part
 
@@ -90,3 +106,120 @@ def test_a_pair_is_encoded_together_where_the_context_stays(
 def test_what_cannot_be_scored_is_refused(contexts: Any, continuations: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_score_requests(encode, 0, contexts, continuations)
+
+
+# The engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with quick_engine(random_model(CONFIG)) as engine:
+        yield engine
+
+
+def expected_logprobs(config: ModelConfig, ids: Sequence[int], num_scored: int, room: int = 64) -> np.ndarray:
+    """[num_scored, V] before each of the last tokens."""
+    return log_softmax(whole_logits(config, ids, room=room)[-num_scored - 1 : -1])
+
+
+def assert_scores(score: Score, expected: np.ndarray, ids: Sequence[int], bound: float) -> None:
+    assert score.ids == tuple(ids)
+    own = expected[np.arange(len(ids)), list(ids)]
+    np.testing.assert_allclose(score.token_logprobs, own, rtol=0, atol=bound)
+    assert score.logprob == pytest.approx(own.sum(), rel=0, abs=len(ids) * bound)
+    assert score.is_argmax == tuple(expected.argmax(axis=-1) == ids)
+    assert score.is_greedy == all(score.is_argmax)
+
+
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name == "7" else pytest.mark.long) for name in CONFIGS]
+)
+def test_scores_are_those_of_one_parallel_pass(float64: None, generation: str) -> None:
+    """Pieces alone and in a batch, and the first token after a context: to the last bits of float64."""
+    config = dataclasses.replace(CONFIGS[generation], dtype="float64")
+    # Pieces of two lengths are held against the parallel pass further below.
+    with quick_engine(random_model(config), prefill_length=8, short_prefill_length=8) as engine:
+        texts = [*prompts(1, 5), LONG_IDS]
+        sizes = [max(1, len(ids) // 2) for ids in texts]
+        for ids, score in zip(texts, engine.score(texts), strict=True):
+            assert_scores(score, expected_logprobs(config, (0, *ids), len(ids)), ids, 1e-11)
+        contexts = [ids[: len(ids) - size] for ids, size in zip(texts, sizes, strict=True)]
+        continuations = [ids[len(ids) - size :] for ids, size in zip(texts, sizes, strict=True)]
+        for context, ids, score in zip(contexts, continuations, engine.score(contexts, continuations), strict=True):
+            assert_scores(score, expected_logprobs(config, (*(context or (0,)), *ids), len(ids)), ids, 1e-11)
+            assert score.top == ()
+
+
+def test_a_sum_of_512_in_float32(engine: Engine) -> None:
+    (ids,) = prompts(2, 1, 1)
+    ids = ids + tuple(np.random.default_rng(2).integers(1, VOCAB_SIZE, 511).tolist())
+    (score,) = engine.score([ids], top_logprobs=3)
+    expected = expected_logprobs(CONFIG, (0, *ids), 512, room=520)
+    assert_scores(score, expected, ids, 2e-5)
+    assert score.logprob == pytest.approx(expected[np.arange(512), list(ids)].sum(), rel=0, abs=1e-4)
+
+
+def test_greedy_text_is_greedy(engine: Engine) -> None:
+    completion = engine.generate(IDS, max_tokens=20, sampling=GREEDY, stop_ids=(), top_logprobs=3)
+    (score,) = engine.score([IDS], [completion.ids], top_logprobs=3)
+    assert score.is_greedy
+    np.testing.assert_allclose(score.token_logprobs, completion.logprobs, atol=1e-5)
+    assert [[token for token, _ in top] for top in score.top] == [
+        [token for token, _ in top] for top in completion.top_logprobs
+    ]
+    (other,) = engine.score([IDS], [(*completion.ids[:-1], completion.ids[-1] ^ 1)], top_logprobs=3)
+    assert not other.is_greedy
+    assert other.is_argmax == (*[True] * 19, False)
+
+
+def test_a_context_is_read_once(engine: Engine) -> None:
+    context = tuple(range(100, 140))
+    before = engine.stats()
+    first, *others = engine.score([context] * 6, [(token, 5) for token in range(6)], top_logprobs=3)
+    after = engine.stats()
+    assert after.prompt_tokens - before.prompt_tokens == len(context) + 6 * 2
+    assert after.cached_tokens - before.cached_tokens == 5 * len(context)
+    (again,) = engine.score([context], [(0, 5)], top_logprobs=3)
+    np.testing.assert_allclose(again.token_logprobs, first.token_logprobs, atol=1e-5)
+    assert len({score.token_logprobs[0] for score in (first, *others)}) == 6
+    # What was scored is no prompt: only the context is kept.
+    assert engine.stats().cached_tokens - after.cached_tokens == len(context)
+
+
+def test_scores_among_other_texts(engine: Engine) -> None:
+    """More than there are slots, beside a stream that goes on."""
+    texts = list(prompts(7, 12))
+    alone = [engine.score([ids], top_logprobs=3)[0] for ids in texts]
+    with engine.stream("Hello", max_tokens=64, stop_ids=(), top_logprobs=3, client_id="other") as stream:
+        next(stream)
+        together = engine.score(texts, top_logprobs=3, client_id="scores")
+        assert len(list(stream)) == 63
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other.token_logprobs, one.token_logprobs, atol=1e-5)
+
+
+def test_a_broken_state_has_no_scores() -> None:
+    with quick_engine(random_model(CONFIG)) as engine:
+        snapshot = engine.prefill(None, IDS)
+        assert engine.prefix_cache is not None
+        context = tuple(range(50, 70))
+        broken = dataclasses.replace(snapshot, logits=snapshot.logits * np.nan, num_tokens=len(context))
+        engine.prefix_cache.put(context, broken)
+        with pytest.raises(NotFiniteError):
+            engine.score([context, IDS], [IDS, IDS], top_logprobs=3)
+        assert len(engine.score([IDS], top_logprobs=3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"contexts": [(1, 256)]}, "continuation: token id 256"),
+        ({"contexts": [(1, -1)], "continuations": [(3,)]}, "context 0: token id -1"),
+        ({"contexts": "a", "top_logprobs": 21}, "top_logprobs = 21"),
+        ({"contexts": "a", "client_id": 3}, "client_id = 3"),
+        ({"contexts": "\ud800"}, "not UTF-8"),
+    ],
+)
+def test_bad_values_are_refused(engine: Engine, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.score(**arguments)

@@ -15,7 +15,7 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.engine.job import Job, PrefillCursor, TokenTables
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.programs import SlotState
-from rwkv_jax.inference.engine.prompts import build_requests
+from rwkv_jax.inference.engine.prompts import build_requests, build_score_requests
 from rwkv_jax.inference.engine.requests import Request
 from rwkv_jax.inference.engine.text import TextStream
 from rwkv_jax.inference.sampling.choose import bias_array, initial_occurrences, occurrence_weights
@@ -59,6 +59,14 @@ class Admission:
                 )
         return requests
 
+    def score_requests(self, contexts: Any, continuations: Any, **given: Any) -> list[Request]:
+        """Checked requests to score; arguments and errors as those of `build_score_requests`."""
+        end_of_text = self._tokenizer.end_of_text
+        requests = build_score_requests(self.encode, end_of_text, contexts, continuations, **given)
+        for i, request in enumerate(requests):
+            request.check(self._config.vocab_size, self._capacity, name=f"context {i}")
+        return requests
+
     def encode(self, text: str, *, begins: bool) -> list[int]:
         """Ids of a text, after the end-of-text token if `begins`.
 
@@ -80,6 +88,8 @@ class Admission:
     def _job(self, request: Request, index: int, news: News, max_pending_chunks: int | None) -> Job:
         texts = [request.ids, request.negative_ids] if request.negative_ids else [request.ids]
         cursors = [PrefillCursor(tuple(map(int, ids))) for ids in texts]
+        if scored := request.scored_ids:
+            cursors = [PrefillCursor((*cursors[0].ids, *map(int, scored)), num_scored=len(scored))]
         tables, text = functools.partial(self._tables, request), TextStream(self._tokenizer, request.stop)
         return Job(request, index, cursors, tables, text, news, max_pending_chunks)
 

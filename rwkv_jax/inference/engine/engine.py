@@ -30,6 +30,7 @@ from rwkv_jax.inference.engine.programs import Programs
 from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, is_one
 from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, Request, join
 from rwkv_jax.inference.engine.scheduler import Scheduler
+from rwkv_jax.inference.engine.scoring import Score
 from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
@@ -216,7 +217,8 @@ class Engine:
                     "best_of and further prompts out"
                 )
             return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
-        completions = self._run(self._requests(prompts, best_of, arguments))
+        ended = self._run(self._requests(prompts, best_of, arguments))
+        completions = [join(chunks, i, *stream.num_prompt_tokens) for i, (stream, chunks) in enumerate(ended)]
         best = [
             dataclasses.replace(
                 max(completions[i : i + best_of], key=lambda completion: completion.score),
@@ -269,6 +271,37 @@ class Engine:
             pass
         assert stream.snapshot is not None
         return stream.snapshot
+
+    def score(
+        self,
+        contexts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt] | None = None,
+        *,
+        top_logprobs: int = 0,
+        client_id: str = "",
+    ) -> list[Score]:
+        """Log-probabilities of given tokens: of the continuation after each context, or of whole texts.
+
+        Args:
+          contexts: one or several, of any lengths, as prompts in `generate`; an empty one is the start of a text. Their
+            states are kept in the prefix cache as those of prompts are.
+          continuations: one for each context, at least a token each. Two texts are encoded together if that begins with
+            the context's own ids, else each by itself; ids are used unchanged. None scores all of each context, behind
+            the end-of-text token.
+          top_logprobs: number of most likely tokens to report for each, at most 20 and at most V.
+          client_id: as in `stream`.
+
+        Returns:
+          A list even for one context, in their order.
+
+        Raises:
+          ConfigError: an invalid value; nothing has been run then.
+          QueueFullError: there is no room before others collect what they have asked for.
+          NotFiniteError: the model's logits are not finite.
+        """
+        given = {"top_logprobs": top_logprobs, "client_id": client_id}
+        requests = self._admission.score_requests(contexts, continuations, **given)
+        return [stream.score for stream, _ in self._run(requests)]
 
     # Conversations.
 
@@ -343,13 +376,13 @@ class Engine:
             return []
         return [Stream(own, each, self._driver) for own, each in zip(jobs, news, strict=True)]
 
-    def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs texts to completion. Queues only as many as may start soon, to leave room for others."""
-        completions: list[Completion] = []
+    def _run(self, requests: Sequence[Request]) -> list[tuple[Stream, list[Chunk]]]:
+        """Runs texts to their ends. Queues only as many as may start soon, to leave room for others."""
+        ended: list[tuple[Stream, list[Chunk]]] = []
         running: collections.deque[tuple[Stream, list[Chunk]]] = collections.deque()
         num_sent = 0
         try:
-            while len(completions) < len(requests):
+            while len(ended) < len(requests):
                 num_waiting = sum(not stream.has_begun for stream, _ in running)
                 soon = requests[num_sent : num_sent + self.options.num_slots - num_waiting]
                 streams = self._try_streams(soon) if soon else []
@@ -362,13 +395,11 @@ class Engine:
                 if (chunk := next(stream, None)) is not None:
                     chunks.append(chunk)
                 else:
-                    running.popleft()
-                    index = len(completions)
-                    completions.append(join(chunks, index, len(requests[index].ids)))
+                    ended.append(running.popleft())
         finally:
             for stream, _ in running:
                 stream.cancel()
-        return completions
+        return ended
 
 
 def make_scheduler(

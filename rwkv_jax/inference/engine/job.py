@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.programs import DecodeParams, SlotState
 from rwkv_jax.inference.engine.requests import Chunk, FinishReason, Request
+from rwkv_jax.inference.engine.scoring import TokenScores
 from rwkv_jax.inference.engine.text import TextStream
 from rwkv_jax.inference.sampling.choose import stack_settings
 from rwkv_jax.inference.sampling.params import SamplingParams
@@ -25,6 +27,8 @@ class PrefillCursor:
 
     ids: tuple[int, ...]
     """Tokens to prefill."""
+    num_scored: int = 0
+    """Of these, at their end, tokens that are scored while they are read."""
     saved: SlotState | None = None
     """The slot's content when it was swapped out; None otherwise."""
     num_prefilled: int = 0
@@ -35,10 +39,20 @@ class PrefillCursor:
     """Number of `ids` shared with another known prompt: the state there is worth caching."""
 
     @property
+    def prompt_length(self) -> int:
+        """Number of `ids` that are not scored."""
+        return len(self.ids) - self.num_scored
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the next token is scored."""
+        return self.num_scored > 0 and self.num_prefilled >= self.prompt_length
+
+    @property
     def next_remaining(self) -> int:
-        """Tokens left until the next state to cache, or the end."""
-        end = self.shared_prefix_length if self.num_prefilled < self.shared_prefix_length else len(self.ids)
-        return end - self.num_prefilled
+        """Tokens left until the next state to cache, the first scored token, or the end."""
+        ends = (self.shared_prefix_length, self.prompt_length, len(self.ids))
+        return next((end for end in ends if end > self.num_prefilled), len(self.ids)) - self.num_prefilled
 
     @property
     def remaining(self) -> int:
@@ -82,6 +96,8 @@ class Job:
     """A job in prefill whose prompt is a prefix of this one's."""
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque)
     """Chunks generated and not yet collected."""
+    scores: list[TokenScores] = dataclasses.field(default_factory=list)
+    """Of its scored tokens, piece by piece, each without a row axis."""
     num_cached: int = 0
     """Prompt tokens that the prefix cache spared it."""
     num_generated: int = 0
@@ -107,6 +123,11 @@ class Job:
         return any(cursor.remaining for cursor in self.cursors)
 
     @property
+    def is_only_scored(self) -> bool:
+        """Whether all was read to be scored, so that it needs no slot any more."""
+        return bool(self.request.scored_ids) and not self.is_prefilling
+
+    @property
     def slots(self) -> list[int]:
         """The slots it holds."""
         return [cursor.slot for cursor in self.cursors if cursor.slot is not None]
@@ -114,7 +135,7 @@ class Job:
     @property
     def has_begun(self) -> bool:
         """Whether it has left the queue before."""
-        return self.is_done or bool(self.slots) or self.num_generated > 0
+        return self.is_done or bool(self.slots) or self.num_generated > 0 or self.is_only_scored
 
     @property
     def is_paused(self) -> bool:
@@ -162,6 +183,14 @@ class Job:
         self.error, self.is_done = error, True
         self.news.announce()
 
+    def add_scores(self, scores: TokenScores) -> bool:
+        """Appends the scores of a piece; whether it was the last one, which ends it."""
+        self.scores.append(scores)
+        if sum(len(part.logprobs) for part in self.scores) < len(self.request.scored_ids):
+            return False
+        self.end_after_prefill()
+        return True
+
     def end_after_prefill(self) -> None:
         """Ends a text that only needed prefill."""
         self._end("length", None, "")
@@ -177,6 +206,21 @@ class Job:
     ) -> None:
         self.finish_reason = reason
         self.chunks.append(Chunk(self.index, text, ids, logprobs, top, reason, stop))
+
+
+class UnreadScores(NamedTuple):
+    """Scores of a call that the device may not have computed yet."""
+
+    scores: TokenScores
+    pieces: Sequence[tuple[Job, int, int]]
+    """Job, row and number of tokens of each piece."""
+
+    def read(self) -> Iterator[tuple[Job, TokenScores]]:
+        """Waits for the scores; those of each job, without a row axis."""
+        scores: TokenScores = jax.device_get(self.scores)
+        for job, row, size in self.pieces:
+            top = job.request.top_logprobs
+            yield job, TokenScores(*(x[row, :size, :top] if x.ndim == 3 else x[row, :size] for x in scores))
 
 
 def decode_params(

@@ -4,7 +4,7 @@ A slot is one row of every array. Its `logits` follow the last token read, so de
 then read it. Every generated token has therefore been read, including the last one and a stop token, so a text can be
 continued after any of them. No shape depends on the length of a text or prompt or on the number of texts, so the number
 of programs is fixed when the engine is built: three that create, fill and copy slots, three prefill shapes, the same
-three that score what they read, and one decode program per batch size (two of all these, if top logprobs are requested).
+three for texts that are scored, and one decode program per batch size (two of both, if top logprobs are requested).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rwkv_jax.inference.engine.fair_queue import FairQueue
-from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables
+from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, UnreadScores
 from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
@@ -26,6 +26,9 @@ _MAX_SHORT_CALLS = 4
 
 _MIN_SHARE = 1 / 4
 """Minimum share of used rows in a batched prefill, since padding takes as long."""
+
+
+_NOT_FINITE = "the model's logits are not finite: its weights are broken, or the state from which this text went on"
 
 
 class NotFiniteError(FloatingPointError):
@@ -57,6 +60,7 @@ class Scheduler:
         self._prefilling: collections.deque[Job] = collections.deque()
         self._decoding: list[Job] = []
         self._swapped_out: list[Job] = []  # paused and without slots
+        self._unread: collections.deque[UnreadScores] = collections.deque()
         self.counts: collections.Counter[str] = collections.Counter(
             prompt_tokens=0, cached_tokens=0, prefix_hits=0, prefix_misses=0, generated_tokens=0
         )
@@ -112,7 +116,7 @@ class Scheduler:
         elif job.slots:
             self._save_state(job)
             self._release(job)
-        else:
+        elif not job.is_only_scored:
             self._queue.remove(job)
         job.end()
 
@@ -150,17 +154,22 @@ class Scheduler:
             if self.num_queued:
                 self.slots.repair()
             admitted = self._admit_queued()
+            num_unread = len(self._unread)
             prefilled = self._prefill()
-            return self._decode() or prefilled or admitted
+            decoded = self._decode()
+            # Those of this step are read in the next one, so that the device need not wait for us.
+            for _ in range(num_unread):
+                self._read_scores(self._unread.popleft())
+            return decoded or prefilled or admitted or num_unread > 0
         except BaseException as error:
             self._fail(error)
             return True
 
     def close(self, error: Exception) -> None:
         """Ends all jobs with an error and frees the slots."""
-        for job in [*self._prefilling, *self._decoding, *self._swapped_out, *self._queue]:
+        for job in [*self._prefilling, *self._decoding, *self._swapped_out, *self._queue, *self._only_scored]:
             job.end(error)
-        for jobs in (self._prefilling, self._decoding, self._swapped_out):
+        for jobs in (self._prefilling, self._decoding, self._swapped_out, self._unread):
             jobs.clear()
         self._queue = FairQueue()
         self.slots.release()
@@ -189,13 +198,16 @@ class Scheduler:
         """Whether another job's prompt that is a prefix of this one's is in prefill and will be cached."""
         if self._prefix_cache is None or job.request.state is not None or job.num_generated:
             return False
-        if job.waits_for not in self._prefilling:  # compare prompts once, not in every step
+        waits_for = job.waits_for
+        # Prompts are compared once, not in every step.
+        if waits_for not in self._prefilling or waits_for.cursors[0].is_scoring:
             ids = job.request.ids
             job.waits_for = next(
                 (
                     other
                     for other in self._prefilling
                     if other.request.state is None
+                    and not other.cursors[0].is_scoring
                     and self._min_prefix_tokens <= len(other.request.ids) <= len(ids)
                     and ids[: len(other.request.ids)] == other.request.ids
                 ),
@@ -227,20 +239,23 @@ class Scheduler:
         if state is not None:
             return SlotState(state.state, state.logits, tables.occurrences)
         if self._prefix_cache is not None:
-            found = self._prefix_cache.lookup(cursor.ids)
+            prompt = cursor.ids[: cursor.prompt_length]
+            found = self._prefix_cache.lookup(prompt)
             if found is not None and found[1].owner == self.slots.owner:
                 cursor.num_prefilled, prefix = found
                 job.num_cached = cursor.num_prefilled
                 self.counts.update(cached_tokens=job.num_cached, prefix_hits=1)
                 return SlotState(prefix.state, prefix.logits, tables.occurrences)
             self.counts["prefix_misses"] += 1
-            shared = self._prefix_cache.shared_prefix_length(cursor.ids)
+            shared = self._prefix_cache.shared_prefix_length(prompt)
             cursor.shared_prefix_length = shared if shared >= self._min_prefix_tokens else 0
         return SlotState(self.slots.empty_row.state, self.slots.empty_row.logits, tables.occurrences)
 
     def _start_decoding(self, job: Job) -> None:
         self._prefilling.remove(job)
-        if job.request.max_tokens == 0:
+        if job.is_only_scored:
+            self._release(job)
+        elif job.request.max_tokens == 0:
             job.end_after_prefill()
             self._save_state(job)
             self._finish(job)
@@ -277,12 +292,12 @@ class Scheduler:
             for job in self._queue:
                 job.end(reason)
             self._queue = FairQueue()
-        for job in [*self._prefilling, *self._decoding]:
+        for job in [*self._prefilling, *self._decoding, *self._only_scored]:
             for cursor in job.cursors:
                 cursor.slot = None
             job.end(reason)
-        self._prefilling.clear()
-        self._decoding.clear()
+        for jobs in (self._prefilling, self._decoding, self._unread):
+            jobs.clear()
         self.slots.is_broken = True
 
     # States of finished texts.
@@ -314,22 +329,34 @@ class Scheduler:
             self._prefill_rows([(cursors[0], min(length, shapes.long))], shapes.long, alone=True)
         else:
             short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]
-            pieces = [(cursor, min(cursor.next_remaining, shapes.short)) for cursor in short]
-            while pieces:
-                alone = not shapes.always_batched and len(pieces) <= max(1, _MIN_SHARE * shapes.short_rows)
-                count = 1 if alone else shapes.short_rows
-                self._prefill_rows(pieces[:count], shapes.short, alone=alone)
-                pieces = pieces[count:]
+            prompts = [cursor for cursor in short if not cursor.is_scoring]
+            scored = [cursor for cursor in short if cursor.is_scoring]
+            for own in (prompts, scored):
+                pieces = [(cursor, min(cursor.next_remaining, shapes.short)) for cursor in own]
+                while pieces:
+                    alone = not shapes.always_batched and len(pieces) <= max(1, _MIN_SHARE * shapes.short_rows)
+                    count = 1 if alone else shapes.short_rows
+                    self._prefill_rows(pieces[:count], shapes.short, alone=alone)
+                    pieces = pieces[count:]
         self._prefilling.rotate(-1)
         for job in [job for job in self._prefilling if not job.is_prefilling]:
             self._start_decoding(job)
         return True
 
     def _prefill_rows(self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool) -> None:
-        to_cache = [cursor for cursor, size in pieces if self._is_worth_caching(cursor, size)]
-        wants_logits = bool(to_cache) or any(cursor.remaining == size for cursor, size in pieces)
-        self.slots.prefill(pieces, length, alone=alone, wants_logits=wants_logits)
+        """Prefills pieces of prompts, or scores pieces that are all scored."""
         self.counts["prompt_tokens"] += sum(size for _, size in pieces)
+        if pieces[0][0].is_scoring:
+            jobs = [next(job for job in self._prefilling if cursor in job.cursors) for cursor, _ in pieces]
+            num_top = MAX_TOP_LOGPROBS if any(job.request.top_logprobs for job in jobs) else 0
+            scores, rows = self.slots.score(pieces, length, alone=alone, num_top=num_top)
+            self._unread.append(UnreadScores(scores, list(zip(jobs, rows, (size for _, size in pieces), strict=True))))
+            return
+        to_cache = [cursor for cursor, size in pieces if self._is_worth_caching(cursor, size)]
+        wants_logits = bool(to_cache) or any(
+            cursor.num_prefilled + size == cursor.prompt_length for cursor, size in pieces
+        )
+        self.slots.prefill(pieces, length, alone=alone, wants_logits=wants_logits)
         for cursor in to_cache:
             assert self._prefix_cache is not None
             assert cursor.slot is not None
@@ -343,7 +370,23 @@ class Scheduler:
         ):
             return False
         end = cursor.num_prefilled + size
-        return end >= self._min_prefix_tokens and end in (len(cursor.ids), cursor.shared_prefix_length)
+        return end >= self._min_prefix_tokens and end in (cursor.prompt_length, cursor.shared_prefix_length)
+
+    @property
+    def _only_scored(self) -> list[Job]:
+        """Jobs without a slot whose last scores are not read yet."""
+        jobs = [job for unread in self._unread for job, *_ in unread.pieces]
+        return [job for job in jobs if job.is_only_scored and not job.is_done]
+
+    def _read_scores(self, unread: UnreadScores) -> None:
+        """Waits for the scores of a call, and ends the texts of which they were the last."""
+        for job, scores in unread.read():
+            if job.is_done:
+                continue
+            if np.isnan(scores.logprobs).any():
+                self._finish(job, NotFiniteError(_NOT_FINITE))
+            elif job.add_scores(scores):
+                job.end()
 
     # Decode.
 
@@ -363,10 +406,7 @@ class Scheduler:
         self.counts["generated_tokens"] += size
         logprobs = burst.logprobs[:size, row]
         if np.isnan(logprobs).any():
-            broken = (
-                "the model's logits are not finite: its weights are broken, or the state from which this text went on"
-            )
-            self._finish(job, NotFiniteError(broken))
+            self._finish(job, NotFiniteError(_NOT_FINITE))
             return
         num_top = job.request.top_logprobs
         ids, values = (x[:size, row, :num_top].tolist() for x in (burst.top_tokens, burst.top_logprobs))

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_jax.inference.engine.job import Job, PrefillCursor, decode_params
 from rwkv_jax.inference.engine.programs import DecodeBurst, Programs, SlotState, pad
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
+from rwkv_jax.inference.engine.scoring import TokenScores
 from rwkv_jax.inference.state.snapshot import Snapshot
 
 
@@ -104,21 +106,46 @@ class SlotArrays:
           length: `long` or `short` of the shapes.
           wants_logits: whether any of them needs its logits now.
         """
-        num_rows = 1 if alone else self._shapes.short_rows
-        slots = [cursor.slot for cursor, _ in pieces]
-        rows = None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
-        tokens = np.zeros((num_rows, length), np.int32)
-        lengths = np.zeros(num_rows, np.int32)
-        for i, (cursor, size) in enumerate(pieces):
-            assert cursor.slot is not None
-            row = cursor.slot if rows is None else i
-            tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
-            lengths[row] = size
+        rows, tokens, lengths, _ = self._rows(pieces, length, alone=alone)
         self._slots = self._programs.prefill(
             self._programs.params, self._slots, rows, tokens, lengths, np.bool_(wants_logits)
         )
         for cursor, size in pieces:
             cursor.num_prefilled += size
+
+    def score(
+        self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool, num_top: int
+    ) -> tuple[TokenScores, list[int]]:
+        """Prefills as `prefill`, and scores all that is read.
+
+        Returns:
+          Scores, on the device, and the row of each piece in them.
+        """
+        rows, tokens, lengths, row_of_piece = self._rows(pieces, length, alone=alone)
+        self._slots, scores = self._programs.score(
+            self._programs.params, self._slots, rows, tokens, lengths, num_top=num_top
+        )
+        for cursor, size in pieces:
+            cursor.num_prefilled += size
+        return scores, row_of_piece
+
+    def _rows(
+        self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool
+    ) -> tuple[NDArray[np.int32] | None, NDArray[np.int32], NDArray[np.int32], list[int]]:
+        """Slots, tokens and lengths of the rows of a prefill, and the row of each piece."""
+        num_rows = 1 if alone else self._shapes.short_rows
+        slots = [cursor.slot for cursor, _ in pieces]
+        rows = None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
+        tokens = np.zeros((num_rows, length), np.int32)
+        lengths = np.zeros(num_rows, np.int32)
+        row_of_piece = []
+        for i, (cursor, size) in enumerate(pieces):
+            assert cursor.slot is not None
+            row = cursor.slot if rows is None else i
+            row_of_piece.append(row)
+            tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
+            lengths[row] = size
+        return rows, tokens, lengths, row_of_piece
 
     def prefilled(self, snapshot: Snapshot, ids: Sequence[int], lender: Job | None) -> Snapshot:
         """The state after some more tokens, which are prefilled in a free slot, or in one borrowed from a text.

@@ -12,6 +12,7 @@ from rwkv_jax.inference.engine.driver import Driver
 from rwkv_jax.inference.engine.job import Job
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.requests import Chunk
+from rwkv_jax.inference.engine.scoring import Score, join_scores
 from rwkv_jax.inference.state.snapshot import Snapshot
 
 
@@ -110,6 +111,12 @@ class Stream:
     def num_cached_tokens(self) -> tuple[int, ...]:
         """Of these, tokens whose state was in the prefix cache; known with the first chunk."""
         return tuple(job.num_cached for job in self._jobs)
+
+    @property
+    def score(self) -> Score:
+        """The scores of its one text, which was only to be scored and has ended."""
+        (job,) = self._jobs
+        return join_scores(job.request.scored_ids, job.scores)
 
     @property
     def snapshot(self) -> Snapshot | None:
