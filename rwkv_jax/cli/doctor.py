@@ -28,6 +28,7 @@ OPTIONAL = {
     "pyrwkv-tokenizer": "the tokenizer of World models",
     "tokenizers": "tokenizer.json of Hugging Face",
     "jinja2": "chat templates that come with a tokenizer",
+    "llguidance": "texts that match a JSON schema, a regular expression or a grammar",
     "pyarrow": ".parquet, .arrow and .feather files",
     "tensorboardX": "TensorBoard logs",
     "wandb": "Weights & Biases logs",

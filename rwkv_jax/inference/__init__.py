@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine.scheduler import NotFiniteError
     from rwkv_jax.inference.engine.scoring import Score
     from rwkv_jax.inference.engine.stream import Stream
+    from rwkv_jax.inference.sampling.grammar import Grammar, GrammarError
     from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.inference.state.session import Session, SessionBusyError, SessionCancelledError
     from rwkv_jax.inference.state.snapshot import Snapshot, StateError
@@ -39,6 +40,8 @@ __all__ = [
     "EngineClosedError",
     "EngineOptions",
     "EngineStats",
+    "Grammar",
+    "GrammarError",
     "JinjaTemplate",
     "Message",
     "NotFiniteError",
@@ -69,6 +72,7 @@ __getattr__, __dir__ = lazy_names(
         "engine.engine": ("Engine",),
         "engine.options": ("EngineOptions",),
         "engine.requests": ("Chunk", "Completion", "QueueFullError"),
+        "sampling.grammar": ("Grammar", "GrammarError"),
         "sampling.params": ("SamplingParams",),
         "engine.scheduler": ("NotFiniteError",),
         "engine.scoring": ("Score",),

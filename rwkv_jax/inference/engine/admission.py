@@ -19,6 +19,7 @@ from rwkv_jax.inference.engine.prompts import build_requests, build_score_reques
 from rwkv_jax.inference.engine.requests import Request
 from rwkv_jax.inference.engine.text import TextStream
 from rwkv_jax.inference.sampling.choose import bias_array, initial_occurrences, occurrence_weights
+from rwkv_jax.inference.sampling.grammar import GrammarCompiler
 from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 
 
@@ -30,6 +31,7 @@ class Admission:
         self._capacity = config.sizes().context_length or None
         # Padding rows of the embedding have no token and are untrained.
         self._named = np.array([tokenizer.is_named(token) for token in range(config.vocab_size)])
+        self._grammars = GrammarCompiler(tokenizer, config.vocab_size)
         self.weights = occurrence_weights(tokenizer, config.vocab_size)
         """float32 [V], of `occurrence_weights`."""
 
@@ -91,7 +93,8 @@ class Admission:
         if scored := request.scored_ids:
             cursors = [PrefillCursor((*cursors[0].ids, *map(int, scored)), num_scored=len(scored))]
         tables, text = functools.partial(self._tables, request), TextStream(self._tokenizer, request.stop)
-        return Job(request, index, cursors, tables, text, news, max_pending_chunks)
+        constraint = None if request.grammar is None else self._grammars.constraint(request.grammar)
+        return Job(request, index, cursors, tables, text, news, constraint, max_pending_chunks)
 
     def _tables(self, request: Request) -> TokenTables:
         """Created when a text gets its slot, not while it is queued: V entries each."""

@@ -62,6 +62,8 @@ class EngineStats(NamedTuple):
     """Bytes of the prefix cache."""
     generated_tokens: int
     """Tokens generated."""
+    mask_seconds: float
+    """Seconds in which masks of grammars were computed, mostly while the device read the tokens before them."""
 
 
 class Driver:
@@ -196,6 +198,7 @@ class Driver:
             num_queued=self.num_queued,
             num_swapped_out=scheduler.num_swapped_out,
             prefix_bytes=scheduler.prefix_bytes,
+            mask_seconds=scheduler.mask_seconds,
             **scheduler.counts,
         )
 

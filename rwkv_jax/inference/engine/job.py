@@ -17,6 +17,7 @@ from rwkv_jax.inference.engine.requests import Chunk, FinishReason, Request
 from rwkv_jax.inference.engine.scoring import TokenScores
 from rwkv_jax.inference.engine.text import TextStream
 from rwkv_jax.inference.sampling.choose import stack_settings
+from rwkv_jax.inference.sampling.grammar import Constraint
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -90,6 +91,8 @@ class Job:
     text: TextStream
     news: News
     """Where its consumer learns of chunks and of the end."""
+    constraint: Constraint | None = None
+    """What its next token may be; None for any token."""
     max_pending_chunks: int | None = None
     """Uncollected chunks at which it pauses; None for texts collected as a whole."""
     waits_for: Job | None = None

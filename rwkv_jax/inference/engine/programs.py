@@ -124,10 +124,11 @@ class Programs:
         if mesh is None:
             # Explicit, since jit compiles separately for committed and uncommitted arrays.
             device = next(iter(jax.tree.leaves(self.params)[0].devices()))
-            replicated = slots_on = start_on = SingleDeviceSharding(device)
+            replicated = slots_on = start_on = bias_on = SingleDeviceSharding(device)
         else:
             replicated = NamedSharding(mesh, PartitionSpec())
             slots_on, start_on = (self._split_rows(x, mesh) for x in jax.eval_shape(self._make, self.params))
+            bias_on = slots_on.bias
         self.make = jax.jit(self._make, out_shardings=(slots_on, start_on))
         self._checksum = jax.jit(_checksum, out_shardings=replicated)
         self.put = jax.jit(self._put, donate_argnums=0, out_shardings=slots_on)
@@ -142,6 +143,7 @@ class Programs:
             donate_argnums=(1, 2),
             out_shardings=(slots_on, start_on, replicated),
         )
+        self.choose_masked = jax.jit(self._choose_masked, out_shardings=(replicated, bias_on))
 
     def _model(self, params: Any) -> LanguageModel:
         return nnx.merge(self.graphdef, params)
@@ -291,11 +293,8 @@ class Programs:
 
         def advance(carry: tuple[Array, Array, Any, Array, Array, DecodeBurst]) -> tuple[Any, ...]:
             step, active, state, logits, occurrences, burst = carry
-            guided = jax.lax.cond(
-                jnp.any(decode.guidance_scale != 1), functools.partial(_guide, decode), lambda logits: logits, logits
-            ).astype(jnp.float32)
             keys = jax.vmap(jax.random.fold_in)(base_keys, decode.positions + burst.counts)
-            tokens = choose(guided, occurrences, own.bias, decode.settings, keys)[decode.token_row]
+            tokens, guided = _choose(decode, logits, occurrences, own.bias, keys)
             top = top_logprobs(guided, num_top)
             burst = DecodeBurst(
                 burst.counts + active.astype(jnp.int32),
@@ -314,6 +313,26 @@ class Programs:
         begin = (jnp.int32(0), decode.max_tokens > 0, own.state, own.logits, own.occurrences, burst)
         _, _, state, logits, occurrences, burst = jax.lax.while_loop(is_unfinished, advance, begin)
         return self._scatter(slots, rows, state=state, logits=logits, occurrences=occurrences), burst_start, burst
+
+    def _choose_masked(
+        self, slots: Slots, rows: Array | None, decode: DecodeParams, masks: Array
+    ) -> tuple[Array, Array]:
+        """Chooses the next token of each row from a mask, ahead of `decode`, which then reads it in its own time.
+
+        Args:
+          masks: int32 [b, ceil(V / 32)], of which bit v % 32 of word v // 32 says whether token v may be chosen; a row
+            without a zero is not masked.
+
+        Returns:
+          Tokens, int32 [b], and a bias [S, V] with which `decode` can choose nothing else in masked rows.
+        """
+        own = self._gather(slots, rows)
+        allowed = _unpacked(masks, self.vocab_size)
+        keys = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(decode.seeds), decode.positions)
+        tokens, _ = _choose(decode, own.logits, own.occurrences, jnp.where(allowed, own.bias, -jnp.inf), keys)
+        is_chosen = jnp.arange(self.vocab_size, dtype=jnp.int32) == tokens[:, None]
+        bias = jnp.where(is_chosen | jnp.all(allowed, axis=-1, keepdims=True), own.bias, -jnp.inf)
+        return tokens, self._scatter(slots, rows, bias=bias).bias
 
     def _start_burst(self, start: BurstStart, rows: Array | None, own: Slots, decode: DecodeParams) -> BurstStart:
         """Updates burst starts for the rows that this burst decodes."""
@@ -358,6 +377,20 @@ def _checksum(parameter: Array) -> Array:
     words = bits.astype(jnp.uint32).reshape(-1)
     place = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jnp.stack([jnp.sum(words * place), jnp.sum(words * (place * place + 2))]).astype(jnp.uint32)
+
+
+def _choose(decode: DecodeParams, logits: Array, occurrences: Array, bias: Array, keys: Array) -> tuple[Array, Array]:
+    """The next token of each row, int32 [b], and the logits after guidance, float32 [b, V]."""
+    guided = jax.lax.cond(
+        jnp.any(decode.guidance_scale != 1), functools.partial(_guide, decode), lambda logits: logits, logits
+    ).astype(jnp.float32)
+    return choose(guided, occurrences, bias, decode.settings, keys)[decode.token_row], guided
+
+
+def _unpacked(masks: Array, size: int) -> Array:
+    """bool [b, size] of the bits of int32 [b, ceil(size / 32)]."""
+    bits = (masks[..., None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    return bits.reshape(len(masks), -1)[:, :size] != 0
 
 
 def _guide(decode: DecodeParams, logits: Array) -> Array:

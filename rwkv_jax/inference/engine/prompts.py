@@ -11,6 +11,7 @@ import numpy as np
 
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.inference.engine.requests import MAX_SEED, Request
+from rwkv_jax.inference.sampling.grammar import Grammar
 from rwkv_jax.inference.sampling.params import Sampling, SamplingParams
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -35,6 +36,7 @@ class SessionArguments(TypedDict, total=False):
     guidance_scale: float
     negative_prompt: str | Sequence[int] | None
     client_id: str
+    grammar: Grammar | Sequence[Grammar | None] | None
 
 
 class Arguments(SessionArguments, total=False):
@@ -102,6 +104,9 @@ def build_requests(
     is_for_all = isinstance(sampling, SamplingParams | str)
     samplings = [sampling] * len(each) if is_for_all else _one_each("sampling", sampling, len(each))
     samplings = [SamplingParams.preset(each) if isinstance(each, str) else each for each in samplings]
+    grammar = given.pop("grammar", None)
+    are_same = grammar is None or isinstance(grammar, Grammar)
+    grammars = [grammar] * len(each) if are_same else _one_each("grammar", grammar, len(each))
     seeds = _seeds(given.pop("seed", 0), len(each), copies)
     stop, stop_ids, negative = given.pop("stop", ()), given.pop("stop_ids", None), given.pop("negative_prompt", None)
     strings = (stop,) if isinstance(stop, str) else _converted(tuple, "stop", stop)
@@ -120,7 +125,8 @@ def build_requests(
                     sampling=samplings[i],
                     seed=seed,
                     stop=strings,
-                    stop_ids=ends,
+                    stop_ids=ends if grammars[i] is None else ends | {end_of_text},
+                    grammar=grammars[i],
                     state=state,
                     negative_ids=negative_ids,
                     **given,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole, shown
 from rwkv_jax.inference.engine.text import check_stop_strings
+from rwkv_jax.inference.sampling.grammar import Grammar
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -62,6 +63,8 @@ class Request:
     """Whether the final state is needed. Such a text runs at most one burst ahead of its consumer."""
     client_id: str = ""
     """The client: clients' queues take turns."""
+    grammar: Grammar | None = None
+    """What the text must match; None for any text."""
     scored_ids: tuple[int, ...] = ()
     """Given tokens behind the prompt, to be scored; nothing is generated then."""
 
@@ -79,6 +82,8 @@ class Request:
             raise ConfigError(f"sampling = {shown(self.sampling)}: must be a SamplingParams or the name of a preset")
         if not isinstance(self.client_id, str):
             raise ConfigError(f"client_id = {shown(self.client_id)}: must be a string")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ConfigError(f"grammar = {shown(self.grammar)}: must be a Grammar, or None")
         require_whole("max_tokens", self.max_tokens, 0)
         require_whole("seed", self.seed, 0, MAX_SEED)
         require_whole("top_logprobs", self.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size))

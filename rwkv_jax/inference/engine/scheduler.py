@@ -8,6 +8,7 @@ engine's driver thread alone calls it.
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,7 @@ from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTa
 from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
+from rwkv_jax.inference.sampling.grammar import accept_tokens
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.snapshot import Snapshot
 
@@ -65,6 +67,8 @@ class Scheduler:
             prompt_tokens=0, cached_tokens=0, prefix_hits=0, prefix_misses=0, generated_tokens=0
         )
         """Numbers since the start, by their names in `EngineStats`."""
+        self.mask_seconds = 0.0
+        """Seconds in which masks of grammars were computed, since the start."""
         row = slots.empty_row
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves((row.state, row.logits)))
         """Bytes of one snapshot."""
@@ -396,10 +400,22 @@ class Scheduler:
         if not jobs:
             return False
         num_top = MAX_TOP_LOGPROBS if any(job.request.top_logprobs for job in jobs) else 0
-        burst, row_of_slot = self.slots.decode(jobs, num_top)
+        errors: dict[Job, Exception] = {}
+        burst, row_of_slot = self.slots.decode(jobs, num_top, lambda tokens: errors.update(self._next_masks(tokens)))
         for job in jobs:
-            self._add_burst(job, burst, row_of_slot[job.slots[0]])
+            if job in errors:
+                self._finish(job, errors[job])
+            else:
+                self._add_burst(job, burst, row_of_slot[job.slots[0]])
         return True
+
+    def _next_masks(self, tokens: dict[Job, int]) -> dict[Job, Exception]:
+        """Computes the masks that follow these tokens; errors of the texts that cannot go on."""
+        start = time.perf_counter()
+        constraints = {job: job.constraint for job in tokens if job.constraint is not None}
+        errors = accept_tokens(list(constraints.values()), list(tokens.values()))
+        self.mask_seconds += time.perf_counter() - start
+        return {job: error for job, error in zip(constraints, errors, strict=True) if error is not None}
 
     def _add_burst(self, job: Job, burst: DecodeBurst, row: int) -> None:
         size = int(burst.counts[row])

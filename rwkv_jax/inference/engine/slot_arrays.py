@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -172,23 +172,48 @@ class SlotArrays:
         """A free slot if there is one."""
         return self.free[-1] if self.free else 0
 
-    def decode(self, jobs: Sequence[Job], num_top: int) -> tuple[DecodeBurst, dict[int, int]]:
-        """Decodes a burst of some texts, in the smallest batch that fits.
+    def decode(
+        self, jobs: Sequence[Job], num_top: int, on_masked: Callable[[dict[Job, int]], None]
+    ) -> tuple[DecodeBurst, dict[int, int]]:
+        """Decodes a burst of some texts, in the smallest batch that fits; of one token if any text has a mask.
+
+        Args:
+          on_masked: is given the tokens of texts with a mask, while the device reads them.
 
         Returns:
           Its tokens, on the host, and the row of each slot in them.
         """
         num_used = sum(len(job.slots) for job in jobs)
-        return self._decode(jobs, next(size for size in self._shapes.batch_sizes if size >= num_used), num_top)
+        size = next(size for size in self._shapes.batch_sizes if size >= num_used)
+        return self._decode(jobs, size, num_top, on_masked)
 
-    def _decode(self, jobs: Sequence[Job], size: int, num_top: int) -> tuple[DecodeBurst, dict[int, int]]:
+    def _decode(
+        self,
+        jobs: Sequence[Job],
+        size: int,
+        num_top: int,
+        on_masked: Callable[[dict[Job, int]], None] = lambda tokens: None,
+    ) -> tuple[DecodeBurst, dict[int, int]]:
         used = [slot for job in jobs for slot in job.slots]
         rows = None if size == self.count else pad(used, size, self.count, np.int32)
         row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
-        params = decode_params(jobs, row_of_slot, size, self._programs.burst_length)
+        masked = {job: row_of_slot[job.slots[0]] for job in jobs if job.constraint}
+        params = decode_params(jobs, row_of_slot, size, 1 if masked else self._programs.burst_length)
+        bias, tokens = self._slots.bias, None
+        if masked:
+            masks = np.full((size, -(-self.vocab_size // 32)), -1, np.int32)
+            for job, row in masked.items():
+                assert job.constraint is not None
+                masks[row] = job.constraint.mask
+            tokens, narrow = self._programs.choose_masked(self._slots, rows, params, masks)
+            self._slots = self._slots._replace(bias=narrow)
         self._slots, self._burst_start, burst = self._programs.decode(
             self._programs.params, self._slots, self._burst_start, rows, params, num_top=num_top
         )
+        if masked:
+            self._slots = self._slots._replace(bias=bias)
+            chosen = jax.device_get(tokens)
+            on_masked({job: int(chosen[row]) for job, row in masked.items()})
         return jax.device_get(burst), row_of_slot
 
     def warm_up(self) -> None:
