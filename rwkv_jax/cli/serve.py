@@ -42,6 +42,7 @@ class Serve:
         from rwkv_jax.serving.service import Service
 
         engine_options = EngineOptions(num_slots=self.slots, max_queue=self.max_queue, tune=self.tune)
-        engine = Engine(*self.weights.load(), engine_options)  # it copies each layer; the stacked arrays can be freed
         name = self.options.model_name or Path(self.weights.source).resolve().stem
-        run_server(Service(engine, name, self.options))
+        # The engine copies each layer; the stacked arrays can be freed.
+        with Engine(*self.weights.load(), engine_options) as engine:
+            run_server(Service(engine, name, self.options))

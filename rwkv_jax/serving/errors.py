@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from rwkv_jax.checks import ConfigError
+from rwkv_jax.inference.engine.driver import EngineClosedError
 from rwkv_jax.inference.engine.requests import QueueFullError
 from rwkv_jax.inference.engine.scheduler import NotFiniteError
 from rwkv_jax.inference.state.snapshot import StateError
@@ -68,6 +69,8 @@ def as_api_error(error: BaseException) -> APIError:
         case QueueFullError():
             headers = {"Retry-After": str(_RETRY_SECONDS)}
             return APIError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
+        case EngineClosedError():
+            return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down")
         case NotFiniteError():
             return APIError(500, str(error), kind="server_error", code="not_finite")
     _LOG.error("a request failed", exc_info=error)

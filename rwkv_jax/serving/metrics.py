@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from rwkv_jax.inference.engine.driver import EngineStats
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.serving.token_counts import count_tokens
 
@@ -45,6 +48,10 @@ class Metrics:
             registry=registry,
         )
 
+    def watch(self, stats: Callable[[], EngineStats]) -> None:
+        """Reports what an engine counts, too, read at each scrape."""
+        self._registry.register(_EngineCollector(stats))
+
     def text(self) -> bytes:
         """All values in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -64,3 +71,34 @@ class Metrics:
             if chunk.finish_reason is not None and count > 1:
                 self.token_seconds.observe((now - first[chunk.index]) / (count - 1))
             yield chunk
+
+
+class _EngineCollector(Collector):
+    """The engine's own counts."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        stats = self._stats()
+        for name, value, meaning in (
+            ("rwkv_slots", stats.num_slots, "Texts that can be on the device at once."),
+            ("rwkv_running_texts", stats.num_running, "Texts on the device."),
+            ("rwkv_queued_texts", stats.num_queued, "Texts that wait for a slot."),
+            ("rwkv_paused_texts", stats.num_swapped_out, "Texts off the device that wait for their clients to read."),
+            ("rwkv_prefix_cache_bytes", stats.prefix_bytes, "Size of the states in the prefix cache."),
+        ):
+            yield GaugeMetricFamily(name, meaning, value=value)
+        for name, value, meaning in (
+            ("rwkv_prompt_tokens", stats.prompt_tokens, "Tokens of prompts that were read."),
+            (
+                "rwkv_cached_prompt_tokens",
+                stats.cached_tokens,
+                "Tokens of prompts that the prefix cache spared from being read.",
+            ),
+            ("rwkv_generated_tokens", stats.generated_tokens, "Tokens generated."),
+            ("rwkv_prefix_cache_hits", stats.prefix_hits, "Prompts that began with one in the prefix cache."),
+            ("rwkv_prefix_cache_misses", stats.prefix_misses, "Prompts that did not."),
+        ):
+            yield CounterMetricFamily(name, meaning, value=value)

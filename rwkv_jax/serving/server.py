@@ -15,6 +15,7 @@ import uvicorn
 from typing_extensions import override
 
 from rwkv_jax.checks import ConfigError
+from rwkv_jax.inference.engine.driver import EngineClosedError
 from rwkv_jax.serving.access import LocalHosts
 from rwkv_jax.serving.access_log import LOGGER
 from rwkv_jax.serving.app import create_app
@@ -26,8 +27,12 @@ _LOG = logging.getLogger("uvicorn.error")
 
 
 def run_server(service: Service) -> None:
-    """Serves a model on the address of its options; returns after SIGINT or SIGTERM, once the server has drained."""
+    """Serves a model on the address of its options; returns after SIGINT or SIGTERM, once the server has drained.
+
+    Connections are taken at once, while the engine's programs are compiled; /health says when that is done.
+    """
     options = service.options
+    service.is_warm = False
     app = create_app(service)
     if options.is_loopback and options.api_keys is None:
         app.add_middleware(LocalHosts)
@@ -43,7 +48,10 @@ def run_server(service: Service) -> None:
         ssl_keyfile=options.ssl_keyfile,
     )
     with open_access_log(options):
-        DrainingServer(config, service).run()
+        server = DrainingServer(config, service)
+        server.run()
+    if server.failure is not None:
+        raise server.failure
 
 
 class DrainingServer(uvicorn.Server):
@@ -53,12 +61,27 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._drain: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failure: Exception | None = None
+        """Why the server ended by itself."""
 
     @override
     async def startup(self, sockets: list | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if not self._service.is_warm:
+            self._tasks.append(asyncio.create_task(self._warm_up()))
+
+    async def _warm_up(self) -> None:
+        try:
+            await asyncio.to_thread(self._service.engine.warm_up)
+        except EngineClosedError:
+            return
+        except Exception as failure:
+            self.failure, self.should_exit = failure, True
+        else:
+            self._service.is_warm = True
+            _LOG.info("All programs are compiled")
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -69,7 +92,7 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_drain, sig)
 
     def _begin_drain(self, sig: int) -> None:
-        self._drain = asyncio.create_task(self._drained(sig))
+        self._tasks.append(asyncio.create_task(self._drained(sig)))
 
     async def _drained(self, sig: int) -> None:
         running, seconds = self._service.running, self._service.options.drain_seconds

@@ -43,6 +43,9 @@ class Service:
     embedding_turns: CapacityLimiter = dataclasses.field(default_factory=lambda: CapacityLimiter(1))
     """Requests that may embed at once: one."""
 
+    def __post_init__(self) -> None:
+        self.metrics.watch(self.engine.stats)
+
     @functools.cached_property
     def embedder(self) -> Embedder:
         """Embeds texts, beside the engine."""

@@ -152,6 +152,21 @@ def test_tokens_are_logged_and_timed(client: TestClient, lines: list[dict]) -> N
     assert [b - a for a, b in zip(before, after, strict=True)] == [12, 8]  # one token has no time between tokens
 
 
+def test_what_the_engine_counts(client: TestClient, service: Service) -> None:
+    before, prompt = values(client), list(range(100, 140))
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 3, "ignore_eos": True}
+    for _ in range(2):
+        client.post("/v1/completions", json=body)
+    after = values(client)
+    added = {name: value - before[name] for name, value in after.items() if name in before}
+    assert added["rwkv_generated_tokens_total",] >= 6
+    assert (added["rwkv_prefix_cache_hits_total",], added["rwkv_prefix_cache_misses_total",]) == (1, 1)
+    assert added["rwkv_prompt_tokens_total",] + added["rwkv_cached_prompt_tokens_total",] == 80
+    assert after["rwkv_prefix_cache_bytes",] == service.engine.stats().prefix_bytes > 0
+    assert after["rwkv_slots",] == service.engine.options.num_slots
+    assert after["rwkv_running_texts",] == after["rwkv_queued_texts",] == after["rwkv_paused_texts",] == 0
+
+
 def test_long_prompts_are_refused(service: Service) -> None:
     app = create_app(Service(service.engine, "tiny", ServeOptions(max_prompt_tokens=4)))
     with TestClient(app) as client:

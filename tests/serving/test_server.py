@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +17,32 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
+from rwkv_jax.inference.engine.driver import EngineStats
+from rwkv_jax.serving.access_log import LOGGER
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.options import ServeOptions
-from rwkv_jax.serving.server import DrainingServer, open_access_log
+from rwkv_jax.serving.server import DrainingServer, open_access_log, run_server
 from rwkv_jax.serving.service import Service
 
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+class IdleEngine:
+    """An engine that has nothing to do, and warms up when it is told to."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.may_be_warm, self.failure = threading.Event(), failure
+
+    def stats(self) -> EngineStats:
+        return EngineStats(*[0] * len(EngineStats._fields))
+
+    def warm_up(self) -> None:
+        assert self.may_be_warm.wait(10)
+        if self.failure is not None:
+            raise self.failure
 
 
 class Connection:
@@ -67,7 +85,7 @@ def app_with_streams(service: Service, seconds: float) -> FastAPI:
 @pytest.mark.parametrize(("seconds", "is_in_time"), [(0.3, True), (30.0, False)])
 def test_a_signal_lets_running_requests_end_and_refuses_others(seconds: float, is_in_time: bool) -> None:
     async def main() -> None:
-        service = Service(cast(Any, None), "x", ServeOptions(drain_seconds=2.0 if is_in_time else 0.3))
+        service = Service(cast(Any, IdleEngine()), "x", ServeOptions(drain_seconds=2.0 if is_in_time else 0.3))
         port = free_port()
         config = uvicorn.Config(app_with_streams(service, seconds), port=port, log_level="error", access_log=False)
         server = DrainingServer(config, service)
@@ -94,9 +112,42 @@ def test_a_signal_lets_running_requests_end_and_refuses_others(seconds: float, i
     asyncio.run(main())
 
 
-def test_the_access_log_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwkv_jax.serving.access_log import LOGGER
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_server_is_ready_once_its_programs_are_compiled(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    statuses = []
+    engine = IdleEngine(ArithmeticError("a program") if fails else None)
+    service = Service(cast(Any, engine), "x", ServeOptions(port=free_port()))
 
+    async def watch(server: uvicorn.Server) -> None:
+        """Asks until the server is ready, and ends it then."""
+        while not server.started:
+            await asyncio.sleep(0.01)
+        while not server.should_exit:
+            connection = await Connection.get(service.options.port, "/health")
+            statuses.append(int((await connection.until(b"\r\n")).split()[1]))
+            await connection.rest()
+            engine.may_be_warm.set()
+            if statuses[-1] == 200:
+                os.kill(os.getpid(), signal.SIGINT)
+                break
+            await asyncio.sleep(0.01)
+
+    async def serve(server: uvicorn.Server) -> None:
+        await asyncio.gather(server.serve(), watch(server))
+
+    monkeypatch.setattr(DrainingServer, "run", lambda server: asyncio.run(serve(server)))
+    monkeypatch.setattr(LOGGER, "propagate", LOGGER.propagate)
+    if fails:
+        with pytest.raises(ArithmeticError, match="a program"):
+            run_server(service)
+        assert set(statuses) == {503}
+    else:
+        run_server(service)
+        assert statuses[0] == 503
+        assert statuses[-1] == 200
+
+
+def test_the_access_log_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOGGER, "handlers", [])
     monkeypatch.setattr(LOGGER, "propagate", True)
     with open_access_log(ServeOptions(access_log=tmp_path / "log")):
