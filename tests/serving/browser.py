@@ -57,7 +57,8 @@ class Chat:
         return self.answers.last
 
     def wait(self) -> None:
-        expect(self.page.locator("[aria-busy=true]")).to_have_count(0)
+        # The first answer of a real server waits for its programs.
+        expect(self.page.locator("[aria-busy=true]")).to_have_count(0, timeout=60_000)
         expect(self.button("Send")).to_be_visible()
 
 

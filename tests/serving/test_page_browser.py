@@ -169,6 +169,32 @@ def test_deleting_a_conversation_deletes_its_states(chat: Chat, app: FastAPI) ->
     assert app.state.states == {}
 
 
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(chat: Chat) -> None:
+    chat.send("slow")
+    expect(chat.answers.last).to_contain_text("one two three")
+    chat.button("Delete slow").click()
+    chat.button("Delete").click()
+    expect(chat.button("Send")).to_be_visible()
+    expect(chat.titles).to_have_count(0)
+    chat.page.reload()
+    expect(chat.titles).to_have_count(0)
+
+
+def test_an_answer_goes_on_while_another_conversation_is_shown(chat: Chat, app: FastAPI) -> None:
+    chat.send("slow")
+    expect(chat.answers.last).to_contain_text("one two three")
+    chat.button("New conversation").click()
+    expect(chat.answers).to_have_count(0)
+    chat.send("impatient")
+    expect(chat.page.get_by_role("alert")).to_contain_text("An answer is being written")
+    assert len(app.state.requests) == 1
+    chat.page.keyboard.press("Escape")
+    expect(chat.button("Send")).to_be_visible()
+    chat.titles.last.click()
+    expect(chat.answers).to_contain_text("one two three")
+    expect(chat.answers.locator("footer")).to_contain_text("stopped")
+
+
 def test_states_are_saved_and_loaded(chat: Chat, app: FastAPI, tmp_path: Path) -> None:
     chat.ask("a")
     with chat.page.expect_download() as download:

@@ -39,7 +39,7 @@ async function edit(conversation, i) {
 /** @param {Conversation} conversation */
 async function removeConversation(conversation) {
   if (!(await confirmed(`Delete “${conversation.title}”, and its states at the server?`))) return;
-  if (page.generation?.conversation === conversation) stop();
+  if (page.generation?.conversation === conversation) stopAnswer();
   await page.store.remove(conversation.id);
   dropStates(statesOf(conversation));
   if (page.conversation === conversation) startConversation();

@@ -7,8 +7,8 @@ const SAVE_INTERVAL_MS = 2000;
 async function send() {
   const prompt = byId("prompt", HTMLTextAreaElement);
   const text = prompt.value.trim();
+  notice(page.generation ? "An answer is being written: wait for it, or stop it with Escape." : "");
   if (!text || page.generation || !checkSettings()) return;
-  notice("");
   const { conversation } = page;
   if (!conversation.messages.length && conversation.root === null) conversation.title = titleOf(text);
   conversation.messages.push(newMessage("user", text));
@@ -41,7 +41,12 @@ async function generate(conversation) {
   page.announcer.say(message.error || `End of the answer. ${endingOf(message)}`);
   showActions();
   followText();
-  await save(conversation);
+  await saveProgress(conversation);
+}
+
+/** @param {Conversation} conversation that may have been deleted since its question was sent */
+async function saveProgress(conversation) {
+  if (page.store.conversations.has(conversation.id)) await save(conversation);
 }
 
 /**
@@ -85,7 +90,7 @@ async function receiveTurn({ conversation, message, stopper }, turn) {
     show();
     if (now - saved > SAVE_INTERVAL_MS) {
       saved = now;
-      await save(conversation);
+      await saveProgress(conversation);
     }
   }
 }
@@ -123,7 +128,7 @@ function followText() {
   messagesNode().scrollTop = messagesNode().scrollHeight;
 }
 
-function stop() {
+function stopAnswer() {
   page.generation?.stopper.abort();
 }
 

@@ -1,6 +1,11 @@
 // Connects the document with the rest, and starts.
 "use strict";
 
+const PANELS = [
+  ["sidebar", "toggle-sidebar"],
+  ["settings", "toggle-settings"],
+];
+
 async function showModels() {
   const select = byId("model", HTMLSelectElement);
   try {
@@ -25,12 +30,20 @@ function onPromptKey(event) {
   send();
 }
 
+/** Stops the answer that is being written, or else closes the panel that has the focus. */
+function onEscape() {
+  if (page.generation) return stopAnswer();
+  for (const [panel, button] of PANELS) {
+    if (byId(panel, HTMLElement).contains(document.activeElement)) closePanel(panel, button);
+  }
+}
+
 function connectButtons() {
   /** @type {[string, () => void][]} */
   const buttons = [
     ["new-conversation", startConversation],
     ["load-state", () => byId("state-file", HTMLInputElement).click()],
-    ["stop", stop],
+    ["stop", stopAnswer],
     ["close-settings", () => closePanel("settings", "toggle-settings")],
   ];
   for (const [id, run] of buttons) byId(id, HTMLButtonElement).addEventListener("click", run);
@@ -43,15 +56,14 @@ function connectButtons() {
   byId("prompt", HTMLTextAreaElement).addEventListener("keydown", onPromptKey);
   byId("prompt", HTMLTextAreaElement).addEventListener("input", fitPrompt);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !byId("confirm", HTMLDialogElement).open) stop();
+    if (event.key === "Escape" && !byId("confirm", HTMLDialogElement).open) onEscape();
   });
 }
 
 function connectSettings() {
   connectSampling(page.settings);
   connectTheme(page.settings);
-  connectPanel("sidebar", "toggle-sidebar");
-  connectPanel("settings", "toggle-settings");
+  for (const [panel, button] of PANELS) connectPanel(panel, button);
   if (!matchMedia(WIDE).matches) closePanel("sidebar", "toggle-sidebar");
   const probabilities = byId("probabilities", HTMLInputElement);
   probabilities.checked = page.settings.probabilities;

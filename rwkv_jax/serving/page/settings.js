@@ -61,17 +61,14 @@ function checkSettings() {
 }
 
 /**
- * A button opens and closes a panel; Escape within the panel closes it.
+ * A button opens and closes a panel.
  * @param {string} panelId
  * @param {string} buttonId
  */
 function connectPanel(panelId, buttonId) {
   const panel = byId(panelId, HTMLElement);
-  const button = byId(buttonId, HTMLButtonElement);
-  button.addEventListener("click", () => (panel.hidden ? openPanel : closePanel)(panelId, buttonId));
-  panel.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") closePanel(panelId, buttonId);
-  });
+  const toggle = () => (panel.hidden ? openPanel : closePanel)(panelId, buttonId);
+  byId(buttonId, HTMLButtonElement).addEventListener("click", toggle);
 }
 
 /**

@@ -98,8 +98,23 @@ function saveSettings(settings) {
   }
 }
 
+/** The API key, where the browser lets it be kept. */
 const apiKey = {
-  get: () => sessionStorage.getItem("rwkv-api-key") ?? "",
+  get() {
+    try {
+      return sessionStorage.getItem("rwkv-api-key") ?? this.unkept;
+    } catch {
+      return this.unkept;
+    }
+  },
   /** @param {string} key */
-  set: (key) => sessionStorage.setItem("rwkv-api-key", key),
+  set(key) {
+    this.unkept = key;
+    try {
+      sessionStorage.setItem("rwkv-api-key", key);
+    } catch {
+      // It holds until the page is closed.
+    }
+  },
+  unkept: "",
 };

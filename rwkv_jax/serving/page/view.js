@@ -37,9 +37,7 @@ function show(conversation) {
   saveSettings(page.settings);
   byId("title", HTMLElement).textContent = conversation.title;
   document.title = conversation.title;
-  const system = byId("system", HTMLTextAreaElement);
-  system.value = conversation.system;
-  system.disabled = conversation.root !== null;
+  byId("system", HTMLTextAreaElement).value = conversation.system;
   page.views = conversation.messages.map((message) => new MessageView(message, page.settings.probabilities));
   const hint = conversation.root === null ? [] : [element("p", { className: "hint" }, "Goes on from a state file.")];
   messagesNode().replaceChildren(...hint, ...page.views.map((view) => view.node));
@@ -65,9 +63,11 @@ function showList() {
   byId("conversations", HTMLElement).replaceChildren(...rows);
 }
 
-/** What can be done with each message, and which of Send and Stop is there. */
+/** What can be done with each message, which of Send and Stop is there, and whether the past may change. */
 function showActions() {
   const isBusy = page.generation !== null;
+  const isFixed = page.conversation.root !== null || page.generation?.conversation === page.conversation;
+  byId("system", HTMLTextAreaElement).disabled = isFixed;
   const stop = byId("stop", HTMLButtonElement);
   const hadFocus = document.activeElement === stop;
   byId("send", HTMLButtonElement).hidden = isBusy;
