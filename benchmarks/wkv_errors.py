@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 import rwkv_kernels
 from rwkv_jax.cli.machine import describe_machine
+from rwkv_jax.plan.devices import unoptimized_on_cpu
 from rwkv_kernels import dispatch
 from rwkv_kernels.matmul import emulated_matmul
 from rwkv_kernels.precision import Precision
@@ -64,9 +65,18 @@ def rows(operator: str) -> dict[tuple[str, str], Any]:
             table[name, "float32"] = dispatch.Implementation(run, dispatch.anything)  # nothing to multiply
             continue
         for precision in get_args(Precision):
-            chosen = functools.partial(run, matmul=emulated_matmul(precision))
-            table[name, precision] = dispatch.Implementation(chosen, dispatch.anything)
+            table[name, precision] = dispatch.Implementation(_at(run, precision), dispatch.anything)
     return table
+
+
+def _at(run: Callable[..., Any], own: Precision) -> Callable[..., Any]:
+    """An implementation at a precision, whatever the operator asks for: some kernels take no `matmul`, but its name."""
+
+    def at(*arguments: Any, precision: Precision, **options: Any) -> Any:
+        del precision
+        return run(*arguments, precision=own, matmul=emulated_matmul(own), **options)
+
+    return at
 
 
 def results(function: Callable[[Inputs], Any], inputs: Inputs, cotangents: Any) -> dict[str, Any]:
@@ -87,13 +97,14 @@ def make_cotangents(operator: str, inputs: Inputs, options: dict[str, Any]) -> A
 
 @functools.cache
 def compiled(operator: str, implementation: Any, options: tuple[str, ...]) -> Callable[..., dict[str, Any]]:
-    """(inputs, cotangents, values of options) -> results."""
+    """(inputs, cotangents, values of options) -> results. Kernels, which no user runs so, are compiled quickly."""
 
     def run(inputs: Inputs, cotangents: Any, *values: Any) -> dict[str, Any]:
         given = dict(zip(options, values, strict=True))
         return results(call(operator, implementation, **given), inputs, cotangents)
 
-    return jax.jit(run)
+    is_kernel = isinstance(implementation, dispatch.Implementation)
+    return jax.jit(run, compiler_options=unoptimized_on_cpu() if is_kernel else None)
 
 
 def relative_error(x: NDArray, reference: NDArray) -> float:
@@ -158,32 +169,44 @@ HEADER = """# Errors
 Relative L2 errors against the definition (`scan`) in float64: y / final state / worst gradient and which one it is.
 Inputs are the named cases of `kernels/rwkv_kernels/ops/wkv*/cases.py` at {shape}. Kernels were interpreted on
 a CPU with the products of their precision emulated: operands rounded as tensor cores round them (`full` is bfloat16 six
-times, `default` three times, `fast` once), sums in float32. XLA forms have one precision on a CPU, float32. With
-bfloat16 inputs y and the gradients are rounded to bfloat16 at the end, which alone is 2e-3; the state is not. Where the
-truth is exactly zero, as the gradient of a decay that only ever meets an empty state (one-token segments), the error is
-absolute.
+times, `default` three times, `fast` once), sums in float32; XLA compiled them without optimizations, which shifts
+errors near 1e-7. XLA forms have one precision on a CPU, float32. With bfloat16 inputs y and the gradients are rounded
+to bfloat16 at the end, which alone is 2e-3; the state is not. Where the truth is exactly zero, as the gradient of a
+decay that only ever meets an empty state (one-token segments), the error is absolute.
 
 A row of `scan` that is worse than the others is no accident: where decays are near 1 it rounds e^(log w) at every step,
 the same way each time, while the chunked forms add up logarithms.
 
-Made by `python benchmarks/wkv_errors.py --write` on {machine}.
+Made by `python benchmarks/wkv_errors.py --write`:
 """
+MACHINES = "| machine | rows |"
+
+
+def machines(machine: str, made: set[str]) -> list[str]:
+    """The table of which rows were made where, with those that were made on this machine now."""
+    before = DOCUMENT.read_text(encoding="utf-8").partition(f"{MACHINES}\n|---|---|\n")[2].partition("\n\n")[0]
+    found = {cells[1].strip(): cells[2].strip().split(", ") for cells in (x.split("|") for x in before.splitlines())}
+    kept = {name: [row for row in names if row not in made] for name, names in found.items()}
+    kept[machine] = sorted({*kept.get(machine, ()), *made})
+    return [MACHINES, "|---|---|", *(f"| {name} | {', '.join(rows)} |" for name, rows in kept.items() if rows), ""]
 
 
 def main() -> None:
+    every = [f"{name}-{row}" for name, x in rwkv_kernels.OPERATORS.items() for row in x.implementations]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", help="such as wkv7-pallas_triton; all other rows stay as docs/errors.md has them"
+        "--only",
+        nargs="+",
+        choices=every,
+        help="all other rows stay as docs/errors.md has them",
     )
     parser.add_argument("--write", action="store_true", help="write docs/errors.md")
     arguments = parser.parse_args()
     print(describe_machine())
     sizes = " ".join(f"{letter}{size}" for letter, size in zip("BTHNM", SHAPE, strict=True))
-    kept, machine = {}, describe_machine()
-    if arguments.only:
-        kept = {key: line for key, line in written_rows().items() if f"{key[0]}-{key[1]}" not in arguments.only}
-        machine += f" ({', '.join(arguments.only)}; all other rows are of an earlier run on another machine)"
-    lines = [*HEADER.format(shape=sizes, machine=machine).splitlines(), ""]
+    kept = {key: line for key, line in written_rows().items() if f"{key[0]}-{key[1]}" not in (arguments.only or every)}
+    made = set(every) - {f"{key[0]}-{key[1]}" for key in kept}
+    lines = [*HEADER.format(shape=sizes).splitlines(), "", *machines(describe_machine(), made)]
     for operator in rwkv_kernels.OPERATORS:
         lines += table(operator, kept)
     if arguments.write:
