@@ -20,6 +20,9 @@ class Serve:
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     options: Annotated[ServeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServeOptions)
+    template: str | None = None
+    """Chat template the model was trained with: g1, world, raven, pile-qa or a file of a Jinja template; None takes the
+    one beside the weights, or chooses by their name and tokenizer."""
     slots: int = 16
     """Texts generated at once; others are queued."""
     max_queue: int = 1024
@@ -43,6 +46,7 @@ class Serve:
 
         engine_options = EngineOptions(num_slots=self.slots, max_queue=self.max_queue, tune=self.tune)
         name = self.options.model_name or Path(self.weights.source).resolve().stem
-        # The engine copies each layer; the stacked arrays can be freed.
-        with Engine(*self.weights.load(), engine_options) as engine:
-            run_server(Service(engine, name, self.options))
+        model, tokenizer, template = self.weights.load_with_template(self.template)
+        with Engine(model, tokenizer, engine_options) as engine:
+            del model  # the engine has copied each layer; the stacked arrays can be freed
+            run_server(Service(engine, name, self.options, template=template))

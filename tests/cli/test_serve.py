@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_jax.inference.chat.formats import G1, RAVEN
 from rwkv_jax.serving import server
 from rwkv_jax.serving.options import ServeOptions
 from rwkv_jax.serving.service import Service
@@ -16,11 +17,12 @@ def test_a_run_is_served_by_its_name(rwkv: Command, run_dir: Path, monkeypatch: 
     served: list[Service] = []
     monkeypatch.setattr(server, "run_server", served.append)
     rwkv("serve", run_dir, "--port", 0, "--slots", 2, "--max-queue", 3, "--tune", "never")
-    rwkv("serve", run_dir, "--model-name", "mine", "--host", "::1")
+    rwkv("serve", run_dir, "--model-name", "mine", "--host", "::1", "--template", "raven")
     first, second = served
     assert (first.model_name, first.options) == ("run", ServeOptions(port=0))
     assert (first.engine.options.num_slots, first.engine.options.max_queue) == (2, 3)
     assert (second.model_name, second.options.host) == ("mine", "::1")
+    assert (first.template, second.template) == (G1, RAVEN)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_a_run_is_served_by_its_name(rwkv: Command, run_dir: Path, monkeypatch: 
         (["--host", "0.0.0.0"], "--host '0.0.0.0': other machines reach this address; give --api-keys FILE"),
         (["--api-keys", "nowhere"], "--api-keys 'nowhere': cannot be read"),
         (["--model-name", ""], "--model-name '': is empty"),
+        (["--template", "vicuna"], "--template 'vicuna': is none of g1, world, raven, pile-qa"),
     ],
     ids=str,
 )

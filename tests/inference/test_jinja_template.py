@@ -88,8 +88,27 @@ def test_thinking_is_a_switch_of_the_template(thinking: Any, end: str, reply: st
     assert prompt == f"User: 1+1\n\nAssistant: {end}"
     assert Reply.of(template.reply_parser(prompt).push(reply)) == (reasoning, "b", ())
     assert template.render([USER], variables={"thinking": True}).endswith("<think")
-    with pytest.raises(ConfigError, match=r"thinking = 'think a lot': .* knows none, open, closed only"):
-        template.render([USER], thinking="think a lot")
+    assert template.render([USER], thinking="empty") == template.render([USER], thinking="closed")
+
+
+def test_what_a_template_does_not_read_is_refused() -> None:
+    ways = JinjaTemplate("{{ reasoning_effort }}")
+    assert [ways.render([USER], thinking=way) for way in ("think a bit", "think", "think a lot")] == [
+        "low",
+        "medium",
+        "high",
+    ]
+    for template, thinking, unread in (
+        (ways, "open", "thinking or enable_thinking"),
+        (ways, "closed", "thinking or enable_thinking"),
+        (JinjaTemplate(LIKE_G1), "think a lot", "reasoning_effort"),
+    ):
+        with pytest.raises(ConfigError, match=f"thinking = '{thinking}': .* does not read {unread}; leave it out"):
+            template.render([USER], thinking=thinking)
+    with pytest.raises(ConfigError, match=r"variables x: .* does not read them"):
+        ways.render([USER], variables={"x": 1})
+    defaulted = JinjaTemplate("{% set thinking = thinking | default(false) %}{{ thinking }}")
+    assert (defaulted.render([USER]), defaulted.render([USER], thinking="open")) == ("False", "True")
 
 
 def test_a_final_message_can_be_continued() -> None:
@@ -110,7 +129,8 @@ def grown(step: str, shown: str = "ns.x", start: str = "'aa'") -> str:
 
 
 def render(source: str, **variables: Any) -> str:
-    return JinjaTemplate(source).render([USER], variables=variables)
+    template = JinjaTemplate(source)
+    return template.render([USER], variables=variables)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,8 @@ def render(source: str, **variables: Any) -> str:
     ],
 )
 def test_what_templates_use_works(source: str, text: str) -> None:
-    assert render(source, x={"é": [1]}) == text
+    variables = {"x": {"é": [1]}} if source.startswith("{{ x") else {}
+    assert render(source, **variables) == text
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.messages import Message, ToolCall, read_messages
 from rwkv_jax.inference.chat.replies import ReplyParser
-from rwkv_jax.inference.chat.template import Thinking, ToolChoice
+from rwkv_jax.inference.chat.template import Thinking, ToolChoice, begins_thinking
 from rwkv_jax.json_object import parse_object
+
+if TYPE_CHECKING:
+    from rwkv_jax.inference.chat.sandbox import Compiled
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 """Files of a tokenizer's folder in which a template is looked for, in this order."""
 
 _MAX_BYTES = 2**24
 _BEGUN = re.compile(r"(?:<think(?:>\s*(?:</think>?\s*)?)?|```(?:json)?\s*)\Z")  # a reply in a prompt
-_SWITCHES: dict[str, dict[str, bool]] = {
-    "none": {},
-    "open": {"thinking": True, "enable_thinking": True},
-    "closed": {"thinking": False, "enable_thinking": False},
-}
+_THINKING = ("thinking", "enable_thinking")
+_EFFORTS = {"think a bit": "low", "think": "medium", "think a lot": "high"}
 _PROBE = ("first-question", "first-answer", "second-question")
 
 
@@ -46,7 +46,7 @@ class JinjaTemplate:
                 f'{name} needs the package jinja2: pip install "rwkv-jax[serve]", or name another template, such as g1'
             ) from error
         self.name = name
-        self._write: Callable[[Mapping[str, Any]], str] = self._guarded(lambda: compile_template(source))
+        self._template: Compiled = self._guarded(lambda: compile_template(source))
         self._stop_strings = self._find_stop_strings()
 
     @classmethod
@@ -94,23 +94,22 @@ class JinjaTemplate:
     ) -> str:
         """The text of a conversation, as `ChatTemplate.render` says.
 
-        Whether a reply must be a call is the model's choice. Thinking can be `open` or `closed` only, which sets the
-        variables `thinking` and `enable_thinking`.
+        Whether a reply must be a call is the model's choice. Thinking sets the variables `thinking` and
+        `enable_thinking`, which are switches, and a length of it also `reasoning_effort`; a template that reads neither
+        is refused, and so are `variables` that it does not read.
         """
-        if thinking is not None and thinking not in _SWITCHES:
-            raise ConfigError(
-                f"thinking = {thinking!r}: {self.name} knows {', '.join(_SWITCHES)} only; name one of them, or the "
-                "template g1"
-            )
+        asked = {**self._switches(thinking), **(variables or {})}
+        unread = [name for name in variables or () if name not in self._template.reads]
+        if unread:
+            raise ConfigError(f"variables {', '.join(unread)}: {self.name} does not read them; leave them out")
         read = read_messages(messages)
         text = self._guarded(
-            lambda: self._write(
+            lambda: self._template.render(
                 {
                     "bos_token": "",
                     "eos_token": "",
                     "documents": None,
-                    **_SWITCHES[thinking or "none"],
-                    **(variables or {}),
+                    **asked,
                     "messages": [_as_mapping(message) for message in read],
                     "tools": [_as_function(tool) for tool in tools] if tools else None,
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -123,6 +122,19 @@ class JinjaTemplate:
         """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
         begun = _BEGUN.search(prompt, max(0, len(prompt) - 256))
         return ReplyParser(begun[0] if begun else "", calls=calls)
+
+    def _switches(self, thinking: Thinking | None) -> dict[str, Any]:
+        """Variables for a way of thinking."""
+        if thinking is None or thinking == "none":
+            return {}
+        effort = {"reasoning_effort": _EFFORTS[thinking]} if thinking in _EFFORTS else {}
+        needed = [*effort] or [name for name in _THINKING if name in self._template.reads]
+        if not needed or not self._template.reads.issuperset(needed):
+            names = "reasoning_effort" if effort else " or ".join(_THINKING)
+            raise ConfigError(
+                f"thinking = {thinking!r}: {self.name} does not read {names}; leave it out, or name the template g1"
+            )
+        return dict.fromkeys(_THINKING, begins_thinking(thinking)) | effort
 
     def _find_stop_strings(self) -> tuple[str, ...]:
         first, answer, second = _PROBE

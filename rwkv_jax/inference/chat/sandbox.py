@@ -12,11 +12,12 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, TemplateRuntimeError, Undefined, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
@@ -50,20 +51,26 @@ class JSONText(dict[str, Any]):
         self.text = text
 
 
-def compile_template(source: str) -> Callable[[Mapping[str, Any]], str]:
-    """A function from variables to text.
+class Compiled(NamedTuple):
+    """A template."""
 
-    Raises:
-      TemplateError: the source is no template; the function raises whatever a template may lead to.
-    """
+    render: Callable[[Mapping[str, Any]], str]
+    """From variables to text; raises whatever a template may lead to."""
+    reads: frozenset[str]
+    """Names of variables that it reads."""
+
+
+def compile_template(source: str) -> Compiled:
+    """Compiles a template. Raises TemplateError if it is none."""
     _steps_left.set([MAX_STEPS])
-    template = _Sandbox().from_string(source)
+    sandbox = _Sandbox()
+    template = sandbox.from_string(source)
 
     def render(variables: Mapping[str, Any]) -> str:
         _steps_left.set([MAX_STEPS])
         return _joined(template.generate(dict(variables)))
 
-    return render
+    return Compiled(render, frozenset(find_undeclared_variables(sandbox.parse(source))))
 
 
 def _spend(num_steps: int = 1) -> None:
