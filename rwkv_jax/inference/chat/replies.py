@@ -6,6 +6,7 @@ A reply is read a character at a time, so it has the same parts however it is sp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -178,9 +179,6 @@ class ReplyParser:
 def _joined(deltas: list[Delta]) -> list[Delta]:
     """Neighbors of a kind as one, calls apart."""
     joined: list[Delta] = []
-    for delta in deltas:
-        if joined and joined[-1].kind == delta.kind != "tool_call":
-            joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
-        else:
-            joined.append(delta)
+    for kind, group in itertools.groupby(deltas, key=lambda delta: delta.kind):
+        joined += group if kind == "tool_call" else [Delta(kind, "".join(delta.text for delta in group))]
     return joined
