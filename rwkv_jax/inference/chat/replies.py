@@ -180,5 +180,6 @@ def _joined(deltas: list[Delta]) -> list[Delta]:
     """Neighbors of a kind as one, calls apart."""
     joined: list[Delta] = []
     for kind, group in itertools.groupby(deltas, key=lambda delta: delta.kind):
-        joined += group if kind == "tool_call" else [Delta(kind, "".join(delta.text for delta in group))]
+        some = list(group)
+        joined += some if kind == "tool_call" else [Delta(some[0].kind, "".join(delta.text for delta in some))]
     return joined
