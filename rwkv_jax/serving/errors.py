@@ -20,6 +20,7 @@ from rwkv_jax.inference.engine.scheduler import NotFiniteError
 from rwkv_jax.inference.state.snapshot import StateError
 
 _LOG = logging.getLogger(__name__)
+_MAX_PARAM_LENGTH = 200  # a name that is not ours may be of any length
 _RETRY_SECONDS = 1  # a queue of texts moves within seconds
 
 
@@ -81,7 +82,7 @@ def _invalid(error: RequestValidationError) -> APIError:
     """The first of the errors of a body, named by its field: `messages.0.content`."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(path) or None
+    param = ".".join(path)[:_MAX_PARAM_LENGTH] or None
     if first["type"] == "extra_forbidden":
         message = f"{param}: is not supported by this server; leave it out (docs/serving.md lists the fields)"
         return APIError(400, message, param=param, code="unsupported_parameter")

@@ -15,6 +15,9 @@ from rwkv_jax.serving.protocol.base import RequestBody
 MAX_TEXTS = 128
 """Texts of one prompt, as OpenAI limits them."""
 
+MAX_STOPS = 64
+"""Strings that end a text; OpenAI allows 4. Each is looked for at every token."""
+
 _SETTINGS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
 _SETTINGS += ("frequency_penalty", "penalty_decay", "penalize_prompt", "order")
 _MAX_SEED_GIVEN = 2**63
@@ -60,7 +63,7 @@ class GenerationBody(RequestBody):
     """The same seed gives the same text; of greater numbers the lowest 32 bits count. Random by default."""
     n: Annotated[int, Field(ge=1, le=MAX_TEXTS)] | None = None
     """Texts to return for each prompt. 1 by default."""
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     """Strings that end a text; not part of it."""
     stop_token_ids: list[int] | None = None
     """Token ids that end a text besides the end-of-text token; not part of it."""
