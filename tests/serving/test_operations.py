@@ -63,6 +63,11 @@ def test_tokens_of_a_text_and_back(client: TestClient) -> None:
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "h\u00e9"}
 
 
+def test_the_tokenizer(client: TestClient) -> None:
+    expected = {"tokenizer_class": "ByteTokenizer", "vocab_size": 256, "eos_token_id": 0}
+    assert client.get("/tokenizer_info").json() == expected | {"bos_token": None, "eos_token": None}
+
+
 def test_a_conversation_as_a_prompt(client: TestClient, service: Service) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     prompt = client.post("/apply-template", json={"messages": messages}).json()["prompt"]

@@ -1,4 +1,4 @@
-"""Bodies of /health; of /tokenize and /detokenize, as vLLM has them; of /apply-template, as llama.cpp has it."""
+"""Bodies of /health; of /tokenize, /detokenize, /tokenizer_info, which are vLLM's; of /apply-template, llama.cpp's."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ class Tokens(Answer):
     tokens: list[int]
     token_strs: list[str] | None = None
     """Of each token; U+FFFD for parts of a character."""
+
+
+class TokenizerInfo(Answer):
+    """What clients that tokenize by the server ask first, such as lm-eval's `tokenizer_backend=remote`."""
+
+    tokenizer_class: str
+    vocab_size: int
+    bos_token: None = None
+    """The end-of-text token, which begins a text, has no text."""
+    eos_token: None = None
+    """As above."""
+    eos_token_id: int
 
 
 class DetokenizeRequest(RequestBody):

@@ -7,7 +7,15 @@ from fastapi import APIRouter, Response
 
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.metrics import CONTENT_TYPE
-from rwkv_jax.serving.protocol.operations import DetokenizeRequest, Health, TemplateBody, Text, TokenizeRequest, Tokens
+from rwkv_jax.serving.protocol.operations import (
+    DetokenizeRequest,
+    Health,
+    TemplateBody,
+    Text,
+    TokenizeRequest,
+    TokenizerInfo,
+    Tokens,
+)
 from rwkv_jax.serving.routes.chat import render
 from rwkv_jax.serving.service import ServiceOf
 
@@ -45,6 +53,14 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Tokens:
     texts = [tokenizer.decode([token]) for token in ids] if request.return_token_strs else None
     limit = service.options.max_prompt_tokens
     return Tokens(count=len(ids), max_model_len=limit, tokens=ids, token_strs=texts)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: ServiceOf) -> TokenizerInfo:
+    """The tokenizer."""
+    tokenizer = service.engine.tokenizer
+    name, end_of_text = type(tokenizer).__name__, tokenizer.end_of_text
+    return TokenizerInfo(tokenizer_class=name, vocab_size=tokenizer.vocab_size, eos_token_id=end_of_text)
 
 
 @router.post("/detokenize")
