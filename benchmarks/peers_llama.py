@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,25 @@ def count_layers(tensors: Mapping[str, NDArray]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
-def write_gguf(path: Path, tensors: Mapping[str, NDArray]) -> None:
-    """Write official float32 tensors of an RWKV-7 as a file of llama.cpp, without a vocabulary."""
+def write_gguf(path: Path, tensors: Mapping[str, NDArray], vocabulary: Sequence[bytes] | None = None) -> None:
+    """Write official float32 tensors of an RWKV-7 as a file of llama.cpp.
+
+    Args:
+      vocabulary: of World models, the text of each token; None leaves the file without one.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "rwkv7")
     vocab_size, width = tensors["emb.weight"].shape
     writer.add_vocab_size(vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        writer.add_tokenizer_model("rwkv")
+        normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
+        names = [repr(text)[2:-1] if text else f"[{token}]" for token, text in enumerate(vocabulary)]
+        writer.add_token_list(names)
+        writer.add_token_types([control, *(normal if text else unused for text in vocabulary[1:])])
     writer.add_context_length(1 << 20)
     writer.add_embedding_length(width)
     writer.add_block_count(count_layers(tensors))
