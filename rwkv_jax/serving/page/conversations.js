@@ -5,6 +5,9 @@
 // which begins with the state of an earlier answer, costs nothing.
 "use strict";
 
+/** The marker behind a model's thoughts. */
+const THINK_END = "</think>";
+
 /**
  * @typedef {{text: string, logprob: number, alternatives: {text: string, logprob: number}[]}} Token
  * @typedef {{numTokens: number | null, seconds: number, firstToken: number | null}} Timing
@@ -173,7 +176,10 @@ function tokenOf({ token, bytes, logprob, top_logprobs }, decoder) {
  */
 function answerTokens({ tokens, reasoning }) {
   if (!reasoning) return tokens;
-  let text = "";
-  const end = tokens.findIndex((token) => (text += token.text).includes("</think>"));
+  let newest = "";
+  const end = tokens.findIndex((token) => {
+    newest = (newest + token.text).slice(-THINK_END.length - token.text.length);
+    return newest.includes(THINK_END);
+  });
   return end < 0 ? [] : tokens.slice(end + 1);
 }
