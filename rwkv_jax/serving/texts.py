@@ -15,6 +15,7 @@ from fastapi import Request
 from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, Completion, join
 from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.inference.sampling.grammar import GrammarError
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.protocol.base import PromptTokensDetails, Usage
 from rwkv_jax.serving.service import Service
@@ -34,20 +35,25 @@ class Job:
     """Texts of each prompt."""
     arguments: Arguments
     """As in `Engine.stream`."""
+    grammar_field: str | None = None
+    """The field of the request from which the grammar is."""
 
 
 async def submit(service: Service, job: Job) -> Stream:
     """Asks the engine. Raises as `Engine.stream`: whatever is wrong with a request is known before it is answered.
 
     Raises:
-      APIError: a prompt is longer than the server allows.
+      APIError: a prompt is longer than the server allows, or there is something wrong with a grammar.
     """
     longest, limit = max(map(len, job.prompts)), service.options.max_prompt_tokens
     if limit is not None and longest > limit:
         message = f"a prompt of {longest} tokens is longer than this server allows (max_prompt_tokens = {limit})"
         raise APIError(400, message, code="context_length_exceeded")
     count_tokens("prompt_tokens", sum(map(len, job.prompts[:: job.copies])))
-    return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))
+    try:
+        return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))
+    except GrammarError as error:
+        raise APIError(400, str(error), param=job.grammar_field, code="invalid_grammar") from error
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -186,6 +187,33 @@ def test_calls_are_text_where_there_are_no_tools(client: TestClient, says: Any) 
     assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "one", "schema": SCHEMA, "strict": True}}},
+        {"guided_json": SCHEMA},
+    ],
+)
+def test_a_reply_has_the_form_that_is_asked_for(client: TestClient, form: dict[str, Any]) -> None:
+    fields = GREEDY | {"temperature": 1, "seed": 4, "max_tokens": 60} | form
+    (choice,) = calls.post(client, PATH, fields)["choices"]
+    assert json.loads(choice["message"]["content"])["n"] in (1, 2)
+    assert choice["finish_reason"] == "stop"
+
+
+def test_a_tool_that_must_be_called_is_called(client: TestClient) -> None:
+    tool = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
+    fields = GREEDY | {"temperature": 1, "seed": 4, "max_tokens": 200, "tools": [tool], "tool_choice": "required"}
+    (choice,) = calls.post(client, PATH, fields)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "count"
+    assert json.loads(call["function"]["arguments"])["n"] in (1, 2)
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -205,6 +233,9 @@ def test_calls_are_text_where_there_are_no_tools(client: TestClient, says: Any) 
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
         ({"tools": [TOOL | {"type": "web_search"}]}, "tools.0.type"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "reasoning_effort": "high"}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
         ({"reasoning_effort": "low", "chat_template_kwargs": {"thinking": "none"}}, "reasoning_effort"),
     ],
     ids=str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.serving.protocol.completions import CompletionBody
 from rwkv_jax.serving.routes.completions import as_job
+from tests.inference.models import log_softmax, whole_logits
 from tests.serving import calls
 
 PROMPT = "Hello, caf\u00e9"
@@ -146,6 +149,7 @@ def test_fields_become_the_engines_arguments(engine: Engine) -> None:
         "stop_ids": {9},
         "top_logprobs": 0,
         "client_id": "tenant",
+        "grammar": None,
     }
     assert prompts == [engine.encode("ab", begins=True)] * 2
     _, plain = asked(engine)
@@ -164,6 +168,15 @@ def test_a_suffix_is_filled_in(engine: Engine) -> None:
     assert arguments["stop"] == ["c", "✿"]
 
 
+def test_texts_match_what_guides_them(client: TestClient, engine: Engine) -> None:
+    fields = {"temperature": 1, "seed": 2, "max_tokens": 40}
+    assert re.fullmatch(r"[ab]{3}c", complete(client, guided_regex="[ab]{3}c", **fields)["choices"][0]["text"])
+    assert complete(client, guided_grammar='start: "x" "y"', **fields)["choices"][0]["text"] == "xy"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    for given in (schema, json.dumps(schema)):
+        assert json.loads(complete(client, guided_json=given, **fields)["choices"][0]["text"])["n"] in (1, 2)
+
+
 def test_echo_and_no_tokens(client: TestClient, engine: Engine) -> None:
     generated = complete(client, max_tokens=4)["choices"][0]["text"]
     assert complete(client, max_tokens=4, echo=True)["choices"][0]["text"] == PROMPT + generated
@@ -173,6 +186,56 @@ def test_echo_and_no_tokens(client: TestClient, engine: Engine) -> None:
     none = complete(client, max_tokens=0)
     assert (none["choices"][0]["text"], none["choices"][0]["finish_reason"]) == ("", "length")
     assert none["usage"]["completion_tokens"] == 0
+
+
+def test_echo_with_logprobs_scores_the_prompt_by_the_model(client: TestClient, engine: Engine) -> None:
+    """As lm-eval asks: one token is generated, and all before it are scored."""
+    ids = engine.encode(PROMPT, begins=True)
+    logits = log_softmax(whole_logits(engine.config, ids))
+    (choice,) = complete(client, max_tokens=0, echo=True, logprobs=1)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (PROMPT, "length")
+    block = choice["logprobs"]
+    assert block["token_logprobs"][0] is None
+    expected = [logits[place, token] for place, token in enumerate(ids[1:])]
+    assert sum(block["token_logprobs"][1:]) == pytest.approx(sum(expected), abs=1e-4)
+    before = [b"".join(map(engine.tokenizer.token_bytes, ids[:place])) for place in range(len(ids))]
+    assert block["text_offset"] == [len(content.decode(errors="ignore")) for content in before]
+    for fields in ({"prompt": PROMPT}, {"prompt": ids}):
+        more = complete(client, max_tokens=1, echo=True, logprobs=1, **fields)["choices"][0]["logprobs"]
+        assert more["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
+        assert len(more["tokens"]) == len(ids) + 1
+        assert more["token_logprobs"][-1] == max(more["top_logprobs"][-1].values())  # greedy
+        pieces = [piece["choices"][0] for piece in streamed(client, max_tokens=1, echo=True, logprobs=1, **fields)]
+        for name, values in more.items():
+            found = [value for piece in pieces for value in piece["logprobs"][name]]
+            assert found == pytest.approx(values, abs=1e-5) if name == "token_logprobs" else len(found) == len(values)
+
+
+def test_greedy_continuations_are_the_likeliest_ones_in_an_echo(client: TestClient, engine: Engine) -> None:
+    ids = engine.encode(PROMPT, begins=True)
+    text = engine.generate(ids, max_tokens=4, sampling="greedy")
+    for whole, is_greedy in (([*ids, *text.ids], True), ([*ids, 7, 7], False)):
+        block = complete(client, prompt=whole, max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
+        own = slice(len(ids), -1)  # as lm-eval takes it
+        pairs = zip(block["token_logprobs"][own], block["top_logprobs"][own], strict=True)
+        assert all(value == max(top.values()) for value, top in pairs) is is_greedy
+
+
+def test_the_id_that_ends_a_text_is_scored_in_an_echo(client: TestClient, engine: Engine) -> None:
+    ids = engine.encode(PROMPT, begins=True)
+    stop = engine.generate(ids, max_tokens=1, sampling="greedy").ids[0]
+    fields = {"max_tokens": 1, "echo": True, "logprobs": 1, "stop_token_ids": [stop]}
+    (choice,) = complete(client, **fields)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (PROMPT, "stop")
+    block = choice["logprobs"]
+    assert len(block["tokens"]) == len(ids) + 1
+    assert block["token_logprobs"][-1] == max(block["top_logprobs"][-1].values())
+    assert streamed(client, **fields)[-1]["choices"][0]["logprobs"]["token_logprobs"] == block["token_logprobs"][-1:]
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score(client: TestClient) -> None:
+    block = complete(client, prompt=[5], max_tokens=0, echo=True, logprobs=2)["choices"][0]["logprobs"]
+    assert (block["token_logprobs"], block["top_logprobs"], block["tokens"]) == ([None], [None], ["\x05"])
 
 
 @pytest.mark.parametrize(
@@ -202,6 +265,9 @@ def test_echo_and_no_tokens(client: TestClient, engine: Engine) -> None:
         ({"seed": 2**64}, "seed"),
         ({"prompt": [1], "suffix": "a"}, "suffix"),
         ({"suffix": "a", "echo": True}, "echo"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "guided_regex": "a"}, "guided_json"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from pydantic import Field
 from rwkv_jax.inference.chat.template import Thinking
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.serving.protocol.base import Answer, RequestBody, Usage
+from rwkv_jax.serving.protocol.formats import ResponseFormat
 from rwkv_jax.serving.protocol.sampling import GenerationBody, NotStored
 
 Effort = Literal["none", "minimal", "low", "medium", "high"]
@@ -86,12 +87,6 @@ class NamedTool(RequestBody):
     function: NamedFunction
 
 
-class TextFormat(RequestBody):
-    """Any text."""
-
-    type: Literal["text"]
-
-
 class TemplateVariables(RequestBody):
     """What a chat template is told besides messages and tools."""
 
@@ -118,7 +113,8 @@ class ChatBody(GenerationBody):
     """Whether the model may call a tool, or must, or must call this one; `auto` by default."""
     parallel_tool_calls: Literal[True] | None = None
     """A reply may have several calls."""
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    """Form of the answer, which is JSON or any text."""
     reasoning_effort: Effort | None = None
     """Length of thinking of models that think; the template's own by default."""
     chat_template_kwargs: TemplateVariables | None = None

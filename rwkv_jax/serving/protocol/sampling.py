@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -69,6 +69,12 @@ class GenerationBody(RequestBody):
     """Token ids that end a text besides the end-of-text token; not part of it."""
     ignore_eos: bool = False
     """Whether the end-of-text token does not end a text."""
+    guided_json: dict[str, Any] | str | None = None
+    """JSON schema that the text must match, an object or its JSON."""
+    guided_regex: str | None = None
+    """Regular expression that the whole text must match."""
+    guided_grammar: str | None = None
+    """Context-free grammar that the text must match, in llguidance's form of Lark."""
     stream: bool | None = None
     """Whether the text is sent in chunks, as server-sent events."""
     stream_options: StreamOptions | None = None

@@ -18,6 +18,7 @@ from rwkv_jax.inference.chat.template import Thinking
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.engine.requests import Completion as Text
 from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.serving.grammars import Asked, call_grammar, grammar_of
 from rwkv_jax.serving.logprobs import chat_logprobs
 from rwkv_jax.serving.protocol.base import Usage
 from rwkv_jax.serving.protocol.chat import (
@@ -71,7 +72,7 @@ def render(body: ChatBody, service: Service) -> str:
         [message.model_dump(exclude_none=True) for message in body.messages],
         tools=tools,
         tool_choice="required" if choice == "required" else "auto",
-        thinking=_thinking(body),
+        thinking=_thinking(body) or ("none" if grammar_of(body, body.response_format) else None),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
@@ -84,7 +85,7 @@ def as_job(body: ChatBody, prompt: str, service: Service, tenant: str) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise ConfigError("top_logprobs: needs logprobs = true; set it, or leave this out")
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    copies, engine = body.n or 1, service.engine
+    copies, engine, asked = body.n or 1, service.engine, _grammar(body, prompt)
     return Job(
         [engine.encode(prompt, begins=True)] * copies,
         copies,
@@ -96,8 +97,25 @@ def as_job(body: ChatBody, prompt: str, service: Service, tenant: str) -> Job:
             "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
             "top_logprobs": body.top_logprobs or 0,
             "client_id": tenant,
+            "grammar": asked and asked.grammar,
         },
+        asked and asked.field,
     )
+
+
+def _grammar(body: ChatBody, prompt: str) -> Asked | None:
+    """The grammar of a reply: of a call if there must be one, or of the form that is asked for."""
+    tools, choice = _tools(body)
+    asked = grammar_of(body, body.response_format)
+    if asked is None:
+        return call_grammar(tools) if tools and choice == "required" and prompt.endswith("```json") else None
+    if tools:
+        raise ConfigError(
+            f"{asked.field}: is the form of an answer, not of calls; leave it out, or set tool_choice none"
+        )
+    if prompt.endswith(("<think", "</think")):
+        raise ConfigError(f"{asked.field}: is the form of a whole reply; leave thinking out")
+    return asked
 
 
 def _tools(body: ChatBody) -> tuple[list[dict[str, Any]] | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +18,9 @@ from rwkv_jax.inference.chat.fim import FIM_STOP, fim_prompt
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.engine.requests import Chunk, TopLogprobs
 from rwkv_jax.inference.engine.requests import Completion as Text
+from rwkv_jax.inference.engine.scoring import Score
 from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.serving.grammars import grammar_of
 from rwkv_jax.serving.logprobs import CompletionLogprobs
 from rwkv_jax.serving.protocol.base import Usage
 from rwkv_jax.serving.protocol.completions import Choice, Completion, CompletionBody, Logprobs
@@ -73,6 +76,7 @@ def as_job(body: CompletionBody, engine: Engine, tenant: str) -> Job:
         prompts = [fim_prompt(str(prompt), body.suffix) for prompt in prompts]
         stops = [*stops, FIM_STOP]
     ids = [_encode(engine, prompt) for prompt in prompts]
+    asked = grammar_of(body)
     return Job(
         [each for each in ids for _ in range(copies)],
         copies,
@@ -84,7 +88,9 @@ def as_job(body: CompletionBody, engine: Engine, tenant: str) -> Job:
             "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
             "top_logprobs": body.logprobs or 0,
             "client_id": tenant,
+            "grammar": asked and asked.grammar,
         },
+        asked and asked.field,
     )
 
 
@@ -118,7 +124,7 @@ class _Answer:
         texts = await collect(self.service, stream)
         choices = []
         for prompt, group in enumerate(best(texts, self.job.copies, count)):
-            choices += [self._choice(prompt * count + i, text, echoes[prompt]) for i, text in enumerate(group)]
+            choices += [await self._choice(prompt * count + i, text, echoes[prompt]) for i, text in enumerate(group)]
         return self._with(*choices, usage=usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts)))
 
     async def pieces(
@@ -129,35 +135,63 @@ class _Answer:
         for index, maker in enumerate(makers):
             if (echo := echoes[index // self.job.copies]) is not None:
                 yield self._with(Choice(index=index, text=echo.text, logprobs=self._of_echo(maker, echo)))
-        num_generated = 0
+        generated: list[list[int]] = [[] for _ in makers]
         async with opened(self.service, stream) as chunks:
             async for chunk in chunks:
-                num_generated += len(chunk.ids)
-                logprobs = self._of_tokens(makers[chunk.index], chunk)
-                if chunk.text or chunk.finish_reason or (logprobs is not None and chunk.ids):
-                    reason = chunk.finish_reason
+                maker, ids, reason = makers[chunk.index], generated[chunk.index], chunk.finish_reason
+                ids += chunk.ids
+                logprobs = self._of_tokens(maker, chunk)
+                if logprobs is not None and (end := await self._of_stop(maker, chunk.index, ids, chunk.stop)):
+                    logprobs += end
+                if chunk.text or reason or (logprobs is not None and chunk.ids):
                     yield self._with(
                         Choice(index=chunk.index, text=chunk.text, logprobs=logprobs, finish_reason=reason)
                     )
         if with_usage:
-            yield self._with(usage=usage_of(stream, self.job.copies, num_generated))
+            yield self._with(usage=usage_of(stream, self.job.copies, sum(map(len, generated))))
 
     async def echoes(self) -> list[Echo | None]:
         """For each prompt what is shown of it; None without `echo`."""
         prompts = self.job.prompts[:: self.job.copies]
         if not self.body.echo:
             return [None] * len(prompts)
-        if self.body.logprobs is not None:
-            raise ConfigError("echo: not with logprobs yet; leave one of them out")
-        texts = [self.service.engine.tokenizer.decode(ids) for ids in prompts]
-        return [Echo(text, ids, [], []) for text, ids in zip(texts, prompts, strict=True)]
+        found: list[Echo | None] = []
+        scores = iter(await self._score([ids[:1] for ids in prompts], [ids[1:] for ids in prompts]))
+        for ids in prompts:
+            logprobs: list[float | None] = [None]
+            tops: list[TopLogprobs] = [()]
+            if self.body.logprobs is not None and len(ids) > 1:
+                score = next(scores)
+                logprobs.extend(score.token_logprobs)
+                tops.extend(score.top or [()] * len(score.ids))
+            found.append(Echo(self.service.engine.tokenizer.decode(ids), ids, logprobs, tops))
+        return found
 
-    def _choice(self, index: int, text: Text, echo: Echo | None) -> Choice:
+    async def _score(self, contexts: list[list[int]], continuations: list[list[int]]) -> list[Score]:
+        """Scores of those continuations that have tokens; none where no logprobs are asked for."""
+        pairs = [pair for pair in zip(contexts, continuations, strict=True) if pair[1]]
+        if self.body.logprobs is None or not pairs:
+            return []
+        arguments = {"top_logprobs": self.body.logprobs, "client_id": self.job.arguments.get("client_id", "")}
+        score = functools.partial(self.service.engine.score, *map(list, zip(*pairs, strict=True)), **arguments)
+        return await anyio.to_thread.run_sync(score, abandon_on_cancel=True)
+
+    async def _of_stop(
+        self, maker: CompletionLogprobs, index: int, ids: Sequence[int], stop: object
+    ) -> Logprobs | None:
+        """With `echo`, of the id that ended a text, so that all that was read has its logprob."""
+        if not self.body.echo or not isinstance(stop, int):
+            return None
+        scores = await self._score([[*self.job.prompts[index], *ids]], [[stop]])
+        return maker.piece([stop], scores[0].token_logprobs, scores[0].top) if scores else None
+
+    async def _choice(self, index: int, text: Text, echo: Echo | None) -> Choice:
         maker = self._maker()
         before = None if echo is None else self._of_echo(maker, echo)
         logprobs = self._of_tokens(maker, text)
         if before is not None and logprobs is not None:
-            logprobs = before + logprobs
+            end = await self._of_stop(maker, text.index, text.ids, text.stop)
+            logprobs = before + logprobs if end is None else before + logprobs + end
         shown = text.text if echo is None else echo.text + text.text
         return Choice(index=index, text=shown, logprobs=logprobs, finish_reason=text.finish_reason)
 
