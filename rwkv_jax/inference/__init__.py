@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.chat.messages import Message, ToolCall
     from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
     from rwkv_jax.inference.chat.template import ChatTemplate
+    from rwkv_jax.inference.embedder import Embedder
     from rwkv_jax.inference.engine.driver import EngineClosedError, EngineStats
     from rwkv_jax.inference.engine.engine import Engine
     from rwkv_jax.inference.engine.options import EngineOptions
@@ -36,6 +37,7 @@ __all__ = [
     "Completion",
     "Delta",
     "Dialogue",
+    "Embedder",
     "Engine",
     "EngineClosedError",
     "EngineOptions",
@@ -69,6 +71,7 @@ __getattr__, __dir__ = lazy_names(
         "chat.template": ("ChatTemplate",),
         "chat.dialogue": ("Dialogue",),
         "engine.driver": ("EngineClosedError", "EngineStats"),
+        "embedder": ("Embedder",),
         "engine.engine": ("Engine",),
         "engine.options": ("EngineOptions",),
         "engine.requests": ("Chunk", "Completion", "QueueFullError"),

@@ -54,15 +54,20 @@ async def chat(
     body: ChatBody, request: Request, service: ServiceOf, tenant: TenantOf
 ) -> ChatCompletion | EventSourceResponse:
     """Replies to a conversation."""
-    service.check_model(body.model)
     with_usage = body.has_usage_chunk()
-    prompt = render(body, service)
-    job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant)
-    answer = _Answer(body, service, job, prompt, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+    answer = await prepare(body, service, tenant)
     if not body.stream:
         return await while_connected(request, answer.whole)
-    stream = await submit(service, job)
+    stream = await submit(service, answer.job)
     return event_stream(answer.pieces(stream, with_usage), omits=frozenset() if with_usage else {"usage"})
+
+
+async def prepare(body: ChatBody, service: Service, tenant: str) -> ChatAnswer:
+    """Checks a request and finds what the engine is asked."""
+    service.check_model(body.model)
+    prompt = render(body, service)
+    job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant)
+    return ChatAnswer(body, service, job, prompt, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
 
 
 def render(body: ChatBody, service: Service) -> str:
@@ -148,7 +153,7 @@ def _thinking(body: ChatBody) -> Thinking | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answer:
+class ChatAnswer:
     """Answers one request, whole or in pieces."""
 
     body: ChatBody

@@ -1,0 +1,79 @@
+"""/v1/responses: OpenAI's newer API, in its text subset, as the chat API with other names."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from sse_starlette import EventSourceResponse
+
+from rwkv_jax.serving.errors import as_api_error
+from rwkv_jax.serving.protocol.chat import ChatChunk, ChatCompletion
+from rwkv_jax.serving.protocol.responses import Response, ResponseBody, Status
+from rwkv_jax.serving.response_events import Part, ResponseEvents, finished, item_of, new_id
+from rwkv_jax.serving.routes.chat import prepare
+from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
+from rwkv_jax.serving.texts import submit, while_connected
+
+router = APIRouter(tags=["responses"])
+
+
+@router.post("/v1/responses", response_model=Response)
+async def respond(
+    body: ResponseBody, request: Request, service: ServiceOf, tenant: TenantOf
+) -> Response | EventSourceResponse:
+    """Responds to a message or a conversation."""
+    head = begun(body, service)
+    answer = await prepare(body.as_chat(), service, tenant)
+    if not body.stream:
+        return ended(head, await while_connected(request, answer.whole))
+    stream = await submit(service, answer.job)
+    return EventSourceResponse(_events(answer.pieces(stream, with_usage=True), ResponseEvents(head)), sep="\n")
+
+
+def begun(body: ResponseBody, service: Service) -> Response:
+    """A response before its text."""
+    return Response(
+        id=f"resp_{uuid.uuid4().hex}",
+        created_at=int(time.time()),
+        status="in_progress",
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        metadata=body.metadata,
+        model=service.model_name,
+        output=[],
+        temperature=body.temperature,
+        top_p=body.top_p,
+        user=body.user,
+    )
+
+
+def ended(head: Response, chat: ChatCompletion) -> Response:
+    """A response with its text."""
+    (choice,) = chat.choices
+    texts: dict[Part, str] = {}
+    if choice.message.reasoning_content:
+        texts["reasoning_text"] = choice.message.reasoning_content
+    texts["output_text"] = choice.message.content or ""
+    statuses: list[Status] = ["completed"] * len(texts)
+    if choice.finish_reason == "length":
+        statuses[-1] = "incomplete"
+    pairs = zip(texts.items(), statuses, strict=True)
+    output = [item_of(part, text, status, new_id(part)) for (part, text), status in pairs]
+    return finished(head, output, choice.finish_reason, chat.usage)
+
+
+async def _events(chunks: AsyncIterator[ChatChunk], events: ResponseEvents) -> AsyncIterator[dict[str, str]]:
+    """Server-sent events, each named by its type."""
+    try:
+        for event in events.begin():
+            yield {"event": event["type"], "data": json.dumps(event)}
+        async for chunk in chunks:
+            for event in events.push(chunk):
+                yield {"event": event["type"], "data": json.dumps(event)}
+    except Exception as error:
+        found = as_api_error(error)
+        yield {"event": "error", "data": json.dumps(events.error(found.message, found.code, found.param))}
