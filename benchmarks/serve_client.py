@@ -35,6 +35,10 @@ class Reply:
     """Events with text."""
     num_tokens: int = 0
     """Generated, where the server reports usage."""
+    num_prompt_tokens: int = 0
+    """Likewise."""
+    text: str = ""
+    """Of an answer that is no stream."""
     is_left: bool = False
     """Whether the client went away in the midst of it."""
     error: str = ""
@@ -69,7 +73,10 @@ async def _complete(port: int, body: Mapping[str, Any], leave_after: int | None,
         if "content-type: text/event-stream" not in header:
             answer = json.loads(b"".join([part async for part in parts]))
             reply.error = json.dumps(answer["error"]) if "error" in answer else ""
-            reply.num_tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
+            usage = answer.get("usage") or {}
+            reply.num_tokens = usage.get("completion_tokens", 0)
+            reply.num_prompt_tokens = usage.get("prompt_tokens", 0)
+            reply.text = "".join(choice.get("text") or "" for choice in answer.get("choices", ()))
             return
         await _read_events(parts, leave_after, reply, begin)
     finally:

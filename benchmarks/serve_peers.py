@@ -4,10 +4,11 @@
     python benchmarks/serve_peers.py --llama-python PATH --num-layers 2 --width 64 --clients 1 2 --repetitions 1
 
 PATH is the interpreter of the environment of serve_llama.py. Both have float32 weights of an RWKV-7 and the World
-vocabulary, and are given the same texts of as many tokens, which differ from the first word on. Servers take turns;
-while one is measured, the other waits. Rates are of whole answers with their usage, first tokens of streams. Memory of
-a conversation is what resident memory grows by with each of some conversations that the server is to keep: here in the
-prefix cache, there in the cache in memory that it has (`cache`), in a server of its own.
+vocabulary, and are given the same texts of as many tokens, which differ from the first word on. Their answers must be
+equal, but for one text in four, whose likeliest tokens may be too close. Servers take turns; while one is measured, the
+other waits. Rates are of whole answers with their usage, first tokens of streams. Memory of a conversation is what
+resident memory grows by with each of some conversations that the server is to keep: here in the prefix cache, there in
+the cache in memory that it has (`cache`), in a server of its own.
 
 What is measured is llama-cpp-python's server, in Python, which answers one request after the other; llama.cpp's own
 llama-server, in C++, is not part of that package.
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,18 @@ class Server:
     extra: dict[str, Any]
     """Fields of its requests, beside those that both know."""
 
+    prompt_of: Callable[[str], str | list[int]] = str
+    """A text as its requests have it."""
+
     def body(self, prompt: str, num_tokens: int, stream: bool) -> dict[str, Any]:
         """A greedy text."""
-        body = {"model": "random", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0, "stream": stream}
+        body = {
+            "model": "random",
+            "prompt": self.prompt_of(prompt),
+            "max_tokens": num_tokens,
+            "temperature": 0.0,
+            "stream": stream,
+        }
         return body | self.extra
 
     def ask(self, prompts: Sequence[str], num_tokens: int, *, stream: bool) -> list[Reply]:
@@ -93,7 +103,7 @@ class Prompts:
 
 
 @contextlib.contextmanager
-def running(title: str, command: Sequence[str], port: int, ready: str, extra: dict[str, Any]) -> Iterator[Server]:
+def running(title: str, command: Sequence[str], port: int, ready: str, **about: Any) -> Iterator[Server]:
     """A server as a process; it ends with the block."""
     progress(f"starting {title}")
     paths = [str(HERE.parent), str(HERE.parent / "kernels"), str(HERE)]
@@ -102,7 +112,7 @@ def running(title: str, command: Sequence[str], port: int, ready: str, extra: di
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             wait_until_ready(port, ready)
-            yield Server(title, port, process.pid, extra)
+            yield Server(title, port, process.pid, **about)
         except BaseException:
             log.seek(0)
             progress(log.read().decode(errors="replace")[-2000:])
@@ -117,7 +127,8 @@ def ours(weights: Path, slots: int, sizes: Sequence[str]) -> contextlib.Abstract
     port = free_port()
     command = [sys.executable, str(HERE / "serve_random.py"), "--world", f"--port={port}", f"--slots={slots}", *sizes]
     command += [f"--weights={weights.with_suffix('.pth')}", f"--prefix-bytes={2**30}"]
-    return running("this server", command, port, "/health", {"ignore_eos": True})
+    encode = WorldTokenizer().encode  # a text would begin with the end-of-text token, which llama.cpp does not add
+    return running("this server", command, port, "/health", extra={"ignore_eos": True}, prompt_of=encode)
 
 
 def llama(python: str, weights: Path, *, cache: bool) -> contextlib.AbstractContextManager[Server]:
@@ -138,7 +149,7 @@ def llama(python: str, weights: Path, *, cache: bool) -> contextlib.AbstractCont
         "cache": cache,
     }
     command = [python, str(HERE / "serve_llama.py"), json.dumps(job)]
-    return running("llama.cpp", command, port, "/v1/models", {"repeat_penalty": 1.0, "top_k": 1})
+    return running("llama.cpp", command, port, "/v1/models", extra={"repeat_penalty": 1.0, "top_k": 1})
 
 
 @dataclasses.dataclass
@@ -155,13 +166,19 @@ def measure(servers: Sequence[Server], clients: int, num_tokens: int, repetition
     """Rates and first tokens, in turns."""
     rows = [Row() for _ in servers]
     for repetition in range(repetitions):
+        texts, whole = [], prompts.take(clients)
         for server, row in zip(servers, rows, strict=True):
             progress(f"{server.title}, {clients} clients, {repetition + 1} of {repetitions}")
             begin = time.perf_counter()
-            replies = server.ask(prompts.take(clients), num_tokens, stream=False)
+            replies = server.ask(whole, num_tokens, stream=False)
+            texts.append([(reply.num_prompt_tokens, reply.text) for reply in replies])
             row.rates.append(sum(reply.num_tokens for reply in replies) / (time.perf_counter() - begin))
             streams = server.ask(prompts.take(clients), num_tokens, stream=True)
             row.firsts.append(statistics.median(reply.first_seconds for reply in streams if reply.first_seconds))
+        num_equal = sum(mine == theirs for mine, theirs in zip(*texts, strict=True))
+        progress(f"{num_equal} of {clients} texts are equal")
+        if num_equal < 0.75 * clients:
+            raise RuntimeError(f"the servers do not serve the same model: {texts}")
     return rows
 
 
