@@ -47,6 +47,11 @@ metric_list:
 """
 
 
+def is_letter(token: int) -> bool:
+    """Whether a byte is a printable character of ASCII, but no space."""
+    return 0x20 < token < 0x7F
+
+
 def questions(engine: Engine) -> list[dict[str, Any]]:
     """Questions of words of this file; where the model goes on with letters, the first choice is what it says."""
     draws, words = random.Random(0), (__doc__ or "").split()
@@ -55,7 +60,7 @@ def questions(engine: Engine) -> list[dict[str, Any]]:
         text = " ".join(draws.choices(words, k=draws.randint(1, 40)))
         choices = [" " + " ".join(draws.choices(words, k=draws.randint(1, 5))) for _ in range(NUM_CHOICES)]
         ids = engine.generate(engine.tokenizer.encode(text), max_tokens=8, sampling="greedy", stop_ids=()).ids
-        greedy = bytes(itertools.takewhile(lambda token: 0x20 < token < 0x7F, ids)).decode()
+        greedy = bytes(itertools.takewhile(is_letter, ids)).decode()
         found.append({"question": text, "choices": [greedy or choices[0], *choices[1:]], "answer": 0})
     return found
 
