@@ -27,6 +27,8 @@ class Serve:
     """Texts generated at once; others are queued."""
     max_queue: int = 1024
     """Texts that may wait for a slot; further requests are answered with status 429."""
+    prefix_bytes: int = 256 * 2**20
+    """Size of the cache of prompts' states, which tenants share; 0 keeps none."""
     tune: Literal["auto", "never"] = "auto"
     """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
 
@@ -34,6 +36,7 @@ class Serve:
         """Loads the model and serves it until SIGINT or SIGTERM."""
         require_whole("slots", self.slots, 1)
         require_whole("max_queue", self.max_queue, 1)
+        require_whole("prefix_bytes", self.prefix_bytes, 0)
         if self.options.api_keys is not None:
             read_keys(self.options.api_keys)  # a mistake is told before weights are loaded
         try:
@@ -44,7 +47,9 @@ class Serve:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
         from rwkv_jax.serving.service import Service
 
-        engine_options = EngineOptions(num_slots=self.slots, max_queue=self.max_queue, tune=self.tune)
+        engine_options = EngineOptions(
+            num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
+        )
         name = self.options.model_name or Path(self.weights.source).resolve().stem
         model, tokenizer, template = self.weights.load_with_template(self.template)
         with Engine(model, tokenizer, engine_options) as engine:

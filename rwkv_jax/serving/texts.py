@@ -39,16 +39,21 @@ class Job:
     """The field of the request from which the grammar is."""
 
 
+def check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises APIError for a prompt that is longer than the server allows."""
+    longest, limit = max(map(len, prompts)), service.options.max_prompt_tokens
+    if limit is not None and longest > limit:
+        message = f"a prompt of {longest} tokens is longer than this server allows (max_prompt_tokens = {limit})"
+        raise APIError(400, message, code="context_length_exceeded")
+
+
 async def submit(service: Service, job: Job) -> Stream:
     """Asks the engine. Raises as `Engine.stream`: whatever is wrong with a request is known before it is answered.
 
     Raises:
-      APIError: a prompt is longer than the server allows, or there is something wrong with a grammar.
+      APIError: as `check_lengths`, or there is something wrong with a grammar.
     """
-    longest, limit = max(map(len, job.prompts)), service.options.max_prompt_tokens
-    if limit is not None and longest > limit:
-        message = f"a prompt of {longest} tokens is longer than this server allows (max_prompt_tokens = {limit})"
-        raise APIError(400, message, code="context_length_exceeded")
+    check_lengths(service, job.prompts)
     count_tokens("prompt_tokens", sum(map(len, job.prompts[:: job.copies])))
     try:
         return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))

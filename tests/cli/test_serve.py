@@ -29,6 +29,7 @@ def test_a_run_is_served_by_its_name(rwkv: Command, run_dir: Path, monkeypatch: 
     ("arguments", "message"),
     [
         (["--slots", "0"], "--slots 0: must be a whole number"),
+        (["--prefix-bytes", "-1"], "--prefix-bytes -1: must be a whole number"),
         (["--max-queue", "0"], "--max-queue 0: must be a whole number"),
         (["--port", "-1"], "--port -1: must be a whole number, from 0 to 65535"),
         (["--host", ""], "--host '': must be an address"),

@@ -177,10 +177,13 @@ def test_long_prompts_are_refused(service: Service) -> None:
     with TestClient(app) as client:
         body = {"model": "tiny", "max_tokens": 1, "prompt": "abc"}  # 4 tokens with that of the beginning
         assert client.post("/v1/completions", json=body).status_code == 200
-        for wrong in ({"prompt": "abcd"}, {"prompt": ["a", "abcd"], "n": 2}, {"prompt": "abcd", "stream": True}):
+        echo = {"prompt": "abcd", "echo": True, "logprobs": 1}
+        for wrong in ({"prompt": "abcd"}, {"prompt": ["a", "abcd"], "n": 2}, {"prompt": "abcd", "stream": True}, echo):
             error = client.post("/v1/completions", json=body | wrong)
             assert (error.status_code, error.json()["error"]["code"]) == (400, "context_length_exceeded")
             assert "max_prompt_tokens = 4" in error.json()["error"]["message"]
+        embedding = client.post("/v1/embeddings", json={"model": "tiny", "input": ["a", "abcd"]})
+        assert embedding.json()["error"]["code"] == "context_length_exceeded"
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "abcd"}]}
         assert client.post("/v1/chat/completions", json=chat).json()["error"]["code"] == "context_length_exceeded"
         assert client.post("/tokenize", json={"prompt": "abcd"}).json()["max_model_len"] == 4

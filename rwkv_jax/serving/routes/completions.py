@@ -26,7 +26,7 @@ from rwkv_jax.serving.protocol.base import Usage
 from rwkv_jax.serving.protocol.completions import Choice, Completion, CompletionBody, Logprobs
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
 from rwkv_jax.serving.sse import event_stream
-from rwkv_jax.serving.texts import Job, best, collect, opened, submit, usage_of, while_connected
+from rwkv_jax.serving.texts import Job, best, check_lengths, collect, opened, submit, usage_of, while_connected
 
 router = APIRouter(tags=["completions"])
 
@@ -51,6 +51,7 @@ async def complete(
     service.check_model(body.model)
     with_usage = body.has_usage_chunk()
     job = await anyio.to_thread.run_sync(as_job, body, service.engine, tenant)
+    check_lengths(service, job.prompts)  # before any of them is scored
     head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
     answer = _Answer(body, service, job, head)
     if not body.stream:

@@ -16,6 +16,8 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.protocol.embeddings import Embedding, EmbeddingBody, Embeddings, EmbeddingUsage
 from rwkv_jax.serving.service import Service, ServiceOf
+from rwkv_jax.serving.texts import check_lengths
+from rwkv_jax.serving.token_counts import count_tokens
 
 router = APIRouter(tags=["embeddings"])
 
@@ -60,11 +62,13 @@ def encoded(vector: NDArray[Any], encoding: str | None) -> list[float] | str:
 def _answer(body: EmbeddingBody, service: Service) -> Embeddings:
     try:
         reading = as_reading(body, service.engine)
+        check_lengths(service, reading.ids)
         vectors = service.embedder.embed(reading.ids, body.pooling, skip=reading.skip)
     except ConfigError as error:
         raise APIError(400, str(error), param="input") from error
     encode = functools.partial(encoded, encoding=body.encoding_format)
     read = sum(map(len, reading.ids))
+    count_tokens("prompt_tokens", read)
     return Embeddings(
         data=[Embedding(index=index, embedding=encode(vector)) for index, vector in enumerate(vectors)],
         model=service.model_name,
