@@ -12,6 +12,7 @@ import jax
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.sampling.grammar import Grammar
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from tests.inference.models import CONFIGS, GREEDY, prompts, quick_engine, random_model
@@ -29,6 +30,8 @@ def written(engine: Engine) -> dict[str, Any]:
         "alone": [engine.generate(prompt, max_tokens=9, sampling=GREEDY).ids for prompt in each],
         "drawn": [text.ids for text in engine.generate(each, max_tokens=9, sampling=SamplingParams(top_p=0.9))],
         "guided": engine.generate(each[1], max_tokens=9, sampling=GREEDY, guidance_scale=2.0, negative_prompt="x").ids,
+        "scored": [score.is_argmax for score in engine.score(each)],
+        "matching": engine.generate(each[1], max_tokens=9, grammar=Grammar.regex("[a-z]{3,20}")).ids,
         "conversation": [first, session.generate(max_tokens=5, sampling=GREEDY).ids],
     }
 

@@ -14,13 +14,16 @@ import pytest
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.inference import Engine, NotFiniteError, Score
 from rwkv_jax.inference.engine import scoring
+from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.prompts import build_score_requests
+from rwkv_jax.inference.engine.slot_arrays import SlotArrays
 from tests.inference.models import (
     CONFIGS,
     GREEDY,
     IDS,
     LONG_IDS,
     VOCAB_SIZE,
+    Stepped,
     log_softmax,
     prompts,
     quick_engine,
@@ -135,10 +138,10 @@ def assert_scores(score: Score, expected: np.ndarray, ids: Sequence[int], bound:
     "generation", [pytest.param(name, marks=() if name == "7" else pytest.mark.long) for name in CONFIGS]
 )
 def test_scores_are_those_of_one_parallel_pass(float64: None, generation: str) -> None:
-    """Pieces alone and in a batch, and the first token after a context: to the last bits of float64."""
+    """Pieces in a batch, and the first token after a context: to the last bits of float64."""
     config = dataclasses.replace(CONFIGS[generation], dtype="float64")
-    # Pieces of two lengths are held against the parallel pass further below.
-    with quick_engine(random_model(config), prefill_length=8, short_prefill_length=8) as engine:
+    # Long pieces, and short ones alone, are held against the parallel pass further below.
+    with quick_engine(random_model(config), short_prefill_length=16, batch_invariant=True) as engine:
         texts = [*prompts(1, 5), LONG_IDS]
         sizes = [max(1, len(ids) // 2) for ids in texts]
         for ids, score in zip(texts, engine.score(texts), strict=True):
@@ -208,6 +211,47 @@ def test_a_broken_state_has_no_scores() -> None:
         with pytest.raises(NotFiniteError):
             engine.score([context, IDS], [IDS, IDS], top_logprobs=3)
         assert len(engine.score([IDS], top_logprobs=3)) == 1
+
+
+def test_a_device_that_fails_ends_what_is_scored(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    before = engine.score([LONG_IDS], top_logprobs=3)
+    monkeypatch.setattr(SlotArrays, "score", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.score([IDS, LONG_IDS], top_logprobs=3)
+    monkeypatch.undo()
+    assert engine.score([LONG_IDS], top_logprobs=3) == before
+
+
+@pytest.mark.parametrize("how", ["cancelled", "abandoned", "failed", "closed"])
+def test_scores_that_are_not_read_yet_can_be_left(how: str) -> None:
+    """The text has no slot any more; what the device computes for it is dropped."""
+    stepped = Stepped(random_model(CONFIG))
+    scheduler = stepped.scheduler
+    requests = stepped.admission.score_requests([IDS, IDS], None, top_logprobs=3)
+    jobs = stepped.admission.jobs(requests, News())
+    scheduler.queue(jobs)
+    while not jobs[0].is_only_scored:
+        stepped.step()
+    assert not jobs[0].is_done
+    assert (jobs[0].slots, len(scheduler.slots.free)) == ([], 4)
+    if how == "cancelled":
+        scheduler.cancel(jobs[0])
+    elif how == "closed":
+        scheduler.close(RuntimeError("closed"))
+        assert [str(job.error) for job in jobs] == ["closed"] * 2
+        return
+    elif how == "failed":
+        scheduler._fail(RuntimeError("failed"))
+        assert [str(job.error) for job in jobs] == ["failed"] * 2
+    else:
+        jobs[0].is_abandoned = True
+    stepped.step(3)
+    assert all(job.is_done for job in jobs)
+    assert (sum(len(part.logprobs) for part in jobs[1].scores) == len(IDS)) is (how != "failed")
+    stepped.finish(stepped.queue(IDS, max_tokens=2, top_logprobs=3))
 
 
 @pytest.mark.parametrize(
