@@ -35,22 +35,26 @@ KERNEL_SHAPES = tuple(
 """For interpreted kernels, which run slowly: what SHAPES goes through, smaller."""
 
 
-def marks(way: Way, case: str, shape: Shape) -> tuple[pytest.MarkDecorator, ...]:
-    """`long`, or nothing: compiling for all shapes takes minutes."""
+def marks(way: Way, case: str, shape: Shape, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
+    """`long`, or nothing: compiling for all shapes takes minutes.
+
+    In float32, where compiling takes three times as long, neither the form that nothing takes by default nor RWKV-5's
+    shape of one decay a head; float64 has both.
+    """
     sizes, is_usual = (shape.batch, shape.time), case == "realistic"
     if way.is_pallas:
         always = sizes == (3, 70) and is_usual
     elif way.name == "associative_scan":
-        always = sizes == (3, 257) and is_usual
+        always = sizes == (3, 257) and is_usual and dtype == "float64"
     else:
-        always = sizes == (3, 257)
+        always = sizes == (3, 257) and (case != "one_decay_per_head" or dtype == "float64")
     return () if always else (pytest.mark.long,)
 
 
 HALF_SHAPE = Shape(2, 17, 2, 24, 8)
 
 
-def rows(*, definition: bool) -> list:
+def rows(dtype: str, *, definition: bool) -> list:
     """Every way with its shapes and cases."""
     return [
         pytest.param(
@@ -58,7 +62,7 @@ def rows(*, definition: bool) -> list:
             case,
             shape,
             id=f"{way}-{case}-{shape}",
-            marks=marks(way, case, shape),
+            marks=marks(way, case, shape, dtype),
         )
         for way in WAYS
         if definition or not way.is_definition
@@ -76,7 +80,7 @@ def errors_in_float32(way: Way, case: str, shape: Shape) -> dict[str, float]:
     return {name: relative_error(results[name], exact[name]) for name in exact}
 
 
-@pytest.mark.parametrize(("way", "case", "shape"), rows(definition=True))
+@pytest.mark.parametrize(("way", "case", "shape"), rows("float32", definition=True))
 def test_float32_is_as_close_as_float32_can_be(way: Way, case: str, shape: Shape) -> None:
     errors = errors_in_float32(way, case, shape)
     assert max(errors.values()) <= float32_bound(way, case, shape), errors
@@ -94,7 +98,7 @@ def float32_bound(way: Way, case: str, shape: Shape) -> float:
 
 @pytest.mark.parametrize(
     ("way", "case", "shape"),
-    [row for row in rows(definition=False) if not row.values[0].is_pallas],  # pyright: ignore
+    [row for row in rows("float64", definition=False) if not row.values[0].is_pallas],  # pyright: ignore
 )
 def test_float64_equals_the_definition(float64: None, way: Way, case: str, shape: Shape) -> None:
     results = with_gradients(way)(*problem(way.operator, case, shape), {})
