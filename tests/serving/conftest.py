@@ -11,12 +11,20 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
 from tests.inference.models import CONFIGS, quick_engine, random_model
-from tests.programs import compiled_quickly
+from tests.programs import compiled_quickly, kept_on_disk
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps programs on disk: every module would compile the same ones again, for seconds."""
+    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):  # for all modules
+        yield
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return quick_engine(random_model(CONFIGS["7"]), max_queue=60)
+def engine(compiled_programs: None) -> Iterator[Engine]:
+    with quick_engine(random_model(CONFIGS["7"]), max_queue=60) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
