@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import shutil
 from collections.abc import Iterator
 
 import jax
 import pytest
-
-from tests.programs import kept_on_disk
 
 
 def pytest_collection_finish() -> None:
@@ -19,18 +16,6 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 50, 50)
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps programs on disk to the end: modules compile the same ones, above all single operations outside of jit.
-
-    Each worker has a folder of its own, since JAX does not write its files in one step.
-    """
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    with kept_on_disk(folder):
-        yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
