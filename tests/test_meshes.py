@@ -207,7 +207,9 @@ def test_a_process_that_lags_is_waited_for(place: Workplace, unbroken: Callable[
 
 def test_two_processes_save_while_they_train_and_one_process_reads_it(place: Workplace, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    # By the definition, which compiles faster than `chunked`.
     few = ("--training.num-steps", "4", "--evaluation.every", "4", "--evaluation.sample-prompts")
+    few += ("--model.wkv-implementation", "scan")
     place.finish_on(TWO_PROCESSES, run_dir, *few)
     assert steps_in(run_dir / "checkpoints") == [2, 4]
     assert len(losses_of(run_dir)) == 4

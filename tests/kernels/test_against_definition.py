@@ -122,7 +122,7 @@ def test_half_precision_inputs_cost_one_rounding_of_each_result(way: Way, dtype:
     assert_close(results, exact, float(jnp.finfo(dtype).eps) / 2)
 
 
-@each_way_but_briefly("chunked", "wkv7-pallas_triton", "wkv7-pallas_triton_split")
+@each_way_but_briefly("wkv6-chunked", "wkv7-chunked", "wkv7-pallas_triton_split")
 def test_decay_in_float32_beside_half_precision_inputs(way: Way) -> None:
     # What a model in bfloat16 passes.
     inputs, (dy, dstate) = problem(way.operator, "slow_decay", HALF_SHAPE)

@@ -96,7 +96,9 @@ def test_kernels_refuse_chunks_smaller_than_their_tiles(way: Way) -> None:
         in_chunks(way, 4)(inputs)
 
 
-@pytest.mark.parametrize("size", [8, 16, 64])
+@pytest.mark.parametrize(
+    "size", [8, pytest.param(16, marks=pytest.mark.long), pytest.param(64, marks=pytest.mark.long)]
+)
 def test_the_floor_of_wkv7_follows_from_the_size(size: int) -> None:
     operator = next(operator for operator in OPERATORS if operator.name == "wkv7")
     inputs, cotangents = problem(operator, "realistic", Shape(1, 70, 1, 4, 3))

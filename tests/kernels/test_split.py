@@ -18,8 +18,23 @@ SPLIT = [way for way in WAYS if way.name == "pallas_triton_split"]
 each_way = pytest.mark.parametrize("way", SPLIT, ids=str)
 
 
-@pytest.mark.parametrize(("programs", "rows"), [(1, 40), (128, 40), (1, 100)])
-@each_way
+BLOCKS = ((1, 40), (128, 40), (1, 100))
+
+
+@pytest.mark.parametrize(
+    ("way", "programs", "rows"),
+    [
+        pytest.param(
+            way,
+            *blocks,
+            # One for each operator, and all where the states pass through a matrix.
+            marks=() if way.operator.name == "wkv7" or blocks == BLOCKS[number] else pytest.mark.long,
+            id=f"{way}-{blocks[0]}-{blocks[1]}",
+        )
+        for number, way in enumerate(SPLIT)
+        for blocks in BLOCKS
+    ],
+)
 def test_programs_may_share_the_rows_of_a_state(
     monkeypatch: pytest.MonkeyPatch, way: Way, programs: int, rows: int
 ) -> None:
