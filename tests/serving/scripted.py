@@ -67,6 +67,7 @@ def create_scripted_app() -> FastAPI:
     app = FastAPI()
     app.include_router(page.router)
     app.state.requests, app.state.states, app.state.key, app.state.pause = [], {}, None, 0.0
+    app.state.has_states = True
     numbers = itertools.count()
 
     @app.get("/v1/models")
@@ -79,6 +80,8 @@ def create_scripted_app() -> FastAPI:
     async def chat(request: Request) -> Response:
         body = await request.json()
         app.state.requests.append(body)
+        if "return_state" in body and not app.state.has_states:
+            return failure(400, "return_state: is not supported by this server", param="return_state")
         if "state" in body and body["state"] not in app.state.states:
             return failure(404, f"state {body['state']!r} is unknown", param="state")
         question = body["messages"][-1]["content"]
@@ -139,7 +142,7 @@ async def events(app: FastAPI, body: dict[str, Any], question: str, number: int)
         return
     name = f"state-{number}"
     app.state.states[name] = f"after {question}".encode()
-    yield event({}, finish="stop", state=name)
+    yield event({}, finish="stop", state=name if "return_state" in body else None)
     usage = {"prompt_tokens": 1, "completion_tokens": len(pieces(text)), "total_tokens": 1 + len(pieces(text))}
     yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"

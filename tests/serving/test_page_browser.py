@@ -220,6 +220,14 @@ def test_a_state_that_the_server_lost_is_read_again(chat: Chat, app: FastAPI) ->
     assert len(app.state.requests[-1]["messages"]) == 3
 
 
+def test_a_server_without_states_is_sent_whole_conversations(chat: Chat, app: FastAPI) -> None:
+    app.state.has_states = False
+    for text in ("a", "b"):
+        expect(chat.ask(text)).to_contain_text(f"You said {text}.")
+    assert ["return_state" in request for request in app.state.requests] == [True, False, False]
+    assert len(app.state.requests[-1]["messages"]) == 3
+
+
 def test_hostile_text_runs_nothing(chat: Chat) -> None:
     answer = chat.ask("hostile")
     for part in ("<script>window.hacked = 1</script>", '<svg onload="window.hacked = 3">', "<b onclick="):

@@ -60,6 +60,10 @@ async function receive(generation) {
   try {
     await receiveTurn(generation, turn);
   } catch (error) {
+    if (error instanceof ServerError && error.param === "return_state") {
+      page.hasStates = false;
+      return receiveTurn(generation, turn);
+    }
     const isOfState = error instanceof ServerError && ["state", "messages"].includes(error.param ?? "");
     const hasBegun = message.content || message.reasoning;
     if (!isOfState || hasBegun || !turn.state || turn.state === conversation.root) throw error;
@@ -74,6 +78,7 @@ async function receive(generation) {
  */
 async function receiveTurn({ conversation, message, stopper }, turn) {
   const body = { model: byId("model", HTMLSelectElement).value, ...turn, ...requestOf(page.settings) };
+  if (page.hasStates) Object.assign(body, { return_state: "id" });
   const start = performance.now();
   const timing = { numTokens: null, seconds: 0, firstToken: /** @type {number | null} */ (null) };
   const show = oncePerFrame(() => showProgress(conversation, message));

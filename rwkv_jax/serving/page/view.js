@@ -18,6 +18,8 @@ const page = {
   views: [],
   /** @type {Generation | null} */
   generation: null,
+  /** Whether the server keeps states, as far as known: where it refuses to, turns send the whole conversation. */
+  hasStates: true,
 };
 
 /** @param {string} text an error outside any message; empty to take it away */
