@@ -56,7 +56,7 @@ def test_leaving_the_implementation_open_takes_one_of_them(float64: None, operat
 
 
 @arithmetic
-@each_way_but_briefly("chunked")
+@each_way_but_briefly("wkv6-chunked", "wkv7-chunked")
 def test_vmap_over_some_arguments_is_a_loop(way: Way) -> None:
     inputs, cotangents = way.problem("realistic", SHAPE)
     mapped = jax.tree.map(lambda x: np.stack([x, x[::-1]]), {name: inputs[name] for name in ("k", "v", "state")})
@@ -84,7 +84,7 @@ def test_vmap_over_all_arguments_is_a_loop(way: Way) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("chunked")
+@each_way_but_briefly("wkv4-chunked", "wkv5-chunked", "wkv7-chunked")
 def test_remat_changes_nothing(way: Way) -> None:
     problem, options = way.problem("realistic", SHAPE), packed.PACKINGS["both"]
     run = jax.jit(functools.partial(differentiate, jax.checkpoint(way.run)), compiler_options=QUICK)
@@ -146,7 +146,7 @@ def test_a_sequence_may_be_split_anywhere(way: Way, point: int) -> None:
 
 
 @arithmetic
-@each_way_but_briefly("chunked")
+@each_way_but_briefly("wkv4-chunked", "wkv6-chunked", "wkv7-chunked")
 def test_gradients_flow_through_a_split(way: Way) -> None:
     def run(**inputs: Any) -> tuple[jax.Array, Any]:
         state, pieces = inputs["state"], []
