@@ -37,7 +37,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15 -rs
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40 -rs
 	$(MAKE) test-devices
 
 # There are no such compilers for other machines; constraints/ has those of one version of JAX.
