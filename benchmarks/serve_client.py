@@ -45,28 +45,37 @@ class Reply:
     """What the server or the connection said was wrong."""
 
 
-async def complete(port: int, body: Mapping[str, Any], leave_after: int | None = None) -> Reply:
+async def complete(
+    port: int, body: Mapping[str, Any], leave_after: int | None = None, *, key: str | None = None
+) -> Reply:
     """Asks for a completion and reads it to its end.
 
     Args:
       leave_after: events with text after which the client goes away without a word.
+      key: an API key.
     """
     reply, begin = Reply(), time.perf_counter()
     try:
         async with asyncio.timeout(_TIMEOUT):
-            await _complete(port, body, leave_after, reply, begin)
+            await _complete(_request(port, body, key), port, leave_after, reply, begin)
     except (OSError, EOFError, TimeoutError, ValueError) as error:
         reply.error = reply.error or f"{type(error).__name__}: {error}"
     reply.seconds = time.perf_counter() - begin
     return reply
 
 
-async def _complete(port: int, body: Mapping[str, Any], leave_after: int | None, reply: Reply, begin: float) -> None:
+def _request(port: int, body: Mapping[str, Any], key: str | None) -> bytes:
+    content = json.dumps(body).encode()
+    fields = {"Host": f"127.0.0.1:{port}", "Content-Type": "application/json", "Content-Length": str(len(content))}
+    fields |= {"Connection": "close"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+async def _complete(request: bytes, port: int, leave_after: int | None, reply: Reply, begin: float) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LIMIT)
     try:
-        content = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+        writer.write(request)
         header = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         reply.status = int(header.split(" ", 2)[1])
         parts = _chunks(reader) if "transfer-encoding: chunked" in header else _rest(reader)
