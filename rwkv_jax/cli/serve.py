@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -12,6 +14,9 @@ from rwkv_jax.checks import ConfigError, require_whole
 from rwkv_jax.cli.flags import WeightsFlags
 from rwkv_jax.serving.keys import read_keys
 from rwkv_jax.serving.options import ServeOptions
+
+if TYPE_CHECKING:
+    from rwkv_jax.serving.service import Service
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +39,26 @@ class Serve:
 
     def run(self) -> None:
         """Loads the model and serves it until SIGINT or SIGTERM."""
+        with self.opened() as service:
+            from rwkv_jax.serving.server import run_server
+
+            run_server(service)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Service]:
+        """What is served: a model and its clients' states. The states are let go with the block."""
         require_whole("slots", self.slots, 1)
         require_whole("max_queue", self.max_queue, 1)
         require_whole("prefix_bytes", self.prefix_bytes, 0)
         if self.options.api_keys is not None:
             read_keys(self.options.api_keys)  # a mistake is told before weights are loaded
         try:
-            from rwkv_jax.serving.server import run_server
+            from rwkv_jax.serving.service import Service
+            from rwkv_jax.serving.states.opening import open_states
         except ModuleNotFoundError as error:
             raise ConfigError(f'serve: needs the package {error.name}: pip install "rwkv-jax[serve]"') from error
 
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
-        from rwkv_jax.serving.service import Service
 
         engine_options = EngineOptions(
             num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
@@ -54,4 +67,6 @@ class Serve:
         model, tokenizer, template = self.weights.load_with_template(self.template)
         with Engine(model, tokenizer, engine_options) as engine:
             del model  # the engine has copied each layer; the stacked arrays can be freed
-            run_server(Service(engine, name, self.options, template=template))
+            states = open_states(self.options, name)
+            with contextlib.closing(states.store):
+                yield Service(engine, name, self.options, template=template, states=states)

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 import rwkv_jax
 from rwkv_jax.serving import errors, guards
-from rwkv_jax.serving.routes import chat, completions, embeddings, models, operations, page, responses
+from rwkv_jax.serving.routes import chat, completions, embeddings, models, operations, page, responses, states
 from rwkv_jax.serving.service import Service
 
 
@@ -21,6 +21,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(chat.router)
     app.include_router(responses.router)
     app.include_router(embeddings.router)
+    app.include_router(states.router)
     app.include_router(page.router)
     app.include_router(operations.router)
     return app

@@ -18,9 +18,11 @@ from rwkv_jax.inference.engine.driver import EngineClosedError
 from rwkv_jax.inference.engine.requests import QueueFullError
 from rwkv_jax.inference.engine.scheduler import NotFiniteError
 from rwkv_jax.inference.state.snapshot import StateError
+from rwkv_jax.serving.states.store import ConflictError, StoreError, TooLargeError, UnavailableError
 
 _LOG = logging.getLogger(__name__)
 _MAX_PARAM_LENGTH = 200  # a name that is not ours may be of any length
+_STORE_RETRY_SECONDS = 5  # a Redis that starts again
 _RETRY_SECONDS = 1  # a queue of texts moves within seconds
 
 
@@ -74,6 +76,13 @@ def as_api_error(error: BaseException) -> APIError:
             return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down")
         case NotFiniteError():
             return APIError(500, str(error), kind="server_error", code="not_finite")
+        case ConflictError():
+            return APIError(409, str(error), param="session", code="state_conflict")
+        case TooLargeError():
+            return APIError(413, str(error), param="state", code="state_too_large")
+        case UnavailableError():
+            headers = {"Retry-After": str(_STORE_RETRY_SECONDS)}
+            return APIError(503, str(error), kind="server_error", code="state_store_unavailable", headers=headers)
     _LOG.error("a request failed", exc_info=error)
     return APIError(500, "the server made a mistake; its log says which", kind="server_error")
 
@@ -116,6 +125,15 @@ async def _answer(request: Request, error: Exception) -> ErrorResponse:
 
 def install(app: FastAPI) -> None:
     """Answers all errors of an app in this form."""
-    kinds = (APIError, RequestValidationError, HTTPException, ConfigError, QueueFullError, NotFiniteError, Exception)
+    kinds = (
+        APIError,
+        RequestValidationError,
+        HTTPException,
+        ConfigError,
+        QueueFullError,
+        NotFiniteError,
+        StoreError,
+        Exception,
+    )
     for kind in kinds:
         app.add_exception_handler(kind, _answer)

@@ -47,6 +47,13 @@ class ServeOptions:
     """Certificate chain in PEM, for HTTPS."""
     ssl_keyfile: Path | None = None
     """Its private key, unless that is in the same file."""
+    state_store: str | None = None
+    """Where states and sessions are kept: a SQLite file, :memory:, or redis://HOST:PORT, which servers may share. None
+    is a file of the model's name in ~/.local/state/rwkv-jax."""
+    state_bytes: int = 4 * 2**30
+    """Size of all states in a file, of which the least recently used go first; or of one state in Redis."""
+    state_idle_days: float = 30.0
+    """Days after which a state that nobody has used is gone."""
 
     def __post_init__(self) -> None:
         check = checker(self)
@@ -73,6 +80,9 @@ class ServeOptions:
                 "must be an origin, such as https://chat.example.org, or *",
             )
         check(self.ssl_keyfile is None or self.ssl_certfile is not None, "ssl_keyfile", "needs --ssl-certfile as well")
+        check(self.state_store != "", "state_store", "must be a file, :memory:, or the address of a Redis")
+        require_whole("state_bytes", self.state_bytes, 1)
+        check(0 < self.state_idle_days < math.inf, "state_idle_days", "must be a positive number")
         check(self.model_name is None or bool(self.model_name), "model_name", "is empty; leave it out, or name one")
 
     @property

@@ -18,6 +18,7 @@ from rwkv_jax.serving.drain import Running
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.metrics import Metrics
 from rwkv_jax.serving.options import ServeOptions
+from rwkv_jax.serving.states.opening import States, states_in_memory
 
 
 @dataclasses.dataclass
@@ -32,6 +33,8 @@ class Service:
     """As the server was started."""
     template: ChatTemplate = G1
     """Writes conversations as the model was trained to read them."""
+    states: States = dataclasses.field(default_factory=states_in_memory)
+    """States and sessions of its clients; the store remains the caller's to close."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     """Unix time at which the model was loaded."""
     metrics: Metrics = dataclasses.field(default_factory=Metrics)

@@ -11,6 +11,7 @@ from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.serving.protocol.base import Answer, RequestBody, Usage
 from rwkv_jax.serving.protocol.formats import ResponseFormat
 from rwkv_jax.serving.protocol.sampling import GenerationBody, NotStored
+from rwkv_jax.serving.protocol.state_fields import Kept, StateFields
 
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 """How long a model shall think."""
@@ -96,7 +97,7 @@ class TemplateVariables(RequestBody):
     """The way of thinking, as `rwkv chat --thinking`."""
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, StateFields):
     """A request for the next message of a conversation."""
 
     messages: Annotated[list[GivenMessage], Field(min_length=1)]
@@ -202,6 +203,7 @@ class ChatCompletion(Answer):
     model: str
     choices: list[Choice]
     usage: Usage
+    state: Kept = None
 
 
 class Delta(Answer):
@@ -231,3 +233,5 @@ class ChatChunk(Answer):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    state: Kept = None
+    """In the chunk with the `finish_reason`."""

@@ -9,11 +9,12 @@ from pydantic import Field
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS, FinishReason
 from rwkv_jax.serving.protocol.base import Answer, Usage
 from rwkv_jax.serving.protocol.sampling import MAX_TEXTS, GenerationBody
+from rwkv_jax.serving.protocol.state_fields import Kept, StateFields
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(GenerationBody, StateFields):
     """A request for continuations."""
 
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)]
@@ -29,6 +30,16 @@ class CompletionBody(GenerationBody):
     """Number of most likely tokens to report at each position besides the chosen one."""
     echo: bool | None = None
     """Whether the text starts with the prompt; with `logprobs`, its tokens are scored, too."""
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+    def num_texts(self) -> int:
+        """Texts that are generated."""
+        return len(self.prompts()) * (self.best_of or self.n or 1)
 
 
 class Logprobs(Answer):
@@ -69,3 +80,5 @@ class Completion(Answer):
     model: str
     choices: list[Choice]
     usage: Usage | None = None
+    state: Kept = None
+    """What was kept, if anything was to be; of a stream in the chunk with the `finish_reason`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -15,6 +16,7 @@ from sse_starlette import EventSourceResponse
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.inference.chat.replies import ReplyParser
 from rwkv_jax.inference.chat.template import Thinking
+from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.engine.requests import Completion as Text
 from rwkv_jax.inference.engine.stream import Stream
@@ -32,9 +34,11 @@ from rwkv_jax.serving.protocol.chat import (
     Effort,
     NamedTool,
 )
+from rwkv_jax.serving.protocol.state_fields import KeptState
 from rwkv_jax.serving.replies import ReplyStream, finish_reason_of, message_of
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
 from rwkv_jax.serving.sse import event_stream
+from rwkv_jax.serving.states.turns import Turn, closing, open_turn
 from rwkv_jax.serving.texts import Job, collect, opened, submit, usage_of, while_connected
 
 router = APIRouter(tags=["chat"])
@@ -56,24 +60,28 @@ async def chat(
     """Replies to a conversation."""
     with_usage = body.has_usage_chunk()
     answer = await prepare(body, service, tenant)
-    if not body.stream:
-        return await while_connected(request, answer.whole)
-    stream = await submit(service, answer.job)
+    with answer.turn.closed_on_error():
+        if not body.stream:
+            return await while_connected(request, answer.whole)
+        stream = await submit(service, answer.job)
     return event_stream(answer.pieces(stream, with_usage), omits=frozenset() if with_usage else {"usage"})
 
 
 async def prepare(body: ChatBody, service: Service, tenant: str) -> ChatAnswer:
-    """Checks a request and finds what the engine is asked."""
+    """Checks a request and finds what the engine is asked, and after which state."""
     service.check_model(body.model)
-    prompt = render(body, service)
-    job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant)
-    return ChatAnswer(body, service, job, prompt, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+    turn = await open_turn(service, tenant, body, num_texts=body.n or 1)
+    with turn.closed_on_error():
+        prompt = render(body, service, turn)
+        job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant, turn)
+    return ChatAnswer(body, service, job, turn, prompt, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
 
 
-def render(body: ChatBody, service: Service) -> str:
-    """The conversation as a prompt. Raises ConfigError for what the model's template cannot write."""
+def render(body: ChatBody, service: Service, turn: Turn | None = None) -> str:
+    """The messages as a prompt after a turn's state. Raises ConfigError for what the model's template cannot write."""
     tools, choice = _tools(body)
-    return service.template.render(
+    write = service.template.render if turn is None else functools.partial(turn.render, service.template)
+    return write(
         [message.model_dump(exclude_none=True) for message in body.messages],
         tools=tools,
         tool_choice="required" if choice == "required" else "auto",
@@ -83,7 +91,7 @@ def render(body: ChatBody, service: Service) -> str:
     )
 
 
-def as_job(body: ChatBody, prompt: str, service: Service, tenant: str) -> Job:
+def as_job(body: ChatBody, prompt: str, service: Service, tenant: str, turn: Turn | None = None) -> Job:
     """What the engine is asked. Raises ConfigError for fields that do not go together."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ConfigError("max_tokens: is the older name of max_completion_tokens; give one of them")
@@ -91,21 +99,20 @@ def as_job(body: ChatBody, prompt: str, service: Service, tenant: str) -> Job:
         raise ConfigError("top_logprobs: needs logprobs = true; set it, or leave this out")
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     copies, engine, asked = body.n or 1, service.engine, _grammar(body, prompt)
-    return Job(
-        [engine.encode(prompt, begins=True)] * copies,
-        copies,
-        {
-            "max_tokens": _MAX_TOKENS if limit is None else limit,
-            "sampling": body.sampling(),
-            "seed": body.seeds(copies),
-            "stop": [*service.template.stop_strings, *body.stops()],
-            "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
-            "top_logprobs": body.top_logprobs or 0,
-            "client_id": tenant,
-            "grammar": asked and asked.grammar,
-        },
-        asked and asked.field,
-    )
+    begins = turn is None or not turn.continues
+    arguments: Arguments = {
+        "max_tokens": _MAX_TOKENS if limit is None else limit,
+        "sampling": body.sampling(),
+        "seed": body.seeds(copies),
+        "stop": [*service.template.stop_strings, *body.stops()],
+        "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
+        "top_logprobs": body.top_logprobs or 0,
+        "client_id": tenant,
+        "grammar": asked and asked.grammar,
+    }
+    if turn is not None:
+        arguments.update(turn.arguments())
+    return Job([engine.encode(prompt, begins=begins)] * copies, copies, arguments, asked and asked.field)
 
 
 def _grammar(body: ChatBody, prompt: str) -> Asked | None:
@@ -159,14 +166,17 @@ class ChatAnswer:
     body: ChatBody
     service: Service
     job: Job
+    turn: Turn
     prompt: str
     id: str
     created: int
 
     async def whole(self) -> ChatCompletion:
         """The answer to a request without `stream`."""
-        stream = await submit(self.service, self.job)
-        texts = await collect(self.service, stream)
+        with self.turn:
+            stream = await submit(self.service, self.job)
+            texts = await collect(self.service, stream)
+            kept = await self._keep(stream, texts[0])
         choices = []
         for index, text in enumerate(texts):
             message = message_of(text.text, self._parser())
@@ -174,21 +184,33 @@ class ChatAnswer:
             choices.append(Choice(index=index, message=message, logprobs=self._logprobs(text), finish_reason=reason))
         usage = usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts))
         model = self.service.model_name
-        return ChatCompletion(id=self.id, created=self.created, model=model, choices=choices, usage=usage)
+        return ChatCompletion(id=self.id, created=self.created, model=model, choices=choices, usage=usage, state=kept)
 
     async def pieces(self, stream: Stream, with_usage: bool) -> AsyncIterator[ChatChunk]:
         """The answer to a request with `stream`, in chunks."""
         replies = [ReplyStream(self._parser()) for _ in range(self.job.copies)]
-        num_generated = 0
+        num_generated, read = 0, []
         async with opened(self.service, stream) as chunks:
-            for index in range(self.job.copies):
-                yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
-            async for chunk in chunks:
-                num_generated += len(chunk.ids)
-                for choice in self._choices(chunk, replies[chunk.index]):
-                    yield self._chunk(choice)
+            with self.turn:
+                for index in range(self.job.copies):
+                    yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
+                async for chunk in chunks:
+                    num_generated += len(chunk.ids)
+                    kept = None
+                    if self.turn.is_kept:
+                        read.append(chunk)
+                        if chunk.finish_reason is not None:
+                            kept = await self._keep(stream, read)
+                    for choice in self._choices(chunk, replies[chunk.index]):
+                        yield self._chunk(choice, kept=kept if choice.finish_reason else None)
         if with_usage:
             yield self._chunk(usage=usage_of(stream, self.job.copies, num_generated))
+
+    async def _keep(self, stream: Stream, reply: Text | Sequence[Chunk]) -> KeptState | None:
+        if not self.turn.is_kept:
+            return None
+        end = closing(self.service.template)
+        return await self.turn.keep(stream, self.job.prompts[0], reply, closing=end)
 
     def _choices(self, chunk: Chunk, reply: ReplyStream) -> list[ChunkChoice]:
         """What is sent for one step of a text: its deltas, of which the first has the logprobs, and its end."""
@@ -214,6 +236,6 @@ class ChatAnswer:
             return None
         return chat_logprobs(self.service.engine.tokenizer, of.ids, of.logprobs, of.top_logprobs)
 
-    def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> ChatChunk:
+    def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None, kept: KeptState | None = None) -> ChatChunk:
         model = self.service.model_name
-        return ChatChunk(id=self.id, created=self.created, model=model, choices=list(choices), usage=usage)
+        return ChatChunk(id=self.id, created=self.created, model=model, choices=list(choices), usage=usage, state=kept)

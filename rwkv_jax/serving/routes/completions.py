@@ -16,6 +16,7 @@ from sse_starlette import EventSourceResponse
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.inference.chat.fim import FIM_STOP, fim_prompt
 from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, TopLogprobs
 from rwkv_jax.inference.engine.requests import Completion as Text
 from rwkv_jax.inference.engine.scoring import Score
@@ -24,8 +25,10 @@ from rwkv_jax.serving.grammars import grammar_of
 from rwkv_jax.serving.logprobs import CompletionLogprobs
 from rwkv_jax.serving.protocol.base import Usage
 from rwkv_jax.serving.protocol.completions import Choice, Completion, CompletionBody, Logprobs
+from rwkv_jax.serving.protocol.state_fields import KeptState
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
 from rwkv_jax.serving.sse import event_stream
+from rwkv_jax.serving.states.turns import Turn, open_turn
 from rwkv_jax.serving.texts import Job, best, check_lengths, collect, opened, submit, usage_of, while_connected
 
 router = APIRouter(tags=["completions"])
@@ -50,20 +53,22 @@ async def complete(
     """Continues one prompt or several."""
     service.check_model(body.model)
     with_usage = body.has_usage_chunk()
-    job = await anyio.to_thread.run_sync(as_job, body, service.engine, tenant)
-    check_lengths(service, job.prompts)  # before any of them is scored
-    head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
-    answer = _Answer(body, service, job, head)
-    if not body.stream:
-        return await while_connected(request, answer.whole)
-    echoes = await answer.echoes()
-    stream = await submit(service, job)
+    turn = await open_turn(service, tenant, body, num_texts=body.num_texts())
+    with turn.closed_on_error():
+        job = await anyio.to_thread.run_sync(as_job, body, service.engine, tenant, turn)
+        check_lengths(service, job.prompts)  # before any of them is scored
+        head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
+        answer = _Answer(body, service, job, turn, head)
+        if not body.stream:
+            return await while_connected(request, answer.whole)
+        echoes = await answer.echoes()
+        stream = await submit(service, job)
     return event_stream(answer.pieces(stream, echoes, with_usage), omits=frozenset() if with_usage else {"usage"})
 
 
-def as_job(body: CompletionBody, engine: Engine, tenant: str) -> Job:
-    """What the engine is asked. Raises ConfigError for fields that do not go together."""
-    prompts, stops = _prompts(body), body.stops()
+def as_job(body: CompletionBody, engine: Engine, tenant: str, turn: Turn | None = None) -> Job:
+    """What the engine is asked, after a turn's state. Raises ConfigError for fields that do not go together."""
+    prompts, stops = body.prompts(), body.stops()
     copies = body.best_of or body.n or 1
     if copies < (body.n or 1):
         raise ConfigError(f"best_of = {copies}: must be at least n = {body.n}")
@@ -76,36 +81,35 @@ def as_job(body: CompletionBody, engine: Engine, tenant: str) -> Job:
             raise ConfigError("echo: shows prompts, of which a suffix makes another text; leave one of them out")
         prompts = [fim_prompt(str(prompt), body.suffix) for prompt in prompts]
         stops = [*stops, FIM_STOP]
-    ids = [_encode(engine, prompt) for prompt in prompts]
+    continues = turn is not None and turn.continues
+    ids = [_encode(engine, prompt, continues) for prompt in prompts]
     asked = grammar_of(body)
-    return Job(
-        [each for each in ids for _ in range(copies)],
-        copies,
-        {
-            "max_tokens": _MAX_TOKENS if body.max_tokens is None else body.max_tokens,
-            "sampling": body.sampling(),
-            "seed": body.seeds(len(ids) * copies),
-            "stop": stops,
-            "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
-            "top_logprobs": body.logprobs or 0,
-            "client_id": tenant,
-            "grammar": asked and asked.grammar,
-        },
-        asked and asked.field,
-    )
+    arguments: Arguments = {
+        "max_tokens": _MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        "sampling": body.sampling(),
+        "seed": body.seeds(len(ids) * copies),
+        "stop": stops,
+        "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
+        "top_logprobs": body.logprobs or 0,
+        "client_id": tenant,
+        "grammar": asked and asked.grammar,
+    }
+    if turn is not None:
+        arguments.update(turn.arguments())
+    if body.echo and body.logprobs is not None and "state" in arguments:
+        raise ConfigError(
+            "echo: logprobs of a prompt are those of a text that begins and may be cached; leave echo or logprobs out, "
+            "or state, session, cache_prompt and no_store"
+        )
+    return Job([each for each in ids for _ in range(copies)], copies, arguments, asked and asked.field)
 
 
-def _prompts(body: CompletionBody) -> list[str | list[int]]:
-    """The prompts of a request, each a text or ids."""
-    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
-        return [body.prompt]  # pyright: ignore[reportReturnType]
-    return list(body.prompt)  # pyright: ignore[reportReturnType]
-
-
-def _encode(engine: Engine, prompt: str | list[int]) -> list[int]:
+def _encode(engine: Engine, prompt: str | list[int], continues: bool) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
-    return engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
+    if prompt:
+        return engine.encode(prompt, begins=not continues)
+    return [] if continues else [engine.tokenizer.end_of_text]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +119,22 @@ class _Answer:
     body: CompletionBody
     service: Service
     job: Job
+    turn: Turn
     head: Completion
     """Without choices."""
 
     async def whole(self) -> Completion:
         """The answer to a request without `stream`."""
         echoes, count = await self.echoes(), self.body.n or 1
-        stream = await submit(self.service, self.job)
-        texts = await collect(self.service, stream)
+        with self.turn:
+            stream = await submit(self.service, self.job)
+            texts = await collect(self.service, stream)
+            kept = await self.turn.keep(stream, self.job.prompts[0], texts[0])
         choices = []
         for prompt, group in enumerate(best(texts, self.job.copies, count)):
             choices += [await self._choice(prompt * count + i, text, echoes[prompt]) for i, text in enumerate(group)]
-        return self._with(*choices, usage=usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts)))
+        usage = usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts))
+        return self._with(*choices, usage=usage, kept=kept)
 
     async def pieces(
         self, stream: Stream, echoes: Sequence[Echo | None], with_usage: bool
@@ -137,17 +145,23 @@ class _Answer:
             if (echo := echoes[index // self.job.copies]) is not None:
                 yield self._with(Choice(index=index, text=echo.text, logprobs=self._of_echo(maker, echo)))
         generated: list[list[int]] = [[] for _ in makers]
+        read: list[Chunk] = []
         async with opened(self.service, stream) as chunks:
-            async for chunk in chunks:
-                maker, ids, reason = makers[chunk.index], generated[chunk.index], chunk.finish_reason
-                ids += chunk.ids
-                logprobs = self._of_tokens(maker, chunk)
-                if logprobs is not None and (end := await self._of_stop(maker, chunk.index, ids, chunk.stop)):
-                    logprobs += end
-                if chunk.text or reason or (logprobs is not None and chunk.ids):
-                    yield self._with(
-                        Choice(index=chunk.index, text=chunk.text, logprobs=logprobs, finish_reason=reason)
-                    )
+            with self.turn:
+                async for chunk in chunks:
+                    maker, ids, reason = makers[chunk.index], generated[chunk.index], chunk.finish_reason
+                    ids += chunk.ids
+                    logprobs = self._of_tokens(maker, chunk)
+                    if logprobs is not None and (end := await self._of_stop(maker, chunk.index, ids, chunk.stop)):
+                        logprobs += end
+                    kept = None
+                    if self.turn.is_kept:
+                        read.append(chunk)
+                        if reason is not None:
+                            kept = await self.turn.keep(stream, self.job.prompts[0], read)
+                    if chunk.text or reason or (logprobs is not None and chunk.ids):
+                        piece = Choice(index=chunk.index, text=chunk.text, logprobs=logprobs, finish_reason=reason)
+                        yield self._with(piece, kept=kept)
         if with_usage:
             yield self._with(usage=usage_of(stream, self.job.copies, sum(map(len, generated))))
 
@@ -205,5 +219,5 @@ class _Answer:
     def _of_tokens(self, maker: CompletionLogprobs, of: Chunk | Text) -> Logprobs | None:
         return None if self.body.logprobs is None else maker.piece(of.ids, of.logprobs, of.top_logprobs)
 
-    def _with(self, *choices: Choice, usage: Usage | None = None) -> Completion:
-        return self.head.model_copy(update={"choices": list(choices), "usage": usage})
+    def _with(self, *choices: Choice, usage: Usage | None = None, kept: KeptState | None = None) -> Completion:
+        return self.head.model_copy(update={"choices": list(choices), "usage": usage, "state": kept})
