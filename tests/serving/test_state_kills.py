@@ -49,11 +49,32 @@ def server(store: Path, cache: Path) -> Iterator[tuple[subprocess.Popen, int]]:
         process.wait()
 
 
-def request(port: int, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+@contextlib.contextmanager
+def request(port: int, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    content = None if body is None else json.dumps(body)
-    connection.request(method, path, content, {"Content-Type": "application/json"})
-    return connection.getresponse()
+    with contextlib.closing(connection):
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json"})
+        with connection.getresponse() as answer:
+            yield answer
+
+
+def read_turn(answer: http.client.HTTPResponse) -> tuple[str, int]:
+    """Text of a stream and number of tokens after it. Raises ConnectionError if it does not end."""
+    text = ""
+    while True:
+        try:
+            line = answer.readline()
+        except ValueError as error:  # the size of a chunk that has not come
+            raise ConnectionError("the stream has no end") from error
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the stream has no end")
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line.removeprefix(b"data: "))
+            assert "error" not in chunk, chunk
+            text += chunk["choices"][0]["delta"].get("content", "")
+            if "state" in chunk:
+                return text, chunk["state"]["num_tokens"]
 
 
 @dataclasses.dataclass
@@ -62,7 +83,7 @@ class Conversation:
 
     name: str
     answered: list[str] = dataclasses.field(default_factory=list)
-    """Texts of the turns whose end has arrived; None of one that was kept and has not arrived."""
+    """Texts of the turns whose end has arrived; "?" of one that was kept and has not arrived."""
     num_tokens: int = 0
     """After these."""
 
@@ -70,17 +91,9 @@ class Conversation:
         """Text and number of tokens after it. Raises OSError or ConnectionError where the server is gone."""
         message = {"role": "user", "content": f"Turn {index} of {self.name}"}
         body = {"model": "tiny", "temperature": 0, "max_tokens": 8 + index % 7, "stream": True, "session": session}
-        answer = request(port, "POST", "/v1/chat/completions", body | {"messages": [message]})
-        assert answer.status == 200, answer.read()
-        text = ""
-        for line in answer:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line.removeprefix(b"data: "))
-                assert "error" not in chunk, chunk
-                text += chunk["choices"][0]["delta"].get("content", "")
-                if "state" in chunk:
-                    return text, chunk["state"]["num_tokens"]
-        raise ConnectionError("the stream has no end")
+        with request(port, "POST", "/v1/chat/completions", body | {"messages": [message]}) as answer:
+            assert answer.status == 200, answer.read()
+            return read_turn(answer)
 
     def go_on(self, port: int) -> None:
         self.resume(port)
@@ -91,14 +104,16 @@ class Conversation:
 
     def resume(self, port: int) -> None:
         """Compares what the server has with what was answered."""
-        kept = json.loads(request(port, "GET", "/v1/states").read())["data"]
+        with request(port, "GET", "/v1/states") as answer:
+            kept = json.loads(answer.read())["data"]
         found = {info["id"]: info["num_tokens"] for info in kept}.get(self.name, 0)
         assert found >= self.num_tokens
         if found > self.num_tokens:  # the last turn was kept, and the server killed before its end was sent
             self.answered.append("?")
             self.num_tokens = found
         if found:  # whole: the server checks what it reads
-            assert request(port, "GET", f"/v1/states/{self.name}").status == 200
+            with request(port, "GET", f"/v1/states/{self.name}") as answer:
+                assert answer.status == 200
 
 
 @pytest.mark.long
