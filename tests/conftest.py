@@ -49,6 +49,14 @@ def no_measurements(no_measurements_of_the_users: None) -> Iterator[None]:
     os.environ[TUNING] = outside
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_states_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets no server of a test, in a process of its own or not, keep states where the user's keep them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "states"))
+        yield
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Makes float64 JAX's default dtype for one test, and allows it at all."""
