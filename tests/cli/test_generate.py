@@ -52,10 +52,10 @@ def test_the_stacked_model_is_not_kept(
     rwkv: Command, run_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load, stream = WeightsFlags.load, Engine.stream
+    load, stream = WeightsFlags._load_from, Engine.stream
 
-    def noted(flags: WeightsFlags) -> Any:
-        model, tokenizer = load(flags)
+    def noted(flags: WeightsFlags, place: Path) -> Any:
+        model, tokenizer = load(flags, place)
         assert model.is_stacked
         loaded.append(weakref.ref(jax.tree.leaves(nnx.state(model.blocks, nnx.Param))[0]))
         return model, tokenizer
@@ -65,7 +65,7 @@ def test_the_stacked_model_is_not_kept(
         assert [kept() for kept in loaded] == [None]
         return stream(engine, *arguments, **options)
 
-    monkeypatch.setattr(WeightsFlags, "load", noted)
+    monkeypatch.setattr(WeightsFlags, "_load_from", noted)
     monkeypatch.setattr(Engine, "stream", checked)
     rwkv(command, run_dir, "--tokens", 1, stdin="hello\n")
     assert len(loaded) == 1
