@@ -330,6 +330,8 @@ class Scheduler:
         shapes = self._shapes
         max_short = _MAX_SHORT_CALLS * shapes.short
         if (length := cursors[0].next_remaining) > max_short:
+            # Calls that run ahead of the device would keep it from prompts that come meanwhile.
+            self.slots.wait()
             self._prefill_rows([(cursors[0], min(length, shapes.long))], shapes.long, alone=True)
         else:
             short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]

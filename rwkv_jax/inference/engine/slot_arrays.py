@@ -95,6 +95,10 @@ class SlotArrays:
         row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
         self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
 
+    def wait(self) -> None:
+        """Waits until the device has done what it was given."""
+        jax.block_until_ready(self._slots)
+
     def prefill(
         self, pieces: Sequence[tuple[PrefillCursor, int]], length: int, *, alone: bool, wants_logits: bool
     ) -> None:
