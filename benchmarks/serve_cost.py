@@ -5,9 +5,9 @@
 
 The engine's own row is 16 tasks that iterate over its streams; the server's is 16 clients in a process of their own,
 which share the processor with it. Then one text alone, for its first token. Then the first token of a short prompt
-that comes while a long one is read, counted in calls that read `prefill_length` tokens of the long one, which is timed
-by the first token of the long prompt alone. Exit status 1 if HTTP costs more than a tenth of the engine's rate, or 20
-ms of the first token, or if the short prompt waits for three calls or more.
+that comes while a long one is read, counted in calls that read `prefill_length` tokens of the long one, which are timed
+by the first token of the long prompt, alone or not, whichever came sooner. Exit status 1 if HTTP costs more than a
+tenth of the engine's rate, or 20 ms of the first token, or if the short prompt waits for three calls or more.
 """
 
 from __future__ import annotations
@@ -122,11 +122,13 @@ class Sides:
         for _ in range(repetitions):
             num_calls = math.ceil(long_prompt / self.engine.options.prefill_length)
             (alone,) = self.served([self.body(self.prompts(1, long_prompt)[0], 1)])
-            call_seconds = alone["first_seconds"] / num_calls
+            delay = self._draws.uniform(2.0, 4.0) * alone["first_seconds"] / num_calls
             bodies = [self.body(self.prompts(1, length)[0], 1) for length in (long_prompt, SHORT_PROMPT)]
-            long, short = self.served(bodies, [0.0, self._draws.uniform(2.0, 4.0) * call_seconds])
-            if long["first_seconds"] < 0.8 * alone["first_seconds"]:
-                raise RuntimeError("the long prompt was not read while the short one came")
+            long, short = self.served(bodies, [0.0, delay])
+            if long["first_seconds"] < delay:
+                raise RuntimeError("the long prompt had been read before the short one came; take a longer one")
+            # The shorter time of a call, since the machine's speed drifts: the short prompt shall not look better.
+            call_seconds = min(alone["first_seconds"], long["first_seconds"]) / num_calls
             found.append(short["first_seconds"] / call_seconds)
         return found
 
