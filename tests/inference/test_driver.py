@@ -256,10 +256,45 @@ def test_a_closed_engine_ends_its_texts_and_takes_no_more() -> None:
     engine.close()
 
 
+def test_an_engine_may_close_while_a_text_is_submitted() -> None:
+    """Which ends with the engine, or is refused; its consumer does not wait for ever."""
+    for _ in range(30):
+        engine = quick_engine(random_model(CONFIGS["7"]), num_slots=2)
+        engine.start()
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        with pytest.raises(EngineClosedError):
+            list(engine.stream(IDS, max_tokens=2**40, **PLAIN))
+        closing.join()
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = quick_engine(random_model(CONFIGS["7"]), num_slots=2)
+    stream = engine.stream(IDS, max_tokens=100_000, **PLAIN)
+    next(stream)
+    monkeypatch.setattr(Scheduler, "step", lambda _: 1 / 0)
+    with pytest.raises(EngineClosedError, match="thread has failed: ZeroDivisionError"):
+        list(stream)
+    with pytest.raises(EngineClosedError, match="build another one"):
+        engine.generate(IDS)
+    stream.cancel()
+
+
+def test_cached_tokens_are_the_prompts_own() -> None:
+    engine = quick_engine(random_model(CONFIGS["7"]), min_prefix_tokens=1)
+    negative = tuple(range(1, 31))
+    engine.prefill(None, negative)
+    stream = engine.stream(IDS, max_tokens=1, guidance_scale=2.0, negative_prompt=negative)
+    list(stream)
+    assert stream.num_cached_tokens == (0,)
+
+
 def test_an_engine_that_nobody_has_any_more_ends_its_thread() -> None:
     def threads() -> set[str]:
         return {thread.name for thread in threading.enumerate() if thread.name not in before}
 
+    gc.collect()  # of other tests' engines
     before = {thread.name for thread in threading.enumerate()} - {"rwkv-engine"}
     count = sum(thread.name == "rwkv-engine" for thread in threading.enumerate())
     engine = quick_engine(random_model(CONFIGS["7"]), num_slots=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from rwkv_jax.inference import Engine, Grammar, GrammarError, SamplingParams
+from rwkv_jax.inference import Engine, Grammar, GrammarError, NotFiniteError, SamplingParams
 from rwkv_jax.inference.sampling.grammar import Constraint, GrammarCompiler, accept_tokens
 from tests.inference.models import (
     CONFIGS,
@@ -228,3 +229,30 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r'pip install "rwkv-jax\[grammar\]"'):
         GrammarCompiler(ByteTokenizer(VOCAB_SIZE), VOCAB_SIZE).constraint(PAIR)
+
+
+def test_a_wrong_grammar_is_refused_before_anything_is_run(engine: Engine) -> None:
+    before = engine.stats().prompt_tokens
+    with pytest.raises(GrammarError, match=r"^grammar regex = '\('"):
+        engine.generate([IDS] * 12, max_tokens=2, grammar=[None] * 11 + [Grammar.regex("(")])
+    assert engine.stats().prompt_tokens == before
+
+
+@pytest.mark.parametrize("grammar", [Grammar.regex("a\0b"), Grammar.lark('start: <|endoftext|> "a"')])
+def test_what_the_library_did_not_foresee_is_told_in_a_sentence(engine: Engine, grammar: Grammar) -> None:
+    with pytest.raises(GrammarError) as error:
+        engine.generate(IDS, grammar=grammar)
+    assert len(str(error.value)) < 700
+    assert "backtrace" not in str(error.value)
+
+
+def test_a_token_that_sampling_bans_does_not_pass_for_the_end(engine: Engine) -> None:
+    with pytest.raises(GrammarError, match="sampling bans all tokens that it allows here"):
+        engine.generate(IDS, max_tokens=9, grammar=Grammar.regex("ab"), sampling=SamplingParams.greedy(banned=(0,)))
+
+
+def test_a_model_that_is_broken_is_not_the_grammars_fault(engine: Engine) -> None:
+    snapshot = engine.prefill(None, IDS)
+    broken = dataclasses.replace(snapshot, logits=snapshot.logits * np.nan)
+    with pytest.raises(NotFiniteError):
+        engine.generate("", state=broken, max_tokens=3, grammar=Grammar.regex("[a-z]+"))

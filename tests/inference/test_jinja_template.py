@@ -18,7 +18,7 @@ from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
 from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
 from rwkv_jax.inference.chat.messages import Message, ToolCall
 from rwkv_jax.inference.chat.replies import Reply
-from rwkv_jax.inference.chat.template import ChatTemplate
+from rwkv_jax.inference.chat.template import ChatTemplate, Thinking
 
 LIKE_G1 = """\
 {%- set names = {"user": "User", "assistant": "Assistant", "tool": "User"} -%}
@@ -98,11 +98,12 @@ def test_what_a_template_does_not_read_is_refused() -> None:
         "medium",
         "high",
     ]
-    for template, thinking, unread in (
+    refused: tuple[tuple[JinjaTemplate, Thinking, str], ...] = (
         (ways, "open", "thinking or enable_thinking"),
         (ways, "closed", "thinking or enable_thinking"),
         (JinjaTemplate(LIKE_G1), "think a lot", "reasoning_effort"),
-    ):
+    )
+    for template, thinking, unread in refused:
         with pytest.raises(ConfigError, match=f"thinking = '{thinking}': .* does not read {unread}; leave it out"):
             template.render([USER], thinking=thinking)
     with pytest.raises(ConfigError, match=r"variables x: .* does not read them"):

@@ -14,6 +14,7 @@ import pytest
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.inference import Engine, NotFiniteError, Score
 from rwkv_jax.inference.engine import scoring
+from rwkv_jax.inference.engine.job import UnreadScores
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.prompts import build_score_requests
 from rwkv_jax.inference.engine.slot_arrays import SlotArrays
@@ -267,3 +268,21 @@ def test_scores_that_are_not_read_yet_can_be_left(how: str) -> None:
 def test_bad_values_are_refused(engine: Engine, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine.score(**arguments)
+
+
+@pytest.mark.parametrize("prompts", [(7, 8, 9), [IDS, LONG_IDS]])
+def test_a_device_that_fails_while_scores_are_read_ends_their_texts(
+    monkeypatch: pytest.MonkeyPatch, prompts: Any
+) -> None:
+    engine = quick_engine(random_model(CONFIGS["7"]))
+    expected = engine.score(prompts)
+    read = UnreadScores.read
+
+    def fails(self: UnreadScores) -> Any:
+        monkeypatch.setattr(UnreadScores, "read", read)
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(UnreadScores, "read", fails)
+    with pytest.raises(OSError, match="the device is gone"):
+        engine.score(prompts)
+    assert engine.score(prompts) == expected

@@ -6,6 +6,7 @@ text with the end-of-text token, and a conversation goes on in one text.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ _MAX_BYTES = 2**24
 _BEGUN = re.compile(r"(?:<think(?:>\s*(?:</think>?\s*)?)?|```(?:json)?\s*)\Z")  # a reply in a prompt
 _THINKING = ("thinking", "enable_thinking")
 _EFFORTS = {"think a bit": "low", "think": "medium", "think a lot": "high"}
+_MARK = "\ue000\ue001"  # of the private use area: no text has it
 _PROBE = ("first-question", "first-answer", "second-question")
 
 
@@ -103,6 +105,7 @@ class JinjaTemplate:
         if unread:
             raise ConfigError(f"variables {', '.join(unread)}: {self.name} does not read them; leave them out")
         read = read_messages(messages)
+        written = self._marked(read) if continue_final_message else read
         text = self._guarded(
             lambda: self._template.render(
                 {
@@ -110,13 +113,13 @@ class JinjaTemplate:
                     "eos_token": "",
                     "documents": None,
                     **asked,
-                    "messages": [_as_mapping(message) for message in read],
+                    "messages": [_as_mapping(message) for message in written],
                     "tools": [_as_function(tool) for tool in tools] if tools else None,
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                 }
             )
         )
-        return self._up_to(text, read) if continue_final_message else text
+        return self._up_to_mark(text, read) if continue_final_message else text
 
     def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
         """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
@@ -146,16 +149,20 @@ class JinjaTemplate:
         between = text.rpartition(answer)[2].partition(second)[0].rstrip()
         return (between,) if between else ()
 
-    def _up_to(self, text: str, messages: Sequence[Message]) -> str:
-        """The text up to the end of the last message's content."""
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with a mark where the last one's content ends, at which the text is cut to continue it."""
         last, place = messages[-1], f"messages[{len(messages) - 1}]"
         content = last.content.strip()
         if last.role != "assistant" or not content or last.tool_calls:
             raise ConfigError(f"{place}: continue_final_message needs the assistant's text at the end")
-        before, found, _ = text.rpartition(content)
-        if not found:
+        return [*messages[:-1], dataclasses.replace(last, content=content + _MARK)]
+
+    def _up_to_mark(self, text: str, messages: Sequence[Message]) -> str:
+        before, found, _ = text.rpartition(_MARK)
+        if not found or not before.endswith(messages[-1].content.strip()):
+            place = f"messages[{len(messages) - 1}]"
             raise ConfigError(f"{place}: {self.name} does not write it as it is, so it cannot be continued")
-        return before + found
+        return before
 
     def _guarded(self, function: Callable[[], Any]) -> Any:
         """Runs what a template may let fail in any way."""

@@ -51,7 +51,7 @@ class EngineStats(NamedTuple):
     num_swapped_out: int
     """Texts that wait for their consumers without one."""
     prompt_tokens: int
-    """Prompt tokens that were prefilled."""
+    """Tokens of prompts and of texts to score that were read."""
     cached_tokens: int
     """Prompt tokens that the prefix cache spared."""
     prefix_hits: int
@@ -106,7 +106,7 @@ class Driver:
           EngineClosedError: it was closed.
         """
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or self._loop.has_ended:
                 raise EngineClosedError("the engine is closed; build another one")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop.run, name="rwkv-engine", daemon=True)
@@ -121,6 +121,8 @@ class Driver:
             if not self._is_closed:
                 self._is_closed = True
                 self._loop.inbox.put(self._loop.close)
+                if self._thread is None:
+                    self._loop.run()
         if self._thread is not None and not self.is_own_thread:
             self._thread.join()
 
@@ -147,8 +149,8 @@ class Driver:
 
     def try_submit(self, jobs: Sequence[Job]) -> bool:
         """Sends jobs if there is room for all of them; whether there was."""
-        self.start()
         with self._lock:
+            self.start()
             if len(jobs) > self.room:
                 return False
             self._num_sent += len(jobs)
@@ -207,6 +209,10 @@ class Driver:
         with contextlib.suppress(EngineClosedError):
             self.call(function)
 
+    def wait_for_step(self) -> None:
+        """Waits for the end of the step that is under way."""
+        self.call_unless_closed(_nothing)
+
     def wake(self) -> None:
         """Has the thread look for something to do. Does not wait; finalizers may call it."""
         self._loop.inbox.put(_nothing)
@@ -254,18 +260,29 @@ class _Loop:
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.waiting_for_room: list[SimpleQueue[bool]] = []
         self._num_received, self._num_holders = 0, 0
-        self._is_idle, self._is_closed = True, False
+        self._is_idle, self._is_closed, self.has_ended = True, False, False
         self.status = Status(scheduler.room, 0)
 
     def run(self) -> None:
-        """Until it is closed."""
-        with self._settings():
-            while not self._is_closed:
-                self._read_messages()
-                self._is_idle = self._is_closed or self._num_holders > 0 or not self.scheduler.step()
-                self.status = Status(self.scheduler.room, self._num_received)
-                self._answer_waiting()
-            self.scheduler.close(EngineClosedError("the engine was closed before this text's end"))
+        """Until it is closed, or fails in a way that nobody has foreseen: then, too, nobody is left waiting."""
+        reason = EngineClosedError("the engine was closed before this text's end")
+        try:
+            with self._settings():
+                while not self._is_closed:
+                    self._read_messages()
+                    self._is_idle = self._is_closed or self._num_holders > 0 or not self.scheduler.step()
+                    self.status = Status(self.scheduler.room, self._num_received)
+                    self._answer_waiting()
+        except BaseException as error:
+            reason = EngineClosedError(f"the engine's thread has failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self.has_ended = self._is_closed = True
+            self.scheduler.close(reason)
+            while not self.inbox.empty():
+                self.inbox.get()()
+            self.scheduler.close(reason)
+            self._answer_waiting()
 
     def _read_messages(self) -> None:
         """Handles all messages that are there; when idle, waits for one first."""

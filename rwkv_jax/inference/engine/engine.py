@@ -244,8 +244,10 @@ class Engine:
           state: the `Snapshot` to continue from; None begins a text.
           return_state: whether `Stream.snapshot` will be used.
           client_id: identifies the client; clients with queued texts take turns.
+          grammar: a `Grammar` that each text has to match; None for no such limit.
 
-        A text pauses while a thousand of its chunks are not collected.
+        A text pauses while a thousand of its chunks are not collected. The call encodes the prompts, and may wait for a
+        step if the queue is full: in an event loop, make it in a thread (`asyncio.to_thread`).
 
         Raises:
           ConfigError: an invalid value.

@@ -147,8 +147,13 @@ class Job:
         With `return_state` the state must stay within one burst of what was collected; other streams are bounded to
         limit the memory of uncollected chunks.
         """
-        limit = 1 if self.request.return_state else self.max_pending_chunks
+        limit = self.pending_limit
         return limit is not None and len(self.chunks) >= limit
+
+    @property
+    def pending_limit(self) -> int | None:
+        """Uncollected chunks at which it pauses; None for no limit."""
+        return 1 if self.request.return_state else self.max_pending_chunks
 
     @property
     def num_tokens(self) -> int:

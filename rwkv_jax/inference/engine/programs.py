@@ -324,12 +324,15 @@ class Programs:
             without a zero is not masked.
 
         Returns:
-          Tokens, int32 [b], and a bias [S, V] with which `decode` can choose nothing else in masked rows.
+          Tokens, int32 [b], -1 where the bias bans all that the mask allows; and a bias [S, V] with which `decode` can
+          choose nothing else in masked rows.
         """
         own = self._gather(slots, rows)
         allowed = _unpacked(masks, self.vocab_size)
         keys = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(decode.seeds), decode.positions)
-        tokens, _ = _choose(decode, own.logits, own.occurrences, jnp.where(allowed, own.bias, -jnp.inf), keys)
+        masked_bias = jnp.where(allowed, own.bias, -jnp.inf)
+        tokens, _ = _choose(decode, own.logits, own.occurrences, masked_bias, keys)
+        tokens = jnp.where(jnp.any(masked_bias > -jnp.inf, axis=-1), tokens, -1)
         is_chosen = jnp.arange(self.vocab_size, dtype=jnp.int32) == tokens[:, None]
         bias = jnp.where(is_chosen | jnp.all(allowed, axis=-1, keepdims=True), own.bias, -jnp.inf)
         return tokens, self._scatter(slots, rows, bias=bias).bias

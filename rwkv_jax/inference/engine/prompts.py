@@ -141,7 +141,8 @@ def build_score_requests(
     """One request per context, whose `scored_ids` are its continuation, or all of it if there are no continuations.
 
     A context that is a text begins after the end-of-text token, and so does one without ids. Context and continuation,
-    both texts, are encoded together if that begins with the context's own ids, as lm-eval does, else each by itself.
+    both texts, are encoded together if that begins with the context's own ids, as lm-eval does; where
+    a token would lie across the border, each by itself, which lm-eval does not.
 
     Args:
       encode: encode(text, begins=) -> ids.

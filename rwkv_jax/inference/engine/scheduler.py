@@ -163,7 +163,8 @@ class Scheduler:
             decoded = self._decode()
             # Those of this step are read in the next one, so that the device need not wait for us.
             for _ in range(num_unread):
-                self._read_scores(self._unread.popleft())
+                self._read_scores(self._unread[0])
+                self._unread.popleft()  # only now: a failure ends all texts that are still in it
             return decoded or prefilled or admitted or num_unread > 0
         except BaseException as error:
             self._fail(error)
@@ -247,8 +248,9 @@ class Scheduler:
             found = self._prefix_cache.lookup(prompt)
             if found is not None and found[1].owner == self.slots.owner:
                 cursor.num_prefilled, prefix = found
-                job.num_cached = cursor.num_prefilled
-                self.counts.update(cached_tokens=job.num_cached, prefix_hits=1)
+                self.counts.update(cached_tokens=cursor.num_prefilled, prefix_hits=1)
+                if cursor is job.cursors[0]:
+                    job.num_cached = cursor.num_prefilled
                 return SlotState(prefix.state, prefix.logits, tables.occurrences)
             self.counts["prefix_misses"] += 1
             shared = self._prefix_cache.shared_prefix_length(prompt)
@@ -389,7 +391,7 @@ class Scheduler:
         for job, scores in unread.read():
             if job.is_done:
                 continue
-            if np.isnan(scores.logprobs).any():
+            if not np.isfinite(scores.logprobs).all():
                 self._finish(job, NotFiniteError(_NOT_FINITE))
             elif job.add_scores(scores):
                 job.end()
@@ -405,10 +407,7 @@ class Scheduler:
         errors: dict[Job, Exception] = {}
         burst, row_of_slot = self.slots.decode(jobs, num_top, lambda tokens: errors.update(self._next_masks(tokens)))
         for job in jobs:
-            if job in errors:
-                self._finish(job, errors[job])
-            else:
-                self._add_burst(job, burst, row_of_slot[job.slots[0]])
+            self._add_burst(job, burst, row_of_slot[job.slots[0]], errors.get(job))
         return True
 
     def _next_masks(self, tokens: dict[Job, int]) -> dict[Job, Exception]:
@@ -419,18 +418,20 @@ class Scheduler:
         self.mask_seconds += time.perf_counter() - start
         return {job: error for job, error in zip(constraints, errors, strict=True) if error is not None}
 
-    def _add_burst(self, job: Job, burst: DecodeBurst, row: int) -> None:
+    def _add_burst(self, job: Job, burst: DecodeBurst, row: int, error: Exception | None) -> None:
         size = int(burst.counts[row])
-        self.counts["generated_tokens"] += size
         logprobs = burst.logprobs[:size, row]
         if np.isnan(logprobs).any():
-            self._finish(job, NotFiniteError(_NOT_FINITE))
+            error = NotFiniteError(_NOT_FINITE)  # rather than that its grammar allows no such token
+        if error is not None:
+            self._finish(job, error)
             return
         num_top = job.request.top_logprobs
         ids, values = (x[:size, row, :num_top].tolist() for x in (burst.top_tokens, burst.top_logprobs))
         top = [tuple(zip(*of_token, strict=True)) for of_token in zip(ids, values, strict=True)] if num_top else []
         try:
             job.add_burst(burst.tokens[:size, row].tolist(), logprobs.tolist(), top)
+            self.counts["generated_tokens"] += len(job.burst)
         except Exception as error:  # such as its tokenizer's error: ends only this job
             self._finish(job, error)
             return

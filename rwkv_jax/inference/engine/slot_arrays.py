@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_jax.inference.engine.job import Job, PrefillCursor, decode_params
-from rwkv_jax.inference.engine.programs import DecodeBurst, Programs, SlotState, pad
+from rwkv_jax.inference.engine.programs import DecodeBurst, DecodeParams, Programs, SlotState, pad
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.inference.engine.scoring import TokenScores
 from rwkv_jax.inference.state.snapshot import Snapshot
@@ -63,8 +64,10 @@ class SlotArrays:
         return any(x.is_deleted() for x in jax.tree.leaves(self._slots))
 
     def release(self) -> None:
-        """Frees the memory, for good."""
-        del self._slots, self._burst_start
+        """Frees the memory."""
+        for name in ("_slots", "_burst_start"):
+            self.__dict__.pop(name, None)
+        self.is_broken = True
 
     @property
     def count(self) -> int:
@@ -205,11 +208,7 @@ class SlotArrays:
         params = decode_params(jobs, row_of_slot, size, 1 if masked else self._programs.burst_length)
         bias, tokens = self._slots.bias, None
         if masked:
-            masks = np.full((size, -(-self.vocab_size // 32)), -1, np.int32)
-            for job, row in masked.items():
-                assert job.constraint is not None
-                masks[row] = job.constraint.mask
-            tokens, narrow = self._programs.choose_masked(self._slots, rows, params, masks)
+            tokens, narrow = self._choose_masked(rows, size, params, masked)
             self._slots = self._slots._replace(bias=narrow)
         self._slots, self._burst_start, burst = self._programs.decode(
             self._programs.params, self._slots, self._burst_start, rows, params, num_top=num_top
@@ -220,6 +219,16 @@ class SlotArrays:
             on_masked({job: int(chosen[row]) for job, row in masked.items()})
         return jax.device_get(burst), row_of_slot
 
+    def _choose_masked(
+        self, rows: NDArray[np.int32] | None, size: int, params: DecodeParams, masked: Mapping[Job, int]
+    ) -> tuple[Array, Array]:
+        """Tokens of texts with a mask, by their rows, and the bias with which `decode` chooses the same."""
+        masks = np.full((size, -(-self.vocab_size // 32)), -1, np.int32)
+        for job, row in masked.items():
+            assert job.constraint is not None
+            masks[row] = job.constraint.mask
+        return self._programs.choose_masked(self._slots, rows, params, masks)
+
     def warm_up(self) -> None:
         """Compiles all programs, by calls that change no slot."""
         self.repair()
@@ -228,6 +237,10 @@ class SlotArrays:
             self.put(self.free[-1], self.row(self.free[-1]), zeros, zeros > 0)
         for length, alone in ((self._shapes.long, True), (self._shapes.short, True), (self._shapes.short, False)):
             self.prefill([], length, alone=alone, wants_logits=False)
+            for num_top in (0, MAX_TOP_LOGPROBS):
+                self.score([], length, alone=alone, num_top=num_top)
         for size in self._shapes.batch_sizes:
             for num_top in (0, MAX_TOP_LOGPROBS):
                 self._decode([], size, num_top)
+            rows = None if size == self.count else pad([], size, self.count, np.int32)
+            self._choose_masked(rows, size, decode_params([], {}, size, 1), {})

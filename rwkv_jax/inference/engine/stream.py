@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from threading import RLock
 from types import TracebackType
@@ -63,6 +64,8 @@ class Stream:
         with self._lock:
             left, self._open = self._open, []
         self._news.announce()
+        if all(job.is_done for job in self._jobs):
+            return
         if self._driver.is_own_thread:
             self._abandon(left)
         else:
@@ -130,17 +133,19 @@ class Stream:
         if job.error is not None or not self._has_collected or self._driver.is_own_thread:
             return job.request.state
         if self._snapshot is None:
-            self._snapshot = self._driver.call(self._after_collected)
+            self._snapshot = self._after_collected(job)
         return self._snapshot
 
-    def _after_collected(self) -> Snapshot | None:
-        job = self._jobs[0]
+    def _after_collected(self, job: Job) -> Snapshot | None:
+        if not job.is_done:  # the step in which it ended is still under way
+            self._driver.wait_for_step()
         num_collected = max(0, len(job.burst) - len(job.chunks))
         if job.snapshot is not None and num_collected == len(job.burst):
             return job.snapshot
         if job.last_burst is not None:
             collected, before = job.last_burst.ids[:num_collected], job.last_burst.before
-            return self._driver.scheduler.extend(before, collected) if collected else before
+            extend = functools.partial(self._driver.scheduler.extend, before, collected)
+            return self._driver.call(extend) if collected else before
         return job.request.state
 
     def _has_news(self) -> bool:
@@ -153,14 +158,14 @@ class Stream:
             for job in list(self._open):
                 is_done = job.is_done  # read first: chunks are added before it is set
                 if job.chunks:
-                    was_paused = job.is_paused
                     chunk = job.chunks.popleft()
                     self._has_collected = True
                     # Moves to the end; removed after its last chunk.
                     self._open.remove(job)
                     if chunk.finish_reason is None:
                         self._open.append(job)
-                    if was_paused and not job.is_paused:
+                    # Whatever it was before: the engine may have added chunks up to the limit just now.
+                    if len(job.chunks) + 1 == job.pending_limit:
                         self._driver.wake()
                     return chunk
                 if is_done:

@@ -26,6 +26,8 @@ MAX_CHARACTERS = 2**16
 
 _STACK_BYTES = 2**28  # for rules of that depth; 8 MiB overflow with 3000 rules in a chain, which would end the process
 _MAX_COMPILED = 32
+_MAX_REASON = 500
+_STACK_SIZE_LOCK = threading.Lock()  # a process has one setting for threads to come
 _WHITESPACE = r" |\n[ ]{0,32}"  # between JSON's tokens; without a bound a weak model writes nothing else
 
 
@@ -102,8 +104,8 @@ class Constraint:
             raise error
 
     def allows(self, token: int) -> bool:
-        """Whether a token may come next."""
-        return bool(self.mask[token // 32] >> (token % 32) & 1)
+        """Whether a token may come next; -1 is none."""
+        return token >= 0 and bool(self.mask[token // 32] >> (token % 32) & 1)
 
     def error(self) -> GrammarError | None:
         """Why the text cannot go on; None if it can, or has ended."""
@@ -142,7 +144,11 @@ def accept_tokens(constraints: Sequence[Constraint], tokens: Sequence[int]) -> l
 
 def grammar_error(grammar: Grammar, reason: str) -> GrammarError:
     """An error that names the grammar."""
-    reason = reason.replace("<non-verbose/>", "").strip()
+    # Of what the library did not foresee it says where in its code; that is of no use here.
+    reason = reason.replace("<non-verbose/>", "").partition("<backtrace>")[0].strip()
+    if reason.startswith("panic"):
+        reason = "the grammar's library cannot take it; simplify it"
+    reason = reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + " ..."
     return GrammarError(f"grammar {grammar.kind} = {shown(grammar.source)}: {reason}")
 
 
@@ -189,17 +195,20 @@ class GrammarCompiler:
                 limits = llguidance.LLParserLimits(verbose_errors=False)
                 text = _in_its_form(grammar, llguidance.LLMatcher)
                 result.append(llguidance.LLMatcher(self._vocabulary, text, log_level=0, limits=limits))
-            except ValueError as error:
+            except BaseException as error:
                 result.append(error)
 
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            thread = threading.Thread(target=compile_it)
-            thread.start()
-        finally:
-            threading.stack_size(before)
+        thread = threading.Thread(target=compile_it)
+        with _STACK_SIZE_LOCK:
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
         thread.join()
         (matcher,) = result
+        if isinstance(matcher, BaseException) and not isinstance(matcher, ValueError):
+            raise matcher
         reason = str(matcher) if isinstance(matcher, ValueError) else matcher.get_error()
         if reason:
             raise grammar_error(grammar, reason)
