@@ -270,6 +270,7 @@ def test_an_engine_may_close_while_a_text_is_submitted() -> None:
 
 def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    others = set(threading.enumerate())
     engine = quick_engine(random_model(CONFIGS["7"]), num_slots=2)
     stream = engine.stream(IDS, max_tokens=100_000, **PLAIN)
     next(stream)
@@ -279,6 +280,8 @@ def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
     with pytest.raises(EngineClosedError, match="build another one"):
         engine.generate(IDS)
     stream.cancel()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()  # its traceback is shown in the end
 
 
 def test_cached_tokens_are_the_prompts_own() -> None:

@@ -167,6 +167,10 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(stepped: Stepped) -> None:
     stepped.step(3)
     assert short.chunks
     assert long.is_prefilling
+    later = stepped.queue(IDS[:4])
+    stepped.step()
+    assert later.chunks  # though the long one was read before it came
+    stepped.scheduler.cancel(later)
     other = stepped.queue(long_prompt[::-1])
     stepped.step(8)
     assert len(short.chunks) >= 8

@@ -63,6 +63,7 @@ class Scheduler:
         self._decoding: list[Job] = []
         self._swapped_out: list[Job] = []  # paused and without slots
         self._unread: collections.deque[UnreadScores] = collections.deque()
+        self._was_long = False  # the last prefill
         self.counts: collections.Counter[str] = collections.Counter(
             prompt_tokens=0, cached_tokens=0, prefix_hits=0, prefix_misses=0, generated_tokens=0
         )
@@ -165,6 +166,8 @@ class Scheduler:
             for _ in range(num_unread):
                 self._read_scores(self._unread[0])
                 self._unread.popleft()  # only now: a failure ends all texts that are still in it
+            if self._was_long and prefilled and not decoded and not self._unread:
+                self.slots.wait()  # calls that run ahead of the device would keep it from prompts that come meanwhile
             return decoded or prefilled or admitted or num_unread > 0
         except BaseException as error:
             self._fail(error)
@@ -325,18 +328,20 @@ class Scheduler:
     # Prefill.
 
     def _prefill(self) -> bool:
-        """Prefills a long piece of the next prompt, or else a short piece of each prompt without a long one."""
-        cursors = [cursor for job in self._prefilling for cursor in job.cursors if cursor.remaining]
+        """Prefills, in turn, a long piece of the next long prompt, and a short piece of each of the others."""
+        cursors = {cursor: job for job in self._prefilling for cursor in job.cursors if cursor.remaining}
         if not cursors:
             return False
         shapes = self._shapes
         max_short = _MAX_SHORT_CALLS * shapes.short
-        if (length := cursors[0].next_remaining) > max_short:
-            # Calls that run ahead of the device would keep it from prompts that come meanwhile.
-            self.slots.wait()
-            self._prefill_rows([(cursors[0], min(length, shapes.long))], shapes.long, alone=True)
+        short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]
+        self._was_long = len(short) < len(cursors) and not (short and self._was_long)
+        if self._was_long:
+            cursor = next(cursor for cursor in cursors if cursor.next_remaining > max_short)
+            self._prefill_rows([(cursor, min(cursor.next_remaining, shapes.long))], shapes.long, alone=True)
+            self._prefilling.remove(cursors[cursor])
+            self._prefilling.append(cursors[cursor])
         else:
-            short = [cursor for cursor in cursors if cursor.next_remaining <= max_short]
             prompts = [cursor for cursor in short if not cursor.is_scoring]
             scored = [cursor for cursor in short if cursor.is_scoring]
             for own in (prompts, scored):
@@ -346,7 +351,6 @@ class Scheduler:
                     count = 1 if alone else shapes.short_rows
                     self._prefill_rows(pieces[:count], shapes.short, alone=alone)
                     pieces = pieces[count:]
-        self._prefilling.rotate(-1)
         for job in [job for job in self._prefilling if not job.is_prefilling]:
             self._start_decoding(job)
         return True
