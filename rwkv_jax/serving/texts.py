@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import anyio
 import anyio.to_thread
-from fastapi import Request
 
 from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, Completion, join
@@ -20,9 +17,6 @@ from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.protocol.base import PromptTokensDetails, Usage
 from rwkv_jax.serving.service import Service
 from rwkv_jax.serving.token_counts import count_tokens
-
-_Result = TypeVar("_Result")
-_CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,23 +97,3 @@ def best(completions: Sequence[Completion], copies: int, count: int) -> list[lis
     if count == copies:
         return groups
     return [sorted(group, key=lambda completion: completion.score, reverse=True)[:count] for group in groups]
-
-
-async def while_connected(request: Request, work: Callable[[], Awaitable[_Result]]) -> _Result:
-    """Does some work for a client and stops if it disconnects, which frees the texts' slots."""
-    task = asyncio.ensure_future(work())
-    watch = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise APIError(_CLIENT_CLOSED_REQUEST, "the client has closed the connection")
-        return task.result()
-    finally:
-        for each in (watch, task):
-            each.cancel()
-        await asyncio.gather(watch, task, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

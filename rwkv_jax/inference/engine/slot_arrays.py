@@ -141,8 +141,7 @@ class SlotArrays:
     ) -> tuple[NDArray[np.int32] | None, NDArray[np.int32], NDArray[np.int32], list[int]]:
         """Slots, tokens and lengths of the rows of a prefill, and the row of each piece."""
         num_rows = 1 if alone else self._shapes.short_rows
-        slots = [cursor.slot for cursor, _ in pieces]
-        rows = None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
+        rows = self._row_slots([cursor.slot for cursor, _ in pieces], num_rows)
         tokens = np.zeros((num_rows, length), np.int32)
         lengths = np.zeros(num_rows, np.int32)
         row_of_piece = []
@@ -153,6 +152,10 @@ class SlotArrays:
             tokens[row, :size] = cursor.ids[cursor.num_prefilled : cursor.num_prefilled + size]
             lengths[row] = size
         return rows, tokens, lengths, row_of_piece
+
+    def _row_slots(self, slots: Sequence[int | None], num_rows: int) -> NDArray[np.int32] | None:
+        """The slots of a call's rows, padded; None is all slots in order."""
+        return None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
 
     def prefilled(self, snapshot: Snapshot, ids: Sequence[int], lender: Job | None) -> Snapshot:
         """The state after some more tokens, which are prefilled in a free slot, or in one borrowed from a text.
@@ -202,7 +205,7 @@ class SlotArrays:
         on_masked: Callable[[dict[Job, int]], None] = lambda tokens: None,
     ) -> tuple[DecodeBurst, dict[int, int]]:
         used = [slot for job in jobs for slot in job.slots]
-        rows = None if size == self.count else pad(used, size, self.count, np.int32)
+        rows = self._row_slots(used, size)
         row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
         masked = {job: row_of_slot[job.slots[0]] for job in jobs if job.constraint}
         params = decode_params(jobs, row_of_slot, size, 1 if masked else self._programs.burst_length)
@@ -242,5 +245,4 @@ class SlotArrays:
         for size in self._shapes.batch_sizes:
             for num_top in (0, MAX_TOP_LOGPROBS):
                 self._decode([], size, num_top)
-            rows = None if size == self.count else pad([], size, self.count, np.int32)
-            self._choose_masked(rows, size, decode_params([], {}, size, 1), {})
+            self._choose_masked(self._row_slots([], size), size, decode_params([], {}, size, 1), {})

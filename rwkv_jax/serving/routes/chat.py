@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
 
 from rwkv_jax.checks import ConfigError
@@ -39,7 +39,7 @@ from rwkv_jax.serving.replies import ReplyStream, finish_reason_of, message_of
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
 from rwkv_jax.serving.sse import event_stream
 from rwkv_jax.serving.states.turns import Turn, closing, open_turn
-from rwkv_jax.serving.texts import Job, collect, opened, submit, usage_of, while_connected
+from rwkv_jax.serving.texts import Job, collect, opened, submit, usage_of
 
 router = APIRouter(tags=["chat"])
 
@@ -54,15 +54,13 @@ _THINKING: dict[Effort, Thinking] = {
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
-async def chat(
-    body: ChatBody, request: Request, service: ServiceOf, tenant: TenantOf
-) -> ChatCompletion | EventSourceResponse:
+async def chat(body: ChatBody, service: ServiceOf, tenant: TenantOf) -> ChatCompletion | EventSourceResponse:
     """Replies to a conversation."""
     with_usage = body.has_usage_chunk()
     answer = await prepare(body, service, tenant)
     with answer.turn.closed_on_error():
         if not body.stream:
-            return await while_connected(request, answer.whole)
+            return await answer.whole()
         stream = await submit(service, answer.job)
     return event_stream(answer.pieces(stream, with_usage), omits=frozenset() if with_usage else {"usage"})
 

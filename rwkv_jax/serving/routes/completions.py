@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
 
 from rwkv_jax.checks import ConfigError
@@ -29,7 +29,7 @@ from rwkv_jax.serving.protocol.state_fields import KeptState
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
 from rwkv_jax.serving.sse import event_stream
 from rwkv_jax.serving.states.turns import Turn, open_turn
-from rwkv_jax.serving.texts import Job, best, check_lengths, collect, opened, submit, usage_of, while_connected
+from rwkv_jax.serving.texts import Job, best, check_lengths, collect, opened, submit, usage_of
 
 router = APIRouter(tags=["completions"])
 
@@ -47,9 +47,7 @@ class Echo(NamedTuple):
 
 
 @router.post("/v1/completions", response_model=Completion)
-async def complete(
-    body: CompletionBody, request: Request, service: ServiceOf, tenant: TenantOf
-) -> Completion | EventSourceResponse:
+async def complete(body: CompletionBody, service: ServiceOf, tenant: TenantOf) -> Completion | EventSourceResponse:
     """Continues one prompt or several."""
     service.check_model(body.model)
     with_usage = body.has_usage_chunk()
@@ -60,7 +58,7 @@ async def complete(
         head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
         answer = _Answer(body, service, job, turn, head)
         if not body.stream:
-            return await while_connected(request, answer.whole)
+            return await answer.whole()
         echoes = await answer.echoes()
         stream = await submit(service, job)
     return event_stream(answer.pieces(stream, echoes, with_usage), omits=frozenset() if with_usage else {"usage"})

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
 
 from rwkv_jax.serving.errors import as_api_error
@@ -16,20 +16,18 @@ from rwkv_jax.serving.protocol.responses import Response, ResponseBody, Status
 from rwkv_jax.serving.response_events import Part, ResponseEvents, finished, item_of, new_id
 from rwkv_jax.serving.routes.chat import prepare
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
-from rwkv_jax.serving.texts import submit, while_connected
+from rwkv_jax.serving.texts import submit
 
 router = APIRouter(tags=["responses"])
 
 
 @router.post("/v1/responses", response_model=Response)
-async def respond(
-    body: ResponseBody, request: Request, service: ServiceOf, tenant: TenantOf
-) -> Response | EventSourceResponse:
+async def respond(body: ResponseBody, service: ServiceOf, tenant: TenantOf) -> Response | EventSourceResponse:
     """Responds to a message or a conversation."""
     head = begun(body, service)
     answer = await prepare(body.as_chat(), service, tenant)
     if not body.stream:
-        return ended(head, await while_connected(request, answer.whole))
+        return ended(head, await answer.whole())
     stream = await submit(service, answer.job)
     return EventSourceResponse(_events(answer.pieces(stream, with_usage=True), ResponseEvents(head)), sep="\n")
 
