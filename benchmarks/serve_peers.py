@@ -5,7 +5,8 @@
 
 PATH is the interpreter of the environment of serve_llama.py. Both have float32 weights of an RWKV-7 and the World
 vocabulary, and are given the same texts of as many tokens, which differ from the first word on. Their answers must be
-equal, but for one text in four, whose likeliest tokens may be too close. Servers take turns; while one is measured, the
+equal, but for one text in four, whose likeliest tokens may be too close; blanks and bytes that are no UTF-8, which
+llama-cpp-python leaves out, are not compared. Servers take turns; while one is measured, the
 other waits. Rates are of whole answers with their usage, first tokens of streams. Memory of a conversation is what
 resident memory grows by with each of some conversations that the server is to keep: here in the prefix cache, there in
 the cache in memory that it has (`cache`), in a server of its own.
@@ -122,6 +123,11 @@ def running(title: str, command: Sequence[str], port: int, ready: str, **about: 
             process.wait()
 
 
+def visible(text: str) -> str:
+    """A text without blanks, and without the marks that stand for bytes that are no UTF-8."""
+    return "".join(text.replace("\ufffd", "").split())
+
+
 def ours(weights: Path, slots: int, sizes: Sequence[str]) -> contextlib.AbstractContextManager[Server]:
     """This server, on a file of weights."""
     port = free_port()
@@ -171,7 +177,7 @@ def measure(servers: Sequence[Server], clients: int, num_tokens: int, repetition
             progress(f"{server.title}, {clients} clients, {repetition + 1} of {repetitions}")
             begin = time.perf_counter()
             replies = server.ask(whole, num_tokens, stream=False)
-            texts.append([(reply.num_prompt_tokens, reply.text) for reply in replies])
+            texts.append([(reply.num_prompt_tokens, visible(reply.text)) for reply in replies])
             row.rates.append(sum(reply.num_tokens for reply in replies) / (time.perf_counter() - begin))
             streams = server.ask(prompts.take(clients), num_tokens, stream=True)
             row.firsts.append(statistics.median(reply.first_seconds for reply in streams if reply.first_seconds))
