@@ -84,6 +84,9 @@ def test_the_walk_sees_imports() -> None:
 LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tables")
 """Modules that know nothing of ours, which all others may import."""
 
+EVALUATION_WITHOUT_ENGINE = tuple(f"evaluation.{name}" for name in ("requests", "encoding", "statistics", "tasks"))
+"""What a run in training evaluates with: tasks know no model."""
+
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "config": ((), ()),
     "autotune": (("config", "kernels", "parallel", "trying", "run_lock"), ("jax",)),
@@ -101,6 +104,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("config", "data", "models", "parallel", "run_folder"),
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
+    "evaluation": (
+        ("config", "data", "held_out", "inference", "models", "run_folder", "weights"),
+        ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib"),
+    ),
     "training": (
         # Samples of a run are drawn by the engine's pure functions, without the engine.
         (
@@ -109,6 +116,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "config",
             "data",
             "digests",
+            *EVALUATION_WITHOUT_ENGINE,
             "held_out",
             "models",
             "parallel",
@@ -148,6 +156,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "bench",
             "config",
             "data",
+            "evaluation",
             "inference",
             "models",
             "parallel",
@@ -189,6 +198,12 @@ def test_imports_run_one_way(module: str) -> None:
 def test_samples_of_a_run_do_not_load_the_engine(module: str) -> None:
     ours = [f"rwkv_jax.{name}" for name in ("inference.sampling", "data.tokenizers", *LEAVES)]
     assert not foreign(module, "jax", "numpy", "einops", "llguidance", *ours) - {"rwkv_jax"}
+
+
+@pytest.mark.parametrize("module", modules(*(f"rwkv_jax.{name}" for name in EVALUATION_WITHOUT_ENGINE)))
+def test_tasks_know_no_model(module: str) -> None:
+    ours = [f"rwkv_jax.{name}" for name in (*EVALUATION_WITHOUT_ENGINE, "data", "held_out", *LEAVES)]
+    assert not foreign(module, "numpy", "typing_extensions", *ours) - {"rwkv_jax"}
 
 
 def test_the_folder_of_kernels_is_no_package() -> None:
