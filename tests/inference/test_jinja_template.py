@@ -13,6 +13,7 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
+from rwkv_jax.inference.chat import sandbox
 from rwkv_jax.inference.chat.choice import choose_template, named_template
 from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
 from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
@@ -147,6 +148,9 @@ def render(source: str, **variables: Any) -> str:
             "{{ tools is none }}{{ documents is none }}{{ bos_token }}{{ nothing }}{{ 2 * 3 + 1 }}{{ [1] + [2] }}",
             "TrueTrue7[1, 2]",
         ),
+        ('{{ [[1], {"a": (2,)}] == [[1], {"a": (2,)}] }}{{ 1 < 2 < 2 }}{{ "a" in {"a": 1} }}', "TrueFalseTrue"),
+        ("{{ [[2], [1]] | min }}{{ [1, 2] | select('gt', 1) | list }}{{ [1, 1] | unique | list }}", "[1][2][1]"),
+        ("{{ 2 in [1, 2] | map('abs') }}{{ [1, 2].index(2) }}{{ [3][0] }}{{ {}.get(1, 4) }}", "True134"),
         ('{% set x = "<b>" | safe %}{{ x }}{{ messages[0]["role"] }}{{ "a b".split(" ")[-1] }}', "<b>userb"),
     ],
 )
@@ -187,8 +191,7 @@ def test_what_templates_use_works(source: str, text: str) -> None:
         (grown("ns.x ~ ns.x"), "characters"),
         (grown("ns.x.join([ns.x, ns.x])"), "characters"),
         (grown("ns.x | replace('a', ns.x)"), "characters"),
-        (grown("[ns.x, ns.x]"), "steps"),
-        (grown("[ns.x, ns.x]", "ns.x | tojson"), "steps"),
+        (grown("(ns.x,)", "{ns.x: 1}").replace("99", "101"), "more than 100 deep"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "steps"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% for i in range(99999) %}{{ messages[0].content * 20 }}{% endfor %}", "characters"),
@@ -202,6 +205,34 @@ def test_what_templates_must_not_do(source: str, error: str) -> None:
     with pytest.raises(ConfigError, match=rf"chat_template\.jinja.*{error}"):
         render(source)
     assert time.perf_counter() - begin < 10
+
+
+USED = {
+    "[x, x]": [
+        "x",
+        "x | tojson",
+        "x == y",
+        "'b' != 'c' < x",
+        "x in [y]",
+        "x is eq y",
+        "[x] | select('in', [y]) | list",
+        "[x, y] | max",
+        "([x, y] | reverse) < ([y, x] | reverse)",
+        "[x].index(y)",
+        "x | upper",
+        "x is lower",
+        "raise_exception(x)",
+    ],
+    "(x, x)": ["{x: 1}", "{}[x]", "{}.get(x)", "[1] | map(x) | list", "[x] | unique | list"],
+}
+
+
+@pytest.mark.parametrize(("pair", "used"), [(pair, used) for pair, uses in USED.items() for used in uses])
+def test_few_lists_within_each_other_are_not_little_work(pair: str, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 5000)
+    doublings = f"{{% set x = {pair} %}}" * 60
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja.*more than 5000 steps"):
+        render(f"{{% set x = 'a' %}}{doublings}{{% set y = x %}}{{% set x = 'a' %}}{doublings}{{{{ {used} }}}}")
 
 
 def test_files_of_a_tokenizers_folder(tmp_path: Path) -> None:

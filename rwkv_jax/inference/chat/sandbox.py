@@ -2,7 +2,8 @@
 
 jinja2's sandbox keeps templates from Python's internals. It bounds neither memory nor time, so here filters and methods
 are those of a list, each loop, call and operation counts as a step, and what would make a long text is refused before
-it is made. One operation may still take as long as the texts that it is given are long.
+it is made. What is compared or looked up counts with all that it has within: few lists within each other are enough for
+a comparison without end. One operation may still take as long as the texts that it is given are long.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import contextvars
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized, ValuesView
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, TemplateRuntimeError, Undefined, nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 MAX_CHARS = 2**22
@@ -28,10 +29,18 @@ MAX_STEPS = 1_000_000
 """Steps of one rendering: operations, iterations, and elements and thousands of characters that these make."""
 
 _MAX_BITS = 4096  # of integers
+_MAX_DEPTH = 100  # of values within each other; Python's hash of tuples overflows the stack, at some 10,000s
 _CHARS_PER_STEP = 1024
 _FILTERS = re.compile(
     "abs|capitalize|d|default|dictsort|first|float|int|items|last|list|lower|map|max|min|reject|rejectattr|reverse|round"
     "|safe|select|selectattr|sort|title|trim|truncate|unique|upper"
+)
+_SHALLOW_FILTERS = re.compile(
+    "abs|d|default|first|float|int|items|last|list|map|reject|rejectattr|reverse|round|select|selectattr"
+)
+_SHALLOW_TESTS = re.compile(
+    "boolean|callable|defined|escaped|false|float|integer|iterable|mapping|none|number|sameas|sequence|string|true"
+    "|undefined"
 )
 _STR_METHODS = re.compile(
     "capitalize|count|endswith|find|index|isalnum|isalpha|isascii|isdigit|islower|isspace|isupper|join|lower|lstrip"
@@ -96,18 +105,35 @@ def _spend_on(value: Any) -> Any:
     return value
 
 
-def _text(value: Any) -> str:
-    """The value as text. Its parts are counted first: objects within each other may be few and their text huge."""
-    todo, num_chars = [value], 0
+def _measure(value: Any) -> int:
+    """Characters of all texts within a value, and one for any other part; each part is a step."""
+    todo, num_chars = [(value, 0)], 0
     while todo:
-        part = todo.pop()
+        part, depth = todo.pop()
+        parts: Iterable[Any] = ()
         if isinstance(part, Mapping):
-            todo += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple):
-            todo += part
+            parts = [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | Set | ValuesView):
+            parts = part
+        if depth > _MAX_DEPTH:
+            raise TemplateRuntimeError(f"it has values within each other, more than {_MAX_DEPTH} deep")
+        todo += [(inner, depth + 1) for inner in parts]
         num_chars += len(part) if isinstance(part, str) else 1
         _spend()
-    _spend_on_text(num_chars)
+    return num_chars
+
+
+def _measured(value: Any) -> Any:
+    """What is compared, looked up or written, after steps for all that it has within."""
+    if isinstance(value, Iterator) and not isinstance(value, LoopContext):
+        value = _counted(value)
+    _spend_on_text(_measure(value))
+    return value
+
+
+def _text(value: Any) -> str:
+    """The value as text. Its parts are counted first: objects within each other may be few and their text huge."""
+    _spend_on_text(_measure(value))
     return str(value)
 
 
@@ -175,6 +201,14 @@ def _counting(function: Callable[..., Any]) -> Callable[..., Any]:
     return counting
 
 
+def _measuring(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def measuring(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(_measured, args), **{name: _measured(value) for name, value in kwargs.items()})
+
+    return measuring
+
+
 class _Generation(Extension):
     """{% generation %}, by which trainers find the assistant's tokens, stands for its body."""
 
@@ -193,11 +227,34 @@ class _Compiler(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        self.write("(")
+        self._visit_measured(node.expr, frame)
+        for operand in node.ops:
+            self.write(f" {operators[operand.op]} ")
+            self._visit_measured(operand.expr, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self.write("{")
+        for item in node.items:
+            self._visit_measured(item.key, frame)
+            self.write(": ")
+            self.visit(item.value, frame)
+            self.write(", ")
+        self.write("}")
+
+    def _visit_measured(self, node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.measured(")
+        self.visit(node, frame)
+        self.write(")")
+
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _Compiler
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     concat = staticmethod(_joined)
+    measured = staticmethod(_measured)
 
     def __init__(self) -> None:
         super().__init__(
@@ -209,6 +266,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             cache_size=0,
         )
         self.filters = {name: _counting(self.filters[name]) for name in self.filters if _FILTERS.fullmatch(name)}
+        for functions, shallow in ((self.filters, _SHALLOW_FILTERS), (self.tests, _SHALLOW_TESTS)):
+            functions |= {name: _measuring(functions[name]) for name in functions if not shallow.fullmatch(name)}
         self.filters |= {"count": _length, "length": _length, "tojson": _tojson, "replace": _replaced, "string": _text}
         self.filters |= {
             "indent": _indented,
@@ -232,6 +291,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
         return template
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, argument if isinstance(argument, str | int) else _measured(argument))
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return super().call_filter(_text(name), *args, **kwargs)
+
+    def call_test(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return super().call_test(_text(name), *args, **kwargs)
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str):
             return _STR_METHODS.fullmatch(attr) is not None
@@ -250,6 +318,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return _joined(*args, separator=owner)
         if isinstance(owner, str) and name == "replace":
             return _replaced(owner, *args, **kwargs)
+        if not isinstance(obj, LoopContext | Macro):
+            args, kwargs = tuple(map(_measured, args)), {key: _measured(value) for key, value in kwargs.items()}
+        if isinstance(owner, list):  # index and count
+            _measured(owner)
         return _spend_on(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
