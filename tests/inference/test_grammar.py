@@ -217,6 +217,25 @@ def test_a_long_chain_of_rules_does_not_overflow_the_stack() -> None:
     assert constraint.allows(ord("b"))
 
 
+def test_a_grammar_is_begun_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Grammar] = []
+    begin = Constraint.begin
+
+    def counted(grammar: Grammar, *given: Any) -> Constraint:
+        begun.append(grammar)
+        return begin(grammar, *given)
+
+    monkeypatch.setattr(Constraint, "begin", counted)
+    compiler = GrammarCompiler(ByteTokenizer(VOCAB_SIZE), VOCAB_SIZE)
+    compiler.check(PAIR)
+    one, other = (compiler.constraint(PAIR) for _ in range(2))
+    assert begun == [PAIR]
+    assert accept_tokens([one], [ord("a")]) == [None]
+    assert accept_tokens([other], [ord("b")]) == [None]
+    fresh = GrammarCompiler(ByteTokenizer(VOCAB_SIZE), VOCAB_SIZE).constraint(PAIR)
+    np.testing.assert_array_equal(compiler.constraint(PAIR).mask, fresh.mask)
+
+
 def test_bans_that_leave_nothing_end_one_text(engine: Engine) -> None:
     banned = SamplingParams(banned=[ord("b")])
     with engine.stream("other", max_tokens=20, stop_ids=()) as other:

@@ -56,7 +56,7 @@ class Admission:
             request.check(self._config.vocab_size, self._capacity, name=name)
             bias_array(request.sampling, self._named)  # rejects bans of all tokens
             if request.grammar is not None:
-                self._grammars.constraint(request.grammar)  # rejects what cannot be compiled, or matches nothing
+                self._grammars.check(request.grammar)  # rejects what cannot be compiled, or matches nothing
             if request.negative_ids and self._num_slots < 2:
                 raise ConfigError(
                     f"guidance_scale = {request.guidance_scale}: needs two slots; build the engine with num_slots >= 2"

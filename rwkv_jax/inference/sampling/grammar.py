@@ -94,14 +94,24 @@ class GrammarError(ConfigError):
 class Constraint:
     """The parser of one text, and the mask of what may come next."""
 
-    def __init__(self, grammar: Grammar, matcher: Any, vocab_size: int) -> None:
-        """At the start of a text; raises GrammarError if no text matches."""
+    def __init__(self, grammar: Grammar, matcher: Any, mask: NDArray[np.int32]) -> None:
         self.grammar, self.matcher = grammar, matcher
-        self.mask: NDArray[np.int32] = np.zeros(-(-vocab_size // 32), np.int32)
+        self.mask = mask
         """int32 [ceil(V / 32)]: token v may come next if bit v % 32 of word v // 32 is set."""
-        matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
-        if (error := self.error()) is not None:
+
+    @classmethod
+    def begin(cls, grammar: Grammar, matcher: Any, vocab_size: int) -> Self:
+        """At the start of a text. Raises GrammarError if no text matches."""
+        mask = np.zeros(-(-vocab_size // 32), np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        begun = cls(grammar, matcher, mask)
+        if (error := begun.error()) is not None:
             raise error
+        return begun
+
+    def copy(self) -> Self:
+        """For another text that goes on from here."""
+        return type(self)(self.grammar, self.matcher.deep_copy(), self.mask.copy())
 
     def allows(self, token: int) -> bool:
         """Whether a token may come next; -1 is none."""
@@ -164,7 +174,12 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
         self._vocabulary: Any = None
-        self._compiled: collections.OrderedDict[Grammar, Any] = collections.OrderedDict()
+        self._begun: collections.OrderedDict[Grammar, Constraint] = collections.OrderedDict()
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises as `constraint`, which then has less to do."""
+        with self._lock:
+            self._begin(grammar)
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """The parser for a new text.
@@ -174,13 +189,16 @@ class GrammarCompiler:
           ConfigError: llguidance is missing.
         """
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > _MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            matcher = self._compiled[grammar].deep_copy()
-        return Constraint(grammar, matcher, self._vocab_size)
+            return self._begin(grammar).copy()
+
+    def _begin(self, grammar: Grammar) -> Constraint:
+        """At the start of any text."""
+        if grammar not in self._begun:
+            self._begun[grammar] = Constraint.begin(grammar, self._compile(grammar), self._vocab_size)
+            if len(self._begun) > _MAX_COMPILED:
+                self._begun.popitem(last=False)
+        self._begun.move_to_end(grammar)
+        return self._begun[grammar]
 
     def _compile(self, grammar: Grammar) -> Any:
         llguidance = _llguidance()
