@@ -46,6 +46,7 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "/v1/responses": {"model": "tiny", "input": "Hi", "max_output_tokens": 2, "temperature": 1.0, "stream": False},
     "/v1/embeddings": {"model": "tiny", "input": ["ab", "b"], "encoding_format": "float"},
+    "/v1/states": {"id": "mine", "prompt": "ab", "messages": [MESSAGE]},
     "/tokenize": {"prompt": "ab", "add_special_tokens": True},
     "/detokenize": {"tokens": [1, 2]},
     "/apply-template": {"messages": [MESSAGE], "temperature": 1.0},

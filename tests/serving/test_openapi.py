@@ -33,9 +33,15 @@ def app(engine: Engine) -> FastAPI:
     return create_app(Service(engine, "tiny", ServeOptions(timeout_seconds=120)))
 
 
-def shortened(body: Any, path: str) -> Any:
-    """A body that asks for a few tokens where it is one that may ask for many."""
-    if not isinstance(body, dict) or path not in LENGTHS:
+def answerable(body: Any, path: str) -> Any:
+    """A body that names the model that there is and no state, and that asks for few tokens."""
+    if not isinstance(body, dict):
+        return body
+    if isinstance(body.get("model"), str):
+        body = body | {"model": "tiny"}
+    if isinstance(body.get("state"), str):
+        body = {name: value for name, value in body.items() if name != "state"}
+    if path not in LENGTHS:
         return body
     names = [name for name in LENGTHS[path] if body.get(name) is not None] or LENGTHS[path][:1]
     lengths = {name: body.get(name, 2) for name in names}
@@ -76,7 +82,7 @@ def test_no_request_is_an_error_of_the_servers(app: FastAPI, operations: list[An
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
                 label = case.operation.label
-                case.body = shortened(case.body, case.operation.path)
+                case.body = answerable(case.body, case.operation.path)
                 answer = case.call()
                 seen.setdefault(label, set()).add(answer.status_code)
                 assert answer.status_code < 500, (label, case.body, answer.text)
@@ -85,6 +91,7 @@ def test_no_request_is_an_error_of_the_servers(app: FastAPI, operations: list[An
 
             with contextlib.suppress(Unsatisfiable):  # where there is nothing that could be wrong
                 check()
-    assert {200, 400} <= seen["POST /tokenize"]
+    for path in ("/tokenize", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/states"):
+        assert {200, 400} <= seen[f"POST {path}"]
     assert len(seen) == len(operations) >= 8
     assert TestClient(app).get("/health").status_code == 200
