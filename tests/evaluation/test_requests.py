@@ -74,12 +74,14 @@ class Echo:
 
     def loglikelihood(self, requests, report=None):
         for i, request in reversed(list(enumerate(requests))):
-            report(i, request.continuation)
+            if report is not None:
+                report(i, request.continuation)
         return [LoglikelihoodResult(-len(request.continuation), True) for request in requests]
 
     def rolling(self, requests, report=None):
         for i, request in enumerate(requests):
-            report(i, request.text)
+            if report is not None:
+                report(i, request.text)
         return [float(len(request.text)) for request in requests]
 
     def generate(self, requests, report=None):

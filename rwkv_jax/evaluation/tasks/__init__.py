@@ -8,11 +8,32 @@ from types import MappingProxyType
 from typing import Any
 
 from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.evaluation.tasks.arc import ArcChallenge, ArcEasy
 from rwkv_jax.evaluation.tasks.base import Task
+from rwkv_jax.evaluation.tasks.compression import Compression
+from rwkv_jax.evaluation.tasks.gsm8k import Gsm8k
+from rwkv_jax.evaluation.tasks.hellaswag import HellaSwag
+from rwkv_jax.evaluation.tasks.lambada import Lambada
+from rwkv_jax.evaluation.tasks.mmlu import Mmlu
 from rwkv_jax.evaluation.tasks.piqa import Piqa
+from rwkv_jax.evaluation.tasks.wikitext import WikiText
+from rwkv_jax.evaluation.tasks.winogrande import Winogrande
 
-TASKS: Mapping[str, Task[Any]] = MappingProxyType({task.name: task for task in (Piqa(),)})
-"""All tasks, with their default options; `dataclasses.replace` changes those."""
+_ALL: tuple[Task[Any], ...] = (
+    Lambada(),
+    Piqa(),
+    HellaSwag(),
+    Winogrande(),
+    ArcEasy(),
+    ArcChallenge(),
+    WikiText(),
+    Mmlu(),
+    Gsm8k(),
+    Compression(),
+)
+
+TASKS: Mapping[str, Task[Any]] = MappingProxyType({task.name: task for task in _ALL})
+"""All tasks."""
 
 
 def find_task(name: str) -> Task[Any]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from rwkv_jax.checks import ConfigError, require_whole
 from rwkv_jax.evaluation.requests import Request
 from rwkv_jax.evaluation.statistics import Estimate, estimate, mean_of
+from rwkv_jax.evaluation.tasks.records import Record, find_file, find_in_folder, read_records
 
 Item = TypeVar("Item")
 Score = float | tuple[float, float]
@@ -73,15 +74,29 @@ class Task(abc.ABC, Generic[Item]):
     """Whether lm-eval draws one example more than it shows, to be able to leave the item itself out: it does where the
     task's definition has no test split."""
 
+    files: ClassVar[Sequence[str]]
+    """What the file is called in a folder that is given instead."""
+    example_files: ClassVar[Sequence[str]] = ()
+    """What that of few-shot examples is called there, the training split."""
+
     name: str
 
-    @abc.abstractmethod
     def read(self, path: Path) -> list[Item]:
         """Items of a file or folder. Raises ConfigError with file, line and field for a malformed one."""
+        return self.read_file(find_file(path, self.files, self.name))
 
     def read_examples(self, path: Path) -> list[Item] | None:
         """Items for few-shot prompts that lie in the folder of the task's own files; None if there are none."""
-        return None
+        found = find_in_folder(path, self.example_files, self.name)
+        return None if found is None else self.read_file(found)
+
+    def read_file(self, file: Path) -> list[Item]:
+        """Items of one file."""
+        return [self.read_item(record) for record in read_records(file)]
+
+    def read_item(self, record: Record) -> Item:
+        """An item of a line of JSON."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def requests(self, item: Item, prefix: str = "") -> tuple[Request, ...]:

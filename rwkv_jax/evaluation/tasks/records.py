@@ -47,11 +47,12 @@ class Record:
             raise self.error(field, "must not be empty")
         return self._unicode(field, value)
 
-    def texts(self, field: str, count: int | None = None) -> tuple[str, ...]:
-        """A list of texts, of this length if given, else of two at least."""
+    def texts(self, field: str, count: int | None = None, *, may_be_empty: bool = False) -> tuple[str, ...]:
+        """A list of texts, of this length if given, else of two at least; `may_be_empty` is about each text."""
         value = self.get(field)
-        if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-            raise self.error(field, "must be a list of texts that are not empty")
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if not is_list or not (may_be_empty or all(value)):
+            raise self.error(field, f"must be a list of texts{'' if may_be_empty else ' that are not empty'}")
         if len(value) != count if count is not None else len(value) < 2:
             raise self.error(
                 field, f"has {len(value)} entries, must have {count if count is not None else 'two or more'}"
@@ -74,6 +75,13 @@ class Record:
             return value
         hint = "; files without answers, as of test sets, cannot be scored" if value in ("", -1, None) else ""
         raise self.error(field, f"must be a whole number from 0 to {count - 1}{hint}")
+
+    def records(self, field: str) -> list[Record]:
+        """A list of objects, two at least."""
+        value = self.get(field)
+        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, dict) for each in value):
+            raise self.error(field, "must be a list of objects, two or more")
+        return [Record(each, self.place, f"{self._prefix}{field}.{i}.") for i, each in enumerate(value)]
 
     def record(self, field: str) -> Record:
         """An object within this one."""
