@@ -77,7 +77,9 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
     """Raises ConfigError with a table of the fields in which the saved and current identities differ."""
 
     def shown(fields: Mapping[str, Any], name: str) -> str:
-        return "-" if fields.get(name) is None else str(fields[name])
+        # A switch that is off is as one that a run of an earlier version did not have.
+        value = fields.get(name)
+        return "-" if value is None or value is False else str(value)
 
     rows = [(name, shown(saved, name), shown(present, name)) for name in sorted(saved.keys() | present.keys())]
     rows = [row for row in rows if row[1] != row[2]]

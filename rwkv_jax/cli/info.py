@@ -53,7 +53,7 @@ def _of_weights(source: str) -> dict[str, str]:
         return {"run": str(path), **_of_model(model)}
     weights = open_weights(path)
     with prefix_errors(path):
-        model = read_config(weights.tensors)
+        model = read_config(weights.tensors, weights.file.metadata)
         check_tensors(weights.tensors, model)
         weights.file.verify()
     packed = weights.tensors.quantization if isinstance(weights.tensors, DequantizedTensors) else None

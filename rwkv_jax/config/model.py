@@ -28,6 +28,7 @@ _FIELDS_OF_SOME = {
     **dict.fromkeys(_SIZES_OF_SOME, "such size"),
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
+    "negative_eigenvalues": "such choice",
     "embedding_bound": "such choice",
     "output_implementation": "such kernel",
     "step_implementation": "such kernel",
@@ -72,6 +73,9 @@ class ModelConfig:
     unused_value_residual: bool = False
     """RWKV-7 only: layer 0 has v0, v1 and v2 too, which are unused. The official trainer's files have them, so loading
     and saving such a file keeps it unchanged."""
+    negative_eigenvalues: bool = False
+    """RWKV-7 only: the in-context learning rate a lies in (0, 2) rather than (0, 1). What a token removes may then come
+    back with the opposite sign, an eigenvalue of -1, as tracking a state needs (arXiv 2411.12537)."""
     embedding_bound: float | None = None
     """RWKV-4 only: initial token vectors are uniform within +- this, as in RWKV-v4neo, which uses its highest learning
     rate; None is the first trainer's orthogonal matrix."""

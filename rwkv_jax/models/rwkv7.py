@@ -191,13 +191,15 @@ class TimeMix(TimeMixer):
 
         # (12) The decay w = exp(-e^{-1/2} sigmoid(d)), whose last steps run in float32 (near 1 it has no digits to
         # spare); (10) the value residual, nu being the share of the first layer's values; (4) the in-context learning
-        # rate a.
+        # rate a, which takes states of (0, 2) to eigenvalues down to -1 (arXiv 2411.12537).
         decay = w.astype(config.parameter_dtype)
         decay = cast(self.w0, decay) + decay
         log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)
         if nu is not None and v_first is not None:
             v = v + (v_first - v) * jax.nn.sigmoid(cast(self.v0, v) + nu)
         a = jax.nn.sigmoid(cast(self.a0, k) + a)
+        if config.negative_eigenvalues:
+            a = 2 * a
 
         # (6), (15) The removal key kappa, of unit length in a head; (7) the replacement key k~ = k lerp(1, a, alpha).
         kk = _normalize_heads(self._split_heads(k * cast(self.k_k, k)))
@@ -236,6 +238,7 @@ class TimeMix(TimeMixer):
             **self._output_parameters(),
             state=wkv_state,
             decay_scale=LOG_DECAY_SCALE,
+            rate_scale=2.0 if self.config.negative_eigenvalues else 1.0,
             lengths=context.lengths,
             implementation=self.config.step_implementation,
         )

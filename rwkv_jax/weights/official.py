@@ -31,10 +31,13 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
 }
 
 
-def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
+def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> ModelConfig:
     """Infers a model's config: sizes from the shapes of its tensors, the compute dtype from theirs.
 
     bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
+
+    Args:
+      metadata: of the file, for the fields that no tensor tells (`fields_in_metadata`).
 
     Raises:
       WeightsError: no generation is recognized, or the sizes contradict each other.
@@ -67,9 +70,15 @@ def read_config(tensors: Mapping[str, NDArray]) -> ModelConfig:
             ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
             dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
             **spec.read_fields(shapes),
+            **{name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors},
         )
     except ConfigError as error:
         raise WeightsError(f"the shapes of an {spec.title} model that cannot be: {error}") from error
+
+
+def fields_in_metadata(config: ModelConfig) -> dict[str, str]:
+    """What a file must say of a model because no tensor tells it: its `fields_beside_tensors` that are set."""
+    return {name: "true" for name in config.spec.fields_beside_tensors if getattr(config, name)}
 
 
 def _abstract_params(config: ModelConfig) -> Any:

@@ -27,6 +27,7 @@ from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selec
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     check_tensors,
+    fields_in_metadata,
     official_shapes,
     official_tensors,
     place_params,
@@ -111,7 +112,7 @@ def from_pretrained(
         return nnx.merge(abstract_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), loaded.params))
     weights = open_weights(path)
     with prefix_errors(path):
-        config = read_config(weights.tensors)
+        config = read_config(weights.tensors, weights.file.metadata)
         check_tensors(weights.tensors, config)
         if isinstance(weights.tensors, DequantizedTensors):
             present = weights.tensors.quantization
@@ -179,13 +180,13 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
 def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
     if path.is_dir():
         loaded = load_model(path, "newest")
-        weights = Weights(
-            official_tensors(loaded.config.model, loaded.params), "official", lambda: None, MappedTensors({}, [])
-        )
+        told = MappedTensors({}, [], metadata=fields_in_metadata(loaded.config.model))
+        tensors = official_tensors(loaded.config.model, loaded.params)
+        weights = Weights(tensors, "official", lambda: None, told)
     else:
         weights = open_weights(path, warn=warn)
     with prefix_errors(path):
-        own = read_config(weights.tensors)
+        own = read_config(weights.tensors, weights.file.metadata)
         if may_have_unused(own) and may_have_unused(config):  # the run's config decides, not the file
             unused = config.unused_value_residual
             tensors = add_unused(weights.tensors, own) if unused else without_unused(weights.tensors)
@@ -247,7 +248,7 @@ def save_pretrained(
         tensors = packed_tensors(model.config, params)
     else:
         tensors = official_tensors(model.config, params)
-    _write(tensors, Path(path), layout, dtype, tokenizer)
+    _write(tensors, model.config, Path(path), layout, dtype, tokenizer)
 
 
 def convert(
@@ -284,7 +285,7 @@ def convert(
     else:
         weights = open_weights(path)
         with prefix_errors(path):
-            config = read_config(weights.tensors)
+            config = read_config(weights.tensors, weights.file.metadata)
             check_tensors(weights.tensors, config)
         # Official files keep their order; other projects' files get the official one.
         official = weights.layout == "official"
@@ -300,7 +301,7 @@ def convert(
             )
         tensors = add_unused(tensors, config)
         config = dataclasses.replace(config, unused_value_residual=True)
-    _write(tensors, Path(target), layout, dtype, found)
+    _write(tensors, config, Path(target), layout, dtype, found)
     return config
 
 
@@ -318,7 +319,12 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
 
 
 def _write(
-    tensors: Mapping[str, NDArray], path: Path, layout: str, dtype: str | None, tokenizer: Tokenizer | None
+    tensors: Mapping[str, NDArray],
+    model: ModelConfig,
+    path: Path,
+    layout: str,
+    dtype: str | None,
+    tokenizer: Tokenizer | None,
 ) -> None:
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
@@ -330,6 +336,14 @@ def _write(
     path = path.expanduser()
     if is_url(path):
         raise WeightsError(f"{path}: is a web address, not a path; name FILE.pth, FILE.safetensors or a folder")
+    told = fields_in_metadata(model)
+    if told and (suffix == ".pth" or layout != "official"):
+        named = ", ".join(f"model.{name} = True" for name in told)
+        place = "a .pth file" if suffix == ".pth" else f"the {layout} layout"
+        raise WeightsError(
+            f"{path}: {named}, which {place} cannot say, so whoever loads it would compute something else; write the "
+            "official layout to FILE.safetensors or a folder"
+        )
     refuse_existing(path, WeightsError)  # reported before anything is fetched from a device
     if suffix in _FILES:
         if layout != "official":
@@ -339,12 +353,12 @@ def _write(
         if suffix == ".pth":
             write_torch_file(path, tensors)
         else:
-            write_safetensors(path, tensors, _METADATA)
+            write_safetensors(path, tensors, _METADATA | told)
         return
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)
     with new_folder(path, WeightsError) as folder:
-        write_sharded_safetensors(folder, written, metadata=_METADATA)
+        write_sharded_safetensors(folder, written, metadata=_METADATA | told)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:

@@ -164,10 +164,11 @@ def _read_file(path: Path) -> MappedTensors:
     recorded = {}
     if _METADATA in checksums:
         recorded[f"the header of {path.name}"] = Recorded(_described(header), checksums[_METADATA])
-    header.pop(_METADATA, None)
+    metadata = header.pop(_METADATA, None) or {}
+    metadata.pop(_CHECKSUMS, None)
     tensors = _views(mapped, path, header, start)
     recorded |= {name: Recorded(tensors[name], checksums[name]) for name in tensors if name in checksums}
-    return MappedTensors(tensors, [mapped], recorded)
+    return MappedTensors(tensors, [mapped], recorded, metadata)
 
 
 def _header(content: bytes | mmap.mmap, source: Path | str) -> tuple[dict[str, Any], int]:

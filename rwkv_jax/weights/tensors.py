@@ -39,14 +39,20 @@ class MappedTensors(dict[str, NDArray]):
 
     Args:
       recorded: checksums of what a file has some of, by what messages call it: the names of tensors, or entries.
+      metadata: what the file says of itself, without its checksums.
     """
 
     def __init__(
-        self, tensors: Mapping[str, NDArray], maps: Sequence[mmap.mmap], recorded: Mapping[str, Recorded] | None = None
+        self,
+        tensors: Mapping[str, NDArray],
+        maps: Sequence[mmap.mmap],
+        recorded: Mapping[str, Recorded] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tensors)
         self._maps = tuple(maps)
         self._recorded = dict(recorded or {})
+        self.metadata = dict(metadata or {})
 
     @classmethod
     def joined(cls, parts: Iterable[MappedTensors]) -> MappedTensors:
@@ -56,6 +62,7 @@ class MappedTensors(dict[str, NDArray]):
             whole |= part
             whole._maps += part._maps
             whole._recorded |= part._recorded
+            whole.metadata |= part.metadata
         return whole
 
     @property

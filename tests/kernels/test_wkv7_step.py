@@ -45,7 +45,7 @@ def sigmoid(x: NDArray) -> NDArray:
     return 1 / (1 + np.exp(-x))
 
 
-def equations(inputs: Inputs, lengths: NDArray | None = None) -> tuple[NDArray, NDArray]:
+def equations(inputs: Inputs, lengths: NDArray | None = None, rate_scale: float = 1.0) -> tuple[NDArray, NDArray]:
     """RWKV-7's equations 4 to 22 for a token in NumPy, for each row and head by itself."""
     outputs, states = np.zeros_like(inputs["v"]), np.array(inputs["state"])
     for row, head in np.ndindex(outputs.shape[:2]):
@@ -53,7 +53,7 @@ def equations(inputs: Inputs, lengths: NDArray | None = None) -> tuple[NDArray, 
             name: x[row, head] if name in ("state", "v_first", "nu", *PER_TOKEN) else x[head]
             for name, x in inputs.items()
         }
-        eta = sigmoid(one["a0"] + one["a"])
+        eta = rate_scale * sigmoid(one["a0"] + one["a"])
         kappa = one["k"] * one["k_k"]
         kappa = kappa / max(np.linalg.norm(kappa), 1e-12)
         k, v = one["k"] * (1 + (eta - 1) * one["k_a"]), one["v"]
@@ -70,12 +70,14 @@ def equations(inputs: Inputs, lengths: NDArray | None = None) -> tuple[NDArray, 
     return outputs, states
 
 
-def run(way: str, inputs: Inputs, dtype: Any = jnp.float32, lengths: NDArray | None = None) -> tuple[NDArray, NDArray]:
+def run(
+    way: str, inputs: Inputs, dtype: Any = jnp.float32, lengths: NDArray | None = None, **options: float
+) -> tuple[NDArray, NDArray]:
     """o and the next state; the state and parameters are kept in at least float32, as by a model that is trained."""
     kept = ("state", "v0", *PER_HEAD)
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     arrays = {name: jnp.asarray(x, wide if name in kept else dtype) for name, x in inputs.items()}
-    step = functools.partial(wkv7_step, **CONSTANTS, implementation=WAYS[way])
+    step = functools.partial(wkv7_step, **CONSTANTS, **options, implementation=WAYS[way])
     o, state = jax.jit(step)(**arrays, lengths=lengths)
     assert o.dtype == dtype
     assert state.dtype == wide
@@ -92,6 +94,13 @@ def error(x: NDArray, exact: NDArray) -> float:
 def test_a_token_is_what_the_equations_say(way: str, sizes: tuple[int, int, int], residual: bool) -> None:
     inputs = make_inputs(*sizes, residual=residual)
     for found, exact in zip(run(way, inputs), equations(inputs), strict=True):
+        assert error(found, exact) < 1e-6
+
+
+@each_way
+def test_a_learning_rate_of_up_to_two(way: str) -> None:
+    inputs = make_inputs(2, 2, 16)
+    for found, exact in zip(run(way, inputs, rate_scale=2.0), equations(inputs, rate_scale=2.0), strict=True):
         assert error(found, exact) < 1e-6
 
 
@@ -184,6 +193,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"state": inputs["state"][:1]}, r"state: shape \(1, 2, 8, 8\) must be \(2, 2, 8, 8\)"),
         ({"lengths": jnp.array([1, 2])}, "lengths: values from 1 to 2 must lie from 0 to T = 1"),
         ({"decay_scale": 0.6}, r"decay_scale = 0\.6: scales the log of a decay, so it is at most 0"),
+        ({"rate_scale": 2.5}, r"rate_scale = 2\.5: must be above 0 and at most 2, or the state would grow"),
         ({"nu": None, "v0": None}, "nu, v0: goes with v_first; give all of a residual or none"),
         ({"v0": inputs["v0"][:1]}, r"v0: shape \(1, 8\) does not go with r"),
         ({"implementation": "cuda"}, "implementation = 'cuda': wkv7_step has xla, pallas_triton"),

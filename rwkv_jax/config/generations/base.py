@@ -81,6 +81,8 @@ class GenerationSpec(abc.ABC):
     """MODULE:CLASS of its model, imported when one is built."""
     own_fields: tuple[str, ...] = ()
     """Optional fields of `ModelConfig` that this generation has and others lack."""
+    fields_beside_tensors: tuple[str, ...] = ()
+    """Those, true or false, that no name or shape of a tensor tells: files say so in their metadata, or are refused."""
     operator: str | None
     """Its WKV operator in `rwkv_kernels.OPERATORS`; None without one."""
     has_heads: bool = True

@@ -27,9 +27,11 @@ class RWKV7Spec(MatrixStateSpec):
         "value_rank",
         "gate_rank",
         "unused_value_residual",
+        "negative_eigenvalues",
         "output_implementation",
         "step_implementation",
     )
+    fields_beside_tensors = ("negative_eigenvalues",)
     operator = "wkv7"
     heads_tensor = "att.r_k"
     state_flops = 9  # plus the rank-one removal

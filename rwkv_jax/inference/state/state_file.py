@@ -33,6 +33,7 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.weights.official import fields_in_metadata
 from rwkv_jax.weights.safetensors import (
     parse_safetensors,
     read_safetensors,
@@ -88,7 +89,7 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer)
     return Identity(
         generation=config.spec.name,
-        model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+        model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param)), tuple(fields_in_metadata(config))),
         tokenizer=tokenizer.fingerprint,
         state=(row,) * config.num_layers,
         logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.dtype(config.parameter_dtype)),
@@ -96,7 +97,7 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
     )
 
 
-def parameters_digest(params: Any) -> str:
+def parameters_digest(params: Any, fields: tuple[str, ...] = ()) -> str:
     """SHA-256 in hex over the official names, shapes, dtypes and bytes of all parameters.
 
     It does not depend on devices or on whether layers are stacked. Packed matrices are hashed as packed: quantized or
@@ -104,11 +105,12 @@ def parameters_digest(params: Any) -> str:
 
     Args:
       params: nested dict of a model's parameters, layers stacked or not; leaves may be trees of arrays.
+      fields: names of what is set in the model's config and changes its numbers without changing its parameters.
 
     Raises:
       StateError: parts of a parameter are on other hosts.
     """
-    lines = []
+    lines = [f"{name}\n" for name in fields]
     for name, array in _parameters_by_name(params):
         content = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
         lines.append(f"{name} {list(array.shape)} {array.dtype.name} {content}\n")

@@ -23,7 +23,7 @@ RESIDUAL: tuple[str, ...] = ("v_first", "nu", "v0")
 """What layers with a value residual have as well."""
 
 
-def operator_inputs(x: Mapping[str, Array], decay_scale: float) -> tuple[Array, ...]:
+def operator_inputs(x: Mapping[str, Array], decay_scale: float, rate_scale: float) -> tuple[Array, ...]:
     """r, log_w, k, v, a and b of `wkv7` from what a layer projects, where the last axis is one head's channels.
 
     RWKV-7 (arXiv 2503.14456), equations 4, 6 to 8, 10, 12 and 15. Shared by all implementations.
@@ -35,6 +35,8 @@ def operator_inputs(x: Mapping[str, Array], decay_scale: float) -> tuple[Array, 
     k, v = x["k"], x["v"]
     log_w = decay_scale * jax.nn.sigmoid(x["w0"] + x["w"])
     eta = jax.nn.sigmoid(x["a0"] + x["a"])
+    if rate_scale != 1:
+        eta = rate_scale * eta
     if "v0" in x:
         v = v + (x["v_first"] - v) * jax.nn.sigmoid(x["v0"] + x["nu"])
     kappa = k * x["k_k"]
@@ -49,6 +51,7 @@ def wkv7_step_xla(
     *,
     epsilon: float,
     decay_scale: float,
+    rate_scale: float = 1.0,
     lengths: Array | None = None,
 ) -> tuple[Array, Array]:
     """The definition, in the state's dtype.
@@ -58,7 +61,7 @@ def wkv7_step_xla(
     """
     dtype = state.dtype
     x = {name: y.astype(dtype) if y.ndim == 3 else y.astype(dtype)[None] for name, y in inputs.items()}
-    r, _, k, v, _, _ = vectors = operator_inputs(x, decay_scale)
+    r, _, k, v, _, _ = vectors = operator_inputs(x, decay_scale, rate_scale)
     if lengths is not None:
         vectors = tuple(jnp.where((lengths > 0)[:, None, None], x, 0) for x in vectors)
     state, y = step(state, *vectors, precision="full")
@@ -100,6 +103,7 @@ def wkv7_step(
     v0: Array | None = None,
     epsilon: float,
     decay_scale: float,
+    rate_scale: float = 1.0,
     lengths: Array | None = None,
     implementation: str | dispatch.Implementation | None = None,
 ) -> tuple[Array, Array]:
@@ -120,6 +124,7 @@ def wkv7_step(
         bias; None, all three, in a layer without one.
       epsilon: of the norm.
       decay_scale: log w = decay_scale sigmoid(w0 + w).
+      rate_scale: eta = rate_scale sigmoid(a0 + a); 1, or 2 for negative eigenvalues (arXiv 2411.12537).
       lengths: integers [B], 0 or 1; 0 leaves a row's state as it was, and takes 0 for S' r.
       implementation: a name or an `Implementation`; None is "xla".
 
@@ -127,8 +132,8 @@ def wkv7_step(
       o [B, H, N] in v's dtype, and the next state. Both are differentiable in every array.
 
     Raises:
-      ValueError: shapes or dtypes that do not go together, a positive decay_scale, an unknown implementation, or one
-        that cannot run here.
+      ValueError: shapes or dtypes that do not go together, a positive decay_scale, a rate_scale outside 0 to 2, an
+        unknown implementation, or one that cannot run here.
     """
     given = (r, w, k, v, a, g, w0, a0, k_k, k_a, r_k, weight, bias)
     inputs = dict(zip(PER_TOKEN + PER_HEAD, map(jnp.asarray, given), strict=True))
@@ -139,6 +144,8 @@ def wkv7_step(
         inputs |= {name: jnp.asarray(x) for name, x in residual.items()}
     if decay_scale > 0:
         raise ValueError(f"decay_scale = {decay_scale}: scales the log of a decay, so it is at most 0")
+    if not 0 < rate_scale <= 2:
+        raise ValueError(f"rate_scale = {rate_scale}: must be above 0 and at most 2, or the state would grow")
     sizes = arguments.axis_sizes(inputs, STEP.axes, ("r",))
     arguments.check_inputs(inputs, STEP.axes, sizes, "r")
     batch, heads, size = (sizes[axis] for axis in "BHN")
@@ -148,6 +155,6 @@ def wkv7_step(
     dtype = arguments.recurrence_dtype(inputs, state)
     chosen = STEP.choose(dispatch.problem_here((batch, 1, heads, size, size), dtype.name), implementation)
     inputs, state, lengths = arguments.broadcast_varying_axes(inputs, state.astype(dtype), lengths)
-    run = functools.partial(chosen.run, epsilon=epsilon, decay_scale=decay_scale, lengths=lengths)
-    o, state = run(inputs, state)
+    run = functools.partial(chosen.run, epsilon=epsilon, decay_scale=decay_scale, rate_scale=rate_scale)
+    o, state = run(inputs, state, lengths=lengths)
     return o.astype(inputs["v"].dtype), state

@@ -38,13 +38,13 @@ def _update(state: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
 
 
 def _body(
-    names: tuple[str, ...], epsilon: float, decay_scale: float, with_lengths: bool, state_ref: Any, *refs: Any
+    names: tuple[str, ...], epsilon: float, scales: tuple[float, float], with_lengths: bool, state_ref: Any, *refs: Any
 ) -> None:
     """One head of one row."""
     *input_refs, o_ref, next_ref = refs
     is_active = input_refs.pop()[...] > 0 if with_lengths else None
     x = {name: as_float32(ref[...]) for name, ref in zip(names, input_refs, strict=True)}
-    r, _, k, v, _, _ = vectors = operator_inputs(x, decay_scale)
+    r, _, k, v, _, _ = vectors = operator_inputs(x, *scales)
     if is_active is not None:  # not a choice between two states, which would take twice their registers
         vectors = tuple(jnp.where(is_active, x, 0) for x in vectors)
     next_ref[...], y = _update(state_ref[...], vectors)
@@ -53,15 +53,21 @@ def _body(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _run(
-    epsilon: float, decay_scale: float, interpret: bool, lengths: Array | None, inputs: dict[str, Array], state: Array
+    epsilon: float,
+    scales: tuple[float, float],
+    interpret: bool,
+    lengths: Array | None,
+    inputs: dict[str, Array],
+    state: Array,
 ) -> tuple[Array, Array]:
+    """With `scales` of decay and in-context learning rate."""
     batch, heads, size = inputs["v"].shape
     of_token = pl.BlockSpec((None, None, size), lambda b, h: (b, h, 0))
     of_head = pl.BlockSpec((None, size), lambda b, h: (h, 0))
     of_state = pl.BlockSpec((None, None, size, size), lambda b, h: (b, h, 0, 0))
     of_row = [] if lengths is None else [pl.BlockSpec((None,), lambda b, h: (b,))]
     o, state = pl.pallas_call(
-        functools.partial(_body, tuple(inputs), epsilon, decay_scale, lengths is not None),
+        functools.partial(_body, tuple(inputs), epsilon, scales, lengths is not None),
         grid=(batch, heads),
         in_specs=[of_state, *(of_token if x.ndim == 3 else of_head for x in inputs.values()), *of_row],
         out_specs=[of_token, of_state],
@@ -78,19 +84,27 @@ def _run(
 
 
 def _run_forward(
-    epsilon: float, decay_scale: float, interpret: bool, lengths: Array | None, inputs: dict[str, Array], state: Array
+    epsilon: float,
+    scales: tuple[float, float],
+    interpret: bool,
+    lengths: Array | None,
+    inputs: dict[str, Array],
+    state: Array,
 ) -> tuple[Any, Any]:
-    return _run(epsilon, decay_scale, interpret, lengths, inputs, state), (lengths, inputs, state)
+    return _run(epsilon, scales, interpret, lengths, inputs, state), (lengths, inputs, state)
 
 
 def _run_backward(
-    epsilon: float, decay_scale: float, interpret: bool, saved: Any, cotangents: tuple[Array, Array]
+    epsilon: float, scales: tuple[float, float], interpret: bool, saved: Any, cotangents: tuple[Array, Array]
 ) -> tuple[Any, Any, Any]:
     """By the definition: a single token is differentiated in tests, hardly ever in training."""
     del interpret
     lengths, inputs, state = saved
     do, dstate = cotangents
-    definition = functools.partial(wkv7_step_xla, epsilon=epsilon, decay_scale=decay_scale, lengths=lengths)
+    decay_scale, rate_scale = scales
+    definition = functools.partial(
+        wkv7_step_xla, epsilon=epsilon, decay_scale=decay_scale, rate_scale=rate_scale, lengths=lengths
+    )
     return None, *jax.vjp(definition, inputs, state)[1]((do.astype(dstate.dtype), dstate))
 
 
@@ -103,8 +117,9 @@ def wkv7_step_pallas_triton(
     *,
     epsilon: float,
     decay_scale: float,
+    rate_scale: float = 1.0,
     lengths: Array | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """The kernel; arguments as of `wkv7_step_xla`. `interpret` is Pallas' interpret mode, for tests."""
-    return _run(epsilon, decay_scale, interpret, lengths, dict(inputs), state)
+    return _run(epsilon, (decay_scale, rate_scale), interpret, lengths, dict(inputs), state)
