@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rwkv_jax.checks import checker, is_number, is_whole, require_choices, require_positive
 from rwkv_jax.config.generations import (
@@ -43,7 +43,7 @@ class ModelConfig:
     generation: Generation | str = DEFAULT_GENERATION
     """RWKV generation: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose). RWKV-LM: my_testing."""
     architecture: Architecture = dataclasses.field(default="rwkv", kw_only=True)
-    """rwkv, or transformer for comparison, which has no generations."""
+    """rwkv, or for comparison transformer, deltanet or gated_deltanet, which have no generations."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it. RWKV-LM: vocab_size."""
     num_layers: int = 6
@@ -74,8 +74,9 @@ class ModelConfig:
     """RWKV-7 only: layer 0 has v0, v1 and v2 too, which are unused. The official trainer's files have them, so loading
     and saving such a file keeps it unchanged."""
     negative_eigenvalues: bool = False
-    """RWKV-7 only: the in-context learning rate a lies in (0, 2) rather than (0, 1). What a token removes may then come
-    back with the opposite sign, an eigenvalue of -1, as tracking a state needs (arXiv 2411.12537)."""
+    """RWKV-7 and DeltaNets only: the in-context learning rate (a, beta) lies in (0, 2) rather than (0, 1). What a token
+    removes may then come back with the opposite sign, an eigenvalue of -1, as tracking a state needs (arXiv
+    2411.12537)."""
     embedding_bound: float | None = None
     """RWKV-4 only: initial token vectors are uniform within +- this, as in RWKV-v4neo, which uses its highest learning
     rate; None is the first trainer's orthogonal matrix."""
@@ -173,14 +174,27 @@ class ModelConfig:
         Raises:
           ConfigError: a width that is not a multiple of head_dim, as RWKV-4 allows, or an odd head_dim.
         """
+        return self.of_equal_size("transformer", context_length=context_length)
+
+    def of_equal_size(self, architecture: Architecture, **own_fields: Any) -> ModelConfig:
+        """A model of another architecture with this one's depth, width, heads and vocabulary, and as many parameters.
+
+        What mixers have more or less of them is compensated by the feed-forward width, to the nearest multiple of 32.
+
+        Args:
+          own_fields: of the other architecture, such as context_length or negative_eigenvalues.
+
+        Raises:
+          ConfigError: a width or head_dim that the other one cannot have, or fields that it does not have.
+        """
         plain = ModelConfig(
-            architecture="transformer",
+            architecture=architecture,
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
             width=self.width,
             head_dim=self.head_dim,
-            context_length=context_length,
             dtype=self.dtype,
+            **own_fields,
         )
         of_one_step = self.num_layers * 2 * self.width * 32
         steps = round((self.num_parameters() - plain.num_parameters()) / of_one_step)

@@ -1,4 +1,4 @@
-"""The generations of RWKV, and the Transformer to compare them with, as Flax NNX modules.
+"""The generations of RWKV, and what to compare them with, as Flax NNX modules.
 
 Each generation's file is complete, to be read beside its paper: what two papers have in common, such as channel mixing,
 is repeated in both files. Code that is not an equation of a paper is shared: layers.py, state.py, language_model.py.
@@ -12,6 +12,8 @@ from typing import Any
 from flax import nnx
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.deltanet import DeltaNet
+from rwkv_jax.models.gated_deltanet import GatedDeltaNet
 from rwkv_jax.models.language_model import LanguageModel
 from rwkv_jax.models.rwkv4 import RWKV4
 from rwkv_jax.models.rwkv5 import RWKV5
@@ -33,4 +35,15 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(params)
 
 
-__all__ = ["RWKV4", "RWKV5", "RWKV6", "RWKV7", "LanguageModel", "Transformer", "abstract_model", "model_type"]
+__all__ = [
+    "RWKV4",
+    "RWKV5",
+    "RWKV6",
+    "RWKV7",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LanguageModel",
+    "Transformer",
+    "abstract_model",
+    "model_type",
+]

@@ -11,7 +11,7 @@ in a state.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -317,16 +317,20 @@ class FeedForward(nnx.Module):
 class TransformerBlock(Block):
     """A residual block: attention, then the feed-forward network, each after a layer norm."""
 
+    time_mix_type = Attention
+    scope: ClassVar[str] = "attention"
+    """Name under which compiled programs list the mixing of tokens."""
+
     def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         del layer  # all are alike
         self.ln1 = LayerNorm(config.width, config.parameter_dtype)
         self.ln2 = LayerNorm(config.width, config.parameter_dtype)
-        self.att = Attention(config, rngs=rngs)
+        self.att = self.time_mix_type(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
     @override
     def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
-        with jax.named_scope("attention"):
+        with jax.named_scope(self.scope):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
             y, state = self.att.mix(x=y, state=state, context=context)  # x by name, for nnx.tabulate
             x = x + y

@@ -73,7 +73,7 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
             **{name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors},
         )
     except ConfigError as error:
-        raise WeightsError(f"the shapes of an {spec.title} model that cannot be: {error}") from error
+        raise WeightsError(f"the shapes of {spec.a_title} model that cannot be: {error}") from error
 
 
 def fields_in_metadata(config: ModelConfig) -> dict[str, str]:
@@ -138,7 +138,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, oth
     if lines:
         more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise WeightsError(
-            f"these are not the tensors of an {config.title} model of {config.num_layers} layers of width "
+            f"these are not the tensors of {config.spec.a_title} model of {config.num_layers} layers of width "
             f"{config.width}:\n  " + "\n  ".join([*lines[:_LISTED], *more])
         )
 
@@ -239,8 +239,8 @@ def require_official_names(config: ModelConfig) -> None:
     """Raises WeightsError for a model that has no official names."""
     if not config.spec.has_official_names:
         raise WeightsError(
-            f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; a "
-            f"{config.title} stays in its run folder, which from_pretrained and the commands read"
+            f"model.architecture = {config.architecture!r}: only RWKV's weights have official names; "
+            f"{config.spec.a_title} stays in its run folder, which from_pretrained and the commands read"
         )
 
 

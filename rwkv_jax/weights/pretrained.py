@@ -97,7 +97,7 @@ def from_pretrained(
         if quantize is not None:
             if not loaded.config.model.spec.has_official_names:
                 raise WeightsError(
-                    f"quantize = {quantize!r}: {path} is a run of a {loaded.config.model.title}, and only RWKV's "
+                    f"quantize = {quantize!r}: {path} is a run of {loaded.config.model.spec.a_title}, and only RWKV's "
                     "matrices are packed; leave it out"
                 )
             trained = official_tensors(loaded.config.model, loaded.params)

@@ -91,5 +91,5 @@ def test_states_and_runs_of_the_other_range_are_of_another_model(model: Any) -> 
 
 
 def test_other_generations_have_no_such_range() -> None:
-    with pytest.raises(ConfigError, match=r"negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7"):
+    with pytest.raises(ConfigError, match=r"negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, a D"):
         ModelConfig("6", negative_eigenvalues=True)

@@ -24,13 +24,15 @@ from tests.golden import QUICK, relative_error
 from tests.models.parameters import initial_params, named_config, random_params
 
 SIZES = {"vocab_size": 48, "num_layers": 3, "width": 32, "head_dim": 4, "ffn_width": 64}
-RANKS = {
+RANKS: dict[str, dict[str, Any]] = {
     "4": {},
     "5.0": {},
     "5.2": {},
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
     "transformer": {},
+    "deltanet": {"negative_eigenvalues": True},
+    "gated_deltanet": {},
 }
 BATCH, TIME = 16, 32
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax.config.generations import OTHER_ARCHITECTURES
 from tests.fake_devices import run_on_fake_devices
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-6}
@@ -14,6 +15,7 @@ BOUNDS = {"float64": 1e-12, "float32": 1e-6}
 MIXED = ("data2.fsdp2.tensor2", "fsdp2.sequence2.tensor2")
 """Every axis, and every pair of axes that have to do with each other."""
 EACH = tuple(f"{axis}{size}" for axis in ("data", "fsdp", "sequence", "tensor") for size in (2, 4, 8))
+BASELINES = [name for name in OTHER_ARCHITECTURES if name != "transformer"]
 FURTHER = (*EACH, "data2.sequence4", "data4.tensor2", "data2.fsdp2.sequence2", "data2.sequence2.tensor2")
 
 
@@ -81,6 +83,12 @@ def test_no_mesh_changes_anything(generation: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_no_mesh_changes_anything_of_a_transformer(dtype: str) -> None:
     assert_equal_to_one_device("transformer", dtype, tuple(m for m in MIXED + FURTHER if "sequence" not in m))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BASELINES)
+def test_meshes_of_rows_and_weights_change_nothing_of_a_baseline(name: str) -> None:
+    assert_equal_to_one_device(name, "float64", ("data2.fsdp4", "fsdp2:other"))
 
 
 @pytest.mark.long

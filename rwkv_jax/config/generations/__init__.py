@@ -9,7 +9,8 @@ one.
     rwkv5.py         Eagle, and its previews 5.0 and 5.1
     rwkv6.py         Finch
     rwkv7.py         Goose
-    transformer.py   the baseline to compare with
+    transformer.py   the Transformer, to compare with
+    baseline.py      what other baselines have in common: deltanet.py, gated_deltanet.py
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from rwkv_jax.config.generations.base import (
     StateArray,
     size_of,
 )
+from rwkv_jax.config.generations.deltanet import DeltaNetSpec
+from rwkv_jax.config.generations.gated_deltanet import GatedDeltaNetSpec
 from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
 from rwkv_jax.config.generations.rwkv5 import RWKV5Spec
 from rwkv_jax.config.generations.rwkv6 import RWKV6Spec
@@ -54,8 +57,8 @@ __all__ = [
 Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
 
-Architecture = Literal["rwkv", "transformer"]
-"""RWKV, or the Transformer to compare it with."""
+Architecture = Literal["rwkv", "transformer", "deltanet", "gated_deltanet"]
+"""RWKV, or what to compare it with."""
 
 GENERATIONS: dict[str, GenerationSpec] = {
     "4": RWKV4Spec(),
@@ -67,7 +70,9 @@ GENERATIONS: dict[str, GenerationSpec] = {
 }
 """RWKV's generations by name, oldest first. A config file or test may add its own before building a config."""
 
-OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {"transformer": TransformerSpec()}
+OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {
+    spec.name: spec for spec in (TransformerSpec(), DeltaNetSpec(), GatedDeltaNetSpec())
+}
 """Architectures other than RWKV, by the value of model.architecture."""
 
 
@@ -87,7 +92,7 @@ def check_generation(architecture: str, generation: str) -> None:
         remedy += f"; or set model.architecture to {generation}"
     require(generation in GENERATIONS, "model.generation", generation, remedy)
     if (other := OTHER_ARCHITECTURES.get(architecture)) is not None:
-        remedy = f"a {other.title} has no generations; leave it out"
+        remedy = f"{other.a_title} has no generations; leave it out"
         require(generation == DEFAULT_GENERATION, "model.generation", generation, remedy)
 
 
@@ -113,7 +118,8 @@ def is_low_rank(name: str, *, decay_only: bool = False) -> bool:
 
 
 def named_in_a_sentence(specs: list[GenerationSpec]) -> str:
-    """RWKV-6 and 7, or a Transformer."""
-    if all(spec.name in GENERATIONS for spec in specs):
-        return f"RWKV-{' and '.join(spec.name for spec in specs)}"
-    return " and ".join(f"a {spec.title}" for spec in specs)
+    """RWKV-6 and 7, a Transformer, or RWKV-7, a DeltaNet and a Gated DeltaNet."""
+    rwkv = " and ".join(spec.name for spec in specs if spec.name in GENERATIONS)
+    named = [f"RWKV-{rwkv}"] if rwkv else []
+    named += [spec.a_title for spec in specs if spec.name not in GENERATIONS]
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)

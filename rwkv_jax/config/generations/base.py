@@ -79,6 +79,8 @@ class GenerationSpec(abc.ABC):
     """The value of model.generation, or of model.architecture if that is not RWKV: 7, transformer."""
     model_class: str
     """MODULE:CLASS of its model, imported when one is built."""
+    article: str = "an"
+    """What goes before its title."""
     own_fields: tuple[str, ...] = ()
     """Optional fields of `ModelConfig` that this generation has and others lack."""
     fields_beside_tensors: tuple[str, ...] = ()
@@ -104,6 +106,11 @@ class GenerationSpec(abc.ABC):
     def title(self) -> str:
         """The name for messages."""
         return f"RWKV-{self.name}"
+
+    @property
+    def a_title(self) -> str:
+        """The title with its article."""
+        return f"{self.article} {self.title}"
 
     def load_model_class(self) -> type[Any]:
         """The class of its models, a `rwkv_jax.models.LanguageModel`."""

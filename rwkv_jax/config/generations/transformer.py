@@ -16,6 +16,7 @@ class TransformerSpec(GenerationSpec):
     """The Transformer, which has no generations."""
 
     name = "transformer"
+    article = "a"
     model_class = "rwkv_jax.models.transformer:Transformer"
     own_fields = ("context_length",)
     operator = None
