@@ -89,8 +89,8 @@ def _workload(
 ) -> Workload | None:
     if config.spec.operator is None:
         return None
-    heads, head_dim = (config.num_heads, config.head_dim) if config.spec.has_heads else (config.width, 1)
-    shape = (rows, num_steps, heads // tensor, head_dim, head_dim)
+    heads, *sizes = config.spec.operator_sizes(config)
+    shape = (rows, num_steps, heads // tensor, *sizes)
     return autotune.workload_here(config.spec.operator, shape, config.dtype, gradients=gradients, packed=packed)
 
 

@@ -21,7 +21,7 @@ from rwkv_jax.config.generations import (
 IMPLEMENTATIONS = ("wkv_implementation", "output_implementation", "step_implementation")
 """Fields that name an implementation."""
 
-_SIZES_OF_SOME = ("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "context_length")
+_SIZES_OF_SOME = ("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "state_size", "context_length")
 _SIZES = ("ffn_width", *_SIZES_OF_SOME)  # whole numbers, or None for the default
 
 _FIELDS_OF_SOME = {
@@ -43,7 +43,7 @@ class ModelConfig:
     generation: Generation | str = DEFAULT_GENERATION
     """RWKV generation: 4 (Dove), 5.2 (Eagle) or its previews 5.0 and 5.1, 6 (Finch), 7 (Goose). RWKV-LM: my_testing."""
     architecture: Architecture = dataclasses.field(default="rwkv", kw_only=True)
-    """rwkv, or for comparison transformer, deltanet or gated_deltanet, which have no generations."""
+    """rwkv, or what it is compared with (docs/baselines.md), which has no generations."""
     vocab_size: int = 8192
     """V: number of token ids; the tokenizer is trained to this size, or checked against it. RWKV-LM: vocab_size."""
     num_layers: int = 6
@@ -66,6 +66,8 @@ class ModelConfig:
     """D of the value residual's low-rank map (v1, v2) of RWKV-7; None is the official function of width."""
     gate_rank: int | None = None
     """D of the output gate's low-rank map (g1, g2) of RWKV-7; None is the official function of width."""
+    state_size: int | None = None
+    """S of Mamba-2: size of a head's keys, with which its state grows; None is 128."""
     context_length: int | None = None
     """S: maximum tokens of a text in a Transformer's state; None is 2048. RWKV has no limit."""
     exponential_bonus: bool = False

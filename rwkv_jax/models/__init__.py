@@ -14,7 +14,11 @@ from flax import nnx
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.deltanet import DeltaNet
 from rwkv_jax.models.gated_deltanet import GatedDeltaNet
+from rwkv_jax.models.gla import GLA
 from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.lstm import LSTM
+from rwkv_jax.models.mamba2 import Mamba2
+from rwkv_jax.models.rnn import RNN
 from rwkv_jax.models.rwkv4 import RWKV4
 from rwkv_jax.models.rwkv5 import RWKV5
 from rwkv_jax.models.rwkv6 import RWKV6
@@ -36,6 +40,9 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
 
 
 __all__ = [
+    "GLA",
+    "LSTM",
+    "RNN",
     "RWKV4",
     "RWKV5",
     "RWKV6",
@@ -43,6 +50,7 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "LanguageModel",
+    "Mamba2",
     "Transformer",
     "abstract_model",
     "model_type",

@@ -144,8 +144,8 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
     sizes = {} if mesh is None else dict(mesh.shape)
     devices, splits_time = math.prod(sizes.values()), sizes.get("sequence", 1) > 1
     axes = rwkv_kernels.OPERATORS[operator].axes
-    heads, head_dim = (model.num_heads, model.head_dim) if "T H" in axes["v"] else (model.width, 1)
-    shape = (1, training.sequence_length // sizes.get("sequence", 1), heads, head_dim)[: len(axes["v"].split())]
+    heads, key_dim, value_dim = model.spec.operator_sizes(model)
+    shape = (1, training.sequence_length // sizes.get("sequence", 1), heads, key_dim, value_dim)
     chosen = model.wkv_implementation or rwkv_kernels.explain(operator, shape).chosen
     layers = model.num_layers * training.accumulation_steps
     micro_batch = training.batch_size * training.sequence_length // training.accumulation_steps
@@ -159,9 +159,9 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
         forwards=layers * (2 if training.remat == "full" else 1),
         backwards=layers,
         token_heads=micro_batch * heads / devices,
-        key_dim=head_dim,
-        value_dim=head_dim,
+        key_dim=key_dim,
+        value_dim=value_dim,
         item_bytes={name: jnp.dtype(dtype).itemsize for name, dtype in dtypes.items()},
-        map_value_dim=map_columns(operator, head_dim, head_dim) if splits_time else 0,
+        map_value_dim=map_columns(operator, key_dim, value_dim) if splits_time else 0,
         may_be_measured=model.wkv_implementation is None and training.tune != "never" and not splits_time,
     )

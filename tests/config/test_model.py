@@ -42,7 +42,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"generation": "6", "architecture": "transformer"},
         "model.generation = '6': a Transformer has no generations; leave it out",
     ),
-    ({"architecture": "gru"}, "model.architecture = 'gru': must be rwkv or transformer"),
+    (
+        {"architecture": "gru"},
+        "model.architecture = 'gru': must be rwkv, transformer, gla, mamba2, deltanet, gated_deltanet, rnn or lstm",
+    ),
     ({"generation": "4", "width": 1}, "model.width = 1: must be at least 2"),
     *(
         ({"generation": generation, "width": 100}, "model.width = 100: must be a multiple of")
@@ -125,6 +128,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "model.wkv_implementation = 'scan': a Transformer has no WKV operator; leave it out",
     ),
     ({"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
+    ({"architecture": "gla", "width": 9, "head_dim": 3}, "model.head_dim = 3: must be even: keys have half of it"),
+    (
+        {"architecture": "lstm", "wkv_implementation": "scan"},
+        "model.wkv_implementation = 'scan': an LSTM has no WKV operator; leave it out",
+    ),
+    ({"state_size": 4}, "model.state_size = 4: RWKV-7 has no such size, only a Mamba-2; leave it out"),
+    ({"architecture": "mamba2", "state_size": 0}, "model.state_size = 0: must be positive, or None"),
+    (
+        {"generation": "6", "negative_eigenvalues": True},
+        "model.negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, a DeltaNet and a Gated DeltaNet;",
+    ),
 ]
 
 

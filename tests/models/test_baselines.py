@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from rwkv_jax.config.generations import OTHER_ARCHITECTURES
-from rwkv_jax.models import deltanet, gated_deltanet, model_type
+from rwkv_jax.models import deltanet, gated_deltanet, gla, mamba2, model_type
 from rwkv_jax.plan.devices import parse_topology
 from rwkv_jax.plan.run import plan_run
 from rwkv_jax.weights import save_pretrained
@@ -29,10 +30,9 @@ from tests.models.parameters import abstract, in_dtype, merge, named_config, ran
 from tests.small_runs import small_config, train_and_learn
 
 NAMES = [name for name in OTHER_ARCHITECTURES if name != "transformer"]
-SMALL = {
-    name: named_config(name, vocab_size=41, num_layers=2, width=16, head_dim=8, ffn_width=24, dtype="float64")
-    for name in NAMES
-}
+SIZES: dict[str, Any] = {"num_layers": 2, "width": 16, "head_dim": 8, "ffn_width": 24}
+OWN: dict[str, dict[str, Any]] = {"mamba2": {"state_size": 6}}
+SMALL = {name: named_config(name, vocab_size=41, dtype="float64", **SIZES, **OWN.get(name, {})) for name in NAMES}
 ROWS, TIME = 4, 20
 TOKENS: Any = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)
 each_baseline = pytest.mark.parametrize("name", NAMES)
@@ -43,6 +43,8 @@ each_baseline = pytest.mark.parametrize("name", NAMES)
 OPERATORS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "delta_rule": deltanet.delta_rule,
     "gated_delta_rule": gated_deltanet.gated_delta_rule,
+    "gated_linear_attention": gla.gated_linear_attention,
+    "state_space_dual": mamba2.state_space_dual,
 }
 
 
@@ -188,6 +190,10 @@ def test_sizes_states_and_parts(name: str) -> None:
         ndim = x.ndim - (names[0] == "blocks")
         assert len(kind.parameter_axes(names)) == ndim
         assert kind.parameter_group(names, ndim) == (1.0, names[-1] == "weight" and ndim == 2)
+    with jax.numpy_dtype_promotion("strict"):
+        before = jax.eval_shape(lambda: merge(config, params).initial_state(ROWS))
+        logits, after = program(config).eval_shape(params, TOKENS, before, TOKENS, jnp.zeros(ROWS, jnp.int32))
+    assert (logits.dtype, after) == (jnp.float32, before)
     rwkv = ModelConfig(vocab_size=512, num_layers=4, width=256, dtype="bfloat16")
     equal = rwkv.of_equal_size(config.architecture)
     assert (equal.spec.name, equal.num_layers, equal.width, equal.dtype) == (name, 4, 256, "bfloat16")
@@ -201,14 +207,15 @@ def test_sizes_states_and_parts(name: str) -> None:
 def test_what_it_cannot_do_is_refused(name: str, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL[name], dtype="float32")
     a_title = config.spec.a_title
-    for change, message in (
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"parallel": ParallelConfig(tensor=2)}, f"parallel.tensor = 2: {a_title} is not split over heads"),
         ({"parallel": ParallelConfig(sequence=2)}, f"parallel.sequence = 2: {a_title} is not split over time"),
         (
             {"initial_weights": "x", "data": DataConfig(tokenizer="byte")},
             f"initial_weights = 'x': {a_title} has no official weights",
         ),
-    ):
+    ]
+    for change, message in changes:
         with pytest.raises(ConfigError, match=re.escape(message)):
             TrainConfig(model=config, **change)
     with pytest.raises(ConfigError, match=f"model.generation = '6': {a_title} has no generations"):
@@ -218,22 +225,17 @@ def test_what_it_cannot_do_is_refused(name: str, tmp_path: Path) -> None:
         save_pretrained(model, tmp_path / "x.safetensors")
 
 
-def only(quick: str) -> pytest.MarkDecorator:
-    """One baseline, and the others in the long tests."""
-    marked = [pytest.param(name, marks=() if name == quick else pytest.mark.long) for name in NAMES]
-    return pytest.mark.parametrize("name", marked)
-
-
-@only("rnn")
+@pytest.mark.long
+@each_baseline
 def test_a_run_learns_and_writes_samples(tmp_path: Path, name: str) -> None:
     model = named_config(name, vocab_size=300, num_layers=2, width=32, head_dim=16)
     config = small_config(model, tmp_path)
     train_and_learn(dataclasses.replace(config, training=dataclasses.replace(config.training, carry_state=True)))
 
 
-@only("gated_deltanet")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rnn" else pytest.mark.long) for n in NAMES])
 def test_it_writes_through_the_engine_and_is_planned(name: str) -> None:
-    config = named_config(name, vocab_size=engines.VOCAB_SIZE, num_layers=2, width=16, head_dim=8, ffn_width=32)
+    config = named_config(name, vocab_size=engines.VOCAB_SIZE, **SIZES)
     engine = engines.quick_engine(engines.random_model(config))
     completion = engine.generate(engines.IDS, max_tokens=9, sampling=engines.GREEDY, stop_ids=())
     expected = engines.whole_logits(config, engines.IDS + completion.ids)

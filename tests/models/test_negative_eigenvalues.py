@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import run_folder
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.state.state_file import model_identity, parameters_digest
 from rwkv_jax.weights import from_pretrained, save_pretrained
@@ -88,8 +88,3 @@ def test_states_and_runs_of_the_other_range_are_of_another_model(model: Any) -> 
     # A run of a version without the field goes on.
     del saved["model.negative_eigenvalues"]
     run_folder.refuse_difference(saved, run_folder.identity(CONFIG, "corpus", "tokenizer"), "x")
-
-
-def test_other_generations_have_no_such_range() -> None:
-    with pytest.raises(ConfigError, match=r"negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, a D"):
-        ModelConfig("6", negative_eigenvalues=True)

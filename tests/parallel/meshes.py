@@ -31,6 +31,10 @@ RANKS: dict[str, dict[str, Any]] = {
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
     "transformer": {},
+    "gla": {},
+    "mamba2": {"state_size": 6},
+    "rnn": {},
+    "lstm": {},
     "deltanet": {"negative_eigenvalues": True},
     "gated_deltanet": {},
 }

@@ -10,7 +10,8 @@ one.
     rwkv6.py         Finch
     rwkv7.py         Goose
     transformer.py   the Transformer, to compare with
-    baseline.py      what other baselines have in common: deltanet.py, gated_deltanet.py
+    baseline.py      what the other baselines have in common: gla.py, mamba2.py, deltanet.py, gated_deltanet.py, rnn.py,
+                     lstm.py (docs/baselines.md)
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from rwkv_jax.config.generations.base import (
 )
 from rwkv_jax.config.generations.deltanet import DeltaNetSpec
 from rwkv_jax.config.generations.gated_deltanet import GatedDeltaNetSpec
+from rwkv_jax.config.generations.gla import GLASpec
+from rwkv_jax.config.generations.lstm import LSTMSpec
+from rwkv_jax.config.generations.mamba2 import Mamba2Spec
+from rwkv_jax.config.generations.rnn import RNNSpec
 from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
 from rwkv_jax.config.generations.rwkv5 import RWKV5Spec
 from rwkv_jax.config.generations.rwkv6 import RWKV6Spec
@@ -57,7 +62,7 @@ __all__ = [
 Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
 
-Architecture = Literal["rwkv", "transformer", "deltanet", "gated_deltanet"]
+Architecture = Literal["rwkv", "transformer", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
 """RWKV, or what to compare it with."""
 
 GENERATIONS: dict[str, GenerationSpec] = {
@@ -71,7 +76,13 @@ GENERATIONS: dict[str, GenerationSpec] = {
 """RWKV's generations by name, oldest first. A config file or test may add its own before building a config."""
 
 OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {
-    spec.name: spec for spec in (TransformerSpec(), DeltaNetSpec(), GatedDeltaNetSpec())
+    "transformer": TransformerSpec(),
+    "gla": GLASpec(),
+    "mamba2": Mamba2Spec(),
+    "deltanet": DeltaNetSpec(),
+    "gated_deltanet": GatedDeltaNetSpec(),
+    "rnn": RNNSpec(),
+    "lstm": LSTMSpec(),
 }
 """Architectures other than RWKV, by the value of model.architecture."""
 

@@ -40,6 +40,7 @@ class ResolvedSizes:
     iclr_rank: int = 0
     value_rank: int = 0
     gate_rank: int = 0
+    state_size: int = 0
     context_length: int = 0
     """Tokens that a state has room for; 0 where its size is constant."""
 
@@ -148,6 +149,10 @@ class GenerationSpec(abc.ABC):
         """Operations of a layer per token besides matrix products: the recurrence or attention."""
 
     # State
+
+    def operator_sizes(self, config: ModelConfig) -> tuple[int, int, int]:
+        """H, N and M of the operator's calls: heads, and the sizes of their keys and values."""
+        return (config.num_heads, config.head_dim, config.head_dim) if self.has_heads else (config.width, 1, 1)
 
     @abc.abstractmethod
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
