@@ -61,7 +61,7 @@ class Decoder:
 
         self._read = jax.jit(step, donate_argnums=1)
         self._write = jax.jit(write, donate_argnums=1)
-        self.initial_state = jax.jit(lambda: model.initial_state(1))
+        self.initial_state = jax.jit(lambda batch_size=1: model.initial_state(batch_size), static_argnums=0)
 
     def read(self, state: Any, tokens: np.ndarray) -> Any:
         """The state after tokens [T], T a multiple of CHUNK, that follow on a state, which is donated."""
@@ -69,9 +69,9 @@ class Decoder:
             state, _ = self._read(self._params, state, chunk)
         return jax.block_until_ready(state)
 
-    def seconds_per_token(self, state: Any, calls: int) -> float:
-        """Of a token after a state, which is donated."""
-        state, token = self._write(self._params, state, jnp.zeros((1,), jnp.int32))
+    def seconds_per_token(self, state: Any, calls: int, batch_size: int = 1) -> float:
+        """Of a token in each text after a state, which is donated."""
+        state, token = self._write(self._params, state, jnp.zeros((batch_size,), jnp.int32))
         jax.block_until_ready(token)
         began = time.perf_counter()
         for _ in range(calls):
