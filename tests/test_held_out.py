@@ -67,7 +67,7 @@ def params(trainer: TrainFunctions) -> Any:
 def test_loss_is_the_mean_over_every_predicted_token(trainer: TrainFunctions, params: Any, count: int) -> None:
     file = token_file(count, num_bytes=3 * count)
     windows = evaluation_windows(file.tokens, batch_size=BATCH, sequence_length=LENGTH)
-    batches = (make_batch(tokens, end_of_text=None, mask=mask) for tokens, mask in windows)
+    batches = (make_batch(tokens, end_of_text=None, mask=mask) for tokens, mask, _ in windows)
     result = evaluate(jax.jit(trainer.eval_step), params, batches, file)
 
     forward = jax.jit(lambda tokens: nnx.merge(trainer.graphdef, params)(tokens)[0][0])

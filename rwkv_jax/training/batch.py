@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     tokens: Any
     """int32 [B, T]."""
     targets: Any
-    """int32 [B, T], the token after each input."""
+    """int32 [B, T], the token after each input, or the label of the input in a task that has labels."""
     segment_ids: Any = None
     """int32 [B, T]; a document begins where the id changes along a row. None: each row is one text."""
     continues_previous: Any = None
@@ -34,15 +34,17 @@ def make_batch(
     end_of_text: int | None,
     carries_state: bool = False,
     mask: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
 ) -> Batch:
     """A batch from int32 rows [B, T + 1].
 
     Args:
       end_of_text: the token that begins each document; None lets documents see the text before them.
       carries_state: whether rows continue the previous step's.
-      mask: float32 [B, T], 1 at each position where the next token counts.
+      mask: float32 [B, T], 1 at each position where the target counts.
+      targets: int32 [B, T]; None takes the next tokens.
     """
-    tokens, targets = rows[:, :-1], rows[:, 1:]
+    tokens, targets = rows[:, :-1], rows[:, 1:] if targets is None else targets
     segment_ids = continues_previous = None
     if end_of_text is not None:
         segment_ids = np.cumsum(tokens == end_of_text, axis=1, dtype=np.int32)
@@ -72,12 +74,13 @@ def batch_loader(
 
         def part(rows: slice) -> Batch:
             if (rows.start, rows.stop) not in parts:
-                tokens, mask = read(rows)
+                tokens, mask, targets = read(rows)
                 parts[rows.start, rows.stop] = make_batch(
                     tokens,
                     end_of_text=end_of_text if training.reset_at_documents else None,
                     carries_state=trains and training.carry_state,
                     mask=mask,
+                    targets=targets,
                 )
             return parts[rows.start, rows.stop]
 

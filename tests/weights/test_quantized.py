@@ -183,7 +183,7 @@ def test_a_trained_rwkv7_loses_little_too(tmp_path: Path) -> None:
 
     def loss(model: LanguageModel) -> float:
         losses = []
-        for tokens, mask in windows:
+        for tokens, mask, _ in windows:
             assert mask is not None
             log_probabilities = np.asarray(jax.nn.log_softmax(logits(model, tokens[:, :-1])))
             losses.append(-np.take_along_axis(log_probabilities, tokens[:, 1:, None], -1)[..., 0][mask > 0].mean())

@@ -37,10 +37,13 @@ class Rows(NamedTuple):
     """int32 [n, T + 1]: the first T tokens are inputs, the last T targets."""
     mask: np.ndarray | None = None
     """float32 [n, T], 1 where the target counts; None if all do."""
+    targets: np.ndarray | None = None
+    """int32 [n, T], where targets are not the next tokens; None if they are."""
 
     def select(self, rows: slice) -> Rows:
         """The selected rows."""
-        return Rows(self.tokens[rows], None if self.mask is None else self.mask[rows])
+        mask, targets = (None if part is None else part[rows] for part in (self.mask, self.targets))
+        return Rows(self.tokens[rows], mask, targets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

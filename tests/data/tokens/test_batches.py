@@ -21,7 +21,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(num_tokens: int, bat
     windows = list(evaluation_windows(tokens, batch_size=batch_size, sequence_length=length))
     assert len(windows) == num_evaluation_batches(num_tokens, batch_size=batch_size, sequence_length=length)
     predicted: list[int] = []
-    for batch, mask in windows:
+    for batch, mask, _ in windows:
         assert mask is not None
         assert batch.shape == (batch_size, length + 1)
         assert mask.shape == (batch_size, length)
@@ -37,7 +37,7 @@ def test_a_few_evaluation_batches_are_spread_over_the_text() -> None:
     every = list(evaluation_windows(_TOKENS, **_SHAPE))
     some = list(evaluation_windows(_TOKENS, **_SHAPE, num_batches=4))
     assert len(every) == 16
-    assert [batch[0, 0] for batch, _ in some] == [every[index][0][0, 0] for index in (0, 4, 8, 12)]
+    assert [batch.tokens[0, 0] for batch in some] == [every[index][0][0, 0] for index in (0, 4, 8, 12)]
     assert len(list(evaluation_windows(_TOKENS, **_SHAPE, num_batches=99))) == 16
 
 
@@ -45,7 +45,7 @@ def test_masked_tokens_do_not_count() -> None:
     counts = _TOKENS % 5 == 0
     counted = [
         token
-        for batch, mask in evaluation_windows(_TOKENS, **_SHAPE, mask=counts)
+        for batch, mask, _ in evaluation_windows(_TOKENS, **_SHAPE, mask=counts)
         for token in batch[:, 1:][mask == 1].tolist()
     ]
     assert counted == _TOKENS[1:][counts[1:]].tolist()

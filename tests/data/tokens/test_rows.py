@@ -144,7 +144,7 @@ def test_masks_are_read_with_the_tokens_they_are_of(order: RowOrder) -> None:
     masked = dataclasses.replace(corpus.train, mask=tokens % 3 == 0)
     rows = training_rows(dataclasses.replace(corpus, sources=(masked,)), **{"order": order, "seed": 1} | _SHAPE)
     for step in range(80):  # around the ring, too
-        found, mask = rows.read(step)
+        found, mask, _ = rows.read(step)
         assert mask is not None
         assert mask.dtype == np.float32
         np.testing.assert_array_equal(mask, found[:, 1:] % 3 == 0)
@@ -155,7 +155,7 @@ def test_in_a_mixture_all_of_a_source_without_a_mask_counts(mixed: Corpus) -> No
     masked = dataclasses.replace(mixed.sources[1], mask=np.zeros(100, bool))
     corpus = dataclasses.replace(mixed, sources=(mixed.sources[0], masked))
     rows = training_rows(corpus, order="windows", seed=0, batch_size=64, sequence_length=9)
-    found, mask = rows.read(0)
+    found, mask, _ = rows.read(0)
     assert mask is not None
     assert mask.tolist() == [[float(row[0] < 10000)] * 9 for row in found]
     assert 0 < mask.mean() < 1
