@@ -1,4 +1,4 @@
-"""Tokenizers: an interface and four implementations, streaming, saving and loading.
+"""Tokenizers: an interface and five implementations, streaming, saving and loading.
 
 What `decode(encode(text))` returns:
 
@@ -7,6 +7,7 @@ What `decode(encode(text))` returns:
     bytes           every text, exactly; with 256 ids NUL has none, and `encode` rejects it
     Hugging Face    the text as the file's normalizer leaves it: GPT-NeoX composes characters (NFC), so that an e and a
                     combining accent become one character; composed texts are returned exactly
+    symbols         texts of a synthetic task's symbols, with one blank before each
 
 `prepare_corpus` reports the number of documents that change.
 """
@@ -16,6 +17,7 @@ from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.loading import TOKENIZER_FILES, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import END_OF_TEXT, SentencePieceTokenizer, train_sentencepiece
+from rwkv_jax.data.tokenizers.symbols import SymbolTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "SavedTokenizer",
     "SentencePieceTokenizer",
     "StreamingDecoder",
+    "SymbolTokenizer",
     "Tokenizer",
     "WorldTokenizer",
     "fits_model",

@@ -14,6 +14,7 @@ from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
+from rwkv_jax.data.tokenizers.symbols import SymbolTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.json_object import parse_object
@@ -67,8 +68,11 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
     """Whether a model with `vocab_size` ids can use this tokenizer.
 
     The numbers must be equal, except for Hugging Face tokenizers: embeddings are padded for speed, for GPT-NeoX's 50277
-    ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 larger is accepted, too.
+    ids to 50304, 50432 or 50688. So a multiple of 64 that is less than 512 larger is accepted, too. A synthetic task's
+    symbols fit any model with at least as many ids.
     """
+    if isinstance(tokenizer, SymbolTokenizer):
+        return tokenizer.vocab_size <= vocab_size
     if isinstance(tokenizer, HuggingFaceTokenizer) and vocab_size % 64 == 0:
         return 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING
     return vocab_size == tokenizer.vocab_size
@@ -130,6 +134,12 @@ def _of_kind(record: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer = WorldTokenizer()
     elif record["kind"] == "bytes" and type(record.get("vocab_size")) is int:
         tokenizer = ByteTokenizer(record["vocab_size"]) if record["vocab_size"] in ByteTokenizer.SIZES else None
+    elif record["kind"] == "symbols" and _are_texts(record.get("symbols")):
+        tokenizer = SymbolTokenizer(record["symbols"])
     if tokenizer is None or json.loads(tokenizer.saved.content) != record:
         raise ConfigError(f"{path} describes a tokenizer that this version does not have: {json.dumps(record)[:200]}")
     return tokenizer
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
