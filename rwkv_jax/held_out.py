@@ -1,11 +1,11 @@
-"""Held-out loss and bits per byte, with those of general-purpose compressors for comparison."""
+"""Held-out loss and bits per byte, with those of general-purpose compressors for comparison; answers of tasks."""
 
 from __future__ import annotations
 
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from rwkv_jax.data.tokens.token_file import TokenFile
@@ -18,6 +18,44 @@ class HeldOut(NamedTuple):
     """Mean -log p(token), nats."""
     bits_per_byte: float
     """Bits per byte of text: comparable between tokenizers."""
+
+    def record(self) -> dict[str, float]:
+        """The figures, by name."""
+        return self._asdict()
+
+    def describe(self) -> str:
+        """The figures on a line."""
+        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits/byte"
+
+
+class Answers(NamedTuple):
+    """How well a model does a synthetic task, on rows that it was not trained on."""
+
+    loss: float
+    """Mean -log p(target) over scored positions, nats."""
+    accuracy: float
+    """Share of the scored positions whose target is the likeliest token."""
+    whole_accuracy: float
+    """Share of the rows all of whose scored positions are right."""
+    chance: float
+    """The accuracy without what is to be learned, as the task defines it."""
+    parts: Mapping[str, Answers] = {}
+    """The same at other lengths, such as `length_96`, and of the task's variants, such as `distance_32`."""
+
+    def record(self) -> dict[str, float]:
+        """The figures by name; those of parts as `PART.accuracy`."""
+        own = {name: getattr(self, name) for name in ("loss", "accuracy", "whole_accuracy", "chance")}
+        for part, found in self.parts.items():
+            own |= {f"{part}.{name}": value for name, value in found.record().items()}
+        return own
+
+    def describe(self) -> str:
+        """The figures on a line, and those of each part on one of its own."""
+        lines = [
+            f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%} (chance {self.chance:.2%}), "
+            f"whole answers {self.whole_accuracy:.2%}"
+        ]
+        return "\n".join([*lines, *(f"  {part}: {found.describe()}" for part, found in self.parts.items())])
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

@@ -8,6 +8,9 @@ from typing import Literal
 
 from rwkv_jax.checks import checker, require, require_choices
 
+SYNTHETIC = "synthetic:"
+"""With which the source of a synthetic task begins."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -16,8 +19,8 @@ class DataConfig:
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
     folder, of JSON records (.jsonl, .json), optionally compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
-    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH). RWKV-LM:
-    data_file."""
+    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH); or a
+    synthetic task, as synthetic:NAME or synthetic:NAME(field=value, ...). RWKV-LM: data_file."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Several sources and their shares of the rows, as PATH 0.7 PATH 0.3, instead of data.source."""
     glob: str = "**/*"
@@ -26,7 +29,7 @@ class DataConfig:
     """Field of a JSON record, or column of a table, with the text."""
     held_out: float = 0.05
     """Share of the documents (of the bytes, for a single document) held out for evaluation; the last ones of a binidx.
-    0 trains on all."""
+    0 trains on all. Of a synthetic task other rows are drawn, whatever the share."""
     order: Literal["windows", "official"] = "windows"
     """Order of the rows: windows, reshuffled each epoch, or the official trainer's (cubes modulo the magic prime).
     RWKV-LM: magic_prime."""
@@ -49,8 +52,20 @@ class DataConfig:
             "magic_prime",
             f"data.order = {self.order!r} has no such number; leave it out, or set data.order to official",
         )
+        if self.is_synthetic:
+            self._check_synthetic()
         if self.mixture:
             self._check_mixture()
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the source is a synthetic task."""
+        return self.source.startswith(SYNTHETIC)
+
+    def _check_synthetic(self) -> None:
+        check = checker(self, "data")
+        check(self.tokenizer is None, "tokenizer", f"{self.source} has symbols of its own; leave this out")
+        check(self.order == "windows", "order", f"{self.source} draws its rows; leave this out")
 
     def _check_mixture(self) -> None:
         check = checker(self, "data")
@@ -59,6 +74,8 @@ class DataConfig:
             place = f"data.mixture, weight of {source!r}"
             require(0 < weight < math.inf, place, weight, "must be positive; leave out what is not to be read")
         check(all(sources), "mixture", "each source needs a path")
+        drawn = [source for source in sources if source.startswith(SYNTHETIC)]
+        check(not drawn, "mixture", f"a synthetic task is no part of a mixture; name {drawn} with data.source alone")
         check(len(set(sources)) == len(sources), "mixture", "names a source twice; add its weights")
         default = type(self).source
         check(

@@ -26,10 +26,11 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: an unknown field, a value of another type or an invalid one.
     """
-    return _from_dict(TrainConfig, values, "")
+    return dataclass_from_dict(TrainConfig, values, "")
 
 
-def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+def dataclass_from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """A dataclass of this kind from the values of its fields, as `from_dict`; `prefix` precedes fields in messages."""
     is_object = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
     require(is_object, prefix.rstrip(".") or "config", values, "must be an object: fields and their values")
     hints = typing.get_type_hints(kind)
@@ -38,7 +39,7 @@ def _from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = _from_dict(hints[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            value = dataclass_from_dict(hints[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         else:
             value = _tuples(value)
             require(_fits(value, hints[name]), f"{prefix}{name}", value, f"must be {_described(hints[name])}")

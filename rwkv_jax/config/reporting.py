@@ -14,9 +14,12 @@ class EvaluationConfig:
     every: int = 200
     """Steps between evaluations; the last step is always evaluated."""
     batches: int = 16
-    """Batches of held-out text per evaluation; the last evaluation reads all of it."""
+    """Batches of held-out text per evaluation; the last evaluation reads all of it. Of a synthetic task, each
+    evaluation draws the same ones."""
+    lengths: tuple[int, ...] = ()
+    """Sequence lengths at which a synthetic task is evaluated besides training.sequence_length."""
     sample_prompts: tuple[str, ...] = ("def", "class", "import")
-    """Prompts to sample from; one at each evaluation, all of them at the end."""
+    """Prompts to sample from; one at each evaluation, all of them at the end. None for a synthetic task."""
     sample_tokens: int = 128
     """Tokens per sample."""
     sample_temperature: float = 0.8
@@ -32,6 +35,8 @@ class EvaluationConfig:
             "sample_prompts",
             "is not UTF-8, or not to be read in this locale; set LC_ALL=C.UTF-8, or put them in the config file",
         )
+        check(min(self.lengths, default=1) > 0, "lengths", "must be greater than zero")
+        check(len(set(self.lengths)) == len(self.lengths), "lengths", "names one twice")
         check(self.sample_temperature >= 0, "sample_temperature", "must be >= 0")
         check(0 < self.sample_top_p <= 1, "sample_top_p", "must lie in (0, 1]")
 

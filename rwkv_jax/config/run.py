@@ -40,7 +40,7 @@ class TrainConfig:
         check = checker(self)
         check(bool(self.run_dir), "run_dir", "name a folder")
         check(
-            self.initial_weights is None or self.data.tokenizer is not None,
+            self.initial_weights is None or self.data.tokenizer is not None or self.data.is_synthetic,
             "data.tokenizer",
             f"initial_weights = {self.initial_weights!r} were trained with a tokenizer; name it, or its folder",
         )
@@ -49,6 +49,21 @@ class TrainConfig:
             self.training.sequence_length % self.parallel.sequence == 0,
             "training.sequence_length",
             f"must be a multiple of parallel.sequence = {self.parallel.sequence}",
+        )
+        check(
+            not self.evaluation.lengths or self.data.is_synthetic,
+            "evaluation.lengths",
+            f"data.source = {self.data.source!r} is no synthetic task, which alone has rows of other lengths",
+        )
+        check(
+            all(length % self.parallel.sequence == 0 for length in self.evaluation.lengths),
+            "evaluation.lengths",
+            f"must be multiples of parallel.sequence = {self.parallel.sequence}",
+        )
+        check(
+            not self.training.carry_state or not self.data.is_synthetic,
+            "training.carry_state",
+            f"each row of {self.data.source} is a text of its own; switch it off",
         )
         self.model.spec.check_run(self)
         check(

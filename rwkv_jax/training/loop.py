@@ -20,10 +20,12 @@ from rwkv_jax import run_folder
 from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
-from rwkv_jax.data.tokenizers import load_tokenizer
+from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, synthetic_rows, task_of
+from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
+from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
-from rwkv_jax.held_out import HeldOut, compressed_bits_per_byte, evaluate
+from rwkv_jax.held_out import Answers, HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
@@ -36,6 +38,7 @@ from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.run_lock import lock_run
+from rwkv_jax.training.answers import answers_evaluation
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
@@ -62,6 +65,8 @@ class TrainResult(NamedTuple):
     state: TrainState
     held_out: HeldOut | None
     """The last evaluation, over all held-out text; None without held-out text or if the run was stopped early."""
+    answers: Answers | None = None
+    """The last evaluation of a synthetic task, in the place of `held_out`."""
 
 
 def train(config: TrainConfig, *, restart: bool = False, command: str = "train(config)") -> TrainResult:
@@ -97,6 +102,7 @@ def _train(
     num_steps = training.num_steps
 
     # Checks: everything that can be rejected is rejected before any work is done.
+    task = task_of(config)
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
     run_folder.prepare_run_dir(run_dir)
@@ -105,12 +111,11 @@ def _train(
     saved_run = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     refuse_unable_here(config, trainer.sharded.mesh)
-    if saved_run is None and config.initial_weights is not None and config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
-        check_initial_weights(config.initial_weights, config.model, tokenizer)
+    if saved_run is None and config.initial_weights is not None:
+        check_initial_weights(config.initial_weights, config.model, _named_tokenizer(config, task))
 
     # Data.
-    corpus, rows = _open_data(config, processes, console)
+    corpus, rows = _open_data(config, task, processes, console)
     load = batch_loader(trainer.tokens_sharding, trainer.rows_sharding, training, corpus.tokenizer.end_of_text)
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
@@ -138,7 +143,7 @@ def _train(
 
     # Functions, each compiled once.
     train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
-    evaluate_held_out = _held_out_evaluation(config, corpus, jax.jit(trainer.eval_step), load)
+    evaluate_held_out = _held_out_evaluation(config, corpus, trainer, load)
     sampler = Sampler(sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
 
@@ -146,7 +151,7 @@ def _train(
     ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
     gave_up = json.loads(allgather_text(processes, "how the run ended", ending)[0])
     restored = checkpoints.restore(abstract_state(trainer), suspect=None if gave_up is None else gave_up["first"])
-    console.print(_describe(config, trainer, rows.num_tokens, None if restored is None else int(restored.state.step)))
+    console.print(_describe(config, trainer, rows, None if restored is None else int(restored.state.step)))
     state, window = restored or Restored(_new_state(config, trainer), {})
     del restored  # or its arrays would be held beside the state's
     first_step, best_loss = int(state.step), checkpoints.best_loss()
@@ -182,7 +187,7 @@ def _train(
         throughput=Throughput(training.batch_size * training.sequence_length),
         resumed_window=window,
     )
-    save_due = False
+    save_due, held_out = False, None
     for step in range(first_step, num_steps):
         # Step.
         batch = load(functools.partial(rows.read, step), trains=True)
@@ -220,9 +225,12 @@ def _train(
 
     if save_due:
         console.print(f"step {num_steps} was skipped, so it is not saved; the newest checkpoint is of an earlier one")
-    held_out = evaluate_held_out(state.params, None)
+    if not isinstance(held_out, Answers):  # which the last step has drawn already
+        held_out = evaluate_held_out(state.params, None)
     if processes.is_first:
         _summarize(config, corpus, held_out, console)
+    if isinstance(held_out, Answers):
+        return TrainResult(state, None, held_out)
     return TrainResult(state, held_out)
 
 
@@ -248,8 +256,20 @@ def _min_device_memory(config: TrainConfig, processes: Processes) -> int | None:
     return min(map(int, memories)) or None
 
 
-def _open_data(config: TrainConfig, processes: Processes, console: Console) -> tuple[Corpus, TrainingRows]:
+def _named_tokenizer(config: TrainConfig, task: Task | None) -> Tokenizer:
+    """The tokenizer of a run that starts from weights, which the config or its task names."""
+    if task is not None:
+        return task.tokenizer
+    assert config.data.tokenizer is not None  # as the config has checked
+    return load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+
+
+def _open_data(
+    config: TrainConfig, task: Task | None, processes: Processes, console: Console
+) -> tuple[Corpus | SyntheticCorpus, TrainingRows | SyntheticRows]:
     """The corpus, built by the first process, and the rows of each training step."""
+    if task is not None:
+        return SyntheticCorpus(task), synthetic_rows(task, config)
     training = config.training
     prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
     corpus = run_on_first_process(processes, "corpus", prepare)
@@ -273,10 +293,12 @@ def _new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
 
 
 def _held_out_evaluation(
-    config: TrainConfig, corpus: Corpus, eval_step: Callable[..., Any], load: Callable[..., Batch]
-) -> Callable[[Any, int | None], HeldOut | None]:
-    """Makes (params, number of batches or None for all) -> HeldOut; None without held-out text."""
-    held_out = corpus.held_out
+    config: TrainConfig, corpus: Corpus | SyntheticCorpus, trainer: TrainFunctions, load: Callable[..., Batch]
+) -> Callable[[Any, int | None], HeldOut | Answers | None]:
+    """Makes (params, number of batches or None for all) -> HeldOut, or Answers; None without held-out text."""
+    if isinstance(corpus, SyntheticCorpus):
+        return answers_evaluation(config, corpus.task, trainer)
+    held_out, eval_step = corpus.held_out, jax.jit(trainer.eval_step)
     if held_out is None:
         return lambda params, num_batches: None
     shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
@@ -290,25 +312,30 @@ def _held_out_evaluation(
 
 
 def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
-    """The prompts to sample after a step: one per evaluation, in turn, and all at the end."""
-    prompts = config.evaluation.sample_prompts
+    """The prompts to sample after a step: one per evaluation, in turn, and all at the end; none of symbols."""
+    prompts = () if config.data.is_synthetic else config.evaluation.sample_prompts
     if step == config.training.num_steps:
         return prompts
     return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
 
 
-def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, resumed_step: int | None) -> str:
+def _describe(
+    config: TrainConfig, trainer: TrainFunctions, rows: TrainingRows | SyntheticRows, resumed_step: int | None
+) -> str:
     """What is about to run and, on several devices, the memory of each."""
     model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
     device = jax.devices()[0]
     after = training.first_step if resumed_step is None else resumed_step
     begin = ("starting" if resumed_step is None else "resuming") + (f" after step {after}" if after else "")
+    if isinstance(rows, SyntheticRows):
+        data = f"drawn from {rows.task}"
+    else:
+        data = f"{training.num_steps * tokens_per_step / rows.num_tokens:.2f} epochs of {rows.num_tokens:,} tokens"
     lines = [
         f"{model.title} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
-        f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, "
-        f"{training.num_steps * tokens_per_step / num_tokens:.2f} epochs of {num_tokens:,} tokens",
+        f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, {data}",
         f"run folder: {config.run_dir}",
     ]
     if mesh is not None:
@@ -317,22 +344,29 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, num_tokens: int, res
         groups |= {"optimizer": state.opt_state, "carried state": state.recurrent_state}
         lines += [f"mesh: {mesh_shape(mesh)}", memory_table(groups)]
     if idle := jax.device_count() - (1 if mesh is None else mesh.size):
-        rows = training.batch_size // training.accumulation_steps
+        rows_at_once = training.batch_size // training.accumulation_steps
         lines.append(
-            f"{idle} of {jax.device_count()} devices stay idle: no more can share {rows} rows at a time evenly "
+            f"{idle} of {jax.device_count()} devices stay idle: no more can share {rows_at_once} rows at a time evenly "
             "(training.batch_size / training.accumulation_steps)"
         )
     return "\n".join(lines)
 
 
-def _summarize(config: TrainConfig, corpus: Corpus, held_out: HeldOut | None, console: Console) -> None:
+def _summarize(
+    config: TrainConfig, corpus: Corpus | SyntheticCorpus, held_out: HeldOut | Answers | None, console: Console
+) -> None:
     """Prints the loss over all held-out text, compressors' results for comparison, and what to do next."""
-    if held_out is not None:
+    prompt: str | None = next(iter(config.evaluation.sample_prompts), "")
+    if isinstance(corpus, SyntheticCorpus):
+        task = corpus.task
+        prompt = None if task.labels else prompt_and_answer(task, config.training.sequence_length)[0]
+    elif isinstance(held_out, HeldOut):
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
         listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
         console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")
     with writing(Path(config.run_dir)):
         plot = plot_losses(Path(config.run_dir))
-    console.print(f"losses: {plot}; go on with --training.num-steps above {config.training.num_steps}, or sample with")
-    prompt = next(iter(config.evaluation.sample_prompts), "")
-    console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")
+    sampling = "" if prompt is None else ", or sample with"
+    console.print(f"losses: {plot}; go on with --training.num-steps above {config.training.num_steps}{sampling}")
+    if prompt is not None:
+        console.print(f"  {shlex.join(['rwkv', 'generate', config.run_dir, '--prompt', prompt])}")

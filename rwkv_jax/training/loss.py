@@ -80,11 +80,7 @@ def _token_losses_backward(
     vocabulary = (jnp.arange(size) + shard_offset(size, axis_name))[None]  # [1, V]
     # Masks rather than scatters: one pass over [n, V], and no serial scatter on a CPU.
     is_target = vocabulary == targets[:, None]
-    # The first of the largest logits; jnp.argmax is a reduction over pairs, which XLA's CPU backend does not vectorize.
-    beyond = jnp.iinfo(vocabulary.dtype).max
-    peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, beyond), axis=-1)
-    if axis_name is not None:
-        peak = lax.pmin(peak, axis_name)
+    peak = _first_largest(logits, largest, vocabulary, axis_name)
     is_peak = vocabulary == peak[:, None]
     probability = jnp.exp(logits - log_normalizer[:, None])
     dlogits = dnll[:, None] * (probability - is_target.astype(logits.dtype)) + jnp.where(
@@ -93,7 +89,24 @@ def _token_losses_backward(
     return dlogits.astype(logits.dtype), None
 
 
+def _first_largest(logits: Array, largest: Array, vocabulary: Array, axis_name: str | None) -> Array:
+    """Ids [n] of the first of the largest logits; `vocabulary` [1, V] are the ids of this shard's part."""
+    # jnp.argmax is a reduction over pairs, which XLA's CPU backend does not vectorize.
+    beyond = jnp.iinfo(vocabulary.dtype).max
+    peak = jnp.min(jnp.where(logits == largest[:, None], vocabulary, beyond), axis=-1)
+    return peak if axis_name is None else lax.pmin(peak, axis_name)
+
+
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def likeliest(logits: Array, axis_name: str | None = None) -> Array:
+    """Ids [n] of the tokens with the largest logits [n, V], the first one of equals; no gradient flows."""
+    logits, size = lax.stop_gradient(logits), logits.shape[-1]
+    largest = jnp.max(logits, axis=-1)
+    if axis_name is not None:
+        largest = lax.pmax(largest, axis_name)
+    return _first_largest(logits, largest, (jnp.arange(size) + shard_offset(size, axis_name))[None], axis_name)
 
 
 def sum_losses(

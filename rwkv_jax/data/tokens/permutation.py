@@ -36,7 +36,7 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     while len(outside):
         left, right = values >> half, values & mask
         for key in keys[:ROUNDS]:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         values = (left << half) | right
         result[outside] = values
         walk_on = np.flatnonzero(values >= size)
@@ -44,7 +44,7 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """Scrambles an array of uint64 numbers in place (the finalizer of splitmix64); products wrap around."""
     values ^= values >> _SHIFTS[0]
     values *= _FACTORS[0]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rwkv_jax.held_out import HeldOut, bits_per_byte
+from rwkv_jax.held_out import Answers, HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput
@@ -28,7 +28,8 @@ class StepLogger:
     num_steps: int
     every: int
     max_bad_steps: int
-    bytes_per_token: float
+    bytes_per_token: float | None
+    """None if tokens are no text; bits per byte are then left out."""
     learning_rate: Callable[[int], object]
     row_locations: Callable[[int], Sequence[str]]
     console: Console
@@ -87,7 +88,7 @@ class StepLogger:
             mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
             figures = {
                 "loss": mean,
-                "bits_per_byte": bits_per_byte(mean, self.bytes_per_token),
+                **self._bits_per_byte(mean),
                 "gradient_norm": float(metrics.gradient_norm),
                 "learning_rate": float(self.learning_rate(step)),  # pyright: ignore[reportArgumentType]
                 "skipped_steps": self._skipped,
@@ -99,7 +100,7 @@ class StepLogger:
             done,
             {
                 "loss": loss,
-                "bits_per_byte": bits_per_byte(loss, self.bytes_per_token),
+                **self._bits_per_byte(loss),
                 "tokens_per_second": self.throughput.tokens_per_second,
             },
             time_left=self.throughput.time_left(self.num_steps - done),
@@ -115,15 +116,18 @@ class StepLogger:
                 f"training.spike_factor if it is set, or look at the data. Their rows begin here:\n{listed}"
             )
 
-    def held_out(self, step: int, result: HeldOut) -> None:
+    def held_out(self, step: int, result: HeldOut | Answers) -> None:
         """Logs an evaluation after `step` steps."""
-        self._write("evaluation", step, result._asdict())
-        self.console.print(f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte")
+        self._write("evaluation", step, result.record())
+        self.console.print(f"step {step}: held-out {result.describe()}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Logs and prints a sample."""
         self._write("sample", step, {"prompt": prompt, "text": text})
         self.console.print(f"--- sample after step {step} ---\n{prompt}{text}\n---")
+
+    def _bits_per_byte(self, loss: float) -> dict[str, float]:
+        return {} if self.bytes_per_token is None else {"bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, object]) -> None:
         if self.writer is not None:
