@@ -28,6 +28,7 @@ def plot_losses(run_dir: Path | str) -> Path:
     """Draw RUN_DIR/metrics.jsonl into RUN_DIR/loss.png and return its path.
 
     Losses are in nats per token; a right-hand axis in bits per byte is added if that is a constant multiple.
+    Accuracies of a synthetic task are drawn below.
     Raises ValueError if the run has no losses yet.
     """
     run_dir = Path(run_dir)
@@ -45,14 +46,16 @@ def plot_losses(run_dir: Path | str) -> Path:
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
     has_rate = any(_number(record, "learning_rate") is not None for record in training)
+    answered = [record for record in held_out if _number(record, "accuracy") is not None]
+    heights = [4] + [4] * bool(answered) + [1] * has_rate
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_losses(panels[0], training, held_out)
+    _draw_bits_per_byte(panels[0], training, held_out)
+    if answered:
+        _draw_accuracies(panels[1], answered)
     if has_rate:
-        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        _draw_rates(rates, training)
-    else:
-        losses = rates = figure.subplots()
-    _draw_losses(losses, training, held_out)
-    _draw_bits_per_byte(losses, training, held_out)
-    rates.set_xlabel("step")
+        _draw_rates(panels[-1], training)
+    panels[-1].set_xlabel("step")
     figure.align_ylabels()
 
     path = run_dir / PLOT_FILE
@@ -103,6 +106,24 @@ def _draw_losses(axes: Axes, training: Sequence[dict[str, Any]], held_out: Seque
         axes.plot(steps, values, color=_HELD_OUT, linewidth=1.4, marker="o", markersize=4.5, label=label)
     _style(axes, "loss (nats per token)")
     axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_accuracies(axes: Axes, answered: Sequence[dict[str, Any]]) -> None:
+    """Accuracy of a synthetic task, and of its parts, with chance."""
+    last, suffix = answered[-1], ".accuracy"
+    lines = {"accuracy": "accuracy", "whole_accuracy": "whole answers"}
+    lines |= {name: name.removesuffix(suffix).replace("_", " ") for name in last if name.endswith(suffix)}
+    for name, label in lines.items():
+        steps, values = _series(answered, name)
+        if values:
+            style = "--" if name == "whole_accuracy" else "-"
+            axes.plot(steps, values, style, linewidth=1.4, marker="o", markersize=3, label=f"{label}  {values[-1]:.1%}")
+    chance = _number(last, "chance")
+    if chance is not None:
+        axes.axhline(chance, color="black", linestyle=":", linewidth=1, label=f"chance  {chance:.1%}")
+    _style(axes, "held-out accuracy")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
 
 
 def _draw_rates(axes: Axes, training: Sequence[dict[str, Any]]) -> None:

@@ -8,12 +8,15 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rwkv_jax.checkpoint_files import CheckpointError
 from rwkv_jax.config import ConfigError, LoggingConfig
+from rwkv_jax.held_out import Answers
 from rwkv_jax.training.reporting.console import Console, format_duration
 from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -334,6 +337,25 @@ def test_the_plot_is_a_png_and_replaces_the_old_one_whole(tmp_path: Path) -> Non
 def test_one_point_without_rate_or_bits_is_enough(tmp_path: Path, kind: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": kind, "step": 1, "loss": 2.0}) + "\n")
     assert plot_losses(tmp_path).stat().st_size > 1000
+
+
+def test_accuracies_of_a_task_are_drawn_beside_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, print_figure = [], FigureCanvasAgg.print_figure
+
+    def watched(canvas: FigureCanvasAgg, *arguments: Any, **options: Any) -> None:
+        figures.append(canvas.figure)
+        print_figure(canvas, *arguments, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", watched)
+    answers = Answers(1.0, 0.75, 0.5, 0.25)
+    with MetricsWriter(tmp_path, LoggingConfig()) as writer:
+        writer.write("evaluation", 2, answers._replace(parts={"length_96": answers._replace(accuracy=0.6)}).record())
+    plot_losses(tmp_path)
+    legends = [axes.get_legend() for axes in figures[0].axes]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        ["held out  1.000"],
+        ["accuracy  75.0%", "whole answers  50.0%", "length 96  60.0%", "chance  25.0%"],
+    ]
 
 
 def test_nothing_to_draw_says_so(tmp_path: Path) -> None:
