@@ -9,7 +9,7 @@ from rwkv_jax.checks import checker, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss and samples."""
+    """Held-out loss, samples and tasks."""
 
     every: int = 200
     """Steps between evaluations; the last step is always evaluated."""
@@ -26,10 +26,20 @@ class EvaluationConfig:
     """Sampling temperature."""
     sample_top_p: float = 0.9
     """Top-p of the samples."""
+    tasks: tuple[str, ...] = ()
+    """Evaluation tasks as NAME=PATH, such as lambada=data/lambada_test.jsonl; docs/evaluation.md lists them."""
+    task_every: int | None = None
+    """Steps between runs of the tasks, which also run after the last step; None: at every evaluation."""
+    task_items: int = 256
+    """Items of each task, the first ones of its file."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "evaluation", "every", "batches", "sample_tokens")
+        require_positive(self, "evaluation", "every", "batches", "sample_tokens", "task_items")
         check = checker(self, "evaluation")
+        check(self.task_every is None or self.task_every > 0, "task_every", "must be greater than zero")
+        parts = [task.partition("=") for task in self.tasks]
+        check(all(name and path for name, _, path in parts), "tasks", "must be NAME=PATH each")
+        check(len({name for name, _, _ in parts}) == len(parts), "tasks", "must name each task once")
         check(
             not any("\ud800" <= character <= "\udfff" for prompt in self.sample_prompts for character in prompt),
             "sample_prompts",

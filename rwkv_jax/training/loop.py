@@ -53,6 +53,8 @@ from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
+from rwkv_jax.training.task_scorer import TaskScorer
+from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, read_tasks, runs_tasks
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 MAX_PREPARATION_SECONDS = 24 * 3600
@@ -105,6 +107,10 @@ def _train(
     task = task_of(config)
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
+    tasks = read_tasks(evaluation)
+    if tasks:
+        asked = {"evaluation.tasks": fingerprint(tasks)}
+        assert_same(processes, asked, seconds=MAX_PREPARATION_SECONDS, subject="evaluation tasks")
     run_folder.prepare_run_dir(run_dir)
     if processes.is_first:
         stack.enter_context(lock_run(run_dir, console.print))
@@ -146,6 +152,8 @@ def _train(
     evaluate_held_out = _held_out_evaluation(config, corpus, trainer, load)
     sampler = Sampler(sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
     sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
+    scorer = TaskScorer(trainer, config.model, training, corpus.tokenizer, sampler)
+    scorer.prepare(request for task in tasks for case in task.cases for request in case.requests)
 
     # State: that of the newest checkpoint, or a new one.
     ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
@@ -197,7 +205,8 @@ def _train(
         done, stopping = step + 1, stop.name()
         evaluates = done % evaluation.every == 0 or done == num_steps
         save_due |= done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
-        logger.step(step, metrics, wait=evaluates or save_due)
+        asks_tasks = runs_tasks(evaluation, done, num_steps)
+        logger.step(step, metrics, wait=evaluates or asks_tasks or save_due)
 
         # Evaluate and sample.
         if evaluates:
@@ -211,6 +220,9 @@ def _train(
                 for seed, prompt in enumerate(_prompts_after(done, config), start=done):
                     text = sampler.text(state.params, prompt, evaluation.sample_tokens, sampling, seed)
                     logger.sample(done, prompt, text)
+        if asks_tasks:
+            with logger.throughput.pause():
+                logger.tasks(done, evaluate_tasks(tasks, scorer, state.params))
 
         # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
         if save_due and not logger.is_bad:

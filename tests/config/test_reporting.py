@@ -9,7 +9,12 @@ import pytest
 from rwkv_jax.config import CheckpointConfig, ConfigError, EvaluationConfig, LoggingConfig
 
 WRONG: list[tuple[type, dict[str, Any], str]] = [
-    *((EvaluationConfig, {name: 0}, f"evaluation.{name} = 0: ") for name in ("every", "batches", "sample_tokens")),
+    *(
+        (EvaluationConfig, {name: 0}, f"evaluation.{name} = 0: ")
+        for name in ("every", "batches", "sample_tokens", "task_every", "task_items")
+    ),
+    (EvaluationConfig, {"tasks": ("lambada",)}, "evaluation.tasks = "),
+    (EvaluationConfig, {"tasks": ("a=x", "a=y")}, "evaluation.tasks = "),
     (EvaluationConfig, {"sample_temperature": -1.0}, "evaluation.sample_temperature = -1.0: "),
     (EvaluationConfig, {"sample_top_p": 0.0}, "evaluation.sample_top_p = 0.0: "),
     (EvaluationConfig, {"sample_top_p": 1.5}, "evaluation.sample_top_p = 1.5: "),

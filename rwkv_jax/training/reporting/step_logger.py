@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rwkv_jax.evaluation.tasks.base import Summary
 from rwkv_jax.held_out import Answers, HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
@@ -120,6 +121,19 @@ class StepLogger:
         """Logs an evaluation after `step` steps."""
         self._write("evaluation", step, result.record())
         self.console.print(f"step {step}: held-out {result.describe()}")
+
+    def tasks(self, step: int, results: Mapping[str, Summary]) -> None:
+        """Logs tasks' metrics after `step` steps, each with its standard error."""
+        figures: dict[str, object] = {}
+        for task, summary in results.items():
+            shown = []
+            for name, estimate in summary.metrics.items():
+                error = "" if estimate.stderr is None else f" +- {estimate.stderr:.2g}"
+                shown.append(f"{name} {estimate.value:.4g}{error}")
+                figures |= {f"{task}.{name}": estimate.value, f"{task}.{name}_stderr": estimate.stderr}
+                figures[f"{task}.items"] = estimate.count
+            self.console.print(f"step {step}: {task} {', '.join(shown)}")
+        self._write("task", step, figures)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Logs and prints a sample."""
