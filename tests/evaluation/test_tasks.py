@@ -68,7 +68,7 @@ def test_accuracies_are_those_of_brute_force(name: str) -> None:
         logprobs = [float(value) for value in generator.normal(-40, 10, size=len(case.requests))]
         scores.append(task.score(case.item, [(value, False) for value in logprobs]))
         best = max(range(len(logprobs)), key=lambda i: logprobs[i])
-        lengths = [len(request.continuation) - 1 for request in case.requests]
+        lengths = [len(choice) for choice in case.item.choices]
         best_by_length = max(range(len(logprobs)), key=lambda i: logprobs[i] / lengths[i])
         right += best == case.item.answer
         right_by_length += best_by_length == case.item.answer
@@ -190,7 +190,9 @@ def test_an_item_is_no_example_of_itself() -> None:
     for seed in range(8):
         cases = make_cases(TASKS["gsm8k"], FILES["gsm8k"], num_fewshot=3, seed=seed)
         for case in cases:
-            assert str(case.requests[0].context).count(case.item.question) == 1
+            (request,) = case.requests
+            assert isinstance(request, Generate)
+            assert str(request.context).count(case.item.question) == 1
     with pytest.raises(ConfigError, match=r"num_fewshot = 4: gsm8k has 4 examples to draw from"):
         make_cases(TASKS["gsm8k"], FILES["gsm8k"], num_fewshot=4)
 
