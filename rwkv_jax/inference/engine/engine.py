@@ -351,6 +351,11 @@ class Engine:
         return self._owner
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of one text's state with the logits that follow it."""
+        return self._state_bytes
+
+    @property
     def identity(self) -> Identity:
         """Identity of this engine's state files; hashes all parameters on first use."""
         with self._identity_lock:

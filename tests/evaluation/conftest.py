@@ -1,0 +1,16 @@
+"""What tests of whole evaluations share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.programs import kept_on_disk
+
+
+@pytest.fixture(scope="module")
+def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps programs for the modules that follow, which have engines of the same sizes."""
+    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):
+        yield
