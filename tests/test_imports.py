@@ -105,8 +105,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
     "evaluation": (
-        ("config", "data", "held_out", "inference", "models", "run_folder", "weights"),
-        ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib"),
+        ("config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights"),
+        ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib", "tqdm"),
     ),
     "training": (
         # Samples of a run are drawn by the engine's pure functions, without the engine.

@@ -13,6 +13,7 @@ from rwkv_jax.cli.bench import Bench
 from rwkv_jax.cli.chat import Chat
 from rwkv_jax.cli.convert import Convert
 from rwkv_jax.cli.doctor import Doctor
+from rwkv_jax.cli.evaluate import Evaluate
 from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.info import Info
 from rwkv_jax.cli.plan import Plan, parse_plan
@@ -28,6 +29,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "serve": Serve,
+    "evaluate": Evaluate,
     "convert": Convert,
     "info": Info,
     "tokenize": Tokenize,
@@ -39,8 +41,8 @@ COMMANDS = {
 """The class of each command, with its flags and `run()`."""
 
 _DESCRIPTION = """\
-Train RWKV language models, generate text and chat with them, serve, convert and measure them. `rwkv COMMAND --help`
-has a command's flags, `rwkv --version` says which version this is."""
+Train RWKV language models, generate text and chat with them, serve, evaluate, convert and measure them.
+`rwkv COMMAND --help` has a command's flags, `rwkv --version` says which version this is."""
 
 
 def run(arguments: Sequence[str], program: str = "rwkv") -> None:
@@ -64,6 +66,6 @@ def run(arguments: Sequence[str], program: str = "rwkv") -> None:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="rwkv", description=_DESCRIPTION, args=list(arguments)
         )
-        if isinstance(command, Generate | Chat | Serve | Bench):
+        if isinstance(command, Generate | Chat | Serve | Evaluate | Bench):
             keep_programs()
         command.run()

@@ -1,0 +1,155 @@
+"""Results of items on disk, so that an evaluation that was interrupted goes on where it was.
+
+Each task has a file of JSON lines. The first one says what the results are of: the model, the tokenizer and all that
+changes them. Each other line holds the results of one item and a digest of the line; it is written at once and never
+changed, and a line that is not whole, as after a power failure, counts as not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_jax.atomic import flush_to_disk, replace_file
+from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.evaluation.requests import Loglikelihood, LoglikelihoodResult, Request, Result
+from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
+from rwkv_jax.run_lock import take_lock
+
+FORMAT = "rwkv-jax evaluation 1"
+"""Of the files; those of another format are refused."""
+
+FOLDER = "journal"
+"""Where the files lie in an evaluation's folder."""
+
+_SHORT = 60  # characters of a value in a message
+
+
+class Journal:
+    """The results of one task's items."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], prompts: Mapping[int, str]) -> None:
+        """Reads the file if there is one, else begins it.
+
+        Args:
+          settings: all that results depend on, as JSON.
+          prompts: for each item the hash of its requests (`hash_requests`).
+
+        Raises:
+          ConfigError: the file is of other settings or prompts, all differences named; or it is no journal, or cannot
+            be written.
+        """
+        self.path, self._prompts = path, prompts
+        self.results: dict[int, list[Result]] = {}
+        """Of each item that is done."""
+        header = with_digest({"format": FORMAT, **settings})
+        try:
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            if lines:
+                self._check_header(lines[0], settings)
+                self._read(lines[1:])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = [_line(header), *(self._item_line(item) for item in self.results)]
+            if not path.exists() or path.read_bytes() != b"".join(whole):
+                replace_file(path, b"".join(whole))  # without what is not whole
+            self._file = path.open("ab")
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be written ({error.strerror}); name another folder") from error
+
+    def add(self, item: int, results: Sequence[Result]) -> None:
+        """Writes the results of an item."""
+        self.results[item] = list(results)
+        self._file.write(self._item_line(item))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes the file to the disk and closes it."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                flush_to_disk(self._file)
+            self._file.close()
+
+    def _item_line(self, item: int) -> bytes:
+        return _line(with_digest({"item": item, "prompt": self._prompts[item], "results": self.results[item]}))
+
+    def _check_header(self, line: bytes, settings: Mapping[str, Any]) -> None:
+        remedy = f"name another folder, or move {self.path} away"
+        header = parse_object(line, self.path, remedy=remedy)
+        if header.get("format") != FORMAT or not is_unchanged(header, required=True):
+            raise ConfigError(f"output: {self.path} is no journal of this version, or is damaged; {remedy}")
+        there = {name: value for name, value in header.items() if name not in ("format", "digest")}
+        wanted = json.loads(json.dumps(settings))
+        differences = [
+            f"{name} was {_brief(there.get(name))} and is {_brief(wanted.get(name))}"
+            for name in sorted({*there, *wanted})
+            if there.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ConfigError(f"output: {self.path} is of another evaluation: {'; '.join(differences)}; {remedy}")
+
+    def _read(self, lines: Sequence[bytes]) -> None:
+        for number, line in enumerate(lines, start=2):
+            try:
+                content = parse_object(line, self.path)
+                if not is_unchanged(content, required=True):
+                    continue
+            except ConfigError:
+                continue
+            item = content["item"]
+            if item not in self._prompts:
+                continue  # beyond a smaller --limit
+            if content["prompt"] != self._prompts[item]:
+                raise ConfigError(
+                    f"output: {self.path}, line {number}: item {item} was asked otherwise: the task's file has changed "
+                    f"since, or the examples; name another folder, or move {self.path} away"
+                )
+            self.results[item] = [
+                LoglikelihoodResult(*result) if isinstance(result, list) else result for result in content["results"]
+            ]
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds an evaluation's folder, which it creates. Raises ConfigError if another process does, or it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, _ = take_lock(folder / ".lock", wait=0)
+    except TimeoutError:
+        raise ConfigError(
+            f"output = {str(folder)!r}: another process evaluates there; wait until it has ended, or name another"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"output = {str(folder)!r}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def hash_requests(requests: Sequence[Request]) -> str:
+    """SHA-256 in hex of requests: their kinds, texts and limits."""
+    return hashlib.sha256(json.dumps([_plain(request) for request in requests]).encode()).hexdigest()
+
+
+def _plain(request: Request) -> list[Any]:
+    kind = type(request).__name__
+    return (
+        [kind, request.context, request.continuation]
+        if isinstance(request, Loglikelihood)
+        else [kind, *vars(request).values()]
+    )
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _brief(value: Any) -> str:
+    text = shown(value)
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 3]}..."

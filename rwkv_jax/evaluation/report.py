@@ -1,0 +1,247 @@
+"""What an evaluation has found: JSON with all that it depends on, a table in Markdown, a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+import rwkv_jax
+from rwkv_jax.atomic import replace_file
+from rwkv_jax.evaluation.statistics import Estimate
+from rwkv_jax.evaluation.tasks.base import Summary, Task
+from rwkv_jax.host import processor
+from rwkv_jax.inference.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RESULTS, TABLE, PICTURE = "results.json", "results.md", "results.png"
+"""Names of the files in an evaluation's folder."""
+
+FORMAT = "rwkv-jax evaluation report 1"
+
+_COLOR, _GRID = "#1f5fa8", "#d9d9d9"
+_LOG_RANGE = 30  # ratio of values from which an axis is logarithmic
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """What was found on one task."""
+
+    task: Task[Any]
+    summary: Summary
+    num_items: int
+    num_requests: int
+    num_resumed: int
+    """Items whose results were taken from an earlier run."""
+    num_fewshot: int
+    seed: int
+    """Of the choice of examples."""
+    file: str
+    """Name of the task's file or folder."""
+    prompt_hash: str
+    """SHA-256 of all that was asked, in hex."""
+    answer_hash: str
+    """SHA-256 of the items with their answers."""
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite are text, which JSON lacks."""
+        metrics = self.task.metrics
+        return {
+            "task": self.task.name,
+            "task_version": self.task.version,
+            "source": self.task.source,
+            **{
+                field: getattr(self, field)
+                for field in ("num_items", "num_requests", "num_resumed", "num_fewshot", "seed", "file")
+            },
+            "prompt_hash": self.prompt_hash,
+            "answer_hash": self.answer_hash,
+            "seconds": round(self.seconds, 3),
+            "metrics": {
+                name: {
+                    **_plain(found),
+                    "higher_is_better": metrics[name].higher_is_better,
+                    "unit": metrics[name].unit,
+                }
+                for name, found in self.summary.metrics.items()
+            },
+            "groups": {
+                group: {name: _plain(found) for name, found in own.items()}
+                for group, own in self.summary.groups.items()
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found on all tasks, and of what and with what."""
+
+    model: dict[str, Any]
+    """As `describe_model`."""
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    tasks: tuple[TaskReport, ...]
+    num_truncated: int
+    """Contexts whose beginning was left out; always 0 for models whose state has no limit."""
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "settings": self.settings,
+            "versions": self.versions,
+            "machine": self.machine,
+            "num_truncated": self.num_truncated,
+            "seconds": round(self.seconds, 3),
+            "tasks": [task.as_json() for task in self.tasks],
+        }
+
+    def markdown(self) -> str:
+        """A table of all metrics, and one for the groups of each task that has any."""
+        lines = [
+            "| task | version | examples | items | metric | value | standard error | 95% interval |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for task in self.tasks:
+            first = [task.task.name, str(task.task.version), str(task.num_fewshot), str(task.num_items)]
+            for name, found in task.summary.metrics.items():
+                lines.append(_row([*first, _with_unit(task.task, name), *_cells(found)]))
+                first = [""] * len(first)
+        for task in self.tasks:
+            if task.summary.groups:
+                lines += ["", f"{task.task.name} by group", ""]
+                lines += [
+                    "| group | items | metric | value | standard error | 95% interval |",
+                    "|---|---|---|---|---|---|",
+                ]
+                for group, metrics in task.summary.groups.items():
+                    for name, found in metrics.items():
+                        lines.append(_row([group, str(found.count), _with_unit(task.task, name), *_cells(found)]))
+        return "\n".join(lines) + "\n"
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The model and its tokenizer; the hash covers every parameter, in its dtype or packed."""
+    config = engine.config
+    return {
+        "hash": engine.identity.model,
+        "kind": config.title,
+        "num_layers": config.num_layers,
+        "width": config.width,
+        "vocab_size": config.vocab_size,
+        "num_parameters": config.num_parameters(),
+        "dtype": config.dtype,
+        "tokenizer": engine.identity.tokenizer,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    installed = {name: importlib.metadata.version(name) for name in names}
+    return {"rwkv-jax": rwkv_jax.__version__, "python": platform.python_version(), **installed}
+
+
+def machine() -> dict[str, Any]:
+    """What computes; no names of hosts, no paths."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "processor": processor(),
+        "num_cores": os.cpu_count(),
+    }
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes or replaces results.json, results.md and results.png."""
+    text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    replace_file(folder / RESULTS, text.encode() + b"\n")
+    replace_file(folder / TABLE, report.markdown().encode())
+    replace_file(folder / PICTURE, picture(report.tasks))
+
+
+def picture(tasks: Sequence[TaskReport]) -> bytes:
+    """A PNG of all metrics with their 95% intervals: one axis for each unit, by which values compare."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows: dict[str, list[tuple[str, Estimate]]] = {}
+    for task in tasks:
+        for name, found in task.summary.metrics.items():
+            rows.setdefault(task.task.metrics[name].unit, []).append((f"{task.task.name}: {name}", found))
+    heights = [len(own) + 1 for own in rows.values()]
+    figure = Figure(figsize=(8, 0.6 + 0.4 * sum(heights)), dpi=120, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (unit, own) in zip(axes, rows.items(), strict=True):
+        _draw(axis, unit, own)
+    content = io.BytesIO()
+    canvas.print_figure(content, format="png")
+    return content.getvalue()
+
+
+def _draw(axis: Axes, unit: str, rows: Sequence[tuple[str, Estimate]]) -> None:
+    for place, (_, found) in enumerate(rows):
+        if not math.isfinite(found.value):
+            axis.annotate(" infinite", (0, place), xycoords=("axes fraction", "data"), va="center")
+            continue
+        if found.low is not None and found.high is not None:
+            axis.plot([found.low, found.high], [place, place], color=_COLOR, linewidth=2)
+        axis.plot(found.value, place, "o", color=_COLOR)
+        axis.annotate(_number(found.value), (found.value, place), (0, 5), textcoords="offset points", ha="center")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.7)
+    values = [found.value for _, found in rows if math.isfinite(found.value) and found.value > 0]
+    if unit:
+        axis.set_xlabel(unit)
+        if values and max(values) / min(values) > _LOG_RANGE:
+            axis.set_xscale("log")
+    else:
+        axis.set_xlabel("share of items, with its 95% interval")
+        axis.set_xlim(-0.02, 1.02)
+    axis.grid(axis="x", color=_GRID)
+    axis.set_axisbelow(True)
+
+
+def _plain(found: Estimate) -> dict[str, Any]:
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found._asdict().items()
+    }
+
+
+def _with_unit(task: Task[Any], name: str) -> str:
+    unit = task.metrics[name].unit
+    return f"{name} ({unit})" if unit else name
+
+
+def _cells(found: Estimate) -> list[str]:
+    stderr = "" if found.stderr is None else f"± {_number(found.stderr)}"
+    interval = "" if found.low is None or found.high is None else f"{_number(found.low)} to {_number(found.high)}"
+    return [_number(found.value), stderr, interval]
+
+
+def _number(value: float) -> str:
+    """Four decimals, or four digits where they would show none."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,205 @@
+"""Evaluates a model on tasks, item by item, so that an evaluation that was interrupted goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.evaluation.engine_scorer import EngineScorer
+from rwkv_jax.evaluation.journal import FOLDER, Journal, hash_requests, lock_folder
+from rwkv_jax.evaluation.report import Report, TaskReport, describe_model, machine, versions, write_report
+from rwkv_jax.evaluation.requests import Scorer, answer
+from rwkv_jax.evaluation.tasks import find_task
+from rwkv_jax.evaluation.tasks.base import FEW_SHOT_SEED, Case, Task, make_cases
+from rwkv_jax.inference.engine.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A task with all that is asked, read and checked."""
+
+    task: Task[Any]
+    cases: Sequence[Case[Any]]
+    num_fewshot: int
+    seed: int
+    """Of the choice of examples."""
+    file: str
+    """Name of the file or folder, without where it lies."""
+
+    @property
+    def prompts(self) -> dict[int, str]:
+        """For each item the hash of what is asked about it."""
+        return {case.index: hash_requests(case.requests) for case in self.cases}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where an evaluation is."""
+
+    task: str
+    num_done: int
+    """Items, those of an earlier run included."""
+    num_items: int
+
+
+def plan_tasks(
+    tasks: Mapping[str, str | Path],
+    *,
+    num_fewshot: int | None = None,
+    examples: Mapping[str, str | Path] | None = None,
+    limit: int | None = None,
+    seed: int = FEW_SHOT_SEED,
+) -> list[Plan]:
+    """Reads the files of all tasks and makes what is asked about them; no model is needed.
+
+    Args:
+      tasks: a file or folder for each name in `TASKS`.
+      num_fewshot: examples in each prompt; None takes each task's own default.
+      examples: files or folders of the examples, where those that lie beside the items are not wanted.
+      limit: only the first items of each task; None takes all.
+      seed: of the choice of examples.
+
+    Raises:
+      ConfigError: an unknown task, files that are missing or malformed, or as `make_cases`.
+    """
+    if not tasks:
+        raise ConfigError("tasks: there are none; give at least one, as NAME=PATH")
+    found = {name: find_task(name) for name in tasks}
+    if unknown := sorted(set(examples or ()) - set(found)):
+        raise ConfigError(
+            f"examples = {shown(unknown[0])}: is not among the tasks {', '.join(found)}; name one of them"
+        )
+    plans = []
+    for name, task in found.items():
+        path = Path(tasks[name]).expanduser()
+        own = Path(examples[name]).expanduser() if examples and name in examples else None
+        cases = make_cases(task, path, num_fewshot=num_fewshot, examples=own, seed=seed, limit=limit)
+        num = task.default_num_fewshot if num_fewshot is None else num_fewshot
+        plans.append(Plan(task, cases, num, seed, path.name))
+    return plans
+
+
+def evaluate(
+    engine: Engine,
+    tasks: Mapping[str, str | Path] | Sequence[Plan],
+    *,
+    output: str | Path | None = None,
+    begin: bool = True,
+    window: int | None = None,
+    name: str = "",
+    report: Callable[[Progress], None] | None = None,
+    **choices: Any,
+) -> Report:
+    """How good a model is at tasks.
+
+    Args:
+      tasks: a file or folder for each name, or what `plan_tasks` made of them.
+      output: folder for results.json, results.md and results.png, and for the results of items while it runs: called
+        again with the same folder, an interrupted evaluation goes on. None writes nothing.
+      begin, window: as in `EngineScorer`.
+      name: of the model, for the report.
+      report: called whenever items are done.
+      choices: of `plan_tasks`: num_fewshot, examples, limit, seed.
+
+    Raises:
+      ConfigError: as `plan_tasks` and `EngineScorer`; or the folder holds results of another model, prompt or setting.
+        Nothing has been run then.
+    """
+    plans = plan_tasks(tasks, **choices) if isinstance(tasks, Mapping) else list(tasks)
+    folder = None if output is None else Path(output).expanduser()
+    scorer = EngineScorer(engine, begin=begin, window=window)
+    start = time.perf_counter()
+    with contextlib.ExitStack() as opened:
+        journals: list[Journal | None] = [None] * len(plans)
+        if folder is not None:
+            opened.enter_context(lock_folder(folder))
+            for i, plan in enumerate(plans):
+                path = folder / FOLDER / f"{plan.task.name}.jsonl"
+                journals[i] = opened.enter_context(
+                    contextlib.closing(Journal(path, _settings(plan, scorer), plan.prompts))
+                )
+        done = [_evaluate(scorer, plan, journal, report) for plan, journal in zip(plans, journals, strict=True)]
+        result = Report(
+            model={"name": name, **describe_model(engine)},
+            settings={"begin": begin, "window": scorer.window},
+            versions=versions(),
+            machine=machine(),
+            tasks=tuple(done),
+            num_truncated=scorer.num_truncated,
+            seconds=time.perf_counter() - start,
+        )
+        if folder is not None:
+            write_report(result, folder)
+    return result
+
+
+def _settings(plan: Plan, scorer: EngineScorer) -> dict[str, Any]:
+    """All that the results of a task's items depend on, but for the prompts, which are compared item by item."""
+    model = describe_model(scorer.engine)
+    return {
+        "task": plan.task.name,
+        "task_version": plan.task.version,
+        "num_fewshot": plan.num_fewshot,
+        "seed": plan.seed,
+        "begin": scorer.begin,
+        "window": scorer.window,
+        "model": model["hash"],
+        "dtype": model["dtype"],
+        "tokenizer": model["tokenizer"],
+        "versions": {name: versions()[name] for name in ("rwkv-jax", "jax")},
+        "platform": machine()["platform"],
+    }
+
+
+def _evaluate(
+    scorer: Scorer, plan: Plan, journal: Journal | None, report: Callable[[Progress], None] | None
+) -> TaskReport:
+    """One task; items that are in the journal are not asked again."""
+    start = time.perf_counter()
+    results: dict[int, list[Any]] = {} if journal is None else dict(journal.results)
+    num_resumed = len(results)
+    todo = [case for case in plan.cases if case.index not in results]
+    asked = [(case, place) for case in todo for place in range(len(case.requests))]
+    pending = {case.index: [None] * len(case.requests) for case in todo}
+    left = {case.index: len(case.requests) for case in todo}
+
+    def tell() -> None:
+        if report is not None:
+            report(Progress(plan.task.name, len(results), len(plan.cases)))
+
+    def take(number: int, result: Any) -> None:
+        case, place = asked[number]
+        pending[case.index][place] = result
+        left[case.index] -= 1
+        if left[case.index] == 0:
+            results[case.index] = pending.pop(case.index)
+            if journal is not None:
+                journal.add(case.index, results[case.index])
+            tell()
+
+    tell()
+    answer(scorer, [request for case in todo for request in case.requests], report=take)
+    scores = [plan.task.score(case.item, results[case.index]) for case in plan.cases]
+    return TaskReport(
+        task=plan.task,
+        summary=plan.task.aggregate(scores, [case.group for case in plan.cases]),
+        num_items=len(plan.cases),
+        num_requests=sum(len(case.requests) for case in plan.cases),
+        num_resumed=num_resumed,
+        num_fewshot=plan.num_fewshot,
+        seed=plan.seed,
+        file=plan.file,
+        prompt_hash=_digest("".join(plan.prompts.values())),
+        answer_hash=_digest("".join(repr(case.item) for case in plan.cases)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
