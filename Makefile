@@ -5,7 +5,8 @@
 #   make test-devices    compiles the kernels for GPUs and TPUs that need not be there, in .venv-devices (Linux, x86-64)
 # and by themselves
 #   make test-newest     runs a tenth of the tests on another Python, in .venv-newest: make test-newest NEWEST=python3.13
-#   make test-peers      holds our models and training steps against the official ones, in .venv-peers (it has PyTorch)
+#   make test-peers      holds our models and training steps against the official ones, and our evaluations against
+#                        lm-eval's, in .venv-peers (it has PyTorch)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -75,6 +76,7 @@ constraints/%.txt:
 	.venv/bin/python -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check numpy rwkv==0.8.32
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e . lm-eval==0.4.13
 	touch $@
 
 .venv-devices/installed: pyproject.toml $(CONSTRAINTS) constraints/devices-3.11.txt | .venv/bin/python
