@@ -352,7 +352,7 @@ def train_run(config: TrainConfig, folder: Path) -> Run:
         losses=[record["loss"] for record in training],
         held_out=[(record["step"], record["loss"]) for record in evaluations],
         last_held_out=None if result.held_out is None else result.held_out.loss,
-        answers={} if (answers := getattr(result, "answers", None)) is None else answers.record(),
+        answers={} if result.answers is None else result.answers.record(),
         params=result.state.params,
     )
 
