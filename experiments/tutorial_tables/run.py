@@ -70,7 +70,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 4, 16, 64)
     calls: int = 4
     """Of 8 tokens, in a repetition."""
-    repetitions: int = 5
+    repetitions: int = 3
 
 
 SMALL = Sizes()
