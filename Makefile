@@ -85,8 +85,14 @@ constraints/%.txt:
 	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/devices-3.11.txt
 	touch $@
 
-.venv-newest/installed: pyproject.toml $(wildcard constraints/*.txt)
+# Apart, so that it can be made beside `make test`, which installs the project at the same time.
+.venv-newest/packages: $(wildcard constraints/*.txt)
 	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r constraints/$(call version_of,$(NEWEST)).txt
+	touch $@
+
+.venv-newest/installed: pyproject.toml .venv-newest/packages
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
 		-c constraints/$(call version_of,$(NEWEST)).txt
 	touch $@
