@@ -65,8 +65,10 @@ def _of_weights(source: str) -> dict[str, str]:
 
 
 def _of_model(model: ModelConfig) -> dict[str, str]:
+    told = [name.replace("_", " ") for name in model.spec.fields_beside_tensors if getattr(model, name)]
+    title = ", ".join([model.title, *told])
     return {
-        "model": f"{model.title}, {model.num_layers} layers of width {model.width}, vocabulary {model.vocab_size}",
+        "model": f"{title}, {model.num_layers} layers of width {model.width}, vocabulary {model.vocab_size}",
         "parameters": f"{model.num_parameters() / 1e6:.1f}M, computed in {model.dtype}",
     }
 

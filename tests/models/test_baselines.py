@@ -200,6 +200,48 @@ def test_sizes_states_and_parts(name: str) -> None:
     assert equal.num_parameters() == pytest.approx(rwkv.num_parameters(), rel=0.02)
 
 
+BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "gla": {"a0": (0, 0)},
+    "mamba2": {
+        "log_rate": (0, np.log(16)),
+        "time_step": (np.log(np.expm1(0.001)), np.log(np.expm1(0.1))),
+        "skip": (1, 1),
+        "input.weight": (-1 / 8, 1 / 8),
+        "output.weight": (-1 / np.sqrt(128 * 4), 1 / np.sqrt(128 * 4)),
+        "convolution.bias": (-1 / 2, 1 / 2),
+    },
+    "deltanet": {"convolution.weight": (-1 / 2, 1 / 2), "ln_x.weight": (1, 1)},
+    "gated_deltanet": {
+        "log_rate": (np.log(1e-6), np.log(16)),
+        "time_step": (np.log(np.expm1(0.001)), np.log(np.expm1(0.1))),
+    },
+    "rnn": {"recurrent.weight": (-1 / 8, 1 / 8), "input_bias": (-1 / 8, 1 / 8)},
+    "lstm": {"input.weight": (-1 / 8, 1 / 8), "recurrent_bias": (-1 / 8, 1 / 8)},
+}
+"""Of initial values of mixers of width 64 in models of two layers, which fill them but for a fifth."""
+
+
+@each_baseline
+def test_initial_values(name: str) -> None:
+    config = named_config(name, num_layers=2, width=64, head_dim=2)
+    kind = model_type(config).block_type.time_mix_type
+
+    def draw(key: Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+    drawn = jax.jit(draw, compiler_options=QUICK)(jax.random.key(0))
+    flat = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(drawn)}
+    for parameter, (low, high) in BOUNDS[name].items():
+        x = np.asarray(flat[parameter], np.float64)
+        assert low - 1e-4 <= x.min() <= x.max() <= high + 1e-4, parameter
+        if parameter == "log_rate":
+            x, low, high = np.exp(x), np.exp(low), np.exp(high)
+        fifth = (high - low) / 5
+        assert low == high or (x.max() > high - fifth and x.min() < low + fifth), parameter
+    if name != "mamba2":  # GPT-2's, as the Transformer has it where the residual stream is written
+        assert np.std(flat["output.weight"]) == pytest.approx(0.02 / 2, rel=0.05)
+
+
 # Runs and engines
 
 
@@ -234,12 +276,17 @@ def test_a_run_learns_and_writes_samples(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rnn" else pytest.mark.long) for n in NAMES])
-def test_it_writes_through_the_engine_and_is_planned(name: str) -> None:
+def test_it_writes_through_the_engine_and_is_planned(tmp_path: Path, name: str) -> None:
     config = named_config(name, vocab_size=engines.VOCAB_SIZE, **SIZES)
     engine = engines.quick_engine(engines.random_model(config))
-    completion = engine.generate(engines.IDS, max_tokens=9, sampling=engines.GREEDY, stop_ids=())
+    options: dict[str, Any] = {"max_tokens": 9, "sampling": engines.GREEDY, "stop_ids": ()}
+    completion = engine.generate(engines.IDS, **options)
     expected = engines.whole_logits(config, engines.IDS + completion.ids)
     assert completion.ids == tuple(expected[len(engines.IDS) - 1 : -1].argmax(axis=-1).tolist())
+    session = engine.session()
+    session.append(engines.IDS)
+    session.save(tmp_path / "state.safetensors")
+    assert engine.load_session(tmp_path / "state.safetensors").generate(**options).ids == completion.ids
     run = TrainConfig(model=dataclasses.replace(config, vocab_size=256))
     plan = plan_run(dataclasses.replace(run, training=dataclasses.replace(run.training, sequence_length=32)), CPU)
     assert plan.fits

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import run_folder
+from rwkv_jax.cli.info import Info
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.state.state_file import model_identity, parameters_digest
@@ -52,11 +53,15 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
-def test_files_keep_it_through_conversions(tmp_path: Path, model: Any, name: str) -> None:
+def test_files_keep_it_through_conversions(
+    tmp_path: Path, model: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_pretrained(model, tmp_path / name)
     convert(tmp_path / name, tmp_path / "other", dtype="bfloat16")
     for path in (tmp_path / name, tmp_path / "other"):
         assert from_pretrained(path).config.negative_eigenvalues
+    Info(str(tmp_path / name)).run()
+    assert "RWKV-7, negative eigenvalues, 2 layers" in capsys.readouterr().out
     quantized = from_pretrained(tmp_path / name, quantize="int8")
     save_pretrained(quantized, tmp_path / "packed")
     assert from_pretrained(tmp_path / "packed").config.negative_eigenvalues
