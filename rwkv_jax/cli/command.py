@@ -17,6 +17,7 @@ from rwkv_jax.cli.evaluate import Evaluate
 from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.info import Info
 from rwkv_jax.cli.plan import Plan, parse_plan
+from rwkv_jax.cli.probe import ProbeCommand
 from rwkv_jax.cli.program_cache import keep_programs
 from rwkv_jax.cli.serve import Serve
 from rwkv_jax.cli.tokenize import Tokenize
@@ -30,6 +31,7 @@ COMMANDS = {
     "chat": Chat,
     "serve": Serve,
     "evaluate": Evaluate,
+    "probe": ProbeCommand,
     "convert": Convert,
     "info": Info,
     "tokenize": Tokenize,
@@ -66,6 +68,6 @@ def run(arguments: Sequence[str], program: str = "rwkv") -> None:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="rwkv", description=_DESCRIPTION, args=list(arguments)
         )
-        if isinstance(command, Generate | Chat | Serve | Evaluate | Bench):
+        if isinstance(command, Generate | Chat | Serve | Evaluate | ProbeCommand | Bench):
             keep_programs()
         command.run()
