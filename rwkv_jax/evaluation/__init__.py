@@ -7,28 +7,39 @@ from typing import TYPE_CHECKING
 from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for
+    from rwkv_jax.evaluation.report import Report
     from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodResult, Rolling, Scorer
+    from rwkv_jax.evaluation.run import evaluate, plan_tasks
     from rwkv_jax.evaluation.statistics import Estimate
     from rwkv_jax.evaluation.tasks import TASKS, find_task
     from rwkv_jax.evaluation.tasks.base import Task, make_cases
 
 __all__ = [
     "TASKS",
+    "EngineScorer",
     "Estimate",
     "Generate",
     "Loglikelihood",
     "LoglikelihoodResult",
+    "Report",
     "Rolling",
     "Scorer",
     "Task",
+    "evaluate",
     "find_task",
     "make_cases",
+    "options_for",
+    "plan_tasks",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "requests": ("Generate", "Loglikelihood", "LoglikelihoodResult", "Rolling", "Scorer"),
+        "engine_scorer": ("EngineScorer", "options_for"),
+        "report": ("Report",),
+        "run": ("evaluate", "plan_tasks"),
         "statistics": ("Estimate",),
         "tasks": ("TASKS", "find_task"),
         "tasks.base": ("Task", "make_cases"),

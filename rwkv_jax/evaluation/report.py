@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from flax import nnx
 
 import rwkv_jax
 from rwkv_jax.atomic import replace_file
@@ -146,6 +147,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "num_parameters": config.num_parameters(),
         "dtype": config.dtype,
+        "parameter_dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(engine.model, nnx.Param))}),
         "tokenizer": engine.identity.tokenizer,
     }
 
@@ -182,10 +184,11 @@ def picture(tasks: Sequence[TaskReport]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows: dict[str, list[tuple[str, Estimate]]] = {}
+    rows: dict[str, list[tuple[str, Estimate]]] = {"": []}  # shares of items first
     for task in tasks:
         for name, found in task.summary.metrics.items():
             rows.setdefault(task.task.metrics[name].unit, []).append((f"{task.task.name}: {name}", found))
+    rows = {unit: own for unit, own in rows.items() if own}
     heights = [len(own) + 1 for own in rows.values()]
     figure = Figure(figsize=(8, 0.6 + 0.4 * sum(heights)), dpi=120, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -205,7 +208,7 @@ def _draw(axis: Axes, unit: str, rows: Sequence[tuple[str, Estimate]]) -> None:
         if found.low is not None and found.high is not None:
             axis.plot([found.low, found.high], [place, place], color=_COLOR, linewidth=2)
         axis.plot(found.value, place, "o", color=_COLOR)
-        axis.annotate(_number(found.value), (found.value, place), (0, 5), textcoords="offset points", ha="center")
+        axis.annotate(f"{found.value:.4g}", (found.value, place), (0, 5), textcoords="offset points", ha="center")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_ylim(len(rows) - 0.5, -0.7)
     values = [found.value for _, found in rows if math.isfinite(found.value) and found.value > 0]

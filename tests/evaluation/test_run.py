@@ -139,6 +139,7 @@ def test_what_an_evaluation_writes(engine: Engine, piqa: Path, tmp_path: Path) -
     assert content["model"]["hash"] == engine.identity.model
     assert content["model"]["tokenizer"] == engine.tokenizer.fingerprint
     assert content["model"]["name"] == "tiny.pth"
+    assert content["model"]["parameter_dtypes"] == ["float32"]
     assert content["settings"] == {"begin": True, "window": None}
     assert {"rwkv-jax", "jax", "jaxlib", "flax", "numpy", "python"} == set(content["versions"])
     (task,) = content["tasks"]
