@@ -105,7 +105,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
     "evaluation": (
-        ("config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights"),
+        ("config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib", "tqdm"),
     ),
     "training": (

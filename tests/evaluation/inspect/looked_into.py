@@ -1,0 +1,23 @@
+"""Small random models in float64 to look into, and a text for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv_jax.models import LanguageModel
+from tests.models.parameters import SMALL, in_dtype, merge, named_config, random_params
+
+TOKENS = np.random.default_rng(0).integers(0, 41, (2, 6)).astype(np.int32)
+
+
+@functools.cache
+def small_model(name: str, dtype: str = "float64") -> LanguageModel:
+    """A generation's, or the Transformer, with random parameters."""
+    config = SMALL[name] if name in SMALL else named_config(name, vocab_size=41, width=32, head_dim=8, ffn_width=48)
+    config = dataclasses.replace(config, num_layers=2, dtype=dtype)
+    return merge(config, jax.tree.map(jnp.asarray, in_dtype(random_params(config), config)))
