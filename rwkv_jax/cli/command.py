@@ -16,6 +16,7 @@ from rwkv_jax.cli.doctor import Doctor
 from rwkv_jax.cli.evaluate import Evaluate
 from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.info import Info
+from rwkv_jax.cli.inspect import Inspect
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.probe import ProbeCommand
 from rwkv_jax.cli.program_cache import keep_programs
@@ -32,6 +33,7 @@ COMMANDS = {
     "serve": Serve,
     "evaluate": Evaluate,
     "probe": ProbeCommand,
+    "inspect": Inspect,
     "convert": Convert,
     "info": Info,
     "tokenize": Tokenize,
@@ -68,6 +70,6 @@ def run(arguments: Sequence[str], program: str = "rwkv") -> None:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="rwkv", description=_DESCRIPTION, args=list(arguments)
         )
-        if isinstance(command, Generate | Chat | Serve | Evaluate | ProbeCommand | Bench):
+        if isinstance(command, Generate | Chat | Serve | Evaluate | ProbeCommand | Inspect | Bench):
             keep_programs()
         command.run()
