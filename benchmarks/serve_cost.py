@@ -3,11 +3,12 @@
     python benchmarks/serve_cost.py                                    # 12 x 768, four minutes on two cores
     python benchmarks/serve_cost.py --num-layers 2 --width 64 --vocab-size 512 --repetitions 2 --long-prompt 600
 
-The engine's own row is 16 tasks that iterate over its streams; the server's is 16 clients in a process of their own,
-which share the processor with it. Then one text alone, for its first token. Then the first token of a short prompt
-that comes while a long one is read, counted in calls that read `prefill_length` tokens of the long one, which are timed
-by the first token of the long prompt, alone or not, whichever came sooner. Exit status 1 if HTTP costs more than a
-tenth of the engine's rate, or 20 ms of the first token, or if the short prompt waits for three calls or more.
+The engine's own row is 16 tasks that iterate over its streams, all of them given together; the server's is 16 clients
+in a process of their own, which share the processor with it. Then one text alone, for its first token. Then the first
+token of a short prompt that comes while a long one is read, counted in calls that read `prefill_length` tokens of the
+long one, which are timed by the first token of the long prompt, alone or not, whichever came sooner. Exit status 1 if
+HTTP costs more than a tenth of the engine's rate, or 20 ms of the first token, or if the short prompt waits for three
+calls or more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rwkv_jax.bench.random_model import NumberTokenizer, random_model
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.options import ServeOptions
@@ -77,18 +79,21 @@ class Sides:
     def direct(self, count: int, num_tokens: int) -> tuple[float, float]:
         """Seconds for so many texts by the engine alone, and the mean seconds to their first tokens."""
 
-        async def text(prompt: list[int]) -> float:
-            begin, first = time.perf_counter(), math.inf
-            options: Any = {"sampling": SamplingParams.greedy(), "stop_ids": ()}
-            async with self.engine.stream(prompt, max_tokens=num_tokens, **options) as stream:
+        options: Any = {"sampling": SamplingParams.greedy(), "stop_ids": (), "max_tokens": num_tokens}
+        begin = time.perf_counter()
+
+        async def text(stream: Stream) -> float:
+            first = math.inf
+            async with stream:
                 async for _ in stream:
                     first = min(first, time.perf_counter())
             return first - begin
 
         async def texts() -> list[float]:
-            return list(await asyncio.gather(*map(text, self.prompts(count))))
+            with self.engine.hold():  # all of them are given together
+                streams = [self.engine.stream(prompt, **options) for prompt in self.prompts(count)]
+            return list(await asyncio.gather(*map(text, streams)))
 
-        begin = time.perf_counter()
         firsts = asyncio.run(texts())
         return time.perf_counter() - begin, statistics.mean(firsts)
 

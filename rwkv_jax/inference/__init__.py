@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rwkv_jax.inference.engine.driver import EngineClosedError, EngineStats
     from rwkv_jax.inference.engine.engine import Engine
     from rwkv_jax.inference.engine.options import EngineOptions
-    from rwkv_jax.inference.engine.requests import Chunk, Completion, QueueFullError
-    from rwkv_jax.inference.engine.scheduler import NotFiniteError
+    from rwkv_jax.inference.engine.requests import Chunk, Completion, NotFiniteError, QueueFullError
     from rwkv_jax.inference.engine.scoring import Score
     from rwkv_jax.inference.engine.stream import Stream
     from rwkv_jax.inference.sampling.grammar import Grammar, GrammarError
@@ -74,10 +73,9 @@ __getattr__, __dir__ = lazy_names(
         "embedder": ("Embedder",),
         "engine.engine": ("Engine",),
         "engine.options": ("EngineOptions",),
-        "engine.requests": ("Chunk", "Completion", "QueueFullError"),
+        "engine.requests": ("Chunk", "Completion", "NotFiniteError", "QueueFullError"),
         "sampling.grammar": ("Grammar", "GrammarError"),
         "sampling.params": ("SamplingParams",),
-        "engine.scheduler": ("NotFiniteError",),
         "engine.scoring": ("Score",),
         "state.session": ("Session", "SessionBusyError", "SessionCancelledError"),
         "state.snapshot": ("Snapshot", "StateError"),

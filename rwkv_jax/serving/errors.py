@@ -15,8 +15,7 @@ from starlette.exceptions import HTTPException
 
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.inference.engine.driver import EngineClosedError
-from rwkv_jax.inference.engine.requests import QueueFullError
-from rwkv_jax.inference.engine.scheduler import NotFiniteError
+from rwkv_jax.inference.engine.requests import NotFiniteError, QueueFullError
 from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.serving.states.store import ConflictError, StoreError, TooLargeError, UnavailableError
 

@@ -1,4 +1,4 @@
-"""What stands between the network and the routes, from the outside in: log, CORS, access, the life of a request."""
+"""What is between the network and the routes, from the outside in: log, CORS, access, a request's life, arrivals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from rwkv_jax.serving.access import Access, TenantLimits
 from rwkv_jax.serving.access_log import AccessLog
+from rwkv_jax.serving.arrivals import Arrivals
 from rwkv_jax.serving.drain import Lifetime
 from rwkv_jax.serving.keys import read_keys
 from rwkv_jax.serving.service import Service
@@ -29,6 +30,7 @@ def install(app: FastAPI, service: Service) -> None:
         for warning in warnings:
             _LOG.warning(warning)
     # The last one that is added is the outermost.
+    app.add_middleware(Arrivals, announce=lambda: service.engine.announce())
     app.add_middleware(
         Lifetime,
         running=service.running,

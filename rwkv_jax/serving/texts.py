@@ -13,6 +13,7 @@ from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, Completion, join
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.sampling.grammar import GrammarError
+from rwkv_jax.serving.arrivals import has_arrived
 from rwkv_jax.serving.errors import APIError
 from rwkv_jax.serving.protocol.base import PromptTokensDetails, Usage
 from rwkv_jax.serving.service import Service
@@ -53,6 +54,8 @@ async def submit(service: Service, job: Job) -> Stream:
         return await anyio.to_thread.run_sync(lambda: service.engine.stream(job.prompts, **job.arguments))
     except GrammarError as error:
         raise APIError(400, str(error), param=job.grammar_field, code="invalid_grammar") from error
+    finally:
+        has_arrived()
 
 
 @contextlib.asynccontextmanager

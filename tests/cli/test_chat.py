@@ -17,7 +17,7 @@ from rwkv_jax.cli.chat import HELP, ChatLoop
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat.dialogue import Dialogue
 from rwkv_jax.inference.chat.formats import G1, WORLD
-from rwkv_jax.inference.engine.scheduler import NotFiniteError
+from rwkv_jax.inference.engine.requests import NotFiniteError
 from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.cli.commands import Command
 from tests.inference.fake_engine import FakeEngine

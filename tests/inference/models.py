@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
-from rwkv_jax.inference.engine import engine as engine_module
+from rwkv_jax.inference.engine import assembly
 from rwkv_jax.inference.engine.admission import Admission
-from rwkv_jax.inference.engine.engine import Engine, EngineOptions, make_scheduler
+from rwkv_jax.inference.engine.assembly import make_scheduler
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.inference.engine.job import Job
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.programs import Programs
@@ -75,7 +76,7 @@ def shared_programs(model: LanguageModel, *, fresh: bool = False) -> Iterator[No
             _programs[key] = (model, Programs(used, num_slots, burst_length, weights, *others))
         return _programs[key][1]
 
-    with compiled_quickly(), mock.patch.object(engine_module, "Programs", shared):
+    with compiled_quickly(), mock.patch.object(assembly, "Programs", shared):
         yield
 
 

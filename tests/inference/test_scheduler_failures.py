@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from rwkv_jax.inference.engine.engine import Engine
-from rwkv_jax.inference.engine.requests import QueueFullError
-from rwkv_jax.inference.engine.scheduler import NotFiniteError, Scheduler
+from rwkv_jax.inference.engine.requests import NotFiniteError, QueueFullError
+from rwkv_jax.inference.engine.scheduler import Scheduler
 from rwkv_jax.inference.engine.slot_arrays import SlotArrays
 from tests.inference.bad_requests import bad_requests
 from tests.inference.models import GREEDY, IDS, LONG_IDS, assert_free, assert_same, prompts, some, texts_of

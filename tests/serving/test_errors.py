@@ -8,8 +8,7 @@ from pydantic import Field
 from starlette.testclient import TestClient
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.engine.requests import QueueFullError
-from rwkv_jax.inference.engine.scheduler import NotFiniteError
+from rwkv_jax.inference.engine.requests import NotFiniteError, QueueFullError
 from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.serving import errors
 from rwkv_jax.serving.errors import APIError

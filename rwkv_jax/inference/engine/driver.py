@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 Message = Callable[[], None]
 """What the thread is to do between two steps."""
+
+_GATHER_SECONDS = 0.02
+"""How long an idle engine waits for texts that are announced, at most."""
 
 
 class EngineClosedError(RuntimeError):
@@ -64,6 +68,20 @@ class EngineStats(NamedTuple):
     """Tokens generated."""
     mask_seconds: float
     """Seconds in which masks of grammars were computed, mostly while the device read the tokens before them."""
+
+
+class Announcement:
+    """Says to an idle engine that texts are about to be sent, so that those that come together start together."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+        loop.announced.add(self)
+
+    def end(self) -> None:
+        """They have been sent, or do not come."""
+        if self in self._loop.announced:
+            self._loop.announced.discard(self)
+            self._loop.inbox.put(_nothing)
 
 
 class Driver:
@@ -217,6 +235,10 @@ class Driver:
         """Has the thread look for something to do. Does not wait; finalizers may call it."""
         self._loop.inbox.put(_nothing)
 
+    def announce(self) -> Announcement:
+        """Announces texts; does not wait."""
+        return Announcement(self._loop)
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """No step begins meanwhile, so that all jobs sent start together."""
@@ -259,6 +281,7 @@ class _Loop:
         self.scheduler, self._settings = scheduler, settings
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.waiting_for_room: list[SimpleQueue[bool]] = []
+        self.announced: set[Announcement] = set()
         self._num_received, self._num_holders = 0, 0
         self._is_idle, self._is_closed, self.has_ended = True, False, False
         self.status = Status(scheduler.room, 0)
@@ -270,6 +293,8 @@ class _Loop:
             with self._settings():
                 while not self._is_closed:
                     self._read_messages()
+                    if self._is_idle:
+                        self._gather()
                     self._is_idle = self._is_closed or self._num_holders > 0 or not self.scheduler.step()
                     self.status = Status(self.scheduler.room, self._num_received)
                     self._answer_waiting()
@@ -295,6 +320,13 @@ class _Loop:
             except Empty:
                 break
         self.status = Status(self.scheduler.room, self._num_received)
+
+    def _gather(self) -> None:
+        """Waits for announced texts before an idle device begins, until a prefill call is full."""
+        end = time.monotonic() + _GATHER_SECONDS
+        while self.announced and not self.scheduler.has_batch and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(Empty):
+                self.inbox.get(timeout=left)()
 
     def _answer_waiting(self) -> None:
         is_stuck = self._is_closed or (self._is_idle and not self._num_holders)

@@ -12,26 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self, Unpack, overload
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from numpy.typing import NDArray
 
 from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.engine.admission import Admission
+from rwkv_jax.inference.engine.assembly import make_scheduler
 from rwkv_jax.inference.engine.decode_step import choose_step
-from rwkv_jax.inference.engine.driver import Driver, EngineStats
+from rwkv_jax.inference.engine.driver import Announcement, Driver, EngineStats
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.engine.product_form import choose_form, with_form
-from rwkv_jax.inference.engine.programs import Programs
 from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, is_one
 from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, Request, join
-from rwkv_jax.inference.engine.scheduler import Scheduler
 from rwkv_jax.inference.engine.scoring import Score
-from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.session import Session
@@ -41,7 +37,6 @@ from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
 
-_SHORT_ROWS = 8  # prompts in a batched prefill
 _MAX_PENDING_CHUNKS = 1024  # uncollected chunks at which a stream pauses
 _MIN_CONVERSATION_BYTES = 1024  # counted for a session without state, so that names alone cannot fill the memory
 
@@ -155,6 +150,14 @@ class Engine:
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """In a `with` block: no step begins, so that all texts submitted in it start together. Wait for none in it."""
         return self._driver.hold()
+
+    def announce(self) -> Announcement:
+        """Says that texts are about to be submitted, while they are still being prepared; call its `end` after that.
+
+        An idle engine that is given a text waits up to 20 ms for announced ones, so that those that come together start
+        together. Others never wait, nor does a text that nobody has announced.
+        """
+        return self._driver.announce()
 
     def warm_up(self) -> None:
         """Compiles all programs, which first uses would otherwise wait for."""
@@ -407,31 +410,3 @@ class Engine:
             for stream, _ in running:
                 stream.cancel()
         return ended
-
-
-def make_scheduler(
-    model: LanguageModel,
-    weights: NDArray[np.float32],
-    options: EngineOptions,
-    prefix_cache: PrefixCache | None,
-    *,
-    mesh: Mesh | None = None,
-    prefill_implementation: str | None = None,
-) -> Scheduler:
-    """A scheduler with its slots and programs, of which nothing is compiled yet; arguments as those of `Programs`."""
-    shapes = Shapes(
-        options.sizes,
-        options.prefill_length,
-        options.short_prefill_length,
-        # Rows split over devices are not moved.
-        options.num_slots if mesh is not None else min(options.num_slots, _SHORT_ROWS),
-        always_batched=options.batch_invariant,
-    )
-    programs = Programs(model, options.num_slots, options.burst_length, weights, mesh, prefill_implementation)
-    return Scheduler(
-        SlotArrays(programs, shapes),
-        shapes,
-        max_queue=options.max_queue,
-        prefix_cache=prefix_cache,
-        min_prefix_tokens=options.min_prefix_tokens,
-    )

@@ -35,6 +35,14 @@ class QueueFullError(RuntimeError):
     """The engine's queue is full; try again when some requests have ended."""
 
 
+class NotFiniteError(FloatingPointError):
+    """The model's logits are not finite."""
+
+
+NOT_FINITE = "the model's logits are not finite: its weights are broken, or the state from which this text went on"
+"""Its message."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to continue."""

@@ -1,8 +1,8 @@
 """Continuous batching: assigns slots to texts and schedules prefill and decode.
 
-A step is at most one prefill and one decode call, so that a long prompt does not block others: texts join and leave
-between steps. Clients with queued texts take turns, and so do prompts in prefill. A scheduler is not thread-safe: the
-engine's driver thread alone calls it.
+A step is a piece of each prompt and one decode call at most, so that a long prompt does not block others: texts join
+and leave between steps. Clients with queued texts take turns, and so do prompts in prefill. A scheduler is not
+thread-safe: the engine's driver thread alone calls it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from rwkv_jax.inference.engine.fair_queue import FairQueue
 from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, UnreadScores
 from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
-from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
+from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS, NOT_FINITE, NotFiniteError
 from rwkv_jax.inference.engine.slot_arrays import Shapes, SlotArrays
 from rwkv_jax.inference.sampling.grammar import accept_tokens
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
@@ -28,13 +28,6 @@ _MAX_SHORT_CALLS = 4
 
 _MIN_SHARE = 1 / 4
 """Minimum share of used rows in a batched prefill, since padding takes as long."""
-
-
-_NOT_FINITE = "the model's logits are not finite: its weights are broken, or the state from which this text went on"
-
-
-class NotFiniteError(FloatingPointError):
-    """The model's logits are not finite."""
 
 
 class Scheduler:
@@ -89,6 +82,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def has_batch(self) -> bool:
+        """Whether as many jobs wait as a prefill call takes, or as there are slots for."""
+        return self.num_queued >= min(self._shapes.short_rows, len(self.slots.free))
+
+    @property
     def num_running(self) -> int:
         """Number of jobs with a slot."""
         return len(self._prefilling) + len(self._decoding)
@@ -140,7 +138,7 @@ class Scheduler:
             raise
 
     def step(self) -> bool:
-        """Admits queued texts, prefills a piece of a prompt, and decodes a burst.
+        """Admits queued texts, prefills a piece of each prompt, and decodes a burst.
 
         Returns:
           Whether there was anything to do.
@@ -396,7 +394,7 @@ class Scheduler:
             if job.is_done:
                 continue
             if not np.isfinite(scores.logprobs).all():
-                self._finish(job, NotFiniteError(_NOT_FINITE))
+                self._finish(job, NotFiniteError(NOT_FINITE))
             elif job.add_scores(scores):
                 job.end()
 
@@ -426,7 +424,7 @@ class Scheduler:
         size = int(burst.counts[row])
         logprobs = burst.logprobs[:size, row]
         if np.isnan(logprobs).any():
-            error = NotFiniteError(_NOT_FINITE)  # rather than that its grammar allows no such token
+            error = NotFiniteError(NOT_FINITE)  # rather than that its grammar allows no such token
         if error is not None:
             self._finish(job, error)
             return

@@ -17,6 +17,9 @@ from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.inference.engine.scoring import TokenScores
 from rwkv_jax.inference.state.snapshot import Snapshot
 
+_MIN_NEW = 1 / 4
+"""Share of texts without a token at which a burst has one step, so that their first tokens do not wait for others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -185,7 +188,7 @@ class SlotArrays:
     def decode(
         self, jobs: Sequence[Job], num_top: int, on_masked: Callable[[dict[Job, int]], None]
     ) -> tuple[DecodeBurst, dict[int, int]]:
-        """Decodes a burst of some texts, in the smallest batch that fits; of one token if any text has a mask.
+        """Decodes a burst of some texts, in the smallest batch that fits; of one token if any has a mask or many begin.
 
         Args:
           on_masked: is given the tokens of texts with a mask, while the device reads them.
@@ -208,7 +211,8 @@ class SlotArrays:
         rows = self._row_slots(used, size)
         row_of_slot = {slot: slot if rows is None else row for row, slot in enumerate(used)}
         masked = {job: row_of_slot[job.slots[0]] for job in jobs if job.constraint}
-        params = decode_params(jobs, row_of_slot, size, 1 if masked else self._programs.burst_length)
+        is_short = masked or sum(not job.num_generated for job in jobs) >= max(1, _MIN_NEW * len(jobs))
+        params = decode_params(jobs, row_of_slot, size, 1 if is_short else self._programs.burst_length)
         bias, tokens = self._slots.bias, None
         if masked:
             tokens, narrow = self._choose_masked(rows, size, params, masked)

@@ -21,6 +21,7 @@ from rwkv_jax.inference.engine.requests import Chunk, TopLogprobs
 from rwkv_jax.inference.engine.requests import Completion as Text
 from rwkv_jax.inference.engine.scoring import Score
 from rwkv_jax.inference.engine.stream import Stream
+from rwkv_jax.serving.arrivals import has_arrived
 from rwkv_jax.serving.grammars import grammar_of
 from rwkv_jax.serving.logprobs import CompletionLogprobs
 from rwkv_jax.serving.protocol.base import Usage
@@ -186,6 +187,7 @@ class _Answer:
         if self.body.logprobs is None or not pairs:
             return []
         arguments = {"top_logprobs": self.body.logprobs, "client_id": self.job.arguments.get("client_id", "")}
+        has_arrived()  # what is scored does not wait for the text behind it
         score = functools.partial(self.service.engine.score, *map(list, zip(*pairs, strict=True)), **arguments)
         return await anyio.to_thread.run_sync(score, abandon_on_cancel=True)
 
