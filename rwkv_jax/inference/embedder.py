@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,9 @@ Pooling = Literal["mean", "last"]
 
 _MIN_NORM = 1e-12  # of a vector that is not all zeros
 
+_MAX_SHORT_CHUNKS = 4
+"""Texts of more short chunks than this are read one by one, in long ones."""
+
 
 class Reading(NamedTuple):
     """What is kept of r texts between two chunks."""
@@ -33,10 +37,18 @@ class Reading(NamedTuple):
     """[r, C], the hidden state after the last token."""
 
 
-class Embedder:
-    """Embeds texts of any lengths, some at a time, each in chunks. Thread-safe.
+Run = Callable[[Callable[[], Any]], Any]
 
-    Memory does not depend on the texts: the state carries what was read. Two programs are compiled, on first use.
+
+def _at_once(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+class Embedder:
+    """Embeds texts of any lengths: short ones some at a time, long ones one by one, each in chunks. Thread-safe.
+
+    Memory does not depend on the texts: the state carries what was read. Four programs are compiled, by `warm_up` or on
+    first use.
     """
 
     def __init__(
@@ -45,27 +57,30 @@ class Embedder:
         """Compiles nothing yet.
 
         Args:
-          num_rows: texts read at once.
-          chunk_length: tokens of each text per call.
-          short_chunk_length: the same while no text has more left.
+          num_rows: short texts read at once.
+          chunk_length: tokens of a long text per call.
+          short_chunk_length: tokens of each short text per call.
         """
         require_whole("num_rows", num_rows, 1)
         require_whole("short_chunk_length", short_chunk_length, 1)
         require_whole("chunk_length", chunk_length, short_chunk_length)
         self.config = model.config
-        self._num_rows, self._lengths = num_rows, (short_chunk_length, chunk_length)
+        self._num_rows, self._short, self._long = num_rows, short_chunk_length, chunk_length
         self._graphdef, self._params = nnx.split(model, nnx.Param)
-        self._begin = jax.jit(self._begin_texts)
+        self._begin = jax.jit(self._begin_texts, static_argnums=1)
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
         self._lock = Lock()  # one batch at a time: a second one would only need memory
 
-    def embed(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", *, skip: int = 0) -> NDArray[Any]:
+    def embed(
+        self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", *, skip: int = 0, run: Run = _at_once
+    ) -> NDArray[Any]:
         """One vector of length 1 a text, [n, C] in float32, or float64 for a float64 model.
 
         Args:
           texts: token ids, at least one a text.
           pooling: `mean` of the hidden states after each token, or the `last` one.
           skip: first tokens of each text that are read and do not count in the mean, such as what begins every text.
+          run: does a piece of work, one chunk, where the device is used, and returns its result.
 
         Raises:
           ConfigError: a text without tokens that count, an id out of range, or a text too long for a Transformer.
@@ -77,10 +92,15 @@ class Embedder:
         vectors = np.zeros((len(texts), self.config.width), self.config.parameter_dtype)
         # Texts of like lengths together, so that few rows wait for the longest.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        short = [index for index in order if len(texts[index]) <= _MAX_SHORT_CHUNKS * self._short]
+        count = self._num_rows
+        groups = [(short[i : i + count], count, self._short) for i in range(0, len(short), count)]
+        groups += [([index], 1, self._long) for index in order[len(short) :]]
         with self._lock:
-            for start in range(0, len(order), self._num_rows):
-                own = order[start : start + self._num_rows]
-                vectors[own] = self._embed([texts[index] for index in own], pooling, skip)
+            for own, *shape in groups:
+                total, last = self._read_texts([texts[index] for index in own], *shape, skip, run)
+                counts = np.array([len(texts[index]) - skip for index in own])[:, None]
+                vectors[own] = total / counts if pooling == "mean" else last
         return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), _MIN_NORM)
 
     def _check(self, name: str, ids: Sequence[int], skip: int) -> None:
@@ -92,26 +112,29 @@ class Embedder:
         if capacity and len(ids) > capacity:
             raise ConfigError(f"{name}: has {len(ids)} tokens, this model's state holds {capacity}; shorten it")
 
-    def _embed(self, texts: Sequence[Sequence[int]], pooling: Pooling, skip: int) -> NDArray[Any]:
-        reading = self._begin(self._params)
-        short, long = self._lengths
-        longest, position = max(map(len, texts)), 0
-        while position < longest:
-            length = short if longest - position <= short else long
-            tokens = np.zeros((self._num_rows, length), np.int32)
-            lengths = np.zeros(self._num_rows, np.int32)
+    def warm_up(self, run: Run = _at_once) -> None:
+        """Compiles all programs, where `run` does it."""
+        for shape in ((self._num_rows, self._short), (1, self._long)):
+            self._read_texts([[0]], *shape, 0, run)
+
+    def _read_texts(
+        self, texts: Sequence[Sequence[int]], num_rows: int, length: int, skip: int, run: Run
+    ) -> list[NDArray[Any]]:
+        """Sums of the hidden states that count, and last ones, [n, C] each; texts are read in calls of one shape."""
+        reading = run(lambda: self._begin(self._params, num_rows))
+        for position in range(0, max(map(len, texts)), length):
+            tokens, lengths = np.zeros((num_rows, length), np.int32), np.zeros(num_rows, np.int32)
             for row, ids in enumerate(texts):
                 part = ids[position : position + length]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            reading = self._read(self._params, reading, tokens, lengths, max(0, skip - position))
-            position += length
-        counts = np.array([max(1, len(ids) - skip) for ids in texts])[:, None]
-        total, last = (np.asarray(x)[: len(texts)] for x in (reading.total, reading.last))
-        return total / counts if pooling == "mean" else last
+            chunk = functools.partial(self._read, self._params, reading, tokens, lengths, max(0, skip - position))
+            # Waited for there: calls that run ahead of the device would keep it from others' work.
+            reading = run(lambda chunk=chunk: jax.block_until_ready(chunk()))
+        return [x[: len(texts)] for x in run(lambda: jax.device_get((reading.total, reading.last)))]
 
-    def _begin_texts(self, params: Any) -> Reading:
-        zeros = jnp.zeros((self._num_rows, self.config.width), self.config.parameter_dtype)
-        return Reading(nnx.merge(self._graphdef, params).initial_state(self._num_rows), zeros, zeros)
+    def _begin_texts(self, params: Any, num_rows: int) -> Reading:
+        zeros = jnp.zeros((num_rows, self.config.width), self.config.parameter_dtype)
+        return Reading(nnx.merge(self._graphdef, params).initial_state(num_rows), zeros, zeros)
 
     def _read_chunk(self, params: Any, reading: Reading, tokens: Array, lengths: Array, skip: Array) -> Reading:
         """Reads tokens [r, T], of which each row's first `lengths` [r] are valid; the first `skip` do not count."""

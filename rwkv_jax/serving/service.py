@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from fastapi import Depends, Request
 
 from rwkv_jax.inference.chat.formats import G1
 from rwkv_jax.inference.chat.template import ChatTemplate
-from rwkv_jax.inference.embedder import Embedder
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.drain import Running
 from rwkv_jax.serving.errors import APIError
@@ -48,13 +46,6 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics.watch(self.engine.stats)
-
-    @functools.cached_property
-    def embedder(self) -> Embedder:
-        """Embeds texts, beside the engine."""
-        options = self.engine.options
-        lengths = {"chunk_length": options.prefill_length, "short_chunk_length": options.short_prefill_length}
-        return Embedder(self.engine.model, **lengths)
 
     def check_model(self, name: str) -> None:
         """Raises APIError, status 404, unless a request asks for the model that there is."""

@@ -336,6 +336,7 @@ def test_warming_up_compiles_everything_and_changes_nothing(compiled: list[str])
         chunks += list(stream)
     assert texts_of(chunks)[1] == engine.generate(IDS, max_tokens=40, **PLAIN).ids
     engine.generate([IDS * 9, OTHER, OTHER], max_tokens=9, top_logprobs=3)
+    engine.embed([IDS * 9, OTHER])
     assert [name for name in compiled if name.startswith("jit(_")] == []
 
 

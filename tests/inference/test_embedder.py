@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.embedder import Embedder, Pooling
+from rwkv_jax.inference.engine.driver import EngineClosedError
 from rwkv_jax.models.decoding import unstacked
-from tests.inference.models import CONFIGS, VOCAB_SIZE, prompts, random_model
+from tests.inference.models import CONFIGS, VOCAB_SIZE, prompts, quick_engine, random_model
 from tests.programs import compiled_quickly
 
 TEXTS = [*prompts(0, 6, longest=13), (5,)]
@@ -47,6 +49,28 @@ def test_vectors_are_the_models(hidden: Any) -> None:
         long = [index for index, ids in enumerate(TEXTS) if len(ids) > 3]
         expected = unit(np.stack([states[index][3:].mean(axis=0) for index in long]))
         np.testing.assert_allclose(embedder.embed([TEXTS[index] for index in long], skip=3), expected, atol=2e-5)
+
+
+def test_an_engine_reads_texts_in_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the steps of what it generates."""
+    model = random_model(CONFIGS["7"])
+    with compiled_quickly():
+        expected = Embedder(unstacked(model)).embed(TEXTS)
+    with quick_engine(model) as engine:
+        read, threads = engine._embedder._read, []
+
+        def noted(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return read(*arguments)
+
+        monkeypatch.setattr(engine._embedder, "_read", noted)
+        with engine.stream(TEXTS[0], max_tokens=100_000, stop_ids=()) as stream:
+            next(stream)
+            np.testing.assert_allclose(engine.embed(TEXTS), expected, atol=2e-5)
+            next(stream)
+        assert set(threads) == {"rwkv-engine"}
+    with pytest.raises(EngineClosedError):
+        engine.embed(TEXTS)
 
 
 @pytest.mark.parametrize(

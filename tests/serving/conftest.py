@@ -11,7 +11,7 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
 from tests.inference.models import CONFIGS, quick_engine, random_model
-from tests.programs import compiled_quickly, kept_on_disk
+from tests.programs import kept_on_disk
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,10 +29,7 @@ def engine(compiled_programs: None) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def service(engine: Engine) -> Service:
-    service = Service(engine, "tiny")
-    with compiled_quickly():
-        _ = service.embedder
-    return service
+    return Service(engine, "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def embed(client: TestClient, **fields: Any) -> dict[str, Any]:
 def test_vectors_and_usage(client: TestClient, service: Service, engine: Engine) -> None:
     texts = ["Hello", "caf\u00e9"]
     ids = [engine.encode(text, begins=True) for text in texts]
-    expected = service.embedder.embed(ids, skip=1)
+    expected = service.engine.embed(ids, skip=1)
     answer = embed(client, input=texts)
     assert (answer["object"], answer["model"]) == ("list", "tiny")
     assert [(each["object"], each["index"]) for each in answer["data"]] == [("embedding", 0), ("embedding", 1)]
@@ -40,9 +40,9 @@ def test_vectors_and_usage(client: TestClient, service: Service, engine: Engine)
 
 def test_ids_are_read_as_they_are(client: TestClient, service: Service) -> None:
     (one,) = embed(client, input=[1, 2, 3])["data"]
-    np.testing.assert_allclose(one["embedding"], service.embedder.embed([[1, 2, 3]])[0], atol=1e-6)
+    np.testing.assert_allclose(one["embedding"], service.engine.embed([[1, 2, 3]])[0], atol=1e-6)
     last = embed(client, input=[[1, 2, 3], [4]], pooling="last")
-    expected = service.embedder.embed([[1, 2, 3], [4]], "last")
+    expected = service.engine.embed([[1, 2, 3], [4]], "last")
     np.testing.assert_allclose([each["embedding"] for each in last["data"]], expected, atol=1e-6)
     assert last["usage"]["prompt_tokens"] == 4
 

@@ -15,7 +15,6 @@ from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.options import ServeOptions
 from rwkv_jax.serving.service import Service
-from tests.programs import compiled_quickly
 
 MAX_BODY_BYTES = 100_000
 JSON = {"Content-Type": "application/json"}
@@ -182,8 +181,6 @@ def wrong_requests(seed: int, count: int) -> Iterator[Wrong]:
 def hostile_client(engine: Engine) -> Iterator[TestClient]:
     """Of a server with small limits; what it does not expect is an error of the test."""
     service = Service(engine, "tiny", ServeOptions(max_body_bytes=MAX_BODY_BYTES, timeout_seconds=60))
-    with compiled_quickly():
-        _ = service.embedder
     with TestClient(create_app(service)) as client:
         yield client
 

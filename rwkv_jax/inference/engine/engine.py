@@ -14,12 +14,14 @@ from typing import Any, Self, Unpack, overload
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.inference.embedder import Embedder, Pooling
 from rwkv_jax.inference.engine.admission import Admission
-from rwkv_jax.inference.engine.assembly import make_scheduler
+from rwkv_jax.inference.engine.assembly import SHORT_ROWS, make_scheduler
 from rwkv_jax.inference.engine.decode_step import choose_step
 from rwkv_jax.inference.engine.driver import Announcement, Driver, EngineStats
 from rwkv_jax.inference.engine.news import News
@@ -123,6 +125,8 @@ class Engine:
         slots = scheduler.slots
         self._owner, self._empty_row, self._state_bytes = slots.owner, slots.empty_row, scheduler.state_bytes
         self._driver = Driver(scheduler)
+        lengths = {"chunk_length": options.prefill_length, "short_chunk_length": options.short_prefill_length}
+        self._embedder = Embedder(self.model, num_rows=SHORT_ROWS, **lengths)
 
     # The thread.
 
@@ -162,6 +166,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles all programs, which first uses would otherwise wait for."""
         self._driver.call(self._driver.scheduler.slots.warm_up)
+        self._embedder.warm_up(self._driver.call)
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done; waits for nothing."""
@@ -307,6 +312,20 @@ class Engine:
         given = {"top_logprobs": top_logprobs, "client_id": client_id}
         requests = self._admission.score_requests(contexts, continuations, **given)
         return [stream.score for stream, _ in self._run(requests)]
+
+    def embed(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", *, skip: int = 0) -> NDArray[Any]:
+        """One vector of length 1 a text, [n, C], as `Embedder.embed`, read between the steps of other texts.
+
+        Args:
+          texts: token ids, at least one a text.
+          pooling: `mean` of the hidden states after each token, or the `last` one.
+          skip: first tokens of each text that are read and do not count in the mean.
+
+        Raises:
+          ConfigError: a text without tokens that count, an id out of range, or a text too long for a Transformer.
+          EngineClosedError: the engine was closed.
+        """
+        return self._embedder.embed(texts, pooling, skip=skip, run=self._driver.call)
 
     # Conversations.
 

@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 async def embed(body: EmbeddingBody, service: ServiceOf) -> Embeddings:
     """Embeds one text or several."""
     service.check_model(body.model)
-    # One request at a time has the device; those that wait keep no thread from other work.
+    # One request at a time is read; those that wait keep no thread from other work.
     return await anyio.to_thread.run_sync(_answer, body, service, limiter=service.embedding_turns)
 
 
@@ -63,7 +63,7 @@ def _answer(body: EmbeddingBody, service: Service) -> Embeddings:
     try:
         reading = as_reading(body, service.engine)
         check_lengths(service, reading.ids)
-        vectors = service.embedder.embed(reading.ids, body.pooling, skip=reading.skip)
+        vectors = service.engine.embed(reading.ids, body.pooling, skip=reading.skip)
     except ConfigError as error:
         raise APIError(400, str(error), param="input") from error
     encode = functools.partial(encoded, encoding=body.encoding_format)
