@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import tyro
 
 from rwkv_jax.atomic import new_file
+from rwkv_jax.cli.plan_serve import PlanServe
 from rwkv_jax.cli.train_config import first_config_file, load_config
 from rwkv_jax.config import ConfigError, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a run's training step for devices that need not be present: memory, FLOPs, collectives, best speed."""
+    """Compile a run's training step for devices that need not be present: memory, FLOPs, collectives, best speed. With
+    --serve, say what a server keeps on its device instead (rwkv plan --serve --help)."""
 
     config_file: tyro.conf.Positional[Path]
     """Python file with a `config()`; comes first. Its fields can be changed by flags such as --parallel.fsdp 64."""
@@ -59,12 +61,17 @@ def write_json(values: Mapping[str, Any], path: Path) -> None:
         file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
-def parse_plan(arguments: Sequence[str]) -> Plan:
-    """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`; exits as `parse_train_config` does.
+def parse_plan(arguments: Sequence[str]) -> Plan | PlanServe:
+    """The command `rwkv plan CONFIG_FILE --topology NAME [--field value ...]`, or one with --serve (`PlanServe`).
+
+    Exits as `parse_train_config` does.
 
     Raises:
       ConfigError: no config file comes first, or the file or a value is invalid.
     """
+    if "--serve" in arguments:
+        others = [argument for argument in arguments if argument != "--serve"]
+        return tyro.cli(PlanServe, args=others, prog="rwkv plan --serve")
     path = first_config_file("plan", arguments, "rwkv plan CONFIG_FILE --topology NAME [--field value ...]")
     if path is None:
         return tyro.cli(Plan, args=arguments, default=Plan(tyro.MISSING, tyro.MISSING), prog="rwkv plan")

@@ -13,6 +13,7 @@ beside it NAME.scale, NAME.multiplier, NAME.offset.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -71,6 +72,20 @@ def quantization_of(name: str, shape: tuple[int, ...], wanted: Quantization) -> 
     if wanted == "int4" and (num_inputs % GROUP_SIZE or is_low_rank(name, decay_only=True)):
         return "int8"
     return wanted
+
+
+def packed_bytes(config: ModelConfig, wanted: Quantization) -> int:
+    """Bytes of a model's parameters with its matrices in a format, in closed form."""
+    total = 0
+    for name, shape in official_shapes(config).items():
+        size, num_outputs = math.prod(shape), shape[-1] if is_transposed(name) else shape[0]
+        total += {
+            "int8": size + 4 * num_outputs,
+            "int4": size // 2 + 4 * num_outputs + 2 * (size // GROUP_SIZE),
+            "bfloat16": 2 * size,
+            None: 4 * size,
+        }[quantization_of(name, shape, wanted)]
+    return total
 
 
 def is_transposed(name: str) -> bool:

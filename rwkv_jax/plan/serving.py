@@ -1,0 +1,70 @@
+"""What a server of a model keeps on its device, in closed form: weights, slots and states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.tables import format_table
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "bfloat16": 2}
+_GIB = 2**30
+
+
+class Format(NamedTuple):
+    """A number format of weights, and what the model computes in then."""
+
+    weight_bytes: int
+    config: ModelConfig
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of one text's state with the logits after it: a `Snapshot`, as caches and stores keep it."""
+    of_layer = sum(math.prod(array.shape) * _ITEM_BYTES[array.dtype] for array in config.spec.state(config))
+    return config.num_layers * of_layer + config.vocab_size * _ITEM_BYTES[config.parameter_dtype]
+
+
+def slot_bytes(config: ModelConfig) -> int:
+    """Bytes of a slot: its state, that before its last burst, and tables of the vocabulary for sampling.
+
+    These are counts and biases in float32, and a byte for whether a token ends the text.
+    """
+    return 2 * state_bytes(config) + config.vocab_size * (4 + 4 + 1)
+
+
+def describe_server(formats: Mapping[str, Format], *, num_slots: int, prefix_bytes: int, memory: float | None) -> str:
+    """A table with a line for each format.
+
+    Args:
+      formats: by name.
+      memory: GiB of the device; None leaves out how many slots it would hold.
+    """
+    return "\n".join(_lines(formats, num_slots, prefix_bytes, memory))
+
+
+def _lines(formats: Mapping[str, Format], num_slots: int, prefix_bytes: int, memory: float | None) -> Iterator[str]:
+    config = next(iter(formats.values())).config
+    yield (
+        f"{config.title}, {config.num_layers} layers of width {config.width}, vocabulary {config.vocab_size}; "
+        f"{num_slots} slots, a prefix cache of {_size(prefix_bytes)}\n"
+    )
+    rows = [("weights", "computed in", "bytes", "a state", "a slot", f"{num_slots} slots", "in all")]
+    if memory is not None:
+        rows = [(*rows[0], f"slots in {memory:g} GiB")]
+    for name, (weights, own) in formats.items():
+        slot = slot_bytes(own)
+        total = weights + num_slots * slot + prefix_bytes
+        cells = name, own.dtype, *map(_size, (weights, state_bytes(own), slot, num_slots * slot, total))
+        if memory is not None:
+            cells = (*cells, str(max(0, int(memory * _GIB - weights - prefix_bytes) // slot)))
+        rows.append(cells)
+    yield format_table(rows, "<<" + ">" * (len(rows[0]) - 2))
+    yield "\nA state is what the prefix cache, sessions and the store keep of a conversation. Not counted is what"
+    yield "programs need while they run, mostly for a prefill; and a GPU leaves a part of its memory to its driver."
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (_GIB, "GiB") if num_bytes >= _GIB else (2**20, "MiB")
+    return f"{num_bytes / unit:,.2f} {name}"
