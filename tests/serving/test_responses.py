@@ -114,9 +114,11 @@ def test_items_of_a_response(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"previous_response_id": "resp 1"}, "previous_response_id"),
+        ({"previous_response_id": "resp_1", "instructions": "Be short."}, "instructions"),
+        ({"conversation": "a"}, "conversation"),
         ({"tools": []}, "tools"),
-        ({"store": True}, "store"),
+        ({"store": 1}, "store"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format"),
@@ -135,3 +137,41 @@ def test_text_has_the_form_that_is_asked_for(client: TestClient) -> None:
     form = {"format": {"type": "json_schema", "name": "one", "schema": schema}}
     response = calls.post(client, PATH, GREEDY | {"text": form, "temperature": 1, "max_output_tokens": 60})
     assert json.loads(response["output"][0]["content"][0]["text"]) == {"n": 1}
+
+
+def test_a_stored_response_is_continued(client: TestClient, service: Service) -> None:
+    """As a session would be, whole and in events; and as often as one likes."""
+    first = calls.post(client, PATH, GREEDY | {"store": True})
+    assert (first["store"], first["previous_response_id"]) == (True, None)
+    chat = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    for text in ("Hello", "More"):
+        expected = calls.post(
+            client, "/v1/chat/completions", chat | {"session": "a", "messages": [{"role": "user", "content": text}]}
+        )
+    for _ in range(2):
+        again = GREEDY | {"input": "More", "previous_response_id": first["id"]}
+        second = calls.post(client, PATH, again)
+        assert second["output"][0]["content"][0]["text"] == expected["choices"][0]["message"]["content"]
+        assert second["previous_response_id"] == first["id"]
+        assert second["usage"]["input_tokens"] == expected["usage"]["prompt_tokens"]
+    head, *_, last = events_of(client, again | {"store": True})
+    assert last["response"]["output"][0]["content"] == second["output"][0]["content"]
+    record = service.states.store.get("", head["response"]["id"])
+    assert record is not None
+    assert record.num_tokens > expected["usage"]["total_tokens"]
+    assert service.states.store.get("", second["id"]) is None  # store is false by default
+
+
+def test_a_response_that_was_not_stored_is_not_found(client: TestClient, service: Service) -> None:
+    response = calls.post(client, PATH, GREEDY)
+    stored = calls.post(client, PATH, GREEDY | {"store": True})["id"]
+    record = service.states.store.get("", stored)
+    assert record is not None
+    other = "resp_of_another_tenant"
+    service.states.store.put("another", other, record)
+    service.states.store.put("", "plain", record)
+    for previous in (response["id"], other, "plain"):
+        answer = client.post(PATH, json=GREEDY | {"previous_response_id": previous})
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")

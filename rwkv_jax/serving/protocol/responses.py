@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from rwkv_jax.checks import ConfigError
 from rwkv_jax.serving.protocol.base import Answer, RequestBody
 from rwkv_jax.serving.protocol.chat import ChatBody, Effort
 from rwkv_jax.serving.protocol.formats import JSONObjectFormat, TextFormat
-from rwkv_jax.serving.protocol.sampling import NotStored
+from rwkv_jax.serving.protocol.state_fields import Id
 
 Status = Literal["in_progress", "completed", "incomplete"]
 """Of a response or an item of it."""
@@ -76,13 +77,20 @@ class ResponseBody(RequestBody):
     metadata: dict[str, str] | None = None
     """Returned as it is."""
     truncation: Literal["disabled"] | None = None
-    store: NotStored = None
+    store: bool | None = None
+    """Whether the state after the response is kept under the response's id; it is not by default."""
+    previous_response_id: Id | None = None
+    """Continue after a response that was stored. Give the new messages only: its state has read the others."""
     user: str | None = None
     """The end user. Accepted, and not used."""
 
     def as_chat(self) -> ChatBody:
-        """The same request of the chat API."""
+        """The same request of the chat API. Raises ConfigError for fields that do not go together."""
         messages: list[dict[str, Any]] = []
+        if self.instructions is not None and self.previous_response_id is not None:
+            raise ConfigError(
+                "instructions: those that the previous response has read hold on; leave either of them out"
+            )
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
@@ -99,6 +107,8 @@ class ResponseBody(RequestBody):
                 "stream": self.stream,
                 "response_format": self._response_format(),
                 "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
+                "state": self.previous_response_id,
+                "return_state": "id" if self.store else "none",
             }
         )
 
@@ -193,8 +203,8 @@ class Response(Answer):
     model: str
     output: list[ReasoningItem | OutputMessage]
     parallel_tool_calls: Literal[True] = True
-    previous_response_id: None = None
-    store: Literal[False] = False
+    previous_response_id: str | None
+    store: bool
     temperature: float | None
     tool_choice: Literal["none"] = "none"
     tools: list[Any] = Field(default_factory=list)

@@ -65,10 +65,10 @@ async def chat(body: ChatBody, service: ServiceOf, tenant: TenantOf) -> ChatComp
     return event_stream(answer.pieces(stream, with_usage), omits=frozenset() if with_usage else {"usage"})
 
 
-async def prepare(body: ChatBody, service: Service, tenant: str) -> ChatAnswer:
-    """Checks a request and finds what the engine is asked, and after which state."""
+async def prepare(body: ChatBody, service: Service, tenant: str, *, keep_as: str | None = None) -> ChatAnswer:
+    """Checks a request and finds what the engine is asked, and after which state; `keep_as` as in `open_turn`."""
     service.check_model(body.model)
-    turn = await open_turn(service, tenant, body, num_texts=body.n or 1)
+    turn = await open_turn(service, tenant, body, num_texts=body.n or 1, keep_as=keep_as)
     with turn.closed_on_error():
         prompt = render(body, service, turn)
         job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant, turn)

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
 
-from rwkv_jax.serving.errors import as_api_error
+from rwkv_jax.serving.errors import APIError, as_api_error
 from rwkv_jax.serving.protocol.chat import ChatChunk, ChatCompletion
 from rwkv_jax.serving.protocol.responses import Response, ResponseBody, Status
 from rwkv_jax.serving.response_events import Part, ResponseEvents, finished, item_of, new_id
-from rwkv_jax.serving.routes.chat import prepare
+from rwkv_jax.serving.routes.chat import ChatAnswer, prepare
 from rwkv_jax.serving.service import Service, ServiceOf, TenantOf
+from rwkv_jax.serving.states.turns import NOT_FOUND
 from rwkv_jax.serving.texts import submit
 
 router = APIRouter(tags=["responses"])
+
+_PREFIX = "resp_"
 
 
 @router.post("/v1/responses", response_model=Response)
 async def respond(body: ResponseBody, service: ServiceOf, tenant: TenantOf) -> Response | EventSourceResponse:
     """Responds to a message or a conversation."""
     head = begun(body, service)
-    answer = await prepare(body.as_chat(), service, tenant)
+    answer = await _prepare(body, head.id, service, tenant)
     if not body.stream:
         return ended(head, await answer.whole())
     stream = await submit(service, answer.job)
     return EventSourceResponse(_events(answer.pieces(stream, with_usage=True), ResponseEvents(head)), sep="\n")
 
 
+async def _prepare(body: ResponseBody, id: str, service: Service, tenant: str) -> ChatAnswer:
+    """What the chat API would answer, after the previous response."""
+    previous = body.previous_response_id
+    unknown = APIError(
+        404,
+        f"previous_response_id = {previous!r}: not found or expired; only responses to requests with store = true are",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )
+    if previous is not None and not previous.startswith(_PREFIX):  # a state that is no response's
+        raise unknown
+    try:
+        return await prepare(body.as_chat(), service, tenant, keep_as=id)
+    except APIError as error:
+        if error.code == NOT_FOUND:
+            raise unknown from error
+        raise
+
+
 def begun(body: ResponseBody, service: Service) -> Response:
     """A response before its text."""
     return Response(
-        id=f"resp_{uuid.uuid4().hex}",
+        id=f"{_PREFIX}{secrets.token_hex(16)}",
         created_at=int(time.time()),
         status="in_progress",
         instructions=body.instructions,
@@ -43,6 +65,8 @@ def begun(body: ResponseBody, service: Service) -> Response:
         metadata=body.metadata,
         model=service.model_name,
         output=[],
+        previous_response_id=body.previous_response_id,
+        store=bool(body.store),
         temperature=body.temperature,
         top_p=body.top_p,
         user=body.user,

@@ -41,6 +41,9 @@ from rwkv_jax.serving.service import Service
 from rwkv_jax.serving.states import codec
 from rwkv_jax.serving.states.store import StateRecord
 
+NOT_FOUND = "state_not_found"
+"""Code of the error about a state that is not there."""
+
 _Result = TypeVar("_Result")
 # A conversation whose text is known, to find where a reply ends.
 _MESSAGE, _REPLY = Message("user", "Hello"), Message("assistant", "Yes.")
@@ -49,9 +52,9 @@ _MESSAGE, _REPLY = Message("user", "Hello"), Message("assistant", "Yes.")
 class Turn:
     """One request's state before, and what is kept after. A session is busy until its turn is closed or dropped."""
 
-    def __init__(self, service: Service, tenant: str, fields: StateFields) -> None:
+    def __init__(self, service: Service, tenant: str, fields: StateFields, keep_as: str | None = None) -> None:
         """Before its state is known: see `open_turn`."""
-        self._service, self._tenant, self._fields = service, tenant, fields
+        self._service, self._tenant, self._fields, self._keep_as = service, tenant, fields, keep_as
         self._before: Snapshot | None = None
         self._record: StateRecord | None = None
 
@@ -154,7 +157,7 @@ class Turn:
         if fields.return_state == "base64":
             kept.base64 = codec.encode_base64(data)
         if fields.return_state == "id":
-            kept.id = new_id()
+            kept.id = self._keep_as or new_id()
             self._service.states.store.put(self._tenant, kept.id, record)
         if fields.session is not None:
             created = record.created if self._record is None else self._record.created
@@ -182,8 +185,13 @@ class Turn:
         return before
 
 
-async def open_turn(service: Service, tenant: str, fields: StateFields, *, num_texts: int = 1) -> Turn:
+async def open_turn(
+    service: Service, tenant: str, fields: StateFields, *, num_texts: int = 1, keep_as: str | None = None
+) -> Turn:
     """Finds what a request continues.
+
+    Args:
+      keep_as: the id of a state that is returned by id; None is a new one.
 
     Raises:
       APIError: 404, there is no such state; 409, the session is busy, or has a state already; 413, 503.
@@ -191,7 +199,7 @@ async def open_turn(service: Service, tenant: str, fields: StateFields, *, num_t
       ConfigError: fields that do not go together.
     """
     fields.check_states(num_texts)
-    turn = Turn(service, tenant, fields)
+    turn = Turn(service, tenant, fields, keep_as)
     if fields.session is None and fields.state is None and fields.reads_cache():
         return turn
     key = (tenant, fields.session)
@@ -225,7 +233,7 @@ def get_record(service: Service, tenant: str, id: str) -> StateRecord:
 
 def not_found(id: str) -> APIError:
     """The answer about a state that there never was, or no longer is."""
-    return APIError(404, f"state {id!r}: not found or expired", param="state", code="state_not_found")
+    return APIError(404, f"state {id!r}: not found or expired", param="state", code=NOT_FOUND)
 
 
 def empty_snapshot(engine: Engine) -> Snapshot:
