@@ -98,9 +98,9 @@ def _seconds_per_token(
     burst = engine.options.burst_length
     num_timed = -(-num_tokens // burst) * burst
     with engine.stream(
-        prompts, max_tokens=burst + num_timed, sampling=SamplingParams.greedy(), stop_ids=(), state=state
+        prompts, max_tokens=1 + num_timed, sampling=SamplingParams.greedy(), stop_ids=(), state=state
     ) as stream:
-        for _ in range(len(prompts) * burst):
+        for _ in prompts:  # a burst of one token each
             next(stream)
         begin = time.perf_counter()
         num_generated = sum(len(chunk.ids) for chunk in stream)

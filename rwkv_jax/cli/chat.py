@@ -95,7 +95,6 @@ class Chat:
             self.seed,
             tell_speed=(lambda speed: _tell(f"[{speed}]")) if tells else None,
             tell_thinking=(lambda: _tell("[thinking ...]")) if tells and begins_thinking(self.thinking) else None,
-            burst_length=engine.options.burst_length,
         )
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):  # line editing and history, where available
@@ -118,7 +117,6 @@ class ChatLoop:
         *,
         tell_speed: Callable[[Speed], None] | None = None,
         tell_thinking: Callable[[], None] | None = None,
-        burst_length: int = 1,
     ) -> None:
         """At the start of a conversation.
 
@@ -127,11 +125,10 @@ class ChatLoop:
           seed: of the first reply; each further reply increments it.
           tell_speed: called after each reply.
           tell_thinking: called if a reply starts with tokens that are not shown.
-          burst_length: the engine's.
         """
         self._dialogues, self._branch = {FIRST_BRANCH: dialogue}, FIRST_BRANCH
         self._arguments, self._next_seed = arguments, seed
-        self._tell_speed, self._tell_thinking, self._burst_length = tell_speed, tell_thinking, burst_length
+        self._tell_speed, self._tell_thinking = tell_speed, tell_thinking
         self.is_over = False
         """Whether /quit was given."""
 
@@ -156,7 +153,7 @@ class ChatLoop:
     def _reply(self, message: str) -> Iterator[str]:
         require_text(f"message {message!r}", message)
         seed, self._next_seed = self._next_seed, (self._next_seed + 1) % 2**32
-        speed, is_in_line, is_first = Speed(self._burst_length), False, True
+        speed, is_in_line, is_first = Speed(), False, True
         pieces = self.dialogue.reply(message, seed=seed, **self._arguments)
         with contextlib.closing(pieces):
             try:

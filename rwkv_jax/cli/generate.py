@@ -62,7 +62,7 @@ class Generate:
         engine = Engine(*self.weights.load(), options)  # the engine copies each layer; the stacked arrays can be freed
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json
-        speed = Speed(engine.options.burst_length if is_streamed else None)
+        speed = Speed(is_streamed=is_streamed)
         if is_streamed:
             self._stream(engine, prompt, ids, speed, arguments)
         else:

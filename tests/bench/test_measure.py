@@ -49,7 +49,7 @@ def test_latency_is_of_whole_bursts_after_each_context(engine: Engine, monkeypat
         start = arguments.get("state")
         if start is not None:
             started.append(start.num_tokens)
-            assert arguments["max_tokens"] == 4 + 8
+            assert arguments["max_tokens"] == 1 + 8
         return stream(prompts, **arguments)
 
     monkeypatch.setattr(engine, "stream", noted)

@@ -156,7 +156,7 @@ def test_help_names_every_command() -> None:
 
 def test_speed_counts_the_tokens_of_each_reply() -> None:
     told: list[Speed] = []
-    chat = new_chat(tell_speed=told.append, burst_length=2)
+    chat = new_chat(tell_speed=told.append)
     answers(chat, "a", "/help", "b")
     assert [str(speed).partition(" ")[0] for speed in told] == ["6", "6"]
 
@@ -286,7 +286,7 @@ def test_a_chat_with_thoughts_says_that_the_model_thinks(
     rwkv: Command, run_dir: Path, thinking: str, is_told: bool
 ) -> None:
     printed = rwkv("chat", run_dir, "--tokens", 3, "--thinking", thinking, "--verbose", stdin="hello\n")
-    assert printed.err.startswith("[thinking ...]\n[3 tokens in ") == is_told
+    assert printed.err.startswith("[thinking ...]\n[3 tokens, ") == is_told
     assert "thinking ..." not in rwkv("chat", run_dir, "--tokens", 3, "--thinking", thinking, stdin="hello\n").err
 
 
@@ -303,7 +303,7 @@ def test_a_conversation_through_pipes(rwkv: Command, run_dir: Path, tmp_path: Pa
     printed = rwkv(*flags, stdin=f"hello\n/undo\nhello\n/save {state}\n/quit\nnever read\n")
     first, second = printed.out.removesuffix(f"saved to {state}\n").split("taken back: hello\n")
     assert first == second  # greedy
-    assert printed.err.count(" tokens in ") == 2
+    assert printed.err.count(" tokens/s; the first took ") == 2
     assert rwkv(*flags, stdin=f"/load {state}").out.startswith(f"loaded {state}, ")
 
 

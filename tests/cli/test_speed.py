@@ -10,17 +10,17 @@ from rwkv_jax.cli.speed import Speed
 
 
 @pytest.mark.parametrize(
-    ("num_first", "counts", "text"),
+    ("is_streamed", "counts", "text"),
     [
-        (4, [2, 2, 0, 3, 3], "10 tokens, 3.0 tokens/s; the first 4 took 2.00 s"),
-        (4, [2, 2], "4 tokens in 2.00 s"),
-        (4, [], "0 tokens in 0.00 s"),
-        (None, [10], "10 tokens in 1.00 s"),
+        (True, [1, 1, 0, 1, 1], "4 tokens, 1.0 tokens/s; the first took 1.00 s"),
+        (True, [1], "1 tokens in 1.00 s"),
+        (True, [], "0 tokens in 0.00 s"),
+        (False, [10], "10 tokens in 1.00 s"),
     ],
 )
-def test_tokens_after_the_first_ones_are_timed_apart(num_first: int | None, counts: list[int], text: str) -> None:
+def test_tokens_after_the_first_are_timed_apart(is_streamed: bool, counts: list[int], text: str) -> None:
     seconds = itertools.count()
-    speed = Speed(num_first, clock=lambda: float(next(seconds)))
+    speed = Speed(is_streamed=is_streamed, clock=lambda: float(next(seconds)))
     for count in counts:
         speed.count(count)
     assert str(speed) == f"{text} with the prompt and what had to be compiled"
