@@ -64,7 +64,7 @@ class Sizes:
 SMALL = Sizes()
 SMALLEST = Sizes(
     models=("RWKV-4",),
-    tasks=(Task("copying", "synthetic:copying(num_symbols=4)", 7, 5, (5, 7), 2),),
+    tasks=(Task("copying", "synthetic:copying(num_symbols=4)", 7, 5, (5,), 2),),
     width=8,
     head_dim=4,
     batch_size=2,
