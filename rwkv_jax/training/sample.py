@@ -6,6 +6,7 @@ to compile, too much for an occasional sample. Here one program reads the prompt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,13 +86,15 @@ class Sampler:
 
         return jax.lax.scan(body, cursor, jnp.arange(TOKENS_PER_CALL))
 
-    def tokens(self, params: Any, prompt: str, num_tokens: int, sampling: SamplingParams, seed: int) -> list[int]:
-        """Tokens that continue the prompt, at most `num_tokens`; ends before an end-of-text token.
+    def tokens(
+        self, params: Any, prompt: str | Sequence[int], num_tokens: int, sampling: SamplingParams, seed: int
+    ) -> list[int]:
+        """Tokens that continue the prompt, a text or token ids, at most `num_tokens`; ends before an end-of-text token.
 
         Like training documents, the text starts after an end-of-text token. It ends early if a Transformer's cache is
         full. Penalties are ignored.
         """
-        given = np.asarray(self._tokenizer.encode(prompt), np.int32)
+        given = np.asarray(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
         if self._room is not None:
             num_tokens = min(num_tokens, self._room - len(given) - 1)
         settings, bias = stack_settings([sampling]), bias_array(sampling, self._named)[None]
@@ -108,6 +111,8 @@ class Sampler:
                 drawn.append(int(token))
         return drawn
 
-    def text(self, params: Any, prompt: str, num_tokens: int, sampling: SamplingParams, seed: int) -> str:
+    def text(
+        self, params: Any, prompt: str | Sequence[int], num_tokens: int, sampling: SamplingParams, seed: int
+    ) -> str:
         """The continuation's text, without the prompt."""
         return self._tokenizer.decode(self.tokens(params, prompt, num_tokens, sampling, seed))

@@ -112,8 +112,10 @@ class TaskScorer:
         """Compiles nothing yet."""
         self._trainer, self._training = trainer, training
         self._tokenizer, self._sampler = tokenizer, sampler
-        self._has_cache = bool(model.sizes().context_length)
+        self._context_length = model.sizes().context_length
+        self._has_cache = bool(self._context_length)
         self._tokens: dict[Loglikelihood | Rolling, list[Pair]] = {}
+        self._prompts: dict[Generate, tuple[int, ...]] = {}
         whole, sharded = trainer.state_shardings.step, trainer.sharded
         on_mesh = whole if sharded.mesh is None else shardings(sharded.mesh, sharded.state_specs)
         where = None if self._has_cache else on_mesh
@@ -123,7 +125,9 @@ class TaskScorer:
     def prepare(self, requests: Iterable[Request]) -> None:
         """Encodes requests and keeps their tokens, so that what cannot be encoded is refused before the first step."""
         for request in requests:
-            if not isinstance(request, Generate):
+            if isinstance(request, Generate):
+                self._prompts[request] = self._encode_prompt(request)
+            else:
                 self._tokens[request] = self._encode(request)
 
     def of(self, params: Any) -> BoundScorer:
@@ -200,10 +204,17 @@ class TaskScorer:
         window = self._training.sequence_length if self._has_cache else None
         return rolling_windows(ids, self._tokenizer.end_of_text, window)
 
+    def _encode_prompt(self, request: Generate) -> tuple[int, ...]:
+        """The end of a context that leaves a Transformer's cache room for the answer, as `EngineScorer` cuts it."""
+        context = request.context
+        ids = tuple(self._tokenizer.encode(context) if isinstance(context, str) else context)
+        # The sampler puts an end-of-text token before them.
+        return ids[-max(1, self._context_length - request.max_tokens - 1) :] if self._has_cache else ids
+
     def write(self, params: Any, request: Generate) -> str:
         """The most likely tokens after a context, up to a stop."""
-        context = request.context if isinstance(request.context, str) else self._tokenizer.decode(request.context)
-        text = self._sampler.text(params, context, request.max_tokens, SamplingParams(temperature=0.0), 0)
+        prompt = self._prompts.get(request) or self._encode_prompt(request)
+        text = self._sampler.text(params, prompt, request.max_tokens, SamplingParams(temperature=0.0), 0)
         return cut_at_stops(text, request.until)
 
 

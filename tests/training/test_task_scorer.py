@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation.encoding import Pair, encode_pair, rolling_windows
 from rwkv_jax.evaluation.requests import Generate, Loglikelihood, Rolling, answer
+from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.training.functions import TrainFunctions, make_train_functions
@@ -183,6 +184,31 @@ def test_requests_are_encoded_once_and_answers_end_at_stops() -> None:
     assert scorer.of(params).generate([longer]) == [text[:1] if text[1:2] not in text[:1] else ""]
     (pair,) = scorer.tokens(requests[1])
     assert results[1] == scorer.score(params, [pair])[0].logprob
+
+
+def test_a_prompt_longer_than_the_cache_loses_its_beginning_and_is_answered() -> None:
+    config = CONFIGS["transformer"]
+    functions, params = functions_of(config)
+    sampler = Sampler(functions.graphdef, config, FewTokens(config.vocab_size))
+    scorer, greedy = TaskScorer(functions, config, STEP, TOKENIZER, sampler), SamplingParams(temperature=0.0)
+    prompt = tuple(int(token) for token in np.random.default_rng(2).integers(1, 41, 40))
+    for max_tokens, kept in ((4, 11), (256, 1)):
+        expected = sampler.text(params, prompt[-kept:], max_tokens, greedy, 0)
+        assert expected
+        requests = [Generate(context, (), max_tokens) for context in (prompt, TOKENIZER.decode(prompt))]
+        scorer.prepare(requests)
+        assert scorer.of(params).generate(requests) == [expected, expected]
+
+
+def test_what_cannot_be_encoded_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> list[int]:
+        raise ConfigError(text)
+
+    config = CONFIGS["7"]
+    scorer = scorer_of(config, functions_of(config)[0])
+    monkeypatch.setattr(TOKENIZER, "encode", refuse)
+    with pytest.raises(ConfigError, match="a prompt"):
+        scorer.prepare([Generate("a prompt", ())])
 
 
 @pytest.mark.long
