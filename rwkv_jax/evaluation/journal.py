@@ -46,14 +46,13 @@ class Journal:
         self.path, self._prompts = path, prompts
         self.results: dict[int, list[Result]] = {}
         """Of each item that is done."""
-        header = with_digest({"format": FORMAT, **settings})
+        whole = [_line(with_digest({"format": FORMAT, **settings}))]
         try:
             lines = path.read_bytes().splitlines() if path.exists() else []
             if lines:
                 self._check_header(lines[0], settings)
-                self._read(lines[1:])
+                whole += self._read(lines[1:])
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = [_line(header), *(self._item_line(item) for item in self.results)]
             if not path.exists() or path.read_bytes() != b"".join(whole):
                 replace_file(path, b"".join(whole))  # without what is not whole
             self._file = path.open("ab")
@@ -91,7 +90,9 @@ class Journal:
         if differences:
             raise ConfigError(f"output: {self.path} is of another evaluation: {'; '.join(differences)}; {remedy}")
 
-    def _read(self, lines: Sequence[bytes]) -> None:
+    def _read(self, lines: Sequence[bytes]) -> list[bytes]:
+        """The lines that are whole, those of items that are not asked about included."""
+        whole = []
         for number, line in enumerate(lines, start=2):
             try:
                 content = parse_object(line, self.path)
@@ -99,6 +100,7 @@ class Journal:
                     continue
             except ConfigError:
                 continue
+            whole.append(line + b"\n")
             item = content["item"]
             if item not in self._prompts:
                 continue  # beyond a smaller --limit
@@ -110,6 +112,7 @@ class Journal:
             self.results[item] = [
                 LoglikelihoodResult(*result) if isinstance(result, list) else result for result in content["results"]
             ]
+        return whole
 
 
 @contextlib.contextmanager

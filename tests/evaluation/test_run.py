@@ -97,9 +97,17 @@ def test_a_finished_evaluation_takes_more_items_and_further_tasks(
 ) -> None:
     evaluate(engine, {"piqa": piqa}, output=tmp_path / "out", limit=2)
     evaluate(engine, {"piqa": piqa}, output=tmp_path / "out")
+    written = journal(tmp_path / "out").read_bytes()
     report = evaluate(engine, {"piqa": piqa}, output=tmp_path / "out", limit=1)
     assert asked == [4, 6]
     assert (report.tasks[0].num_items, report.tasks[0].num_resumed) == (1, 1)
+    assert journal(tmp_path / "out").read_bytes() == written
+    with journal(tmp_path / "out").open("ab") as file:
+        file.write(b'{"item": 4, "prompt": "12')  # the file is written anew without this
+    evaluate(engine, {"piqa": piqa}, output=tmp_path / "out", limit=1)
+    assert journal(tmp_path / "out").read_bytes() == written
+    assert evaluate(engine, {"piqa": piqa}, output=tmp_path / "out").tasks[0].num_resumed == len(GOALS)
+    assert asked == [4, 6]
 
 
 def refusal(engine: Engine, piqa: Path, folder: Path, **changes: Any) -> str:
