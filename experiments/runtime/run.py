@@ -89,13 +89,13 @@ def planned_bytes(compiled: Any) -> int:
 def model_for(name: str, sizes: Sizes, length: int) -> LanguageModel:
     """A random model, with room for the text where it needs room."""
     fields: dict[str, Any] = {"vocab_size": sizes.vocab_size, "num_layers": sizes.num_layers}
-    config = ModelConfig(**common.MODELS[name], **fields, width=sizes.width, head_dim=sizes.head_dim)
+    config = ModelConfig(**common.ALL_MODELS[name], **fields, width=sizes.width, head_dim=sizes.head_dim)
     return random_model(dataclasses.replace(config, context_length=length) if grows(name) else config)
 
 
 def grows(name: str) -> bool:
     """Whether a model's state grows with the text."""
-    return bool(ModelConfig(**common.MODELS[name]).sizes().context_length)
+    return bool(ModelConfig(**common.ALL_MODELS[name]).sizes().context_length)
 
 
 def measure(sizes: Sizes) -> common.Results:
