@@ -97,8 +97,8 @@ class Embedder:
         groups = [(short[i : i + count], count, self._short) for i in range(0, len(short), count)]
         groups += [([index], 1, self._long) for index in order[len(short) :]]
         with self._lock:
-            for own, *shape in groups:
-                total, last = self._read_texts([texts[index] for index in own], *shape, skip, run)
+            for own, num_rows, length in groups:
+                total, last = self._read_texts([texts[index] for index in own], num_rows, length, skip, run)
                 counts = np.array([len(texts[index]) - skip for index in own])[:, None]
                 vectors[own] = total / counts if pooling == "mean" else last
         return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), _MIN_NORM)

@@ -50,15 +50,15 @@ def _lines(formats: Mapping[str, Format], num_slots: int, prefix_bytes: int, mem
         f"{config.title}, {config.num_layers} layers of width {config.width}, vocabulary {config.vocab_size}; "
         f"{num_slots} slots, a prefix cache of {_size(prefix_bytes)}\n"
     )
-    rows = [("weights", "computed in", "bytes", "a state", "a slot", f"{num_slots} slots", "in all")]
+    rows = [["weights", "computed in", "bytes", "a state", "a slot", f"{num_slots} slots", "in all"]]
     if memory is not None:
-        rows = [(*rows[0], f"slots in {memory:g} GiB")]
+        rows[0].append(f"slots in {memory:g} GiB")
     for name, (weights, own) in formats.items():
         slot = slot_bytes(own)
         total = weights + num_slots * slot + prefix_bytes
-        cells = name, own.dtype, *map(_size, (weights, state_bytes(own), slot, num_slots * slot, total))
+        cells = [name, own.dtype, *map(_size, (weights, state_bytes(own), slot, num_slots * slot, total))]
         if memory is not None:
-            cells = (*cells, str(max(0, int(memory * _GIB - weights - prefix_bytes) // slot)))
+            cells.append(str(max(0, int(memory * _GIB - weights - prefix_bytes) // slot)))
         rows.append(cells)
     yield format_table(rows, "<<" + ">" * (len(rows[0]) - 2))
     yield "\nA state is what the prefix cache, sessions and the store keep of a conversation. Not counted is what"
