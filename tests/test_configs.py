@@ -15,11 +15,13 @@ from rwkv_jax.config import (
     ModelConfig,
     TrainConfig,
 )
+from rwkv_jax.data.synthetic.source import task_of
 from rwkv_jax.training.functions import abstract_state, make_train_functions
 from tests.small_runs import small_config, train_and_learn
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 RUN_HERE = [path for path in CONFIGS if path.name.startswith("python_stdlib")]
+SYNTHETIC = [path for path in CONFIGS if path.name.startswith("synthetic")]
 """tests/test_recipes.py has the others, which were planned and never run."""
 
 
@@ -41,6 +43,15 @@ def test_docstring_gives_the_command_and_what_was_seen(path: Path) -> None:
     assert docstring is not None
     assert f"rwkv train configs/{path.name}" in docstring
     assert re.search(r"Seen on .*minutes.*nats.*bits a byte", docstring, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", SYNTHETIC, ids=lambda path: path.name)
+def test_docstring_of_a_task_gives_the_command_and_what_was_seen(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert f"rwkv train configs/{path.name}" in docstring
+    assert re.search(r"Seen on .*minutes.*%.*chance", docstring, re.DOTALL)
+    assert task_of(load_config(path)) is not None
 
 
 def test_no_two_configs_share_a_run_folder() -> None:
