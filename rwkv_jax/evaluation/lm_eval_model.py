@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for
 from rwkv_jax.evaluation.report import describe_model, versions
@@ -33,6 +33,7 @@ NAME = "rwkv_jax"
 """Of the model in lm-eval."""
 
 _MISSING = "lm_eval: is not installed; pip install 'rwkv-jax[eval]'"
+_SLOTS = 8  # as of `rwkv evaluate`
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 
 try:
@@ -55,7 +56,7 @@ class RWKVJax(_Base):
         begin: bool = True,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        slots: int = 8,
+        slots: int | None = None,
         template: str | None = None,
         engine: Engine | None = None,
         batch_size: int | str | None = None,
@@ -71,13 +72,15 @@ class RWKVJax(_Base):
           begin: whether the end-of-text token, 0 in World, begins every context.
           max_length: tokens at a time of whole texts; None carries the state over all of a text.
           max_gen_toks: most tokens of an answer for tasks that do not say.
-          slots: texts on the device at once; a greater `batch_size` counts instead.
+          slots: texts on the device at once, 8 by default; a greater `batch_size` counts instead.
           template: of chats, as `rwkv chat --template` takes; None is the model's own.
           engine: of a model that is loaded already, in place of all that is above of loading.
-          batch_size, max_batch_size, device: lm-eval gives them; where JAX runs is said by JAX_PLATFORMS.
+          batch_size: a number, possibly as text, or "auto", which leaves it to `slots`.
+          max_batch_size, device: lm-eval gives them; where JAX runs is said by JAX_PLATFORMS.
 
         Raises:
-          ConfigError: lm-eval is not installed; or as `from_pretrained`, `load_tokenizer` and `EngineScorer`.
+          ConfigError: lm-eval is not installed; an engine with what only loading takes; or as `from_pretrained`,
+            `load_tokenizer` and `EngineScorer`.
         """
         del max_batch_size, device
         if LM is None:
@@ -85,6 +88,10 @@ class RWKVJax(_Base):
         super().__init__()
         if (engine is None) == (pretrained is None):
             raise ConfigError("pretrained: name weights, such as pretrained=PATH, or give an engine; one of the two")
+        least = _least_slots(batch_size)
+        if engine is not None:
+            given = {"tokenizer": tokenizer, "dtype": dtype, "quantize": quantize, "slots": slots}
+            _refuse_with_engine(engine, given, least)
         self._template: ChatTemplate | None = None if template is None else named_template(template)
         if pretrained is not None:
             place = find_weights(pretrained)
@@ -92,8 +99,9 @@ class RWKVJax(_Base):
             found = _tokenizer_of(place, tokenizer, model.config.vocab_size)
             if self._template is None:
                 self._template = choose_template(place, found)
-            num_slots = max(slots, batch_size if isinstance(batch_size, int) else 1)
-            engine = Engine(model, found, options_for(model, num_slots))
+            num_slots = _SLOTS if slots is None else slots
+            require_whole("slots", num_slots, 1)
+            engine = Engine(model, found, options_for(model, max(num_slots, least)))
         assert engine is not None
         self.scorer = EngineScorer(engine, begin=begin, window=max_length)
         self._max_gen_toks = max_gen_toks
@@ -177,6 +185,26 @@ class _Progress:
     def _take(self, index: int, result: Any) -> None:
         self._bar.update()
         self._keep(self._kind, self._requests[index].args, tuple(result) if isinstance(result, tuple) else result)
+
+
+def _least_slots(batch_size: int | str | None) -> int:
+    """What `batch_size` asks for, which lm-eval's command line gives as text; 1 if it leaves that to us."""
+    if batch_size is None or batch_size == "auto":
+        return 1
+    if isinstance(batch_size, str) and batch_size.isdecimal():
+        batch_size = int(batch_size)
+    if not isinstance(batch_size, int) or not is_whole(batch_size) or batch_size < 1:
+        raise ConfigError(f"batch_size = {shown(batch_size)}: must be a whole number, not less than 1, or auto")
+    return batch_size
+
+
+def _refuse_with_engine(engine: Engine, given: Mapping[str, Any], least_slots: int) -> None:
+    """Raises ConfigError for what an engine has been told already, and for more slots than it has."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name} = {shown(value)}: the engine has its own; leave it out, or give pretrained")
+    if least_slots > (there := engine.options.num_slots):
+        raise ConfigError(f"batch_size = {least_slots}: the engine has {there} slots; leave it out, or make more")
 
 
 def _tokenizer_of(place: Path, named: str | None, vocab_size: int) -> Tokenizer:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax import ModelConfig, save_pretrained
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation import lm_eval_model
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
@@ -101,6 +102,57 @@ def test_what_lm_eval_asks_about_the_model(model: Any, engine: Engine) -> None:
     for given in ({}, {"engine": engine, "pretrained": "x.pth"}):
         with pytest.raises(ConfigError, match="pretrained: name weights, such as pretrained=PATH, or give an engine"):
             type(model)(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_slots"),
+    [
+        ({}, 8),
+        ({"batch_size": "auto"}, 8),
+        ({"batch_size": "32"}, 32),
+        ({"batch_size": 12}, 12),
+        ({"batch_size": 3}, 8),
+        ({"batch_size": "3", "slots": 2}, 3),
+    ],
+)
+def test_batch_size_is_taken_as_lm_evals_command_line_gives_it(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, Any], num_slots: int
+) -> None:
+    source = random_model(ModelConfig(vocab_size=257, num_layers=2, width=64))
+    save_pretrained(source, tmp_path / "model.safetensors")
+    module = vars(type(model))["__init__"].__globals__
+    made: list[int] = []
+
+    class MadeError(Exception):
+        pass
+
+    def make(model: Any, tokenizer: Any, options: Any) -> Any:
+        made.append(options.num_slots)
+        raise MadeError
+
+    monkeypatch.setitem(module, "Engine", make)
+    with pytest.raises(MadeError):
+        type(model)(pretrained=str(tmp_path / "model.safetensors"), tokenizer="bytes", **given)
+    assert made == [num_slots]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": "many"}, "batch_size = 'many': must be a whole number, not less than 1, or auto"),
+        ({"batch_size": "0"}, "batch_size = 0: must be a whole number, not less than 1, or auto"),
+        ({"batch_size": "-3"}, "batch_size = '-3': must be"),
+        ({"batch_size": 2.5}, "batch_size = 2.5: must be"),
+        ({"batch_size": "4096"}, "batch_size = 4096: the engine has [0-9]+ slots; leave it out, or make more"),
+        ({"dtype": "bfloat16"}, "dtype = 'bfloat16': the engine has its own; leave it out, or give pretrained"),
+        ({"quantize": "int8"}, "quantize = 'int8': the engine has its own"),
+        ({"tokenizer": "world"}, "tokenizer = 'world': the engine has its own"),
+        ({"slots": 8}, "slots = 8: the engine has its own"),
+    ],
+)
+def test_what_an_engine_cannot_take_is_refused(model: Any, engine: Engine, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        type(model)(engine=engine, **given)
 
 
 def test_the_entry_point_is_the_model() -> None:
