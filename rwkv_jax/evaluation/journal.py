@@ -60,17 +60,23 @@ class Journal:
             raise ConfigError(f"output: {path} cannot be written ({error.strerror}); name another folder") from error
 
     def add(self, item: int, results: Sequence[Result]) -> None:
-        """Writes the results of an item."""
+        """Writes the results of an item. Raises ConfigError if it cannot, as on a full disk."""
         self.results[item] = list(results)
-        self._file.write(self._item_line(item))
-        self._file.flush()
+        try:
+            self._file.write(self._item_line(item))
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"output: {self.path} cannot be written ({error.strerror}); make room, then the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Flushes the file to the disk and closes it."""
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 flush_to_disk(self._file)
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that `add` has refused already
+                self._file.close()
 
     def _item_line(self, item: int) -> bytes:
         return _line(with_digest({"item": item, "prompt": self._prompts[item], "results": self.results[item]}))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
+from rwkv_jax.evaluation.journal import Journal
 from rwkv_jax.evaluation.report import PICTURE, RESULTS, TABLE, picture
 from rwkv_jax.evaluation.run import Progress, evaluate, plan_tasks
 from rwkv_jax.evaluation.statistics import Estimate
@@ -138,6 +142,23 @@ def test_results_of_something_else_are_refused_and_the_difference_is_named(
         journal(folder).write_bytes(content)
         assert f"name another folder, or move {journal(folder)} away" in refusal(engine, piqa, folder)
     assert asked == []
+
+
+def test_a_full_disk_is_said_and_what_was_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, prompts = tmp_path / "piqa.jsonl", {0: "a", 1: "b"}
+    with contextlib.closing(Journal(path, {}, prompts)) as file:
+        file.add(0, [1.5])
+    with contextlib.closing(Journal(path, {}, prompts)) as file:
+        vars(file)["_file"].close()
+        monkeypatch.setattr(file, "_file", Full())
+        with pytest.raises(ConfigError, match=r"output: .*piqa.jsonl cannot be written \(No space left on device\)"):
+            file.add(1, [2.5])
+    with contextlib.closing(Journal(path, {}, prompts)) as file:
+        assert file.results == {0: [1.5]}
 
 
 def test_what_an_evaluation_writes(engine: Engine, piqa: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Sequence
@@ -128,6 +129,30 @@ def test_mmlu_as_released(tmp_path: Path) -> None:
     assert {group: each["acc"].value for group, each in summary.groups.items()} == {"toy_numbers": 1, "toy_words": 0.5}
     with pytest.raises(ConfigError, match=r"num_fewshot = 2: mmlu has 1 examples of toy_numbers; give more"):
         make_cases(TASKS["mmlu"], tmp_path, num_fewshot=2)
+
+
+def test_mmlu_compressed_and_where_it_is_looked_for(tmp_path: Path) -> None:
+    plain = make_cases(TASKS["mmlu"], write_mmlu(tmp_path), num_fewshot=1)
+    for file in tmp_path.glob("*/toy_words_*.csv"):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert make_cases(TASKS["mmlu"], tmp_path, num_fewshot=1) == plain  # nothing is read twice
+    for file in tmp_path.glob("*/toy_words_*.csv"):
+        file.unlink()
+    assert make_cases(TASKS["mmlu"], tmp_path, num_fewshot=1) == plain
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"holds none of test.jsonl, \*_test.csv, test/\*_test.csv, data/test/\*_te"):
+        make_cases(TASKS["mmlu"], tmp_path / "none")
+
+
+def test_labels_of_piqa_are_as_many_as_items(tmp_path: Path) -> None:
+    (tmp_path / "valid.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n' * 2)
+    for labels, message in (
+        ("1\n", r"valid-labels.lst, line 2: label is missing"),
+        ("1\n0\n1\n", r"valid-labels.lst: has 3 labels for 2 items; must have one for each"),
+    ):
+        (tmp_path / "valid-labels.lst").write_text(labels)
+        with pytest.raises(ConfigError, match=message):
+            make_cases(TASKS["piqa"], tmp_path)
 
 
 def test_other_forms_of_the_same_items(tmp_path: Path) -> None:
@@ -266,6 +291,9 @@ def test_a_damaged_csv_file_is_named(tmp_path: Path) -> None:
     file = write_mmlu(tmp_path) / "test" / "toy_words_test.csv"
     file.write_text("q,1,2,3,4,A\nq,1,2,3,4\n")
     with pytest.raises(ConfigError, match=r"toy_words_test.csv, line 2: has 5 columns, must have 6: question, A, B"):
+        make_cases(TASKS["mmlu"], file)
+    file.write_text(f'q,1,2,3,4,A\n"{"x" * 140_000},1,2,3,4,A\n')
+    with pytest.raises(ConfigError, match=r"toy_words_test.csv, line 2: is not CSV \(field larger than field limit"):
         make_cases(TASKS["mmlu"], file)
     file.write_text("q,1,2,3,4,F\n")
     with pytest.raises(ConfigError, match=r"toy_words_test.csv, line 1: answer = 'F'"):

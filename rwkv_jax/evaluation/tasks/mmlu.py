@@ -6,19 +6,20 @@ import csv
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from typing_extensions import override
 
 from rwkv_jax.checks import ConfigError
-from rwkv_jax.data.text.files import inner_suffix, open_text
+from rwkv_jax.data.text.files import COMPRESSED, inner_suffix, open_text
 from rwkv_jax.evaluation.tasks.multiple_choice import ACCURACY, Choice, MultipleChoice
-from rwkv_jax.evaluation.tasks.records import Record, find_in_folder, read_records
+from rwkv_jax.evaluation.tasks.records import Record, find_file, find_in_folder, read_records
 
 LETTERS = ("A", "B", "C", "D")
 _SPLIT = re.compile(r"_(test|dev|val)$")
+_PLACES = ("*_test.csv", "test/*_test.csv", "data/test/*_test.csv")
 _COLUMNS = ("question", *LETTERS, "answer")
 
 
@@ -38,8 +39,8 @@ class Mmlu(MultipleChoice):
 
     @override
     def read(self, path: Path) -> list[Choice]:
-        found = _subjects(path, "test")
-        return [item for file in found for item in self.read_file(file)] if found else super().read(path)
+        found = _subjects(path, "test") or [find_file(path, (*self.files, *_PLACES), self.name)]
+        return [item for file in found for item in self.read_file(file)]
 
     @override
     def read_examples(self, path: Path) -> list[Choice] | None:
@@ -53,9 +54,7 @@ class Mmlu(MultipleChoice):
             return [self.read_item(record) for record in read_records(file)]
         subject, items = _SPLIT.sub("", file.name.partition(".")[0]), []
         with open_text(file) as text:
-            rows = csv.reader(text)
-            for row in rows:
-                place = f"{file}, line {rows.line_num}"
+            for place, row in _rows(file, text):
                 if len(row) != len(_COLUMNS):
                     wanted = ", ".join(_COLUMNS)
                     raise ConfigError(f"{place}: has {len(row)} columns, must have {len(_COLUMNS)}: {wanted}")
@@ -88,9 +87,25 @@ class Mmlu(MultipleChoice):
         return own[:num]
 
 
+def _rows(file: Path, text: TextIO) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a CSV file, each with its place for messages."""
+    rows = csv.reader(text)
+    try:
+        for row in rows:
+            yield f"{file}, line {rows.line_num}", row
+    except csv.Error as error:
+        raise ConfigError(
+            f"{file}, line {rows.line_num}: is not CSV ({error}); is a quotation mark missing?"
+        ) from error
+
+
 def _subjects(path: Path, split: str) -> list[Path]:
-    """The CSV files of a split, one a subject, in the released folder or above it."""
+    """The CSV files of a split, one a subject and possibly compressed, in the released folder or above it."""
     for folder in (path, path / split, path / "data" / split):
-        if found := sorted(folder.glob(f"*_{split}.csv")):
-            return found
+        found: dict[str, Path] = {}
+        for ending in ("", *COMPRESSED):  # of several forms of a file the first one counts
+            for file in folder.glob(f"*_{split}.csv{ending}"):
+                found.setdefault(file.name.removesuffix(ending), file)
+        if found:
+            return [file for _, file in sorted(found.items())]
     return []

@@ -29,7 +29,7 @@ class Piqa(MultipleChoice):
     def read_file(self, file: Path) -> list[Choice]:
         beside = file.with_name(f"{file.name.partition('.')[0]}-labels.lst")
         labels = read_text(beside).split() if beside.is_file() else None
-        items = []
+        items, num_labeled = [], 0
         for i, record in enumerate(read_records(file)):
             if "label" in record or labels is None:
                 items.append(_item(record, record.index("label", 2)))
@@ -38,6 +38,9 @@ class Piqa(MultipleChoice):
             if label not in ("0", "1"):
                 raise ConfigError(f"{beside}, line {i + 1}: label is {label}; must be 0 or 1, one for each item")
             items.append(_item(record, int(label)))
+            num_labeled += 1
+        if labels is not None and num_labeled and len(labels) != len(items):
+            raise ConfigError(f"{beside}: has {len(labels)} labels for {len(items)} items; must have one for each item")
         return items
 
 
