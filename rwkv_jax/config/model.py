@@ -78,7 +78,8 @@ class ModelConfig:
     negative_eigenvalues: bool = False
     """RWKV-7 and DeltaNets only: the in-context learning rate (a, beta) lies in (0, 2) rather than (0, 1). What a token
     removes may then come back with the opposite sign, an eigenvalue of -1, as tracking a state needs (arXiv
-    2411.12537)."""
+    2411.12537). The DeltaNets' eigenvalues stay within [-1, 1]; RWKV-7's, w - a where a key has one channel, reach
+    0.545 - 2 = -1.455: nothing but training keeps such a state from growing without bound."""
     embedding_bound: float | None = None
     """RWKV-4 only: initial token vectors are uniform within +- this, as in RWKV-v4neo, which uses its highest learning
     rate; None is the first trainer's orthogonal matrix."""

@@ -191,7 +191,7 @@ class TimeMix(TimeMixer):
 
         # (12) The decay w = exp(-e^{-1/2} sigmoid(d)), whose last steps run in float32 (near 1 it has no digits to
         # spare); (10) the value residual, nu being the share of the first layer's values; (4) the in-context learning
-        # rate a, which takes states of (0, 2) to eigenvalues down to -1 (arXiv 2411.12537).
+        # rate a; one of up to 2 lets a transition's eigenvalue w - a be negative (arXiv 2411.12537), down to -1.455.
         decay = w.astype(config.parameter_dtype)
         decay = cast(self.w0, decay) + decay
         log_w = LOG_DECAY_SCALE * jax.nn.sigmoid(decay)

@@ -26,6 +26,21 @@ from tests.models.small_models import ROWS, TIME, TOKENS, empty_state, rows_prog
 from tests.models.test_named_kernels import KERNEL, PLAIN, decode
 from tests.training.saved import CONFIG
 
+
+def test_how_far_eigenvalues_reach() -> None:
+    """Of diag(w) - kappa^T (a kappa): w > 0.545, and a < 1 as released, a < 2 in the wide range."""
+    generator = np.random.default_rng(0)
+    least_decay = np.exp(-np.exp(-0.5))
+    for wide in (1, 2):
+        lowest = 0.0
+        for size in (1, 2, 8) * 40:
+            key = generator.normal(size=size)
+            key /= np.linalg.norm(key)
+            w, a = generator.uniform(least_decay, 1, size), wide * generator.uniform(0.9, 1, size)
+            lowest = min(lowest, np.linalg.eigvals(np.diag(w) - np.outer(key, a * key)).real.min())
+        assert least_decay - wide < lowest < least_decay - 0.8 * wide
+
+
 WIDE = dataclasses.replace(SMALL["7"], negative_eigenvalues=True)
 MODEL = dataclasses.replace(WIDE, dtype="float32", num_layers=2)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,13 +33,11 @@ class PositionLoss(NamedTuple):
 
 
 class PositionLosses(NamedTuple):
-    """Losses by position, and what reading took."""
+    """Losses by position, and what carries the text."""
 
     losses: tuple[PositionLoss, ...]
     state_bytes: int
     """Of one text's state, at any position."""
-    memory_growth: int
-    """Bytes by which the process's largest resident memory grew while the texts were read after a first short one."""
 
 
 def position_edges(length: int, first: int = 64) -> tuple[int, ...]:
@@ -68,18 +65,11 @@ def loss_by_position(engine: Engine, texts: Sequence[Sequence[int]], edges: Sequ
         raise ConfigError(
             f"edges = {edges}: must ascend from 0 or more to at most {max(map(len, texts))}, the longest text's tokens"
         )
-    engine.score([tuple(texts[0][: 2 * engine.options.prefill_length])])  # what is compiled is not counted as memory
-    before = _largest_resident_bytes()
     logprobs = [np.array(score.token_logprobs) for score in engine.score([tuple(text) for text in texts])]
-    growth = _largest_resident_bytes() - before
     losses = []
     for begin, end in itertools.pairwise(edges):
         parts = [-own[begin:end] for own in logprobs if len(own) > begin]
         count = sum(map(len, parts))
         mean = math.fsum(float(part.sum()) for part in parts) / count
         losses.append(PositionLoss(begin, end, mean, standard_error([float(part.mean()) for part in parts]), count))
-    return PositionLosses(tuple(losses), engine.state_bytes, growth)
-
-
-def _largest_resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return PositionLosses(tuple(losses), engine.state_bytes)

@@ -1,8 +1,9 @@
 """Needles in a text: a grid of how often a fact is found, by the length of the text and by how far back it stands.
 
-Two kinds. `passkey`: five digits among texts with other digits; `needle`: who has what. The likeliest of eight
-choices counts, so that chance is 1/8 and a model without instructions can be asked. Sources: Mohtashami & Jaggi 2023
-(arXiv:2305.16300) for the pass key; Kamradt's needle in a haystack (2023) for the grid.
+Two kinds. `passkey`: five digits, with other numbers of five digits in the text; `needle`: who has what, with other
+people and things. The likeliest of eight choices, all of them in the text, counts: chance is 1/8, a model without
+instructions can be asked, and one that only says again what it has seen is no better than chance. Sources: Mohtashami
+& Jaggi 2023 (arXiv:2305.16300) for the pass key; Kamradt's needle in a haystack (2023) for the grid.
 """
 
 from __future__ import annotations
@@ -70,15 +71,19 @@ def make_question(tokenizer: Encoder, kind: Kind, length: int, depth: float, gen
     if kind == "passkey":
         keys = generator.sample(range(10_000, 100_000), NUM_CHOICES)
         fact, asked = f"The pass key is {keys[0]}. ", "What is the pass key? The pass key is"
+        others = [f"The number of the house is {key}. " for key in keys[1:]]
         choices = [f" {key}" for key in keys]
     else:
         facts = draw_facts(generator, NUM_CHOICES)
         fact, asked = facts[0].sentence, f"What does {facts[0].name} have? {facts[0].name} has the"
+        others = [each.sentence for each in facts[1:]]
         choices = [f" {each.thing}" for each in facts]
-    room = length - len(tokenizer.encode(fact + asked))
+    room = length - len(tokenizer.encode("".join([fact, *others, asked])))
     if room < 0:
-        raise ConfigError(f"lengths = {length}: has no room for the fact and the question; at least {length - room}")
+        raise ConfigError(f"lengths = {length}: has no room for the facts and the question; at least {length - room}")
     sentences = filler(tokenizer, room, generator)
+    for other in others:
+        sentences.insert(generator.randrange(len(sentences) + 1), other)
     place = round(depth * len(sentences))
     text = "".join([*sentences[:place], fact, *sentences[place:], asked])
     order = generator.sample(range(NUM_CHOICES), NUM_CHOICES)

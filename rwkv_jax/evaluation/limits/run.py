@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +19,12 @@ from rwkv_jax.evaluation.engine_scorer import EngineScorer
 from rwkv_jax.evaluation.limits.bias import bias
 from rwkv_jax.evaluation.limits.compressed import compressed
 from rwkv_jax.evaluation.limits.findings import COLORS, GRID, Finding, error_bars, with_interval
+from rwkv_jax.evaluation.limits.material import NAMES
 from rwkv_jax.evaluation.limits.positions import loss_by_position
 from rwkv_jax.evaluation.limits.privacy import membership, prompt_leak
 from rwkv_jax.evaluation.limits.rarity import by_rarity
 from rwkv_jax.evaluation.limits.recall import recall
-from rwkv_jax.evaluation.limits.retrieval import Kind, retrieval_grid
+from rwkv_jax.evaluation.limits.retrieval import Kind, make_question, retrieval_grid
 from rwkv_jax.evaluation.limits.robustness import read_floods
 from rwkv_jax.inference.engine.engine import Engine
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS, TABLES = "probes.json", "probes.md"
+
+_PASSAGE = 512
+"""Characters of a text whose membership is guessed."""
 
 SECRETS = (
     "The word of the day is marmalade.",
@@ -76,10 +81,11 @@ class Inputs:
 class Probe:
     """A question to a model."""
 
-    title: str
     run: Callable[[Inputs], Finding]
     needs: tuple[str, ...] = ()
     """Fields of `Inputs` that must not be empty."""
+    check: Callable[[Inputs], None] = lambda inputs: None
+    """Raises ConfigError, with the field, for values that the probe cannot work with."""
 
 
 def probe(
@@ -101,6 +107,8 @@ def probe(
       ConfigError: an unknown probe, or one that needs what is not given; nothing has been run then.
     """
     check_probes(names, {field for field in ("texts", "training_texts", "storages") if getattr(inputs, field)})
+    for name in names:
+        PROBES[name].check(inputs)
     findings: list[Finding] = []
     for name in names:
         findings.append(PROBES[name].run(inputs))
@@ -158,9 +166,8 @@ def _positions(inputs: Inputs) -> Finding:
     return Finding(
         "positions",
         "Loss by position",
-        f"The state is carried over the whole text: {found.state_bytes:,} bytes at any position; the process's largest "
-        f"resident memory grew by {found.memory_growth / 2**20:.1f} MiB. Texts differ from place to place: a single "
-        "text's loss may rise where it becomes harder.",
+        f"The state is carried over the whole text: {found.state_bytes:,} bytes at any position. Texts differ from "
+        "place to place: a single text's loss may rise where it becomes harder.",
         found,
         ("positions", "loss, nats", "standard error over texts", "tokens"),
         rows,
@@ -194,8 +201,8 @@ def _grid(kind: Kind) -> Callable[[Inputs], Finding]:
         return Finding(
             kind,
             {"passkey": "Pass keys by length and depth", "needle": "Needles by length and depth"}[kind],
-            f"Chosen from eight, {inputs.samples} texts a cell: chance is {found.chance:g}. The texts around the fact "
-            "are a few sentences over and over, easier to tell from it than a book would be.",
+            f"Chosen from eight that all stand in the text, {inputs.samples} texts a cell: chance is {found.chance:g}. "
+            "The rest is a few sentences over and over, easier to tell from facts than a book would be.",
             found,
             ("tokens", *(f"depth {depth:g}" for depth in found.depths)),
             rows,
@@ -298,14 +305,13 @@ def _robustness(inputs: Inputs) -> Finding:
 
 
 def _membership(inputs: Inputs) -> Finding:
-    num_bytes = min(2048, *(len(text) // 2 for text in (*inputs.texts, *inputs.training_texts)))
-    both = [passages(texts, max(1, num_bytes), 64) for texts in (inputs.training_texts, inputs.texts)]
+    both = [passages(texts, _PASSAGE, 64) for texts in (inputs.training_texts, inputs.texts)]
     found = membership(inputs.scorer, *both, seed=inputs.seed)
     return Finding(
         "membership",
         "Training texts told from others by their loss",
-        f"{len(both[0])} and {len(both[1])} passages of {num_bytes} characters. The loss alone is the weakest of "
-        "attacks, and a difference between the two sets of texts looks the same as memory.",
+        f"{len(both[0])} and {len(both[1])} passages of {_PASSAGE} characters; shorter files are left out. The loss "
+        "alone is the weakest of attacks, and a difference between the two sets of texts looks the same as memory.",
         found,
         ("probability that the training text has the lower loss", "loss of training texts, nats a byte", "of others"),
         [
@@ -321,8 +327,8 @@ def _membership(inputs: Inputs) -> Finding:
 def passages(texts: Sequence[str], length: int, num: int) -> list[str]:
     """Up to so many pieces of this length, evenly spaced over the texts."""
     pieces = [text[i : i + length] for text in texts for i in range(0, len(text) - length + 1, length)]
-    step = max(1, len(pieces) // num)
-    return pieces[::step][:num]
+    count = min(num, len(pieces))
+    return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
 def _prompt_leak(inputs: Inputs) -> Finding:
@@ -381,18 +387,38 @@ def _compressed(inputs: Inputs) -> Finding:
     )
 
 
+def _check_grid(kind: Kind) -> Callable[[Inputs], None]:
+    def check(inputs: Inputs) -> None:
+        for length in inputs.lengths:
+            make_question(inputs.engine.tokenizer, kind, length, 0.0, random.Random(0))
+
+    return check
+
+
+def _check_recall(inputs: Inputs) -> None:
+    for num in inputs.nums_facts:
+        if not 2 <= num <= len(NAMES):
+            raise ConfigError(f"nums_facts = {num}: must lie between 2 and {len(NAMES)}")
+
+
+def _check_membership(inputs: Inputs) -> None:
+    for field in ("texts", "training_texts"):
+        if (num := len(passages(getattr(inputs, field), _PASSAGE, 2))) < 2:
+            raise ConfigError(f"{field}: has {num} passages of {_PASSAGE} characters; give text for two at least")
+
+
 PROBES: Mapping[str, Probe] = MappingProxyType(
     {
-        "positions": Probe("loss by position", _positions, ("texts",)),
-        "passkey": Probe("pass keys by length and depth", _grid("passkey")),
-        "needle": Probe("needles by length and depth", _grid("needle")),
-        "recall": Probe("recall by the number of facts and by their order", _recall),
-        "bias": Probe("paired sentences", _bias),
-        "rarity": Probe("tokens by their frequency in the training text", _rarity, ("texts", "training_texts")),
-        "robustness": Probe("floods of tokens", _robustness),
-        "membership": Probe("training texts told from others", _membership, ("texts", "training_texts")),
-        "prompt_leak": Probe("prompts given away", _prompt_leak),
-        "compressed": Probe("int8 and int4 beside float32", _compressed, ("texts", "storages")),
+        "positions": Probe(_positions, ("texts",)),
+        "passkey": Probe(_grid("passkey"), check=_check_grid("passkey")),
+        "needle": Probe(_grid("needle"), check=_check_grid("needle")),
+        "recall": Probe(_recall, check=_check_recall),
+        "bias": Probe(_bias),
+        "rarity": Probe(_rarity, ("texts", "training_texts")),
+        "robustness": Probe(_robustness),
+        "membership": Probe(_membership, ("texts", "training_texts"), _check_membership),
+        "prompt_leak": Probe(_prompt_leak),
+        "compressed": Probe(_compressed, ("texts", "storages")),
     }
 )
 """Every probe."""

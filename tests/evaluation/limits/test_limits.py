@@ -73,10 +73,10 @@ def engine() -> Engine:
 
 @pytest.mark.parametrize("kind", ["passkey", "needle"])
 def test_who_knows_the_facts_finds_every_needle_and_who_does_not_is_at_chance(kind: Any) -> None:
-    lengths, depths = (200, 400), (0.0, 0.5, 1.0)
+    lengths, depths = (500, 700), (0.0, 0.5, 1.0)
     found = retrieval_grid(Reader(knows_facts), BYTES, kind, lengths, depths, samples=4)
     assert [[cell.value for cell in cells] for cells in found.accuracy] == [[1.0] * 3] * 2
-    guessed = retrieval_grid(Reader(), BYTES, kind, (200,), (0.5,), samples=400)
+    guessed = retrieval_grid(Reader(), BYTES, kind, (500,), (0.5,), samples=400)
     assert guessed.accuracy[0][0].value == pytest.approx(found.chance, abs=0.06)
 
 
@@ -87,11 +87,12 @@ def test_who_forgets_finds_what_stands_last() -> None:
 
 def test_a_needle_stands_where_it_is_asked_to() -> None:
     for depth in (0.0, 0.3, 1.0):
-        question = make_question(BYTES, "needle", 600, depth, random.Random(1))
-        assert 540 <= len(BYTES.encode(question.context)) <= 600
+        question = make_question(BYTES, "needle", 900, depth, random.Random(1))
+        assert 840 <= len(BYTES.encode(question.context)) <= 900
+        assert all(f"{choice}." in question.context for choice in question.choices)
         place = question.context.index(f" has the{question.choices[question.answer]}.")
         assert place / question.context.index("What does") == pytest.approx(depth, abs=0.12)
-    with pytest.raises(ConfigError, match=r"lengths = 30: has no room for the fact and the question; at least \d+"):
+    with pytest.raises(ConfigError, match=r"lengths = 30: has no room for the facts and the question; at least \d+"):
         make_question(BYTES, "passkey", 30, 0.0, random.Random(0))
 
 
@@ -207,8 +208,8 @@ def test_last_words_stand_in_their_passages() -> None:
 def test_every_probe_writes_its_numbers(engine: Engine, tmp_path: Path) -> None:
     text = "the harvest was late, and so was the harvest festival of the valley. " * 10
     inputs = Inputs(
-        engine, (text,), (text.upper(),), (("float32", lambda: quick_engine(random_model(CONFIGS["7"]))),),
-        lengths=(150,), samples=2, nums_facts=(2, 3), num_tokens=64,
+        engine, (2 * text,), (2 * text.upper(),), (("float32", lambda: quick_engine(random_model(CONFIGS["7"]))),),
+        lengths=(500,), samples=2, nums_facts=(2, 3), num_tokens=64,
     )  # fmt: skip
     chosen = list(PROBES)
     heard: list[str] = []
@@ -233,7 +234,15 @@ def test_what_is_missing_is_named_before_anything_runs(engine: Engine) -> None:
         probe(Inputs(engine), ["bias", "passkeys"])
     with pytest.raises(ConfigError, match=r"training_texts = \(\): the probe membership needs some"):
         probe(Inputs(engine, texts=("a",)), ["membership"])
+    with pytest.raises(ConfigError, match="nums_facts = 64: must lie between 2 and 32"):
+        probe(Inputs(engine, nums_facts=(64,)), ["robustness", "recall"])
+    with pytest.raises(ConfigError, match="lengths = 20: has no room for the facts"):
+        probe(Inputs(engine, lengths=(20,)), ["robustness", "needle"])
+    with pytest.raises(ConfigError, match="texts: has 0 passages of 512 characters"):
+        probe(Inputs(engine, texts=("a",), training_texts=(2000 * "b",)), ["robustness", "membership"])
 
 
 def test_passages_are_spread_over_the_texts() -> None:
     assert passages(["abcdefgh", "ijkl"], 2, 3) == ["ab", "ef", "ij"]
+    assert passages(["abcdefgh", "ij"], 2, 4) == ["ab", "cd", "ef", "gh"]
+    assert passages(["abcd"], 2, 64) == ["ab", "cd"]
