@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,8 +46,11 @@ RESULTS, FIGURE = "results.json", "figure.svg"
 
 Name = TypeVar("Name", bound=Hashable)
 Results = dict[str, Any]
-Claims = dict[str, bool]
-"""What must hold in the small form, as a sentence each, and whether it does."""
+Claims = dict[str, bool | None]
+"""What must hold in the small form, as a sentence each, and whether it does; None if that was not measured."""
+
+SAID: dict[bool | None, str] = {True: "yes", False: "NO", None: "not shown"}
+"""How the command says whether a claim holds."""
 
 GENERATIONS: dict[str, dict[str, Any]] = {
     "RWKV-4": {"generation": "4"},
@@ -104,6 +107,7 @@ def main(
     smallest: Any,
     file: str,
     claims: Callable[[Results], Claims] | None = None,
+    refusal: Callable[[Results], str | None] | None = None,
 ) -> None:
     """Runs an experiment from the command line: writes results.json and figure.svg.
 
@@ -111,6 +115,7 @@ def main(
       small, smallest: sizes, frozen dataclasses; `smallest` is for tests and says nothing about the question.
       file: `__file__` of the experiment.
       claims: what must hold of the small form's results; the status is 1 where it does not.
+      refusal: why a run must not replace these results, which are there already; asked unless --out names a folder.
     """
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{Path(file).parent.name}.run")
     parser.add_argument("--smallest", action="store_true", help="seconds, as in the tests; says nothing")
@@ -121,6 +126,9 @@ def main(
         parser.error("--smallest: name a folder with --out, or it would replace the results of the small form")
     folder = Path(file).parent if given.out is None else given.out
     folder.mkdir(parents=True, exist_ok=True)
+    replaces = given.out is None and not given.draw and (folder / RESULTS).exists()
+    if replaces and refusal is not None and (reason := refusal(json.loads((folder / RESULTS).read_text()))):
+        parser.error(reason)
     if given.draw:
         draw(json.loads((folder / RESULTS).read_text()), folder / FIGURE)
         return
@@ -130,8 +138,16 @@ def main(
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     draw(results, folder / FIGURE)
     for claim, holds in held.items():
-        print(f"{'yes' if holds else 'NO '}  {claim}")
-    sys.exit(0 if all(held.values()) else 1)
+        print(f"{SAID[holds]:9}  {claim}")
+    sys.exit(1 if False in held.values() else 0)
+
+
+def all_hold(rows: Iterable[bool | None]) -> bool | None:
+    """Whether a claim holds of every row; None if one was not measured, or there is none, and no other contradicts."""
+    found = set(rows)
+    if False in found:
+        return False
+    return True if found == {True} else None
 
 
 def run(measure: Callable[[Any], Results], sizes: Any) -> Results:

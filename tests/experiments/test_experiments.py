@@ -66,6 +66,55 @@ def test_what_is_committed_is_of_the_committed_sizes_and_claims_what_its_numbers
     assert str(ROOT) not in json.dumps(results)
 
 
+def test_what_was_not_measured_is_not_shown() -> None:
+    experiment = load("fidelity")
+    results = json.loads((FOLDER / "fidelity" / common.RESULTS).read_text())
+    assert set(experiment.claims(results).values()) == {True}
+    assert experiment.refusal(results, dict.fromkeys(experiment.PACKAGES, "python")) is None
+    assert "has 9 measured rows and would have 2" in experiment.refusal(results, {})
+    names = ("peer", "model", "form")
+    not_run = [
+        row if row["peer"] == "ours" else {n: row[n] for n in names} | {"not_run": True} for row in results["rows"]
+    ]
+    assert set(experiment.claims({"rows": not_run}).values()) == {None}
+    assert set(experiment.claims({"rows": []}).values()) == {None}
+    wrong = [row | {"largest": 1.0} if row["peer"] == "ours" else row for row in not_run]
+    assert False in experiment.claims({"rows": wrong}).values()
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, **options: Any) -> int:
+    """Status of the command of an experiment in a folder."""
+    monkeypatch.setattr("sys.argv", ["run", *arguments])
+    monkeypatch.setattr(common, "run", lambda measure, sizes: measure(sizes))
+    with pytest.raises(SystemExit) as ended:
+        common.main(lambda sizes: {"new": True}, small=None, smallest=None, file=str(folder / "run.py"), **options)
+    return int(ended.value.code or 0)
+
+
+def write_figure(results: Any, path: Path) -> None:
+    path.write_text("<svg>")
+
+
+@pytest.mark.parametrize(("holds", "said", "status"), [(True, "yes", 0), (False, "NO", 1), (None, "not shown", 0)])
+def test_the_command_says_what_holds(
+    holds: bool | None, said: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    assert run_main(monkeypatch, tmp_path, draw=write_figure, claims=lambda results: {"a claim": holds}) == status
+    assert capsys.readouterr().out.split("  ")[0].strip() == said
+    assert json.loads((tmp_path / common.RESULTS).read_text()) == {"new": True, "claims": {"a claim": holds}}
+
+
+def test_the_command_does_not_replace_results_against_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / common.RESULTS).write_text("{}")
+    assert run_main(monkeypatch, tmp_path, draw=write_figure, refusal=lambda results: "no") == 2
+    assert (tmp_path / common.RESULTS).read_text() == "{}"
+    out = tmp_path / "out"
+    assert run_main(monkeypatch, tmp_path, "--out", str(out), draw=write_figure, refusal=lambda results: "no") == 0
+    assert (out / common.RESULTS).exists()
+
+
 def test_a_power_law_is_fitted() -> None:
     x = np.array([10, 100, 1000])
     fit = common.fit_power_law(x, 3 * x**1.5)
