@@ -29,6 +29,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from numpy.typing import NDArray
 
+from rwkv_jax.atomic import replace_file
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import (
     CheckpointConfig,
@@ -130,16 +131,25 @@ def main(
     if replaces and refusal is not None and (reason := refusal(json.loads((folder / RESULTS).read_text()))):
         parser.error(reason)
     if given.draw:
-        draw(json.loads((folder / RESULTS).read_text()), folder / FIGURE)
+        replace_file(folder / FIGURE, drawn(draw, json.loads((folder / RESULTS).read_text())))
         return
     results = run(measure, smallest if given.smallest else small)
     held = claims(results) if claims is not None and not given.smallest else {}
     results["claims"] = held
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, folder / FIGURE)
+    figure = drawn(draw, results)  # first, so that a failure leaves the old pair
+    replace_file(folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    replace_file(folder / FIGURE, figure)
     for claim, holds in held.items():
         print(f"{SAID[holds]:9}  {claim}")
     sys.exit(1 if False in held.values() else 0)
+
+
+def drawn(draw: Callable[[Results, Path], None], results: Results) -> bytes:
+    """The figure's file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / FIGURE
+        draw(results, path)
+        return path.read_bytes()
 
 
 def all_hold(rows: Iterable[bool | None]) -> bool | None:

@@ -115,6 +115,21 @@ def test_the_command_does_not_replace_results_against_a_refusal(
     assert (out / common.RESULTS).exists()
 
 
+def test_a_failing_figure_leaves_the_results_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run_main(monkeypatch, tmp_path, draw=write_figure) == 0
+    (tmp_path / common.RESULTS).write_text("{}")
+
+    def fail(results: Any, path: Path) -> None:
+        path.write_text("half a")
+        raise ValueError("no figure")
+
+    for arguments in ((), ("--draw",)):
+        with pytest.raises(ValueError, match="no figure"):
+            run_main(monkeypatch, tmp_path, *arguments, draw=fail)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {common.RESULTS: "{}", common.FIGURE: "<svg>"}
+
+
 def test_a_power_law_is_fitted() -> None:
     x = np.array([10, 100, 1000])
     fit = common.fit_power_law(x, 3 * x**1.5)
