@@ -89,8 +89,8 @@ def _workload(
 ) -> Workload | None:
     if config.spec.operator is None:
         return None
-    heads, *sizes = config.spec.operator_sizes(config)
-    shape = (rows, num_steps, heads // tensor, *sizes)
+    heads, key_dim, value_dim = config.spec.operator_sizes(config)
+    shape = (rows, num_steps, heads // tensor, key_dim, value_dim)
     return autotune.workload_here(config.spec.operator, shape, config.dtype, gradients=gradients, packed=packed)
 
 

@@ -113,7 +113,7 @@ class ShortConvolution(nnx.Module):
           y [B, T, D], and the last inputs of each row's last text.
         """
         weight, time, wide = self.weight[...], x.shape[1], wide_dtype(x.dtype)
-        segments = segment_index(context.segment_ids, context.lengths, *x.shape[:2])
+        segments = segment_index(context.segment_ids, context.lengths, x.shape[0], x.shape[1])
         seen = jnp.concatenate([before.astype(x.dtype), x], axis=1)
         ids = None if segments is None else jnp.pad(segments, ((0, 0), (CONVOLUTION_SIZE - 1, 0)))
         y = jnp.zeros(x.shape, wide)

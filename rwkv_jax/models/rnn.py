@@ -41,17 +41,19 @@ def scan_tokens(
       step: the state before a token and the token's x [B, ...] -> the state after it and y.
       x: [B, T, ...]; state: a tree of arrays [B, C], of which a new text has zeros.
     """
-    segments = segment_index(context.segment_ids, context.lengths, *x.shape[:2])
+    segments = segment_index(context.segment_ids, context.lengths, x.shape[0], x.shape[1])
     starts = None if segments is None else segment_starts(segments)
     active = None if context.lengths is None else is_active(context.lengths, x.shape[1])
 
     def body(state: Any, token: tuple[Array, Array | None, Array | None]) -> tuple[Any, Array]:
         x, starts, active = token
         if starts is not None:
-            state = jax.tree.map(lambda s: jnp.where(starts[:, None], 0, s), state)
+            begins = starts[:, None]
+            state = jax.tree.map(lambda s: jnp.where(begins, 0, s), state)
         after, y = step(state, x)
         if active is not None:
-            after = jax.tree.map(lambda new, old: jnp.where(active[:, None], new, old), after, state)
+            counts = active[:, None]
+            after = jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, state)
         return after, y
 
     state, _ = broadcast_varying_axes(state, x)

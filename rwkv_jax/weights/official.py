@@ -60,6 +60,7 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
     dtypes = {spec.dtype for spec in specs.values()}
+    told: dict[str, Any] = {name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors}
     try:
         return ModelConfig(
             generation=spec.name,
@@ -70,7 +71,7 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
             ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
             dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
             **spec.read_fields(shapes),
-            **{name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors},
+            **told,
         )
     except ConfigError as error:
         raise WeightsError(f"the shapes of {spec.a_title} model that cannot be: {error}") from error
