@@ -29,6 +29,9 @@ NEWEST_TESTS := $(addprefix tests/,test_constraints.py test_imports.py test_plan
 	parallel/test_mesh.py parallel/test_rules.py training/test_checkpoints.py training/test_optimizer.py \
 	weights/test_pretrained.py weights/test_safetensors.py)
 
+# Processes that tests start, a hundred of them, load the project's bytecode rather than compile it again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: train test test-devices test-newest test-peers
 
 train: .venv/installed
