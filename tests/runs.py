@@ -49,17 +49,26 @@ class Machines:
 class Workplace:
     """A corpus and a config file, and the runs started from them."""
 
-    def __init__(self, folder: Path, programs: Path, config: str) -> None:
-        """`config` is the file's text, in which {source!r} and {cache!r} stand for the folders of the corpus."""
+    def __init__(self, folder: Path, programs: Path, config: str, *, as_users: bool = False) -> None:
+        """Makes the corpus and writes the config.
+
+        Args:
+          config: the file's text, in which {source!r} and {cache!r} stand for the folders of the corpus.
+          as_users: whether programs are compiled as users do, which takes five times as long.
+        """
         self.folder, self.config = folder, folder / "config.py"
         source = write_corpus(folder / "source")
         self.config.write_text(config.format(source=str(source), cache=str(folder / "cache")))
         # A restarted run loads the programs that the first one, or another module's, compiled.
-        self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(programs),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        self.environment = (
+            os.environ
+            | {
+                "JAX_COMPILATION_CACHE_DIR": str(programs),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+            | ({} if as_users else {"XLA_FLAGS": " ".join(QUICK_FLAGS)})
+        )
 
     def command(self, run_dir: Path, *overrides: str) -> list[str]:
         return ["python", "train.py", str(self.config), "--run-dir", str(run_dir), *overrides]

@@ -68,7 +68,8 @@ def test_a_kill_leaves_no_trace(place: Workplace, unbroken: Path) -> None:
 
 
 @pytest.mark.long
-def test_twenty_kills_leave_no_trace(place: Workplace) -> None:
+def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, tmp_path / "programs", CONFIG, as_users=True)
     steps = ("--training.num-steps", "200")
     unbroken, killed, draws = place.folder / "unbroken200", place.folder / "killed200", random.Random(20)
     place.finish(place.command(unbroken, *steps), unbroken)
