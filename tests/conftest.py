@@ -6,9 +6,25 @@ import gc
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`: gives the files of tests/train, which share a run and its programs, to one process."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByRun(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/train" if file.startswith("tests/train/") else file
+
+    return ByRun(config, log)
 
 
 def pytest_collection_finish() -> None:

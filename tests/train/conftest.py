@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,6 +20,8 @@ from rwkv_jax.config import (
     StepConfig,
     TrainConfig,
 )
+from rwkv_jax.training import loop
+from rwkv_jax.training.functions import TrainFunctions, make_train_functions
 from tests.programs import compiled_quickly, kept_on_disk
 from tests.small_runs import write_corpus
 from tests.train.in_process import Run, run
@@ -25,9 +29,21 @@ from tests.train.in_process import Run, run
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles quickly and keeps programs on disk: every call of `train` would compile the same ones again, for
-    seconds. How a run begins, goes on and ends is the question here; tests/test_resume.py compiles as users do."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly():  # for all modules
+    """Compiles quickly and keeps programs on disk, and in memory those of equal configs: every call of `train` would
+    trace and compile the same ones again, for seconds. How a run begins, goes on and ends is the question here."""
+    made: dict[Any, TrainFunctions] = {}
+
+    def make(config: TrainConfig, mesh: Any = None) -> TrainFunctions:
+        read = TrainConfig(
+            model=config.model, optimizer=config.optimizer, training=config.training, parallel=config.parallel
+        )
+        if (read, mesh) not in made:
+            made[read, mesh] = make_train_functions(read, mesh)
+        return made[read, mesh]
+
+    programs = tmp_path_factory.getbasetemp() / "programs"  # for all modules
+    shared = mock.patch.object(loop, "make_train_functions", make)
+    with kept_on_disk(programs), compiled_quickly(), shared:
         yield
 
 
@@ -51,7 +67,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="session")
 def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run from beginning to end; not to be changed."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly():
+    functions = mock.patch.object(loop, "make_train_functions", make_train_functions)  # of its own, to be counted
+    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly(), functions:
         return run(config, tmp_path_factory.mktemp("finished") / "run")
 
 
