@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from starlette.testclient import TestClient
@@ -12,6 +13,9 @@ from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
 from tests.inference.models import CONFIGS, quick_engine, random_model
 from tests.programs import kept_on_disk
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,3 +41,11 @@ def client(service: Service) -> Iterator[TestClient]:
     """Calls the app in this process; a 500 is an answer, too."""
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from tests.serving.browser import chromium  # with Playwright, which takes long to import
+
+    with chromium() as found:
+        yield found

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from playwright.sync_api import Browser, expect
 
-from tests.serving.browser import Chat, chromium, opened
+from tests.serving.browser import Chat, opened
 from tests.serving.scripted import MARKDOWN, create_scripted_app, pieces, running
 
 pytestmark = pytest.mark.browser
@@ -41,12 +41,6 @@ CONTRASTS = """() => {
   return found;
 }"""
 """The contrast of each visible text with the nearest opaque ground, as WCAG 2.2 defines it."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

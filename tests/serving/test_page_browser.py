@@ -9,16 +9,10 @@ import pytest
 from fastapi import FastAPI
 from playwright.sync_api import Browser, expect
 
-from tests.serving.browser import Chat, chromium, opened
+from tests.serving.browser import Chat, opened
 from tests.serving.scripted import HOSTILE, create_scripted_app, running
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture

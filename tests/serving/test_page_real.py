@@ -12,16 +12,10 @@ from playwright.sync_api import Browser, expect
 
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
-from tests.serving.browser import Chat, chromium, opened
+from tests.serving.browser import Chat, opened
 from tests.serving.scripted import running
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

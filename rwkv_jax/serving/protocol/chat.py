@@ -8,10 +8,10 @@ from pydantic import Field
 
 from rwkv_jax.inference.chat.template import Thinking
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
-from rwkv_jax.serving.protocol.base import Answer, RequestBody, Usage
+from rwkv_jax.serving.protocol.base import Answer, RequestBody
 from rwkv_jax.serving.protocol.formats import ResponseFormat
 from rwkv_jax.serving.protocol.sampling import GenerationBody, NotStored
-from rwkv_jax.serving.protocol.state_fields import Kept, StateFields
+from rwkv_jax.serving.protocol.state_fields import StateFields, TextAnswer
 
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 """How long a model shall think."""
@@ -193,17 +193,11 @@ class Choice(Answer):
     finish_reason: FinishReason
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(TextAnswer):
     """Replies to a conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    """Unix time."""
-    model: str
     choices: list[Choice]
-    usage: Usage
-    state: Kept = None
 
 
 class Delta(Answer):
@@ -224,14 +218,8 @@ class ChunkChoice(Answer):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(Answer):
+class ChatChunk(TextAnswer):
     """A chunk of a stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
-    state: Kept = None
-    """In the chunk with the `finish_reason`."""

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS, FinishReason
-from rwkv_jax.serving.protocol.base import Answer, Usage
+from rwkv_jax.serving.protocol.base import Answer
 from rwkv_jax.serving.protocol.sampling import MAX_TEXTS, GenerationBody
-from rwkv_jax.serving.protocol.state_fields import Kept, StateFields
+from rwkv_jax.serving.protocol.state_fields import StateFields, TextAnswer
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
@@ -70,15 +70,8 @@ class Choice(Answer):
     """None while the text goes on."""
 
 
-class Completion(Answer):
+class Completion(TextAnswer):
     """Continuations, or a chunk of a stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    """Unix time."""
-    model: str
     choices: list[Choice]
-    usage: Usage | None = None
-    state: Kept = None
-    """What was kept, if anything was to be; of a stream in the chunk with the `finish_reason`."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rwkv_jax.checks import ConfigError
-from rwkv_jax.serving.protocol.base import Answer, RequestBody
+from rwkv_jax.serving.protocol.base import Answer, RequestBody, Usage
 
 MAX_ID_LENGTH = 64
 """A longer `state` is base64: no state file is as short."""
@@ -75,3 +75,16 @@ def _is_none(value: object) -> bool:
 
 Kept = Annotated[KeptState | None, Field(exclude_if=_is_none)]
 """Type of an answer's field that is there only if something was kept."""
+
+
+class TextAnswer(Answer):
+    """What answers of one or several texts, and chunks of their streams, have in common."""
+
+    id: str
+    created: int
+    """Unix time."""
+    model: str
+    usage: Usage | None = None
+    """Of a stream in the last chunk, if asked for."""
+    state: Kept = None
+    """What was kept, if anything was to be; of a stream in the chunk with the `finish_reason`."""
