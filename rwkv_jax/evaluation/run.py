@@ -105,13 +105,16 @@ def evaluate(
       begin, window: as in `EngineScorer`.
       name: of the model, for the report.
       report: called whenever items are done.
-      choices: of `plan_tasks`: num_fewshot, examples, limit, seed.
+      choices: of `plan_tasks`: num_fewshot, examples, limit, seed; not beside plans, which have theirs.
 
     Raises:
       ConfigError: as `plan_tasks` and `EngineScorer`; or the folder holds results of another model, prompt or setting.
         Nothing has been run then.
     """
     plans = plan_tasks(tasks, **choices) if isinstance(tasks, Mapping) else list(tasks)
+    if not isinstance(tasks, Mapping) and choices:
+        choice, value = next(iter(choices.items()))
+        raise ConfigError(f"{choice} = {shown(value)}: the tasks are planned already; give it to plan_tasks")
     folder = None if output is None else Path(output).expanduser()
     scorer = EngineScorer(engine, begin=begin, window=window)
     start = time.perf_counter()

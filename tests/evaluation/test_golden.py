@@ -54,8 +54,10 @@ def test_prompts_with_examples(key: str) -> None:
     name, num, seed = key.split("/")
     task = TASKS[name]
     if name == "mmlu":
-        cases = make_cases(task, FILES[name], num_fewshot=int(num), examples=FOLDER / "mmlu_dev.jsonl")
+        examples = FOLDER / "mmlu_dev.jsonl" if int(num) else None
+        cases = make_cases(task, FILES[name], num_fewshot=int(num), examples=examples)
         cases = [case for case in cases if case.group == seed]
     else:
-        cases = make_cases(task, FILES[name], num_fewshot=int(num), examples=FILES[name], seed=int(seed))
+        examples = FILES[name] if int(num) else None
+        cases = make_cases(task, FILES[name], num_fewshot=int(num), examples=examples, seed=int(seed))
     assert [[as_golden(request) for request in case.requests] for case in cases[:4]] == FEW_SHOT[key]

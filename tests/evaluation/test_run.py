@@ -207,6 +207,13 @@ def test_infinite_and_single_values_are_written_and_drawn(engine: Engine, piqa: 
     assert picture(report.tasks).startswith(b"\x89PNG")
 
 
+def test_plans_have_their_own_choices(engine: Engine, piqa: Path, asked: list[int]) -> None:
+    for choices, message in (({"limit": 1}, "limit = 1"), ({"nonsense": 3}, "nonsense = 3")):
+        with pytest.raises(ConfigError, match=f"{message}: the tasks are planned already; give it to plan_tasks"):
+            evaluate(engine, plan_tasks({"piqa": piqa}), **choices)
+    assert asked == []
+
+
 def test_tasks_are_checked_before_anything_runs(piqa: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tasks = 'piqua': no such task; did you mean piqa"):
         plan_tasks({"piqua": piqa})

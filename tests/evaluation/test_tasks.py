@@ -49,7 +49,8 @@ class Oracle:
 def test_an_oracle_gets_full_marks(name: str, num_fewshot: int) -> None:
     task = TASKS[name]
     if name == "mmlu":
-        cases = make_cases(task, FILES[name], num_fewshot=num_fewshot, examples=FOLDER / "mmlu_dev.jsonl")
+        examples = FOLDER / "mmlu_dev.jsonl" if num_fewshot else None
+        cases = make_cases(task, FILES[name], num_fewshot=num_fewshot, examples=examples)
     else:
         cases = make_cases(task, FILES[name], num_fewshot=num_fewshot if task.takes_examples else 0)
     oracle = Oracle(cases)
@@ -309,6 +310,9 @@ def test_unknown_tasks_and_impossible_options() -> None:
         make_cases(TASKS["wikitext"], FILES["wikitext"], num_fewshot=1)
     with pytest.raises(ConfigError, match=r"num_fewshot = -1"):
         make_cases(TASKS["piqa"], FILES["piqa"], num_fewshot=-1)
+    for name, remedy in (("piqa", "give num_fewshot, too, or leave them out"), ("wikitext", "leave them out")):
+        with pytest.raises(ConfigError, match=f"examples = '.*': prompts of {name} have no examples; {remedy}"):
+            make_cases(TASKS[name], FILES[name], examples=FILES[name])
     with pytest.raises(ConfigError, match=r"limit = 0"):
         make_cases(TASKS["piqa"], FILES["piqa"], limit=0)
     assert len(make_cases(TASKS["piqa"], FILES["piqa"], limit=3)) == 3

@@ -177,7 +177,8 @@ def make_cases(
       limit: only the first items; None takes all.
 
     Raises:
-      ConfigError: a file that is missing, malformed or empty; more examples than there are, or none at all.
+      ConfigError: a file that is missing, malformed or empty; more examples than there are, or a file of
+        examples where prompts have none.
     """
     num = task.default_num_fewshot if num_fewshot is None else num_fewshot
     require_whole("num_fewshot", num, 0)
@@ -185,6 +186,9 @@ def make_cases(
         require_whole("limit", limit, 1)
     if num and not task.takes_examples:
         raise ConfigError(f"num_fewshot = {num}: {task.name} has no few-shot prompts; leave it at 0")
+    if examples is not None and not num:
+        remedy = "give num_fewshot, too, or leave them out" if task.takes_examples else "leave them out"
+        raise ConfigError(f"examples = {str(examples)!r}: prompts of {task.name} have no examples; {remedy}")
     items = task.read(path)
     if not items:
         raise ConfigError(f"tasks: {task.name} = {str(path)!r}: holds no items; {task.name} reads {task.formats}")
