@@ -18,7 +18,7 @@ import jax
 
 from rwkv_jax.checks import require_whole
 from rwkv_jax.evaluation.encoding import Pair, encode_pair, rolling_windows
-from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodResult, Reporter, Rolling, Text
+from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodResult, Reporter, Request, Rolling, Text
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.models import LanguageModel
 
@@ -63,8 +63,6 @@ class EngineScorer:
         if window is not None:
             require_whole("window", window, 1, longest)
         self.window = longest if window is None else window
-        self.num_truncated = 0
-        """Contexts so far whose beginning was left out, since the model's context cannot hold it."""
 
     def loglikelihood(
         self, requests: Sequence[Loglikelihood], report: Reporter[LoglikelihoodResult] | None = None
@@ -74,9 +72,7 @@ class EngineScorer:
         Raises:
           ConfigError: ids that the model does not have, or more of them than its context holds.
         """
-        encoded = (
-            encode_pair(self.engine.tokenizer, each.context, each.continuation, begin=self.begin) for each in requests
-        )
+        encoded = map(self._pair, requests)
         pairs = [Pair(self._fitted(pair.context, len(pair.continuation)), pair.continuation) for pair in encoded]
         return self.score_ids(pairs, report)
 
@@ -101,7 +97,7 @@ class EngineScorer:
 
     def generate(self, requests: Sequence[Generate], report: Reporter[str] | None = None) -> list[str]:
         """Texts of answers. Raises as `loglikelihood`."""
-        contexts = [self._context(request) for request in requests]
+        contexts = [self._fitted(self._context(request), request.max_tokens) for request in requests]
         texts = [""] * len(requests)
         for until, max_tokens in sorted({(request.until, request.max_tokens) for request in requests}):
             own = [i for i, each in enumerate(requests) if (each.until, each.max_tokens) == (until, max_tokens)]
@@ -115,6 +111,15 @@ class EngineScorer:
                     if report is not None:
                         report(own[place], completion.text)
         return texts
+
+    def is_truncated(self, request: Request) -> bool:
+        """Whether the beginning of a request's context is left out, since the model's context cannot hold it."""
+        if self._capacity is None or isinstance(request, Rolling):
+            return False
+        if isinstance(request, Generate):
+            return self._exceeds(self._context(request), request.max_tokens)
+        pair = self._pair(request)
+        return self._exceeds(pair.context, len(pair.continuation))
 
     def score_ids(
         self, pairs: Sequence[Pair], report: Reporter[LoglikelihoodResult] | None = None
@@ -141,14 +146,18 @@ class EngineScorer:
 
     def _context(self, request: Generate) -> Ids:
         ids = self._ids(request.context)
-        ids = (self.engine.tokenizer.end_of_text, *ids) if self.begin or not ids else ids
-        return self._fitted(ids, request.max_tokens)
+        return (self.engine.tokenizer.end_of_text, *ids) if self.begin or not ids else ids
+
+    def _pair(self, request: Loglikelihood) -> Pair:
+        return encode_pair(self.engine.tokenizer, request.context, request.continuation, begin=self.begin)
+
+    def _exceeds(self, context: Ids, num_after: int) -> bool:
+        return self._capacity is not None and len(context) + num_after > self._capacity
 
     def _fitted(self, context: Ids, num_after: int) -> Ids:
         """The end of a context that leaves room for as many tokens."""
-        if self._capacity is None or len(context) + num_after <= self._capacity:
+        if self._capacity is None or not self._exceeds(context, num_after):
             return context
-        self.num_truncated += 1
         return context[-max(1, self._capacity - num_after) :]
 
     # What is shared.

@@ -20,7 +20,7 @@ from rwkv_jax.evaluation.requests import Loglikelihood, LoglikelihoodResult, Req
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.run_lock import take_lock
 
-FORMAT = "rwkv-jax evaluation 1"
+FORMAT = "rwkv-jax evaluation 2"
 """Of the files; those of another format are refused."""
 
 FOLDER = "journal"
@@ -46,11 +46,13 @@ class Journal:
         self.path, self._prompts = path, prompts
         self.results: dict[int, list[Result]] = {}
         """Of each item that is done."""
+        self.num_truncated: dict[int, int] = {}
+        """Of each, contexts whose beginning was left out."""
         whole = [_line(with_digest({"format": FORMAT, **settings}))]
         try:
             lines = path.read_bytes().splitlines() if path.exists() else []
             if lines:
-                self._check_header(lines[0], settings)
+                _check_header(path, lines[0], settings)
                 whole += self._read(lines[1:])
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_bytes() != b"".join(whole):
@@ -59,9 +61,9 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"output: {path} cannot be written ({error.strerror}); name another folder") from error
 
-    def add(self, item: int, results: Sequence[Result]) -> None:
+    def add(self, item: int, results: Sequence[Result], num_truncated: int = 0) -> None:
         """Writes the results of an item. Raises ConfigError if it cannot, as on a full disk."""
-        self.results[item] = list(results)
+        self.results[item], self.num_truncated[item] = list(results), num_truncated
         try:
             self._file.write(self._item_line(item))
             self._file.flush()
@@ -79,22 +81,8 @@ class Journal:
                 self._file.close()
 
     def _item_line(self, item: int) -> bytes:
-        return _line(with_digest({"item": item, "prompt": self._prompts[item], "results": self.results[item]}))
-
-    def _check_header(self, line: bytes, settings: Mapping[str, Any]) -> None:
-        remedy = f"name another folder, or move {self.path} away"
-        header = parse_object(line, self.path, remedy=remedy)
-        if header.get("format") != FORMAT or not is_unchanged(header, required=True):
-            raise ConfigError(f"output: {self.path} is no journal of this version, or is damaged; {remedy}")
-        there = {name: value for name, value in header.items() if name not in ("format", "digest")}
-        wanted = json.loads(json.dumps(settings))
-        differences = [
-            f"{name} was {_brief(there.get(name))} and is {_brief(wanted.get(name))}"
-            for name in sorted({*there, *wanted})
-            if there.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ConfigError(f"output: {self.path} is of another evaluation: {'; '.join(differences)}; {remedy}")
+        content = {"item": item, "prompt": self._prompts[item], "num_truncated": self.num_truncated[item]}
+        return _line(with_digest({**content, "results": self.results[item]}))
 
     def _read(self, lines: Sequence[bytes]) -> list[bytes]:
         """The lines that are whole, those of items that are not asked about included."""
@@ -115,6 +103,7 @@ class Journal:
                     f"output: {self.path}, line {number}: item {item} was asked otherwise: the task's file has changed "
                     f"since, or the examples; name another folder, or move {self.path} away"
                 )
+            self.num_truncated[item] = content["num_truncated"]
             self.results[item] = [
                 LoglikelihoodResult(*result) if isinstance(result, list) else result for result in content["results"]
             ]
@@ -141,6 +130,38 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_folder(folder: Path, tasks: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> None:
+    """Refuses a folder that has results of something else, before anything is written there.
+
+    Args:
+      tasks: settings of each task that is evaluated, as of `Journal`.
+      shared: those that are the same for all tasks in the folder.
+
+    Raises:
+      ConfigError: as `Journal`, for the journal of any task.
+    """
+    for path in sorted((folder / FOLDER).glob("*.jsonl")):
+        try:
+            with path.open("rb") as file:
+                line = file.readline()
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be read ({error.strerror}); name another folder") from error
+        if line:
+            _check_header(path, line, tasks.get(path.stem, shared), is_all=path.stem in tasks)
+
+
+def refuse_other(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a file's settings are not those that are wanted, all differences named."""
+    differences = [
+        f"{name} was {_brief(there.get(name))} and is {_brief(wanted.get(name))}"
+        for name in sorted({*there, *wanted})
+        if there.get(name) != wanted.get(name)
+    ]
+    if differences:
+        remedy = f"name another folder, or move {path} away"
+        raise ConfigError(f"output: {path} is of another evaluation: {'; '.join(differences)}; {remedy}")
+
+
 def hash_requests(requests: Sequence[Request]) -> str:
     """SHA-256 in hex of requests: their kinds, texts and limits."""
     return hashlib.sha256(json.dumps([_plain(request) for request in requests]).encode()).hexdigest()
@@ -153,6 +174,16 @@ def _plain(request: Request) -> list[Any]:
         if isinstance(request, Loglikelihood)
         else [kind, *vars(request).values()]
     )
+
+
+def _check_header(path: Path, line: bytes, settings: Mapping[str, Any], *, is_all: bool = True) -> None:
+    """Refuses a journal by its first line, whose settings these must be, or where not `is_all`, be among."""
+    remedy = f"name another folder, or move {path} away"
+    header = parse_object(line, path, remedy=remedy)
+    if header.get("format") != FORMAT or not is_unchanged(header, required=True):
+        raise ConfigError(f"output: {path} is no journal of this version, or is damaged; {remedy}")
+    there = {name: header[name] for name in header if name in settings or (is_all and name not in ("format", "digest"))}
+    refuse_other(path, there, json.loads(json.dumps(settings)))
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,13 @@ from flax import nnx
 
 import rwkv_jax
 from rwkv_jax.atomic import replace_file
+from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation.statistics import Estimate
+from rwkv_jax.evaluation.tasks import find_task
 from rwkv_jax.evaluation.tasks.base import Summary, Task
 from rwkv_jax.host import processor
 from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.json_object import parse_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +32,19 @@ if TYPE_CHECKING:
 RESULTS, TABLE, PICTURE = "results.json", "results.md", "results.png"
 """Names of the files in an evaluation's folder."""
 
-FORMAT = "rwkv-jax evaluation report 1"
+FORMAT = "rwkv-jax evaluation report 2"
+
+_FIELDS = (
+    "num_items",
+    "num_requests",
+    "num_resumed",
+    "num_truncated",
+    "num_fewshot",
+    "seed",
+    "file",
+    "prompt_hash",
+    "answer_hash",
+)  # of a task's report that are plain data
 
 _COLOR, _GRID = "#1f5fa8", "#d9d9d9"
 _LOG_RANGE = 30  # ratio of values from which an axis is logarithmic
@@ -45,6 +60,8 @@ class TaskReport:
     num_requests: int
     num_resumed: int
     """Items whose results were taken from an earlier run."""
+    num_truncated: int
+    """Contexts whose beginning was left out; always 0 for models whose state has no limit."""
     num_fewshot: int
     seed: int
     """Of the choice of examples."""
@@ -63,12 +80,7 @@ class TaskReport:
             "task": self.task.name,
             "task_version": self.task.version,
             "source": self.task.source,
-            **{
-                field: getattr(self, field)
-                for field in ("num_items", "num_requests", "num_resumed", "num_fewshot", "seed", "file")
-            },
-            "prompt_hash": self.prompt_hash,
-            "answer_hash": self.answer_hash,
+            **{field: getattr(self, field) for field in _FIELDS},
             "seconds": round(self.seconds, 3),
             "metrics": {
                 name: {
@@ -84,6 +96,18 @@ class TaskReport:
             },
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TaskReport:
+        """What `as_json` wrote. Raises KeyError, TypeError or ValueError if it did not, or if the task has changed."""
+        task = find_task(content["task"])
+        if content["task_version"] != task.version:
+            raise ValueError(f"{task.name} has version {task.version} now and was {content['task_version']}")
+        summary = Summary(
+            _metrics(task, content["metrics"]),
+            {group: _metrics(task, own) for group, own in content["groups"].items()},
+        )
+        return cls(task=task, summary=summary, seconds=content["seconds"], **{name: content[name] for name in _FIELDS})
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -95,9 +119,13 @@ class Report:
     versions: dict[str, str]
     machine: dict[str, Any]
     tasks: tuple[TaskReport, ...]
-    num_truncated: int
-    """Contexts whose beginning was left out; always 0 for models whose state has no limit."""
     seconds: float
+    """Of the last evaluation, which need not be that of all tasks."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Contexts whose beginning was left out, of all tasks."""
+        return sum(task.num_truncated for task in self.tasks)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -171,6 +199,40 @@ def machine() -> dict[str, Any]:
     }
 
 
+def shared_settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What all results in a folder must have in common, of what a report says of the whole."""
+    model, settings = about["model"], about["settings"]
+    return {
+        "begin": settings["begin"],
+        "window": settings["window"],
+        "model": model["hash"],
+        "dtype": model["dtype"],
+        "tokenizer": model["tokenizer"],
+        "versions": {name: about["versions"][name] for name in ("rwkv-jax", "jax")},
+        "platform": about["machine"]["platform"],
+    }
+
+
+def read_report(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Any], list[TaskReport]]:
+    """The `shared_settings` of a results.json, and its tasks, but for those that are named.
+
+    Raises:
+      ConfigError: it cannot be read, is damaged or of another version.
+    """
+    remedy = f"name another folder, or move {path} away"
+    try:
+        content = parse_object(path.read_bytes(), path, remedy=remedy)
+    except OSError as error:
+        raise ConfigError(f"output: {path} cannot be read ({error.strerror}); name another folder") from error
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"output: {path} is no report of this version; {remedy}")
+    try:
+        tasks = [TaskReport.from_json(each) for each in content["tasks"] if each["task"] not in without]
+        return shared_settings(content), tasks
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"output: {path} cannot be gone on with ({error}); {remedy}") from error
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Writes or replaces results.json, results.md and results.png."""
     text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -228,6 +290,15 @@ def _plain(found: Estimate) -> dict[str, Any]:
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in found._asdict().items()
     }
+
+
+def _metrics(task: Task[Any], content: Mapping[str, Any]) -> dict[str, Estimate]:
+    """The inverse of `_plain` for all metrics of a task."""
+    return {name: Estimate(*(_parsed(content[name][field]) for field in Estimate._fields)) for name in task.metrics}
+
+
+def _parsed(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
 
 
 def _with_unit(task: Task[Any], name: str) -> str:

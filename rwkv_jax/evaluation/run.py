@@ -12,9 +12,19 @@ from typing import Any
 
 from rwkv_jax.checks import ConfigError, shown
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
-from rwkv_jax.evaluation.journal import FOLDER, Journal, hash_requests, lock_folder
-from rwkv_jax.evaluation.report import Report, TaskReport, describe_model, machine, versions, write_report
-from rwkv_jax.evaluation.requests import Scorer, answer
+from rwkv_jax.evaluation.journal import FOLDER, Journal, check_folder, hash_requests, lock_folder, refuse_other
+from rwkv_jax.evaluation.report import (
+    RESULTS,
+    Report,
+    TaskReport,
+    describe_model,
+    machine,
+    read_report,
+    shared_settings,
+    versions,
+    write_report,
+)
+from rwkv_jax.evaluation.requests import answer
 from rwkv_jax.evaluation.tasks import find_task
 from rwkv_jax.evaluation.tasks.base import FEW_SHOT_SEED, Case, Task, make_cases
 from rwkv_jax.inference.engine.engine import Engine
@@ -101,7 +111,8 @@ def evaluate(
     Args:
       tasks: a file or folder for each name, or what `plan_tasks` made of them.
       output: folder for results.json, results.md and results.png, and for the results of items while it runs: called
-        again with the same folder, an interrupted evaluation goes on. None writes nothing.
+        again with the same folder, an interrupted evaluation goes on, and tasks that were finished there before stay in
+        the report, behind these. None writes nothing.
       begin, window: as in `EngineScorer`.
       name: of the model, for the report.
       report: called whenever items are done.
@@ -117,55 +128,53 @@ def evaluate(
         raise ConfigError(f"{choice} = {shown(value)}: the tasks are planned already; give it to plan_tasks")
     folder = None if output is None else Path(output).expanduser()
     scorer = EngineScorer(engine, begin=begin, window=window)
+    about: dict[str, Any] = {
+        "model": {"name": name, **describe_model(engine)},
+        "settings": {"begin": begin, "window": scorer.window},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    settings = {plan.task.name: {**_settings(plan), **shared_settings(about)} for plan in plans}
     start = time.perf_counter()
     with contextlib.ExitStack() as opened:
         journals: list[Journal | None] = [None] * len(plans)
+        earlier: list[TaskReport] = []
         if folder is not None:
             opened.enter_context(lock_folder(folder))
+            check_folder(folder, settings, shared_settings(about))
+            if (folder / RESULTS).exists():
+                there, earlier = read_report(folder / RESULTS, without=settings)
+                refuse_other(folder / RESULTS, there, shared_settings(about))
             for i, plan in enumerate(plans):
                 path = folder / FOLDER / f"{plan.task.name}.jsonl"
                 journals[i] = opened.enter_context(
-                    contextlib.closing(Journal(path, _settings(plan, scorer), plan.prompts))
+                    contextlib.closing(Journal(path, settings[plan.task.name], plan.prompts))
                 )
         done = [_evaluate(scorer, plan, journal, report) for plan, journal in zip(plans, journals, strict=True)]
-        result = Report(
-            model={"name": name, **describe_model(engine)},
-            settings={"begin": begin, "window": scorer.window},
-            versions=versions(),
-            machine=machine(),
-            tasks=tuple(done),
-            num_truncated=scorer.num_truncated,
-            seconds=time.perf_counter() - start,
-        )
+        result = Report(**about, tasks=(*done, *earlier), seconds=time.perf_counter() - start)
         if folder is not None:
             write_report(result, folder)
     return result
 
 
-def _settings(plan: Plan, scorer: EngineScorer) -> dict[str, Any]:
-    """All that the results of a task's items depend on, but for the prompts, which are compared item by item."""
-    model = describe_model(scorer.engine)
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What the results of a task's items depend on besides `shared_settings`, and the prompts, which are compared item
+    by item."""
     return {
         "task": plan.task.name,
         "task_version": plan.task.version,
         "num_fewshot": plan.num_fewshot,
         "seed": plan.seed,
-        "begin": scorer.begin,
-        "window": scorer.window,
-        "model": model["hash"],
-        "dtype": model["dtype"],
-        "tokenizer": model["tokenizer"],
-        "versions": {name: versions()[name] for name in ("rwkv-jax", "jax")},
-        "platform": machine()["platform"],
     }
 
 
 def _evaluate(
-    scorer: Scorer, plan: Plan, journal: Journal | None, report: Callable[[Progress], None] | None
+    scorer: EngineScorer, plan: Plan, journal: Journal | None, report: Callable[[Progress], None] | None
 ) -> TaskReport:
     """One task; items that are in the journal are not asked again."""
     start = time.perf_counter()
     results: dict[int, list[Any]] = {} if journal is None else dict(journal.results)
+    num_truncated = {} if journal is None else dict(journal.num_truncated)
     num_resumed = len(results)
     todo = [case for case in plan.cases if case.index not in results]
     asked = [(case, place) for case in todo for place in range(len(case.requests))]
@@ -182,8 +191,9 @@ def _evaluate(
         left[case.index] -= 1
         if left[case.index] == 0:
             results[case.index] = pending.pop(case.index)
+            num_truncated[case.index] = sum(map(scorer.is_truncated, case.requests))
             if journal is not None:
-                journal.add(case.index, results[case.index])
+                journal.add(case.index, results[case.index], num_truncated[case.index])
             tell()
 
     tell()
@@ -195,6 +205,7 @@ def _evaluate(
         num_items=len(plan.cases),
         num_requests=sum(len(case.requests) for case in plan.cases),
         num_resumed=num_resumed,
+        num_truncated=sum(num_truncated.values()),
         num_fewshot=plan.num_fewshot,
         seed=plan.seed,
         file=plan.file,

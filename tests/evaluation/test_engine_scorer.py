@@ -155,8 +155,11 @@ def test_a_limited_context_loses_its_beginning_and_that_is_counted() -> None:
         scorer = EngineScorer(engine)
         assert scorer.window == 23
         long, last = tuple(range(1, 60)), tuple(range(40, 60))
-        cut, kept = scorer.loglikelihood([Loglikelihood(long, (7, 8, 9, 10)), Loglikelihood((1, 2), (3,))])
-        assert scorer.num_truncated == 1
+        requests = [Loglikelihood(long, (7, 8, 9, 10)), Loglikelihood((1, 2), (3,))]
+        cut, kept = scorer.loglikelihood(requests)
+        assert [scorer.is_truncated(each) for each in requests] == [True, False]
+        assert [scorer.is_truncated(Generate((1, 2), (), most)) for most in (21, 22)] == [False, True]
+        assert not scorer.is_truncated(Rolling(long))
         (expected,) = EngineScorer(engine, begin=False).loglikelihood([Loglikelihood(last, (7, 8, 9, 10))])
         assert cut.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert kept.logprob < 0

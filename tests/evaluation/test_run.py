@@ -17,7 +17,7 @@ import pytest
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
 from rwkv_jax.evaluation.journal import Journal
-from rwkv_jax.evaluation.report import PICTURE, RESULTS, TABLE, picture
+from rwkv_jax.evaluation.report import FORMAT, PICTURE, RESULTS, TABLE, TaskReport, picture
 from rwkv_jax.evaluation.run import Progress, evaluate, plan_tasks
 from rwkv_jax.evaluation.statistics import Estimate
 from rwkv_jax.inference.engine.engine import Engine
@@ -144,6 +144,60 @@ def test_results_of_something_else_are_refused_and_the_difference_is_named(
     assert asked == []
 
 
+def test_a_folder_holds_tasks_of_one_model_and_its_report_keeps_them(
+    engine: Engine, piqa: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    folder, text = tmp_path / "out", tmp_path / "text.jsonl"
+    text.write_text('{"text": "a b"}\n{"text": "the end"}\n')
+    evaluate(engine, {"piqa": piqa}, output=folder, limit=2)
+    (first,) = json.loads((folder / RESULTS).read_text())["tasks"]
+    report = evaluate(engine, {"lambada": text}, output=folder)
+    added, kept = json.loads((folder / RESULTS).read_text())["tasks"]
+    assert (added["task"], kept) == ("lambada", first)
+    assert (folder / TABLE).read_text() == report.markdown()
+    assert "| lambada | 1 | 0 | 2 |" in report.markdown()
+    assert "| piqa | 1 | 0 | 2 |" in report.markdown()
+    again = evaluate(engine, {"piqa": piqa}, output=folder, limit=3)
+    assert [(task.task.name, task.num_items) for task in again.tasks] == [("piqa", 3), ("lambada", 2)]
+    infinite = json.loads((folder / RESULTS).read_text())
+    infinite["tasks"][1]["metrics"]["perplexity"]["value"] = "inf"
+    assert TaskReport.from_json(infinite["tasks"][1]).as_json() == infinite["tasks"][1]
+    before, num_asked = {path: path.read_bytes() for path in folder.rglob("*.*")}, len(asked)
+    refused = pytest.raises(ConfigError, match=r"lambada.jsonl is of another evaluation: model was '.*; name another")
+    with quick_engine(random_model(dataclasses.replace(CONFIG, ffn_width=64))) as other, refused:
+        evaluate(other, {"compression": text}, output=folder)
+    journal(folder).unlink()
+    (folder / "journal" / "lambada.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"results.json is of another evaluation: begin was True and is False; name"):
+        evaluate(engine, {"piqa": piqa}, output=folder, begin=False)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")}.items() <= before.items()
+    assert len(asked) == num_asked
+    for content in ('{"format": 1}', "nothing", '{"format": "FORMAT", "tasks": [{"task": "boolq"}]}'):
+        (folder / RESULTS).write_text(content.replace("FORMAT", FORMAT))
+        with pytest.raises(ConfigError, match=r"results.json.*name another folder, or move .*results.json away"):
+            evaluate(engine, {"piqa": piqa}, output=folder)
+
+
+def test_truncated_contexts_are_counted_over_resumptions(
+    engine: Engine, piqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tmp_path / "parts", []
+
+    def is_truncated(scorer: EngineScorer, request: Any) -> bool:
+        seen.append(request)
+        return request.continuation == " wait"  # one of each item's two
+
+    monkeypatch.setattr(EngineScorer, "is_truncated", is_truncated)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(engine, {"piqa": piqa}, output=folder, report=Interrupted(3))
+    for _ in range(2):
+        assert evaluate(engine, {"piqa": piqa}, output=folder).num_truncated == len(GOALS)
+        assert len(seen) == 2 * len(GOALS)
+    content = json.loads((folder / RESULTS).read_text())
+    assert content["num_truncated"] == content["tasks"][0]["num_truncated"] == len(GOALS)
+    assert evaluate(engine, {"piqa": piqa}, output=folder, limit=2).num_truncated == 2
+
+
 def test_a_full_disk_is_said_and_what_was_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def flush(self) -> None:
@@ -208,7 +262,8 @@ def test_infinite_and_single_values_are_written_and_drawn(engine: Engine, piqa: 
 
 
 def test_plans_have_their_own_choices(engine: Engine, piqa: Path, asked: list[int]) -> None:
-    for choices, message in (({"limit": 1}, "limit = 1"), ({"nonsense": 3}, "nonsense = 3")):
+    several: list[tuple[dict[str, Any], str]] = [({"limit": 1}, "limit = 1"), ({"nonsense": 3}, "nonsense = 3")]
+    for choices, message in several:
         with pytest.raises(ConfigError, match=f"{message}: the tasks are planned already; give it to plan_tasks"):
             evaluate(engine, plan_tasks({"piqa": piqa}), **choices)
     assert asked == []
