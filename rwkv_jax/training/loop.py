@@ -53,8 +53,7 @@ from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
-from rwkv_jax.training.task_scorer import TaskScorer
-from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, read_tasks, runs_tasks
+from rwkv_jax.training.tasks import RunTask, evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 MAX_PREPARATION_SECONDS = 24 * 3600
@@ -107,10 +106,7 @@ def _train(
     task = task_of(config)
     assert_same(processes, _shared_settings(config), seconds=config.distributed.join_seconds)
     require_loggers(config.logging)
-    tasks = read_tasks(evaluation)
-    if tasks:
-        asked = {"evaluation.tasks": fingerprint(tasks)}
-        assert_same(processes, asked, seconds=MAX_PREPARATION_SECONDS, subject="evaluation tasks")
+    tasks = _read_tasks(config, processes)
     run_folder.prepare_run_dir(run_dir)
     if processes.is_first:
         stack.enter_context(lock_run(run_dir, console.print))
@@ -150,10 +146,8 @@ def _train(
     # Functions, each compiled once.
     train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
     evaluate_held_out = _held_out_evaluation(config, corpus, trainer, load)
-    sampler = Sampler(sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
-    sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
-    scorer = TaskScorer(trainer, config.model, training, corpus.tokenizer, sampler)
-    scorer.prepare(request for task in tasks for case in task.cases for request in case.requests)
+    sampler, sampling = _make_sampler(config, sampled, corpus.tokenizer, trainer)
+    scorer = prepared_scorer(tasks, trainer, config, corpus.tokenizer, sampler)
 
     # State: that of the newest checkpoint, or a new one.
     ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
@@ -211,15 +205,12 @@ def _train(
         # Evaluate and sample.
         if evaluates:
             with logger.throughput.pause():
-                held_out = evaluate_held_out(state.params, evaluation.batches)
-                if held_out is not None:
+                if (held_out := evaluate_held_out(state.params, evaluation.batches)) is not None:
                     logger.held_out(done, held_out)
                     if held_out.loss < best_loss and not logger.is_bad:
                         best_loss = held_out.loss
                         checkpoints.save_best(state, done, best_loss)
-                for seed, prompt in enumerate(_prompts_after(done, config), start=done):
-                    text = sampler.text(state.params, prompt, evaluation.sample_tokens, sampling, seed)
-                    logger.sample(done, prompt, text)
+                _write_samples(config, sampler, sampling, state.params, done, logger)
         if asks_tasks:
             with logger.throughput.pause():
                 logger.tasks(done, evaluate_tasks(tasks, scorer, state.params))
@@ -237,13 +228,19 @@ def _train(
 
     if save_due:
         console.print(f"step {num_steps} was skipped, so it is not saved; the newest checkpoint is of an earlier one")
-    if not isinstance(held_out, Answers):  # which the last step has drawn already
-        held_out = evaluate_held_out(state.params, None)
+    result = _result(state, held_out, evaluate_held_out)
     if processes.is_first:
-        _summarize(config, corpus, held_out, console)
-    if isinstance(held_out, Answers):
-        return TrainResult(state, None, held_out)
-    return TrainResult(state, held_out)
+        _summarize(config, corpus, result, console)
+    return result
+
+
+def _read_tasks(config: TrainConfig, processes: Processes) -> list[RunTask]:
+    """The evaluation tasks that a config names, the same in all processes."""
+    tasks = read_tasks(config.evaluation)
+    if tasks:
+        asked = {"evaluation.tasks": fingerprint(tasks)}
+        assert_same(processes, asked, seconds=MAX_PREPARATION_SECONDS, subject="evaluation tasks")
+    return tasks
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
@@ -331,6 +328,31 @@ def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
     return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
 
 
+def _make_sampler(
+    config: TrainConfig, graphdef: Any, tokenizer: Tokenizer, trainer: TrainFunctions
+) -> tuple[Sampler, SamplingParams]:
+    """What writes the samples, and how it chooses tokens."""
+    sampler = Sampler(graphdef, config.model, tokenizer, results_on=trainer.state_shardings.step)
+    return sampler, SamplingParams(config.evaluation.sample_temperature, config.evaluation.sample_top_p)
+
+
+def _write_samples(
+    config: TrainConfig, sampler: Sampler, sampling: SamplingParams, params: Any, step: int, logger: StepLogger
+) -> None:
+    """Samples after a step, each with a seed of its own."""
+    for seed, prompt in enumerate(_prompts_after(step, config), start=step):
+        logger.sample(step, prompt, sampler.text(params, prompt, config.evaluation.sample_tokens, sampling, seed))
+
+
+def _result(
+    state: TrainState, last: HeldOut | Answers | None, evaluate_held_out: Callable[..., HeldOut | Answers | None]
+) -> TrainResult:
+    """How a run that has taken all steps ends, given the evaluation after the last of these."""
+    found = last if isinstance(last, Answers) else evaluate_held_out(state.params, None)
+    # The last step has drawn all answers of a synthetic task already.
+    return TrainResult(state, None, found) if isinstance(found, Answers) else TrainResult(state, found)
+
+
 def _describe(
     config: TrainConfig, trainer: TrainFunctions, rows: TrainingRows | SyntheticRows, resumed_step: int | None
 ) -> str:
@@ -364,15 +386,13 @@ def _describe(
     return "\n".join(lines)
 
 
-def _summarize(
-    config: TrainConfig, corpus: Corpus | SyntheticCorpus, held_out: HeldOut | Answers | None, console: Console
-) -> None:
+def _summarize(config: TrainConfig, corpus: Corpus | SyntheticCorpus, result: TrainResult, console: Console) -> None:
     """Prints the loss over all held-out text, compressors' results for comparison, and what to do next."""
     prompt: str | None = next(iter(config.evaluation.sample_prompts), "")
     if isinstance(corpus, SyntheticCorpus):
         task = corpus.task
         prompt = None if task.labels else prompt_and_answer(task, config.training.sequence_length)[0]
-    elif isinstance(held_out, HeldOut):
+    elif (held_out := result.held_out) is not None:
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
         listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
         console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")

@@ -6,10 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_jax.config import ConfigError, EvaluationConfig
+from rwkv_jax.config import ConfigError, EvaluationConfig, TrainConfig
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.requests import answer
 from rwkv_jax.evaluation.tasks import find_task
 from rwkv_jax.evaluation.tasks.base import Case, Summary, Task, make_cases
+from rwkv_jax.training.functions import TrainFunctions
+from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.task_scorer import TaskScorer
 
 
@@ -46,6 +49,15 @@ def fingerprint(tasks: list[RunTask]) -> str:
 def runs_tasks(evaluation: EvaluationConfig, done: int, num_steps: int) -> bool:
     """Whether tasks run after this many steps."""
     return bool(evaluation.tasks) and (done % (evaluation.task_every or evaluation.every) == 0 or done == num_steps)
+
+
+def prepared_scorer(
+    tasks: list[RunTask], trainer: TrainFunctions, config: TrainConfig, tokenizer: Tokenizer, sampler: Sampler
+) -> TaskScorer:
+    """A scorer that has encoded all that the tasks ask."""
+    scorer = TaskScorer(trainer, config.model, config.training, tokenizer, sampler)
+    scorer.prepare(request for task in tasks for case in task.cases for request in case.requests)
+    return scorer
 
 
 def evaluate_tasks(tasks: list[RunTask], scorer: TaskScorer, params: Any) -> dict[str, Summary]:
