@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_jax.cli import parse_plan
-from rwkv_jax.cli.plan import write_json
+from rwkv_jax.cli.plan import Plan, write_json
 from rwkv_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,7 @@ def rwkv_plan(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_flags_change_the_file(config_file: Path) -> None:
     plan = parse_plan([str(config_file), "--topology", "cpu:2", "--parallel.fsdp", "2", "--model.width", "32"])
+    assert isinstance(plan, Plan)
     assert (plan.config_file, plan.topology, plan.json) == (config_file, "cpu:2", None)
     assert (plan.config.parallel.fsdp, plan.config.model.width, plan.config.model.num_layers) == (2, 32, 2)
 

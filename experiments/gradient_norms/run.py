@@ -169,7 +169,7 @@ def claims(results: common.Results) -> common.Claims:
     deepest = str(max(results["sizes"]["depths"]))
     by_block, by_distance = results["by_block"], results["by_distance"]
     rwkv = [by_block[name][deepest] for name in common.GENERATIONS if name in by_block]
-    found = {
+    found: common.Claims = {
         f"RWKV, {deepest} blocks: gradients are finite": all(row["finite"] for row in rwkv),
         f"RWKV, {deepest} blocks: the middle block's gradient is 0.3 to 5 times the last one's": all(
             0.3 <= row["middle_over_last"] <= 5 for row in rwkv

@@ -76,6 +76,7 @@ def begun(body: ResponseBody, service: Service) -> Response:
 def ended(head: Response, chat: ChatCompletion) -> Response:
     """A response with its text."""
     (choice,) = chat.choices
+    assert chat.usage is not None  # only streams may leave it out
     texts: dict[Part, str] = {}
     if choice.message.reasoning_content:
         texts["reasoning_text"] = choice.message.reasoning_content
