@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import numbers
 import operator
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 
@@ -31,6 +32,15 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
     """Raises ConfigError with the field, its value and the remedy unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field} = {shown(value)}: {remedy}")
+
+
+def require_known(name: object, known: Collection[str], field: str, kind: str) -> None:
+    """Raises ConfigError, with the names nearest to it and all that there are, for a name that is not known."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"{field} = {shown(name)}: no such {kind}; {meant}there are {', '.join(known)}")
 
 
 def checker(config: object, section: str = "") -> Callable[[bool, str, str], None]:

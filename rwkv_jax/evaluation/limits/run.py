@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_jax.atomic import replace_file
-from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.checks import ConfigError, require_known
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
 from rwkv_jax.evaluation.limits.bias import bias
 from rwkv_jax.evaluation.limits.compressed import compressed
@@ -128,10 +127,7 @@ def probe(
 def check_probes(names: Sequence[str], given: set[str]) -> None:
     """Raises ConfigError for an unknown probe, with the nearest names, and for one that needs what is not given."""
     for name in names:
-        if name not in PROBES:
-            near = difflib.get_close_matches(name, PROBES, n=3, cutoff=0.5)
-            remedy = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ConfigError(f"probes = {shown(name)}: no such probe; {remedy}there are {', '.join(PROBES)}")
+        require_known(name, PROBES, "probes", "probe")
         for field in PROBES[name].needs:
             if field not in given:
                 raise ConfigError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rwkv_jax.checks import ConfigError, shown
+from rwkv_jax.checks import require_known
 from rwkv_jax.evaluation.tasks.arc import ArcChallenge, ArcEasy
 from rwkv_jax.evaluation.tasks.base import Task
 from rwkv_jax.evaluation.tasks.compression import Compression
@@ -38,10 +37,7 @@ TASKS: Mapping[str, Task[Any]] = MappingProxyType({task.name: task for task in _
 
 def find_task(name: str) -> Task[Any]:
     """A task by its name. Raises ConfigError, with the nearest names, if there is none."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, n=3, cutoff=0.5)
-        remedy = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f"tasks = {shown(name)}: no such task; {remedy}there are {', '.join(TASKS)}")
+    require_known(name, TASKS, "tasks", "task")
     return TASKS[name]
 
 
