@@ -15,13 +15,13 @@ def lazy_names(
 
     Args:
       package: its `__name__`.
-      modules: names by module, relative to the package.
+      modules: names by module, relative to the package; `.name` is a module beside it.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 
     def import_name(name: str) -> Any:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+        return getattr(importlib.import_module(f".{module_of[name]}", package), name)
 
     return import_name, lambda: sorted({*vars(sys.modules[package]), *module_of})

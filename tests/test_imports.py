@@ -91,6 +91,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "config": ((), ()),
     "autotune": (("config", "kernels", "parallel", "trying", "run_lock"), ("jax",)),
     "recipes": (("config",), ()),
+    "chat": (("config",), ("jinja2",)),
     "data": (("config",), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
     "held_out": (("data",), ()),
     "models": (("config", "kernels"), ("jax", "flax", "numpy", "einops")),
@@ -105,7 +106,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
     "evaluation": (
-        ("config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights", "kernels"),
+        ("chat", "config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib", "tqdm"),
     ),
     "training": (
@@ -129,11 +130,11 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "matplotlib", "optax", "orbax", "rich"),
     ),
     "inference": (
-        ("autotune", "config", "data", "models", "weights", "kernels"),
-        ("jax", "flax", "numpy", "einops", "jinja2", "llguidance", "safetensors"),
+        ("autotune", "chat", "config", "data", "models", "weights", "kernels"),
+        ("jax", "flax", "numpy", "einops", "llguidance", "safetensors"),
     ),
     "serving": (
-        ("config", "data", "inference", "models", "parallel", "run_folder", "weights"),
+        ("chat", "config", "data", "inference", "models", "parallel", "run_folder", "weights"),
         (
             "jax",
             "numpy",
@@ -154,6 +155,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "autotune",
             "bench",
+            "chat",
             "config",
             "data",
             "evaluation",
@@ -245,7 +247,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         "rwkv_jax",
         "rwkv_jax.config",
         "rwkv_jax.cli.command",
-        "rwkv_jax.inference.chat.formats",
+        "rwkv_jax.chat.formats",
         "rwkv_jax.serving.options",
         "rwkv_jax.weights, rwkv_jax.data",
     ],

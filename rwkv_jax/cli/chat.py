@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rwkv_jax.chat.template import Thinking, begins_thinking, check_start
 from rwkv_jax.checks import ConfigError, checker
 from rwkv_jax.cli.flags import SamplingFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
-from rwkv_jax.inference.chat.template import Thinking, begins_thinking, check_start
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.chat.dialogue import Dialogue
@@ -77,7 +77,7 @@ class Chat:
             require_text(f"system = {self.system!r}", self.system)
         sampling = self.sampling.sampling()
 
-        from rwkv_jax.inference.chat.choice import named_template
+        from rwkv_jax.chat.choice import named_template
 
         check_start(named_template(self.template or "g1"), self.system, self.thinking)
 

@@ -13,8 +13,8 @@ from rwkv_jax.config import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rwkv_jax.chat.template import ChatTemplate
     from rwkv_jax.data.tokenizers import Tokenizer
-    from rwkv_jax.inference.chat.template import ChatTemplate
     from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.models import LanguageModel
 
@@ -54,7 +54,8 @@ class WeightsFlags:
         Raises:
           ConfigError: as `load`, `named_template` and `choose_template`.
         """
-        from rwkv_jax.inference.chat.choice import choose_template, named_template
+        from rwkv_jax.chat.choice import named_template
+        from rwkv_jax.inference.chat.choice import choose_template
         from rwkv_jax.weights.sources import find_weights
 
         named = None if name is None else named_template(name)

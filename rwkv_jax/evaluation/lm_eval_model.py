@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rwkv_jax.chat.choice import named_template
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for
 from rwkv_jax.evaluation.report import describe_model, versions
 from rwkv_jax.evaluation.requests import Generate, Loglikelihood, Rolling
-from rwkv_jax.inference.chat.choice import choose_template, named_template
+from rwkv_jax.inference.chat.choice import choose_template
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.weights.pretrained import ComputeDtype, find_tokenizer, from_pretrained
 from rwkv_jax.weights.quantized import Quantization
@@ -27,7 +28,7 @@ from rwkv_jax.weights.sources import find_weights
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rwkv_jax.inference.chat.template import ChatTemplate
+    from rwkv_jax.chat.template import ChatTemplate
 
 NAME = "rwkv_jax"
 """Of the model in lm-eval."""

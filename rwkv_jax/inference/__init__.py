@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from rwkv_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
+    from rwkv_jax.chat.jinja_template import JinjaTemplate
+    from rwkv_jax.chat.messages import Message, ToolCall
+    from rwkv_jax.chat.replies import Delta, Reply, ReplyParser
+    from rwkv_jax.chat.template import ChatTemplate
     from rwkv_jax.inference.chat.dialogue import Dialogue
-    from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
-    from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
-    from rwkv_jax.inference.chat.messages import Message, ToolCall
-    from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
-    from rwkv_jax.inference.chat.template import ChatTemplate
     from rwkv_jax.inference.embedder import Embedder
     from rwkv_jax.inference.engine.driver import EngineClosedError, EngineStats
     from rwkv_jax.inference.engine.engine import Engine
@@ -63,11 +63,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "chat.formats": ("ChatFormat", "G1", "PILE_QA", "RAVEN", "WORLD"),
-        "chat.jinja_template": ("JinjaTemplate",),
-        "chat.messages": ("Message", "ToolCall"),
-        "chat.replies": ("Delta", "Reply", "ReplyParser"),
-        "chat.template": ("ChatTemplate",),
+        ".chat.formats": ("ChatFormat", "G1", "PILE_QA", "RAVEN", "WORLD"),
+        ".chat.jinja_template": ("JinjaTemplate",),
+        ".chat.messages": ("Message", "ToolCall"),
+        ".chat.replies": ("Delta", "Reply", "ReplyParser"),
+        ".chat.template": ("ChatTemplate",),
         "chat.dialogue": ("Dialogue",),
         "engine.driver": ("EngineClosedError", "EngineStats"),
         "embedder": ("Embedder",),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 
-from rwkv_jax.inference.chat.messages import ToolCall
-from rwkv_jax.inference.chat.replies import Reply, ReplyParser
+from rwkv_jax.chat.messages import ToolCall
+from rwkv_jax.chat.replies import Reply, ReplyParser
 from rwkv_jax.inference.engine.requests import FinishReason as EngineReason
 from rwkv_jax.serving.protocol.chat import CallAnswer, Delta, FinishReason, Message, ToolCallAnswer
 

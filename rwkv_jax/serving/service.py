@@ -9,8 +9,8 @@ from typing import Annotated
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
-from rwkv_jax.inference.chat.formats import G1
-from rwkv_jax.inference.chat.template import ChatTemplate
+from rwkv_jax.chat.formats import G1
+from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.drain import Running
 from rwkv_jax.serving.errors import APIError

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax.chat.formats import G1, WORLD
 from rwkv_jax.cli import chat as chat_module
 from rwkv_jax.cli.chat import HELP, ChatLoop
 from rwkv_jax.cli.speed import Speed
 from rwkv_jax.inference.chat.dialogue import Dialogue
-from rwkv_jax.inference.chat.formats import G1, WORLD
 from rwkv_jax.inference.engine.requests import NotFiniteError
 from rwkv_jax.inference.sampling.params import SamplingParams
 from tests.cli.commands import Command

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_jax.inference.chat.formats import G1, RAVEN
+from rwkv_jax.chat.formats import G1, RAVEN
 from rwkv_jax.serving import server
 from rwkv_jax.serving.options import ServeOptions
 from rwkv_jax.serving.service import Service

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
+from rwkv_jax.chat.messages import Message, ToolCall, clean, read_messages
+from rwkv_jax.chat.template import ChatTemplate, Thinking
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import WorldTokenizer
 from rwkv_jax.inference.chat.fim import FIM_STOP, fim_prompt
-from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
-from rwkv_jax.inference.chat.messages import Message, ToolCall, clean, read_messages
-from rwkv_jax.inference.chat.template import ChatTemplate, Thinking
 
 USER = {"role": "user", "content": "1+1"}
 FIND, CREATE = (

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rwkv_jax.chat.formats import G1, RAVEN, WORLD
+from rwkv_jax.chat.jinja_template import JinjaTemplate
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.chat.dialogue import MAX_UNDO_TURNS, Dialogue
-from rwkv_jax.inference.chat.formats import G1, RAVEN, WORLD
-from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.inference.state.session import Prompt

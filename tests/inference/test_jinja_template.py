@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
+from rwkv_jax.chat import sandbox
+from rwkv_jax.chat.choice import named_template
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD
+from rwkv_jax.chat.jinja_template import JinjaTemplate
+from rwkv_jax.chat.messages import Message, ToolCall
+from rwkv_jax.chat.replies import Reply
+from rwkv_jax.chat.template import ChatTemplate, Thinking
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer
-from rwkv_jax.inference.chat import sandbox
-from rwkv_jax.inference.chat.choice import choose_template, named_template
-from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
-from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
-from rwkv_jax.inference.chat.messages import Message, ToolCall
-from rwkv_jax.inference.chat.replies import Reply
-from rwkv_jax.inference.chat.template import ChatTemplate, Thinking
+from rwkv_jax.inference.chat.choice import choose_template
 
 LIKE_G1 = """\
 {%- set names = {"user": "User", "assistant": "Assistant", "tool": "User"} -%}
@@ -256,7 +257,7 @@ def test_files_of_a_tokenizers_folder(tmp_path: Path) -> None:
 
 def test_without_jinja2_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chat_template.jinja").write_text("c")
-    monkeypatch.delitem(sys.modules, "rwkv_jax.inference.chat.sandbox", raising=False)
+    monkeypatch.delitem(sys.modules, "rwkv_jax.chat.sandbox", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(
         ConfigError, match=r"chat_template\.jinja needs the package jinja2: pip install .rwkv-jax\[serve\]"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rwkv_jax.inference.chat.formats import G1, WORLD
-from rwkv_jax.inference.chat.messages import ToolCall
-from rwkv_jax.inference.chat.replies import Delta, Reply, ReplyParser
-from rwkv_jax.inference.chat.template import Thinking
+from rwkv_jax.chat.formats import G1, WORLD
+from rwkv_jax.chat.messages import ToolCall
+from rwkv_jax.chat.replies import Delta, Reply, ReplyParser
+from rwkv_jax.chat.template import Thinking
 
 CALL = '{"name": "f", "arguments": {"a": [1, -2.5e3, "\\u00e9\\n", true, null, {}]}}'
 FENCED = f"```json\n{CALL}\n```"

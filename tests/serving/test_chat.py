@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from rwkv_jax.inference.chat.formats import G1, WORLD
+from rwkv_jax.chat.formats import G1, WORLD
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.serving.protocol.chat import ChatBody

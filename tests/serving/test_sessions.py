@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD
+from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD
-from rwkv_jax.inference.chat.template import ChatTemplate
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.state.state_file import decode_snapshot
 from rwkv_jax.serving.errors import APIError

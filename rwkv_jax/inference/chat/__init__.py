@@ -1,1 +1,1 @@
-"""Chat formats and conversations."""
+"""Conversations by turns, and which template a model takes."""

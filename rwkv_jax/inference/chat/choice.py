@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD
+from rwkv_jax.chat.jinja_template import JinjaTemplate
+from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
-from rwkv_jax.inference.chat.formats import G1, PILE_QA, RAVEN, WORLD, ChatFormat
-from rwkv_jax.inference.chat.jinja_template import JinjaTemplate
-from rwkv_jax.inference.chat.template import ChatTemplate
-
-FORMATS: dict[str, ChatFormat] = {"g1": G1, "world": WORLD, "raven": RAVEN, "pile-qa": PILE_QA}
-"""Formats by the names with which commands ask for them."""
 
 _PILE_IDS = 50277  # of 20B_tokenizer.json, with which the RWKV-4 models of the Pile and Raven were trained
-
-
-def named_template(name: str) -> ChatTemplate:
-    """The template of a name in `FORMATS`, or of a Jinja file.
-
-    Raises:
-      ConfigError: neither, or as `JinjaTemplate.from_file`.
-    """
-    if name in FORMATS:
-        return FORMATS[name]
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"template = {name!r}: is none of {', '.join(FORMATS)}, and no file of a Jinja template")
-    return JinjaTemplate.from_file(path)
 
 
 def choose_template(place: Path, tokenizer: Tokenizer) -> ChatTemplate:

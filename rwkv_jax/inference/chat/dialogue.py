@@ -12,11 +12,11 @@ import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Self
 
+from rwkv_jax.chat.formats import ChatFormat
+from rwkv_jax.chat.messages import Message
+from rwkv_jax.chat.replies import Delta, Reply
+from rwkv_jax.chat.template import ChatTemplate, Thinking, check_start, start_of
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.formats import ChatFormat
-from rwkv_jax.inference.chat.messages import Message
-from rwkv_jax.inference.chat.replies import Delta, Reply
-from rwkv_jax.inference.chat.template import ChatTemplate, Thinking, check_start, start_of
 from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.snapshot import Snapshot
 

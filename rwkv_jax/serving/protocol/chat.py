@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rwkv_jax.inference.chat.template import Thinking
+from rwkv_jax.chat.template import Thinking
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
 from rwkv_jax.serving.protocol.base import Answer, RequestBody
 from rwkv_jax.serving.protocol.formats import ResponseFormat

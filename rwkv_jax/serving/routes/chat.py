@@ -13,9 +13,9 @@ import anyio.to_thread
 from fastapi import APIRouter
 from sse_starlette import EventSourceResponse
 
+from rwkv_jax.chat.replies import ReplyParser
+from rwkv_jax.chat.template import Thinking
 from rwkv_jax.checks import ConfigError
-from rwkv_jax.inference.chat.replies import ReplyParser
-from rwkv_jax.inference.chat.template import Thinking
 from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk
 from rwkv_jax.inference.engine.requests import Completion as Text

@@ -26,10 +26,10 @@ import anyio.to_thread
 import jax
 import jax.numpy as jnp
 
+from rwkv_jax.chat.messages import Message, ToolCall
+from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.data.tokenizers import Tokenizer
-from rwkv_jax.inference.chat.messages import Message, ToolCall
-from rwkv_jax.inference.chat.template import ChatTemplate
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.engine.prompts import Arguments
 from rwkv_jax.inference.engine.requests import Chunk, Completion, join

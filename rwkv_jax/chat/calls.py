@@ -17,7 +17,7 @@ import json
 from collections.abc import Generator
 from typing import TypeVar
 
-from rwkv_jax.inference.chat.messages import ToolCall
+from rwkv_jax.chat.messages import ToolCall
 
 _Result = TypeVar("_Result")
 Scan = Generator[None, str, _Result]

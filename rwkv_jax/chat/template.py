@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from rwkv_jax.chat.messages import Message, clean
+from rwkv_jax.chat.replies import ReplyParser
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.messages import Message, clean
-from rwkv_jax.inference.chat.replies import ReplyParser
 
 Thinking = Literal["none", "open", "think", "think a bit", "think a lot", "closed", "empty"]
 """Thinking of G1 models: not requested; begun in the prompt, as long as the model chooses; begun, with its length

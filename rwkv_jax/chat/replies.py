@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from rwkv_jax.inference.chat.calls import FENCE, HEADING, TAG, CallScanner, NoMatchError, Scan
-from rwkv_jax.inference.chat.messages import ToolCall
+from rwkv_jax.chat.calls import FENCE, HEADING, TAG, CallScanner, NoMatchError, Scan
+from rwkv_jax.chat.messages import ToolCall
 
 Kind = Literal["reasoning", "content", "tool_call", "hidden"]
 

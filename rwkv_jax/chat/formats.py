@@ -15,11 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rwkv_jax.chat.messages import Message, clean, read_messages
+from rwkv_jax.chat.replies import ReplyParser
+from rwkv_jax.chat.template import Thinking, ToolChoice
+from rwkv_jax.chat.tools import tools_block, write_calls
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.messages import Message, clean, read_messages
-from rwkv_jax.inference.chat.replies import ReplyParser
-from rwkv_jax.inference.chat.template import Thinking, ToolChoice
-from rwkv_jax.inference.chat.tools import tools_block, write_calls
 
 _OPENINGS: dict[str, str] = {
     "none": "",

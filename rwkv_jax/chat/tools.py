@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rwkv_jax.chat.messages import ToolCall, clean
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.messages import ToolCall, clean
 
 _INSTRUCTIONS = {
     "required": "Return only a JSON function call.",

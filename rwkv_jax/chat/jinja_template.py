@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from rwkv_jax.chat.messages import Message, ToolCall, read_messages
+from rwkv_jax.chat.replies import ReplyParser
+from rwkv_jax.chat.template import Thinking, ToolChoice, begins_thinking
 from rwkv_jax.config import ConfigError
-from rwkv_jax.inference.chat.messages import Message, ToolCall, read_messages
-from rwkv_jax.inference.chat.replies import ReplyParser
-from rwkv_jax.inference.chat.template import Thinking, ToolChoice, begins_thinking
 from rwkv_jax.json_object import parse_object
 
 if TYPE_CHECKING:
-    from rwkv_jax.inference.chat.sandbox import Compiled
+    from rwkv_jax.chat.sandbox import Compiled
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 """Files of a tokenizer's folder in which a template is looked for, in this order."""
@@ -42,7 +42,7 @@ class JinjaTemplate:
           ConfigError: it is no template, or jinja2 is missing.
         """
         try:
-            from rwkv_jax.inference.chat.sandbox import compile_template
+            from rwkv_jax.chat.sandbox import compile_template
         except ImportError as error:
             raise ConfigError(
                 f'{name} needs the package jinja2: pip install "rwkv-jax[serve]", or name another template, such as g1'
@@ -202,7 +202,7 @@ def _as_mapping(message: Message) -> dict[str, Any]:
 
 
 def _as_call(call: ToolCall) -> dict[str, Any]:
-    from rwkv_jax.inference.chat.sandbox import JSONText
+    from rwkv_jax.chat.sandbox import JSONText
 
     function = {"name": call.name, "arguments": JSONText(call.arguments)}
     return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
