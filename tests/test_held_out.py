@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
 from rwkv_jax.data.corpus import TokenFile
@@ -70,7 +69,7 @@ def test_loss_is_the_mean_over_every_predicted_token(trainer: TrainFunctions, pa
     batches = (make_batch(tokens, end_of_text=None, mask=mask) for tokens, mask, _ in windows)
     result = evaluate(jax.jit(trainer.eval_step), params, batches, file)
 
-    forward = jax.jit(lambda tokens: nnx.merge(trainer.graphdef, params)(tokens)[0][0])
+    forward = jax.jit(lambda tokens: trainer.run_model.model(params)(tokens)[0][0])
     losses: list[float] = []
     for start in range(0, count - 1, LENGTH):
         row = file.tokens[start : start + LENGTH + 1].astype(np.int32)

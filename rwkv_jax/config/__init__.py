@@ -9,6 +9,7 @@ width, D low rank, V vocabulary, L layers.
     generations/     what is specific to each generation: fields, sizes, counts, state, tensor names, recipe
     data.py          data: sources, their order, the tokenizer
     step.py          optimizer, training: learning rates, batch and sequence sizes
+    tuning.py        tuning: adapters, and what else of a base is trained
     parallel.py      parallel, distributed: devices and processes
     reporting.py     evaluation, checkpoint, logging
     dicts.py         to JSON and back
@@ -23,9 +24,11 @@ from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.run import TrainConfig
 from rwkv_jax.config.step import OptimizerConfig, Remat, StepConfig
+from rwkv_jax.config.tuning import AdapterKind, TuningConfig
 
 __all__ = [
     "GENERATIONS",
+    "AdapterKind",
     "Architecture",
     "CheckpointConfig",
     "ConfigError",
@@ -42,6 +45,7 @@ __all__ = [
     "ResolvedSizes",
     "StepConfig",
     "TrainConfig",
+    "TuningConfig",
     "from_dict",
     "to_dict",
 ]

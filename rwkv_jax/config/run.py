@@ -10,6 +10,7 @@ from rwkv_jax.config.model import ModelConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.step import OptimizerConfig, StepConfig
+from rwkv_jax.config.tuning import TuningConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: StepConfig = dataclasses.field(default_factory=StepConfig)
+    tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -65,6 +67,7 @@ class TrainConfig:
             "training.carry_state",
             f"each row of {self.data.source} is a text of its own; switch it off",
         )
+        self._check_tuning()
         self.model.spec.check_run(self)
         check(
             not self.training.first_step or self.initial_weights is not None,
@@ -89,3 +92,15 @@ class TrainConfig:
         if self.profile is not None:
             first, last = self.profile
             check(0 <= first <= last, "profile", "must be FIRST LAST with 0 <= FIRST <= LAST")
+
+    def _check_tuning(self) -> None:
+        check, tuning = checker(self), self.tuning
+        if not tuning.is_partial:
+            return
+        check(
+            self.initial_weights is not None,
+            "initial_weights",
+            "tuning trains a part of a model; name the weights of the rest, its base",
+        )
+        beyond = [layer for layer in tuning.layers if layer >= self.model.num_layers]
+        check(not beyond, "tuning.layers", f"must be less than model.num_layers = {self.model.num_layers}")

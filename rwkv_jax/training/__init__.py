@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rwkv_jax.training.objectives.next_token import NextToken
     from rwkv_jax.training.optimizer import make_optimizer
     from rwkv_jax.training.reporting.step_logger import NonFiniteError
+    from rwkv_jax.training.run_model import RunModel
     from rwkv_jax.training.schedule import learning_rate_schedule
     from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
     from rwkv_jax.training.step import LossSums, Objective, Partition, train_step
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteError",
     "Objective",
     "Partition",
+    "RunModel",
     "StepMetrics",
     "TokenLosses",
     "TrainFunctions",
@@ -56,6 +58,7 @@ __getattr__, __dir__ = lazy_names(
         "objectives.next_token": ("NextToken",),
         "optimizer": ("make_optimizer",),
         "reporting.step_logger": ("NonFiniteError",),
+        "run_model": ("RunModel",),
         "schedule": ("learning_rate_schedule",),
         "state": ("EvalSums", "StepMetrics", "TrainState"),
         "step": ("LossSums", "Objective", "Partition", "train_step"),

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
@@ -42,9 +41,13 @@ def answer_sums(functions: TrainFunctions, params: Any, batch: Batch) -> AnswerS
     sharded = functions.sharded
 
     def local_sums(params: Any, batch: Batch) -> AnswerSums:
-        model = nnx.merge(functions.graphdef, params)
+        model = functions.run_model.model(params)
         hidden, _ = model.hidden(
-            batch.tokens, None, segment_ids=batch.segment_ids, axes=sharded.axes, gather_params=sharded.gather_params
+            batch.tokens,
+            functions.run_model.first_state(params, batch.tokens.shape[0]),
+            segment_ids=batch.segment_ids,
+            axes=sharded.axes,
+            gather_params=sharded.gather_params,
         )
         model.head = sharded.gather_params("head", model.head)
         flat, targets, scored = flatten_tokens(hidden, batch.targets, batch.mask)

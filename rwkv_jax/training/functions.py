@@ -24,6 +24,7 @@ from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.next_token import NextToken
 from rwkv_jax.training.optimizer import make_optimizer
 from rwkv_jax.training.partition import split_params, train_all
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.spikes import empty_window
 from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
 from rwkv_jax.training.step import Objective, Partition, train_step
@@ -49,8 +50,7 @@ class TrainFunctions:
     """key -> initial parameters."""
     empty_state: Callable[[], Any] | None
     """The recurrent state of rows that begin a text, if rows continue those of the previous step; else None."""
-    graphdef: Any
-    """`nnx.merge(graphdef, params)` is the model."""
+    run_model: RunModel
     first_step: int = 0
     """The step at which the run begins, in schedule and data order."""
     accumulation_steps: int = 1
@@ -161,7 +161,7 @@ def make_train_functions(
     config: TrainConfig,
     mesh: Mesh | None = None,
     *,
-    objective: Callable[[Any, ShardedModel, StepConfig], Objective] = NextToken,
+    objective: Callable[[RunModel, ShardedModel, StepConfig], Objective] = NextToken,
     partition: Partition = train_all,
 ) -> TrainFunctions:
     """Builds a config's pure functions; nothing is allocated or compiled.
@@ -171,7 +171,7 @@ def make_train_functions(
     gradient run within one `jax.shard_map`, and the elementwise optimizer outside it.
 
     Args:
-      objective: makes an objective from the model's graphdef, the sharded model and `config.training`.
+      objective: makes an objective from the run's model, the sharded model and `config.training`.
       partition: selects the trained parameters; the others have no gradient and no optimizer state.
 
     Raises:
@@ -181,7 +181,7 @@ def make_train_functions(
     check_implementations(config.model)
     kind, training = model_type(config.model), config.training
     graphdef, params = abstract_model(config.model)
-    sharded = shard_model(config.model, params, mesh)
+    run_model, sharded = RunModel(graphdef, config.tuning), shard_model(config.model, params, mesh)
     trained, _ = split_params(params, partition)
     if not trained:
         raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
@@ -191,10 +191,10 @@ def make_train_functions(
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def empty_state() -> Any:
-        return nnx.merge(graphdef, params).initial_state(training.batch_size)
+        return run_model.model(params).initial_state(training.batch_size)
 
     functions = TrainFunctions(
-        objective=objective(graphdef, sharded, training),
+        objective=objective(run_model, sharded, training),
         partition=partition,
         optimizer=make_optimizer(
             config.optimizer, training.num_steps, trained, kind.parameter_group, training.first_step
@@ -203,7 +203,7 @@ def make_train_functions(
         params=params,
         draw_params=sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
         empty_state=empty_state if training.carry_state else None,
-        graphdef=graphdef,
+        run_model=run_model,
         first_step=training.first_step,
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,

@@ -49,6 +49,7 @@ from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
@@ -130,7 +131,7 @@ def _train(
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
     choices = choose_operator(config, trainer.sharded.mesh, saved_run, processes, console.print)
-    sampled = trainer.graphdef  # single tokens are taken as the table has it
+    sampled = trainer.run_model  # single tokens are taken as the table has it
     if (chosen := with_choices(config, choices)) != config:
         trainer = make_train_functions(chosen, trainer.sharded.mesh)
     if saved_run is None and processes.is_first:
@@ -329,10 +330,10 @@ def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
 
 
 def _make_sampler(
-    config: TrainConfig, graphdef: Any, tokenizer: Tokenizer, trainer: TrainFunctions
+    config: TrainConfig, run_model: RunModel, tokenizer: Tokenizer, trainer: TrainFunctions
 ) -> tuple[Sampler, SamplingParams]:
     """What writes the samples, and how it chooses tokens."""
-    sampler = Sampler(graphdef, config.model, tokenizer, results_on=trainer.state_shardings.step)
+    sampler = Sampler(run_model, config.model, tokenizer, results_on=trainer.state_shardings.step)
     return sampler, SamplingParams(config.evaluation.sample_temperature, config.evaluation.sample_top_p)
 
 

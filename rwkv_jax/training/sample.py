@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Sharding
 
@@ -20,6 +19,7 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.sampling.choose import Settings, bias_array, choose, no_occurrences, stack_settings
 from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.training.run_model import RunModel
 
 TOKENS_PER_CALL = 16
 """Tokens per call of the compiled program."""
@@ -40,7 +40,7 @@ class Sampler:
     """Generates text with one compiled program for prompts and samples of any length."""
 
     def __init__(
-        self, graphdef: Any, config: ModelConfig, tokenizer: Tokenizer, *, results_on: Sharding | None = None
+        self, run_model: RunModel, config: ModelConfig, tokenizer: Tokenizer, *, results_on: Sharding | None = None
     ) -> None:
         """Checks that model and tokenizer match.
 
@@ -52,7 +52,7 @@ class Sampler:
             raise ConfigError(
                 f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {vocab_size}; use its own"
             )
-        self._graphdef = graphdef
+        self._run_model = run_model
         self._tokenizer = tokenizer
         # Padding rows of the embedding have no token and are untrained.
         self._named = np.array([tokenizer.is_named(token) for token in range(vocab_size)])
@@ -63,7 +63,10 @@ class Sampler:
     def _begin_text(self, params: Any, seed: Array) -> _Cursor:
         """The start of a text."""
         start = jnp.full((1,), self._tokenizer.end_of_text, jnp.int32)
-        return _Cursor(start, nnx.merge(self._graphdef, params).initial_state(1), jax.random.key(seed))
+        state = self._run_model.first_state(params, 1)
+        if state is None:
+            state = self._run_model.model(params).initial_state(1)
+        return _Cursor(start, state, jax.random.key(seed))
 
     def _advance_some(
         self, params: Any, cursor: _Cursor, given: Array, num_given: Array, settings: Settings, bias: Array
@@ -73,7 +76,7 @@ class Sampler:
         Args:
           settings: of one row; bias: float32 [1, V], added to logits.
         """
-        model = nnx.merge(self._graphdef, params)
+        model = self._run_model.model(params)
         occurrences = jnp.asarray(no_occurrences(len(self._named)))[None]
 
         def body(cursor: _Cursor, position: Array) -> tuple[_Cursor, Array]:

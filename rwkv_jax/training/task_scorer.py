@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ModelConfig, StepConfig
@@ -135,7 +134,7 @@ class TaskScorer:
         return BoundScorer(self, params)
 
     def _initial_state(self) -> Any:
-        return nnx.merge(self._trainer.graphdef, self._trainer.params).initial_state(self._training.batch_size)
+        return self._trainer.run_model.model(self._trainer.params).initial_state(self._training.batch_size)
 
     def _score_batch(self, params: Any, batch: StreamBatch, state: Any) -> tuple[Array, Array, Any]:
         """log p of each target, float [B, T], whether it is the most likely token, bool [B, T], and the next state."""
@@ -144,7 +143,7 @@ class TaskScorer:
             state = where_rows(batch.continues, state, self._initial_state())
 
         def local(params: Any, batch: StreamBatch, state: Any) -> tuple[Array, Array, Any]:
-            model = nnx.merge(self._trainer.graphdef, params)
+            model = self._trainer.run_model.model(params)
             hidden, next_state = model.hidden(
                 batch.tokens,
                 state,

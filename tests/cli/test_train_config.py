@@ -71,7 +71,10 @@ class TestTrainHelp:
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert found[2].strip("'") == shown
 
-    def test_defaults_are_those_of_the_config_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_defaults_are_those_of_the_config_file(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "120")  # one column, whatever the number of sections
         path = write_config(tmp_path, "model=ModelConfig(width=192)")
         with pytest.raises(SystemExit) as exit_:
             cli.parse_train_config([str(path), "--help"])

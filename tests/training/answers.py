@@ -8,7 +8,6 @@ import json
 
 import jax
 import numpy as np
-from flax import nnx
 
 from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.config.parallel import ParallelConfig
@@ -36,7 +35,7 @@ def answers_of(config: TrainConfig) -> dict[str, float]:
     params = initial_state(functions, 0).params
     alone = make_train_functions(CONFIG)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, TIME)).astype(np.int32)
-    logits, _ = jax.jit(lambda params: nnx.merge(alone.graphdef, params)(tokens), compiler_options=QUICK)(
+    logits, _ = jax.jit(lambda params: alone.run_model.model(params)(tokens), compiler_options=QUICK)(
         initial_state(alone, 0).params
     )
     targets = np.array(np.argmax(logits, axis=-1), np.int32)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
@@ -32,6 +31,7 @@ from rwkv_jax.training.checkpoints import Checkpoints
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.loss import token_losses
 from rwkv_jax.training.partition import merge_params, split_params
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.step import LossSums, loss_and_gradients
 from tests.fake_devices import run_on_fake_devices
@@ -60,7 +60,7 @@ class PairBatch(NamedTuple):
 class Preference:
     """Direct preference optimization (arXiv 2305.18290) of a model with an adapter."""
 
-    graphdef: Any
+    run_model: RunModel
     sharded: ShardedModel
     config: StepConfig
 
@@ -80,7 +80,7 @@ class Preference:
 
     def log_p(self, params: Any, text: Array, scale: Array) -> Array:
         """log p [B] of texts [B, T + 1]."""
-        model = nnx.merge(self.graphdef, params)
+        model = self.run_model.model(params)
         hidden, _ = model.hidden(text[:, :-1], axes=self.sharded.axes, gather_params=self.sharded.gather_params)
         model.head = self.sharded.gather_params("head", model.head)
         logits = model.logits((hidden * scale).reshape(-1, hidden.shape[-1]))

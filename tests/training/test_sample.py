@@ -17,6 +17,7 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.models import RWKV7, Transformer
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import TOKENS_PER_CALL, Sampler
 from tests.programs import compiled_quickly
 
@@ -78,7 +79,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
             text.append(int(jnp.argmax(forward(params, padded)[0, len(text) - 1])))
         return text[-num_tokens:]
 
-    return Small(params, tokenizer, CountedSampler(graphdef, CONFIG, tokenizer), greedy)
+    return Small(params, tokenizer, CountedSampler(RunModel(graphdef), CONFIG, tokenizer), greedy)
 
 
 # Shorter than what is read in one call, exactly as long, longer, and three times as long.
@@ -160,7 +161,7 @@ def test_a_transformer_stops_where_its_state_is_full() -> None:
         architecture="transformer", vocab_size=257, num_layers=2, width=16, head_dim=8, context_length=12
     )
     graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
-    sampler = Sampler(graphdef, config, ByteTokenizer())
+    sampler = Sampler(RunModel(graphdef), config, ByteTokenizer())
     assert len(sampler.tokens(params, "abc", 50, SamplingParams(), 0)) <= 8
     assert sampler.tokens(params, "a" * 30, 50, SamplingParams(), 0) == []
 

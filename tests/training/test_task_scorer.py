@@ -124,7 +124,7 @@ def functions_of(config: ModelConfig, mesh: Any = None) -> tuple[TrainFunctions,
 @functools.cache
 def scorer_of(config: ModelConfig, functions: TrainFunctions) -> TaskScorer:
     return TaskScorer(
-        functions, config, STEP, TOKENIZER, Sampler(functions.graphdef, config, FewTokens(config.vocab_size))
+        functions, config, STEP, TOKENIZER, Sampler(functions.run_model, config, FewTokens(config.vocab_size))
     )
 
 
@@ -142,7 +142,7 @@ def test_texts_laid_end_to_end_score_as_each_by_itself(name: str) -> None:
     config = CONFIGS[name]
     functions, params = functions_of(config)
     pairs = draw_pairs(longest=40 if name == "7" else 9)
-    forward = jax.jit(lambda tokens: nnx.merge(functions.graphdef, params)(tokens)[0][0])
+    forward = jax.jit(lambda tokens: functions.run_model.model(params)(tokens)[0][0])
     for (context, continuation), result in zip(pairs, scorer_of(config, functions).score(params, pairs), strict=True):
         ids = np.zeros(48 if name == "7" else 16, np.int32)  # one length for the compiler's sake
         size = len(context) + len(continuation)
@@ -189,7 +189,7 @@ def test_requests_are_encoded_once_and_answers_end_at_stops() -> None:
 def test_a_prompt_longer_than_the_cache_loses_its_beginning_and_is_answered() -> None:
     config = CONFIGS["transformer"]
     functions, params = functions_of(config)
-    sampler = Sampler(functions.graphdef, config, FewTokens(config.vocab_size))
+    sampler = Sampler(functions.run_model, config, FewTokens(config.vocab_size))
     scorer, greedy = TaskScorer(functions, config, STEP, TOKENIZER, sampler), SamplingParams(temperature=0.0)
     prompt = tuple(int(token) for token in np.random.default_rng(2).integers(1, 41, 40))
     for max_tokens, kept in ((4, 11), (256, 1)):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import StepConfig
@@ -15,6 +14,7 @@ from rwkv_jax.parallel.sharded_model import ShardedModel
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.fused_loss import fused_losses
 from rwkv_jax.training.loss import sum_losses
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.step import LossSums
 
 
@@ -22,8 +22,7 @@ from rwkv_jax.training.step import LossSums
 class NextToken:
     """Mean -log p(token) in nats over the tokens in the batch's mask, or all without one."""
 
-    graphdef: Any
-    """`nnx.merge(graphdef, params)` is the model."""
+    run_model: RunModel
     sharded: ShardedModel
     config: StepConfig
     """Provides `remat`, `loss_chunk`, `fused_loss` and the strength of L2Wrap."""
@@ -35,7 +34,9 @@ class NextToken:
     def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
         """Sums over a device's rows, and their next recurrent state."""
         sharded, config = self.sharded, self.config
-        model = nnx.merge(self.graphdef, params)
+        model = self.run_model.model(params)
+        if recurrent_state is None:
+            recurrent_state = self.run_model.first_state(params, batch.tokens.shape[0])
         hidden, next_state = model.hidden(
             batch.tokens,
             recurrent_state,
