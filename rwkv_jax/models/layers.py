@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
 from rwkv_jax.models.state import TimeMixState, check_state
@@ -44,7 +45,11 @@ def checkpoint_wkv_inputs(*inputs: Array) -> tuple[Array, ...]:
 
 
 def linear(
-    x: Array, weight: Array | PackedMatrix, *, out_dtype: jnp.dtype | None = None, in_axis: Literal[0, 1] = 1
+    x: Array,
+    weight: Array | PackedMatrix | AdaptedMatrix,
+    *,
+    out_dtype: jnp.dtype | None = None,
+    in_axis: Literal[0, 1] = 1,
 ) -> Array:
     """x @ weight^T in x's dtype.
 
@@ -53,13 +58,25 @@ def linear(
 
     Args:
       x: [..., in]; weight: [out, in], the official orientation; packed, or in bfloat16 with x in float32, it is
-        multiplied as stored.
+        multiplied as stored; adapted ones are [out, in].
       out_dtype: dtype of the result; None is x's.
       in_axis: 0 for a weight [in, out]. (If the caller transposed it, a CPU would copy it for every token.)
 
     Returns:
       [..., out].
     """
+    if isinstance(weight, AdaptedMatrix):
+        assert in_axis == 1
+        y = weight.times(x, functools.partial(_product_of_one, out_dtype=out_dtype))
+    else:
+        y = _product_of_one(x, weight, out_dtype=out_dtype, in_axis=in_axis)
+    return checkpoint_name(y, CHECKPOINT_MATMUL)
+
+
+def _product_of_one(
+    x: Array, weight: Array | PackedMatrix, *, out_dtype: jnp.dtype | None = None, in_axis: Literal[0, 1] = 1
+) -> Array:
+    """`linear` for a matrix without an adapter, not yet named for checkpointing."""
     flat = rearrange(x, "... C -> (...) C")
     out_dtype = out_dtype or x.dtype
     if isinstance(weight, PackedMatrix):
@@ -74,7 +91,7 @@ def linear(
             y = lax.platform_dependent(flat, weight, cpu=on_cpu, default=multiply)
         else:
             y = multiply(flat, weight)
-    return checkpoint_name(y.reshape(*x.shape[:-1], weight.shape[1 - in_axis]), CHECKPOINT_MATMUL)
+    return y.reshape(*x.shape[:-1], weight.shape[1 - in_axis])
 
 
 def _multiply(x: Array, weight: Array, *, in_axis: Literal[0, 1], out_dtype: jnp.dtype) -> Array:
@@ -141,7 +158,7 @@ def shard_offset(size: int, axis_name: str | None) -> Array | int:
     return 0 if axis_name is None else size * lax.axis_index(axis_name)
 
 
-def row_parallel_linear(x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+def row_parallel_linear(x: Array, weight: Array | PackedMatrix | AdaptedMatrix, axis_name: str | None) -> Array:
     """`linear` with x's last axis split over a mesh axis; each shard has its columns of the weight."""
     y = linear(x, weight)
     if axis_name is None:
@@ -149,7 +166,9 @@ def row_parallel_linear(x: Array, weight: Array | PackedMatrix, axis_name: str |
     return checkpoint_name(reduce_from_tensor_parallel(y, axis_name), CHECKPOINT_MATMUL)
 
 
-def row_parallel_gated_linear(gate: Array, x: Array, weight: Array | PackedMatrix, axis_name: str | None) -> Array:
+def row_parallel_gated_linear(
+    gate: Array, x: Array, weight: Array | PackedMatrix | AdaptedMatrix, axis_name: str | None
+) -> Array:
     """gate * (x @ weight^T) with x's last axis split over a mesh axis; each shard has its channels of the gate.
 
     The sum over shards is reduce-scattered, gated and gathered: as much traffic as the sum in `row_parallel_linear`.
