@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkv_jax.evaluation.tasks import TASKS
 from rwkv_jax.evaluation.tasks.base import Case, Task, make_cases
+from tests.evaluation.lm_eval_oracle import ITEMS
 from tests.golden import GOLDEN_DIR
 
 FOLDER = GOLDEN_DIR / "eval"
@@ -17,6 +18,9 @@ FILES = {name: FOLDER / f"{name}.jsonl" for name in ("lambada", "piqa", "hellasw
 FILES |= {"arc_easy": FOLDER / "arc.jsonl", "mmlu": FOLDER / "mmlu_test.jsonl"}
 SCORED = {name: f"own_{name.removesuffix('_easy')}" for name in FILES if name not in ("gsm8k", "mmlu")}
 """Tasks of which `expected` has results, and their names there."""
+
+INVENTED = {name: FOLDER / file for name, file in ITEMS.items()}
+"""Files that `invented_answers.json` has answers to."""
 
 
 def read(name: str) -> Any:

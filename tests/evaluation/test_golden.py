@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from rwkv_jax.evaluation.requests import Rolling
+from rwkv_jax.evaluation.statistics import Estimate
 from rwkv_jax.evaluation.tasks import TASKS
 from rwkv_jax.evaluation.tasks.base import make_cases
-from tests.evaluation.golden_items import FILES, FOLDER, SCORED, golden_cases, read
+from tests.evaluation.golden_items import FILES, FOLDER, INVENTED, SCORED, golden_cases, read
 
 EXPECTED = read("expected_v7_s0.json")
 FEW_SHOT = read("few_shot.json")
+ANSWERS = read("invented_answers.json")
+OF_ANSWERS = read("expected_invented.json")
 
 
 def as_golden(request: Any) -> list[Any]:
@@ -47,6 +51,33 @@ def test_requests_scores_and_metrics(name: str, variant: str) -> None:
         {name: value for name, value in wanted.items() if name != "sample_len"}, rel=1e-12
     )
     assert {estimate.count for estimate in metrics.values()} == {wanted["sample_len"]}
+
+
+def assert_estimates(metrics: Mapping[str, Estimate], wanted: Mapping[str, float | None]) -> None:
+    """Values, and standard errors where lm-eval has them; of a bootstrap by as many draws as ours has."""
+    assert {f"{name}{end}" for name in metrics for end in ("", "_stderr")} == set(wanted)
+    for name, estimate in metrics.items():
+        error = wanted[f"{name}_stderr"]
+        assert estimate.value == pytest.approx(wanted[name], rel=1e-12)
+        assert estimate.stderr is not None
+        if error is not None:
+            assert estimate.stderr == pytest.approx(error, rel=0.1 if name == "perplexity" else 1e-12)
+
+
+@pytest.mark.parametrize("name", INVENTED)
+def test_scores_and_standard_errors_of_invented_answers(name: str) -> None:
+    task, wanted = TASKS[name], OF_ANSWERS[name]
+    cases = make_cases(task, INVENTED[name], num_fewshot=0)
+    scores = [task.score(case.item, results) for case, results in zip(cases, ANSWERS[name], strict=True)]
+    for metric, values in wanted["scores"].items():
+        own = [score[metric] for score in scores]
+        assert own == [tuple(value) if isinstance(value, list) else value for value in values]
+    assert set(wanted["scores"]) == set(task.metrics)
+    summary = task.aggregate(scores, [case.group for case in cases])
+    assert_estimates(summary.metrics, wanted["metrics"])
+    assert set(summary.groups) == set(wanted.get("groups", ()))
+    for group, metrics in summary.groups.items():
+        assert_estimates(metrics, wanted["groups"][group])
 
 
 @pytest.mark.parametrize("key", FEW_SHOT)
