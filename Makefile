@@ -12,6 +12,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICES := .venv-devices/bin
 NEWEST ?= python3.13
+# Most of what is installed is never imported: compiling it to bytecode, a third of the time, is left to what imports it.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 
 version_of = $(or $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),unknown)
 VERSION := $(call version_of,$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
@@ -32,7 +34,7 @@ NEWEST_TESTS := $(addprefix tests/,test_constraints.py test_imports.py test_plan
 # Processes that tests start, a hundred of them, load the project's bytecode rather than compile it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: train test test-devices test-newest test-peers
+.PHONY: train test types test-devices test-newest test-peers
 
 train: .venv/installed
 	$(BIN)/python train.py configs/python_stdlib.py
@@ -40,13 +42,17 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(MAKE) --jobs 2 types $(INSTALLED_DEVICES)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40 -rs
 	$(MAKE) test-devices
 
+types: .venv/installed-dev
+	$(BIN)/pyright
+
 # There are no such compilers for other machines; constraints/ has those of one version of JAX.
 ifeq ($(shell uname -sm) $(VERSION),Linux x86_64 3.11)
-test-devices: .venv-devices/installed
+INSTALLED_DEVICES := .venv-devices/installed
+test-devices: $(INSTALLED_DEVICES)
 	$(DEVICES)/python -m pytest --numprocesses 2 -rs -m 'devices and not long' tests/devices
 else
 test-devices:
@@ -67,35 +73,34 @@ constraints/%.txt:
 	@exit 1
 
 .venv/installed: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(BIN)/$(PIP) -c $(CONSTRAINTS) -e .
 	touch $@
 
-.venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
-	touch $@
+.venv/installed-dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
+	touch .venv/installed $@
 
 # torch first, or another package asks for one built for GPUs.
 .venv-peers/installed: | .venv/bin/python
 	.venv/bin/python -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check numpy rwkv==0.8.32
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e . lm-eval==0.4.13
+	.venv-peers/bin/$(PIP) torch==2.13.0
+	.venv-peers/bin/$(PIP) numpy rwkv==0.8.32
+	.venv-peers/bin/$(PIP) -c $(CONSTRAINTS) -e . lm-eval==0.4.13
 	touch $@
 
 .venv-devices/installed: pyproject.toml $(CONSTRAINTS) constraints/devices-3.11.txt | .venv/bin/python
 	.venv/bin/python -m venv .venv-devices
-	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e . pytest pytest-xdist
-	$(DEVICES)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/devices-3.11.txt
+	$(DEVICES)/$(PIP) -c $(CONSTRAINTS) -e . pytest pytest-xdist
+	$(DEVICES)/$(PIP) --no-deps -r constraints/devices-3.11.txt
 	touch $@
 
 # Apart, so that it can be made beside `make test`, which installs the project at the same time.
 .venv-newest/packages: $(wildcard constraints/*.txt)
 	$(NEWEST) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
-		-r constraints/$(call version_of,$(NEWEST)).txt
+	.venv-newest/bin/$(PIP) -r constraints/$(call version_of,$(NEWEST)).txt
 	touch $@
 
 .venv-newest/installed: pyproject.toml .venv-newest/packages
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+	.venv-newest/bin/$(PIP) -e '.[test]' \
 		-c constraints/$(call version_of,$(NEWEST)).txt
 	touch $@
