@@ -223,12 +223,17 @@ def load_run_tokenizer(run_dir: Path) -> Tokenizer:
 
 
 def load_model(
-    run_dir: Path, which: Literal["newest", "best"], shardings: Callable[[ModelConfig], Any] | None = None
+    run_dir: Path,
+    which: Literal["newest", "best"],
+    shardings: Callable[[ModelConfig], Any] | None = None,
+    *,
+    ema: bool = False,
 ) -> LoadedModel:
     """Loads the model of a run's newest or best checkpoint; nothing else of it is read.
 
     Args:
       shardings: maps the model's config to a nested dict of shardings; None is the first device.
+      ema: takes the averages of training.ema_decay in the place of the trained weights.
 
     Raises:
       ConfigError: the folder is not a run, or the checkpoint is missing or damaged.
@@ -240,6 +245,16 @@ def load_model(
     else:
         placed = shardings(config.model)
     like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, placed)
+    tree, place, step = _load(run_dir, which, lambda saved: _with_averages(like, saved) if ema else {"params": like})
+    if ema and "ema" not in tree:
+        raise ConfigError(f"{place}: has no averages of weights, which training.ema_decay keeps; leave ema out")
+    return LoadedModel(config, graphdef, _merged(tree.get("params", {}), tree.get("ema", {})), step)
+
+
+def _load(
+    run_dir: Path, which: Literal["newest", "best"], wanted: Callable[[Mapping[str, str]], Any]
+) -> tuple[Any, Path, int]:
+    """What is wanted of a checkpoint, given the paths of all that was saved; its folder, and its step."""
     folder = run_dir / (BEST if which == "best" else CHECKPOINTS)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: holds no checkpoint yet; train the run first")
@@ -255,7 +270,7 @@ def load_model(
         place = folder / str(step)
         try:
             metadata = read_metadata(place)
-            tree = checkpointer.load(step, {"params": like})
+            tree = checkpointer.load(step, wanted(metadata["digests"]))
             if changed := changed_arrays(tree, metadata["digests"]):
                 raise DamagedError(f"{changed[0]} has other bits than were saved")
         except Exception as error:  # whatever Orbax raises for a damaged file, report path and remedy
@@ -269,7 +284,25 @@ def load_model(
             raise CheckpointError(
                 f"{place}: holds the state after step {metadata['step']}; give the folder its own name back"
             )
-    return LoadedModel(config, graphdef, tree["params"], step)
+    return tree, place, step
+
+
+def _with_averages(params: Any, saved: Mapping[str, str]) -> dict[str, Any]:
+    """What to load of a checkpoint: the averages that it has of parameters, and the parameters that it has none of."""
+    parts: dict[str, Any] = {"params": {}, "ema": {}}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names = [str(entry.key) for entry in path]
+        place = parts["ema" if ".".join(["ema", *names]) in saved else "params"]
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        place[names[-1]] = leaf
+    return {name: part for name, part in parts.items() if part}
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts without a leaf in common."""
+    both = one.keys() & other.keys()
+    return {**one, **other, **{name: _merged(one[name], other[name]) for name in both}}
 
 
 def _describe_broken_files(checkpoint: Path) -> str | None:

@@ -39,6 +39,9 @@ class Convert:
     with_unused: bool = False
     """Also write layer 0's v0, v1 and v2 of RWKV-7, zeros if the source has none: the official trainer needs them."""
 
+    ema: bool = False
+    """Take the averages of a run's weights (training.ema_decay)."""
+
     verify: bool = False
     """Compare the source with its checksums first (.pth, and safetensors that we wrote), as `rwkv info` does."""
 
@@ -59,6 +62,7 @@ class Convert:
                 dtype=self.dtype,
                 tokenizer=self.tokenizer,
                 with_unused=self.with_unused,
+                ema=self.ema,
             )
         print(
             f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
@@ -75,6 +79,8 @@ class Convert:
                 f"quantize = {quantize!r}: decides what tensors are in, and takes official names; leave --dtype, "
                 "--layout and --with-unused out"
             )
+        if self.ema:
+            raise ConfigError(f"quantize = {quantize!r}: packs a run's last weights; leave --ema out, or --quantize")
         if quantize != "bfloat16" and self.target.suffix.lower() == ".pth":
             raise ConfigError(
                 f"quantize = {quantize!r}: .pth files have no place for packed matrices; name FILE.safetensors or a "

@@ -30,6 +30,8 @@ class WeightsFlags:
     """A run folder, a file or folder of weights, or OWNER/NAME[/FILE] on the Hugging Face hub."""
     checkpoint: Literal["newest", "best"] = "newest"
     """Checkpoint of a run to use."""
+    ema: bool = False
+    """Use the averages of a run's weights (training.ema_decay)."""
     tokenizer: str | None = None
     """world, bytes, a sentencepiece model or a tokenizer.json; None takes the one saved with the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -73,6 +75,8 @@ class WeightsFlags:
             raise ConfigError(
                 f"checkpoint = {self.checkpoint!r}: {place} is no run, it has no checkpoints to choose from"
             )
+        if self.ema:
+            raise ConfigError(f"ema = True: {place} is no run, which alone has averages of its weights; leave it out")
         tokenizer = self._find_tokenizer(place)
         return from_pretrained(place, dtype=self.dtype, quantize=self.quantize), tokenizer
 
@@ -84,14 +88,15 @@ class WeightsFlags:
 
         if self.tokenizer is not None or self.dtype is not None:
             raise ConfigError(f"{run_dir}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
-        if self.quantize is not None and self.checkpoint != "newest":
+        if self.quantize is not None and (self.checkpoint != "newest" or self.ema):
             raise ConfigError(
-                f"quantize = {self.quantize!r}: packs a run's newest checkpoint; leave --checkpoint out, or --quantize"
+                f"quantize = {self.quantize!r}: packs a run's newest checkpoint; leave --checkpoint and --ema out, or "
+                "--quantize"
             )
         tokenizer = load_run_tokenizer(run_dir)
         if self.quantize is not None:
             return from_pretrained(run_dir, quantize=self.quantize), tokenizer
-        loaded = load_model(run_dir, self.checkpoint)
+        loaded = load_model(run_dir, self.checkpoint, ema=self.ema)
         return nnx.merge(loaded.graphdef, loaded.params), tokenizer
 
     def _find_tokenizer(self, place: Path) -> Tokenizer:

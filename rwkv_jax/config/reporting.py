@@ -32,14 +32,28 @@ class EvaluationConfig:
     """Steps between runs of the tasks, which also run after the last step; None: at every evaluation."""
     task_items: int = 256
     """Items of each task, the first ones of its file."""
+    best_by: str = "loss"
+    """What the checkpoint in best/ is the best by: loss, the held-out one, or a figure of one of the tasks as
+    metrics.jsonl has it, such as lambada.accuracy."""
+    stop_after: int | None = None
+    """Evaluations in a row that are no better than the best one, after which the run ends; None: it takes all its
+    steps."""
+    ema: bool = False
+    """Evaluate, sample and choose the best by the averages of training.ema_decay in the place of the weights."""
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every", "batches", "sample_tokens", "task_items")
         check = checker(self, "evaluation")
+        check(self.stop_after is None or self.stop_after > 0, "stop_after", "must be greater than zero")
         check(self.task_every is None or self.task_every > 0, "task_every", "must be greater than zero")
         parts = [task.partition("=") for task in self.tasks]
         check(all(name and path for name, _, path in parts), "tasks", "must be NAME=PATH each")
         check(len({name for name, _, _ in parts}) == len(parts), "tasks", "must name each task once")
+        check(
+            self.best_by == "loss" or self.best_by.partition(".")[0] in {name for name, _, _ in parts},
+            "best_by",
+            "must be loss, or a figure of one of evaluation.tasks, such as lambada.accuracy",
+        )
         check(
             not any("\ud800" <= character <= "\udfff" for prompt in self.sample_prompts for character in prompt),
             "sample_prompts",

@@ -67,6 +67,16 @@ class TrainConfig:
             "training.carry_state",
             f"each row of {self.data.source} is a text of its own; switch it off",
         )
+        check(
+            not self.evaluation.ema or self.training.ema_decay is not None,
+            "evaluation.ema",
+            "the run keeps no averages; set training.ema_decay, such as 0.999",
+        )
+        check(
+            self.evaluation.stop_after is None or self.data.held_out > 0 or self.evaluation.best_by != "loss",
+            "evaluation.stop_after",
+            "there is no held-out text to be better on; set data.held_out, or evaluation.best_by",
+        )
         self._check_tuning()
         self.model.spec.check_run(self)
         check(

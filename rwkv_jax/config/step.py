@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from rwkv_jax.checks import checker, require_choices, require_positive
@@ -52,6 +53,9 @@ class OptimizerConfig:
     stage: Literal[1, 2] = 1
     """2 is RWKV-LM's my_pile_stage 2: token-shift blends, decay and bonus learn five times as fast as the rest.
     RWKV-LM: my_pile_stage."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Factors on the learning rate by patterns of official names, such as att.* 0.1 blocks.0.* 0; the last one that
+    matches a name counts. Zero freezes: no weight decay, and no optimizer state where all layers are frozen."""
 
     def __post_init__(self) -> None:
         require_choices(self, "optimizer")
@@ -81,6 +85,11 @@ class OptimizerConfig:
             f"must be greater than zero and not exceed optimizer.weight_decay = {self.weight_decay}",
         )
         check(self.clip_norm >= 0, "clip_norm", "must not be negative")
+        check(
+            all(pattern and 0 <= factor < math.inf for pattern, factor in self.rates),
+            "rates",
+            "must be patterns of names, each with a factor that is not negative",
+        )
         check(
             self.schedule != "exponential" or self.final_learning_rate > 0,
             "final_learning_rate",
@@ -126,6 +135,9 @@ class StepConfig:
     taken; None never does. They count as bad steps."""
     spike_window: int = 64
     """Steps of the median that spike_factor multiplies; none is skipped before there are as many."""
+    ema_decay: float | None = None
+    """Share that an average of the trained weights keeps at each step, such as 0.999, smaller in the first ones; the
+    average is saved with the run (evaluation.ema). None keeps none."""
     tune: Literal["auto", "always", "never"] = "auto"
     """Whether a new run with model.wkv_implementation = None takes the fastest one by measurement, of `rwkv tune` or at
     its start: auto does on a GPU or TPU. The choice is in run.json, and kept when the run is resumed."""
@@ -151,4 +163,5 @@ class StepConfig:
         check(self.loss_chunk is None or self.loss_chunk > 0, "loss_chunk", "must be positive")
         check(isinstance(self.fused_loss, bool), "fused_loss", "must be True or False")
         check(self.l2wrap >= 0, "l2wrap", "must not be negative")
+        check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "must lie between 0 and 1")
         check(self.spike_factor is None or self.spike_factor > 1, "spike_factor", "must be greater than 1")

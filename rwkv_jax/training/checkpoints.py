@@ -36,6 +36,7 @@ from rwkv_jax.json_object import with_digest
 from rwkv_jax.parallel.coordination import allgather_text, differences
 from rwkv_jax.parallel.processes import DisagreementError, Processes
 from rwkv_jax.run_folder import BEST, CHECKPOINTS
+from rwkv_jax.training.best import LOSS
 from rwkv_jax.training.state import TrainState
 
 MAX_CLOSE_SECONDS = 30.0
@@ -195,8 +196,11 @@ class Checkpoints:
         allgather_text(self._processes, f"checkpoint {step}, moved aside", "")
         self._latest.reload()  # or Orbax would believe that the step exists and never save it again
 
-    def best_loss(self) -> float:
+    def best_loss(self, by: str = LOSS) -> float:
         """Held-out loss of the best checkpoint; infinity if there is none, or only a damaged one.
+
+        Args:
+          by: what it is the best by, `Best.by`; infinity if the checkpoint was chosen by something else.
 
         Raises:
           CheckpointError: it is there and cannot be read.
@@ -205,7 +209,7 @@ class Checkpoints:
         if (latest := self._best.latest) is not None:
             folder = Path(str(self._best.directory)) / str(latest.step)
             try:
-                loss = float(read_metadata(folder)["held_out_loss"])
+                loss = float(read_metadata(folder).get(_best_key(by), math.inf))
             except OSError as error:
                 raise CheckpointError(
                     f"{folder}: cannot be read ({first_line(error)}); see to its rights and its disk, and start again"
@@ -213,6 +217,11 @@ class Checkpoints:
             except DamagedError as error:  # a better one will replace it
                 self._report(f"best checkpoint, of step {latest.step}, is damaged ({error}); the next one replaces it")
         return float(allgather_text(self._processes, "best loss", repr(loss))[0])
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, if there is one."""
+        return None if self._best.latest is None else self._best.latest.step
 
     def save(self, state: TrainState, step: int, window: Mapping[str, Any] | None = None) -> None:
         """Starts to write a checkpoint; an existing one of the same step is kept.
@@ -225,15 +234,19 @@ class Checkpoints:
             self._best.wait()
         _save(self._latest, state, step, {"window": dict(window or {})})
 
-    def save_best(self, state: TrainState, step: int, held_out_loss: float) -> None:
-        """Starts to write the best checkpoint, which replaces the previous one."""
-        _save(self._best, state, step, {"held_out_loss": held_out_loss})
+    def save_best(self, state: TrainState, step: int, held_out_loss: float, by: str = LOSS) -> None:
+        """Starts to write the best checkpoint, which replaces the previous one; `by` as in `best_loss`."""
+        _save(self._best, state, step, {_best_key(by): held_out_loss})
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
         for checkpointer in (self._latest, self._best):
             with writing(Path(str(checkpointer.directory))):
                 checkpointer.wait()
+
+
+def _best_key(by: str) -> str:
+    return "held_out_loss" if by == LOSS else f"best by {by}"
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

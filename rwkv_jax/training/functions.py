@@ -23,7 +23,8 @@ from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.next_token import NextToken
 from rwkv_jax.training.optimizer import make_optimizer
-from rwkv_jax.training.partition import split_params, train_all
+from rwkv_jax.training.partition import merge_params, split_params, train_all
+from rwkv_jax.training.rates import learning_layers, without_frozen
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.spikes import empty_window
 from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
@@ -59,6 +60,10 @@ class TrainFunctions:
     spike_factor: float | None = None
     """See `StepConfig`; None without a spike guard."""
     spike_window: int = 1
+    learning_layers: Any = None
+    """See `rates.learning_layers`, of the trained parameters; None if no layer is frozen."""
+    ema_decay: float | None = None
+    """See `StepConfig`; None without averages."""
 
     def init(self, key: Array) -> TrainState:
         """The first state; `initial_state` places it on the devices."""
@@ -66,7 +71,8 @@ class TrainFunctions:
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.full((), count, jnp.int32) for count in (self.first_step, 0, 0))
         recurrent_state = None if self.empty_state is None else jax.tree.map(jnp.copy, self.empty_state())
-        opt_state = self.optimizer.init(split_params(params, self.partition)[0])
+        trained, _ = split_params(params, self.partition)
+        opt_state = self.optimizer.init(trained)
         if self.sharded.mesh is not None:
             opt_state = jax.lax.with_sharding_constraint(opt_state, self._device_shardings.opt_state)
         return TrainState(
@@ -78,7 +84,18 @@ class TrainFunctions:
             skipped_steps,
             recurrent_state,
             None if self.spike_factor is None else empty_window(self.spike_window),
+            self.first_averages(params),
         )
+
+    def first_averages(self, params: Any) -> Any:
+        """The averages with which a run begins: copies of the trained parameters; None without averages."""
+        return None if self.ema_decay is None else jax.tree.map(jnp.copy, split_params(params, self.partition)[0])
+
+    def averaged_params(self, state: TrainState) -> Any:
+        """The parameters with the averages in the place of the trained ones, if there are any."""
+        if state.ema is None:
+            return state.params
+        return merge_params(state.ema, split_params(state.params, self.partition)[1])
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         """One optimizer step; moves the state from and to its place between steps."""
@@ -94,6 +111,8 @@ class TrainFunctions:
             accumulation_steps=self.accumulation_steps,
             empty_state=None if self.empty_state is None else self.empty_state(),
             spike_factor=self.spike_factor,
+            learning_layers=self.learning_layers,
+            ema_decay=self.ema_decay or 0.0,
         )
         if self.sharded.mesh is not None or self.offload_optimizer:
             state = jax.tree.map(jax.device_put, state, self.state_shardings)
@@ -144,7 +163,8 @@ class TrainFunctions:
             )
             recurrent_state = None if recurrent_state is None else shardings(mesh, self.sharded.state_specs)
         recent = None if self.spike_factor is None else whole
-        return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state, recent)
+        ema = None if self.ema_decay is None else split_params(params, self.partition)[0]
+        return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state, recent, ema)
 
     @property
     def tokens_sharding(self) -> Any:
@@ -182,6 +202,7 @@ def make_train_functions(
     kind, training = model_type(config.model), config.training
     graphdef, params = abstract_model(config.model)
     run_model, sharded = RunModel(graphdef, config.tuning), shard_model(config.model, params, mesh)
+    partition = without_frozen(partition, params, config.optimizer.rates)
     trained, _ = split_params(params, partition)
     if not trained:
         raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
@@ -209,6 +230,8 @@ def make_train_functions(
         offload_optimizer=config.parallel.offload_optimizer,
         spike_factor=training.spike_factor,
         spike_window=training.spike_window,
+        learning_layers=learning_layers(trained, config.optimizer.rates),
+        ema_decay=training.ema_decay,
     )
     _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions

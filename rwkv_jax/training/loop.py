@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.answers import answers_evaluation
 from rwkv_jax.training.batch import Batch, batch_loader
+from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
 from rwkv_jax.training.operator_choice import choose_operator, naming_operator, refuse_unable_here, with_choices
@@ -157,8 +159,8 @@ def _train(
     console.print(_describe(config, trainer, rows, None if restored is None else int(restored.state.step)))
     state, window = restored or Restored(_new_state(config, trainer), {})
     del restored  # or its arrays would be held beside the state's
-    first_step, best_loss = int(state.step), checkpoints.best_loss()
-    found = {"step": first_step, "best": best_loss}
+    first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints)
+    found = {"step": first_step, "best": best.value}
     assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
     if first_step > num_steps:
         raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
@@ -192,6 +194,9 @@ def _train(
     )
     save_due, held_out = False, None
     for step in range(first_step, num_steps):
+        if best.ends(step):
+            console.print(f"step {step}: none was better since step {best.step} (evaluation.stop_after); the run ends")
+            break
         # Step.
         batch = load(functools.partial(rows.read, step), trains=True)
         profiler.before(step)
@@ -206,15 +211,20 @@ def _train(
         # Evaluate and sample.
         if evaluates:
             with logger.throughput.pause():
-                if (held_out := evaluate_held_out(state.params, evaluation.batches)) is not None:
+                weights = _evaluated(config, trainer, state)
+                if (held_out := evaluate_held_out(weights, evaluation.batches)) is not None:
                     logger.held_out(done, held_out)
-                    if held_out.loss < best_loss and not logger.is_bad:
-                        best_loss = held_out.loss
-                        checkpoints.save_best(state, done, best_loss)
-                _write_samples(config, sampler, sampling, state.params, done, logger)
+                    if best.by == LOSS and not logger.is_bad and best.takes(done, held_out.loss):
+                        checkpoints.save_best(state, done, best.value)
+                _write_samples(config, sampler, sampling, weights, done, logger)
         if asks_tasks:
             with logger.throughput.pause():
-                logger.tasks(done, evaluate_tasks(tasks, scorer, state.params))
+                results = evaluate_tasks(tasks, scorer, _evaluated(config, trainer, state))
+                logger.tasks(done, results)
+                value = best.of_tasks(results)
+                if value is not None and not logger.is_bad and best.takes(done, value):
+                    checkpoints.save_best(state, done, best.value, best.by)
+        save_due |= best.ends(done)
 
         # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
         if save_due and not logger.is_bad:
@@ -228,8 +238,8 @@ def _train(
             return TrainResult(state, None)
 
     if save_due:
-        console.print(f"step {num_steps} was skipped, so it is not saved; the newest checkpoint is of an earlier one")
-    result = _result(state, held_out, evaluate_held_out)
+        console.print("the last step was skipped, so it is not saved; the newest checkpoint is of an earlier one")
+    result = _result(state, _evaluated(config, trainer, state), held_out, evaluate_held_out)
     if processes.is_first:
         _summarize(config, corpus, result, console)
     return result
@@ -238,6 +248,7 @@ def _train(
 def _read_tasks(config: TrainConfig, processes: Processes) -> list[RunTask]:
     """The evaluation tasks that a config names, the same in all processes."""
     tasks = read_tasks(config.evaluation)
+    _ = sign_of(config.evaluation, tasks)  # refuses a figure that there is not
     if tasks:
         asked = {"evaluation.tasks": fingerprint(tasks)}
         assert_same(processes, asked, seconds=MAX_PREPARATION_SECONDS, subject="evaluation tasks")
@@ -299,7 +310,8 @@ def _new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
     state = initial_state(trainer, config.seed)
     if config.initial_weights is None:
         return state
-    return state._replace(params=initial_params(config.initial_weights, config.model, trainer.state_shardings.params))
+    params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
+    return state._replace(params=params, ema=trainer.first_averages(params))
 
 
 def _held_out_evaluation(
@@ -345,11 +357,33 @@ def _write_samples(
         logger.sample(step, prompt, sampler.text(params, prompt, config.evaluation.sample_tokens, sampling, seed))
 
 
+def _best_so_far(config: TrainConfig, tasks: list[RunTask], checkpoints: Checkpoints) -> Best:
+    """The best step of a run before it goes on."""
+    evaluation, value = config.evaluation, checkpoints.best_loss(config.evaluation.best_by)
+    by_loss, step = evaluation.best_by == LOSS, checkpoints.best_step
+    return Best(
+        by=evaluation.best_by,
+        sign=sign_of(evaluation, tasks),
+        every=evaluation.every if by_loss else evaluation.task_every or evaluation.every,
+        stop_after=evaluation.stop_after,
+        value=value,
+        step=config.training.first_step if step is None or math.isinf(value) else step,
+    )
+
+
+def _evaluated(config: TrainConfig, trainer: TrainFunctions, state: TrainState) -> Any:
+    """The parameters that are evaluated: the averages if the config says so."""
+    return trainer.averaged_params(state) if config.evaluation.ema else state.params
+
+
 def _result(
-    state: TrainState, last: HeldOut | Answers | None, evaluate_held_out: Callable[..., HeldOut | Answers | None]
+    state: TrainState,
+    weights: Any,
+    last: HeldOut | Answers | None,
+    evaluate_held_out: Callable[..., HeldOut | Answers | None],
 ) -> TrainResult:
-    """How a run that has taken all steps ends, given the evaluation after the last of these."""
-    found = last if isinstance(last, Answers) else evaluate_held_out(state.params, None)
+    """How a run that has taken all its steps ends, given its weights and the evaluation after the last of these."""
+    found = last if isinstance(last, Answers) else evaluate_held_out(weights, None)
     # The last step has drawn all answers of a synthetic task already.
     return TrainResult(state, None, found) if isinstance(found, Answers) else TrainResult(state, found)
 

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.training.rates import keep_frozen, learning_layers, rate_factors, scaled
 from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
 
 ParameterGroup = Callable[[tuple[str, ...], int], tuple[float, bool]]
@@ -88,7 +89,7 @@ def make_optimizer(
     """Builds the optimizer: clipping, Adam, decoupled weight decay of large matrices, learning rate per group.
 
     Args:
-      params: the parameters or their shapes; only names and axes are used.
+      params: the parameters or their shapes; only names, axes and the number of layers are used.
       group: the generation's `parameter_group`.
       first_step: the step at which the run begins.
     """
@@ -98,11 +99,14 @@ def make_optimizer(
         return in_stage_2(path, factor) if config.stage == 2 else factor, decays
 
     factors, decays = parameter_groups(params, staged)
+    factors = jax.tree.map(operator.mul, factors, rate_factors(params, config.rates))
+    learns = learning_layers(params, config.rates)
     rate = learning_rate_schedule(config, num_steps, first_step)
     return optax.chain(
         clip_by_global_norm(config.clip_norm, config.clip_epsilon),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         _decay_weights(config, num_steps, decays, first_step),
-        optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, factors)),
+        optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, factors)),
         optax.scale_by_learning_rate(lambda count: rate(count + first_step)),
+        *([] if learns is None else [keep_frozen(learns)]),
     )

@@ -27,6 +27,8 @@ class TrainState(NamedTuple):
     recent: Any = None
     """float32 [2, W]: loss and gradient norm of the last W steps taken, NaN where there was none; None without a spike
     guard."""
+    ema: Any = None
+    """Nested dict of the averages of the trained parameters; None if none are kept."""
 
 
 class StepMetrics(NamedTuple):

@@ -12,8 +12,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rwkv_jax.parallel.sharded_model import ShardedModel
+from rwkv_jax.training.ema import averaged
 from rwkv_jax.training.micro_batches import sum_over_micro_batches, where_rows
 from rwkv_jax.training.partition import merge_params, split_params
+from rwkv_jax.training.rates import without_frozen_layers
 from rwkv_jax.training.spikes import is_spike, remember
 from rwkv_jax.training.state import StepMetrics, TrainState
 from rwkv_kernels.arguments import broadcast_varying_axes
@@ -60,6 +62,8 @@ def train_step(
     accumulation_steps: int = 1,
     empty_state: Any = None,
     spike_factor: float | None = None,
+    learning_layers: Any = None,
+    ema_decay: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step; skipped, but counted, if loss or gradient is not finite, or a spike.
 
@@ -67,6 +71,8 @@ def train_step(
       accumulation_steps: micro-batches into which the batch's rows are split; divides B.
       empty_state: the recurrent state of rows that begin a text, arrays [L, B, ...]; used if `state` carries one.
       spike_factor: see `spikes.is_spike`; None without the guard.
+      learning_layers: see `rates.learning_layers`, of the trained parameters; None if no layer is frozen.
+      ema_decay: see `ema.averaged`; used if `state` has averages.
     """
     recurrent_state = state.recurrent_state
     if recurrent_state is not None:
@@ -75,6 +81,8 @@ def train_step(
     (loss, metrics), gradients, recurrent_state = loss_and_gradients(
         trained, frozen, batch, recurrent_state, objective, sharded, accumulation_steps
     )
+    if learning_layers is not None:
+        gradients = without_frozen_layers(gradients, learning_layers)
     norm = optax.tree.norm(gradients)
     taken, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
     if spike_factor is not None:
@@ -88,6 +96,9 @@ def train_step(
 
     if recurrent_state is not None:  # the state of a failed step is no valid context for the next one
         recurrent_state = if_taken(recurrent_state, empty_state)
+    ema = state.ema
+    if ema is not None:
+        ema = if_taken(averaged(ema, updated, state.step, ema_decay), ema)
     state = TrainState(
         params=merge_params(if_taken(updated, trained), frozen),
         opt_state=if_taken(opt_state, state.opt_state),
@@ -97,6 +108,7 @@ def train_step(
         skipped_steps=state.skipped_steps + (~taken).astype(jnp.int32),
         recurrent_state=recurrent_state,
         recent=recent,
+        ema=ema,
     )
     return state, StepMetrics(loss, norm, taken, metrics)
 

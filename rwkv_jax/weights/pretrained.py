@@ -259,6 +259,7 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
     with_unused: bool = False,
+    ema: bool = False,
 ) -> ModelConfig:
     """Converts weights tensor by tensor, without building a model, so that size does not matter.
 
@@ -268,6 +269,7 @@ def convert(
         weights, if the target is a folder.
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
         the official trainer loads no file without them.
+      ema: takes the averages of a run's weights (training.ema_decay).
 
     Returns:
       The config of the model.
@@ -279,8 +281,10 @@ def convert(
     # A mismatched tokenizer beside the weights does not matter if another is written, or none.
     takes_beside = tokenizer is None and Path(target).suffix.lower() not in _FILES
     tensors: Mapping[str, NDArray]
+    if ema and not path.is_dir():
+        raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
     if path.is_dir():
-        loaded = load_model(path, "newest")
+        loaded = load_model(path, "newest", ema=ema)
         config, tensors = loaded.config.model, official_tensors(loaded.config.model, loaded.params)
     else:
         weights = open_weights(path)
