@@ -1,7 +1,7 @@
 """Whether a kernel does a decoded token's work in the heads of a layer: where it is right, and faster than XLA's form.
 
 That is measured once for each device, model size and number of rows, and kept with the other measurements
-(docs/tuning.md).
+(docs/autotune.md).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class EngineOptions:
     """Idle seconds after which a named conversation is dropped."""
     tune: Literal["auto", "never"] = "auto"
     """Whether what is fastest by measurement is taken, and measured where it has not been, on one device
-    (docs/tuning.md); `never` takes what has been measured nowhere: the tables' choices."""
+    (docs/autotune.md); `never` takes what has been measured nowhere: the tables' choices."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "prefill_length", "short_prefill_length", "burst_length"):

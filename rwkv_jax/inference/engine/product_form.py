@@ -1,7 +1,7 @@
 """How a CPU multiplies many rows by packed matrices: by int8 digits or by converted matrices, whichever it does faster.
 
 Processors with int8 matrix instructions multiply digits faster, others floating point. So both are timed once on each
-processor, and the result is kept with the other measurements (docs/tuning.md).
+processor, and the result is kept with the other measurements (docs/autotune.md).
 """
 
 from __future__ import annotations
