@@ -1,4 +1,4 @@
-"""Tasks that ask for something said before: MQAR, recall at a distance, induction, a needle in a haystack."""
+"""Tasks that ask for something said before: MQAR, recall at a distance or in either order, induction, a needle."""
 
 from __future__ import annotations
 
@@ -166,6 +166,89 @@ class Recall(Task):
         if len(self.distances) == 1:
             return {}
         return {f"distance_{distance}": dataclasses.replace(self, distances=(distance,)) for distance in self.distances}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup(Task):
+    """A question before or behind the pairs that answer it: `| k0` and pairs, or pairs and `| k0`, then a mark.
+
+    Both orders have the same symbols and as many, and the answer comes last. With the question behind the pairs a model
+    must keep all of them; with the question before them, one. Evaluated besides with each number of pairs and order.
+
+    Chance: one of the values in the row.
+    """
+
+    name: ClassVar[str] = "lookup"
+
+    nums_pairs: tuple[int, ...] = (4, 8)
+    """Pairs in a row; each row has one of these numbers, equally likely."""
+    num_keys: int = 32
+    """Keys to draw from."""
+    num_values: int = 32
+    """Values to draw from."""
+    question: str = "either"
+    """`first`, `last`, or `either`: each row has one of the two, equally likely."""
+
+    def __post_init__(self) -> None:
+        self.require(
+            bool(self.nums_pairs) and min(self.nums_pairs) >= 1, "nums_pairs", "give at least one, each at least 1"
+        )
+        self.require(len(set(self.nums_pairs)) == len(self.nums_pairs), "nums_pairs", "names one twice")
+        for field in ("num_keys", "num_values"):
+            enough = getattr(self, field) >= max(self.nums_pairs)
+            self.require(
+                enough, field, f"must be at least {max(self.nums_pairs)}, the pairs of a row, which all differ"
+            )
+        self.require(self.question in ("first", "last", "either"), "question", "must be 'first', 'last' or 'either'")
+
+    @property
+    @override
+    def symbols(self) -> tuple[str, ...]:
+        return _keys_and_values(self.num_keys, self.num_values)
+
+    @property
+    @override
+    def min_length(self) -> int:
+        return 2 * max(self.nums_pairs) + 4
+
+    @override
+    def rows(self, draws: Draws, length: int) -> Rows:
+        most = max(self.nums_pairs)
+        keys = len(SIGNS) + 1 + draws.distinct(self.num_keys, most)
+        values = len(SIGNS) + 1 + self.num_keys + draws.distinct(self.num_values, most)
+        pairs = np.array(self.nums_pairs)[draws.integers(len(self.nums_pairs), 1)]  # [n, 1]
+        asked = np.minimum((draws.uniform(1) * pairs).astype(np.int64), pairs - 1)
+        is_first = draws.integers(2, 1) == 0
+        if self.question != "either":
+            is_first = np.full_like(is_first, self.question == "first")
+        tokens = np.full((draws.num_rows, length + 1), BLANK)
+        tokens[:, 0] = BEGIN
+        facts = np.stack([keys, values], axis=-1).reshape(-1, 2 * most)
+        told = np.arange(2 * most) < 2 * pairs
+        places = np.where(is_first, 3, 1) + np.arange(2 * most)
+        np.put_along_axis(tokens, places, np.where(told, facts, BLANK), axis=1)
+        question = np.where(is_first, 1, 2 * pairs + 1)
+        np.put_along_axis(tokens, question, MARK, axis=1)
+        np.put_along_axis(tokens, question + 1, np.take_along_axis(keys, asked, axis=1), axis=1)
+        answer = 2 * pairs + 4
+        np.put_along_axis(tokens, answer - 1, MARK, axis=1)
+        np.put_along_axis(tokens, answer, np.take_along_axis(values, asked, axis=1), axis=1)
+        return rows_of_text(tokens, np.arange(length + 1) == answer, length)
+
+    @override
+    def chance(self, length: int) -> float:
+        return sum(1 / pairs for pairs in self.nums_pairs) / len(self.nums_pairs)
+
+    @override
+    def variants(self) -> Mapping[str, Task]:
+        orders = ("first", "last") if self.question == "either" else (self.question,)
+        if len(orders) == len(self.nums_pairs) == 1:
+            return {}
+        return {
+            f"{order}_{pairs}": dataclasses.replace(self, nums_pairs=(pairs,), question=order)
+            for order in orders
+            for pairs in self.nums_pairs
+        }
 
 
 @dataclasses.dataclass(frozen=True)

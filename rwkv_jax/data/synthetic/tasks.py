@@ -12,7 +12,8 @@ from rwkv_jax.checks import shown
 from rwkv_jax.config import ConfigError
 from rwkv_jax.config.data import SYNTHETIC
 from rwkv_jax.config.dicts import dataclass_from_dict
-from rwkv_jax.data.synthetic.recall import MQAR, Induction, Needle, Recall
+from rwkv_jax.data.synthetic.facts import Facts
+from rwkv_jax.data.synthetic.recall import MQAR, Induction, Lookup, Needle, Recall
 from rwkv_jax.data.synthetic.sequences import Addition, Copying, Reversal, SelectiveCopying, Sorting
 from rwkv_jax.data.synthetic.state_tracking import ModularAddition, Parity, WordProblem
 from rwkv_jax.data.synthetic.task import Task
@@ -20,7 +21,7 @@ from rwkv_jax.data.synthetic.task import Task
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind
     for kind in (
-        *(MQAR, Recall, Induction, Needle),
+        *(MQAR, Recall, Lookup, Induction, Needle, Facts),
         *(Copying, SelectiveCopying, Reversal, Sorting, Addition),
         *(Parity, ModularAddition, WordProblem),
     )

@@ -12,7 +12,8 @@ import pytest
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.synthetic.draws import Draws
-from rwkv_jax.data.synthetic.recall import MQAR, Induction, Needle, Recall
+from rwkv_jax.data.synthetic.facts import Facts
+from rwkv_jax.data.synthetic.recall import MQAR, Induction, Lookup, Needle, Recall
 from rwkv_jax.data.synthetic.sequences import Addition, Copying, Reversal, SelectiveCopying, Sorting
 from rwkv_jax.data.synthetic.state_tracking import ModularAddition, Parity, WordProblem
 from rwkv_jax.data.synthetic.task import BEGIN, Task, prompt_and_answer
@@ -39,6 +40,26 @@ def recalled(words: Words, task: Task) -> dict[int, str]:
     assert len(pairs) == len(set(pairs.values())) == task.num_pairs
     questions = range(2 * task.num_pairs, len(words))
     return {at + 1: pairs[words[at]] for at in questions if words[at] in pairs}
+
+
+def looked_up(words: Words, task: Task) -> dict[int, str]:
+    """What the pairs say of the key behind the first mark, behind the second one."""
+    assert isinstance(task, Lookup)
+    first, second = (at for at, word in enumerate(words) if word == "|")
+    said = words[2:second] if first == 0 else words[:first]
+    pairs = dict(zip(said[::2], said[1::2], strict=True))
+    assert len(pairs) == len(set(pairs.values())) in task.nums_pairs
+    assert task.question in ("first" if first == 0 else "last", "either")
+    return {second + 1: pairs[words[first + 1]]}
+
+
+def known(words: Words, task: Task) -> dict[int, str]:
+    """The value of a key, by its number, the first time that the row has it."""
+    assert isinstance(task, Facts)
+    found: dict[str, int] = {}
+    for at in range(0, len(words) - 1, 2):
+        found.setdefault(words[at], at + 1)
+    return {at: f"v{task.values[int(key[1:])]}" for key, at in found.items()}
 
 
 def needle(words: Words, task: Task) -> dict[int, str]:
@@ -90,6 +111,8 @@ def orders(words: Words, task: Task) -> dict[int, str]:
 SOLVERS: dict[str, Callable[[Words, Task], dict[int, str]]] = {
     "mqar": recalled,
     "recall": recalled,
+    "lookup": looked_up,
+    "facts": known,
     "induction": induction,
     "needle": needle,
     "copying": after_the_mark(lambda question: question),
@@ -108,6 +131,10 @@ CASES: list[tuple[Task, int]] = [
     (MQAR(show_answers=False), 16),
     (Recall(), 41),
     (Recall(num_pairs=2, distances=(3,), noise=True), 20),
+    (Lookup(), 20),
+    (Lookup(nums_pairs=(1, 3), num_keys=3, num_values=4, question="last"), 13),
+    (Facts(), 16),
+    (Facts(num_facts=9, num_values=3, power=0.0, ranks=(2, 5)), 9),
     (Induction(), 4),
     (Induction(num_symbols=3), 30),
     (Needle(), 12),
@@ -216,6 +243,49 @@ def test_each_distance_of_recall_is_asked_and_is_a_variant() -> None:
     assert task.variants() == {"distance_8": Recall(distances=(8,)), "distance_20": Recall(distances=(20,))}
 
 
+def test_both_orders_and_each_number_of_pairs_are_asked_and_are_variants() -> None:
+    task = Lookup(nums_pairs=(2, 5))
+    rows = task.rows(Draws("rows", np.arange(400)), 20)
+    assert rows.mask is not None
+    ends = rows.mask.argmax(axis=1)
+    found = Counter(zip((rows.tokens[:, 1] == 2).tolist(), ends.tolist(), strict=True))
+    assert set(found) == {(first, end) for first in (True, False) for end in (7, 13)}
+    assert min(found.values()) > 70
+    answers = np.take_along_axis(rows.tokens, ends[:, None] + 1, axis=1)
+    place = (rows.tokens == answers).argmax(axis=1) - np.where(rows.tokens[:, 1] == 2, 4, 2)
+    assert set(place.tolist()) == {0, 2, 4, 6, 8}  # any of the pairs is asked for
+    variants = task.variants()
+    assert list(variants) == ["first_2", "first_5", "last_2", "last_5"]
+    assert variants["last_5"] == Lookup(nums_pairs=(5,), question="last")
+    assert not variants["last_5"].variants()
+
+
+def test_facts_never_change_and_follow_zipf() -> None:
+    task = Facts(num_facts=20, num_values=5)
+    rows = task.rows(Draws("rows", np.arange(2000)), 9)
+    keys, values = rows.tokens[:, 1:9:2] - 3, rows.tokens[:, 2:9:2] - 23
+    assert all(len(np.unique(values[keys == key])) == 1 for key in range(20))
+    assert (values == task.values[keys]).all()
+    assert len(np.unique(task.values)) == 5
+    np.testing.assert_array_equal(Facts(num_facts=30, num_values=5).values[:20], task.values)
+    shares = np.bincount(keys.ravel(), minlength=20) / keys.size
+    np.testing.assert_allclose(shares, task.probabilities, atol=0.015)
+    np.testing.assert_allclose(task.probabilities[[0, 1, 9]] / task.probabilities[0], [1, 1 / 2, 1 / 10])
+
+
+def test_facts_are_evaluated_by_rank() -> None:
+    variants = Facts(num_facts=20).variants()
+    assert list(variants) == ["ranks_0_3", "ranks_4_15", "ranks_16_19"]
+    rare = variants["ranks_16_19"]
+    assert isinstance(rare, Facts)
+    np.testing.assert_allclose(
+        rare.probabilities[16:], Facts(num_facts=20).probabilities[16:] / sum(Facts(num_facts=20).probabilities[16:])
+    )
+    tokens = rare.rows(Draws("rows", np.arange(50)), 9).tokens
+    assert set((tokens[:, 1:9:2] - 3).ravel().tolist()) == {16, 17, 18, 19}
+    assert not rare.variants()
+
+
 @pytest.mark.parametrize("pairs", [1, 2, 4, 8])
 def test_chance_of_mqar_is_that_of_a_guess_among_the_values_not_yet_asked_for(pairs: int) -> None:
     assert MQAR(num_pairs=pairs).chance(64) == pytest.approx(
@@ -229,6 +299,7 @@ def test_the_chances_that_are_known() -> None:
     assert [task.chance(41) for task in (Parity(), ModularAddition(modulus=8), Recall(), Needle())] == [
         *(0.5, 0.125, 0.25, 0.1)
     ]
+    assert [task.chance(20) for task in (Lookup(), Lookup(nums_pairs=(5,)), Facts())] == [3 / 16, 1 / 5, 1 / 32]
     assert WordProblem(items=3, inputs="all").chance(20) == pytest.approx(1 / 6)
     assert WordProblem().chance(10_000) == pytest.approx(1 / 120, rel=0.01)
 
