@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rwkv_jax.inference import Engine, SamplingParams
     from rwkv_jax.models import RWKV4, RWKV5, RWKV6, RWKV7, Transformer
     from rwkv_jax.training import train
-    from rwkv_jax.weights import from_pretrained, save_pretrained
+    from rwkv_jax.tuning import from_pretrained
+    from rwkv_jax.weights import save_pretrained
 
     __version__: str
 
@@ -44,7 +45,8 @@ _get_name, _dir = lazy_names(
         "inference": ("Engine", "SamplingParams"),
         "models": ("RWKV4", "RWKV5", "RWKV6", "RWKV7", "Transformer"),
         "training": ("train",),
-        "weights": ("from_pretrained", "save_pretrained"),
+        "tuning": ("from_pretrained",),
+        "weights": ("save_pretrained",),
     },
 )
 

@@ -105,6 +105,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("config", "data", "models", "parallel", "run_folder"),
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
+    "tuning": (
+        ("config", "models", "run_folder", "weights"),
+        ("jax", "flax", "numpy", "einops"),
+    ),
     "evaluation": (
         ("chat", "config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "lm_eval", "matplotlib", "tqdm"),
@@ -130,7 +134,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "matplotlib", "optax", "orbax", "rich"),
     ),
     "inference": (
-        ("autotune", "chat", "config", "data", "models", "weights", "kernels"),
+        ("autotune", "chat", "config", "data", "models", "tuning", "weights", "kernels"),
         ("jax", "flax", "numpy", "einops", "llguidance", "safetensors"),
     ),
     "serving": (
@@ -166,6 +170,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "run_folder",
             "serving",
             "training",
+            "tuning",
             "weights",
             "kernels",
         ),

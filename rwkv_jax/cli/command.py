@@ -17,6 +17,7 @@ from rwkv_jax.cli.evaluate import Evaluate
 from rwkv_jax.cli.generate import Generate
 from rwkv_jax.cli.info import Info
 from rwkv_jax.cli.inspect import Inspect
+from rwkv_jax.cli.merge import Merge
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.probe import ProbeCommand
 from rwkv_jax.cli.program_cache import keep_programs
@@ -35,6 +36,7 @@ COMMANDS = {
     "probe": ProbeCommand,
     "inspect": Inspect,
     "convert": Convert,
+    "merge": Merge,
     "info": Info,
     "tokenize": Tokenize,
     "plan": Plan,

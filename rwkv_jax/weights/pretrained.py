@@ -260,6 +260,7 @@ def convert(
     tokenizer: str | None = None,
     with_unused: bool = False,
     ema: bool = False,
+    change: Callable[[Mapping[str, NDArray], ModelConfig], Mapping[str, NDArray]] | None = None,
 ) -> ModelConfig:
     """Converts weights tensor by tensor, without building a model, so that size does not matter.
 
@@ -270,6 +271,7 @@ def convert(
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
         the official trainer loads no file without them.
       ema: takes the averages of a run's weights (training.ema_decay).
+      change: from the official tensors and the model's config to the tensors to write, under the same names.
 
     Returns:
       The config of the model.
@@ -305,6 +307,8 @@ def convert(
             )
         tensors = add_unused(tensors, config)
         config = dataclasses.replace(config, unused_value_residual=True)
+    if change is not None:
+        tensors = change(tensors, config)
     _write(tensors, config, Path(target), layout, dtype, found)
     return config
 
