@@ -251,6 +251,27 @@ def load_model(
     return LoadedModel(config, graphdef, _merged(tree.get("params", {}), tree.get("ema", {})), step)
 
 
+def load_part(
+    run_dir: Path, which: Literal["newest", "best"], wanted: Callable[[TrainConfig, Mapping[str, str]], Any]
+) -> Any:
+    """Loads some arrays of a run's newest or best checkpoint onto the first device.
+
+    Args:
+      wanted: from the run's config and the paths of what was saved, a nested dict of the shapes to load, from
+        TrainState's fields down.
+
+    Raises:
+      ConfigError: as `load_model`, or as `wanted`.
+    """
+    config, one = from_dict(read_run_file(run_dir)["config"]), SingleDeviceSharding(default_device())
+
+    def placed(saved: Mapping[str, str]) -> Any:
+        shapes = wanted(config, saved)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+
+    return _load(run_dir, which, placed)[0]
+
+
 def _load(
     run_dir: Path, which: Literal["newest", "best"], wanted: Callable[[Mapping[str, str]], Any]
 ) -> tuple[Any, Path, int]:
@@ -274,6 +295,8 @@ def _load(
             if changed := changed_arrays(tree, metadata["digests"]):
                 raise DamagedError(f"{changed[0]} has other bits than were saved")
         except Exception as error:  # whatever Orbax raises for a damaged file, report path and remedy
+            if isinstance(error, ConfigError) and not isinstance(error, CheckpointError):
+                raise  # of `wanted`
             if not isinstance(error, DamagedError) and not is_damage(error, place):
                 remedy = "that proves no damage; mend the cause"
             else:

@@ -106,8 +106,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
     ),
     "tuning": (
-        ("config", "models", "run_folder", "weights"),
-        ("jax", "flax", "numpy", "einops"),
+        ("config", "models", "parallel", "run_folder", "weights"),
+        ("jax", "flax", "numpy", "einops", "ml_dtypes"),
     ),
     "evaluation": (
         ("chat", "config", "data", "held_out", "inference", "models", "run_folder", "run_lock", "weights", "kernels"),
@@ -127,6 +127,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "parallel",
             "run_folder",
             "run_lock",
+            "tuning",
             "weights",
             "inference.sampling",
             "kernels",
@@ -138,7 +139,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("jax", "flax", "numpy", "einops", "llguidance", "safetensors"),
     ),
     "serving": (
-        ("chat", "config", "data", "inference", "models", "parallel", "run_folder", "weights"),
+        ("chat", "config", "data", "inference", "models", "parallel", "run_folder", "tuning", "weights"),
         (
             "jax",
             "numpy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -108,6 +109,26 @@ class WeightsFlags:
                 f"{vocab_size})"
             )
         return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFlags:
+    """The state in which texts begin."""
+
+    state: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Tuned state in which every text begins: a .pth or safetensors file, or the folder of a run that tunes one."""
+    allow_other_base: bool = False
+    """Take it even if it was trained with another model of the same sizes."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of an `Engine`. Raises ConfigError for a file that is none, before weights are loaded."""
+        if self.state is None:
+            if self.allow_other_base:
+                raise ConfigError("allow_other_base = True: is for a tuned state; name it with --state")
+            return {}
+        from rwkv_jax.tuning.pretrained_state import open_tuned_state
+
+        return {"initial_state": open_tuned_state(self.state), "allow_other_base": self.allow_other_base}
 
 
 def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int]:

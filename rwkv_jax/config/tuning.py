@@ -16,6 +16,10 @@ TunedQuantization = Literal["int8", "int4", "bfloat16"]
 KINDS_WITH_ALPHA: tuple[AdapterKind, ...] = ("lora", "rslora", "dora")
 """Kinds whose product has a factor, alpha / rank, or alpha / sqrt(rank) for rslora."""
 
+NO_MATRICES = (
+    "a state of {} is no matrix for each head, as in RWKV-5, 6 and 7, which alone is tuned; train an adapter instead"
+)
+
 OFFICIAL_TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 
 

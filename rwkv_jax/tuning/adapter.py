@@ -25,7 +25,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from rwkv_jax.config import AdapterKind
-from rwkv_jax.weights.derived import UNUSED
+from rwkv_jax.weights.digest import content_digest
 from rwkv_jax.weights.tensors import WeightsError
 
 Parts = Mapping[str, NDArray]
@@ -77,8 +77,8 @@ class Adapter:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 in hex of all that changes the base's numbers."""
-        lines = [f"{name}.{part} {_content(x)}\n" for name, of in self.parts.items() for part, x in of.items()]
-        lines += [f"{name} {_content(x)}\n" for name, x in self.replaced.items()]
+        lines = [f"{name}.{part} {content_digest(x)}\n" for name, of in self.parts.items() for part, x in of.items()]
+        lines += [f"{name} {content_digest(x)}\n" for name, x in self.replaced.items()]
         lines += [f"{name} factor {float(self.scales[name])!r}\n" for name in self.parts]
         return hashlib.sha256("".join([f"{self.kind}\n", *sorted(lines)]).encode()).hexdigest()
 
@@ -250,22 +250,6 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float], shapes: Mapp
             ),
         }
     return Adapter("lora", parts, dict.fromkeys(parts, 1.0))
-
-
-def weights_digest(tensors: Mapping[str, NDArray]) -> str:
-    """SHA-256 in hex of a base's numbers under official names, as float32; reads every tensor once.
-
-    It is the same for any file format, dtype and layout that holds these numbers unrounded. RWKV-7's unused tensors do
-    not count.
-    """
-    lines = [f"{name} {_content(tensors[name])}\n" for name in tensors if name not in UNUSED]
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
-def _content(x: NDArray) -> str:
-    """Shape and digest of an array's numbers as float32, little-endian."""
-    numbers = np.ascontiguousarray(x, "<f4").reshape(-1).view(np.uint8)
-    return f"{list(x.shape)} {hashlib.sha256(numbers.data).hexdigest()}"
 
 
 def _wrong_parts(kind: AdapterKind, name: str, parts: Parts) -> list[str]:

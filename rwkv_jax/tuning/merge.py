@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.checks import is_number, shown
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.tuning.adapter import Adapter, AdapterError, weights_digest
+from rwkv_jax.tuning.adapter import Adapter, AdapterError
+from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.quantized import DequantizedTensors

@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.run_folder import load_model
-from rwkv_jax.tuning.adapter import Adapter, AdapterError, combined, weights_digest
+from rwkv_jax.tuning.adapter import Adapter, AdapterError, combined
 from rwkv_jax.tuning.files import open_adapter
 from rwkv_jax.tuning.grafting import adapted_model
 from rwkv_jax.tuning.merge import checked_weights
 from rwkv_jax.weights import pretrained
+from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import official_shapes, official_tensors, require_official_names
 from rwkv_jax.weights.pretrained import ComputeDtype
 from rwkv_jax.weights.quantized import Quantization

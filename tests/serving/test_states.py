@@ -24,7 +24,7 @@ from rwkv_jax.inference.state.state_file import decode_snapshot, encode_snapshot
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.options import ServeOptions
 from rwkv_jax.serving.service import Service
-from rwkv_jax.serving.states import codec, turns
+from rwkv_jax.serving.states import codec
 from rwkv_jax.serving.states.opening import States, states_in_memory
 from rwkv_jax.serving.states.redis import RedisStateStore
 from rwkv_jax.weights.pth.file import write_torch_file
@@ -178,9 +178,9 @@ def test_a_tuned_state_begins_a_text(client: TestClient, engine: Engine, tmp_pat
     content = _pth(tmp_path, tensors) if form == "pth" else save(tensors)
     state = tuple(
         dataclasses.replace(part, wkv=jnp.asarray(tensors[f"blocks.{i}.att.time_state"]))
-        for i, part in enumerate(turns.empty_snapshot(engine).state)
+        for i, part in enumerate(engine.first_snapshot.state)
     )
-    before = dataclasses.replace(turns.empty_snapshot(engine), state=state)
+    before = dataclasses.replace(engine.first_snapshot, state=state)
     put = client.put("/v1/states/tuned", content=content)
     assert put.status_code == 200, put.text
     assert put.json()["num_tokens"] == 1

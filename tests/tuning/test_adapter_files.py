@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.tuning.adapter import Adapter, AdapterError, weights_digest
+from rwkv_jax.tuning.adapter import Adapter, AdapterError
 from rwkv_jax.tuning.files import open_adapter, save_adapter
 from rwkv_jax.tuning.merge import check_adapters, merge_weights, merged_tensors
+from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import read_config
 from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import read_torch_file, write_torch_file

@@ -92,6 +92,8 @@ class GenerationSpec(abc.ABC):
     """Whether time mixing works on heads, which parallel.tensor must not split; otherwise on single channels."""
     heads_tensor: str | None = None
     """Official name within layer 0 of a tensor whose first axis is H; None without one."""
+    has_matrix_state: bool = False
+    """Whether a block's state is two last inputs and a matrix [N, N] for each head, which can be tuned."""
     has_official_names: bool = True
     """Whether its parameters have official names and shapes."""
     tensors: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ class RWKV5Spec(MatrixStateSpec):
 
     model_class = "rwkv_jax.models.rwkv5:RWKV5"
     operator = "wkv5"
+    has_matrix_state = True
     heads_tensor = "att.time_decay"
 
     def __init__(self, name: str, *, has_gate: bool = True, has_channel_decay: bool = False) -> None:

@@ -19,6 +19,7 @@ class RWKV6Spec(MatrixStateSpec):
     model_class = "rwkv_jax.models.rwkv6:RWKV6"
     own_fields = ("mix_rank", "decay_rank")
     operator = "wkv6"
+    has_matrix_state = True
     heads_tensor = "att.time_faaaa"
     tensors = frozenset({"att.time_maa_x"})
     low_rank_decay = frozenset({"att.time_decay_w1", "att.time_decay_w2"})

@@ -33,6 +33,7 @@ class RWKV7Spec(MatrixStateSpec):
     )
     fields_beside_tensors = ("negative_eigenvalues",)
     operator = "wkv7"
+    has_matrix_state = True
     heads_tensor = "att.r_k"
     state_flops = 9  # plus the rank-one removal
     tensors = frozenset({"att.r_k", "att.k_k"})

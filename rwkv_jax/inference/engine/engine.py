@@ -36,8 +36,10 @@ from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.session_store import SessionStore
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, model_identity
+from rwkv_jax.inference.state.tuned import opened_row
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
+from rwkv_jax.tuning.pretrained_state import TunedState, base_digest
 
 _MAX_PENDING_CHUNKS = 1024  # uncollected chunks at which a stream pauses
 _MIN_CONVERSATION_BYTES = 1024  # counted for a session without state, so that names alone cannot fill the memory
@@ -60,6 +62,8 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         mesh: Mesh | None = None,
+        initial_state: str | os.PathLike[str] | TunedState | None = None,
+        allow_other_base: bool = False,
     ) -> None:
         """Allocates the slots; programs are compiled on first use.
 
@@ -69,9 +73,11 @@ class Engine:
           options: None is the defaults.
           mesh: the mesh of the model's parameters (`from_pretrained(mesh=)`); slots are split over its
             axes `data` and `fsdp` if these divide their number, and always decoded together.
+          initial_state: a tuned state, or its file or run, in which all texts begin but those to be embedded.
+          allow_other_base: whether tuned states may have been trained with another model of the same sizes.
 
         Raises:
-          ConfigError: the tokenizer is not the model's.
+          ConfigError: the tokenizer is not the model's, or the tuned state is another model's.
         """
         if not isinstance(model, LanguageModel) or not hasattr(tokenizer, "vocab_size"):
             raise ConfigError(
@@ -89,6 +95,7 @@ class Engine:
         if mesh is not None:
             options = dataclasses.replace(options, batch_sizes=(options.num_slots,))
         self.options, self.config, self.tokenizer = options, config, tokenizer
+        self.allow_other_base = allow_other_base
         self.model = unstacked(model)
         devices = jax.tree.leaves(nnx.state(self.model, nnx.Param))[0].devices()
         if mesh is None and len(devices) > 1:
@@ -123,6 +130,8 @@ class Engine:
             self.model, self._admission.weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
         )
         slots = scheduler.slots
+        if initial_state is not None:
+            slots.begin_texts_with(opened_row(initial_state, self))
         self._owner, self._empty_row, self._state_bytes = slots.owner, slots.empty_row, scheduler.state_bytes
         self._driver = Driver(scheduler)
         lengths = {"chunk_length": options.prefill_length, "short_chunk_length": options.short_prefill_length}
@@ -373,6 +382,11 @@ class Engine:
         return self._owner
 
     @property
+    def first_snapshot(self) -> Snapshot:
+        """The state in which texts begin."""
+        return Snapshot(self._empty_row.state, self._empty_row.logits, 0, self._owner)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one text's state with the logits that follow it."""
         return self._state_bytes
@@ -384,6 +398,11 @@ class Engine:
             if self._identity is None:
                 self._identity = model_identity(self.model, self.tokenizer)
             return self._identity
+
+    @functools.cached_property
+    def base_digest(self) -> str:
+        """By which tuned states name this model; hashes all parameters on first use."""
+        return base_digest(self.model)
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
         """Ids of a text, after the end-of-text token if `begins`.

@@ -47,7 +47,13 @@ class SlotArrays:
         """Checksum of the model's parameters, to recognize its snapshots."""
         self._allocate()
         self.empty_row = self.row(0)
-        """The row of an empty text."""
+        """The row of a text that has read nothing."""
+
+    def begin_texts_with(self, state: Any) -> None:
+        """Lets texts begin in another state than the empty one: a row's, without an axis of rows."""
+        like = self.empty_row.state
+        placed = jax.tree.map(lambda x, y: jax.device_put(x.astype(y.dtype), y.sharding), state, like)
+        self.empty_row = self.empty_row._replace(state=placed)
 
     def _allocate(self) -> None:
         self.free = list(range(self.count))[::-1]

@@ -12,8 +12,9 @@ import jax
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, decode_snapshot, encode_snapshot
-from rwkv_jax.inference.state.tuned import is_tuned, tuned_snapshot, tuned_tensors
+from rwkv_jax.inference.state.tuned import tuned_snapshot
 from rwkv_jax.serving.errors import APIError
+from rwkv_jax.tuning.state_files import is_tuned, parse_tuned_state
 
 _HEADER_BYTES = 2**20  # names, checksums and whatever else a file begins or ends with
 
@@ -33,7 +34,7 @@ def decode(content: bytes, engine: Engine, name: str = "state") -> Snapshot:
     """The state in the bytes of a file.
 
     Args:
-      content: a state file, or the official file of a tuned state (`rwkv_jax.inference.state.tuned`), which has read
+      content: a state file, or the official file of a tuned state (`rwkv_jax.tuning.state_files`), which has read
         no token yet.
       name: what messages call it.
 
@@ -45,9 +46,9 @@ def decode(content: bytes, engine: Engine, name: str = "state") -> Snapshot:
     limit = max_file_bytes(engine.identity)
     if len(content) > limit:
         raise too_large(name, limit)
-    tensors = tuned_tensors(content, name)
-    if is_tuned(tensors):
-        snapshot = tuned_snapshot(tensors, engine.identity, name)
+    tuned = parse_tuned_state(content, name)
+    if is_tuned(tuned.tensors):
+        snapshot = tuned_snapshot(tuned, engine, name)
     else:
         snapshot = decode_snapshot(content, engine.identity, name=name)
     return dataclasses.replace(snapshot, owner=engine.owner)

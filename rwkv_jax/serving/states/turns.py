@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import anyio.to_thread
-import jax
-import jax.numpy as jnp
 
 from rwkv_jax.chat.messages import Message, ToolCall
 from rwkv_jax.chat.template import ChatTemplate
@@ -146,7 +144,7 @@ class Turn:
         elif fields.state is not None:
             self._before = find_state(self._service, self._tenant, fields.state)
         elif not fields.reads_cache():
-            self._before = empty_snapshot(engine)  # a given state does not go through the cache
+            self._before = engine.first_snapshot  # a given state does not go through the cache
 
     def _keep(self, stream: Stream, prompt: Sequence[int], answer: Completion, closing: str) -> KeptState:
         engine, fields = self._service.engine, self._fields
@@ -234,13 +232,6 @@ def get_record(service: Service, tenant: str, id: str) -> StateRecord:
 def not_found(id: str) -> APIError:
     """The answer about a state that there never was, or no longer is."""
     return APIError(404, f"state {id!r}: not found or expired", param="state", code=NOT_FOUND)
-
-
-def empty_snapshot(engine: Engine) -> Snapshot:
-    """The state of a text that has not begun."""
-    state = jax.tree.map(lambda x: x[0], engine.model.initial_state(1))
-    logits = jnp.zeros(engine.identity.logits.shape, engine.identity.logits.dtype)
-    return Snapshot(state, logits, 0, engine.owner)
 
 
 def new_id() -> str:
