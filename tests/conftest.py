@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
@@ -10,6 +11,12 @@ from typing import Any
 
 import jax
 import pytest
+
+from tests.golden import QUICK_FLAGS
+
+if importlib.util.find_spec("libtpu") is None:  # whose programs, in tests/devices, are compiled as users do
+    # Compilers took half of all processor time. `AS_USERS` is for what is compiled as users do.
+    os.environ["XLA_FLAGS"] = " ".join([*QUICK_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.golden import QUICK_FLAGS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,7 +18,7 @@ def run_on_fake_devices(count: int, program: str, *arguments: str) -> Any:
     """What a module prints as JSON, run with so many fake devices of the CPU."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "XLA_FLAGS": " ".join([*QUICK_FLAGS, f"--xla_force_host_platform_device_count={count}"]),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
     }

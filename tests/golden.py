@@ -20,8 +20,17 @@ GOLDEN_DIR = Path(__file__).parent / "golden"
 TINY_DIR = Path(__file__).parents[2] / "shared" / "golden" / "tiny"
 
 QUICK = unoptimized_on_cpu()
-"""Compiler options that take compilation to a third of its time: for tests of logic and for float64, where rounding by
-what users run is not the question. Tests in float32 compile as users do."""
+"""Compiler options that take compilation to a fifth of its time: for tests of logic and for float64, where rounding by
+what users run is not the question. The tests' process and those that it starts have them by `QUICK_FLAGS`."""
+QUICK_FLAGS = [f"--{name}={value}".lower() for name, value in QUICK.items()]
+"""The same as XLA_FLAGS."""
+_OF_USERS = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_parallel_codegen_split_count": 32,
+    "xla_cpu_use_fusion_emitters": True,
+}
+AS_USERS = {name: _OF_USERS[name] for name in QUICK}
+"""Compiler options that make what users run: where rounding in float32 is the question, or a program runs for long."""
 
 
 @functools.cache

@@ -20,16 +20,13 @@ from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.functions import abstract_state, make_train_functions
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.state import TrainState
-from tests.golden import QUICK
+from tests.golden import QUICK_FLAGS
 from tests.parallel.process_pair import free_port
 from tests.small_runs import assert_same_bits, write_corpus
 from tests.training.saved import restore
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 300  # seconds; a process that has not done by then what is waited for has failed
-
-QUICK_FLAGS = [f"--{name}={value}".lower() for name, value in QUICK.items()]
-"""Programs for a mesh take half as long to compile with them."""
 
 IMPATIENT = ("--distributed.join-seconds", "40", "--distributed.heartbeat-seconds", "4")
 """For processes that notice soon that another is lost."""
@@ -54,7 +51,7 @@ class Workplace:
 
         Args:
           config: the file's text, in which {source!r} and {cache!r} stand for the folders of the corpus.
-          as_users: whether programs are compiled as users do, which takes five times as long.
+          as_users: whether programs are compiled as users do.
         """
         self.folder, self.config = folder, folder / "config.py"
         source = write_corpus(folder / "source")
@@ -67,7 +64,7 @@ class Workplace:
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
-            | ({} if as_users else {"XLA_FLAGS": " ".join(QUICK_FLAGS)})
+            | ({"XLA_FLAGS": ""} if as_users else {})
         )
 
     def command(self, run_dir: Path, *overrides: str) -> list[str]:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import QUICK_FLAGS
-
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 from rwkv_jax import ModelConfig, TrainConfig
@@ -86,7 +84,6 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequ
     (folder / "config.py").write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["XDG_CACHE_HOME"] = str(folder / "programs")
-    environment["XLA_FLAGS"] = " ".join(QUICK_FLAGS)
 
     def run(command: Sequence[str]) -> str:
         program = folder / "venv" / "bin" / command[0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from rwkv_jax.inference.sampling.choose import choose, no_occurrences, stack_settings
 from rwkv_jax.inference.sampling.params import SamplingParams
+from tests.golden import AS_USERS
 
 DRAWS = 4000
 LOGITS = np.random.default_rng(0).normal(0, 2, 12)
@@ -63,7 +64,7 @@ def expected(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
 
 @functools.cache
 def compiled() -> Any:
-    return jax.jit(choose)
+    return jax.jit(choose, compiler_options=AS_USERS)
 
 
 def draw(

@@ -32,7 +32,7 @@ from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import unstacked
-from tests.golden import QUICK, relative_error
+from tests.golden import AS_USERS, QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params
 from tests.programs import compiled_quickly
 
@@ -133,7 +133,7 @@ def _whole(config: ModelConfig, quick: bool) -> Any:
     def run(params: Any, tokens: Any) -> Any:
         return merge(config, params)(tokens)[0][0]
 
-    return jax.jit(run, compiler_options=QUICK if quick else None)
+    return jax.jit(run, compiler_options=QUICK if quick else AS_USERS)
 
 
 def whole_logits(config: ModelConfig, ids: Sequence[int], *, room: int = 64, quick: bool = True) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from rwkv_kernels.ops.wkv6.api import OPERATOR as WKV6
 from rwkv_kernels.ops.wkv7 import cases as wkv7_cases
 from rwkv_kernels.ops.wkv7.api import OPERATOR as WKV7
 from rwkv_kernels.testing.cases import Shape
-from tests.golden import QUICK
+from tests.golden import AS_USERS, QUICK
 
 Inputs = dict[str, Any]
 """Arguments by name; `state` is a tree of arrays, all others are arrays."""
@@ -203,13 +203,13 @@ def forward(way: Way, quick: bool = True) -> Callable[..., Results]:
     def run(inputs: Inputs, options: Options) -> Results:
         return named(*way.run(**inputs, **options))
 
-    return jax.jit(run, compiler_options=QUICK if quick else None)
+    return jax.jit(run, compiler_options=QUICK if quick else AS_USERS)
 
 
 @functools.cache
 def with_gradients(way: Way, quick: bool = True) -> Callable[..., Results]:
     """Compiled (inputs, cotangents of y and of the final state, options) -> results and gradients, by name."""
-    return jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK if quick else None)
+    return jax.jit(functools.partial(differentiate, way.run), compiler_options=QUICK if quick else AS_USERS)
 
 
 def differentiate(run: Callable[..., tuple[Array, Any]], inputs: Inputs, cotangents: Any, options: Options) -> Results:

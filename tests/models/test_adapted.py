@@ -27,7 +27,7 @@ from rwkv_jax.weights.official import place_params, read_config
 from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import pack, packed_matrix
 from rwkv_jax.weights.safetensors import read_safetensors
-from tests.golden import GOLDEN_DIR, QUICK, assert_close, load_golden, relative_error
+from tests.golden import AS_USERS, GOLDEN_DIR, QUICK, assert_close, load_golden, relative_error
 
 LORA = GOLDEN_DIR / "tuning" / "lora"
 
@@ -118,7 +118,7 @@ def program(dtype: str, *, differentiates: bool) -> Any:
         return total.nll / total.count, logits
 
     of = jax.value_and_grad(loss, has_aux=True) if differentiates else loss
-    return jax.jit(of, compiler_options=QUICK if dtype == "float64" else None)
+    return jax.jit(of, compiler_options=QUICK if dtype == "float64" else AS_USERS)
 
 
 def check_logits(name: str, logits: Array, bound: float) -> None:

@@ -18,7 +18,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.training.loss import sum_losses
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
-from tests.golden import QUICK, assert_close, load_golden, relative_error
+from tests.golden import AS_USERS, QUICK, assert_close, load_golden, relative_error
 from tests.models.parameters import merge, to_official
 from tests.models.states import from_golden, to_golden
 
@@ -83,7 +83,7 @@ def program(config: ModelConfig) -> Callable[..., Any]:
         total = sum_losses(lambda x: x, logits, targets, mask)
         return total.nll / total.count, (logits, final)
 
-    options = QUICK if config.dtype == "float64" else None
+    options = QUICK if config.dtype == "float64" else AS_USERS
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=options)
 
 

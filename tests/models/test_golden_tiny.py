@@ -21,7 +21,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.state import State
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
 from rwkv_jax.weights.safetensors import read_safetensors
-from tests.golden import QUICK, load_tiny, relative_error, tiny_model
+from tests.golden import AS_USERS, QUICK, load_tiny, relative_error, tiny_model
 from tests.models.parameters import merge
 from tests.models.states import to_golden
 
@@ -65,7 +65,7 @@ def program(name: str, dtype: str) -> Callable[..., tuple[Array, State]]:
     def call(params: Any, tokens: Array, state: State, lengths: Array | None = None) -> tuple[Array, State]:
         return merge(config, params)(tokens, state, lengths=lengths)
 
-    return jax.jit(call, compiler_options=QUICK if dtype == "float64" else None)
+    return jax.jit(call, compiler_options=QUICK if dtype == "float64" else AS_USERS)
 
 
 class Result(NamedTuple):

@@ -20,7 +20,7 @@ from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.functions import make_train_functions
 from rwkv_jax.training.step import loss_and_gradients
-from tests.golden import QUICK, relative_error
+from tests.golden import AS_USERS, QUICK, relative_error
 from tests.models.parameters import initial_params, named_config, random_params
 
 SIZES = {"vocab_size": 48, "num_layers": 3, "width": 32, "head_dim": 4, "ffn_width": 64}
@@ -111,7 +111,7 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
         (params, batch, recurrent_state), (where.params, of_batch, where.recurrent_state)
     )
     # In float32 rounding is the question, so that is compiled as users do.
-    options = QUICK if config.model.dtype == "float64" else None
+    options = QUICK if config.model.dtype == "float64" else AS_USERS
 
     def step(params: Any, batch: Any, recurrent_state: Any) -> tuple[Any, Any, Any]:
         return loss_and_gradients(

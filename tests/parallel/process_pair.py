@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.golden import QUICK_FLAGS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +24,7 @@ def start(scenario: str, port: int, index: int) -> subprocess.Popen[str]:
     """A process of process_together.py, with two fake devices."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": " ".join([*QUICK_FLAGS, "--xla_force_host_platform_device_count=2"]),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
     }
