@@ -52,7 +52,7 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluates and prints what was found."""
-        from rwkv_jax.evaluation.run import evaluate, plan_tasks
+        from rwkv_jax.evaluation.tasks.plans import plan_tasks
 
         for name, minimum in (("num_fewshot", 0), ("limit", 1), ("window", 1)):
             if (value := getattr(self, name)) is not None:
@@ -67,6 +67,7 @@ class Evaluate:
         )
 
         from rwkv_jax.evaluation.engine_scorer import options_for
+        from rwkv_jax.evaluation.run import evaluate
         from rwkv_jax.inference.engine.engine import Engine
 
         model, tokenizer = self.weights.load()

@@ -32,6 +32,12 @@ class EvaluationConfig:
     """Steps between runs of the tasks, which also run after the last step; None: at every evaluation."""
     task_items: int = 256
     """Items of each task, the first ones of its file."""
+    task_num_fewshot: int | None = None
+    """Examples in each prompt of the tasks; None: each task's own default."""
+    task_examples: tuple[str, ...] = ()
+    """Files of the examples as NAME=PATH; without one they are drawn from the task's folder, or the other items."""
+    task_seed: int = 1234
+    """Of the choice of examples; lm-eval's default."""
     best_by: str = "loss"
     """What the checkpoint in best/ is the best by: loss, the held-out one, or a figure of one of the tasks as
     metrics.jsonl has it, such as lambada.accuracy."""
@@ -46,11 +52,13 @@ class EvaluationConfig:
         check = checker(self, "evaluation")
         check(self.stop_after is None or self.stop_after > 0, "stop_after", "must be greater than zero")
         check(self.task_every is None or self.task_every > 0, "task_every", "must be greater than zero")
-        parts = [task.partition("=") for task in self.tasks]
-        check(all(name and path for name, _, path in parts), "tasks", "must be NAME=PATH each")
-        check(len({name for name, _, _ in parts}) == len(parts), "tasks", "must name each task once")
+        check(self.task_num_fewshot is None or self.task_num_fewshot >= 0, "task_num_fewshot", "must be >= 0")
+        for field in ("tasks", "task_examples"):
+            parts = [pair.partition("=") for pair in getattr(self, field)]
+            check(all(name and path for name, _, path in parts), field, "must be NAME=PATH each")
+            check(len({name for name, _, _ in parts}) == len(parts), field, "must name each task once")
         check(
-            self.best_by == "loss" or self.best_by.partition(".")[0] in {name for name, _, _ in parts},
+            self.best_by == "loss" or self.best_by.partition(".")[0] in {task.partition("=")[0] for task in self.tasks},
             "best_by",
             "must be loss, or a figure of one of evaluation.tasks, such as lambada.accuracy",
         )

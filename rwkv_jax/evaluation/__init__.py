@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for
     from rwkv_jax.evaluation.report import Report
     from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodResult, Rolling, Scorer
-    from rwkv_jax.evaluation.run import evaluate, plan_tasks
+    from rwkv_jax.evaluation.run import evaluate
     from rwkv_jax.evaluation.statistics import Estimate
     from rwkv_jax.evaluation.tasks import TASKS, find_task
     from rwkv_jax.evaluation.tasks.base import Task, make_cases
+    from rwkv_jax.evaluation.tasks.plans import plan_tasks
 
 __all__ = [
     "TASKS",
@@ -39,9 +40,10 @@ __getattr__, __dir__ = lazy_names(
         "requests": ("Generate", "Loglikelihood", "LoglikelihoodResult", "Rolling", "Scorer"),
         "engine_scorer": ("EngineScorer", "options_for"),
         "report": ("Report",),
-        "run": ("evaluate", "plan_tasks"),
+        "run": ("evaluate",),
         "statistics": ("Estimate",),
         "tasks": ("TASKS", "find_task"),
         "tasks.base": ("Task", "make_cases"),
+        "tasks.plans": ("plan_tasks",),
     },
 )

@@ -141,7 +141,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """A table of all metrics, and one for the groups of each task that has any."""
+        """A table of all metrics, what was cut, and a table for the groups of each task that has any."""
         lines = [
             "| task | version | examples | items | metric | value | standard error | 95% interval |",
             "|---|---|---|---|---|---|---|---|",
@@ -151,6 +151,10 @@ class Report:
             for name, found in task.summary.metrics.items():
                 lines.append(_row([*first, _with_unit(task.task, name), *_cells(found)]))
                 first = [""] * len(first)
+        for task in self.tasks:
+            if task.num_truncated:
+                cut = f"{task.num_truncated} of {task.num_requests} requests were cut at their beginning"
+                lines += ["", f"{task.task.name}: {cut}, since the model's context cannot hold them."]
         for task in self.tasks:
             if task.summary.groups:
                 lines += ["", f"{task.task.name} by group", ""]

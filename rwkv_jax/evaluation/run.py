@@ -25,27 +25,8 @@ from rwkv_jax.evaluation.report import (
     write_report,
 )
 from rwkv_jax.evaluation.requests import answer
-from rwkv_jax.evaluation.tasks import find_task
-from rwkv_jax.evaluation.tasks.base import FEW_SHOT_SEED, Case, Task, make_cases
+from rwkv_jax.evaluation.tasks.plans import Plan, plan_tasks
 from rwkv_jax.inference.engine.engine import Engine
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A task with all that is asked, read and checked."""
-
-    task: Task[Any]
-    cases: Sequence[Case[Any]]
-    num_fewshot: int
-    seed: int
-    """Of the choice of examples."""
-    file: str
-    """Name of the file or folder, without where it lies."""
-
-    @property
-    def prompts(self) -> dict[int, str]:
-        """For each item the hash of what is asked about it."""
-        return {case.index: hash_requests(case.requests) for case in self.cases}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,43 +37,6 @@ class Progress:
     num_done: int
     """Items, those of an earlier run included."""
     num_items: int
-
-
-def plan_tasks(
-    tasks: Mapping[str, str | Path],
-    *,
-    num_fewshot: int | None = None,
-    examples: Mapping[str, str | Path] | None = None,
-    limit: int | None = None,
-    seed: int = FEW_SHOT_SEED,
-) -> list[Plan]:
-    """Reads the files of all tasks and makes what is asked about them; no model is needed.
-
-    Args:
-      tasks: a file or folder for each name in `TASKS`.
-      num_fewshot: examples in each prompt; None takes each task's own default.
-      examples: files or folders of the examples, where those that lie beside the items are not wanted.
-      limit: only the first items of each task; None takes all.
-      seed: of the choice of examples.
-
-    Raises:
-      ConfigError: an unknown task, files that are missing or malformed, or as `make_cases`.
-    """
-    if not tasks:
-        raise ConfigError("tasks: there are none; give at least one, as NAME=PATH")
-    found = {name: find_task(name) for name in tasks}
-    if unknown := sorted(set(examples or ()) - set(found)):
-        raise ConfigError(
-            f"examples = {shown(unknown[0])}: is not among the tasks {', '.join(found)}; name one of them"
-        )
-    plans = []
-    for name, task in found.items():
-        path = Path(tasks[name]).expanduser()
-        own = Path(examples[name]).expanduser() if examples and name in examples else None
-        cases = make_cases(task, path, num_fewshot=num_fewshot, examples=own, seed=seed, limit=limit)
-        num = task.default_num_fewshot if num_fewshot is None else num_fewshot
-        plans.append(Plan(task, cases, num, seed, path.name))
-    return plans
 
 
 def evaluate(
@@ -148,7 +92,7 @@ def evaluate(
             for i, plan in enumerate(plans):
                 path = folder / FOLDER / f"{plan.task.name}.jsonl"
                 journals[i] = opened.enter_context(
-                    contextlib.closing(Journal(path, settings[plan.task.name], plan.prompts))
+                    contextlib.closing(Journal(path, settings[plan.task.name], _prompts(plan)))
                 )
         done = [_evaluate(scorer, plan, journal, report) for plan, journal in zip(plans, journals, strict=True)]
         result = Report(**about, tasks=(*done, *earlier), seconds=time.perf_counter() - start)
@@ -209,10 +153,15 @@ def _evaluate(
         num_fewshot=plan.num_fewshot,
         seed=plan.seed,
         file=plan.file,
-        prompt_hash=_digest("".join(plan.prompts.values())),
+        prompt_hash=_digest("".join(_prompts(plan).values())),
         answer_hash=_digest("".join(repr(case.item) for case in plan.cases)),
         seconds=time.perf_counter() - start,
     )
+
+
+def _prompts(plan: Plan) -> dict[int, str]:
+    """For each item the hash of what is asked about it."""
+    return {case.index: hash_requests(case.requests) for case in plan.cases}
 
 
 def _digest(text: str) -> str:

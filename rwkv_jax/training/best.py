@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from rwkv_jax.checks import require_known
 from rwkv_jax.config import EvaluationConfig
-from rwkv_jax.evaluation.tasks.base import Summary
-from rwkv_jax.training.tasks import RunTask
+from rwkv_jax.evaluation.tasks.plans import Plan
+from rwkv_jax.training.tasks import TaskResult
 
 LOSS = "loss"
 """`EvaluationConfig.best_by` of held-out text."""
@@ -37,17 +37,17 @@ class Best:
         self.value, self.step = value, step
         return True
 
-    def of_tasks(self, results: Mapping[str, Summary]) -> float | None:
+    def of_tasks(self, results: Mapping[str, TaskResult]) -> float | None:
         """The value by which a step is judged, from the results of tasks; None if held-out text decides."""
         task, _, figure = self.by.partition(".")
-        return None if self.by == LOSS else self.sign * results[task].metrics[figure].value
+        return None if self.by == LOSS else self.sign * results[task].summary.metrics[figure].value
 
     def ends(self, step: int) -> bool:
         """Whether `stop_after` evaluations up to this step were no better than the best one."""
         return self.stop_after is not None and step // self.every - self.step // self.every >= self.stop_after
 
 
-def sign_of(evaluation: EvaluationConfig, tasks: Sequence[RunTask]) -> int:
+def sign_of(evaluation: EvaluationConfig, tasks: Sequence[Plan]) -> int:
     """-1 if the figure that the best step is chosen by is better where it is higher, else 1.
 
     Raises:
@@ -55,6 +55,6 @@ def sign_of(evaluation: EvaluationConfig, tasks: Sequence[RunTask]) -> int:
     """
     if evaluation.best_by == LOSS:
         return 1
-    metrics = {f"{task.name}.{name}": metric for task, _ in tasks for name, metric in task.metrics.items()}
+    metrics = {f"{plan.task.name}.{name}": metric for plan in tasks for name, metric in plan.task.metrics.items()}
     require_known(evaluation.best_by, metrics, "evaluation.best_by", "figure")
     return -1 if metrics[evaluation.best_by].higher_is_better else 1

@@ -26,6 +26,7 @@ from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
+from rwkv_jax.evaluation.tasks.plans import Plan
 from rwkv_jax.held_out import Answers, HeldOut, compressed_bits_per_byte, evaluate
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
@@ -56,7 +57,7 @@ from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
-from rwkv_jax.training.tasks import RunTask, evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
+from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
 from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
 
 MAX_PREPARATION_SECONDS = 24 * 3600
@@ -245,7 +246,7 @@ def _train(
     return result
 
 
-def _read_tasks(config: TrainConfig, processes: Processes) -> list[RunTask]:
+def _read_tasks(config: TrainConfig, processes: Processes) -> list[Plan]:
     """The evaluation tasks that a config names, the same in all processes."""
     tasks = read_tasks(config.evaluation)
     _ = sign_of(config.evaluation, tasks)  # refuses a figure that there is not
@@ -357,7 +358,7 @@ def _write_samples(
         logger.sample(step, prompt, sampler.text(params, prompt, config.evaluation.sample_tokens, sampling, seed))
 
 
-def _best_so_far(config: TrainConfig, tasks: list[RunTask], checkpoints: Checkpoints) -> Best:
+def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoints) -> Best:
     """The best step of a run before it goes on."""
     evaluation, value = config.evaluation, checkpoints.best_loss(config.evaluation.best_by)
     by_loss, step = evaluation.best_by == LOSS, checkpoints.best_step

@@ -203,12 +203,27 @@ class TaskScorer:
         window = self._training.sequence_length if self._has_cache else None
         return rolling_windows(ids, self._tokenizer.end_of_text, window)
 
+    def is_truncated(self, request: Request) -> bool:
+        """Whether the beginning of what is read is left out: a Transformer's batch or cache cannot hold all of it."""
+        if not self._has_cache or isinstance(request, Rolling):
+            return False
+        if isinstance(request, Generate):
+            return len(self._prompt(request)) > self._room(request)
+        (pair,) = self.tokens(request)
+        return len(pair.context) + len(pair.continuation) > self._training.sequence_length + 1
+
     def _encode_prompt(self, request: Generate) -> tuple[int, ...]:
         """The end of a context that leaves a Transformer's cache room for the answer, as `EngineScorer` cuts it."""
+        ids = self._prompt(request)
+        return ids[-self._room(request) :] if self._has_cache else ids
+
+    def _prompt(self, request: Generate) -> tuple[int, ...]:
         context = request.context
-        ids = tuple(self._tokenizer.encode(context) if isinstance(context, str) else context)
-        # The sampler puts an end-of-text token before them.
-        return ids[-max(1, self._context_length - request.max_tokens - 1) :] if self._has_cache else ids
+        return tuple(self._tokenizer.encode(context) if isinstance(context, str) else context)
+
+    def _room(self, request: Generate) -> int:
+        """Tokens of a context that a Transformer's cache has room for, behind the sampler's end-of-text token."""
+        return max(1, self._context_length - request.max_tokens - 1)
 
     def write(self, params: Any, request: Generate) -> str:
         """The most likely tokens after a context, up to a stop."""

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import re
 from typing import Any, NamedTuple
 
 from rwkv_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.requests import answer
-from rwkv_jax.evaluation.tasks import find_task
-from rwkv_jax.evaluation.tasks.base import Case, Summary, Task, make_cases
+from rwkv_jax.evaluation.tasks.base import Summary
+from rwkv_jax.evaluation.tasks.plans import Plan, plan_tasks
 from rwkv_jax.training.functions import TrainFunctions
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.task_scorer import TaskScorer
 
 
-class RunTask(NamedTuple):
-    """A task with the items that a run evaluates."""
+class TaskResult(NamedTuple):
+    """What a task has found of a run."""
 
-    task: Task[Any]
-    cases: list[Case[Any]]
+    summary: Summary
+    num_fewshot: int
+    """Examples in each prompt."""
+    num_requests: int
+    num_truncated: int
+    """Requests of which the beginning was left out, since the run's batches or the model's context cannot hold it."""
 
 
-def read_tasks(evaluation: EvaluationConfig) -> list[RunTask]:
+def read_tasks(evaluation: EvaluationConfig) -> list[Plan]:
     """The tasks that a config names.
 
     Raises:
-      ConfigError: an unknown task, or a file that is missing or malformed.
+      ConfigError: an unknown task, a file that is missing or malformed, or more examples than there are.
     """
-    found = []
-    for name, _, path in (each.partition("=") for each in evaluation.tasks):
-        try:
-            task = find_task(name)
-            found.append(RunTask(task, make_cases(task, Path(path).expanduser(), limit=evaluation.task_items)))
-        except ConfigError as error:
-            message = str(error)
-            raise ConfigError(f"evaluation.{'' if message.startswith('tasks') else 'tasks: '}{message}") from error
-    return found
+    tasks, examples = (
+        dict(pair.split("=", 1) for pair in pairs) for pairs in (evaluation.tasks, evaluation.task_examples)
+    )
+    if not (tasks or examples):
+        return []
+    try:
+        return plan_tasks(
+            tasks,
+            num_fewshot=evaluation.task_num_fewshot,
+            examples=examples,
+            limit=evaluation.task_items,
+            seed=evaluation.task_seed,
+        )
+    except ConfigError as error:
+        message = str(error)
+        field = re.match("(tasks|num_fewshot|examples)(?= =|:)", message)
+        own = "tasks: " if field is None else "task_" * (field[1] != "tasks")
+        raise ConfigError(f"evaluation.{own}{message}") from error
 
 
-def fingerprint(tasks: list[RunTask]) -> str:
+def fingerprint(tasks: list[Plan]) -> str:
     """A digest of all that is asked, the same in all processes of a run."""
-    asked = [(task.name, task.version, [case.requests for case in cases]) for task, cases in tasks]
+    asked = [(plan.task.name, plan.task.version, [case.requests for case in plan.cases]) for plan in tasks]
     return hashlib.blake2b(repr(asked).encode(), digest_size=16).hexdigest()
 
 
@@ -52,20 +65,22 @@ def runs_tasks(evaluation: EvaluationConfig, done: int, num_steps: int) -> bool:
 
 
 def prepared_scorer(
-    tasks: list[RunTask], trainer: TrainFunctions, config: TrainConfig, tokenizer: Tokenizer, sampler: Sampler
+    tasks: list[Plan], trainer: TrainFunctions, config: TrainConfig, tokenizer: Tokenizer, sampler: Sampler
 ) -> TaskScorer:
     """A scorer that has encoded all that the tasks ask."""
     scorer = TaskScorer(trainer, config.model, config.training, tokenizer, sampler)
-    scorer.prepare(request for task in tasks for case in task.cases for request in case.requests)
+    scorer.prepare(request for plan in tasks for case in plan.cases for request in case.requests)
     return scorer
 
 
-def evaluate_tasks(tasks: list[RunTask], scorer: TaskScorer, params: Any) -> dict[str, Summary]:
-    """Metrics of each task, by name."""
+def evaluate_tasks(tasks: list[Plan], scorer: TaskScorer, params: Any) -> dict[str, TaskResult]:
+    """What each task finds, by name."""
     found = {}
-    for task, cases in tasks:
-        requests = [request for case in cases for request in case.requests]
+    for plan in tasks:
+        requests = [request for case in plan.cases for request in case.requests]
         results = iter(answer(scorer.of(params), requests))
-        scores = [task.score(case.item, [next(results) for _ in case.requests]) for case in cases]
-        found[task.name] = task.aggregate(scores, [case.group for case in cases])
+        scores = [plan.task.score(case.item, [next(results) for _ in case.requests]) for case in plan.cases]
+        summary = plan.task.aggregate(scores, [case.group for case in plan.cases])
+        num_truncated = sum(map(scorer.is_truncated, requests))
+        found[plan.task.name] = TaskResult(summary, plan.num_fewshot, len(requests), num_truncated)
     return found

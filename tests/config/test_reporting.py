@@ -15,6 +15,8 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     ),
     (EvaluationConfig, {"tasks": ("lambada",)}, "evaluation.tasks = "),
     (EvaluationConfig, {"tasks": ("a=x", "a=y")}, "evaluation.tasks = "),
+    (EvaluationConfig, {"task_num_fewshot": -1}, "evaluation.task_num_fewshot = -1: "),
+    (EvaluationConfig, {"task_examples": ("lambada",)}, "evaluation.task_examples = "),
     (EvaluationConfig, {"sample_temperature": -1.0}, "evaluation.sample_temperature = -1.0: "),
     (EvaluationConfig, {"sample_top_p": 0.0}, "evaluation.sample_top_p = 0.0: "),
     (EvaluationConfig, {"sample_top_p": 1.5}, "evaluation.sample_top_p = 1.5: "),

@@ -18,8 +18,9 @@ from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation.engine_scorer import EngineScorer
 from rwkv_jax.evaluation.journal import Journal
 from rwkv_jax.evaluation.report import FORMAT, PICTURE, RESULTS, TABLE, TaskReport, picture
-from rwkv_jax.evaluation.run import Progress, evaluate, plan_tasks
+from rwkv_jax.evaluation.run import Progress, evaluate
 from rwkv_jax.evaluation.statistics import Estimate
+from rwkv_jax.evaluation.tasks.plans import plan_tasks
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.run_lock import take_lock
 from tests.evaluation.piqa_file import GOALS, write_piqa
@@ -195,6 +196,8 @@ def test_truncated_contexts_are_counted_over_resumptions(
         assert len(seen) == 2 * len(GOALS)
     content = json.loads((folder / RESULTS).read_text())
     assert content["num_truncated"] == content["tasks"][0]["num_truncated"] == len(GOALS)
+    table = (folder / TABLE).read_text()
+    assert f"\npiqa: {len(GOALS)} of {2 * len(GOALS)} requests were cut at their beginning, since" in table
     assert evaluate(engine, {"piqa": piqa}, output=folder, limit=2).num_truncated == 2
 
 

@@ -200,6 +200,24 @@ def test_a_prompt_longer_than_the_cache_loses_its_beginning_and_is_answered() ->
         assert scorer.of(params).generate(requests) == [expected, expected]
 
 
+def test_cut_prompts_are_counted() -> None:
+    """T = 8 and a context of 16: nine tokens are read in a batch, the last of them only as a target."""
+    ids = tuple(range(1, 21))
+    requests = [
+        Loglikelihood(ids[:6], ids[6:8]),  # with the end of text, T + 1 tokens
+        Loglikelihood(ids[:6], ids[6:9]),
+        Rolling(ids),
+        Generate(ids[:11], (), 4),
+        Generate(ids[:12], (), 4),
+    ]
+    for name, expected in (("transformer", [False, True, False, False, True]), ("7", [False] * 5)):
+        config = CONFIGS[name]
+        scorer = scorer_of(config, functions_of(config)[0])
+        assert [scorer.is_truncated(request) for request in requests] == expected
+        scorer.prepare(requests)
+        assert [len(scorer._prompts[request]) for request in requests[3:]] == ([11, 11] if name != "7" else [11, 12])
+
+
 def test_what_cannot_be_encoded_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(text: str) -> list[int]:
         raise ConfigError(text)

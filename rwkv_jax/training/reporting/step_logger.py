@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rwkv_jax.evaluation.tasks.base import Summary
 from rwkv_jax.held_out import Answers, HeldOut, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.state import StepMetrics
+from rwkv_jax.training.tasks import TaskResult
 
 
 class NonFiniteError(RuntimeError):
@@ -122,16 +122,19 @@ class StepLogger:
         self._write("evaluation", step, result.record())
         self.console.print(f"step {step}: held-out {result.describe()}")
 
-    def tasks(self, step: int, results: Mapping[str, Summary]) -> None:
-        """Logs tasks' metrics after `step` steps, each with its standard error."""
+    def tasks(self, step: int, results: Mapping[str, TaskResult]) -> None:
+        """Logs tasks' metrics after `step` steps, each with its standard error, and what was cut of their prompts."""
         figures: dict[str, object] = {}
-        for task, summary in results.items():
+        for task, found in results.items():
             shown = []
-            for name, estimate in summary.metrics.items():
+            for name, estimate in found.summary.metrics.items():
                 error = "" if estimate.stderr is None else f" +- {estimate.stderr:.2g}"
                 shown.append(f"{name} {estimate.value:.4g}{error}")
                 figures |= {f"{task}.{name}": estimate.value, f"{task}.{name}_stderr": estimate.stderr}
                 figures[f"{task}.items"] = estimate.count
+            figures |= {f"{task}.num_fewshot": found.num_fewshot, f"{task}.num_truncated": found.num_truncated}
+            if found.num_truncated:
+                shown.append(f"{found.num_truncated} of {found.num_requests} requests were cut at their beginning")
             self.console.print(f"step {step}: {task} {', '.join(shown)}")
         self._write("task", step, figures)
 

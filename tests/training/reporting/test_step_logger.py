@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import pytest
 
 from rwkv_jax.config import LoggingConfig
+from rwkv_jax.evaluation.statistics import Estimate
+from rwkv_jax.evaluation.tasks.base import Summary
 from rwkv_jax.held_out import HeldOut
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, read_metrics
 from rwkv_jax.training.reporting.step_logger import NonFiniteError, StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.state import StepMetrics
+from rwkv_jax.training.tasks import TaskResult
 
 BYTES_PER_TOKEN = 2.0
 
@@ -130,3 +133,13 @@ def test_evaluations_and_samples_are_written_and_shown(desk: Desk) -> None:
     ]
     assert "held-out loss 1.5000, 0.7500 bits/byte" in desk.output.getvalue()
     assert "def f():" in desk.output.getvalue()
+
+
+def test_tasks_are_written_with_their_examples_and_what_was_cut(desk: Desk) -> None:
+    accuracy = Estimate(0.25, 0.125, 0.0, 0.5, 4)
+    for step, num_truncated in ((3, 0), (6, 3)):
+        desk.logger.tasks(step, {"piqa": TaskResult(Summary({"acc": accuracy}, {}), 2, 8, num_truncated)})
+    whole, cut = desk.records
+    assert (whole["piqa.num_fewshot"], whole["piqa.num_truncated"], cut["piqa.num_truncated"]) == (2, 0, 3)
+    assert "step 3: piqa acc 0.25 +- 0.12\n" in desk.output.getvalue()
+    assert "step 6: piqa acc 0.25 +- 0.12, 3 of 8 requests were cut at their beginning\n" in desk.output.getvalue()
