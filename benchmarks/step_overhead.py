@@ -146,7 +146,7 @@ def run_loop(config: TrainConfig, seconds: float, num_steps: int) -> tuple[Devic
 
     with (
         mock.patch.object(loop, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit})),
-        mock.patch.object(loop, "initial_state", zeros),
+        mock.patch.object(loop, "new_state", lambda config, functions: zeros(functions, config.seed)),
         mock.patch.object(loop, "batch_loader", lambda *arguments: timed(batch_loader(*arguments), loads)),
         contextlib.suppress(MeasuredError),
     ):

@@ -32,12 +32,13 @@ from rwkv_jax.checkpoint_files import (
     read_metadata,
     writing,
 )
-from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, TuningConfig, from_dict, to_dict
 from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.models import abstract_model
+from rwkv_jax.models.tuned import kept_shapes
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
 
@@ -47,16 +48,22 @@ BEST = "best"
 SET_ASIDE = "set-aside-"
 
 
-def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str, base: str | None = None
+) -> dict[str, Any]:
     """Fields that must not change when a run is resumed: the model and everything that determines the data order.
 
     Excluded are compute dtype and implementations, which change only rounding; the size of a Transformer's
     key-value cache, which training does not use; and the number of steps, so that a run can be extended.
+
+    Args:
+      base: digest of a tuning run's base, by which it is known wherever it lies; None for other runs.
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", *IMPLEMENTATIONS, "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
-        "initial_weights": config.initial_weights,
+        "initial_weights": None if config.tuning.is_partial else config.initial_weights,
+        **_tuning_identity(config.tuning, base),
         "seed": config.seed,
         "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
         "data.magic_prime": config.data.magic_prime,
@@ -71,6 +78,20 @@ def identity(config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }
+
+
+BASE = "tuning.base"
+"""The field of a run's identity that has the digest of a tuning run's base."""
+
+
+def _tuning_identity(tuning: TuningConfig, base: str | None) -> dict[str, Any]:
+    """What must not change of a tuning run: its base, and what determines which arrays it trains."""
+    if not tuning.is_partial:
+        return {}
+    free = ("dropout", "decay", "allow_other_base")
+    fields = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in free}
+    shown = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in fields.items()}
+    return {f"tuning.{name}": value for name, value in shown.items()} | {BASE: base}
 
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
@@ -207,6 +228,15 @@ class LoadedModel(NamedTuple):
     """Number of steps trained."""
 
 
+def run_config(run_dir: Path) -> TrainConfig:
+    """The config of a run.
+
+    Raises:
+      ConfigError: the folder is not a run.
+    """
+    return from_dict(read_run_file(run_dir)["config"])
+
+
 def load_run_tokenizer(run_dir: Path) -> Tokenizer:
     """The tokenizer of a run.
 
@@ -231,6 +261,9 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model of a run's newest or best checkpoint; nothing else of it is read.
 
+    Of a tuning run this is what it has trained, without its base, on the first device (`weights.pretrained.load_run`
+    has both).
+
     Args:
       shardings: maps the model's config to a nested dict of shardings; None is the first device.
       ema: takes the averages of training.ema_decay in the place of the trained weights.
@@ -238,8 +271,10 @@ def load_model(
     Raises:
       ConfigError: the folder is not a run, or the checkpoint is missing or damaged.
     """
-    config = from_dict(read_run_file(run_dir)["config"])
+    config = run_config(run_dir)
     graphdef, shapes = abstract_model(config.model)
+    if config.tuning.is_partial:
+        shapes, shardings = kept_shapes(config.tuning, config.model), None
     if shardings is None:
         placed = jax.tree.map(lambda _: SingleDeviceSharding(default_device()), shapes)
     else:

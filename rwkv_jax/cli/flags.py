@@ -84,8 +84,8 @@ class WeightsFlags:
     def _load_run(self, run_dir: Path) -> tuple[LanguageModel, Tokenizer]:
         from flax import nnx
 
-        from rwkv_jax.run_folder import load_model, load_run_tokenizer
-        from rwkv_jax.weights.pretrained import from_pretrained
+        from rwkv_jax.run_folder import load_run_tokenizer
+        from rwkv_jax.weights.pretrained import from_pretrained, load_run
 
         if self.tokenizer is not None or self.dtype is not None:
             raise ConfigError(f"{run_dir}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
@@ -97,7 +97,7 @@ class WeightsFlags:
         tokenizer = load_run_tokenizer(run_dir)
         if self.quantize is not None:
             return from_pretrained(run_dir, quantize=self.quantize), tokenizer
-        loaded = load_model(run_dir, self.checkpoint, ema=self.ema)
+        loaded = load_run(run_dir, self.checkpoint, ema=self.ema)
         return nnx.merge(loaded.graphdef, loaded.params), tokenizer
 
     def _find_tokenizer(self, place: Path) -> Tokenizer:

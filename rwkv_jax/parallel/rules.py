@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.models.adapted import BY_INPUTS
+from rwkv_jax.models.packed import PackedMatrix
 from rwkv_jax.parallel.mesh import divisors, nearest_multiples
 
 
@@ -122,6 +124,32 @@ def state_specs(config: ModelConfig, rules: Rules = RULES) -> Any:
     config = dataclasses.replace(config, dtype="float32")  # whatever the dtype: float64 would need x64
     structure = jax.tree.structure(jax.eval_shape(lambda: model_type(config).initial_block_state(config, 1)))
     return structure.unflatten(rules.spec((None, "rows", *array.axes), "state") for array in config.spec.state(config))
+
+
+def part_spec(kind: str, part: str, spec: PartitionSpec) -> PartitionSpec:
+    """How a part is split that belongs to a matrix split like this: its last two entries are out and in."""
+    *leading, outputs, inputs = spec
+    own = {
+        "lora_A": (None, inputs),
+        "init_lora_A": (None, inputs),
+        "lora_B": (outputs, None),
+        "init_lora_B": (outputs, None),
+        "lora_magnitude_vector": (outputs,),
+        "miss_block": (outputs, None, None) if kind == "bat" else (None, outputs),
+        BY_INPUTS: (inputs, None, None),
+    }[part]
+    return PartitionSpec(*leading, *own)
+
+
+def packed_specs(matrix: PackedMatrix, spec: PartitionSpec) -> Any:
+    """How the arrays of a packed matrix are split, as a tree of its form: groups of inputs as inputs."""
+    *leading, outputs, inputs = spec
+    own = len(leading)
+
+    def of(x: Any) -> PartitionSpec:
+        return PartitionSpec(*leading, *(outputs, inputs, None)[: x.ndim - own])
+
+    return jax.tree.map(of, matrix)
 
 
 def is_spec(x: Any) -> bool:

@@ -21,9 +21,22 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
+from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
-from rwkv_jax.parallel.rules import RULES, check_model, entry_axes, is_spec, parameter_specs, spec_axes, state_specs
+from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.models.tuned import is_matrix
+from rwkv_jax.parallel.rules import (
+    RULES,
+    check_model,
+    entry_axes,
+    is_spec,
+    packed_specs,
+    parameter_specs,
+    part_spec,
+    spec_axes,
+    state_specs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,11 @@ class ShardedModel:
 
     def _spec(self, path: tuple[Any, ...]) -> PartitionSpec:
         """The partition spec of the parameter at a path of the nested dict."""
-        return functools.reduce(lambda specs, entry: specs[entry.key], path, self.param_specs)
+
+        def within(specs: Any, entry: Any) -> Any:  # of a dict, or of a packed matrix
+            return specs[entry.key] if isinstance(entry, jax.tree_util.DictKey) else getattr(specs, entry.name)
+
+        return functools.reduce(within, path, self.param_specs)
 
 
 ONE_DEVICE = ShardedModel(None, None, None, PartitionSpec(), PartitionSpec(), (), UNSHARDED, identity, identity, None)
@@ -150,15 +167,29 @@ def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array])
         own = specs[name]
         if name == "blocks":  # the part is one layer, without the leading axis L - 1
             own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
-        return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own))
+        return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own, is_leaf=is_matrix))
 
     return transform
 
 
-def _gather(x: Array, spec: PartitionSpec, *, dtype: jnp.dtype) -> Array:
+def _gather(x: Any, spec: PartitionSpec, *, dtype: jnp.dtype) -> Any:
+    if isinstance(x, AdaptedMatrix):
+        parts = {name: _gather(part, part_spec(x.kind, name, spec), dtype=dtype) for name, part in x.parts.items()}
+        inputs_over = "tensor" if "tensor" in entry_axes(spec[-1]) else None
+        return dataclasses.replace(x, base=_gather(x.base, spec, dtype=dtype), parts=parts, inputs_over=inputs_over)
+    if isinstance(x, PackedMatrix):
+        return jax.tree.map(_gather_frozen, x, packed_specs(x, spec))
     for axis, entry in enumerate(spec):
         if "fsdp" in entry_axes(entry):
             return _all_gather(x, axis, dtype, x.dtype)
+    return x
+
+
+def _gather_frozen(x: Array, spec: PartitionSpec) -> Array:
+    """All-gathers an array without a gradient, as stored."""
+    for axis, entry in enumerate(spec):
+        if "fsdp" in entry_axes(entry):
+            return lax.all_gather(x, "fsdp", axis=axis, tiled=True)
     return x
 
 

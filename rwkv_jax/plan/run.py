@@ -15,7 +15,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 import rwkv_kernels
 from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.models import abstract_model
 from rwkv_jax.models.implementations import check_implementations, known_implementations, refuse_unable
+from rwkv_jax.models.tuned import adapter_shapes, at, trained_in_full
 from rwkv_jax.parallel.mesh import MeshShape, make_mesh, mesh_from_shape, mesh_shape
 from rwkv_jax.plan.devices import Platform, Topology, topology_devices, unoptimized_on_cpu
 from rwkv_jax.plan.kernels import map_columns
@@ -23,6 +25,7 @@ from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 from rwkv_jax.training.operator_choice import run_workload
+from rwkv_jax.training.partition import split_params
 from rwkv_kernels.dispatch import Implementation, Problem
 
 
@@ -48,8 +51,9 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     if mesh is None:
         here = SingleDeviceSharding(devices[0])
         state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (state, batch))
+    trained, frozen = split_params(state.params, trainer.partition)
     groups = {
-        "parameters": state.params,
+        **({"base, frozen": frozen, "trained parameters": trained} if frozen else {"parameters": trained}),
         "optimizer": state.opt_state,
         "carried state": state.recurrent_state,
         "counters and key": state._replace(params=None, opt_state=None, recurrent_state=None),
@@ -132,7 +136,12 @@ def count_work(config: TrainConfig) -> Work:
         recomputed += flops - head
     if training.loss_chunk is not None and not training.fused_loss:
         recomputed += head
-    return Work(tokens, 3 * flops * tokens, recomputed * tokens, model.dtype)
+    trained = 3 * flops
+    if config.tuning.is_partial:  # frozen matrices have no gradient of their own
+        adapters = jax.tree.leaves(adapter_shapes(config.tuning, model))
+        besides = [at(abstract_model(model)[1], path) for path in trained_in_full(config.tuning, model)]
+        trained = 2 * flops + sum(6 * x.size for x in adapters) + sum(2 * x.size for x in besides)
+    return Work(tokens, trained * tokens, recomputed * tokens, model.dtype)
 
 
 def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCalls | None:

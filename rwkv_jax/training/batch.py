@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     """bool [B], whether a row continues the previous step's row; None if no state is carried."""
     mask: Any = None
     """float32 [B, T], 1 where a target counts; None if all do."""
+    dropout_keys: Any = None
+    """uint32 [B, T], random numbers for the dropout of each token; None without dropout."""
 
 
 def make_batch(
@@ -53,8 +55,18 @@ def make_batch(
     return Batch(tokens, targets, segment_ids, continues_previous, mask)
 
 
+def dropout_keys(seed: int, step: int, rows: slice, length: int) -> np.ndarray:
+    """The random numbers of rows of a step, uint32 [rows, length]: functions of seed, step and row alone."""
+    draws = (np.random.default_rng([seed, step, row, 0xD20]) for row in range(rows.start, rows.stop))
+    return np.stack([row.integers(0, 2**32, length, np.uint32) for row in draws])
+
+
 def batch_loader(
-    tokens_sharding: Sharding, rows_sharding: Sharding, training: StepConfig, end_of_text: int
+    tokens_sharding: Sharding,
+    rows_sharding: Sharding,
+    training: StepConfig,
+    end_of_text: int,
+    dropout_seed: int | None = None,
 ) -> Callable[..., Batch]:
     """Makes a function that loads batches; each process reads only its own devices' rows.
 
@@ -62,26 +74,30 @@ def batch_loader(
       tokens_sharding: of arrays [B, T].
       rows_sharding: of arrays [B].
       end_of_text: the token that begins each document.
+      dropout_seed: of the random numbers for dropout; None without dropout.
 
     Returns:
-      (read, *, trains=False) -> Batch, where read maps a slice of the B rows to `Rows`; with `trains`, rows continue
-      those of the previous step if the run carries states.
+      (read, *, trains=False, step=0) -> Batch, where read maps a slice of the B rows to `Rows`; with `trains`, rows
+      continue those of the previous step if the run carries states, and have random numbers for the step's dropout.
     """
     shape = (training.batch_size, training.sequence_length)
 
-    def load(read: Callable[[slice], Rows], *, trains: bool = False) -> Batch:
+    def load(read: Callable[[slice], Rows], *, trains: bool = False, step: int = 0) -> Batch:
         parts: dict[tuple[int, int], Batch] = {}
 
         def part(rows: slice) -> Batch:
             if (rows.start, rows.stop) not in parts:
                 tokens, mask, targets = read(rows)
-                parts[rows.start, rows.stop] = make_batch(
+                made = make_batch(
                     tokens,
                     end_of_text=end_of_text if training.reset_at_documents else None,
                     carries_state=trains and training.carry_state,
                     mask=mask,
                     targets=targets,
                 )
+                if trains and dropout_seed is not None:
+                    made = made._replace(dropout_keys=dropout_keys(dropout_seed, step, rows, shape[1]))
+                parts[rows.start, rows.stop] = made
             return parts[rows.start, rows.stop]
 
         def placed(name: str, ndim: int) -> Any:

@@ -17,13 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from rwkv_jax.config import ConfigError, StepConfig, TrainConfig
 from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.models.implementations import check_implementations
+from rwkv_jax.models.tuned import is_kept, tuned_shapes
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
+from rwkv_jax.parallel.tuned import shard_tuned
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.next_token import NextToken
-from rwkv_jax.training.optimizer import make_optimizer
-from rwkv_jax.training.partition import merge_params, split_params, train_all
+from rwkv_jax.training.optimizer import make_optimizer, tuned_group
+from rwkv_jax.training.partition import merge_params, split_params, tuned_partition
 from rwkv_jax.training.rates import learning_layers, without_frozen
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.spikes import empty_window
@@ -65,9 +67,13 @@ class TrainFunctions:
     ema_decay: float | None = None
     """See `StepConfig`; None without averages."""
 
-    def init(self, key: Array) -> TrainState:
-        """The first state; `initial_state` places it on the devices."""
-        params = self.draw_params(key)
+    def init(self, key: Array, params: Any = None) -> TrainState:
+        """The first state; `initial_state` places it on the devices.
+
+        Args:
+          params: those to begin with; None draws them.
+        """
+        params = self.draw_params(key) if params is None else params
         # Three arrays, not one: a state's buffers are donated, and no buffer can be donated twice.
         step, bad_steps, skipped_steps = (jnp.full((), count, jnp.int32) for count in (self.first_step, 0, 0))
         recurrent_state = None if self.empty_state is None else jax.tree.map(jnp.copy, self.empty_state())
@@ -166,6 +172,13 @@ class TrainFunctions:
         ema = None if self.ema_decay is None else split_params(params, self.partition)[0]
         return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state, recent, ema)
 
+    def kept(self, state: TrainState) -> TrainState:
+        """The state that checkpoints hold: all of it, or of a tuning run all but its base."""
+        tuning, model = self.run_model.tuning, self.run_model.config
+        if not tuning.is_partial:
+            return state
+        return state._replace(params=split_params(state.params, functools.partial(is_kept, tuning, model))[0])
+
     @property
     def tokens_sharding(self) -> Any:
         """Sharding of a batch's arrays [B, T]."""
@@ -182,7 +195,7 @@ def make_train_functions(
     mesh: Mesh | None = None,
     *,
     objective: Callable[[RunModel, ShardedModel, StepConfig], Objective] = NextToken,
-    partition: Partition = train_all,
+    partition: Partition | None = None,
 ) -> TrainFunctions:
     """Builds a config's pure functions; nothing is allocated or compiled.
 
@@ -192,7 +205,8 @@ def make_train_functions(
 
     Args:
       objective: makes an objective from the run's model, the sharded model and `config.training`.
-      partition: selects the trained parameters; the others have no gradient and no optimizer state.
+      partition: selects the trained parameters; the others have no gradient and no optimizer state. None takes those
+        of `config.tuning`.
 
     Raises:
       ConfigError: an unknown implementation, a size that the mesh does not divide, devices that do not support
@@ -201,8 +215,17 @@ def make_train_functions(
     check_implementations(config.model)
     kind, training = model_type(config.model), config.training
     graphdef, params = abstract_model(config.model)
-    run_model, sharded = RunModel(graphdef, config.tuning), shard_model(config.model, params, mesh)
-    partition = without_frozen(partition, params, config.optimizer.rates)
+    run_model = RunModel(graphdef, config.tuning, config.model)
+    sharded, group = shard_model(config.model, params, mesh), kind.parameter_group
+    named = params
+    if config.tuning.is_partial:
+        params = tuned_shapes(params, config.tuning, config.model)
+        named = named | {name: part for name, part in params.items() if name not in named}
+        sharded = shard_tuned(sharded, config.tuning, config.model, params)
+        group = functools.partial(tuned_group, config.tuning, group)
+    if partition is None:
+        partition = tuned_partition(config.tuning, config.model)
+    partition = without_frozen(partition, named, config.optimizer.rates)
     trained, _ = split_params(params, partition)
     if not trained:
         raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
@@ -217,12 +240,12 @@ def make_train_functions(
     functions = TrainFunctions(
         objective=objective(run_model, sharded, training),
         partition=partition,
-        optimizer=make_optimizer(
-            config.optimizer, training.num_steps, trained, kind.parameter_group, training.first_step
-        ),
+        optimizer=make_optimizer(config.optimizer, training.num_steps, trained, group, training.first_step),
         sharded=sharded,
         params=params,
-        draw_params=sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
+        draw_params=refuse_drawing
+        if config.tuning.is_partial
+        else sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
         empty_state=empty_state if training.carry_state else None,
         run_model=run_model,
         first_step=training.first_step,
@@ -237,15 +260,30 @@ def make_train_functions(
     return functions
 
 
-def initial_state(functions: TrainFunctions, seed: int) -> TrainState:
-    """The initial state of a run, placed on the devices: the same numbers on every mesh."""
+def refuse_drawing(key: Array) -> Any:
+    """The initial parameters of a tuning run, which are those of its base."""
+    del key
+    raise ConfigError("initial_state: a tuning run begins from its base; give the parameters (training.tuned)")
+
+
+def initial_state(functions: TrainFunctions, seed: int, params: Any = None) -> TrainState:
+    """The initial state of a run, placed on the devices: the same numbers on every mesh.
+
+    Args:
+      params: those to begin with, placed already; None draws them.
+    """
+    if params is not None:  # which stay where they are, without a copy
+        rest = jax.jit(lambda key, params: functions.init(key, params)._replace(params=None))(
+            jax.random.key(seed), params
+        )
+        return jax.device_put(rest, functions.state_shardings._replace(params=None))._replace(params=params)
     # Two programs: the first is the same on every mesh except where it slices matrices.
     return jax.device_put(jax.jit(functions.init)(jax.random.key(seed)), functions.state_shardings)
 
 
 def abstract_state(functions: TrainFunctions) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; nothing is allocated."""
-    shapes = jax.eval_shape(functions.init, jax.random.key(0))
+    shapes = jax.eval_shape(functions.init, jax.random.key(0), functions.params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -264,6 +302,9 @@ def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Batch:
         targets=tokens,
         segment_ids=tokens if training.reset_at_documents else None,
         continues_previous=rows if training.carry_state else None,
+        dropout_keys=jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=functions.tokens_sharding)
+        if config.tuning.dropout
+        else None,
     )
 
 

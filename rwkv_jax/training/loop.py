@@ -44,7 +44,7 @@ from rwkv_jax.training.answers import answers_evaluation
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
-from rwkv_jax.training.functions import TrainFunctions, abstract_state, initial_state, make_train_functions
+from rwkv_jax.training.functions import TrainFunctions, abstract_state, make_train_functions
 from rwkv_jax.training.operator_choice import choose_operator, naming_operator, refuse_unable_here, with_choices
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
@@ -58,7 +58,8 @@ from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
-from rwkv_jax.weights.pretrained import check_initial_weights, initial_params
+from rwkv_jax.training.tuned import base_digest, check_identity, described_tuning, new_state, with_base
+from rwkv_jax.weights.pretrained import check_initial_weights
 
 MAX_PREPARATION_SECONDS = 24 * 3600
 """How long processes wait for each other to build a corpus, or to download and load weights."""
@@ -117,19 +118,25 @@ def _train(
     saved_run = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     refuse_unable_here(config, trainer.sharded.mesh)
-    if saved_run is None and config.initial_weights is not None:
+    if config.initial_weights is not None and (saved_run is None or config.tuning.is_partial):
         check_initial_weights(config.initial_weights, config.model, _named_tokenizer(config, task))
 
     # Data.
     corpus, rows = _open_data(config, task, processes, console)
-    load = batch_loader(trainer.tokens_sharding, trainer.rows_sharding, training, corpus.tokenizer.end_of_text)
-    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+    load = batch_loader(
+        trainer.tokens_sharding,
+        trainer.rows_sharding,
+        training,
+        corpus.tokenizer.end_of_text,
+        config.seed if config.tuning.dropout else None,
+    )
+    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, base_digest(config))
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if restart and saved_run is not None:  # which all have read, and all agree on everything else
         run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
         saved_run = None
     if saved_run is not None:
-        run_folder.refuse_difference(saved_run["identity"], identity, str(run_dir))
+        check_identity(saved_run["identity"], identity, config)
         if processes.is_first:
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
@@ -156,9 +163,13 @@ def _train(
     # State: that of the newest checkpoint, or a new one.
     ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
     gave_up = json.loads(allgather_text(processes, "how the run ended", ending)[0])
-    restored = checkpoints.restore(abstract_state(trainer), suspect=None if gave_up is None else gave_up["first"])
+    restored = checkpoints.restore(
+        trainer.kept(abstract_state(trainer)), suspect=None if gave_up is None else gave_up["first"]
+    )
     console.print(_describe(config, trainer, rows, None if restored is None else int(restored.state.step)))
-    state, window = restored or Restored(_new_state(config, trainer), {})
+    state, window = restored or Restored(new_state(config, trainer), {})
+    if restored is not None:
+        state = state._replace(params=with_base(config, trainer, state.params))
     del restored  # or its arrays would be held beside the state's
     first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints)
     found = {"step": first_step, "best": best.value}
@@ -199,7 +210,7 @@ def _train(
             console.print(f"step {step}: none was better since step {best.step} (evaluation.stop_after); the run ends")
             break
         # Step.
-        batch = load(functools.partial(rows.read, step), trains=True)
+        batch = load(functools.partial(rows.read, step), trains=True, step=step)
         profiler.before(step)
         state, metrics = train_step(state, batch)
         profiler.after(step, metrics)
@@ -216,7 +227,7 @@ def _train(
                 if (held_out := evaluate_held_out(weights, evaluation.batches)) is not None:
                     logger.held_out(done, held_out)
                     if best.by == LOSS and not logger.is_bad and best.takes(done, held_out.loss):
-                        checkpoints.save_best(state, done, best.value)
+                        checkpoints.save_best(trainer.kept(state), done, best.value)
                 _write_samples(config, sampler, sampling, weights, done, logger)
         if asks_tasks:
             with logger.throughput.pause():
@@ -224,13 +235,13 @@ def _train(
                 logger.tasks(done, results)
                 value = best.of_tasks(results)
                 if value is not None and not logger.is_bad and best.takes(done, value):
-                    checkpoints.save_best(state, done, best.value, best.by)
+                    checkpoints.save_best(trainer.kept(state), done, best.value, best.by)
         save_due |= best.ends(done)
 
         # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
         if save_due and not logger.is_bad:
             with logger.throughput.pause():
-                checkpoints.save(state, done, logger.metrics_window)
+                checkpoints.save(trainer.kept(state), done, logger.metrics_window)
             save_due = False
         if stopping:
             checkpoints.wait()
@@ -304,15 +315,6 @@ def _open_data(
         magic_prime=config.data.magic_prime,
     )
     return corpus, rows
-
-
-def _new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
-    """The state before the first step: random parameters, or the initial weights that the config names."""
-    state = initial_state(trainer, config.seed)
-    if config.initial_weights is None:
-        return state
-    params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
-    return state._replace(params=params, ema=trainer.first_averages(params))
 
 
 def _held_out_evaluation(
@@ -406,6 +408,7 @@ def _describe(
         f"{model.title} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, {data}",
+        *described_tuning(config, trainer),
         f"run folder: {config.run_dir}",
     ]
     if mesh is not None:

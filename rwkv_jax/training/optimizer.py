@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rwkv_jax.config import OptimizerConfig
+from rwkv_jax.config import OptimizerConfig, TuningConfig
+from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE
 from rwkv_jax.training.rates import keep_frozen, learning_layers, rate_factors, scaled
 from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
+
+DECAYING_PARTS = ("lora_A", "lora_B", "miss_block")
+"""Of adapters, if `tuning.decay` is on."""
 
 ParameterGroup = Callable[[tuple[str, ...], int], tuple[float, bool]]
 
@@ -33,6 +37,13 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten_with_path(params)
     factors, decays = zip(*(of(path, parameter) for path, parameter in leaves), strict=True)
     return structure.unflatten(factors), structure.unflatten(decays)
+
+
+def tuned_group(tuning: TuningConfig, group: ParameterGroup, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
+    """The group of a tuning run's parameter: adapters decay only if asked to, states never."""
+    if path[0] in (ADAPTER, INITIAL_STATE):
+        return 1.0, tuning.decay and path[-1] in DECAYING_PARTS
+    return group(path, ndim)
 
 
 _FASTER_IN_STAGE_2 = ("time_mix", "time_maa", "time_decay", "time_faaaa", "time_first", "w0")

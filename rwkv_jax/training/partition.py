@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+from rwkv_jax.config import ModelConfig, TuningConfig
+from rwkv_jax.models.tuned import is_trained
 
 
 def train_all(path: tuple[str, ...]) -> bool:
     """The partition in which nothing is frozen."""
     return True
+
+
+def tuned_partition(tuning: TuningConfig, model: ModelConfig) -> Callable[[tuple[str, ...]], bool]:
+    """The partition of a run: what its tuning trains, or everything."""
+    return functools.partial(is_trained, tuning, model) if tuning.is_partial else train_all
 
 
 def split_params(

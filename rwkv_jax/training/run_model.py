@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
+from jax import Array
 
-from rwkv_jax.config import TuningConfig
+from rwkv_jax.config import ModelConfig, TuningConfig
 from rwkv_jax.models import LanguageModel
-
-ADAPTER, INITIAL_STATE = "adapter", "initial_state"
-"""Parameters of a tuning run beside the model's own."""
+from rwkv_jax.models.tuned import grafted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,11 +20,17 @@ class RunModel:
     graphdef: Any
     """`nnx.merge(graphdef, params)` is the model of a run without tuning."""
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    config: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The model's; read by a tuning run."""
 
-    def model(self, params: Any) -> LanguageModel:
-        """The model of a run's parameters."""
+    def model(self, params: Any, dropout_keys: Array | None = None) -> LanguageModel:
+        """The model of a run's parameters.
+
+        Args:
+          dropout_keys: a batch's, uint32 [B, T]; None without dropout, as in evaluation.
+        """
         if self.tuning.is_partial:
-            params = {name: part for name, part in params.items() if name not in (ADAPTER, INITIAL_STATE)}
+            params = grafted(params, self.tuning, self.config, dropout_keys)
         return nnx.merge(self.graphdef, params)
 
     def first_state(self, params: Any, batch_size: int) -> Any | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.run_folder import load_model
 from rwkv_jax.tuning.adapter import Adapter, AdapterError, combined
 from rwkv_jax.tuning.files import open_adapter
 from rwkv_jax.tuning.grafting import adapted_model
@@ -18,7 +17,7 @@ from rwkv_jax.tuning.merge import checked_weights
 from rwkv_jax.weights import pretrained
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import official_shapes, official_tensors, require_official_names
-from rwkv_jax.weights.pretrained import ComputeDtype
+from rwkv_jax.weights.pretrained import ComputeDtype, load_run
 from rwkv_jax.weights.quantized import Quantization
 from rwkv_jax.weights.sources import find_weights, open_weights
 
@@ -106,6 +105,6 @@ def check_for(
 def digest_of_source(path: Path) -> str:
     """`weights_digest` of a file of weights, or of a run's newest checkpoint."""
     if path.is_dir():
-        loaded = load_model(path, "newest")
+        loaded = load_run(path, "newest")
         return weights_digest(official_tensors(loaded.config.model, loaded.params))
     return weights_digest(open_weights(path, warn=False).tensors)

@@ -201,31 +201,44 @@ def place_params(
     """
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        stacked = str(path[0].key) == "blocks"
-        names = official_names(path, config.num_layers)
-        dtypes = {tensors[name].dtype for name in names}
-        if dtype is None and len(dtypes) > 1:
-            found = ", ".join(f"{name} is {tensors[name].dtype}" for name in (names[0], names[-1]))
-            raise WeightsError(f"layers are held as one array, but their dtypes differ ({found}, ...); give a dtype")
-        own = np.dtype(dtype) if dtype is not None else dtypes.pop()
-        if own == np.float64 and not jax.config.read("jax_enable_x64"):
-            raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
-
-        def part(index: Any) -> NDArray:
-            chosen = names[index[0]] if stacked else names
-            sources = [tensors[name][index[1:] if stacked else index] for name in chosen]
-            out = _empty((len(sources), *sources[0].shape), own)
-            for target, source in zip(out, sources, strict=True):
-                target[...] = source
-                drop_pages()
-            return out if stacked else out[0]
-
-        return jax.make_array_from_callback(like.shape, sharding, part)
+        return place_param(tensors, config, path, like.shape, sharding, dtype, drop_pages)
 
     params = _abstract_params(config)
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(default_device()), params)
     return jax.tree.map_with_path(leaf, params, shardings)
+
+
+def place_param(
+    tensors: Mapping[str, NDArray],
+    config: ModelConfig,
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    sharding: Any,
+    dtype: str | None,
+    drop_pages: Callable[[], None],
+) -> jax.Array:
+    """One parameter of `place_params`, by its path in the tree."""
+    stacked = str(path[0].key) == "blocks"
+    names = official_names(path, config.num_layers)
+    dtypes = {tensor_spec(tensors, name).dtype for name in names}
+    if dtype is None and len(dtypes) > 1:
+        found = ", ".join(f"{name} is {tensors[name].dtype}" for name in (names[0], names[-1]))
+        raise WeightsError(f"layers are held as one array, but their dtypes differ ({found}, ...); give a dtype")
+    own = np.dtype(dtype) if dtype is not None else dtypes.pop()
+    if own == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
+
+    def part(index: Any) -> NDArray:
+        chosen = names[index[0]] if stacked else names
+        sources = [tensors[name][index[1:] if stacked else index] for name in chosen]
+        out = _empty((len(sources), *sources[0].shape), own)
+        for target, source in zip(out, sources, strict=True):
+            target[...] = source
+            drop_pages()
+        return out if stacked else out[0]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_folder, refuse_existing
@@ -22,7 +22,9 @@ from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
-from rwkv_jax.run_folder import load_model, load_run_tokenizer
+from rwkv_jax.models.tuned import merge_nested, merged_params
+from rwkv_jax.run_folder import LoadedModel, load_model, load_run_tokenizer
+from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
@@ -93,7 +95,7 @@ def from_pretrained(
     path = find_weights(source)
     if path.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
-        loaded = load_model(path, "newest", shardings)
+        loaded = load_run(path, "newest", shardings)
         if quantize is not None:
             if not loaded.config.model.spec.has_official_names:
                 raise WeightsError(
@@ -152,7 +154,7 @@ def check_initial_weights(source: str | os.PathLike[str], config: ModelConfig, t
         saved with them is another one, or they do not exist.
     """
     path = find_weights(source)
-    _weights_for(path, config)
+    weights_for(path, config)
     beside = find_tokenizer(path, config.vocab_size)
     if beside is not None and beside.fingerprint != tokenizer.fingerprint:
         folder = path if path.is_dir() else path.parent
@@ -171,15 +173,20 @@ def initial_params(source: str | os.PathLike[str], config: ModelConfig, sharding
     Raises:
       WeightsError: as `check_initial_weights`.
     """
-    weights = _weights_for(find_weights(source), config, warn=False)
+    weights = weights_for(find_weights(source), config, warn=False)
     return place_params(
         weights.tensors, config, dtype=config.parameter_dtype, shardings=shardings, drop_pages=weights.drop_pages
     )
 
 
-def _weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
+def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weights:
+    """The tensors of weights that a model is to start from, as it has them.
+
+    Raises:
+      WeightsError: as `check_initial_weights`.
+    """
     if path.is_dir():
-        loaded = load_model(path, "newest")
+        loaded = load_run(path, "newest")
         told = MappedTensors({}, [], metadata=fields_in_metadata(loaded.config.model))
         tensors = official_tensors(loaded.config.model, loaded.params)
         weights = Weights(tensors, "official", lambda: None, told)
@@ -209,6 +216,38 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"
     return f"--model.{name} {value}"
+
+
+def load_run(
+    run_dir: Path,
+    which: Literal["newest", "best"],
+    shardings: Callable[[ModelConfig], Any] | None = None,
+    *,
+    ema: bool = False,
+) -> LoadedModel:
+    """`run_folder.load_model`, of a tuning run with its base: adapters merged, everything in float32.
+
+    Raises:
+      WeightsError: as `check_initial_weights`, of the base.
+    """
+    loaded = load_model(run_dir, which, shardings, ema=ema)
+    config = loaded.config
+    if not config.tuning.is_partial:
+        return loaded
+    assert config.initial_weights is not None  # as the config has checked
+    placed = None if shardings is None else shardings(config.model)
+    try:
+        weights = weights_for(find_weights(config.initial_weights), config.model, warn=False)
+    except WeightsError as error:
+        raise WeightsError(f"{run_dir} is a tuning run, whose base cannot be read: {error}") from error
+    base = place_base(weights, config.tuning, config.model, loaded.params, placed)
+    if placed is not None:
+        whole = jax.tree.map(lambda sharding: NamedSharding(sharding.mesh, PartitionSpec()), placed)
+        first = jax.tree.leaves(whole)[0]
+        loaded = loaded._replace(params=jax.device_put(loaded.params, first))
+    merge = functools.partial(merged_params, tuning=config.tuning, model=config.model)
+    params = jax.jit(merge, out_shardings=placed)(merge_nested(base, loaded.params))
+    return loaded._replace(params=params)
 
 
 def save_pretrained(
@@ -286,7 +325,7 @@ def convert(
     if ema and not path.is_dir():
         raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
     if path.is_dir():
-        loaded = load_model(path, "newest", ema=ema)
+        loaded = load_run(path, "newest", ema=ema)
         config, tensors = loaded.config.model, official_tensors(loaded.config.model, loaded.params)
     else:
         weights = open_weights(path)

@@ -1,7 +1,7 @@
 """Run with eight fake devices and a list of cases: prints, as JSON, how far a step on a mesh is from one device's.
 
-A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2, and may end in :other for the other options of a step
-or in :fused for the fused loss, which is compared with the plain one.
+A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2, and may end in :other for the other options of a step,
+in :fused for the fused loss, which is compared with the plain one, or in a kind of adapter, which is trained alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv_jax.config import ModelConfig, OptimizerConfig, StepConfig, TrainConfig
+from rwkv_jax.config import DataConfig, ModelConfig, OptimizerConfig, StepConfig, TrainConfig, TuningConfig
+from rwkv_jax.models.tuned import is_matrix
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
-from rwkv_jax.training.batch import make_batch
+from rwkv_jax.training.batch import dropout_keys, make_batch
 from rwkv_jax.training.functions import make_train_functions
+from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.step import loss_and_gradients
+from rwkv_jax.weights.quantized import pack, packed_matrix
 from tests.golden import AS_USERS, QUICK, relative_error
 from tests.models.parameters import initial_params, named_config, random_params
 
@@ -41,11 +44,22 @@ RANKS: dict[str, dict[str, Any]] = {
 BATCH, TIME = 16, 32
 
 
-def config_of(generation: str, dtype: Any, *, other: bool = False) -> TrainConfig:
+ADAPTERS = {
+    "lora": TuningConfig("lora", rank=4, dropout=0.3, also=("ln",)),
+    "dora": TuningConfig("dora", rank=4, also=("time",)),
+    "pissa": TuningConfig("pissa", rank=4, layers=(0, 2)),
+    "miss": TuningConfig("miss", rank=5),  # which divides no shard of inputs
+    "bat": TuningConfig("bat", rank=4),
+    "packed": TuningConfig("lora", rank=4, quantize="int8"),
+}
+
+
+def config_of(generation: str, dtype: Any, *, other: bool = False, adapter: str | None = None) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
     (A Transformer's carry none either way.)
     """
+    of_base: dict[str, Any] = {"initial_weights": "base", "data": DataConfig(tokenizer="bytes")}
     return TrainConfig(
         model=named_config(generation, dtype=dtype, **SIZES, **RANKS[generation]),
         optimizer=OptimizerConfig(warmup_steps=0),
@@ -59,6 +73,8 @@ def config_of(generation: str, dtype: Any, *, other: bool = False) -> TrainConfi
             remat="full" if other else "none",
             l2wrap=1e-2,
         ),
+        **of_base if adapter else {},
+        tuning=ADAPTERS[adapter] if adapter else TuningConfig(),
     )
 
 
@@ -92,10 +108,24 @@ def parameters_for(model: ModelConfig) -> Any:
     )
 
 
+def with_adapters(params: Any, shapes: Any) -> Any:
+    """The run's parameters: some matrices packed, and adapters of random numbers."""
+    draws = np.random.default_rng(8)
+    adapters = jax.tree.map(lambda x: 0.3 * draws.standard_normal(x.shape).astype(x.dtype), shapes["adapter"])
+
+    def base(x: np.ndarray, like: Any) -> Any:
+        return packed_matrix(pack(x, "int8"), transposed=False) if is_matrix(like) else x
+
+    own = {name: part for name, part in shapes.items() if name != "adapter"}
+    return jax.tree.map(base, params, own) | {"adapter": adapters}
+
+
 def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """Loss, gradients and next state of a batch; without states the sums of an evaluation, too."""
     trainer = make_train_functions(config, mesh)
     params = parameters_for(config.model)
+    if config.tuning.is_partial:
+        params = with_adapters(params, trainer.params)
     draws = np.random.default_rng(6)
     carries = config.training.carry_state
     mask = None if carries else draws.integers(0, 2, (BATCH, TIME)).astype(np.float32)
@@ -103,7 +133,9 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
         mask[3] = 0  # a row of which nothing counts
     end_of_text = 0 if config.training.reset_at_documents else None
     batch = make_batch(rows_of_text(), end_of_text=end_of_text, carries_state=carries, mask=mask)
-    shapes = jax.eval_shape(trainer.init, jax.random.key(0)).recurrent_state
+    if config.tuning.dropout:
+        batch = batch._replace(dropout_keys=dropout_keys(0, 0, slice(0, BATCH), TIME))
+    shapes = jax.eval_shape(trainer.init, jax.random.key(0), trainer.params).recurrent_state
     recurrent_state = jax.tree.map(lambda x: np.abs(draws.standard_normal(x.shape)).astype(x.dtype), shapes)
     where = trainer.state_shardings
     of_batch = jax.tree.map(lambda x: trainer.tokens_sharding if x.ndim == 2 else trainer.rows_sharding, batch)
@@ -115,7 +147,12 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
 
     def step(params: Any, batch: Any, recurrent_state: Any) -> tuple[Any, Any, Any]:
         return loss_and_gradients(
-            params, {}, batch, recurrent_state, trainer.objective, trainer.sharded, trainer.accumulation_steps
+            *split_params(params, trainer.partition),
+            batch,
+            recurrent_state,
+            trainer.objective,
+            trainer.sharded,
+            trainer.accumulation_steps,
         )
 
     (loss, _), gradients, recurrent_state = jax.jit(step, compiler_options=options)(params, batch, recurrent_state)
@@ -144,7 +181,8 @@ def main() -> None:
     for case in sys.argv[1:]:
         generation, dtype, name, *options = case.split(":")
         with jax.enable_x64(dtype == "float64"):
-            config = config_of(generation, dtype, other="other" in options)
+            adapter = next((option for option in options if option in ADAPTERS), None)
+            config = config_of(generation, dtype, other="other" in options, adapter=adapter)
             if config not in references:
                 references[config] = results_on(config, None)
             training = dataclasses.replace(config.training, fused_loss="fused" in options)

@@ -47,8 +47,16 @@ def test_mixed_meshes_change_nothing(generation: str) -> None:
 
 
 def test_a_mesh_that_splits_time_changes_nothing() -> None:
-    """What a Transformer's below does not have: the time axis, states that are carried, and heads of an operator."""
-    assert_equal_to_one_device("7", "float64", MIXED[1:])
+    """What a Transformer's below does not have: the time axis, states that are carried, and heads of an operator; and
+    LoRA on it, with dropout."""
+    assert_equal_to_one_device("7", "float64", (*MIXED[1:], f"{MIXED[1]}:lora"))
+
+
+@pytest.mark.long
+def test_meshes_change_nothing_of_adapters() -> None:
+    kinds = ("dora", "pissa", "miss", "bat")
+    assert_equal_to_one_device("7", "float64", tuple(f"{mesh}:{kind}" for kind in kinds for mesh in MIXED))
+    assert_equal_to_one_device("7", "float32", (f"{MIXED[0]}:packed",))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,15 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
     def make(config: TrainConfig, mesh: Any = None) -> TrainFunctions:
         read = TrainConfig(
-            model=config.model, optimizer=config.optimizer, training=config.training, parallel=config.parallel
+            model=config.model,
+            optimizer=config.optimizer,
+            training=config.training,
+            parallel=config.parallel,
+            **(
+                {"tuning": config.tuning, "initial_weights": "base", "data": DataConfig(tokenizer="bytes")}
+                if config.tuning.is_partial
+                else {}
+            ),
         )
         if (read, mesh) not in made:
             made[read, mesh] = make_train_functions(read, mesh)

@@ -71,7 +71,8 @@ def restore(config: TrainConfig, folder: Path, step: int | None = None) -> Train
             if name != str(step):
                 shutil.rmtree(folder / "checkpoints" / name)
     with ckpt.Checkpoints(folder, config.checkpoint.keep, pytest.fail) as checkpoints:
-        return restore_checkpoint(checkpoints, abstract_state(make_train_functions(config)))
+        functions = make_train_functions(config)
+        return restore_checkpoint(checkpoints, functions.kept(abstract_state(functions)))
 
 
 def other_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -10,7 +10,7 @@ import pytest
 
 from rwkv_jax.config import StepConfig
 from rwkv_jax.data.tokens.rows import Rows
-from rwkv_jax.training.batch import Batch, batch_loader, make_batch
+from rwkv_jax.training.batch import Batch, batch_loader, dropout_keys, make_batch
 
 ROWS = np.array([[5, 6, 0, 7, 8], [0, 1, 2, 0, 3], [1, 2, 3, 4, 0]], np.int32)
 
@@ -60,3 +60,12 @@ def test_a_loaded_batch_is_the_made_one_and_its_rows_are_read_once(carries: bool
         for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
+
+
+def test_dropouts_numbers_are_functions_of_seed_step_and_row() -> None:
+    whole = dropout_keys(3, 7, slice(0, 4), 8)
+    assert whole.dtype == np.uint32
+    assert len(np.unique(whole)) == whole.size
+    np.testing.assert_array_equal(dropout_keys(3, 7, slice(2, 4), 8), whole[2:])
+    assert not (dropout_keys(3, 8, slice(0, 4), 8) == whole).any()
+    assert not (dropout_keys(4, 7, slice(0, 4), 8) == whole).any()

@@ -34,7 +34,7 @@ class NextToken:
     def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
         """Sums over a device's rows, and their next recurrent state."""
         sharded, config = self.sharded, self.config
-        model = self.run_model.model(params)
+        model = self.run_model.model(params, batch.dropout_keys)
         if recurrent_state is None:
             recurrent_state = self.run_model.first_state(params, batch.tokens.shape[0])
         hidden, next_state = model.hidden(

@@ -1,0 +1,93 @@
+"""What a run begins with, and what a tuning run does at every start: its base is read, and is in no checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rwkv_jax import run_folder
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.models.tuned import ADAPTER, merge_nested
+from rwkv_jax.training.functions import TrainFunctions, initial_state
+from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.state import TrainState
+from rwkv_jax.tuning.initial import initial_adapter, with_magnitudes
+from rwkv_jax.weights.base import place_base
+from rwkv_jax.weights.digest import weights_digest
+from rwkv_jax.weights.pretrained import initial_params, weights_for
+from rwkv_jax.weights.sources import Weights, find_weights
+
+
+def base_digest(config: TrainConfig) -> str | None:
+    """The digest of a tuning run's base; None for other runs. Reads the whole file."""
+    return weights_digest(_weights(config).tensors) if config.tuning.is_partial else None
+
+
+def _weights(config: TrainConfig) -> Weights:
+    assert config.initial_weights is not None  # as the config has checked
+    return weights_for(find_weights(config.initial_weights), config.model, warn=False)
+
+
+def described_tuning(config: TrainConfig, trainer: TrainFunctions) -> list[str]:
+    """A line that says what a tuning run trains of which base; none for other runs."""
+    tuning = config.tuning
+    if not tuning.is_partial:
+        return []
+    trained, _ = split_params(trainer.params, trainer.partition)
+    numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+    parts = [f"{tuning.adapter} of rank {tuning.rank}"] if tuning.adapter else []
+    parts += [*tuning.also, *(["state"] if tuning.state else [])]
+    stored = f", its matrices in {tuning.quantize}" if tuning.quantize else ""
+    return [f"trained: {', '.join(parts)}, {numbers / 1e6:.2f}M numbers; frozen: {config.initial_weights}{stored}"]
+
+
+def check_identity(saved: dict[str, Any], present: dict[str, Any], config: TrainConfig) -> None:
+    """Refuses to resume a run with other settings, or on another base unless the config allows it.
+
+    Raises:
+      ConfigError: with a table of the differences.
+    """
+    if config.tuning.allow_other_base:
+        saved = saved | {run_folder.BASE: present.get(run_folder.BASE)}
+    run_folder.refuse_difference(saved, present, str(Path(config.run_dir)))
+
+
+def new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
+    """The state before the first step: random parameters, or the initial weights that the config names."""
+    if config.tuning.is_partial:
+        return initial_state(trainer, config.seed, first_params(config, trainer))
+    state = initial_state(trainer, config.seed)
+    if config.initial_weights is None:
+        return state
+    params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
+    return state._replace(params=params, ema=trainer.first_averages(params))
+
+
+def first_params(config: TrainConfig, trainer: TrainFunctions) -> Any:
+    """The parameters of a tuning run before its first step: base, and first values of what it trains."""
+    weights, tuning, model = _weights(config), config.tuning, config.model
+    where, kept = trainer.state_shardings.params, dict[str, Any]()
+    if ADAPTER in where:
+        first = initial_adapter(weights.tensors, tuning, model, config.seed)
+        kept[ADAPTER] = jax.tree.map(_placed, first, where[ADAPTER])
+    params = with_base(config, trainer, kept, weights)
+    if ADAPTER in where:
+        params[ADAPTER] = with_magnitudes(kept[ADAPTER], params, tuning, model)
+    return params
+
+
+def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def with_base(config: TrainConfig, trainer: TrainFunctions, kept: Any, weights: Weights | None = None) -> Any:
+    """A run's parameters, of those that its checkpoints hold; of other runs these are all."""
+    if not config.tuning.is_partial:
+        return kept
+    where = {name: x for name, x in trainer.state_shardings.params.items() if name != ADAPTER}
+    weights = _weights(config) if weights is None else weights
+    return merge_nested(place_base(weights, config.tuning, config.model, kept, where), kept)
