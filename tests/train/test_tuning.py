@@ -69,7 +69,7 @@ def test_a_run_is_loaded_as_its_base_with_the_adapter(whole: Run, lora: TrainCon
     logits = from_pretrained(whole.folder)(tokens).logits
     unmerged = functions.run_model.model(whole.result.state.params)(tokens).logits
     np.testing.assert_allclose(logits, unmerged, atol=1e-5)
-    assert float(abs(logits - from_pretrained(lora.initial_weights or "")(tokens).logits).max()) > 1e-3
+    assert float(abs(logits - from_pretrained(lora.initial_weights or "")(tokens).logits).max()) > 1e-4
 
 
 def test_a_run_goes_on_with_the_same_bits(whole: Run, lora: TrainConfig, tmp_path: Path) -> None:
