@@ -8,11 +8,13 @@ from pathlib import Path
 from rwkv_jax.checks import shown
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.file_kinds import is_url
+from rwkv_jax.run_folder import RUN_FILE
 from rwkv_jax.tuning.adapter import Adapter, AdapterError
 from rwkv_jax.tuning.peft_files import CONFIG_FILE, TENSORS_FILE, read_peft, write_peft
+from rwkv_jax.tuning.run_adapter import open_run_adapter
 from rwkv_jax.tuning.rwkv_peft import read_rwkv_peft
 
-_REMEDY = f"name the folder of an adapter (with {CONFIG_FILE}), or a .pth by RWKV-PEFT"
+_REMEDY = f"name the folder of an adapter (with {CONFIG_FILE}) or of a run, or a .pth by RWKV-PEFT"
 
 
 def open_adapter(
@@ -21,7 +23,7 @@ def open_adapter(
     alpha: float | None = None,
     init: str | os.PathLike[str] | None = None,
 ) -> Adapter:
-    """Reads an adapter: a folder of Hugging Face's peft, or a .pth by RWKV-PEFT.
+    """Reads an adapter: a folder of Hugging Face's peft, a run of `rwkv train`, or a .pth by RWKV-PEFT.
 
     Args:
       alpha: of a .pth with LoRA, which does not have it; folders do.
@@ -42,12 +44,13 @@ def open_adapter(
         path = path.parent
     if path.is_file():
         return read_rwkv_peft(path, alpha, None if init is None else Path(init).expanduser())
-    if not (path / CONFIG_FILE).is_file():
+    is_run = (path / RUN_FILE).is_file()
+    if not is_run and not (path / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter = {shown(str(path))}: has no {CONFIG_FILE}; {_REMEDY}")
     if alpha is not None or init is not None:
         field, value = ("adapter_alpha", alpha) if init is None else ("adapter_init", init)
         raise AdapterError(f"{field} = {shown(value)}: {path} says that itself; leave it out")
-    return read_peft(path)
+    return open_run_adapter(path) if is_run else read_peft(path)
 
 
 def save_adapter(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax import run_folder
+from rwkv_jax import run_folder, tuning
 from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
 from rwkv_jax.models.tuned import ADAPTER
 from rwkv_jax.training.functions import initial_state, make_train_functions
@@ -36,9 +36,9 @@ def lora(config: TrainConfig, base: Path, finished: Run) -> TrainConfig:
     return tuned(config, base, finished, TuningConfig("lora", 4, 8.0, 0.1, ("att.key", "ffn.*"), (1,), ("ln",)))
 
 
-def tuned(config: TrainConfig, base: Path, finished: Run, tuning: TuningConfig) -> TrainConfig:
+def tuned(config: TrainConfig, base: Path, finished: Run, own: TuningConfig) -> TrainConfig:
     data = dataclasses.replace(config.data, tokenizer=str(finished.folder))
-    return dataclasses.replace(config, initial_weights=str(base), data=data, tuning=tuning, profile=None)
+    return dataclasses.replace(config, initial_weights=str(base), data=data, tuning=own, profile=None)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,8 @@ def test_a_run_is_loaded_as_its_base_with_the_adapter(whole: Run, lora: TrainCon
     logits = from_pretrained(whole.folder)(tokens).logits
     unmerged = functions.run_model.model(whole.result.state.params)(tokens).logits
     np.testing.assert_allclose(logits, unmerged, atol=1e-5)
+    with_adapter = tuning.from_pretrained(lora.initial_weights or "", adapter=whole.folder)
+    np.testing.assert_allclose(with_adapter(tokens).logits, logits, atol=1e-5)
     assert float(abs(logits - from_pretrained(lora.initial_weights or "")(tokens).logits).max()) > 1e-4
 
 
@@ -86,8 +88,8 @@ def test_another_base_is_refused_unless_allowed(whole: Run, lora: TrainConfig, f
     with pytest.raises(ConfigError, match=r"holds another run.*\n.*\n *tuning.base +[0-9a-f]{64} +[0-9a-f]{64}$"):
         run(other, folder)
     training = dataclasses.replace(other.training, num_steps=9)
-    tuning = dataclasses.replace(other.tuning, allow_other_base=True)
-    run(dataclasses.replace(other, tuning=tuning, training=training), folder)
+    allowing = dataclasses.replace(other.tuning, allow_other_base=True)
+    run(dataclasses.replace(other, tuning=allowing, training=training), folder)
     identity = json.loads((folder / run_folder.RUN_FILE).read_text())["identity"]
     assert identity["tuning.base"] != whole_identity(whole)["tuning.base"]
     fewer = dataclasses.replace(lora.tuning, targets=("att.key",))
@@ -115,7 +117,7 @@ def test_the_first_logits_are_the_bits_of_the_base(kind: Any, config: TrainConfi
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "tuning",
+    "kind",
     [
         TuningConfig("dora", rank=4, quantize="int4"),
         TuningConfig("pissa", rank=4, quantize="int8"),
@@ -125,9 +127,9 @@ def test_the_first_logits_are_the_bits_of_the_base(kind: Any, config: TrainConfi
     ids=["dora", "pissa", "bat", "time"],
 )
 def test_every_kind_goes_on_and_is_loaded(
-    tuning: TuningConfig, config: TrainConfig, base: Path, finished: Run, tmp_path: Path
+    kind: TuningConfig, config: TrainConfig, base: Path, finished: Run, tmp_path: Path
 ) -> None:
-    own = tuned(config, base, finished, tuning)
+    own = tuned(config, base, finished, kind)
     whole = run(own, tmp_path / "whole")
     run(dataclasses.replace(own, training=dataclasses.replace(own.training, num_steps=4)), tmp_path / "run")
     assert_same_bits(run(own, tmp_path / "run").result.state, whole.result.state)
