@@ -129,7 +129,8 @@ class Workplace:
         """The newest checkpoint, read on one device."""
         config = load_config(self.config)
         with ckpt.Checkpoints(run_dir, config.checkpoint.keep, pytest.fail) as checkpoints:
-            return restore(checkpoints, abstract_state(make_train_functions(config)))
+            functions = make_train_functions(config)
+            return restore(checkpoints, functions.kept(abstract_state(functions)))
 
     def assert_same_end(self, left: Path, right: Path) -> None:
         """Parameters, optimizer and counters bit for bit; every figure and sample; which step is the best."""

@@ -68,6 +68,21 @@ def test_a_kill_leaves_no_trace(place: Workplace, unbroken: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_kill_leaves_no_trace_in_an_adapter(place: Workplace, unbroken: Path, tmp_path: Path) -> None:
+    """LoRA with dropout, of which no checkpoint holds the base."""
+    tuning = f"initial_weights={str(unbroken)!r}, tuning=TuningConfig('lora', rank=4, dropout=0.2, also=('ln',)),\n"
+    config = CONFIG.replace("        model=", f"        {tuning}        model=")
+    config = config.replace("held_out=0.2", f"held_out=0.2, tokenizer={str(unbroken)!r}")
+    own = Workplace(tmp_path, place.folder / "programs", config)
+    whole, run_dir = own.folder / "whole", own.folder / "killed"
+    own.finish(own.command(whole), whole)
+    kill_one([own.start(own.command(run_dir), run_dir)], 0, run_dir, 6, random.Random(3))
+    own.finish(own.command(run_dir), run_dir)
+    own.assert_same_end(whole, run_dir)
+    assert "trained: lora of rank 4, ln" in read_log(run_dir)
+
+
+@pytest.mark.long
 def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     place = Workplace(tmp_path, tmp_path / "programs", CONFIG, as_users=True)
     steps = ("--training.num-steps", "200")
