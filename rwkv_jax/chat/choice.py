@@ -13,8 +13,8 @@ FORMATS: dict[str, ChatFormat] = {"g1": G1, "world": WORLD, "raven": RAVEN, "pil
 """Formats by the names with which commands ask for them."""
 
 
-def named_template(name: str) -> ChatTemplate:
-    """The template of a name in `FORMATS`, or of a Jinja file.
+def named_template(name: str, field: str = "template") -> ChatTemplate:
+    """The template of a name in `FORMATS`, or of a Jinja file; `field` is where it was named, for messages.
 
     Raises:
       ConfigError: neither, or as `JinjaTemplate.from_file`.
@@ -23,5 +23,5 @@ def named_template(name: str) -> ChatTemplate:
         return FORMATS[name]
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ConfigError(f"template = {name!r}: is none of {', '.join(FORMATS)}, and no file of a Jinja template")
+        raise ConfigError(f"{field} = {name!r}: is none of {', '.join(FORMATS)}, and no file of a Jinja template")
     return JinjaTemplate.from_file(path)

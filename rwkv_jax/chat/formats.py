@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rwkv_jax.chat.messages import Message, clean, read_messages
 from rwkv_jax.chat.replies import ReplyParser
-from rwkv_jax.chat.template import Thinking, ToolChoice
+from rwkv_jax.chat.template import Piece, Thinking, ToolChoice
 from rwkv_jax.chat.tools import tools_block, write_calls
 from rwkv_jax.config import ConfigError
 
@@ -111,8 +111,7 @@ class ChatFormat:
             raise ConfigError(f"variables {', '.join(variables)}: are for Jinja templates; this chat format has none")
         thinking = self.thinking if thinking is None else thinking
         self._check_thinking(thinking)
-        if tools and not self.is_g1:
-            raise ConfigError("tools: this chat format has none; take a G1 model with the template g1")
+        self._check_tools(tools)
         read = read_messages(messages)
         last = f"messages[{len(read) - 1}]"
         if continue_final_message and (read[-1].role != "assistant" or read[-1].tool_calls):
@@ -122,23 +121,52 @@ class ChatFormat:
                 f"{last}: is the {read[-1].role}'s, which asks for no reply; end with a message of the user or a tool, "
                 "or set continue_final_message"
             )
-        blocks = []
-        if tools and read[0].role != "system":
-            blocks.append(self._system_part("", tools_block(tools, tool_choice)))
-        for index, message in enumerate(read):
-            self._check_order(f"messages[{index}]", message, read[index - 1].role if index else None)
-            if message.role == "system":
-                block = tools_block(tools, tool_choice) if tools else None
-                blocks.append(self._system_part(message.content, block))
-            elif message.role == "assistant":
-                is_open = continue_final_message and index == len(read) - 1
-                blocks.append(self._reply_header + self._reply_part(f"messages[{index}]", message, is_open))
-            else:
-                blocks.append(self._message_part(message, thinking))
+        opened = len(read) - 1 if continue_final_message else None
+        text = "".join(piece.text for piece in self._pieces(read, tools, tool_choice, thinking, opened))
         if add_generation_prompt and not continue_final_message:
             opens_call = bool(tools) and tool_choice == "required" and thinking == "none"
-            blocks.append(self._reply_header + (_CALL_OPENING if opens_call else _OPENINGS[thinking]))
-        return self.begins_with + self.separator.join(blocks)
+            text += self.separator + self._reply_header + (_CALL_OPENING if opens_call else _OPENINGS[thinking])
+        return text
+
+    def pieces(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        replies: Collection[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+    ) -> list[Piece]:
+        """A finished conversation in parts, as `ChatTemplate.pieces` says; no thinking is requested."""
+        self._check_tools(tools)
+        found = self._pieces(read_messages(messages), tools, tool_choice, "none")
+        return found if replies is None else [piece if piece.reply in replies else Piece(piece.text) for piece in found]
+
+    def _pieces(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: ToolChoice,
+        thinking: str,
+        opened: int | None = None,
+    ) -> list[Piece]:
+        """The text of messages, of which one may be open, in pieces."""
+        pieces, separator = [Piece(self.begins_with)], ""
+        if tools and messages[0].role != "system":
+            pieces.append(Piece(self._system_part("", tools_block(tools, tool_choice))))
+            separator = self.separator
+        for index, message in enumerate(messages):
+            place = f"messages[{index}]"
+            self._check_order(place, message, messages[index - 1].role if index else None)
+            if message.role == "system":
+                block = tools_block(tools, tool_choice) if tools else None
+                pieces.append(Piece(separator + self._system_part(message.content, block)))
+            elif message.role == "assistant":
+                pieces.append(Piece(separator + self._reply_header))
+                pieces.append(Piece(self._reply_part(place, message, index == opened), index))
+            else:
+                pieces.append(Piece(separator + self._message_part(message, thinking)))
+            separator = self.separator
+        return pieces
 
     def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
         """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
@@ -147,6 +175,10 @@ class ChatFormat:
     @property
     def _reply_header(self) -> str:
         return self.before_reply.removeprefix(self.separator)
+
+    def _check_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
+        if tools and not self.is_g1:
+            raise ConfigError("tools: this chat format has none; take a G1 model with the template g1")
 
     def _check_thinking(self, thinking: str) -> None:
         if thinking not in _OPENINGS:

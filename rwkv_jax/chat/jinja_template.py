@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rwkv_jax.chat.messages import Message, ToolCall, read_messages
 from rwkv_jax.chat.replies import ReplyParser
-from rwkv_jax.chat.template import Thinking, ToolChoice, begins_thinking
+from rwkv_jax.chat.template import Piece, Thinking, ToolChoice, begins_thinking
 from rwkv_jax.config import ConfigError
 from rwkv_jax.json_object import parse_object
 
@@ -120,6 +120,38 @@ class JinjaTemplate:
             )
         )
         return self._up_to_mark(text, read) if continue_final_message else text
+
+    def pieces(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        replies: Collection[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+    ) -> list[Piece]:
+        """A finished conversation in parts, as `ChatTemplate.pieces` says; a reply has what the template ends it with.
+
+        Found by rendering the messages up to each reply, with and without it.
+        """
+        read = read_messages(messages)
+        own = [index for index, message in enumerate(read) if message.role == "assistant"]
+
+        def text_of(count: int, asks: bool) -> str:
+            arguments: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "add_generation_prompt": asks}
+            return self.render(read[:count], **arguments)
+
+        whole, pieces, end = text_of(len(read), False), [], 0
+        for index in own if replies is None else sorted(replies):
+            asked, answered = text_of(index, True) if index else "", text_of(index + 1, False)
+            if not whole.startswith(answered) or not answered.startswith(asked) or len(asked) < end:
+                raise ConfigError(
+                    f"messages[{index}]: {self.name} writes it otherwise when a reply is asked for or when others "
+                    "follow, so its text in a conversation is not the one that is asked for; take replies at the end "
+                    "only, or another template"
+                )
+            pieces += [Piece(whole[end : len(asked)]), Piece(whole[len(asked) : len(answered)], index)]
+            end = len(answered)
+        return [*pieces, Piece(whole[end:])]
 
     def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
         """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rwkv_jax.chat.messages import Message, clean
 from rwkv_jax.chat.replies import ReplyParser
@@ -15,6 +15,14 @@ requested in parentheses at the end of the message; or skipped by an empty think
 
 ToolChoice = Literal["auto", "required"]
 """Whether a reply may be something else than a call of a tool."""
+
+
+class Piece(NamedTuple):
+    """A part of a conversation's text."""
+
+    text: str
+    reply: int | None = None
+    """The message of the assistant that this is all of; None for what stands around and between replies."""
 
 
 def begins_thinking(thinking: Thinking) -> bool:
@@ -69,6 +77,27 @@ class ChatTemplate(Protocol):
 
         Raises:
           ConfigError: what the template cannot write; the error names the message and the remedy.
+        """
+        ...
+
+    def pieces(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        replies: Collection[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "required",
+    ) -> list[Piece]:
+        """The text of a finished conversation in parts, for training.
+
+        Joined they are what `render` gives without a generation prompt, and what stands before a reply is what it gives
+        of the messages before, with one that begins nothing of the reply: a model is asked as it was trained.
+
+        Args:
+          replies: messages of the assistant that become pieces of their own; None for all of them.
+
+        Raises:
+          ConfigError: as `render`, or a template that writes a message otherwise when others follow.
         """
         ...
 
