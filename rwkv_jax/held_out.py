@@ -16,15 +16,17 @@ class HeldOut(NamedTuple):
 
     loss: float
     """Mean -log p(token), nats."""
-    bits_per_byte: float
-    """Bits per byte of text: comparable between tokenizers."""
+    bits_per_byte: float | None
+    """Bits per byte of text: comparable between tokenizers. None where only some tokens count."""
 
     def record(self) -> dict[str, float]:
-        """The figures, by name."""
-        return self._asdict()
+        """The figures that there are, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def describe(self) -> str:
         """The figures on a line."""
+        if self.bits_per_byte is None:
+            return f"loss {self.loss:.4f} per token that counts"
         return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits/byte"
 
 
@@ -63,18 +65,21 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], held_out: TokenFile) -> HeldOut:
+def evaluate(
+    eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], held_out: TokenFile | None
+) -> HeldOut:
     """Mean loss over batches of held-out text.
 
     Args:
       eval_step: (params, batch) -> `loss`, a sum in nats, and `count`, the number of tokens.
+      held_out: what the batches read; None if it is no text of which all bytes count.
     """
     # Sums stay on the device until the end, so that batches are dispatched without waiting.
     sums = [eval_step(params, batch) for batch in batches]
     total = sum(float(batch.loss) for batch in sums)
     count = sum(float(batch.count) for batch in sums)
     loss = total / count
-    return HeldOut(loss, bits_per_byte(loss, held_out.bytes_per_token))
+    return HeldOut(loss, None if held_out is None else bits_per_byte(loss, held_out.bytes_per_token))
 
 
 def compressed_bits_per_byte(data: bytes) -> dict[str, float]:

@@ -47,6 +47,8 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 SET_ASIDE = "set-aside-"
 
+_CHAT = ("chat_format", "chat_loss", "chat_rows", "chat_too_long")  # what chats become besides tokens
+
 
 def identity(
     config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str, base: str | None = None
@@ -75,6 +77,7 @@ def identity(
         "training.reset_at_documents": config.training.reset_at_documents,
         "training.carry_state": config.training.carry_state,
         "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
+        **({f"data.{name}": getattr(config.data, name) for name in _CHAT} if config.data.chat is not None else {}),
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }

@@ -92,7 +92,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "autotune": (("config", "kernels", "parallel", "trying", "run_lock"), ("jax",)),
     "recipes": (("config",), ()),
     "chat": (("config",), ("jinja2",)),
-    "data": (("config",), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
+    "data": (("chat", "config"), ("numpy", "pyarrow", "pyrwkv_tokenizer", "sentencepiece", "tokenizers", "zstandard")),
     "held_out": (("data",), ()),
     "models": (("config", "kernels"), ("jax", "flax", "numpy", "einops")),
     "parallel": (("config", "models", "kernels"), ("jax", "flax", "numpy")),

@@ -12,6 +12,7 @@ import rwkv_jax
 from rwkv_jax.cli.bench import Bench
 from rwkv_jax.cli.chat import Chat
 from rwkv_jax.cli.convert import Convert
+from rwkv_jax.cli.data import Data
 from rwkv_jax.cli.doctor import Doctor
 from rwkv_jax.cli.evaluate import Evaluate
 from rwkv_jax.cli.generate import Generate
@@ -39,6 +40,7 @@ COMMANDS = {
     "merge": Merge,
     "info": Info,
     "tokenize": Tokenize,
+    "data": Data,
     "plan": Plan,
     "tune": Tune,
     "bench": Bench,

@@ -54,6 +54,8 @@ class WeightsFlags:
     def load_with_template(self, name: str | None) -> tuple[LanguageModel, Tokenizer, ChatTemplate]:
         """Loads the tokenizer, then the model, and the chat template of a name, or else the model's own.
 
+        That of a run on chats is what wrote them.
+
         Raises:
           ConfigError: as `load`, `named_template` and `choose_template`.
         """
@@ -64,6 +66,8 @@ class WeightsFlags:
         named = None if name is None else named_template(name)
         find_devices()
         place = find_weights(self.source)
+        if named is None and (format_of_run := chat_format_of(place)) is not None:
+            named = named_template(format_of_run)
         model, tokenizer = self._load_from(place)
         return model, tokenizer, choose_template(place, tokenizer) if named is None else named
 
@@ -129,6 +133,17 @@ class StateFlags:
         from rwkv_jax.tuning.pretrained_state import open_tuned_state
 
         return {"initial_state": open_tuned_state(self.state), "allow_other_base": self.allow_other_base}
+
+
+def chat_format_of(place: Path) -> str | None:
+    """What wrote the chats that a run was trained on; None for weights, and for runs on text."""
+    from rwkv_jax.config import from_dict
+    from rwkv_jax.run_folder import RUN_FILE, read_run_file
+
+    if not (place / RUN_FILE).is_file():
+        return None
+    data = from_dict(read_run_file(place)["config"]).data
+    return None if data.chat is None else data.chat_format
 
 
 def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int]:

@@ -8,6 +8,12 @@ from typing import Literal
 
 from rwkv_jax.checks import checker, require, require_choices
 
+ChatForm = Literal["messages", "sharegpt", "alpaca", "completion"]
+"""Forms of records that hold chats; data/chat/records.py has their fields."""
+
+ChatLoss = Literal["assistant", "last", "all"]
+"""Which tokens of a chat count."""
+
 SYNTHETIC = "synthetic:"
 """With which the source of a synthetic task begins."""
 
@@ -41,6 +47,20 @@ class DataConfig:
     None trains a sentencepiece model of model.vocab_size entries on the training documents."""
     cache_dir: str = "runs/corpora"
     """Folder for token files and trained tokenizers, one sub-folder per corpus."""
+    chat: Literal["auto", "messages", "sharegpt", "alpaca", "completion"] | None = None
+    """Form of the records, if the source holds chats or instructions rather than text: messages (OpenAI's), sharegpt,
+    alpaca, completion (prompt and completion), or auto, which sees it from their fields. None reads text."""
+    chat_format: str = "g1"
+    """What writes chats as text: g1, world, raven, pile-qa, or the path of a Jinja template."""
+    chat_loss: ChatLoss = "assistant"
+    """Tokens of a chat that count: assistant, what the assistant says and the end of it; last, of the last reply alone;
+    all."""
+    chat_rows: Literal["packed", "apart"] = "packed"
+    """How chats become rows, none of which sees another: packed, as many whole ones in a row as fit; apart, one a row,
+    padded. Not asked with training.carry_state, where rows go on from step to step."""
+    chat_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    """What happens to chats longer than training.sequence_length; they are counted in any case. truncate keeps the
+    beginning, if any of it counts. Not asked with training.carry_state, which reads them whole."""
 
     def __post_init__(self) -> None:
         require_choices(self, "data")
@@ -54,6 +74,8 @@ class DataConfig:
         )
         if self.is_synthetic:
             self._check_synthetic()
+        if self.chat is not None:
+            self._check_chat()
         if self.mixture:
             self._check_mixture()
 
@@ -66,6 +88,14 @@ class DataConfig:
         check = checker(self, "data")
         check(self.tokenizer is None, "tokenizer", f"{self.source} has symbols of its own; leave this out")
         check(self.order == "windows", "order", f"{self.source} draws its rows; leave this out")
+
+    def _check_chat(self) -> None:
+        check = checker(self, "data")
+        default = "name the file or folder of chats with data.source"
+        check(not self.is_synthetic and self.source != type(self).source, "source", default)
+        check(not self.mixture, "mixture", "chats are no part of a mixture; put their files into one folder")
+        check(self.tokenizer is not None, "tokenizer", "chats do not train one; name that of the model to tune")
+        check(self.order == "windows", "order", "chats have an order of their own; leave this out")
 
     def _check_mixture(self) -> None:
         check = checker(self, "data")

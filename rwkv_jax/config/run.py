@@ -78,6 +78,13 @@ class TrainConfig:
             "there is no held-out text to be better on; set data.held_out, or evaluation.best_by",
         )
         self._check_tuning()
+        check(
+            self.data.chat is None
+            or self.training.reset_at_documents
+            or (self.data.chat_rows == "apart" and not self.training.carry_state),
+            "training.reset_at_documents",
+            "chats in a row would see each other; leave it on, or set data.chat_rows to apart",
+        )
         self.model.spec.check_run(self)
         check(
             not self.training.first_step or self.initial_weights is not None,

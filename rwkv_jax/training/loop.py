@@ -6,6 +6,7 @@ A batch is a function of the step, so a stopped run resumes as if it had not bee
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -20,14 +21,13 @@ import jax
 from rwkv_jax import run_folder
 from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
-from rwkv_jax.data.corpus import Corpus, prepare_corpus
-from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, synthetic_rows, task_of
+from rwkv_jax.data.chat.rows import ChatRows
+from rwkv_jax.data.chat.source import ChatCorpus
+from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, task_of
 from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rwkv_jax.data.tokens.batches import evaluation_windows
-from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
 from rwkv_jax.evaluation.tasks.plans import Plan
-from rwkv_jax.held_out import Answers, HeldOut, compressed_bits_per_byte, evaluate
+from rwkv_jax.held_out import Answers, HeldOut, compressed_bits_per_byte
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
@@ -40,8 +40,7 @@ from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.run_lock import lock_run
-from rwkv_jax.training.answers import answers_evaluation
-from rwkv_jax.training.batch import Batch, batch_loader
+from rwkv_jax.training.batch import batch_loader
 from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, make_train_functions
@@ -52,6 +51,7 @@ from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.run_data import AnyCorpus, AnyRows, held_out_evaluation, open_data
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
@@ -122,7 +122,7 @@ def _train(
         check_initial_weights(config.initial_weights, config.model, _named_tokenizer(config, task))
 
     # Data.
-    corpus, rows = _open_data(config, task, processes, console)
+    corpus, rows = open_data(config, task, processes, console)
     load = batch_loader(
         trainer.tokens_sharding,
         trainer.rows_sharding,
@@ -156,7 +156,7 @@ def _train(
 
     # Functions, each compiled once.
     train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
-    evaluate_held_out = _held_out_evaluation(config, corpus, trainer, load)
+    evaluate_held_out = held_out_evaluation(config, corpus, trainer, load)
     sampler, sampling = _make_sampler(config, sampled, corpus.tokenizer, trainer)
     scorer = prepared_scorer(tasks, trainer, config, corpus.tokenizer, sampler)
 
@@ -192,6 +192,8 @@ def _train(
                 f"step {first_step}, before them"
             )
         writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
+        if isinstance(corpus, ChatCorpus) and first_step == training.first_step:
+            writer.write("data", first_step, dataclasses.asdict(corpus.counts))
     logger = StepLogger(
         num_steps=num_steps,
         every=config.logging.every,
@@ -297,45 +299,6 @@ def _named_tokenizer(config: TrainConfig, task: Task | None) -> Tokenizer:
     return load_tokenizer(config.data.tokenizer, config.model.vocab_size)
 
 
-def _open_data(
-    config: TrainConfig, task: Task | None, processes: Processes, console: Console
-) -> tuple[Corpus | SyntheticCorpus, TrainingRows | SyntheticRows]:
-    """The corpus, built by the first process, and the rows of each training step."""
-    if task is not None:
-        return SyntheticCorpus(task), synthetic_rows(task, config)
-    training = config.training
-    prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
-    corpus = run_on_first_process(processes, "corpus", prepare)
-    rows = training_rows(
-        corpus,
-        order="streams" if training.carry_state else config.data.order,
-        seed=config.seed,
-        batch_size=training.batch_size,
-        sequence_length=training.sequence_length,
-        magic_prime=config.data.magic_prime,
-    )
-    return corpus, rows
-
-
-def _held_out_evaluation(
-    config: TrainConfig, corpus: Corpus | SyntheticCorpus, trainer: TrainFunctions, load: Callable[..., Batch]
-) -> Callable[[Any, int | None], HeldOut | Answers | None]:
-    """Makes (params, number of batches or None for all) -> HeldOut, or Answers; None without held-out text."""
-    if isinstance(corpus, SyntheticCorpus):
-        return answers_evaluation(config, corpus.task, trainer)
-    held_out, eval_step = corpus.held_out, jax.jit(trainer.eval_step)
-    if held_out is None:
-        return lambda params, num_batches: None
-    shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
-
-    def evaluate_held_out(params: Any, num_batches: int | None) -> HeldOut:
-        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches, mask=held_out.mask)
-        batches = (load(rows.select) for rows in windows)
-        return evaluate(eval_step, params, batches, held_out)
-
-    return evaluate_held_out
-
-
 def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
     """The prompts to sample after a step: one per evaluation, in turn, and all at the end; none of symbols."""
     prompts = () if config.data.is_synthetic else config.evaluation.sample_prompts
@@ -391,9 +354,7 @@ def _result(
     return TrainResult(state, None, found) if isinstance(found, Answers) else TrainResult(state, found)
 
 
-def _describe(
-    config: TrainConfig, trainer: TrainFunctions, rows: TrainingRows | SyntheticRows, resumed_step: int | None
-) -> str:
+def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resumed_step: int | None) -> str:
     """What is about to run and, on several devices, the memory of each."""
     model, training, mesh = config.model, config.training, trainer.sharded.mesh
     tokens_per_step = training.batch_size * training.sequence_length
@@ -402,6 +363,8 @@ def _describe(
     begin = ("starting" if resumed_step is None else "resuming") + (f" after step {after}" if after else "")
     if isinstance(rows, SyntheticRows):
         data = f"drawn from {rows.task}"
+    elif isinstance(rows, ChatRows):
+        data = rows.describe(training.num_steps)
     else:
         data = f"{training.num_steps * tokens_per_step / rows.num_tokens:.2f} epochs of {rows.num_tokens:,} tokens"
     lines = [
@@ -425,13 +388,17 @@ def _describe(
     return "\n".join(lines)
 
 
-def _summarize(config: TrainConfig, corpus: Corpus | SyntheticCorpus, result: TrainResult, console: Console) -> None:
+def _summarize(config: TrainConfig, corpus: AnyCorpus, result: TrainResult, console: Console) -> None:
     """Prints the loss over all held-out text, compressors' results for comparison, and what to do next."""
     prompt: str | None = next(iter(config.evaluation.sample_prompts), "")
     if isinstance(corpus, SyntheticCorpus):
         task = corpus.task
         prompt = None if task.labels else prompt_and_answer(task, config.training.sequence_length)[0]
+    elif isinstance(corpus, ChatCorpus):
+        if result.held_out is not None:
+            console.print(f"all held-out chats: {result.held_out.describe()}")
     elif (held_out := result.held_out) is not None:
+        assert held_out.bits_per_byte is not None
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())
         listed = ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
         console.print(f"all held-out text: loss {held_out.loss:.4f} nats; bits/byte: {listed}")

@@ -1,7 +1,8 @@
 """Run with eight fake devices and a list of cases: prints, as JSON, how far a step on a mesh is from one device's.
 
-A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2, and may end in :other for the other options of a step,
-in :fused for the fused loss, which is compared with the plain one, or in a kind of adapter, which is trained alone.
+A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2. It may end in :other for the other options of a step,
+in :chats for micro-batches of rows of which different numbers of tokens count, which are compared with one batch, in
+:fused for the fused loss, which is compared with the plain one, or in a kind of adapter, which is trained alone.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ ADAPTERS = {
 }
 
 
-def config_of(generation: str, dtype: Any, *, other: bool = False, adapter: str | None = None) -> TrainConfig:
+def config_of(
+    generation: str, dtype: Any, *, other: bool = False, chats: bool = False, adapter: str | None = None
+) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
     (A Transformer's carry none either way.)
@@ -67,7 +70,7 @@ def config_of(generation: str, dtype: Any, *, other: bool = False, adapter: str 
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
-            carry_state=not other and generation != "transformer",
+            carry_state=not other and not chats and generation != "transformer",
             reset_at_documents=not other,
             loss_chunk=None if other else 7,
             remat="full" if other else "none",
@@ -131,6 +134,8 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
     mask = None if carries else draws.integers(0, 2, (BATCH, TIME)).astype(np.float32)
     if mask is not None:
         mask[3] = 0  # a row of which nothing counts
+        if config.training.reset_at_documents:
+            mask[4:] *= np.arange(TIME) < 2  # first micro-batches and devices have most of what counts
     end_of_text = 0 if config.training.reset_at_documents else None
     batch = make_batch(rows_of_text(), end_of_text=end_of_text, carries_state=carries, mask=mask)
     if config.tuning.dropout:
@@ -181,13 +186,17 @@ def main() -> None:
     for case in sys.argv[1:]:
         generation, dtype, name, *options = case.split(":")
         with jax.enable_x64(dtype == "float64"):
-            adapter = next((option for option in options if option in ADAPTERS), None)
-            config = config_of(generation, dtype, other="other" in options, adapter=adapter)
-            if config not in references:
-                references[config] = results_on(config, None)
+            adapter, chats = next((option for option in options if option in ADAPTERS), None), "chats" in options
+            config = config_of(generation, dtype, other="other" in options, chats=chats, adapter=adapter)
+            alone = config
+            if chats:
+                whole = dataclasses.replace(config.training, accumulation_steps=1)
+                alone = dataclasses.replace(config, training=whole)
+            if alone not in references:
+                references[alone] = results_on(alone, None)
             training = dataclasses.replace(config.training, fused_loss="fused" in options)
             found[case] = errors(
-                results_on(dataclasses.replace(config, training=training), make_mesh(name)), references[config]
+                results_on(dataclasses.replace(config, training=training), make_mesh(name)), references[alone]
             )
     json.dump(found, sys.stdout)
 

@@ -12,7 +12,7 @@ import pytest
 from rwkv_jax.config import CheckpointConfig, ConfigError, LoggingConfig, TrainConfig
 from rwkv_jax.held_out import HeldOut
 from rwkv_jax.run_lock import lock_run
-from rwkv_jax.training import loop
+from rwkv_jax.training import run_data
 from rwkv_jax.training.reporting.metrics import read_metrics
 from tests.runs import read_figures
 from tests.small_runs import assert_same_bits, names_in
@@ -57,7 +57,7 @@ def test_best_checkpoint_stays_when_later_losses_are_higher(
 ) -> None:
     # Each run's last figure is that of all held-out text, which decides nothing.
     losses = iter([2.0, 1.0, 3.0, 0.1, 1.5, 1.2, 0.1])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: HeldOut(next(losses), 1.0))
+    monkeypatch.setattr(run_data, "evaluate", lambda *_: HeldOut(next(losses), 1.0))
     for num_steps in (8, 10):
         training = dataclasses.replace(config.training, num_steps=num_steps)
         run(dataclasses.replace(config, training=training, profile=None), tmp_path / "run")

@@ -20,6 +20,7 @@ _READ_CHARACTERS = 2**20
 _MAX_TOKEN = 16  # a word, number or escape may be cut at the end of the buffer
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MARK = "\ufeff"
+_OF_CHATS = frozenset(("messages", "conversations", "instruction", "completion"))
 
 
 def has_records(name: str) -> bool:
@@ -33,9 +34,21 @@ def read_records(path: Path, field: str) -> Iterator[str]:
     Raises ConfigError with file and line for invalid JSON, a record that is not an object, and a field that is missing,
     not a string or not Unicode.
     """
+    for place, record in read_objects(path):
+        yield _text_of(record, place, field)
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each record, `FILE: line 3`; one is in memory at a time.
+
+    Raises ConfigError with file and line for invalid JSON and for a record that is not an object.
+    """
     records = _json_lines(path) if inner_suffix(path.name) in LINES_SUFFIXES else _json_values(path)
     for line, record in records:
-        yield _text_of(record, f"{path}: line {line}", field)
+        place = f"{path}: line {line}"
+        if not isinstance(record, dict):
+            raise ConfigError(f"{place} is not a JSON object but {type(record).__name__}; mend or remove it")
+        yield place, record
 
 
 def first_record_has_text(path: Path, field: str) -> bool:
@@ -140,11 +153,10 @@ class _Scanner:
         return bool(more)
 
 
-def _text_of(record: Any, place: str, field: str) -> str:
-    if not isinstance(record, dict):
-        raise ConfigError(f"{place} is not a JSON object but {type(record).__name__}; mend or remove it")
+def _text_of(record: dict[str, Any], place: str, field: str) -> str:
     if field not in record:
-        raise ConfigError(f"{place} has no field {field!r}; set data.text_field to one of {sorted(record)}")
+        chats = ", or data.chat to auto if these are chats" if _OF_CHATS.intersection(record) else ""
+        raise ConfigError(f"{place} has no field {field!r}; set data.text_field to one of {sorted(record)}{chats}")
     text = record[field]
     if not isinstance(text, str):
         raise ConfigError(f"{place}: field {field!r} is not a string but {type(text).__name__}")

@@ -7,6 +7,7 @@ import hashlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.text import records, tables
@@ -42,6 +43,41 @@ def read_documents(data: DataConfig, report: Callable[[str], None] | None = None
     instead. Raises ConfigError for a source that is missing, empty, not UTF-8 or malformed.
     """
     path = Path(data.source).expanduser()
+    root, names = _find_files(data, path)
+    with _named(data, path):
+        if _are_records(root, names, data):
+            yield from _read_records(root, names, data)
+        elif root == path or data.source == PYTHON_STDLIB:
+            yield from _read_folder(root, names, data, report)
+        else:
+            yield _read_file(path)
+
+
+def read_chat_records(
+    data: DataConfig, report: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each record of `data.source`: JSON, or rows of tables, in a file or a folder.
+
+    Other files of a folder are left out, and `report` gets their number. Raises ConfigError for a source that is
+    missing, without records or malformed.
+    """
+    path = Path(data.source).expanduser()
+    root, names = _find_files(data, path)
+    chosen = [name for name in names if records.has_records(name) or tables.is_table(name)]
+    with _named(data, path):
+        if not chosen:
+            kinds = ", ".join((*records.SUFFIXES, *tables.SUFFIXES))
+            raise ConfigError(f"data.source = {data.source!r}: has no records of chats; give files of {kinds}")
+        if len(chosen) < len(names) and report is not None:
+            report(f"left out {len(names) - len(chosen)} of {len(names)} files that hold no records")
+        for name in chosen:
+            is_table = tables.is_table(name)
+            with explain_refusal(root / name, "records of chats", ("parquet" if is_table else "json", "text")):
+                yield from (tables.read_rows if is_table else records.read_objects)(root / name)
+
+
+def _find_files(data: DataConfig, path: Path) -> tuple[Path, list[str]]:
+    """The folder and the names, sorted, of the files of a source. Raises ConfigError if there are none."""
     if data.source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         names = _list_stdlib(root)
@@ -54,14 +90,7 @@ def read_documents(data: DataConfig, report: Callable[[str], None] | None = None
         raise _source_error(
             data, wrong or f"there is no such file or folder (looked for {path.absolute()}); give the path of {_WANTED}"
         )
-    names = sorted(names)
-    with _named(data, path):
-        if _are_records(root, names, data):
-            yield from _read_records(root, names, data)
-        elif root == path or data.source == PYTHON_STDLIB:
-            yield from _read_folder(root, names, data, report)
-        else:
-            yield _read_file(path)
+    return root, sorted(names)
 
 
 def _source_error(data: DataConfig, remedy: str) -> ConfigError:

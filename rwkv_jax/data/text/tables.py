@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,40 @@ def read_table(path: Path, column: str) -> Iterator[str]:
         raise ConfigError(f"{path}: cannot be read as a table ({error}); make it again") from error
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each row of a table, `FILE: row 3`, as Python's values; a batch is in memory at a time.
+
+    Raises ConfigError without pyarrow, and for a file that is damaged.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(f'{path}: needs the package pyarrow: pip install "rwkv-jax[parquet]"') from error
+    row = 0
+    try:
+        for batch in _batches(path, lambda schema: None):
+            for record in batch.to_pylist():
+                yield f"{path}: row {row}", record
+                row += 1
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a table ({error}); make it again") from error
+
+
 def _column_batches(path: Path, column: str) -> Iterator[Any]:
     """Arrow arrays of the column."""
+    for batch in _batches(path, lambda schema: _check_column(schema, column, path), [column]):
+        yield batch.column(column)
+
+
+def _batches(path: Path, check: Callable[[Any], None], columns: list[str] | None = None) -> Iterator[Any]:
+    """Arrow batches of rows, of a table whose schema passes a check; of a Parquet file some columns only."""
     import pyarrow
     from pyarrow import parquet
 
     if path.suffix.lower() == ".parquet":
         with parquet.ParquetFile(path) as file:
-            _check_column(file.schema_arrow, column, path)
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[column]):
-                yield batch.column(0)
+            check(file.schema_arrow)
+            yield from file.iter_batches(_BATCH_ROWS, columns=columns)
         return
     with pyarrow.memory_map(str(path)) as source:
         if source.read(len(_ARROW_FILE)) == _ARROW_FILE:
@@ -63,9 +87,8 @@ def _column_batches(path: Path, column: str) -> Iterator[Any]:
         else:
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
-        _check_column(reader.schema, column, path)
-        for batch in batches:
-            yield batch.column(column)
+        check(reader.schema)
+        yield from batches
 
 
 def _check_column(schema: Any, column: str, path: Path) -> None:

@@ -29,14 +29,14 @@ _KINDS = (
 _WORLD_TEXT = b"1 '\\x00' 1\n2 '\\x01' 1\n"  # of rwkv_vocab_v20230424.txt
 
 
-def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int | None) -> Tokenizer:
     """Loads the tokenizer that a config names and checks it against the model's vocabulary.
 
     Args:
       spec: a sentencepiece model, a Hugging Face tokenizer.json, or a folder written by `save_tokenizer`; or one of
         the names `world` and `bytes` (for files of these names, `./world` and `./bytes`). A file's kind is detected
         from its content.
-      vocab_size: number of the model's ids; for `bytes` 256 or 257.
+      vocab_size: number of the model's ids; for `bytes` 256 or 257. None is for no model.
 
     Raises:
       ConfigError: the file is missing or of unknown kind, its package is not installed, or `fits_model` is False.
@@ -55,7 +55,7 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
             raise ConfigError(f"tokenizer = {str(path)!r}: {reason}") from error
         with explain_refusal(path, _KINDS, ("json", "sentencepiece", "text")):
             tokenizer = _of_content(content, path)
-    if not fits_model(tokenizer, vocab_size):
+    if vocab_size is not None and not fits_model(tokenizer, vocab_size):
         raise ConfigError(
             f"tokenizer = {str(spec)!r}: does not match, it has {tokenizer.vocab_size} entries and the model has "
             f"vocab_size = {vocab_size}; name the model's own tokenizer; for a model that is yet to be trained, set "

@@ -17,7 +17,7 @@ from rwkv_jax.config import ConfigError, LoggingConfig
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
 
-Kind = Literal["train", "evaluation", "task", "sample", "stop"]
+Kind = Literal["data", "train", "evaluation", "task", "sample", "stop"]
 
 Sink = tuple[Callable[[Kind, int, dict[str, Any]], None], Callable[[], None]]
 """A logger besides metrics.jsonl: a function that logs values of a kind at a step, and one that closes it."""

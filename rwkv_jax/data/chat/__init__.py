@@ -1,0 +1,1 @@
+"""Chats and instructions as training data: records, samples with a mask, rows."""

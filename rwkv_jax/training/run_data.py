@@ -1,0 +1,78 @@
+"""A run's data, of whatever kind: what is opened, the rows of each step, and the evaluation on what is held out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.data.chat.rows import ChatRows
+from rwkv_jax.data.chat.source import ChatCorpus, chat_rows, held_out_rows, prepare_chats
+from rwkv_jax.data.corpus import Corpus, prepare_corpus
+from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, synthetic_rows
+from rwkv_jax.data.synthetic.task import Task
+from rwkv_jax.data.tokens.batches import evaluation_windows
+from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
+from rwkv_jax.held_out import Answers, HeldOut, evaluate
+from rwkv_jax.parallel.coordination import run_on_first_process
+from rwkv_jax.parallel.processes import Processes
+from rwkv_jax.training.answers import answers_evaluation
+from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.functions import TrainFunctions
+from rwkv_jax.training.reporting.console import Console
+
+AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus
+AnyRows = TrainingRows | SyntheticRows | ChatRows
+
+
+def open_data(
+    config: TrainConfig, task: Task | None, processes: Processes, console: Console
+) -> tuple[AnyCorpus, AnyRows]:
+    """The corpus, built by the first process, and the rows of each training step."""
+    if task is not None:
+        return SyntheticCorpus(task), synthetic_rows(task, config)
+    if config.data.chat is not None:
+        chats = prepare_chats(config, console.print)
+        return chats, chat_rows(chats, config)
+    training = config.training
+    prepare = functools.partial(prepare_corpus, config.data, config.model.vocab_size, console.print)
+    corpus = run_on_first_process(processes, "corpus", prepare)
+    rows = training_rows(
+        corpus,
+        order="streams" if training.carry_state else config.data.order,
+        seed=config.seed,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        magic_prime=config.data.magic_prime,
+    )
+    return corpus, rows
+
+
+def held_out_evaluation(
+    config: TrainConfig, corpus: AnyCorpus, trainer: TrainFunctions, load: Callable[..., Batch]
+) -> Callable[[Any, int | None], HeldOut | Answers | None]:
+    """Makes (params, number of batches or None for all) -> HeldOut, or Answers; None without held-out text."""
+    if isinstance(corpus, SyntheticCorpus):
+        return answers_evaluation(config, corpus.task, trainer)
+    eval_step = jax.jit(trainer.eval_step)
+    if corpus.held_out is None:
+        return lambda params, num_batches: None
+    if isinstance(corpus, ChatCorpus):
+
+        def evaluate_chats(params: Any, num_batches: int | None) -> HeldOut:
+            batches = (load(rows.select) for rows in held_out_rows(corpus, config, num_batches))
+            return evaluate(eval_step, params, batches, None)
+
+        return evaluate_chats
+    held_out = corpus.held_out
+    shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
+
+    def evaluate_held_out(params: Any, num_batches: int | None) -> HeldOut:
+        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches, mask=held_out.mask)
+        batches = (load(rows.select) for rows in windows)
+        return evaluate(eval_step, params, batches, held_out)
+
+    return evaluate_held_out
