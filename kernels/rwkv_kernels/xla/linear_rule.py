@@ -28,8 +28,10 @@ def _split(arguments: Flat, sizes: tuple[int, int]) -> tuple[Flat, Flat]:
     return arguments[: sizes[0]], arguments[sizes[0] :]
 
 
-def _run(*arguments: jax.Array, tangent: Callable[..., Flat], cotangent: Callable[..., Flat], sizes: Any) -> Flat:
-    del cotangent
+def _run(
+    *arguments: jax.Array, tangent: Callable[..., Flat], cotangent: Callable[..., Flat], sizes: Any, types: Any
+) -> Flat:
+    del cotangent, types
     return list(tangent(*_split(arguments, sizes)))
 
 
@@ -39,24 +41,31 @@ def _evaluate(*arguments: jax.Array, **params: Any) -> Flat:
 
 
 @_linear_p.def_abstract_eval
-def _types(*arguments: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(functools.partial(_run, **params))(*arguments).out_avals
+def _types(*arguments: Any, types: Any, **params: Any) -> Any:
+    """Those of the outputs, where they are known: tracing the derivative for them was a fifth of tracing a step."""
+    if types is not None:
+        return types
+    return jax.make_jaxpr(functools.partial(_run, types=None, **params))(*arguments).out_avals
 
 
-def _transpose(cotangents: Flat, *arguments: Any, tangent: Any, cotangent: Callable[..., Flat], sizes: Any) -> Flat:
-    del tangent
+def _transpose(
+    cotangents: Flat, *arguments: Any, tangent: Any, cotangent: Callable[..., Flat], sizes: Any, types: Any
+) -> Flat:
+    del tangent, types
     residuals, _ = _split(arguments, sizes)
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
     return [None] * sizes[0] + list(cotangent(residuals, cotangents))
 
 
-def _batch(arguments: Flat, axes: Sequence[int | None], *, tangent: Any, cotangent: Any, sizes: Any) -> Any:
+def _batch(arguments: Flat, axes: Sequence[int | None], *, tangent: Any, cotangent: Any, sizes: Any, types: Any) -> Any:
+    del types
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     moved = [
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(arguments, axes, strict=True)
     ]
-    results = _linear_p.bind(*moved, tangent=jax.vmap(tangent), cotangent=jax.vmap(cotangent), sizes=sizes)
+    of_rows = {"tangent": jax.vmap(tangent), "cotangent": jax.vmap(cotangent)}
+    results = _linear_p.bind(*moved, **of_rows, sizes=sizes, types=None)
     return results, [0] * len(results)
 
 
@@ -100,7 +109,7 @@ def with_backward(
         outputs, residuals = forward_with_residuals(constants, *inputs)
         saved, saved_tree = jax.tree.flatten((constants, tuple(inputs), residuals))
         flat_tangents, inputs_tree = jax.tree.flatten(tangents[1:])
-        outputs_tree = jax.tree.structure(outputs)
+        flat_outputs, outputs_tree = jax.tree.flatten(outputs)
 
         def tangent(saved: Flat, flat_tangents: Flat) -> Flat:
             constants, inputs, _ = jax.tree.unflatten(saved_tree, saved)
@@ -112,7 +121,12 @@ def with_backward(
             return jax.tree.leaves(backward(constants, inputs, residuals, jax.tree.unflatten(outputs_tree, cotangents)))
 
         results = _linear_p.bind(
-            *saved, *flat_tangents, tangent=tangent, cotangent=cotangent, sizes=(len(saved), len(flat_tangents))
+            *saved,
+            *flat_tangents,
+            tangent=tangent,
+            cotangent=cotangent,
+            sizes=(len(saved), len(flat_tangents)),
+            types=tuple(jax.typeof(x) for x in flat_outputs),
         )
         return outputs, jax.tree.unflatten(outputs_tree, results)
 
