@@ -21,7 +21,7 @@ from rwkv_jax.training.loss import sum_losses
 from rwkv_jax.tuning import load_initial_state, save_tuned_state
 from rwkv_jax.tuning.pretrained_state import open_tuned_state
 from rwkv_jax.tuning.state_files import TunedStateError, named_tensors
-from tests.golden import GOLDEN_DIR, QUICK, load_golden, relative_error
+from tests.golden import AS_USERS, GOLDEN_DIR, QUICK, load_golden, relative_error
 
 FILES = GOLDEN_DIR / "tuning" / "state"
 BASES = {"6": FILES / "base_v6_s0.safetensors", "7": GOLDEN_DIR / "eval" / "base_v7_s0.safetensors"}
@@ -48,7 +48,7 @@ def results(model: LanguageModel, arrays: Any, generation: str) -> tuple[Any, An
         sums = sum_losses(model.logits, hidden, targets, mask)
         return sums.nll / sums.count, model.logits(hidden)
 
-    options = QUICK if model.config.dtype == "float64" else None
+    options = QUICK if model.config.dtype == "float64" else AS_USERS
     (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(arrays)
     return logits, value, gradient
 
