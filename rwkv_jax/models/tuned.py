@@ -208,7 +208,7 @@ def tuned_shapes(shapes: Any, tuning: TuningConfig, model: ModelConfig) -> Any:
 
 def _packed_shape(x: Any, quantization: str) -> Any:
     *leading, num_inputs = x.shape
-    struct = jax.ShapeDtypeStruct
+    struct: Any = jax.ShapeDtypeStruct
     if quantization == "bfloat16":
         return struct(x.shape, jnp.bfloat16)
     scale = struct(tuple(leading), jnp.float32)

@@ -23,9 +23,10 @@ from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, loa
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
-from rwkv_jax.run_folder import LoadedModel, load_model, load_run_tokenizer
+from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
 from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
+from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     check_tensors,
@@ -228,7 +229,7 @@ def load_run(
     """`run_folder.load_model`, of a tuning run with its base: adapters merged, everything in float32.
 
     Raises:
-      WeightsError: as `check_initial_weights`, of the base.
+      WeightsError: as `check_initial_weights`, of the base, or its numbers are others than in training.
     """
     loaded = load_model(run_dir, which, shardings, ema=ema)
     config = loaded.config
@@ -240,6 +241,12 @@ def load_run(
         weights = weights_for(find_weights(config.initial_weights), config.model, warn=False)
     except WeightsError as error:
         raise WeightsError(f"{run_dir} is a tuning run, whose base cannot be read: {error}") from error
+    recorded, found = read_run_file(run_dir)["identity"][BASE], weights_digest(weights.tensors)
+    if found != recorded and not config.tuning.allow_other_base:
+        raise WeightsError(
+            f"{run_dir}: was trained on another base than {config.initial_weights} holds now ({recorded[:16]}..., "
+            f"now {found[:16]}...); put the file back that was there"
+        )
     base = place_base(weights, config.tuning, config.model, loaded.params, placed)
     if placed is not None:
         whole = jax.tree.map(lambda sharding: NamedSharding(sharding.mesh, PartitionSpec()), placed)
