@@ -65,7 +65,7 @@ def config_of(name: str, sizes: Sizes, num_steps: int, rate: float, warmup: int)
     shape |= {"width": sizes.width, "head_dim": sizes.head_dim}
     target = ModelConfig(**common.ALL_MODELS[REFERENCE], **shape).num_parameters()
     return common.train_config(
-        common.of_size(ModelConfig(**common.ALL_MODELS[name], **shape), target),
+        ModelConfig(**common.ALL_MODELS[name], **shape).with_num_parameters(target, multiple=1),
         num_steps=num_steps,
         batch_size=sizes.batch_size,
         sequence_length=sizes.sequence_length,

@@ -82,7 +82,7 @@ def measure(sizes: Sizes) -> common.Results:
             shape |= {"width": sizes.width, "head_dim": sizes.head_dim}
             target = ModelConfig(**common.ALL_MODELS[REFERENCE], **shape).num_parameters()
             for name in sizes.models:
-                model = common.of_size(ModelConfig(**common.ALL_MODELS[name], **shape), target)
+                model = ModelConfig(**common.ALL_MODELS[name], **shape).with_num_parameters(target, multiple=1)
                 if model.sizes().context_length:
                     model = dataclasses.replace(model, context_length=max(task.length, *task.lengths, 1))
                 config = common.synthetic_config(

@@ -199,9 +199,18 @@ class ModelConfig:
             dtype=self.dtype,
             **own_fields,
         )
-        of_one_step = self.num_layers * 2 * self.width * 32
-        steps = round((self.num_parameters() - plain.num_parameters()) / of_one_step)
-        return dataclasses.replace(plain, ffn_width=max(plain.sizes().ffn_width + 32 * steps, 32))
+        return plain.with_num_parameters(self.num_parameters())
+
+    def with_num_parameters(self, num_parameters: int, multiple: int = 32) -> ModelConfig:
+        """The same model with the feed-forward width at which it has nearly so many parameters.
+
+        Args:
+          multiple: the width changes by multiples of it, and is at least as large.
+        """
+        base = self.sizes().ffn_width
+        wider = dataclasses.replace(self, ffn_width=base + multiple)
+        steps = round((num_parameters - self.num_parameters()) / (wider.num_parameters() - self.num_parameters()))
+        return dataclasses.replace(self, ffn_width=max(base + multiple * steps, multiple))
 
     def num_parameters(self) -> int:
         """Number of parameters, in closed form."""
