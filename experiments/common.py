@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from numpy.typing import NDArray
 
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.cli.machine import describe_machine
+from rwkv_jax.cli.program_cache import programs_kept_in
 from rwkv_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -353,13 +353,6 @@ def synthetic_config(
     return dataclasses.replace(config, evaluation=evaluation)
 
 
-def of_size(config: ModelConfig, num_parameters: int) -> ModelConfig:
-    """The same model with the width of its feed-forward part at which it has nearly so many parameters."""
-    base = config.sizes().ffn_width
-    one = dataclasses.replace(config, ffn_width=base + 1).num_parameters() - config.num_parameters()
-    return dataclasses.replace(config, ffn_width=max(8, base + round((num_parameters - config.num_parameters()) / one)))
-
-
 def train_run(config: TrainConfig, folder: Path) -> Run:
     """Trains in a new folder below `folder`, which keeps corpora and compiled programs for the next run."""
     from rwkv_jax import train
@@ -367,7 +360,7 @@ def train_run(config: TrainConfig, folder: Path) -> Run:
 
     with contextlib.ExitStack() as stack:
         run_dir = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        stack.enter_context(programs_kept_in(folder / "programs"))
+        stack.enter_context(programs_kept_in(folder / "programs", min_seconds=0.2))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         result = train(dataclasses.replace(config, run_dir=run_dir, data=with_source(config.data, folder)))
         records = read_metrics(Path(run_dir) / "metrics.jsonl")
@@ -391,26 +384,6 @@ def with_source(data: DataConfig, folder: Path) -> DataConfig:
     source = folder / "tiny.txt"
     source.write_text("".join(f"{n} and {n} make {2 * n}.\n" for n in range(200)))
     return dataclasses.replace(data, source=str(source))
-
-
-@contextlib.contextmanager
-def programs_kept_in(folder: Path) -> Iterator[None]:
-    """Compiled programs are kept on disk meanwhile, since runs that differ by a seed only have the same ones."""
-    names = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def model_of(config: ModelConfig, params: Any) -> LanguageModel:

@@ -20,6 +20,7 @@ from jax import Array
 from typing_extensions import override
 
 from rwkv_jax.cli import doctor
+from rwkv_jax.cli.program_cache import programs_kept_in
 from rwkv_jax.config import (
     GENERATIONS,
     CheckpointConfig,
@@ -58,7 +59,7 @@ from tests.config import test_generations
 from tests.inference import models as inference_models
 from tests.inference import test_engine
 from tests.models import parameters, small_models, test_gradients, test_language_model
-from tests.programs import compiled_quickly, kept_on_disk
+from tests.programs import compiled_quickly
 from tests.runs import Workplace, kill_one
 from tests.small_runs import assert_same_bits, small_config
 from tests.train.in_process import run
@@ -274,7 +275,7 @@ def toy_run(folder: Path) -> TrainConfig:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Compiled quickly, and kept on disk."""
     folder = tmp_path_factory.getbasetemp() / "programs"
-    with compiled_quickly(), kept_on_disk(folder):
+    with compiled_quickly(), programs_kept_in(folder):
         yield folder
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def keep_programs() -> None:
     if _is_chosen_by_user():
         return
 
-    import jax
-
     folder = default_folder(os.environ)
     try:
         is_new = not folder.exists()
@@ -53,9 +52,25 @@ def keep_programs() -> None:
             "compiled for later ones",
             file=sys.stderr,
         )
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    minimum = min(MIN_COMPILE_SECONDS, _setting("jax_persistent_cache_min_compile_time_secs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum)
+    _configure(_settings(folder, min(MIN_COMPILE_SECONDS, _setting("jax_persistent_cache_min_compile_time_secs"))))
+
+
+@contextlib.contextmanager
+def programs_kept_in(folder: Path, *, min_seconds: float = 0.0) -> Iterator[None]:
+    """Keeps programs in a folder meanwhile, and takes those that are there.
+
+    Args:
+      min_seconds: programs that compile faster are not kept.
+    """
+    settings = _settings(folder, min_seconds) | {"jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: _setting(name) for name in settings}
+    _configure(settings)
+    _forget_open_cache()
+    try:
+        yield
+    finally:
+        _configure(before)
+        _forget_open_cache()
 
 
 def describe_program_cache() -> str:
@@ -76,3 +91,25 @@ def _setting(name: str) -> Any:
     import jax
 
     return getattr(jax.config, name)
+
+
+def _settings(folder: Path, min_seconds: float) -> dict[str, Any]:
+    """JAX's settings that keep programs in a folder."""
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": min_seconds,
+    }
+
+
+def _configure(settings: Mapping[str, Any]) -> None:
+    import jax
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _forget_open_cache() -> None:
+    """Makes JAX open the folder that is configured now, where it has opened another."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()

@@ -12,12 +12,13 @@ import jax
 import pytest
 
 from rwkv_jax import cli, run_folder
+from rwkv_jax.cli.program_cache import programs_kept_in
 from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig
 from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.functions import make_train_functions
 from tests.cli.commands import Command, Printed
-from tests.programs import compiled_quickly, kept_on_disk
+from tests.programs import compiled_quickly
 from tests.small_runs import CODE
 
 CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16))
@@ -27,7 +28,7 @@ CONFIG = TrainConfig(model=ModelConfig(vocab_size=300, num_layers=2, width=32, h
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiles quickly and keeps programs on disk: every command would compile the same ones again, for seconds."""
     programs = tmp_path_factory.getbasetemp() / "programs"  # for all modules
-    with kept_on_disk(programs), compiled_quickly():
+    with programs_kept_in(programs), compiled_quickly():
         yield
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.programs import kept_on_disk
+from rwkv_jax.cli.program_cache import programs_kept_in
 
 
 @pytest.fixture(scope="module")
 def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps programs for the modules that follow, which have engines of the same sizes."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):
+    with programs_kept_in(tmp_path_factory.getbasetemp() / "programs"):
         yield

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 from starlette.testclient import TestClient
 
+from rwkv_jax.cli.program_cache import programs_kept_in
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.serving.app import create_app
 from rwkv_jax.serving.service import Service
 from tests.inference.models import CONFIGS, quick_engine, random_model
-from tests.programs import kept_on_disk
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps programs on disk: every module would compile the same ones again, for seconds."""
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"):  # for all modules
+    with programs_kept_in(tmp_path_factory.getbasetemp() / "programs"):  # for all modules
         yield
 
 

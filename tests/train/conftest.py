@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from rwkv_jax.cli.program_cache import programs_kept_in
 from rwkv_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,7 +23,7 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.training import loop
 from rwkv_jax.training.functions import TrainFunctions, make_train_functions
-from tests.programs import compiled_quickly, kept_on_disk
+from tests.programs import compiled_quickly
 from tests.small_runs import write_corpus
 from tests.train.in_process import Run, run
 
@@ -51,7 +52,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
     programs = tmp_path_factory.getbasetemp() / "programs"  # for all modules
     shared = mock.patch.object(loop, "make_train_functions", make)
-    with kept_on_disk(programs), compiled_quickly(), shared:
+    with programs_kept_in(programs), compiled_quickly(), shared:
         yield
 
 
@@ -76,7 +77,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run from beginning to end; not to be changed."""
     functions = mock.patch.object(loop, "make_train_functions", make_train_functions)  # of its own, to be counted
-    with kept_on_disk(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly(), functions:
+    with programs_kept_in(tmp_path_factory.getbasetemp() / "programs"), compiled_quickly(), functions:
         return run(config, tmp_path_factory.mktemp("finished") / "run")
 
 
