@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from rwkv_jax.checks import ConfigError
 from rwkv_jax.evaluation.statistics import Estimate
 from rwkv_jax.evaluation.tasks import find_task
 from rwkv_jax.evaluation.tasks.base import Summary, Task
+from rwkv_jax.figures import encoded, new_figure
 from rwkv_jax.host import processor
 from rwkv_jax.inference.engine.engine import Engine
 from rwkv_jax.json_object import parse_object
@@ -247,23 +247,17 @@ def write_report(report: Report, folder: Path) -> None:
 
 def picture(tasks: Sequence[TaskReport]) -> bytes:
     """A PNG of all metrics with their 95% intervals: one axis for each unit, by which values compare."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows: dict[str, list[tuple[str, Estimate]]] = {"": []}  # shares of items first
     for task in tasks:
         for name, found in task.summary.metrics.items():
             rows.setdefault(task.task.metrics[name].unit, []).append((f"{task.task.name}: {name}", found))
     rows = {unit: own for unit, own in rows.items() if own}
     heights = [len(own) + 1 for own in rows.values()]
-    figure = Figure(figsize=(8, 0.6 + 0.4 * sum(heights)), dpi=120, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8, 0.6 + 0.4 * sum(heights))
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (unit, own) in zip(axes, rows.items(), strict=True):
         _draw(axis, unit, own)
-    content = io.BytesIO()
-    canvas.print_figure(content, format="png")
-    return content.getvalue()
+    return encoded(figure)
 
 
 def _draw(axis: Axes, unit: str, rows: Sequence[tuple[str, Estimate]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from rwkv_jax.checks import require
 from rwkv_jax.evaluation.inspect.decays import HalfLives
 from rwkv_jax.evaluation.inspect.states import StateHistory
 from rwkv_jax.evaluation.inspect.tracing import CausalTrace
+from rwkv_jax.figures import encoded, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,20 +25,11 @@ _MOST_PANELS = 12
 _MOST_LABELS = 40
 
 
-def _figure(width: float, height: float) -> Figure:
-    # Imported here since most commands draw nothing, and without pyplot, which keeps global state.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
-
-
 def _write(figure: Figure, path: Path | str) -> Path:
     path = Path(path)
     kinds = (".png", ".svg", ".pdf")
     require(path.suffix.lower() in kinds, "path", str(path), f"must end with {', '.join(kinds)}")
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower())
-    replace_file(path, content.getvalue())
+    replace_file(path, encoded(figure, path.suffix[1:].lower()))
     return path
 
 
@@ -69,7 +60,7 @@ def draw_half_lives(found: HalfLives, path: Path | str) -> Path:
 
     Channels that never forget have no point.
     """
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     middle = found.tokens[len(found.shares) // 2]
     colors = _layer_colors(figure, axes, len(middle))
@@ -84,7 +75,7 @@ def draw_half_lives(found: HalfLives, path: Path | str) -> Path:
 
 def draw_states(history: StateHistory, path: Path | str) -> Path:
     """Norm and effective rank along the text: a line a layer, the mean over its heads and all texts."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     panels = figure.subplots(1, 2)
     colors = _layer_colors(figure, panels, history.norm.shape[1])
     shown = ((history.norm, "norm of a head's state"), (history.effective_rank, "effective rank of a head's state"))
@@ -115,7 +106,7 @@ def draw_attention(
     chosen = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _MOST_PANELS)).round().astype(int))
     columns = min(len(chosen), 4)
     rows = -(-len(chosen) // columns)
-    figure = _figure(3.2 * columns + 0.8, 3.4 * rows + 0.3)
+    figure = new_figure(3.2 * columns + 0.8, 3.4 * rows + 0.3)
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     image = None
     for axes, index in zip(panels, chosen, strict=False):
@@ -138,7 +129,7 @@ def draw_trace(trace: CausalTrace, path: Path | str, *, pieces: Sequence[str] | 
     from matplotlib.ticker import MaxNLocator
 
     layers, time = trace.restored.shape
-    figure = _figure(max(5, 0.3 * time + 2.5), max(3, 0.2 * layers + 2.2))
+    figure = new_figure(max(5, 0.3 * time + 2.5), max(3, 0.2 * layers + 2.2))
     axes = figure.subplots()
     low, high = sorted((trace.corrupted, trace.clean))
     image = axes.imshow(trace.restored, cmap=_COLORS, aspect="auto", interpolation="nearest", vmin=low, vmax=high)

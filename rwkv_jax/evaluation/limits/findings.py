@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rwkv_jax.evaluation.statistics import Estimate
+from rwkv_jax.figures import encoded, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,18 +46,11 @@ class Finding:
         """A PNG; None if there is none to draw."""
         if self.draw is None:
             return None
-        # Without pyplot, which keeps global state.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained", facecolor="white")
-        canvas = FigureCanvasAgg(figure)
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         self.draw(axes)
         axes.set_title(self.title)
-        content = io.BytesIO()
-        canvas.print_figure(content, format="png")
-        return content.getvalue()
+        return encoded(figure)
 
 
 def plain(value: Any) -> Any:

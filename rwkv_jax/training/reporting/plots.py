@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_jax.atomic import replace_file
+from rwkv_jax.figures import encoded, new_figure
 from rwkv_jax.training.reporting.metrics import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ def plot_losses(run_dir: Path | str) -> Path:
     if not any(_number(record, "loss") is not None for record in training + held_out):
         raise ValueError(f"there are no losses to draw in {metrics}; a run writes its first after logging.every steps")
 
-    # Imported here to keep training's start fast, and without pyplot, which keeps global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9, 6, dpi=150)
     has_rate = any(_number(record, "learning_rate") is not None for record in training)
     answered = [record for record in held_out if _number(record, "accuracy") is not None]
     heights = [4] + [4] * bool(answered) + [1] * has_rate
@@ -59,9 +54,7 @@ def plot_losses(run_dir: Path | str) -> Path:
     figure.align_ylabels()
 
     path = run_dir / PLOT_FILE
-    content = io.BytesIO()
-    canvas.print_figure(content, format="png")
-    replace_file(path, content.getvalue())
+    replace_file(path, encoded(figure))
     return path
 
 
