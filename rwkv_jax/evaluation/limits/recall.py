@@ -39,15 +39,21 @@ def recall(
     Raises:
       ConfigError: a number that is not in this range.
     """
+    check_nums(nums)
     found = []
     for num in nums:
-        if not 2 <= num <= len(NAMES):
-            raise ConfigError(f"nums = {num}: must lie between 2 and {len(NAMES)}")
         generator = random.Random(f"{seed} {num}")
         asked = [make_questions(generator, num) for _ in range(samples)]
         last, first = (accuracy(scorer, [each[order] for each in asked]) for order in range(2))
         found.append(Recall(num, last, first, 1 / num))
     return found
+
+
+def check_nums(nums: Sequence[int]) -> None:
+    """Raises ConfigError for a number of facts that is out of range."""
+    for num in nums:
+        if not 2 <= num <= len(NAMES):
+            raise ConfigError(f"nums_facts = {num}: must lie between 2 and {len(NAMES)}")
 
 
 def make_questions(generator: random.Random, num: int) -> tuple[Question, Question]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -37,21 +37,12 @@ def floods(vocab_size: int, end_of_text: int, num_tokens: int, seed: int = 0) ->
     }
 
 
-def read_floods(engine: Engine, num_tokens: int = 100_000, seed: int = 0, names: Sequence[str] = ()) -> list[Flood]:
-    """Reads each flood from an empty state.
-
-    Args:
-      names: which of `floods`; none are all.
-
-    Raises:
-      ConfigError: a number of tokens that 8 pieces cannot share.
-    """
+def read_floods(engine: Engine, num_tokens: int = 100_000, seed: int = 0) -> list[Flood]:
+    """Reads each flood from an empty state. Raises ConfigError for tokens that 8 pieces cannot share."""
     require_whole("num_tokens", num_tokens, 8)
     found = []
     given = floods(engine.config.vocab_size, engine.tokenizer.end_of_text, num_tokens, seed)
     for name, ids in given.items():
-        if names and name not in names:
-            continue
         snapshot, largest, is_finite = None, [], True
         for piece in np.array_split(ids, 8):
             snapshot = engine.prefill(snapshot, piece.tolist())

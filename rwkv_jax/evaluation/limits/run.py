@@ -18,11 +18,10 @@ from rwkv_jax.evaluation.engine_scorer import EngineScorer
 from rwkv_jax.evaluation.limits.bias import bias
 from rwkv_jax.evaluation.limits.compressed import compressed
 from rwkv_jax.evaluation.limits.findings import COLORS, GRID, Finding, error_bars, with_interval
-from rwkv_jax.evaluation.limits.material import NAMES
 from rwkv_jax.evaluation.limits.positions import loss_by_position
 from rwkv_jax.evaluation.limits.privacy import membership, prompt_leak
 from rwkv_jax.evaluation.limits.rarity import by_rarity
-from rwkv_jax.evaluation.limits.recall import recall
+from rwkv_jax.evaluation.limits.recall import check_nums, recall
 from rwkv_jax.evaluation.limits.retrieval import Kind, make_question, retrieval_grid
 from rwkv_jax.evaluation.limits.robustness import read_floods
 from rwkv_jax.inference.engine.engine import Engine
@@ -392,9 +391,7 @@ def _check_grid(kind: Kind) -> Callable[[Inputs], None]:
 
 
 def _check_recall(inputs: Inputs) -> None:
-    for num in inputs.nums_facts:
-        if not 2 <= num <= len(NAMES):
-            raise ConfigError(f"nums_facts = {num}: must lie between 2 and {len(NAMES)}")
+    check_nums(inputs.nums_facts)
 
 
 def _check_membership(inputs: Inputs) -> None:

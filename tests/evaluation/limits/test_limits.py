@@ -102,7 +102,7 @@ def test_recall_of_who_forgets_falls_with_the_number_of_facts() -> None:
     few, many = recall(Reader(last_five), (2, 32), samples=32)
     assert few.question_last.value == 1.0
     assert many.question_last.value < 0.5
-    with pytest.raises(ConfigError, match="nums = 33: must lie between 2 and 32"):
+    with pytest.raises(ConfigError, match="nums_facts = 33: must lie between 2 and 32"):
         recall(Reader(), (33,))
 
 
@@ -175,8 +175,9 @@ def test_floods_leave_the_state_finite(engine: Engine) -> None:
     found = read_floods(engine, 800)
     assert [own.name for own in found] == list(floods(256, 0, 8))
     assert all(own.is_finite and len(own.largest) == 8 and math.isfinite(own.largest[-1]) for own in found)
-    (random_tokens,) = read_floods(engine, 800, names=["random tokens"])
-    assert random_tokens == found[0]
+    assert read_floods(engine, 800) == found
+    with pytest.raises(ConfigError, match="num_tokens = 7: must be a whole number, not less than 8"):
+        read_floods(engine, 7)
 
 
 @pytest.mark.long
