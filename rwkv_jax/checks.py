@@ -40,7 +40,7 @@ def require_known(name: object, known: Collection[str], field: str, kind: str) -
         return
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"{field} = {shown(name)}: no such {kind}; {meant}there are {', '.join(known)}")
+    raise ConfigError(f"{field} = {shown(name)}: no such {kind}; {meant}there are {', '.join(known) or 'none'}")
 
 
 def checker(config: object, section: str = "") -> Callable[[bool, str, str], None]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from rwkv_jax.checks import shown
+from rwkv_jax.checks import require_known, shown
 from rwkv_jax.config import ConfigError
 from rwkv_jax.config.data import SYNTHETIC
 from rwkv_jax.config.dicts import dataclass_from_dict
@@ -36,14 +35,12 @@ def parse_task(source: str) -> Task:
       ConfigError: it is not `synthetic:NAME(field=value, ...)`, the task or a field is unknown, or a value invalid.
     """
     name, values = _parse(source)
-    kind = TASKS.get(name)
-    if kind is None:
-        raise ConfigError(f"data.source = {shown(source)}: there is no task {name!r}; {_names(name, TASKS)}")
+    place = f"data.source = {shown(source)}: "
+    require_known(name, TASKS, f"{place}task", "task")
+    kind = TASKS[name]
     fields = [field.name for field in dataclasses.fields(kind)]
     for field in values:
-        if field not in fields:
-            known = _names(field, fields) if fields else "it has none"
-            raise ConfigError(f"data.source = {shown(source)}: {name} has no field {field!r}; {known}")
+        require_known(field, fields, f"{place}field of {name}", "field")
     return dataclass_from_dict(kind, values, f"data.source, {name}.")
 
 
@@ -67,10 +64,3 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise wrong from error
     return found.func.id, values
-
-
-def _names(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    nearest = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    meant = f"did you mean {' or '.join(nearest)}? " if nearest else ""
-    return f"{meant}There are {', '.join(known)}"

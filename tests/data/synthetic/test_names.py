@@ -54,10 +54,13 @@ def test_a_task_is_named_as_it_is_written(name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("synthetic:mqra", "there is no task 'mqra'; did you mean mqar\\? There are mqar, recall, "),
-        ("synthetic:zzz", "there is no task 'zzz'; There are "),
-        ("synthetic:mqar(pairs=4)", "mqar has no field 'pairs'; did you mean num_pairs\\? There are num_pairs, "),
-        ("synthetic:parity(bits=4)", "parity has no field 'bits'; it has none"),
+        ("synthetic:mqra", "task = 'mqra': no such task; did you mean mqar\\? there are mqar, recall, "),
+        ("synthetic:zzz", "task = 'zzz': no such task; there are mqar, "),
+        (
+            "synthetic:mqar(pairs=4)",
+            "field of mqar = 'pairs': no such field; did you mean num_pairs\\? there are num_pairs, ",
+        ),
+        ("synthetic:parity(bits=4)", "field of parity = 'bits': no such field; there are none"),
         ("synthetic:", "write synthetic:NAME"),
         ("synthetic:mqar(4)", "write synthetic:NAME"),
         ("synthetic:mqar(**{})", "write synthetic:NAME"),
