@@ -114,7 +114,7 @@ def parameters_for(model: ModelConfig) -> Any:
 def with_adapters(params: Any, shapes: Any) -> Any:
     """The run's parameters: some matrices packed, and adapters of random numbers."""
     draws = np.random.default_rng(8)
-    adapters = jax.tree.map(lambda x: 0.3 * draws.standard_normal(x.shape).astype(x.dtype), shapes["adapter"])
+    adapters = jax.tree.map(lambda x: 0.1 * draws.standard_normal(x.shape).astype(x.dtype), shapes["adapter"])
 
     def base(x: np.ndarray, like: Any) -> Any:
         return packed_matrix(pack(x, "int8"), transposed=False) if is_matrix(like) else x

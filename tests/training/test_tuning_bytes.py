@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import pytest
 
-from rwkv_jax.config import DataConfig, ModelConfig, TrainConfig, TuningConfig
+from rwkv_jax.config import DataConfig, ModelConfig, StepConfig, TrainConfig, TuningConfig
+from rwkv_jax.plan.costs import product_flops
+from rwkv_jax.plan.program import parse_module
 from rwkv_jax.plan.run import count_work
-from rwkv_jax.training.functions import abstract_state, make_train_functions
+from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 
 MODEL = ModelConfig(vocab_size=65536, num_layers=24, width=1024)
 """The released model of 0.4B."""
@@ -38,3 +40,19 @@ def test_an_adapter_run_is_little_more_than_its_base(quantize: Any, share: float
 def test_a_step_has_no_gradients_of_frozen_matrices() -> None:
     whole, lora = count_work(run()), count_work(run(adapter="lora", rank=32))
     assert 0.65 < lora.model_flops / whole.model_flops < 0.75
+
+
+@pytest.mark.long
+def test_the_compiled_step_computes_no_gradient_of_a_frozen_matrix() -> None:
+    """Its products are the forward ones, those to the inputs, and the adapter's; a whole step has a third more."""
+    sizes = {"vocab_size": 512, "num_layers": 3, "width": 256}
+
+    def flops(**tuning: Any) -> int:
+        given: Any = {"initial_weights": "base", "data": DataConfig(tokenizer="bytes")} if tuning else {}
+        training = StepConfig(batch_size=2, sequence_length=64, loss_chunk=None)
+        config = TrainConfig(model=ModelConfig(**sizes), training=training, tuning=TuningConfig(**tuning), **given)
+        functions = make_train_functions(config)
+        step = jax.jit(functions.train_step).lower(abstract_state(functions), abstract_batch(functions, config))
+        return sum(product_flops(parse_module(step.compile().as_text() or "")).values())
+
+    assert 0.6 < flops(adapter="lora", rank=4) / flops() < 0.75
