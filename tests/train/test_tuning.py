@@ -18,6 +18,7 @@ from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
 from rwkv_jax.models.tuned import ADAPTER
 from rwkv_jax.training.functions import initial_state, make_train_functions
 from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.tuned import first_params
 from rwkv_jax.weights.pretrained import convert, from_pretrained
 from rwkv_jax.weights.tensors import WeightsError
@@ -154,3 +155,22 @@ def test_every_kind_goes_on_and_is_loaded(
     tokens = jnp.arange(20)[None]
     unmerged = make_train_functions(own).run_model.model(whole.result.state.params)(tokens).logits
     np.testing.assert_allclose(from_pretrained(tmp_path / "run")(tokens).logits, unmerged, atol=bound)
+
+
+@pytest.mark.long
+def test_tasks_carried_states_and_micro_batches(config: TrainConfig, base: Path, finished: Run, tmp_path: Path) -> None:
+    """All of them in one run, which goes on with the same bits."""
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"text": f"def f{i}(x):\n    x"}) for i in range(5)))
+    tasks = (f"lambada={tmp_path / 'words.jsonl'}",)
+    own = tuned(config, base, finished, TuningConfig("lora", rank=4, dropout=0.2))
+    own = dataclasses.replace(
+        own,
+        training=dataclasses.replace(own.training, carry_state=True, accumulation_steps=2),
+        evaluation=dataclasses.replace(own.evaluation, tasks=tasks, task_every=4),
+    )
+    whole = run(own, tmp_path / "whole")
+    run(dataclasses.replace(own, training=dataclasses.replace(own.training, num_steps=4)), tmp_path / "run")
+    assert_same_bits(run(own, tmp_path / "run").result.state, whole.result.state)
+    found = [each for each in read_metrics(whole.folder / "metrics.jsonl") if each["kind"] == "task"]
+    assert [each["step"] for each in found] == [4, 8]
+    assert found[0]["lambada.perplexity"] != found[1]["lambada.perplexity"]
