@@ -91,7 +91,7 @@ def _tuning_identity(tuning: TuningConfig, base: str | None) -> dict[str, Any]:
     """What must not change of a tuning run: its base, and what determines which arrays it trains."""
     if not tuning.is_partial:
         return {}
-    free = ("dropout", "decay", "allow_other_base")
+    free = ("dropout", "decay", "allow_other_base", "state_rate")
     fields = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in free}
     shown = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in fields.items()}
     return {f"tuning.{name}": value for name, value in shown.items()} | {BASE: base}

@@ -86,7 +86,7 @@ class Chat:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
-        tuned = self.state.arguments()
+        tuned = self.state.arguments(self.weights.source)
         model, tokenizer, template = self.weights.load_with_template(self.template)
         engine = Engine(model, tokenizer, options, **tuned)
         del model  # the engine has copied each layer; the stacked arrays can be freed

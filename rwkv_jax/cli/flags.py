@@ -115,18 +115,36 @@ class WeightsFlags:
         return tokenizer
 
 
+def _tunes_a_state(path: Path) -> bool:
+    """Whether a path is the folder of a run that tunes a state."""
+    from rwkv_jax.run_folder import RUN_FILE, run_config
+
+    return (path / RUN_FILE).is_file() and run_config(path).tuning.state
+
+
 @dataclasses.dataclass(frozen=True)
 class StateFlags:
     """The state in which texts begin."""
 
     state: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Tuned state in which every text begins: a .pth or safetensors file, or the folder of a run that tunes one."""
+    """Tuned state in which every text begins: a .pth or safetensors file, or the folder of a run that tunes one. None:
+    that of SOURCE if it is such a run, else none."""
     allow_other_base: bool = False
-    """Take it even if it was trained with another model of the same sizes."""
+    """Take tuned states even if they were trained with another model of the same sizes."""
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of an `Engine`. Raises ConfigError for a file that is none, before weights are loaded."""
+    def arguments(self, source: str, *, is_server: bool = False) -> dict[str, Any]:
+        """Arguments of an `Engine`. Raises ConfigError for a file that is none, before weights are loaded.
+
+        Args:
+          source: that of the weights.
+          is_server: whether clients bring tuned states of their own.
+        """
         if self.state is None:
+            if _tunes_a_state(Path(source).expanduser()):
+                # Merged with what else the run has trained, the model is no longer the state's base.
+                return {"initial_state": source, "allow_other_base": True}
+            if is_server:
+                return {"allow_other_base": self.allow_other_base}
             if self.allow_other_base:
                 raise ConfigError("allow_other_base = True: is for a tuned state; name it with --state")
             return {}

@@ -60,7 +60,7 @@ class Generate:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS), tune=self.tune)
-        tuned = self.state.arguments()
+        tuned = self.state.arguments(self.weights.source)
         engine = Engine(
             *self.weights.load(), options, **tuned
         )  # the engine copies each layer; the stacked arrays can be freed

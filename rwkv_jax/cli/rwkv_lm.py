@@ -73,7 +73,7 @@ FLAGS: Mapping[str, Ours] = {
     "accelerator": Ours((), "what JAX finds"),
     "enable_progress_bar": Ours((), "shown on a terminal"),
     "enable_checkpointing": Ours((), "always on"),
-    "train_type": Ours((), "states are not tuned yet"),
+    "train_type": Ours(("tuning.state",), "for states"),
     "dropout": Ours((), "there is none"),
     "pre_ffn": Ours((), "there is none"),
     "head_qk": Ours((), "there is none"),

@@ -65,7 +65,7 @@ class Serve:
             num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
         )
         name = self.options.model_name or Path(self.weights.source).resolve().stem
-        tuned = self.state.arguments()
+        tuned = self.state.arguments(self.weights.source, is_server=True)
         model, tokenizer, template = self.weights.load_with_template(self.template)
         with Engine(model, tokenizer, engine_options, **tuned) as engine:
             del model  # the engine has copied each layer; the stacked arrays can be freed

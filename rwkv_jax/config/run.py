@@ -10,7 +10,7 @@ from rwkv_jax.config.model import ModelConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.step import OptimizerConfig, StepConfig
-from rwkv_jax.config.tuning import TuningConfig
+from rwkv_jax.config.tuning import NO_MATRICES, TuningConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +121,20 @@ class TrainConfig:
         )
         beyond = [layer for layer in tuning.layers if layer >= self.model.num_layers]
         check(not beyond, "tuning.layers", f"must be less than model.num_layers = {self.model.num_layers}")
+        if tuning.state:
+            self._check_tuned_state()
+
+    def _check_tuned_state(self) -> None:
+        check = checker(self)
+        check(self.model.spec.has_matrix_state, "tuning.state", NO_MATRICES.format(self.model.spec.a_title))
+        check(
+            not self.training.carry_state,
+            "training.carry_state",
+            "a row that goes on does not begin in the tuned state, which would not be trained; switch it off",
+        )
+        check(
+            self.data.is_synthetic or not self.training.reset_at_documents,
+            "training.reset_at_documents",
+            "a document that begins within a row would begin with zeros, not in the tuned state; switch it off, and "
+            "each row is one text that does",
+        )

@@ -47,9 +47,17 @@ class TuningConfig:
     quantize: TunedQuantization | None = None
     """Format of the frozen base's matrices (QLoRA, arXiv 2305.14314); low-rank maps stay in float32."""
     state: bool = False
-    """Trains the state in which every text begins."""
+    """Trains the state in which every text begins: a matrix for each head (RWKV-5, 6 and 7). RWKV-LM: train_type."""
     state_shifts: bool = False
     """Trains the token shifts' part of that state, too."""
+    state_rate: float = 0.3
+    """Factor on the learning rate of the state: it learns from 3e-4 to 3e-5 at the rates that are the optimizer's
+    defaults. Released models of RWKV-7 get worse from 3e-3 on; the official rates of RWKV-6 were 1 to 0.01."""
+    initial_state: str | None = None
+    """File or run of a tuned state, or file of a text's state, from which the state is trained on; None begins with
+    zeros."""
+    initial_prompt: str | None = None
+    """Text that the model reads first; the state after it is trained on."""
     allow_other_base: bool = False
     """Goes on with a base that is not the one the run was begun with."""
     decay: bool = False
@@ -102,6 +110,19 @@ class TuningConfig:
             "the whole model is trained, so no part can be in another format; set tuning.adapter, or leave it out",
         )
         check(self.state or not self.state_shifts, "state_shifts", "is a part of the state; set tuning.state, too")
+        if not self.state:
+            for field in dataclasses.fields(self):
+                if field.name in ("state_rate", "initial_state", "initial_prompt"):
+                    is_default = getattr(self, field.name) == field.default
+                    check(is_default, field.name, "is of a tuned state; set tuning.state, too")
+        is_rate = is_number(self.state_rate) and 0 < self.state_rate < float("inf")
+        check(is_rate, "state_rate", "must be greater than zero")
+        check(
+            self.initial_state is None or self.initial_prompt is None,
+            "initial_prompt",
+            "tuning.initial_state is where the state begins; leave one of them out",
+        )
+        check(self.initial_prompt != "", "initial_prompt", "is empty; give a text, or leave it out")
         check(
             self.is_partial or not self.allow_other_base,
             "allow_other_base",

@@ -19,6 +19,7 @@ from jax import Array
 from rwkv_jax.config import ConfigError, ModelConfig, TuningConfig
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.adapted import AdaptedMatrix, mixed
+from rwkv_jax.models.initial_state import SHIFTS, state_shapes
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
 
 ADAPTER, INITIAL_STATE = "adapter", "initial_state"
@@ -161,12 +162,14 @@ def is_trained(tuning: TuningConfig, model: ModelConfig, path: Path) -> bool:
     """Whether a parameter of a tuning run is trained."""
     if path[0] == ADAPTER:
         return path[-1] not in INITIAL_PARTS
-    return path[0] == INITIAL_STATE or path in trained_in_full(tuning, model)
+    if path[0] == INITIAL_STATE:
+        return tuning.state_shifts or path[-1] not in SHIFTS
+    return path in trained_in_full(tuning, model)
 
 
 def is_kept(tuning: TuningConfig, model: ModelConfig, path: Path) -> bool:
     """Whether a parameter is in a tuning run's checkpoints: what is trained, and what says how the base was changed."""
-    return path[0] == ADAPTER or is_trained(tuning, model, path)
+    return path[0] in (ADAPTER, INITIAL_STATE) or is_trained(tuning, model, path)
 
 
 def kept_shapes(tuning: TuningConfig, model: ModelConfig) -> Any:
@@ -174,8 +177,19 @@ def kept_shapes(tuning: TuningConfig, model: ModelConfig) -> Any:
     shapes: dict[str, Any] = {}
     for path in trained_in_full(tuning, model):
         set_at(shapes, path, at(abstract_model(model)[1], path))
-    adapters = adapter_shapes(tuning, model)
-    return shapes | ({ADAPTER: adapters} if adapters else {})
+    return shapes | added_shapes(tuning, model)
+
+
+def added_shapes(tuning: TuningConfig, model: ModelConfig) -> dict[str, Any]:
+    """The shapes of the parameters that a tuning run has beside its model's, as a nested dict."""
+    adapters, added = adapter_shapes(tuning, model), dict[str, Any]()
+    if adapters:
+        added[ADAPTER] = adapters
+    if tuning.state:
+        # A state into which something has been read has the token shifts' inputs, too, trained or not.
+        has_shifts = tuning.state_shifts or tuning.initial_state is not None or tuning.initial_prompt is not None
+        added[INITIAL_STATE] = state_shapes(model, shifts=has_shifts)
+    return added
 
 
 def adapter_shapes(tuning: TuningConfig, model: ModelConfig) -> Any:
@@ -202,8 +216,7 @@ def tuned_shapes(shapes: Any, tuning: TuningConfig, model: ModelConfig) -> Any:
     """The shapes of a tuning run's parameters, from those of its model's: packed matrices in place, and adapters."""
     for path in packed_matrices(tuning, model):
         shapes = replaced_at(shapes, path, _packed_shape(at(shapes, path), str(tuning.quantize)))
-    adapters = adapter_shapes(tuning, model)
-    return shapes | ({ADAPTER: adapters} if adapters else {})
+    return shapes | added_shapes(tuning, model)
 
 
 def _packed_shape(x: Any, quantization: str) -> Any:

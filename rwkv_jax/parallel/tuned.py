@@ -9,9 +9,10 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from rwkv_jax.config import ConfigError, ModelConfig, TuningConfig
+from rwkv_jax.models.initial_state import AXES
 from rwkv_jax.models.packed import PackedMatrix
-from rwkv_jax.models.tuned import ADAPTER, adapted_matrices, at, is_matrix, set_at
-from rwkv_jax.parallel.rules import check_divisible, entry_axes, packed_specs, part_spec
+from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, adapted_matrices, at, is_matrix, set_at
+from rwkv_jax.parallel.rules import RULES, check_divisible, entry_axes, packed_specs, part_spec
 from rwkv_jax.parallel.sharded_model import ShardedModel
 
 
@@ -38,6 +39,9 @@ def shard_tuned(sharded: ShardedModel, tuning: TuningConfig, model: ModelConfig,
         if tuning.adapter == "bat":
             _check_blocks(tuning, ".".join(path), matrix.num_inputs, spec, mesh)
         set_at(adapter, path, own)
+    added = {ADAPTER: adapter} if adapter else {}
+    if INITIAL_STATE in params:
+        added[INITIAL_STATE] = _state_specs(params[INITIAL_STATE], mesh)
     whole = {name: part for name, part in params.items() if name in specs}
 
     def base(path: tuple[Any, ...], x: Any, spec: Any) -> Any:
@@ -51,7 +55,16 @@ def shard_tuned(sharded: ShardedModel, tuning: TuningConfig, model: ModelConfig,
         return found
 
     split = jax.tree.map_with_path(base, whole, specs, is_leaf=is_matrix)
-    return dataclasses.replace(sharded, param_specs=split | ({ADAPTER: adapter} if adapter else {}))
+    return dataclasses.replace(sharded, param_specs=split | added)
+
+
+def _state_specs(state: Any, mesh: Mesh) -> Any:
+    """Specs of a tuned state, whose heads are split; all rows read the same."""
+    rules = RULES.on(mesh)
+    return {
+        part: {name: rules.spec((*[None] * (part == "blocks"), *AXES[name]), name) for name in arrays}
+        for part, arrays in state.items()
+    }
 
 
 def _check_blocks(tuning: TuningConfig, name: str, num_inputs: int, spec: PartitionSpec, mesh: Mesh) -> None:

@@ -44,7 +44,7 @@ def answer_sums(functions: TrainFunctions, params: Any, batch: Batch) -> AnswerS
         model = functions.run_model.model(params)
         hidden, _ = model.hidden(
             batch.tokens,
-            functions.run_model.first_state(params, batch.tokens.shape[0]),
+            functions.run_model.first_state(params, batch.tokens.shape[0], sharded.axes),
             segment_ids=batch.segment_ids,
             axes=sharded.axes,
             gather_params=sharded.gather_params,

@@ -167,7 +167,7 @@ def _train(
         trainer.kept(abstract_state(trainer)), suspect=None if gave_up is None else gave_up["first"]
     )
     console.print(_describe(config, trainer, rows, None if restored is None else int(restored.state.step)))
-    state, window = restored or Restored(new_state(config, trainer), {})
+    state, window = restored or Restored(new_state(config, trainer, corpus.tokenizer), {})
     if restored is not None:
         state = state._replace(params=with_base(config, trainer, state.params))
     del restored  # or its arrays would be held beside the state's

@@ -41,7 +41,9 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
 
 def tuned_group(tuning: TuningConfig, group: ParameterGroup, path: tuple[str, ...], ndim: int) -> tuple[float, bool]:
     """The group of a tuning run's parameter: adapters decay only if asked to, states never."""
-    if path[0] in (ADAPTER, INITIAL_STATE):
+    if path[0] == INITIAL_STATE:
+        return tuning.state_rate, False
+    if path[0] == ADAPTER:
         return 1.0, tuning.decay and path[-1] in DECAYING_PARTS
     return group(path, ndim)
 

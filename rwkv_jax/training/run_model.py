@@ -10,7 +10,9 @@ from jax import Array
 
 from rwkv_jax.config import ModelConfig, TuningConfig
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.tuned import grafted
+from rwkv_jax.models.context import UNSHARDED, MeshAxes
+from rwkv_jax.models.initial_state import begin_texts
+from rwkv_jax.models.tuned import INITIAL_STATE, grafted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +35,12 @@ class RunModel:
             params = grafted(params, self.tuning, self.config, dropout_keys)
         return nnx.merge(self.graphdef, params)
 
-    def first_state(self, params: Any, batch_size: int) -> Any | None:
-        """The state in which every text begins; None is the empty one."""
-        del params, batch_size
-        return None
+    def first_state(self, params: Any, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any | None:
+        """The state in which every text begins; None is the empty one.
+
+        Args:
+          axes: as in `LanguageModel.hidden`.
+        """
+        if not self.tuning.state:
+            return None
+        return begin_texts(params[INITIAL_STATE], self.model(params), batch_size, axes)

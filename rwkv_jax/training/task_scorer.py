@@ -71,12 +71,15 @@ class Streams:
             yield StreamBatch(self.tokens[:, piece], self.targets[:, piece], segment_ids, continues)
 
 
-def lay_out(pairs: Sequence[Pair], num_rows: int, length: int, *, crosses: bool = True) -> Streams:
+def lay_out(
+    pairs: Sequence[Pair], num_rows: int, length: int, *, crosses: bool = True, aligned: bool = False
+) -> Streams:
     """Lays texts end to end, the longest first, each in the stream that is the shortest so far.
 
     Args:
       length: T, of which the streams' length is a multiple.
       crosses: whether a text may go on in the next batch; else each has at most T tokens, and none is divided.
+      aligned: whether each text begins with a batch, since one that begins within a row begins with zeros.
     """
     ends, placed = [0] * num_rows, []
     for index in sorted(range(len(pairs)), key=lambda i: -len(pairs[i].context) - len(pairs[i].continuation)):
@@ -84,7 +87,7 @@ def lay_out(pairs: Sequence[Pair], num_rows: int, length: int, *, crosses: bool 
         size = len(context) + len(continuation) - 1
         row = min(range(num_rows), key=ends.__getitem__)
         start = ends[row]
-        if not crosses and start % length + size > length:
+        if aligned or (not crosses and start % length + size > length):
             start += -start % length
         placed.append((index, row, start))
         ends[row] = start + size
@@ -133,14 +136,17 @@ class TaskScorer:
         """A `Scorer` with these parameters."""
         return BoundScorer(self, params)
 
-    def _initial_state(self) -> Any:
-        return self._trainer.run_model.model(self._trainer.params).initial_state(self._training.batch_size)
+    def _initial_state(self, params: Any) -> Any:
+        """The state in which all rows begin texts."""
+        run_model, rows = self._trainer.run_model, self._training.batch_size
+        state = run_model.first_state(params, rows)
+        return run_model.model(params).initial_state(rows) if state is None else state
 
     def _score_batch(self, params: Any, batch: StreamBatch, state: Any) -> tuple[Array, Array, Any]:
         """log p of each target, float [B, T], whether it is the most likely token, bool [B, T], and the next state."""
         sharded = self._trainer.sharded
         if state is not None:
-            state = where_rows(batch.continues, state, self._initial_state())
+            state = where_rows(batch.continues, state, self._initial_state(params))
 
         def local(params: Any, batch: StreamBatch, state: Any) -> tuple[Array, Array, Any]:
             model = self._trainer.run_model.model(params)
@@ -172,8 +178,9 @@ class TaskScorer:
         rows, length = self._training.batch_size, self._training.sequence_length
         if self._has_cache:
             pairs = [_cut(pair, length) for pair in pairs]
-        streams = lay_out(pairs, rows, length, crosses=not self._has_cache)
-        state = None if self._has_cache else self._empty_state()
+        tuned = self._trainer.run_model.tuning.state
+        streams = lay_out(pairs, rows, length, crosses=not self._has_cache, aligned=tuned)
+        state = None if self._has_cache else self._empty_state(params)
         found: list[tuple[Any, Any]] = []
         for batch in streams.batches(length):
             logprobs, is_argmax, state = self._score(params, self._placed(batch), state)

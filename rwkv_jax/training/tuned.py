@@ -7,19 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax import run_folder
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.models.tuned import ADAPTER, merge_nested
+from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.models.initial_state import MATRIX, SHIFTS
+from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, merge_nested
 from rwkv_jax.training.functions import TrainFunctions, initial_state
 from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.tuning.initial import initial_adapter, with_magnitudes
+from rwkv_jax.tuning.pretrained_state import open_first_state
 from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.pretrained import initial_params, weights_for
 from rwkv_jax.weights.sources import Weights, find_weights
+
+HARMFUL_STATE_RATES = {"7": 3e-3}
+"""Learning rates of a state from which on RWKV-7 of 0.1B, released, was worse after 100 steps of 4 x 256 tokens than
+before, where 3e-4 helped (rwkv-metal 0.4.0). The official rates of RWKV-6 were 1 to 0.01."""
 
 
 def base_digest(config: TrainConfig) -> str | None:
@@ -42,7 +50,14 @@ def described_tuning(config: TrainConfig, trainer: TrainFunctions) -> list[str]:
     parts = [f"{tuning.adapter} of rank {tuning.rank}"] if tuning.adapter else []
     parts += [*tuning.also, *(["state"] if tuning.state else [])]
     stored = f", its matrices in {tuning.quantize}" if tuning.quantize else ""
-    return [f"trained: {', '.join(parts)}, {numbers / 1e6:.2f}M numbers; frozen: {config.initial_weights}{stored}"]
+    lines = [f"trained: {', '.join(parts)}, {numbers / 1e6:.2f}M numbers; frozen: {config.initial_weights}{stored}"]
+    rate = config.optimizer.learning_rate * tuning.state_rate
+    if tuning.state and rate >= (harmful := HARMFUL_STATE_RATES.get(config.model.spec.name, math.inf)):
+        lines.append(
+            f"tuning.state: the rate {rate:g} (optimizer.learning_rate x tuning.state_rate) may destroy the "
+            f"model: rates from {harmful:g} on have made released models of {config.model.title} worse; 3e-4 has helped"
+        )
+    return lines
 
 
 def check_identity(saved: dict[str, Any], present: dict[str, Any], config: TrainConfig) -> None:
@@ -56,10 +71,10 @@ def check_identity(saved: dict[str, Any], present: dict[str, Any], config: Train
     run_folder.refuse_difference(saved, present, str(Path(config.run_dir)))
 
 
-def new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
+def new_state(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokenizer) -> TrainState:
     """The state before the first step: random parameters, or the initial weights that the config names."""
     if config.tuning.is_partial:
-        return initial_state(trainer, config.seed, first_params(config, trainer))
+        return initial_state(trainer, config.seed, first_params(config, trainer, tokenizer))
     state = initial_state(trainer, config.seed)
     if config.initial_weights is None:
         return state
@@ -67,8 +82,15 @@ def new_state(config: TrainConfig, trainer: TrainFunctions) -> TrainState:
     return state._replace(params=params, ema=trainer.first_averages(params))
 
 
-def first_params(config: TrainConfig, trainer: TrainFunctions) -> Any:
-    """The parameters of a tuning run before its first step: base, and first values of what it trains."""
+def first_params(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokenizer | None = None) -> Any:
+    """The parameters of a tuning run before its first step: base, and first values of what it trains.
+
+    Args:
+      tokenizer: of `tuning.initial_prompt`, if there is one.
+
+    Raises:
+      ConfigError: as `open_first_state`.
+    """
     weights, tuning, model = _weights(config), config.tuning, config.model
     where, kept = trainer.state_shardings.params, dict[str, Any]()
     if ADAPTER in where:
@@ -77,7 +99,40 @@ def first_params(config: TrainConfig, trainer: TrainFunctions) -> Any:
     params = with_base(config, trainer, kept, weights)
     if ADAPTER in where:
         params[ADAPTER] = with_magnitudes(kept[ADAPTER], params, tuning, model)
+    if INITIAL_STATE in where:
+        state = _first_state(config, trainer, params, tokenizer)
+        params[INITIAL_STATE] = jax.device_put(state, where[INITIAL_STATE])
     return params
+
+
+def _first_state(config: TrainConfig, trainer: TrainFunctions, params: Any, tokenizer: Tokenizer | None) -> Any:
+    """The state that is trained on: zeros, that of a file, or the one after a prompt."""
+    tuning, shapes = config.tuning, trainer.params[INITIAL_STATE]
+    found: dict[str, Any] = {"first_block": {}, "blocks": {}}
+    if tuning.initial_state is not None:
+        found = open_first_state(tuning.initial_state).arrays(config.model, "tuning.initial_state")
+    elif tuning.initial_prompt is not None:
+        assert tokenizer is not None
+        ids = [tokenizer.end_of_text, *tokenizer.encode(tuning.initial_prompt)]
+        found = _state_after(ids, trainer, params)
+    return {
+        part: {name: jnp.asarray(found[part].get(name, np.zeros(x.shape)), x.dtype) for name, x in arrays.items()}
+        for part, arrays in shapes.items()
+    }
+
+
+def _state_after(ids: list[int], trainer: TrainFunctions, params: Any) -> Any:
+    """The state after some tokens, which begin with an empty one."""
+
+    def read(params: Any) -> Any:
+        _, state = trainer.run_model.model(params).hidden(jnp.asarray([ids], jnp.int32))
+        arrays = {name: getattr(state, name)[:, 0] for name in (MATRIX, *SHIFTS)}
+        return {
+            "first_block": {name: x[0] for name, x in arrays.items()},
+            "blocks": {name: x[1:] for name, x in arrays.items()},
+        }
+
+    return jax.jit(read)(params)
 
 
 def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
@@ -88,6 +143,6 @@ def with_base(config: TrainConfig, trainer: TrainFunctions, kept: Any, weights: 
     """A run's parameters, of those that its checkpoints hold; of other runs these are all."""
     if not config.tuning.is_partial:
         return kept
-    where = {name: x for name, x in trainer.state_shardings.params.items() if name != ADAPTER}
+    where = {name: x for name, x in trainer.state_shardings.params.items() if name not in (ADAPTER, INITIAL_STATE)}
     weights = _weights(config) if weights is None else weights
     return merge_nested(place_base(weights, config.tuning, config.model, kept, where), kept)

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig, TuningConfig
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.packed import Int4Matrix, PackedMatrix
-from rwkv_jax.models.tuned import ADAPTER, INITIAL_PARTS, adapted_matrices, at, is_matrix, packed_matrices, tuned_shapes
+from rwkv_jax.models.tuned import (
+    ADAPTER,
+    INITIAL_PARTS,
+    INITIAL_STATE,
+    adapted_matrices,
+    at,
+    is_matrix,
+    packed_matrices,
+    tuned_shapes,
+)
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.weights.official import official_names, place_param
 from rwkv_jax.weights.quantized import pack, packed_matrix
@@ -33,7 +42,8 @@ def place_base(weights: Weights, tuning: TuningConfig, model: ModelConfig, kept:
       WeightsError: a number is not finite, which integers cannot hold.
     """
     tensors = without_initial(weights.tensors, tuning, model, kept)
-    shapes = {name: x for name, x in tuned_shapes(abstract_model(model)[1], tuning, model).items() if name != ADAPTER}
+    added = (ADAPTER, INITIAL_STATE)
+    shapes = {name: x for name, x in tuned_shapes(abstract_model(model)[1], tuning, model).items() if name not in added}
     packed = packed_matrices(tuning, model)
 
     def leaf(path: tuple[Any, ...], like: Any, sharding: Any) -> Any:

@@ -1,12 +1,13 @@
-"""Flags of sampling: presets, and what differs from them."""
+"""Flags of sampling: presets, and what differs from them; flags of tuned states."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from rwkv_jax.cli.flags import SamplingFlags
+from rwkv_jax.cli.flags import SamplingFlags, StateFlags
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling.params import SamplingParams
 
@@ -33,3 +34,11 @@ def test_every_flag_is_a_setting() -> None:
 def test_values_that_cannot_work_are_named() -> None:
     with pytest.raises(ConfigError, match="typical_p = 0"):
         SamplingFlags(typical_p=0).sampling()
+
+
+def test_a_tuned_state_is_opened_before_weights_are(tmp_path: Path) -> None:
+    assert StateFlags().arguments(str(tmp_path)) == {}
+    with pytest.raises(ConfigError, match="there is no such file"):
+        StateFlags(tmp_path / "none.pth").arguments("weights.pth")
+    with pytest.raises(ConfigError, match="is for a tuned state; name it with --state"):
+        StateFlags(allow_other_base=True).arguments("weights.pth")

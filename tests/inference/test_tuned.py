@@ -49,8 +49,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tuned_engine(initial_state: Any, **arguments: Any) -> Engine:
     with shared_programs(MODEL):
-        options = EngineOptions(**(OPTIONS | {"min_prefix_tokens": 4}))
-        return Engine(MODEL, ByteTokenizer(VOCAB_SIZE), options, initial_state=initial_state, **arguments)
+        options: dict[str, Any] = OPTIONS | {"min_prefix_tokens": 4}
+        return Engine(
+            MODEL, ByteTokenizer(VOCAB_SIZE), EngineOptions(**options), initial_state=initial_state, **arguments
+        )
 
 
 @pytest.fixture(scope="module")

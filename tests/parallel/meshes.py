@@ -51,6 +51,7 @@ ADAPTERS = {
     "pissa": TuningConfig("pissa", rank=4, layers=(0, 2)),
     "miss": TuningConfig("miss", rank=5),  # which divides no shard of inputs
     "bat": TuningConfig("bat", rank=4),
+    "state": TuningConfig(state=True, state_shifts=True),  # with :other, whose rows are texts
     "packed": TuningConfig("lora", rank=4, quantize="int8"),
 }
 
@@ -114,13 +115,14 @@ def parameters_for(model: ModelConfig) -> Any:
 def with_adapters(params: Any, shapes: Any) -> Any:
     """The run's parameters: some matrices packed, and adapters of random numbers."""
     draws = np.random.default_rng(8)
-    adapters = jax.tree.map(lambda x: 0.1 * draws.standard_normal(x.shape).astype(x.dtype), shapes["adapter"])
+    added = {name: part for name, part in shapes.items() if name in ("adapter", "initial_state")}
+    added = jax.tree.map(lambda x: 0.1 * draws.standard_normal(x.shape).astype(x.dtype), added)
 
     def base(x: np.ndarray, like: Any) -> Any:
         return packed_matrix(pack(x, "int8"), transposed=False) if is_matrix(like) else x
 
-    own = {name: part for name, part in shapes.items() if name != "adapter"}
-    return jax.tree.map(base, params, own) | {"adapter": adapters}
+    own = {name: part for name, part in shapes.items() if name not in added}
+    return jax.tree.map(base, params, own) | added
 
 
 def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:

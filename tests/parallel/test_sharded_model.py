@@ -79,6 +79,14 @@ def test_the_mean_is_over_what_counts_on_all_devices() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("generation", ["7", "5.2"])
+def test_meshes_change_nothing_of_a_tuned_state(generation: str) -> None:
+    """All rows read it, and all devices that split rows or time; heads are split."""
+    meshes = ("data2.sequence2.tensor2:other:state", "data2.fsdp2.tensor2:other:state")
+    assert_equal_to_one_device(generation, "float64", meshes)
+
+
+@pytest.mark.long
 def test_rows_of_several_documents_change_nothing_of_a_transformer() -> None:
     assert_equal_to_one_device("transformer", "float64", MIXED[:1])
 

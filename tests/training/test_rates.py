@@ -28,10 +28,11 @@ PARAMS = abstract(MODEL)[1]
 
 
 def config_with(*rates: tuple[str, float], **training: Any) -> TrainConfig:
+    steps: dict[str, Any] = {"batch_size": 2, "sequence_length": 8, "num_steps": 4} | training
     return TrainConfig(
         model=MODEL,
         optimizer=OptimizerConfig(warmup_steps=0, rates=rates),
-        training=StepConfig(**{"batch_size": 2, "sequence_length": 8, "num_steps": 4} | training),
+        training=StepConfig(**steps),
     )
 
 

@@ -36,7 +36,7 @@ class NextToken:
         sharded, config = self.sharded, self.config
         model = self.run_model.model(params, batch.dropout_keys)
         if recurrent_state is None:
-            recurrent_state = self.run_model.first_state(params, batch.tokens.shape[0])
+            recurrent_state = self.run_model.first_state(params, batch.tokens.shape[0], sharded.axes)
         hidden, next_state = model.hidden(
             batch.tokens,
             recurrent_state,

@@ -1,0 +1,133 @@
+"""A run that tunes the state of a finished one: what it trains, how it goes on, and where its state is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax import from_pretrained, run_folder
+from rwkv_jax.cli.flags import StateFlags
+from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
+from rwkv_jax.inference.engine.engine import Engine, EngineOptions
+from rwkv_jax.tuning import load_initial_state
+from rwkv_jax.tuning.state_files import TunedStateError
+from tests.small_runs import assert_same_bits
+from tests.train.in_process import Run, restore, run
+
+
+def tuning_of(config: TrainConfig, base: Path, **tuning: Any) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        initial_weights=str(base),
+        data=dataclasses.replace(config.data, tokenizer=str(base)),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0, final_learning_rate=1.0),
+        training=dataclasses.replace(config.training, reset_at_documents=False),
+        evaluation=dataclasses.replace(config.evaluation, every=8, sample_prompts=("def",)),
+        tuning=TuningConfig(state=True, **tuning),
+        profile=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(config: TrainConfig, finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tuning_of(config, finished.folder), tmp_path_factory.mktemp("tuned") / "run")
+
+
+def test_the_state_alone_is_trained_and_kept(tuned: Run, finished: Run) -> None:
+    state, base = tuned.result.state, run_folder.load_model(finished.folder, "newest").params
+    assert_same_bits({name: part for name, part in state.params.items() if name != "initial_state"}, base)
+    kept = restore(tuned.config, tuned.folder)
+    assert kept.params.keys() == {"initial_state"}
+    moments = next(part.mu for part in kept.opt_state if hasattr(part, "mu"))
+    assert jax.tree.structure(moments) == jax.tree.structure({"initial_state": state.params["initial_state"]})
+    assert all(np.any(x) for x in jax.tree.leaves(state.params["initial_state"]))
+    assert "worse; 3e-4 has helped" in tuned.output  # a rate that is known to destroy models which have learned more
+
+
+def test_a_run_that_is_resumed_is_the_same_run(tuned: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tuned.folder, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "8")
+    again = run(tuned.config, folder)
+    assert "resuming after step 4" in again.output
+    assert_same_bits(restore(tuned.config, tuned.folder), restore(tuned.config, folder))
+
+
+def test_its_folder_is_a_state_for_the_base_and_for_no_other(tuned: Run, finished: Run, tmp_path: Path) -> None:
+    model = from_pretrained(finished.folder)
+    trained = tuned.result.state.params["initial_state"]
+    state = load_initial_state(tuned.folder, model, batch_size=2)
+    np.testing.assert_array_equal(state.wkv[0, 1], trained["first_block"]["wkv"])
+    np.testing.assert_array_equal(state.wkv[1:, 0], trained["blocks"]["wkv"])
+    other = from_pretrained(finished.folder)
+    other.head.weight[...] = other.head.weight[...] * 2
+    with pytest.raises(TunedStateError, match="was trained with another base"):
+        load_initial_state(tuned.folder, other)
+    load_initial_state(tuned.folder, other, allow_other_base=True)
+    with pytest.raises(TunedStateError, match="is a run that tunes no state"):
+        load_initial_state(finished.folder, model)
+
+
+def test_the_commands_take_its_own_state_for_the_run_itself(tuned: Run, finished: Run) -> None:
+    own = StateFlags().arguments(str(tuned.folder))
+    assert own == {"initial_state": str(tuned.folder), "allow_other_base": True}
+    assert StateFlags().arguments(str(finished.folder)) == {}
+
+
+@pytest.mark.long
+def test_an_engine_begins_every_text_with_it(tuned: Run, finished: Run) -> None:
+    model, tokenizer = from_pretrained(finished.folder), run_folder.load_run_tokenizer(finished.folder)
+    ids = [tokenizer.end_of_text, *tokenizer.encode("def f0")]
+    options = EngineOptions(num_slots=2, tune="never")
+    with Engine(model, tokenizer, options, initial_state=tuned.folder) as engine:
+        (score,) = engine.score(ids[:1], ids[1:])
+    state = load_initial_state(tuned.folder, model)
+    logits, _ = model(jnp.array([ids]), state)
+    expected = jax.nn.log_softmax(logits[0, :-1])[np.arange(len(ids) - 1), np.array(ids[1:])]
+    np.testing.assert_allclose(score.logprob, expected.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"reset_at_documents": True}}, "would begin with zeros, not in the tuned state"),
+        ({"training": {"carry_state": True, "reset_at_documents": False}}, "training.carry_state"),
+        ({"model": {"generation": "4", "head_dim": 16}}, "no matrix for each head"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(config: TrainConfig, changes: Any, message: str) -> None:
+    own = tuning_of(config, Path("base"))
+    parts = {name: dataclasses.replace(getattr(own, name), **values) for name, values in changes.items()}
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(own, **parts)
+
+
+@pytest.mark.long
+def test_a_state_is_trained_on_from_a_prompt_or_from_a_file(
+    config: TrainConfig, finished: Run, tuned: Run, tmp_path: Path
+) -> None:
+    prompt = "def f0(x):\n    return x"
+    model, tokenizer = from_pretrained(finished.folder), run_folder.load_run_tokenizer(finished.folder)
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    _, expected = model(jnp.array([ids]))
+    # At a rate of almost zero the state stays what it began with.
+    still = tuning_of(config, finished.folder, initial_prompt=prompt, state_rate=1e-9)
+    read = load_initial_state(run(still, tmp_path / "prompt").folder, model)
+    np.testing.assert_allclose(read.wkv, expected.wkv, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(read.att_shift, expected.att_shift, rtol=1e-4, atol=1e-6)
+    with Engine(model, tokenizer, EngineOptions(num_slots=1, tune="never")) as engine:
+        session = engine.session()
+        session.append(ids)
+        session.save(tmp_path / "text.safetensors")
+    own = tuning_of(config, finished.folder, initial_state=str(tmp_path / "text.safetensors"), state_rate=1e-9)
+    read = load_initial_state(run(own, tmp_path / "text").folder, model)
+    np.testing.assert_allclose(read.wkv, expected.wkv, rtol=1e-4, atol=1e-6)
+    own = tuning_of(config, finished.folder, initial_state=str(tuned.folder), state_rate=1e-9)
+    read = load_initial_state(run(own, tmp_path / "state").folder, model)
+    np.testing.assert_allclose(read.wkv, load_initial_state(tuned.folder, model).wkv, rtol=1e-4, atol=1e-6)
