@@ -84,11 +84,12 @@ def _kind(parts: Mapping[str, Parts]) -> AdapterKind:
     kinds: dict[AdapterKind, str] = {}
     for name, of in parts.items():
         blocks = of.get("disha")
-        kinds.setdefault("lora" if blocks is None else "bat" if blocks.ndim == 3 else "miss", name)
+        kind: AdapterKind = "lora" if blocks is None else "bat" if blocks.ndim == 3 else "miss"
+        kinds.setdefault(kind, name)
     if len(kinds) > 1:
         found = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
         raise AdapterError(f"kinds are mixed ({found}); take a file of one kind")
-    return next(iter(kinds), "lora")
+    return next(iter(kinds)) if kinds else "lora"
 
 
 def _refuse_alpha(alpha: float | None, why: str) -> None:
