@@ -34,8 +34,8 @@ from rwkv_jax.models.packed import PackedMatrix
 Multiply = Callable[..., Array]
 """(x [..., in], weight, in_axis=1) -> [..., out] in x's dtype."""
 
-CHECKPOINT_LOW_RANK = "matrix product"
-"""The checkpoint name of other products, under which A x is stored."""
+CHECKPOINT = "matrix product"
+"""The checkpoint name of other products, under which A x is stored, and the sum of both products."""
 
 BY_INPUTS = "disha"
 """The part of bat that has a block for each block of inputs."""
@@ -99,7 +99,7 @@ class AdaptedMatrix:
         """
         if self.kind == "bat":
             self._refuse_rows()
-            return self._times_bat(x, multiply)
+            return checkpoint_name(self._times_bat(x, multiply), CHECKPOINT)
         y, adapted = multiply(x, self.base), self._dropped(x)
         if self.kind == "miss":
             hidden, up = self._remainder_sums(adapted), self._scaled("miss_block")
@@ -107,10 +107,11 @@ class AdaptedMatrix:
             down = self.parts["lora_A"]
             down = down if self.rows is None else rearrange(down, "K r i -> (K r) i")
             hidden, up = multiply(adapted, down), jnp.swapaxes(self._scaled("lora_B"), -1, -2)
-            hidden = checkpoint_name(hidden, CHECKPOINT_LOW_RANK)
+            hidden = checkpoint_name(hidden, CHECKPOINT)
         if self.rows is not None:
             hidden, up = self._of_rows(hidden, up)
-        y = y + multiply(hidden, up, in_axis=0)
+        # Named before dora scales it, whose gradient by m would otherwise take the product with the base again.
+        y = checkpoint_name(y + multiply(hidden, up, in_axis=0), CHECKPOINT)
         if self.kind == "dora":
             self._refuse_rows()
             y = y * self._magnitude_factor().astype(y.dtype)

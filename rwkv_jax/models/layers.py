@@ -67,10 +67,8 @@ def linear(
     """
     if isinstance(weight, AdaptedMatrix):
         assert in_axis == 1
-        y = weight.times(x, functools.partial(_product_of_one, out_dtype=out_dtype))
-    else:
-        y = _product_of_one(x, weight, out_dtype=out_dtype, in_axis=in_axis)
-    return checkpoint_name(y, CHECKPOINT_MATMUL)
+        return weight.times(x, functools.partial(_product_of_one, out_dtype=out_dtype))
+    return checkpoint_name(_product_of_one(x, weight, out_dtype=out_dtype, in_axis=in_axis), CHECKPOINT_MATMUL)
 
 
 def _product_of_one(

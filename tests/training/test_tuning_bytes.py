@@ -45,14 +45,16 @@ def test_a_step_has_no_gradients_of_frozen_matrices() -> None:
 @pytest.mark.long
 def test_the_compiled_step_computes_no_gradient_of_a_frozen_matrix() -> None:
     """Its products are the forward ones, those to the inputs, and the adapter's; a whole step has a third more."""
-    sizes = {"vocab_size": 512, "num_layers": 3, "width": 256}
+    model = ModelConfig(vocab_size=512, num_layers=3, width=256)
 
     def flops(**tuning: Any) -> int:
         given: Any = {"initial_weights": "base", "data": DataConfig(tokenizer="bytes")} if tuning else {}
         training = StepConfig(batch_size=2, sequence_length=64, loss_chunk=None)
-        config = TrainConfig(model=ModelConfig(**sizes), training=training, tuning=TuningConfig(**tuning), **given)
+        config = TrainConfig(model=model, training=training, tuning=TuningConfig(**tuning), **given)
         functions = make_train_functions(config)
         step = jax.jit(functions.train_step).lower(abstract_state(functions), abstract_batch(functions, config))
         return sum(product_flops(parse_module(step.compile().as_text() or "")).values())
 
-    assert 0.6 < flops(adapter="lora", rank=4) / flops() < 0.75
+    whole = flops()
+    for kind in ("lora", "dora", "miss"):
+        assert 0.6 < flops(adapter=kind, rank=4) / whole < 0.75
