@@ -32,10 +32,10 @@ class Sizes:
     head_dim: int = 32
     batch_size: int = 8
     sequence_length: int = 128
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 2.5e-3, 6e-3)
     warmups: tuple[int, ...] = (20, 100)
     """The first one is that of the runs that choose the rate."""
-    sweep_steps: int = 300
+    sweep_steps: int = 200
     num_steps: int = 1500
     evaluate_every: int = 100
     held_out: float = 0.01

@@ -22,7 +22,7 @@ from rwkv_jax.config import ModelConfig
 class Sizes:
     """Of models and runs."""
 
-    models: tuple[str, ...] = ("RWKV-4", "RWKV-7", "Transformer")
+    models: tuple[str, ...] = tuple(common.MODELS)
     shapes: tuple[tuple[int, int], ...] = ((2, 16), (2, 32), (2, 64), (3, 96), (4, 128))
     """Layers and widths."""
     head_dim: int = 16
