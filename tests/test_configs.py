@@ -22,6 +22,7 @@ from tests.small_runs import small_config, train_and_learn
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 RUN_HERE = [path for path in CONFIGS if path.name.startswith("python_stdlib")]
 TUNED = [path for path in CONFIGS if path.name.startswith("tune")]
+CHATS = [path for path in CONFIGS if path.name.startswith("chat")]
 SYNTHETIC = [path for path in CONFIGS if path.name.startswith("synthetic")]
 """tests/test_recipes.py has the others, which were planned and never run."""
 
@@ -45,6 +46,15 @@ def test_docstring_gives_the_command_and_what_was_seen(path: Path) -> None:
     assert docstring is not None
     assert f"rwkv train configs/{path.name}" in docstring
     assert re.search(r"Seen on .*minutes.*nats.*bits a byte", docstring, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", CHATS, ids=lambda path: path.name)
+def test_docstring_of_chats_gives_the_commands_and_what_was_seen(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert f"python configs/{path.name}" in docstring
+    assert f"rwkv train configs/{path.name}" in docstring
+    assert re.search(r"Seen on .*minutes.*nats a token that counts", docstring, re.DOTALL)
 
 
 @pytest.mark.parametrize("path", SYNTHETIC, ids=lambda path: path.name)
