@@ -13,7 +13,7 @@ import tyro
 
 from rwkv_jax.chat.template import Thinking, begins_thinking, check_start
 from rwkv_jax.checks import ConfigError, checker
-from rwkv_jax.cli.flags import SamplingFlags, StateFlags, WeightsFlags, require_text
+from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Chat:
     """Chat with a model. The state holds the history, so each turn prefills only its new text."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
-    state: Annotated[StateFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=StateFlags)
+    tuned: Annotated[TunedFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TunedFlags)
     template: str | None = None
     """Chat template the model was trained with: g1 for RWKV-7 G1 models, which may think, world (User and Assistant as
     well) for World models, raven (Bob and Alice) for RWKV-4 Raven, pile-qa for base models trained on the Pile, or a
@@ -86,8 +86,8 @@ class Chat:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
-        tuned = self.state.arguments(self.weights.source)
-        model, tokenizer, template = self.weights.load_with_template(self.template)
+        tuned = self.tuned.arguments(self.weights.source)
+        model, tokenizer, template = self.weights.load_with_template(self.template, self.tuned)
         engine = Engine(model, tokenizer, options, **tuned)
         del model  # the engine has copied each layer; the stacked arrays can be freed
         tells = self.verbose or sys.stderr.isatty()

@@ -12,12 +12,11 @@ from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rwkv_jax.chat.template import ChatTemplate
     from rwkv_jax.data.tokenizers import Tokenizer
     from rwkv_jax.inference.sampling.params import SamplingParams
     from rwkv_jax.models import LanguageModel
+    from rwkv_jax.tuning.adapter import Adapter
 
 Quantize = Literal["int8", "int4", "bfloat16"]
 """Formats of `rwkv_jax.weights.quantized`."""
@@ -40,8 +39,8 @@ class WeightsFlags:
     quantize: Quantize | None = None
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
 
-    def load(self) -> tuple[LanguageModel, Tokenizer]:
-        """Loads the tokenizer, then the model.
+    def load(self, adapter: TunedFlags | None = None) -> tuple[LanguageModel, Tokenizer]:
+        """Loads the tokenizer, then the model, with an adapter if the flags name one.
 
         Raises:
           ConfigError: no device, incompatible flags, or as `from_pretrained` and `load_tokenizer`.
@@ -49,10 +48,13 @@ class WeightsFlags:
         from rwkv_jax.weights.sources import find_weights
 
         find_devices()
-        return self._load_from(find_weights(self.source))
+        model, tokenizer = self._load_from(find_weights(self.source))
+        return (model if adapter is None else adapter.put_into(model, self.source)), tokenizer
 
-    def load_with_template(self, name: str | None) -> tuple[LanguageModel, Tokenizer, ChatTemplate]:
-        """Loads the tokenizer, then the model, and the chat template of a name, or else the model's own.
+    def load_with_template(
+        self, name: str | None, adapter: TunedFlags | None = None
+    ) -> tuple[LanguageModel, Tokenizer, ChatTemplate]:
+        """Loads as `load`, and the chat template of a name, or else the model's own.
 
         That of a run on chats is what wrote them.
 
@@ -69,6 +71,8 @@ class WeightsFlags:
         if named is None and (format_of_run := chat_format_of(place)) is not None:
             named = named_template(format_of_run)
         model, tokenizer = self._load_from(place)
+        if adapter is not None:
+            model = adapter.put_into(model, self.source)
         return model, tokenizer, choose_template(place, tokenizer) if named is None else named
 
     def _load_from(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -123,14 +127,19 @@ def _tunes_a_state(path: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class StateFlags:
-    """The state in which texts begin."""
+class TunedFlags:
+    """What was tuned of the model: the state in which texts begin, and adapters."""
 
     state: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Tuned state in which every text begins: a .pth or safetensors file, or the folder of a run that tunes one. None:
     that of SOURCE if it is such a run, else none."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH ...")] = ()
+    """Adapter to use: a folder of Hugging Face's peft or a .pth by RWKV-PEFT, not merged. A server takes several, which
+    requests name as their model: NAME, by default that of the file or folder."""
+    adapter_alpha: float | None = None
+    """alpha of a LoRA adapter by RWKV-PEFT, whose file does not have it: as it was trained with."""
     allow_other_base: bool = False
-    """Take tuned states even if they were trained with another model of the same sizes."""
+    """Take the state or adapter even if it was trained with another model of the same sizes."""
 
     def arguments(self, source: str, *, is_server: bool = False) -> dict[str, Any]:
         """Arguments of an `Engine`. Raises ConfigError for a file that is none, before weights are loaded.
@@ -145,12 +154,59 @@ class StateFlags:
                 return {"initial_state": source, "allow_other_base": True}
             if is_server:
                 return {"allow_other_base": self.allow_other_base}
-            if self.allow_other_base:
-                raise ConfigError("allow_other_base = True: is for a tuned state; name it with --state")
+            if self.allow_other_base and not self.adapter:
+                raise ConfigError(
+                    "allow_other_base = True: is for a tuned state or an adapter; name one with --state or --adapter"
+                )
             return {}
         from rwkv_jax.tuning.pretrained_state import open_tuned_state
 
         return {"initial_state": open_tuned_state(self.state), "allow_other_base": self.allow_other_base}
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name.
+
+        Raises:
+          ConfigError: as `open_adapter`, two of one name, or an alpha without an adapter.
+        """
+        if not self.adapter:
+            if self.adapter_alpha is not None:
+                raise ConfigError(
+                    f"adapter_alpha = {self.adapter_alpha}: there is no --adapter; give one, or leave it out"
+                )
+            return {}
+        from rwkv_jax.tuning.files import open_adapter
+
+        found: dict[str, Adapter] = {}
+        for given in self.adapter:
+            name, is_named, path = given.partition("=")
+            path = path if is_named else given
+            name = name if is_named else Path(given).stem
+            if name in found:
+                raise ConfigError(f"adapter = {given!r}: another one is called {name}; give it a name, NAME={path}")
+            found[name] = open_adapter(path, alpha=self.adapter_alpha)
+        return found
+
+    def check(self, adapters: dict[str, Adapter], model: LanguageModel, source: str) -> None:
+        """Holds adapters against the model from a source; raises as `check_for`."""
+        from rwkv_jax.tuning.pretrained import check_for
+
+        if adapters:
+            check_for(model, list(adapters.values()), source, allow_other_base=self.allow_other_base)
+
+    def put_into(self, model: LanguageModel, source: str) -> LanguageModel:
+        """The model with the one adapter that the flags name; itself if they name none."""
+        if len(self.adapter) > 1:
+            raise ConfigError(
+                f"adapter: {len(self.adapter)} are given; give one, or merge them with their weights (rwkv merge)"
+            )
+        adapters = self.adapters()
+        self.check(adapters, model, source)
+        if not adapters:
+            return model
+        from rwkv_jax.tuning.grafting import adapted_model
+
+        return adapted_model(model, *adapters.values())
 
 
 def chat_format_of(place: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rwkv_jax.checks import ConfigError, checker
-from rwkv_jax.cli.flags import SamplingFlags, StateFlags, WeightsFlags, require_text
+from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, require_text
 from rwkv_jax.cli.speed import Speed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Generate:
     """Sample from a training run, or from weights of any generation in any format that `convert` reads."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
-    state: Annotated[StateFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=StateFlags)
+    tuned: Annotated[TunedFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TunedFlags)
     prompt: str = ""
     """Text to continue; an empty one starts from nothing, and - reads standard input."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -60,9 +60,9 @@ class Generate:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS), tune=self.tune)
-        tuned = self.state.arguments(self.weights.source)
+        tuned = self.tuned.arguments(self.weights.source)
         engine = Engine(
-            *self.weights.load(), options, **tuned
+            *self.weights.load(self.tuned), options, **tuned
         )  # the engine copies each layer; the stacked arrays can be freed
         ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
         is_streamed = self.num == self.best_of == 1 and not self.json

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from rwkv_jax.checks import ConfigError, require_whole
-from rwkv_jax.cli.flags import StateFlags, WeightsFlags
+from rwkv_jax.cli.flags import TunedFlags, WeightsFlags
 from rwkv_jax.serving.keys import read_keys
 from rwkv_jax.serving.options import ServeOptions
 
@@ -24,7 +24,7 @@ class Serve:
     """Serve a model over HTTP with OpenAI's API, on this machine unless --host says otherwise (docs/serving.md)."""
 
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
-    state: Annotated[StateFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=StateFlags)
+    tuned: Annotated[TunedFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TunedFlags)
     options: Annotated[ServeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServeOptions)
     template: str | None = None
     """Chat template the model was trained with: g1, world, raven, pile-qa or a file of a Jinja template; None takes the
@@ -65,9 +65,13 @@ class Serve:
             num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
         )
         name = self.options.model_name or Path(self.weights.source).resolve().stem
-        tuned = self.state.arguments(self.weights.source, is_server=True)
+        tuned = self.tuned.arguments(self.weights.source, is_server=True)
+        adapters = self.tuned.adapters()  # before the weights: mistakes are told at once
+        if name in adapters:
+            raise ConfigError(f"adapter = {name!r}: is the model's name; give another, NAME=PATH, or --model-name")
         model, tokenizer, template = self.weights.load_with_template(self.template)
-        with Engine(model, tokenizer, engine_options, **tuned) as engine:
+        self.tuned.check(adapters, model, self.weights.source)
+        with Engine(model, tokenizer, engine_options, adapters=adapters, **tuned) as engine:
             del model  # the engine has copied each layer; the stacked arrays can be freed
             states = open_states(self.options, name)
             with contextlib.closing(states.store):

@@ -47,11 +47,23 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics.watch(self.engine.stats)
 
-    def check_model(self, name: str) -> None:
-        """Raises APIError, status 404, unless a request asks for the model that there is."""
-        if name != self.model_name:
-            message = f"model = {name!r}: there is only {self.model_name!r} here"
-            raise APIError(404, message, param="model", code="model_not_found")
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What requests can ask for: the model, and its adapters by their names."""
+        return (self.model_name, *self.engine.adapters.names)
+
+    def check_model(self, name: str) -> str | None:
+        """The adapter that a request asks for, by its name or MODEL:NAME; None for the model itself.
+
+        Raises APIError, status 404, for a name that is neither's.
+        """
+        if name == self.model_name:
+            return None
+        adapter = name.removeprefix(f"{self.model_name}:")
+        if adapter in self.engine.adapters.names:
+            return adapter
+        there_is = f"only {self.model_name!r}" if len(self.models) == 1 else ", ".join(map(repr, self.models))
+        raise APIError(404, f"model = {name!r}: there is {there_is} here", param="model", code="model_not_found")
 
 
 def from_request(request: Request) -> Service:

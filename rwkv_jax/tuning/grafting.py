@@ -31,6 +31,7 @@ def adapted_model(model: LanguageModel, adapter: Adapter) -> LanguageModel:
     """
     shapes = official_shapes(model.config)
     graphdef, state = nnx.split(model, nnx.Param)
+    state = jax.tree.map(lambda x: x, state)  # variables of its own, or the given model would change
     for names, variable in parameters_of(state, model.config.num_layers):
         value = variable.get_value()
         if any(name in adapter.replaced for name in names):

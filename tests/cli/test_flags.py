@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_jax.cli.flags import SamplingFlags, StateFlags
+from rwkv_jax.cli.flags import SamplingFlags, TunedFlags
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling.params import SamplingParams
 
@@ -37,8 +37,8 @@ def test_values_that_cannot_work_are_named() -> None:
 
 
 def test_a_tuned_state_is_opened_before_weights_are(tmp_path: Path) -> None:
-    assert StateFlags().arguments(str(tmp_path)) == {}
+    assert TunedFlags().arguments(str(tmp_path)) == {}
     with pytest.raises(ConfigError, match="there is no such file"):
-        StateFlags(tmp_path / "none.pth").arguments("weights.pth")
-    with pytest.raises(ConfigError, match="is for a tuned state; name it with --state"):
-        StateFlags(allow_other_base=True).arguments("weights.pth")
+        TunedFlags(tmp_path / "none.pth").arguments("weights.pth")
+    with pytest.raises(ConfigError, match="is for a tuned state or an adapter; name one with"):
+        TunedFlags(allow_other_base=True).arguments("weights.pth")

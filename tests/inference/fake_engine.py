@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ class FakeEngine(PASSES_FOR_ANY):
     def __init__(self, model: int = 0) -> None:
         self.tokenizer = ByteTokenizer()
         self.model = model
-        self.owner = str(model)
+        self.adapters = SimpleNamespace(names=(), find=lambda name: None, owner_of=lambda name: str(model))
         self.streams: list[FakeStream] = []
         self.identity = Identity(
             generation="7",
@@ -50,7 +51,12 @@ class FakeEngine(PASSES_FOR_ANY):
             raise ConfigError(f"prompt: has ids beyond the vocabulary of {VOCAB_SIZE}")
         return [token for token in ids if isinstance(token, int)]
 
-    def prefill(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
+    def identity_of(self, adapter: str | None) -> Identity:
+        assert adapter is None
+        return self.identity
+
+    def prefill(self, snapshot: Snapshot | None, prompt: Prompt, *, adapter: str | None = None) -> Snapshot:
+        assert adapter is None
         ids = self.ids(snapshot, prompt)
         if not ids:
             raise ConfigError("prompt: is empty")
@@ -73,9 +79,11 @@ class FakeEngine(PASSES_FOR_ANY):
         stop_ids: Sequence[int] = (),
         state: Snapshot | None,
         return_state: bool,
+        adapter: str | None = None,
         fails_after: int | None = None,
     ) -> FakeStream:
         assert return_state
+        assert adapter is None
         ids = self.ids(state, prompt)
         if not ids and state is None:
             raise ConfigError("prompt: is empty")

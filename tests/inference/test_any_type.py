@@ -76,7 +76,7 @@ ODD: dict[str, Any] = {
 
 _ARGUMENTS = (
     *("prompts", "max_tokens", "sampling", "seed", "stop", "stop_ids", "top_logprobs", "guidance_scale"),
-    *("negative_prompt", "client_id", "state", "return_state", "best_of", "conversation"),
+    *("negative_prompt", "client_id", "state", "return_state", "best_of", "conversation", "adapter"),
 )
 
 
@@ -93,7 +93,7 @@ def test_arguments_of_any_type_are_taken_or_named(engine: Engine, value: Any, mo
     def run(requests: Any) -> None:
         raise _TakenError
 
-    monkeypatch.setattr(engine, "_run", run)
+    monkeypatch.setattr(engine._collector, "run", run)
     generate: Any = engine.generate
     for name in _ARGUMENTS:
         if name == "conversation" and isinstance(value, str):

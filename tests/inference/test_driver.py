@@ -423,7 +423,7 @@ def test_prompts_are_compared_once_and_not_at_every_step(monkeypatch: pytest.Mon
     beginning = tuple(np.random.default_rng(0).integers(1, 256, 200).tolist())
     assert stepped.prefix_cache is not None
     lookup, found = stepped.prefix_cache.lookup, []
-    monkeypatch.setattr(stepped.prefix_cache, "lookup", lambda ids: (found.append(lookup(ids)), found[-1])[1])
+    monkeypatch.setattr(stepped.prefix_cache, "lookup", lambda *key: (found.append(lookup(*key)), found[-1])[1])
     first = stepped.queue(beginning, max_tokens=1, **PLAIN)
     stepped.step()
     others = [stepped.queue((*beginning, i), max_tokens=1, **PLAIN) for i in range(5)]

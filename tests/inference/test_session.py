@@ -54,7 +54,8 @@ def test_random_operations_equal_plain_runs(engine: FakeEngine, tmp_path: Path, 
 
 def test_the_comparison_can_fail(engine: FakeEngine, tmp_path: Path) -> None:
     class Forgetful(FakeEngine):
-        def prefill(self, snapshot: Snapshot | None, tokens: Any) -> Snapshot:
+        def prefill(self, snapshot: Snapshot | None, tokens: Any, *, adapter: str | None = None) -> Snapshot:
+            assert adapter is None
             return super().prefill(snapshot, tokens if snapshot is None or len(tokens) < 3 else tokens[1:])
 
     with pytest.raises(AssertionError):

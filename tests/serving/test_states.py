@@ -178,9 +178,9 @@ def test_a_tuned_state_begins_a_text(client: TestClient, engine: Engine, tmp_pat
     content = _pth(tmp_path, tensors) if form == "pth" else save(tensors)
     state = tuple(
         dataclasses.replace(part, wkv=jnp.asarray(tensors[f"blocks.{i}.att.time_state"]))
-        for i, part in enumerate(engine.first_snapshot.state)
+        for i, part in enumerate(engine.first_snapshot().state)
     )
-    before = dataclasses.replace(engine.first_snapshot, state=state)
+    before = dataclasses.replace(engine.first_snapshot(), state=state)
     put = client.put("/v1/states/tuned", content=content)
     assert put.status_code == 200, put.text
     assert put.json()["num_tokens"] == 1

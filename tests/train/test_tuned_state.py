@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import from_pretrained, run_folder
-from rwkv_jax.cli.flags import StateFlags
+from rwkv_jax.cli.flags import TunedFlags
 from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.tuning import load_initial_state
@@ -75,9 +75,9 @@ def test_its_folder_is_a_state_for_the_base_and_for_no_other(tuned: Run, finishe
 
 
 def test_the_commands_take_its_own_state_for_the_run_itself(tuned: Run, finished: Run) -> None:
-    own = StateFlags().arguments(str(tuned.folder))
+    own = TunedFlags().arguments(str(tuned.folder))
     assert own == {"initial_state": str(tuned.folder), "allow_other_base": True}
-    assert StateFlags().arguments(str(finished.folder)) == {}
+    assert TunedFlags().arguments(str(finished.folder)) == {}
 
 
 @pytest.mark.long

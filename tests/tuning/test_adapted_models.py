@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from rwkv_jax import from_pretrained
 from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.tuning.adapter import AdapterError
+from rwkv_jax.tuning.grafting import adapted_model
 from rwkv_jax.tuning.merge import merge_weights
 from tests.tuning.test_adapter_files import BASE, LORA, THEIRS, off_by, opened
 from tests.weights.files import logits_of
@@ -44,11 +46,21 @@ def test_logits_in_float32(name: str) -> None:
 @pytest.mark.long
 def test_a_packed_base_stays_packed() -> None:
     model = from_pretrained(BASE, adapter=LORA / "hfpeft_lora_s0", quantize="int8")
-    key = model.blocks.att.key.weight.get_value()
+    key: Any = model.blocks.att.key.weight.get_value()
     assert isinstance(key, AdaptedMatrix)
     plain = from_pretrained(BASE, quantize="int8")
-    np.testing.assert_array_equal(key.base.codes, plain.blocks.att.key.weight.get_value().codes)
+    packed: Any = plain.blocks.att.key.weight.get_value()
+    np.testing.assert_array_equal(key.base.codes, packed.codes)
     assert np.abs(logits_of(model, TOKENS) - logits_of(plain, TOKENS)).max() > 0.1
+
+
+def test_the_given_model_stays_as_it_is() -> None:
+    model = from_pretrained(BASE)
+    adapted = adapted_model(model, opened("hfpeft_saved_modules"))
+    assert isinstance(adapted.blocks.att.receptance.weight.get_value(), AdaptedMatrix)
+    assert isinstance(model.blocks.att.receptance.weight.get_value(), jax.Array)
+    assert (model.head.weight.get_value() != adapted.head.weight.get_value()).any()
+    assert adapted.emb.weight.get_value() is model.emb.weight.get_value()
 
 
 def test_zeros_change_no_bit() -> None:

@@ -77,7 +77,7 @@ def test_merged_logits_are_those_of_their_trainers(tmp_path: Path, name: str) ->
 def test_merging_is_exact_in_float32(tmp_path: Path) -> None:
     merge_weights(BASE, [opened("hfpeft_lora")], tmp_path / "m.pth")
     found, parts = tensors_in(tmp_path / "m.pth"), opened("hfpeft_lora").parts["blocks.1.ffn.key"]
-    low_rank = np.float64(parts["lora_B"]) @ np.float64(parts["lora_A"])
+    low_rank = np.asarray(parts["lora_B"], np.float64) @ np.asarray(parts["lora_A"], np.float64)
     exact = np.float64(tensors_in(BASE)["blocks.1.ffn.key.weight"]) + 12 / 8 * low_rank
     np.testing.assert_array_equal(found["blocks.1.ffn.key.weight"], exact.astype(np.float32))
     assert {x.dtype for x in found.values()} == {np.dtype("float32")}

@@ -91,9 +91,10 @@ class Admission:
 
     def _job(self, request: Request, index: int, news: News, max_pending_chunks: int | None) -> Job:
         texts = [request.ids, request.negative_ids] if request.negative_ids else [request.ids]
-        cursors = [PrefillCursor(tuple(map(int, ids))) for ids in texts]
-        if scored := request.scored_ids:
-            cursors = [PrefillCursor((*cursors[0].ids, *map(int, scored)), num_scored=len(scored))]
+        cursors = [PrefillCursor(tuple(map(int, ids)), adapter=request.adapter) for ids in texts]
+        if scored := tuple(map(int, request.scored_ids)):
+            ids = (*cursors[0].ids, *scored)
+            cursors = [PrefillCursor(ids, num_scored=len(scored), adapter=request.adapter)]
         tables, text = functools.partial(self._tables, request), TextStream(self._tokenizer, request.stop)
         constraint = None if request.grammar is None else self._grammars.constraint(request.grammar)
         return Job(request, index, cursors, tables, text, news, constraint, max_pending_chunks)

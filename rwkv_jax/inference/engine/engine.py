@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -20,15 +19,18 @@ from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, require_whole, shown
 from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.inference.embedder import Embedder, Pooling
+from rwkv_jax.inference.engine.adapter_table import AdapterTable
+from rwkv_jax.inference.engine.adapters import AdapterPlaces
 from rwkv_jax.inference.engine.admission import Admission
 from rwkv_jax.inference.engine.assembly import SHORT_ROWS, make_scheduler
+from rwkv_jax.inference.engine.collector import Collector
 from rwkv_jax.inference.engine.decode_step import choose_step
 from rwkv_jax.inference.engine.driver import Announcement, Driver, EngineStats
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.engine.product_form import choose_form, with_form
 from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, is_one
-from rwkv_jax.inference.engine.requests import Chunk, Completion, Prompt, Request, join
+from rwkv_jax.inference.engine.requests import Completion, Prompt, Request, join
 from rwkv_jax.inference.engine.scoring import Score
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
@@ -39,6 +41,7 @@ from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.inference.state.tuned import opened_row
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
+from rwkv_jax.tuning.adapter import Adapter
 from rwkv_jax.tuning.pretrained_state import TunedState, base_digest
 
 _MAX_PENDING_CHUNKS = 1024  # uncollected chunks at which a stream pauses
@@ -64,6 +67,7 @@ class Engine:
         mesh: Mesh | None = None,
         initial_state: str | os.PathLike[str] | TunedState | None = None,
         allow_other_base: bool = False,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
         """Allocates the slots; programs are compiled on first use.
 
@@ -75,9 +79,10 @@ class Engine:
             axes `data` and `fsdp` if these divide their number, and always decoded together.
           initial_state: a tuned state, or its file or run, in which all texts begin but those to be embedded.
           allow_other_base: whether tuned states may have been trained with another model of the same sizes.
+          adapters: by names that texts choose one by; a batch may mix them (`engine/adapters.py`).
 
         Raises:
-          ConfigError: the tokenizer is not the model's, or the tuned state is another model's.
+          ConfigError: the tokenizer is not the model's, or the tuned state or an adapter is another model's.
         """
         if not isinstance(model, LanguageModel) or not hasattr(tokenizer, "vocab_size"):
             raise ConfigError(
@@ -126,14 +131,18 @@ class Engine:
             may_go=lambda session: not session.is_in_use,
         )
         measured = measured_prefill(config, device.platform) if measures else None
+        places = AdapterPlaces(self.model, adapters or {}, options.adapter_places, options.adapter_rank)
+        placed, weights = places.with_places(self.model), self._admission.weights
         scheduler = make_scheduler(
-            self.model, self._admission.weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
+            placed, weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
         )
         slots = scheduler.slots
         if initial_state is not None:
             slots.begin_texts_with(opened_row(initial_state, self))
-        self._owner, self._empty_row, self._state_bytes = slots.owner, slots.empty_row, scheduler.state_bytes
+        self._empty_row, self._state_bytes = slots.empty_row, scheduler.state_bytes
         self._driver = Driver(scheduler)
+        self.adapters = AdapterTable(places, scheduler, self._driver, adapters or {}, config.num_layers)
+        self._collector = Collector(self._driver, self._admission, options.num_slots)
         lengths = {"chunk_length": options.prefill_length, "short_chunk_length": options.short_prefill_length}
         self._embedder = Embedder(self.model, num_rows=SHORT_ROWS, **lengths)
 
@@ -233,8 +242,9 @@ class Engine:
                     f"conversation = {shown(conversation)}: continues with one prompt and one continuation; leave "
                     "best_of and further prompts out"
                 )
-            return self.conversation(conversation).generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
-        ended = self._run(self._requests(prompts, best_of, arguments))
+            session = self.conversation(conversation, adapter=arguments.pop("adapter", None))
+            return session.generate(prompts, **arguments)  # pyright: ignore[reportArgumentType]
+        ended = self._collector.run(self._requests(prompts, best_of, arguments))
         completions = [join(chunks, i, *stream.num_prompt_tokens) for i, (stream, chunks) in enumerate(ended)]
         best = [
             dataclasses.replace(
@@ -262,6 +272,7 @@ class Engine:
           return_state: whether `Stream.snapshot` will be used.
           client_id: identifies the client; clients with queued texts take turns.
           grammar: a `Grammar` that each text has to match; None for no such limit.
+          adapter: name of one of `adapters`; None for the model alone.
 
         A text pauses while a thousand of its chunks are not collected. The call encodes the prompts, and may wait for a
         step if the queue is full: in an event loop, make it in a thread (`asyncio.to_thread`).
@@ -275,15 +286,17 @@ class Engine:
         self._driver.submit(jobs)
         return Stream(jobs, news, self._driver)
 
-    def prefill(self, state: Snapshot | None, prompt: Prompt) -> Snapshot:
-        """Prefills a prompt after a state (None begins a text) and returns the new state.
+    def prefill(self, state: Snapshot | None, prompt: Prompt, *, adapter: str | None = None) -> Snapshot:
+        """Prefills a prompt after a state (None begins a text) and returns the new state; `adapter` as in `stream`.
 
         Raises:
           ConfigError: an invalid value.
           QueueFullError: there is no room before others collect what they have asked for.
         """
-        (request,) = self._requests(prompt, 1, {"max_tokens": 0, "state": state, "return_state": True})
-        while not (streams := self._try_streams([request])):
+        (request,) = self._requests(
+            prompt, 1, {"max_tokens": 0, "state": state, "return_state": True, "adapter": adapter}
+        )
+        while not (streams := self._collector.try_streams([request])):
             self._driver.wait_for_room()
         (stream,) = streams
         for _ in stream:
@@ -298,6 +311,7 @@ class Engine:
         *,
         top_logprobs: int = 0,
         client_id: str = "",
+        adapter: str | None = None,
     ) -> list[Score]:
         """Log-probabilities of given tokens: of the continuation after each context, or of whole texts.
 
@@ -308,7 +322,7 @@ class Engine:
             the context's own ids, else each by itself; ids are used unchanged. None scores all of each context, behind
             the end-of-text token.
           top_logprobs: number of most likely tokens to report for each, at most 20 and at most V.
-          client_id: as in `stream`.
+          client_id, adapter: as in `stream`.
 
         Returns:
           A list even for one context, in their order.
@@ -318,9 +332,9 @@ class Engine:
           QueueFullError: there is no room before others collect what they have asked for.
           NotFiniteError: the model's logits are not finite.
         """
-        given = {"top_logprobs": top_logprobs, "client_id": client_id}
+        given = {"top_logprobs": top_logprobs, "client_id": client_id, "adapter": self.adapters.find(adapter)}
         requests = self._admission.score_requests(contexts, continuations, **given)
-        return [stream.score for stream, _ in self._run(requests)]
+        return [stream.score for stream, _ in self._collector.run(requests)]
 
     def embed(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", *, skip: int = 0) -> NDArray[Any]:
         """One vector of length 1 a text, [n, C], as `Embedder.embed`, read between the steps of other texts.
@@ -338,16 +352,16 @@ class Engine:
 
     # Conversations.
 
-    def session(self) -> Session:
-        """A new conversation."""
-        return Session(self)
+    def session(self, *, adapter: str | None = None) -> Session:
+        """A new conversation; `adapter` as in `stream`."""
+        return Session(self, adapter=adapter)
 
-    def load_session(self, path: str | os.PathLike[str]) -> Session:
+    def load_session(self, path: str | os.PathLike[str], *, adapter: str | None = None) -> Session:
         """A conversation from a file of `Session.save`; raises as `Session.load`."""
-        return Session.load(self, path)
+        return Session.load(self, path, adapter)
 
-    def conversation(self, name: str) -> Session:
-        """The named conversation in `sessions`; a new one if there is none.
+    def conversation(self, name: str, *, adapter: str | None = None) -> Session:
+        """The named conversation in `sessions`; a new one if there is none. Adapters have conversations of their own.
 
         Raises:
           ConfigError: the name is not a string, or a single state is larger than `session_bytes`.
@@ -359,10 +373,11 @@ class Engine:
                 f"session_bytes = {self.options.session_bytes}: a state of this model has {one}; build the engine with "
                 "more, or use a session() of your own"
             )
+        name = name if adapter is None else f"{name}\0{adapter}"
         with self._sessions_lock:
             session = self.sessions.get(name)
             if session is None:
-                session = Session(self, on_change=functools.partial(self._keep, name))
+                session = Session(self, on_change=functools.partial(self._keep, name), adapter=adapter)
                 self.sessions.put(name, session)
             return session
 
@@ -376,15 +391,9 @@ class Engine:
             except ConfigError:  # too large for the store with its marks; the caller still has it
                 self.sessions.pop(name)
 
-    @property
-    def owner(self) -> str:
-        """Checksum of the model's parameters, stored in its snapshots."""
-        return self._owner
-
-    @property
-    def first_snapshot(self) -> Snapshot:
-        """The state in which texts begin."""
-        return Snapshot(self._empty_row.state, self._empty_row.logits, 0, self._owner)
+    def first_snapshot(self, adapter: str | None = None) -> Snapshot:
+        """The state in which texts begin, with an adapter or without."""
+        return Snapshot(self._empty_row.state, self._empty_row.logits, 0, self.adapters.owner_of(adapter))
 
     @property
     def state_bytes(self) -> int:
@@ -393,7 +402,7 @@ class Engine:
 
     @property
     def identity(self) -> Identity:
-        """Identity of this engine's state files; hashes all parameters on first use."""
+        """Identity of this engine's state files without adapter; hashes all parameters on first use."""
         with self._identity_lock:
             if self._identity is None:
                 self._identity = model_identity(self.model, self.tokenizer)
@@ -404,6 +413,11 @@ class Engine:
         """By which tuned states name this model; hashes all parameters on first use."""
         return base_digest(self.model)
 
+    def identity_of(self, adapter: str | None) -> Identity:
+        """Identity of state files of texts with an adapter."""
+        loaded = self.adapters.find(adapter)
+        return self.identity if loaded is None else dataclasses.replace(self.identity, adapter=loaded.digest)
+
     def encode(self, text: str, *, begins: bool) -> list[int]:
         """Ids of a text, after the end-of-text token if `begins`.
 
@@ -413,38 +427,7 @@ class Engine:
         return self._admission.encode(text, begins=begins)
 
     def _requests(self, prompts: Any, copies: int, arguments: Mapping[str, Any]) -> list[Request]:
-        return self._admission.requests(prompts, copies, arguments, owner=self._owner, empty_row=self._empty_row)
-
-    def _try_streams(self, requests: Sequence[Request]) -> list[Stream]:
-        """Streams to be collected as a whole, of as many of the texts as the queue has room for."""
-        requests = requests[: self._driver.room]
-        news = [News() for _ in requests]
-        jobs = [self._admission.jobs([request], each) for request, each in zip(requests, news, strict=True)]
-        if not self._driver.try_submit([job for own in jobs for job in own]):  # others were faster
-            return []
-        return [Stream(own, each, self._driver) for own, each in zip(jobs, news, strict=True)]
-
-    def _run(self, requests: Sequence[Request]) -> list[tuple[Stream, list[Chunk]]]:
-        """Runs texts to their ends. Queues only as many as may start soon, to leave room for others."""
-        ended: list[tuple[Stream, list[Chunk]]] = []
-        running: collections.deque[tuple[Stream, list[Chunk]]] = collections.deque()
-        num_sent = 0
-        try:
-            while len(ended) < len(requests):
-                num_waiting = sum(not stream.has_begun for stream, _ in running)
-                soon = requests[num_sent : num_sent + self.options.num_slots - num_waiting]
-                streams = self._try_streams(soon) if soon else []
-                running.extend((stream, []) for stream in streams)
-                num_sent += len(streams)
-                if not running:
-                    self._driver.wait_for_room()
-                    continue
-                stream, chunks = running[0]
-                if (chunk := next(stream, None)) is not None:
-                    chunks.append(chunk)
-                else:
-                    ended.append(running.popleft())
-        finally:
-            for stream, _ in running:
-                stream.cancel()
-        return ended
+        name = arguments.get("adapter")
+        found = {**arguments, "adapter": self.adapters.find(name)}
+        owner = self.adapters.owner_of(name)
+        return self._admission.requests(prompts, copies, found, owner=owner, empty_row=self._empty_row)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.inference.engine.adapters import LoadedAdapter
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.programs import DecodeParams, SlotState
 from rwkv_jax.inference.engine.requests import Chunk, FinishReason, Request
@@ -36,6 +37,8 @@ class PrefillCursor:
     """Number of prefilled `ids`."""
     slot: int | None = None
     """Slot index; None without a slot."""
+    adapter: LoadedAdapter | None = None
+    """Of its text; None for the base alone."""
     shared_prefix_length: int = 0
     """Number of `ids` shared with another known prompt: the state there is worth caching."""
 

@@ -16,7 +16,8 @@ _MAX_SECONDS = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """The sizes of an engine. Only the first five determine what is compiled, never the requests."""
+    """The sizes of an engine. Only the first five and those of adapters determine what is compiled,
+    never the requests."""
 
     num_slots: int = 8
     """Texts on the device at once; others are queued."""
@@ -41,6 +42,10 @@ class EngineOptions:
     """Size of the store for named conversations; the least recently used are evicted first."""
     session_idle_seconds: float = 3600.0
     """Idle seconds after which a named conversation is dropped."""
+    adapter_places: int = 0
+    """Adapters that may be loaded at once; 0 is as many as the engine is given at first."""
+    adapter_rank: int = 0
+    """Largest rank of an adapter; 0 is that of those given."""
     tune: Literal["auto", "never"] = "auto"
     """Whether what is fastest by measurement is taken, and measured where it has not been, on one device
     (docs/autotune.md); `never` takes what has been measured nowhere: the tables' choices."""
@@ -50,7 +55,8 @@ class EngineOptions:
             require_whole(name, getattr(self, name), 1)
             require(getattr(self, name) <= _MAX_SIZE, name, getattr(self, name), f"must not exceed {_MAX_SIZE}")
             object.__setattr__(self, name, int(getattr(self, name)))
-        for name, minimum in (("max_queue", 1), ("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1)):
+        bytes_and_more = (("max_queue", 1), ("prefix_bytes", 0), ("min_prefix_tokens", 1), ("session_bytes", 1))
+        for name, minimum in (*bytes_and_more, ("adapter_places", 0), ("adapter_rank", 0)):
             require_whole(name, getattr(self, name), minimum)
             object.__setattr__(self, name, int(getattr(self, name)))
         if type(self.batch_invariant) is not bool:

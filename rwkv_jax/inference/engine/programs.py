@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 from rwkv_jax.autotune import PREFILL_STEPS
+from rwkv_jax.inference.engine.adapters import NONE, with_rows, without_places
 from rwkv_jax.inference.engine.scoring import TokenScores, score_tokens
 from rwkv_jax.inference.sampling.choose import Settings, choose, count, logprobs, top_logprobs
 from rwkv_jax.models import LanguageModel
@@ -44,6 +45,8 @@ class Slots(NamedTuple):
     """float32 [S, V], added to logits; -inf for banned tokens."""
     stops: Array
     """bool [S, V], tokens that end a text."""
+    adapter: Array
+    """int32 [S], place of the text's adapter, or `adapters.NONE`."""
 
 
 class BurstStart(NamedTuple):
@@ -145,11 +148,13 @@ class Programs:
         )
         self.choose_masked = jax.jit(self._choose_masked, out_shardings=(replicated, bias_on))
 
-    def _model(self, params: Any) -> LanguageModel:
-        return nnx.merge(self.graphdef, params)
+    def _model(self, params: Any, adapters: Array) -> LanguageModel:
+        return nnx.merge(self.graphdef, with_rows(params, adapters))
 
-    def _prefill_model(self, params: Any, length: int) -> LanguageModel:
-        return nnx.merge(self._prefill_graphdef if length >= PREFILL_STEPS else self.graphdef, params)
+    def _prefill_model(self, params: Any, slots: Slots, rows: Array | None, length: int) -> LanguageModel:
+        adapters = slots.adapter if rows is None else _take_rows(rows, 0, slots.adapter)
+        graphdef = self._prefill_graphdef if length >= PREFILL_STEPS else self.graphdef
+        return nnx.merge(graphdef, with_rows(params, adapters))
 
     def _split_rows(self, tree: Any, mesh: Mesh) -> Any:
         axes = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
@@ -184,12 +189,12 @@ class Programs:
         return x._replace(**new)
 
     def checksum(self) -> bytes:
-        """8-byte checksum of all parameters' bits, to distinguish models of the same shape (not cryptographic).
+        """8-byte checksum of the bits of all parameters but places, to distinguish models (not cryptographic).
 
         One program per parameter shape: a single one takes XLA a minute to compile for 24 layers.
         """
         total = np.zeros(2, np.uint32)
-        for of_leaf in jax.device_get([self._checksum(leaf) for leaf in jax.tree.leaves(self.params)]):
+        for of_leaf in jax.device_get([self._checksum(leaf) for leaf in jax.tree.leaves(without_places(self.params))]):
             total = total * np.uint32(0x01000193) + of_leaf
         return total.tobytes()
 
@@ -198,13 +203,13 @@ class Programs:
     def _make(self, params: Any) -> tuple[Slots, BurstStart]:
         """Empty slots."""
         size, vocab = self.num_slots, self.vocab_size
-        state = self._model(params).initial_state(size)
+        state = nnx.merge(self.graphdef, params).initial_state(size)
         logits = jnp.zeros((size, vocab), self._logits_dtype)
         zeros = jnp.zeros((size, vocab), jnp.float32)
-        slots = Slots(state, logits, zeros, zeros, jnp.zeros((size, vocab), bool))
+        slots = Slots(state, logits, zeros, zeros, jnp.zeros((size, vocab), bool), jnp.full(size, NONE, jnp.int32))
         return slots, BurstStart(jax.tree.map(jnp.copy, state), logits)
 
-    def _put(self, slots: Slots, slot: Array, row: SlotState, bias: Array, stops: Array) -> Slots:
+    def _put(self, slots: Slots, slot: Array, row: SlotState, bias: Array, stops: Array, adapter: Array) -> Slots:
         """Loads a text into a slot."""
         state = jax.tree.map(lambda x, y: x.at[self._at(slot)].set(y), slots.state, row.state)
         return Slots(
@@ -213,6 +218,7 @@ class Programs:
             slots.occurrences.at[slot].set(row.occurrences),
             slots.bias.at[slot].set(bias),
             slots.stops.at[slot].set(stops),
+            slots.adapter.at[slot].set(adapter),
         )
 
     def _take(self, state: Any, logits: Array, occurrences: Array, slot: Array) -> SlotState:
@@ -229,7 +235,7 @@ class Programs:
           tokens: int32 [r, T], of which each row's first `lengths` [r] are valid; 0 leaves a slot unchanged.
           wants_logits: whether any row needs its logits now; otherwise none are updated.
         """
-        model = self._prefill_model(params, tokens.shape[1])
+        model = self._prefill_model(params, slots, rows, tokens.shape[1])
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
         hidden, state = model.hidden(tokens, own.state, lengths=lengths)
         last = _last(hidden, lengths)
@@ -248,7 +254,7 @@ class Programs:
         Args:
           num_top: number of most likely tokens to report, at most V; each value compiles a program.
         """
-        model = self._prefill_model(params, tokens.shape[1])
+        model = self._prefill_model(params, slots, rows, tokens.shape[1])
         own = self._gather(BurstStart(slots.state, slots.logits), rows)
         hidden, state = model.hidden(tokens, own.state, lengths=lengths)
         num_top = min(num_top, self.vocab_size)
@@ -273,9 +279,9 @@ class Programs:
           rows: int32 [b], slots; None is all of them in order; S is a padding row.
           num_top: number of most likely tokens to report, at most V; each value compiles a program.
         """
-        model = self._model(params)
         num_top = min(num_top, self.vocab_size)
         own = self._gather(slots, rows)
+        model = self._model(params, own.adapter)
         burst_start = self._start_burst(burst_start, rows, own, decode)
         num_rows = own.logits.shape[0]
         base_keys = jax.vmap(jax.random.key)(decode.seeds)

@@ -44,6 +44,7 @@ class Arguments(SessionArguments, total=False):
 
     state: Snapshot | None
     return_state: bool
+    adapter: str | None
 
 
 _ARGUMENTS = frozenset(Arguments.__annotations__)  # including those of the base class

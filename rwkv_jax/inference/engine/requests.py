@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from rwkv_jax.checks import ConfigError, is_number, is_whole, require_whole, shown
+from rwkv_jax.inference.engine.adapters import LoadedAdapter
 from rwkv_jax.inference.engine.text import check_stop_strings
 from rwkv_jax.inference.sampling.grammar import Grammar
 from rwkv_jax.inference.sampling.params import SamplingParams
@@ -73,6 +74,8 @@ class Request:
     """The client: clients' queues take turns."""
     grammar: Grammar | None = None
     """What the text must match; None for any text."""
+    adapter: LoadedAdapter | None = None
+    """The adapter that the text is generated with; None for the base alone."""
     scored_ids: tuple[int, ...] = ()
     """Given tokens behind the prompt, to be scored; nothing is generated then."""
 

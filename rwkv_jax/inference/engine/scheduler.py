@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rwkv_jax.inference.engine.adapters import LoadedAdapter, number_of
 from rwkv_jax.inference.engine.fair_queue import FairQueue
 from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, UnreadScores
 from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
@@ -110,6 +111,11 @@ class Scheduler:
         """Ends queued jobs that nobody will collect."""
         self._queue.remove_abandoned()
 
+    def uses(self, adapter: LoadedAdapter) -> bool:
+        """Whether a text that has not ended is one of an adapter."""
+        jobs = [*self._prefilling, *self._decoding, *self._swapped_out, *self._queue]
+        return any(job.request.adapter is adapter for job in jobs)
+
     def cancel(self, job: Job) -> None:
         """Ends a job at what was collected; no effect on one that has ended."""
         if job.is_done:
@@ -123,7 +129,7 @@ class Scheduler:
             self._queue.remove(job)
         job.end()
 
-    def extend(self, snapshot: Snapshot, ids: Sequence[int]) -> Snapshot:
+    def extend(self, snapshot: Snapshot, ids: Sequence[int], adapter: LoadedAdapter | None = None) -> Snapshot:
         """Prefills some tokens immediately, in a free slot or one borrowed from a text, and returns the state.
 
         If the device fails, all jobs with a slot end with that error.
@@ -132,7 +138,7 @@ class Scheduler:
             self.slots.repair()
             slot = self.slots.slot_to_borrow
             lender = next((job for job in [*self._prefilling, *self._decoding] if slot in job.slots), None)
-            return self.slots.prefilled(snapshot, ids, lender)
+            return self.slots.prefilled(snapshot, ids, adapter, lender)
         except BaseException as error:
             self._fail(error)  # the borrowed slot no longer has its text's state
             raise
@@ -213,6 +219,7 @@ class Scheduler:
                     other
                     for other in self._prefilling
                     if other.request.state is None
+                    and other.request.adapter is job.request.adapter
                     and not other.cursors[0].is_scoring
                     and self._min_prefix_tokens <= len(other.request.ids) <= len(ids)
                     and ids[: len(other.request.ids)] == other.request.ids
@@ -229,7 +236,7 @@ class Scheduler:
             for cursor in job.cursors:
                 row = cursor.saved or self._first_row(job, cursor, tables)
                 cursor.slot = self.slots.free.pop()
-                self.slots.put(cursor.slot, row, tables.bias, tables.stops)
+                self.slots.put(cursor.slot, row, tables.bias, tables.stops, cursor.adapter)
                 cursor.saved = None
         except Exception as error:
             if self.slots.are_deleted:
@@ -246,15 +253,15 @@ class Scheduler:
             return SlotState(state.state, state.logits, tables.occurrences)
         if self._prefix_cache is not None:
             prompt = cursor.ids[: cursor.prompt_length]
-            found = self._prefix_cache.lookup(prompt)
-            if found is not None and found[1].owner == self.slots.owner:
+            found = self._prefix_cache.lookup(prompt, number_of(cursor.adapter))
+            if found is not None and found[1].owner == self.slots.owner_of(cursor.adapter):
                 cursor.num_prefilled, prefix = found
                 self.counts.update(cached_tokens=cursor.num_prefilled, prefix_hits=1)
                 if cursor is job.cursors[0]:
                     job.num_cached = cursor.num_prefilled
                 return SlotState(prefix.state, prefix.logits, tables.occurrences)
             self.counts["prefix_misses"] += 1
-            shared = self._prefix_cache.shared_prefix_length(prompt)
+            shared = self._prefix_cache.shared_prefix_length(prompt, number_of(cursor.adapter))
             cursor.shared_prefix_length = shared if shared >= self._min_prefix_tokens else 0
         return SlotState(self.slots.empty_row.state, self.slots.empty_row.logits, tables.occurrences)
 
@@ -314,13 +321,12 @@ class Scheduler:
         if not job.request.return_state or job.is_prefilling:
             return
         cursor = job.cursors[0]
-        assert cursor.slot is not None
         job.snapshot, job.last_burst = None, None
         if job.burst_was_used_up:
-            job.snapshot = self.slots.snapshot(cursor.saved or self.slots.row(cursor.slot), job.num_tokens)
+            job.snapshot = self.slots.snapshot_of(cursor, job.num_tokens)
         # Not needed if all chunks are collected; and a text just swapped in has no burst in its slot yet.
         if job.burst and (job.chunks or not job.burst_was_used_up):
-            before = self.slots.snapshot(self.slots.row_before_burst(cursor.slot), job.num_tokens - len(job.burst))
+            before = self.slots.snapshot_of(cursor, job.num_tokens - len(job.burst), before_burst=True)
             job.last_burst = LastBurst(before, tuple(job.burst))
 
     # Prefill.
@@ -369,9 +375,8 @@ class Scheduler:
         self.slots.prefill(pieces, length, alone=alone, wants_logits=wants_logits)
         for cursor in to_cache:
             assert self._prefix_cache is not None
-            assert cursor.slot is not None
-            snapshot = self.slots.snapshot(self.slots.row(cursor.slot), cursor.num_prefilled)
-            self._prefix_cache.put(cursor.ids[: cursor.num_prefilled], snapshot)
+            snapshot = self.slots.snapshot_of(cursor, cursor.num_prefilled)
+            self._prefix_cache.put(cursor.ids[: cursor.num_prefilled], snapshot, number_of(cursor.adapter))
 
     def _is_worth_caching(self, cursor: PrefillCursor, size: int) -> bool:
         """Whether to cache the state after `size` more tokens: at a prompt's end, or where it diverges from another."""

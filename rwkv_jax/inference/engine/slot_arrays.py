@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from rwkv_jax.checks import ConfigError
+from rwkv_jax.inference.engine.adapters import NONE, LoadedAdapter
 from rwkv_jax.inference.engine.job import Job, PrefillCursor, decode_params
 from rwkv_jax.inference.engine.programs import DecodeBurst, DecodeParams, Programs, SlotState, pad
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
@@ -92,20 +94,42 @@ class SlotArrays:
         """A copy of what a slot holds now."""
         return self._programs.take(self._slots.state, self._slots.logits, self._slots.occurrences, np.int32(slot))
 
-    def row_before_burst(self, slot: int) -> SlotState:
+    def _row_before_burst(self, slot: int) -> SlotState:
         """A copy of the state and logits from before a slot's last burst."""
         start = self._burst_start
         return self._programs.take(start.state, start.logits, self._slots.occurrences, np.int32(slot))
 
-    def snapshot(self, row: SlotState, num_tokens: int) -> Snapshot:
-        """A row's state, for later."""
-        return Snapshot(row.state, row.logits, num_tokens, self.owner)
+    @property
+    def params(self) -> Any:
+        """Parameters of the programs, with the adapters in their places; others of the same shapes may replace them."""
+        return self._programs.params
 
-    def put(self, slot: int, row: SlotState, bias: Any, stops: Any) -> None:
-        """Loads a text into a slot."""
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._programs.params = params
+
+    def owner_of(self, adapter: LoadedAdapter | None) -> str:
+        """What snapshots of texts with an adapter, or without, are recognized by."""
+        return self.owner if adapter is None else f"{self.owner}+{adapter.digest}"
+
+    def snapshot_of(self, cursor: PrefillCursor, num_tokens: int, *, before_burst: bool = False) -> Snapshot:
+        """The state of a cursor's slot, for later: now, or before its last burst."""
+        assert cursor.slot is not None
+        row = self._row_before_burst(cursor.slot) if before_burst else cursor.saved or self.row(cursor.slot)
+        return Snapshot(row.state, row.logits, num_tokens, self.owner_of(cursor.adapter))
+
+    def put(self, slot: int, row: SlotState, bias: Any, stops: Any, adapter: LoadedAdapter | None = None) -> None:
+        """Loads a text into a slot.
+
+        Raises:
+          ConfigError: its adapter was removed meanwhile.
+        """
+        if adapter is not None and not adapter.is_loaded:
+            raise ConfigError(f"adapter = {adapter.name!r}: was removed before this text began; load it again")
+        place = NONE if adapter is None else adapter.place
         # It may be on the host or other devices, if another engine with the same weights made it.
         row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
-        self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops)
+        self._slots = self._programs.put(self._slots, np.int32(slot), row, bias, stops, np.int32(place))
 
     def wait(self) -> None:
         """Waits until the device has done what it was given."""
@@ -166,24 +190,27 @@ class SlotArrays:
         """The slots of a call's rows, padded; None is all slots in order."""
         return None if num_rows == self.count else pad(slots, num_rows, self.count, np.int32)
 
-    def prefilled(self, snapshot: Snapshot, ids: Sequence[int], lender: Job | None) -> Snapshot:
+    def prefilled(
+        self, snapshot: Snapshot, ids: Sequence[int], adapter: LoadedAdapter | None, lender: Job | None
+    ) -> Snapshot:
         """The state after some more tokens, which are prefilled in a free slot, or in one borrowed from a text.
 
         Args:
+          adapter: of the snapshot's text.
           lender: the text with slot `slot_to_borrow`; None if that is free.
         """
         slot = self.slot_to_borrow
         lent = self.row(slot)
         zeros = np.zeros(self.vocab_size, np.float32)
-        cursor = PrefillCursor(tuple(ids), slot=slot)
-        self.put(slot, SlotState(snapshot.state, snapshot.logits, zeros), zeros, zeros > 0)
+        cursor = PrefillCursor(tuple(ids), slot=slot, adapter=adapter)
+        self.put(slot, SlotState(snapshot.state, snapshot.logits, zeros), zeros, zeros > 0, adapter)
         while cursor.remaining:
             size = min(cursor.remaining, self._shapes.short)
             self.prefill([(cursor, size)], self._shapes.short, alone=True, wants_logits=size == cursor.remaining)
-        state = self.snapshot(self.row(slot), snapshot.num_tokens + len(ids))
+        state = self.snapshot_of(cursor, snapshot.num_tokens + len(ids))
         if lender is not None:
             tables = lender.tables()
-            self.put(slot, lent, tables.bias, tables.stops)
+            self.put(slot, lent, tables.bias, tables.stops, lender.request.adapter)
         return state
 
     @property

@@ -144,7 +144,7 @@ class Stream:
             return job.snapshot
         if job.last_burst is not None:
             collected, before = job.last_burst.ids[:num_collected], job.last_burst.before
-            extend = functools.partial(self._driver.scheduler.extend, before, collected)
+            extend = functools.partial(self._driver.scheduler.extend, before, collected, job.request.adapter)
             return self._driver.call(extend) if collected else before
         return job.request.state
 

@@ -37,36 +37,41 @@ class PrefixCache:
         self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
 
-    def lookup(self, tokens: Sequence[int] | NDArray[Any]) -> tuple[int, Snapshot] | None:
+    def lookup(self, tokens: Sequence[int] | NDArray[Any], adapter: int = 0) -> tuple[int, Snapshot] | None:
         """The longest cached prefix of the tokens, possibly all of them, or None.
+
+        Args:
+          adapter: number of the text's adapter, whose states no other text sees; 0 for none.
 
         Returns:
           Its number of tokens, and the snapshot after them, which becomes the most recently used.
         """
-        wanted = _as_key(tokens)
+        wanted, mark = _as_key(tokens, adapter), _mark(adapter)
         with self._lock:
             # Prefixes come before what they begin. If the last key before it is none, no longer one than both share is.
             while index := bisect.bisect_right(self._keys, wanted):
                 key = self._keys[index - 1]
                 if wanted.startswith(key):
                     self._snapshots.move_to_end(key)
-                    return len(key) // _TOKEN_BYTES, self._snapshots[key]
+                    return (len(key) - len(mark)) // _TOKEN_BYTES, self._snapshots[key]
                 wanted = wanted[: _common_length(key, wanted)]
             return None
 
-    def shared_prefix_length(self, tokens: Sequence[int] | NDArray[Any]) -> int:
-        """Length of the longest common prefix of the tokens and any cached sequence."""
-        wanted = _as_key(tokens)
+    def shared_prefix_length(self, tokens: Sequence[int] | NDArray[Any], adapter: int = 0) -> int:
+        """Length of the longest common prefix of the tokens and any cached sequence of the same adapter."""
+        wanted, mark = _as_key(tokens, adapter), _mark(adapter)
         with self._lock:
             index = bisect.bisect_left(self._keys, wanted)
             neighbors = self._keys[max(0, index - 1) : index + 1]
-        return max((_common_length(key, wanted) for key in neighbors), default=0) // _TOKEN_BYTES
+        shared = max((_common_length(key, wanted) for key in neighbors), default=0)
+        return max(0, shared - len(mark)) // _TOKEN_BYTES
 
-    def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot) -> bool:
+    def put(self, tokens: Sequence[int] | NDArray[Any], snapshot: Snapshot, adapter: int = 0) -> bool:
         """Stores the snapshot after some tokens, replacing an existing one.
 
         Args:
           tokens: all tokens read by the snapshot since its text began.
+          adapter: as in `lookup`.
 
         Returns:
           Whether it is stored: not if it is larger than the whole cache, which is then unchanged.
@@ -74,10 +79,11 @@ class PrefixCache:
         Raises:
           ConfigError: no tokens, or not as many as the snapshot has read.
         """
-        key = _as_key(tokens)
-        if not key or len(key) != _TOKEN_BYTES * snapshot.num_tokens:
+        key = _as_key(tokens, adapter)
+        count = (len(key) - len(_mark(adapter))) // _TOKEN_BYTES
+        if not count or count != snapshot.num_tokens:
             raise ConfigError(
-                f"tokens: {len(key) // _TOKEN_BYTES} where the snapshot has read {snapshot.num_tokens}; "
+                f"tokens: {count} where the snapshot has read {snapshot.num_tokens}; "
                 "give all tokens since the text began, of which there must be one or more"
             )
         with self._lock:
@@ -105,16 +111,21 @@ class PrefixCache:
         return self._num_bytes
 
 
-def _as_key(tokens: Sequence[int] | NDArray[Any]) -> bytes:
-    """The tokens as big-endian numbers, which sort like the tokens themselves."""
+def _mark(adapter: int) -> bytes:
+    """What the keys of an adapter begin with: no token is as large, so that they are all behind those without one."""
+    return (2**31 + adapter).to_bytes(_TOKEN_BYTES, "big") if adapter else b""
+
+
+def _as_key(tokens: Sequence[int] | NDArray[Any], adapter: int) -> bytes:
+    """The tokens as big-endian numbers, which sort like the tokens themselves, behind the mark of their adapter."""
     array = np.asarray(tokens)
     if array.size == 0:
-        return b""
+        return _mark(adapter)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ConfigError(f"tokens: {array.dtype} of shape {array.shape} must be a sequence of token ids")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         raise ConfigError(f"tokens: from {array.min()} to {array.max()} must lie from 0 to V - 1")
-    return array.astype(">i4").tobytes()
+    return _mark(adapter) + array.astype(">i4").tobytes()
 
 
 def _common_length(a: bytes, b: bytes) -> int:

@@ -44,12 +44,15 @@ class Session:
         engine: Engine,
         snapshot: Snapshot | None = None,
         on_change: Callable[[Session], None] = lambda session: None,
+        adapter: str | None = None,
     ) -> None:
         """Starts at a snapshot of the engine's model; None is the start of a text.
 
         Args:
           on_change: called when the state or the marks have changed.
+          adapter: name of the engine's adapter with which all of it is read and generated; None for none.
         """
+        self.adapter = adapter
         self._on_change = on_change
         self._engine = engine
         self._snapshot = snapshot
@@ -88,7 +91,7 @@ class Session:
         Raises ConfigError if it is empty or has ids beyond the vocabulary, or SessionBusyError.
         """
         with self._alone("append"):
-            self._snapshot = self._engine.prefill(self._snapshot, prompt)
+            self._snapshot = self._engine.prefill(self._snapshot, prompt, adapter=self.adapter)
         self._on_change(self)
 
     def generate(self, prompt: Prompt = "", **arguments: Unpack[SessionArguments]) -> Completion:
@@ -123,12 +126,14 @@ class Session:
         """
         if not is_one(prompt) and len(prompt):
             raise ConfigError("prompt: a session continues with one text at a time; there are several")
-        for name in ("state", "return_state"):
+        for name in ("state", "return_state", "adapter"):
             if name in arguments:
                 raise ConfigError(f"{name}: a session continues its own state, which it keeps; leave {name} out")
         self._claim("stream")
         try:
-            stream = self._engine.stream(prompt, state=self._snapshot, return_state=True, **arguments)
+            stream = self._engine.stream(
+                prompt, state=self._snapshot, return_state=True, adapter=self.adapter, **arguments
+            )
         except BaseException:
             self._release()
             raise
@@ -143,7 +148,7 @@ class Session:
     def fork(self) -> Session:
         """An independent session with the same state and marks; shares all arrays."""
         with self._alone("fork"):
-            other = Session(self._engine, self._snapshot)
+            other = Session(self._engine, self._snapshot, adapter=self.adapter)
             other._marks = dict(self._marks)
             return other
 
@@ -172,12 +177,13 @@ class Session:
         with self._alone("save"):
             if self._snapshot is None:
                 raise ConfigError(f"{path}: the session has read nothing that could be saved; append a text first")
-            save_snapshot(path, self._snapshot, self._engine.identity)
+            save_snapshot(path, self._snapshot, self._engine.identity_of(self.adapter))
 
     @classmethod
-    def load(cls, engine: Engine, path: str | os.PathLike[str]) -> Self:
+    def load(cls, engine: Engine, path: str | os.PathLike[str], adapter: str | None = None) -> Self:
         """A session in a saved state. Raises as `rwkv_jax.inference.state.state_file.load_snapshot`."""
-        return cls(engine, dataclasses.replace(load_snapshot(path, engine.identity), owner=engine.owner))
+        snapshot = load_snapshot(path, engine.identity_of(adapter))
+        return cls(engine, dataclasses.replace(snapshot, owner=engine.adapters.owner_of(adapter)), adapter=adapter)
 
     # Used by its streams.
 

@@ -55,6 +55,7 @@ _REMEDIES = {
     "generation": "load a model of the file's generation",
     "model": "load the very parameters that it was made with, in the same dtype and quantization",
     "tokenizer": "take the tokenizer that it was made with",
+    "adapter": "choose the adapter that it was made with, or none where it is empty",
 }
 _REMEDY = "a file that a session was saved to"
 _DAMAGED = "get another copy of the file, or go back to an earlier state"
@@ -76,6 +77,8 @@ class Identity:
     """Shape and dtype of `Snapshot.logits`."""
     capacity: int | None = None
     """Maximum tokens in a state; None for no limit."""
+    adapter: str = ""
+    """Hex digest of the adapter that the text was read with; empty for the model alone."""
 
 
 def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
@@ -172,7 +175,7 @@ def _content(source: Path | str, snapshot: Snapshot, identity: Identity) -> tupl
         "model": identity.model,
         "tokenizer": identity.tokenizer,
         "num_tokens": str(snapshot.num_tokens),
-    }
+    } | ({"adapter": identity.adapter} if identity.adapter else {})
     return tensors, metadata | {_CHECKSUMS: checksums(tensors, metadata)}
 
 
@@ -258,7 +261,7 @@ def _check_metadata(source: Path | str, metadata: Mapping[str, str], identity: I
     differences = [
         f"{name}: {_quoted(metadata, name)} in the file, {getattr(identity, name)!r} here; {remedy}"
         for name, remedy in _REMEDIES.items()
-        if metadata.get(name) != getattr(identity, name)
+        if metadata.get(name, "" if name == "adapter" else None) != getattr(identity, name)
     ]
     if differences:
         first = f"{source}: this state does not belong to the model and tokenizer here:"

@@ -16,6 +16,8 @@ class Model(Answer):
     created: int
     """Unix time."""
     owned_by: str = "rwkv-jax"
+    parent: str | None = None
+    """Of an adapter, the model that it adapts."""
 
 
 class Models(Answer):

@@ -16,6 +16,8 @@ class StateBody(RequestBody):
 
     id: Id | None = None
     """Its id; by default a random one. A state of that id is replaced."""
+    model: str | None = None
+    """The model, or an adapter of it, that reads and whose state it is; None is the model."""
     state: str | None = None
     """Continue from this state: an id, or base64 of a state file or of an official file of a tuned state (.pth or
     safetensors)."""

@@ -67,8 +67,8 @@ async def chat(body: ChatBody, service: ServiceOf, tenant: TenantOf) -> ChatComp
 
 async def prepare(body: ChatBody, service: Service, tenant: str, *, keep_as: str | None = None) -> ChatAnswer:
     """Checks a request and finds what the engine is asked, and after which state; `keep_as` as in `open_turn`."""
-    service.check_model(body.model)
-    turn = await open_turn(service, tenant, body, num_texts=body.n or 1, keep_as=keep_as)
+    adapter = service.check_model(body.model)
+    turn = await open_turn(service, tenant, body, num_texts=body.n or 1, keep_as=keep_as, adapter=adapter)
     with turn.closed_on_error():
         prompt = render(body, service, turn)
         job = await anyio.to_thread.run_sync(as_job, body, prompt, service, tenant, turn)
@@ -181,7 +181,7 @@ class ChatAnswer:
             reason = finish_reason_of(text.finish_reason, bool(message.tool_calls))
             choices.append(Choice(index=index, message=message, logprobs=self._logprobs(text), finish_reason=reason))
         usage = usage_of(stream, self.job.copies, sum(len(text.ids) for text in texts))
-        model = self.service.model_name
+        model = self.body.model
         return ChatCompletion(id=self.id, created=self.created, model=model, choices=choices, usage=usage, state=kept)
 
     async def pieces(self, stream: Stream, with_usage: bool) -> AsyncIterator[ChatChunk]:
@@ -235,5 +235,5 @@ class ChatAnswer:
         return chat_logprobs(self.service.engine.tokenizer, of.ids, of.logprobs, of.top_logprobs)
 
     def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None, kept: KeptState | None = None) -> ChatChunk:
-        model = self.service.model_name
+        model = self.body.model
         return ChatChunk(id=self.id, created=self.created, model=model, choices=list(choices), usage=usage, state=kept)

@@ -50,13 +50,13 @@ class Echo(NamedTuple):
 @router.post("/v1/completions", response_model=Completion)
 async def complete(body: CompletionBody, service: ServiceOf, tenant: TenantOf) -> Completion | EventSourceResponse:
     """Continues one prompt or several."""
-    service.check_model(body.model)
+    adapter = service.check_model(body.model)
     with_usage = body.has_usage_chunk()
-    turn = await open_turn(service, tenant, body, num_texts=body.num_texts())
+    turn = await open_turn(service, tenant, body, num_texts=body.num_texts(), adapter=adapter)
     with turn.closed_on_error():
         job = await anyio.to_thread.run_sync(as_job, body, service.engine, tenant, turn)
         check_lengths(service, job.prompts)  # before any of them is scored
-        head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=service.model_name, choices=[])
+        head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
         answer = _Answer(body, service, job, turn, head)
         if not body.stream:
             return await answer.whole()
@@ -186,7 +186,12 @@ class _Answer:
         pairs = [pair for pair in zip(contexts, continuations, strict=True) if pair[1]]
         if self.body.logprobs is None or not pairs:
             return []
-        arguments = {"top_logprobs": self.body.logprobs, "client_id": self.job.arguments.get("client_id", "")}
+        own = self.job.arguments
+        arguments = {
+            "top_logprobs": self.body.logprobs,
+            "client_id": own.get("client_id", ""),
+            "adapter": own.get("adapter"),
+        }
         has_arrived()  # what is scored does not wait for the text behind it
         score = functools.partial(self.service.engine.score, *map(list, zip(*pairs, strict=True)), **arguments)
         return await anyio.to_thread.run_sync(score, abandon_on_cancel=True)

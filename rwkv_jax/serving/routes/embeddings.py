@@ -33,7 +33,9 @@ class Reading(NamedTuple):
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingBody, service: ServiceOf) -> Embeddings:
     """Embeds one text or several."""
-    service.check_model(body.model)
+    if (adapter := service.check_model(body.model)) is not None:
+        message = f"model = {body.model!r}: embeddings are the model's own; ask {service.model_name!r} for them"
+        raise APIError(400, f"{message}, without the adapter {adapter!r}", param="model")
     # One request at a time is read; those that wait keep no thread from other work.
     return await anyio.to_thread.run_sync(_answer, body, service, limiter=service.embedding_turns)
 

@@ -63,7 +63,7 @@ def begun(body: ResponseBody, service: Service) -> Response:
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata,
-        model=service.model_name,
+        model=body.model,
         output=[],
         previous_response_id=body.previous_response_id,
         store=bool(body.store),

@@ -37,9 +37,11 @@ async def list_states(service: ServiceOf, tenant: TenantOf) -> States:
 @router.post("/v1/states")
 async def make_state(body: StateBody, service: ServiceOf, tenant: TenantOf) -> StateObject:
     """Reads a text, messages or a file, and keeps the state after it."""
+    adapter = None if body.model is None else service.check_model(body.model)
 
     def make() -> StateObject:
-        return _put(service, tenant, body.id or turns.new_id(), _read(body, service, tenant))
+        snapshot = _read(body, service, tenant, adapter)
+        return _put(service, tenant, body.id or turns.new_id(), snapshot, adapter)
 
     return await anyio.to_thread.run_sync(make)
 
@@ -63,8 +65,10 @@ async def put_state(
     service: ServiceOf,
     tenant: TenantOf,
     kind: Literal["state", "session"] = "state",
+    model: str | None = None,
 ) -> StateObject:
     """Keeps a state file, or an official file of a tuned state, under an id; what was there is replaced."""
+    adapter = None if model is None else service.check_model(model)
     limit = await anyio.to_thread.run_sync(lambda: codec.max_file_bytes(service.engine.identity))
     content = bytearray()
     async for piece in request.stream():
@@ -73,8 +77,8 @@ async def put_state(
             raise codec.too_large("body", limit)
 
     def put() -> StateObject:
-        snapshot = codec.decode(bytes(content), service.engine, "body")
-        return _put(service, tenant, id, _begun(snapshot, service), kind)
+        snapshot = codec.decode(bytes(content), service.engine, "body", adapter)
+        return _put(service, tenant, id, _begun(snapshot, service, adapter), adapter, kind)
 
     return await anyio.to_thread.run_sync(put)
 
@@ -87,37 +91,39 @@ async def delete_state(id: IdOf, service: ServiceOf, tenant: TenantOf) -> Delete
     return DeletedState(id=id)
 
 
-def _read(body: StateBody, service: Service, tenant: str) -> Snapshot:
+def _read(body: StateBody, service: Service, tenant: str, adapter: str | None) -> Snapshot:
     """The state that a request describes."""
-    snapshot = None if body.state is None else turns.find_state(service, tenant, body.state)
+    snapshot = None if body.state is None else turns.find_state(service, tenant, body.state, adapter=adapter)
     if body.prompt is not None:
-        snapshot = _prefill(service, snapshot, body.prompt)
+        snapshot = _prefill(service, snapshot, body.prompt, adapter)
     if body.messages is not None:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         text = turns.render_after(snapshot, service.template, messages, add_generation_prompt=False)
-        snapshot = _prefill(service, snapshot, text + turns.separator(service.template))
+        snapshot = _prefill(service, snapshot, text + turns.separator(service.template), adapter)
     if snapshot is None:
         raise ConfigError("prompt: there is none, and neither messages nor state; give one of them")
-    return _begun(snapshot, service)
+    return _begun(snapshot, service, adapter)
 
 
-def _prefill(service: Service, snapshot: Snapshot | None, prompt: str | list[int]) -> Snapshot:
+def _prefill(service: Service, snapshot: Snapshot | None, prompt: str | list[int], adapter: str | None) -> Snapshot:
     begins = snapshot is None or snapshot.num_tokens == 0
     ids = service.engine.encode(prompt, begins=begins) if isinstance(prompt, str) else prompt
     check_lengths(service, [ids])
     count_tokens("prompt_tokens", len(ids))
-    return service.engine.prefill(snapshot, ids)
+    return service.engine.prefill(snapshot, ids, adapter=adapter)
 
 
-def _begun(snapshot: Snapshot, service: Service) -> Snapshot:
+def _begun(snapshot: Snapshot, service: Service, adapter: str | None) -> Snapshot:
     """A tuned state that has read nothing reads what every text starts with."""
     if snapshot.num_tokens:
         return snapshot
-    return service.engine.prefill(snapshot, [service.engine.tokenizer.end_of_text])
+    return service.engine.prefill(snapshot, [service.engine.tokenizer.end_of_text], adapter=adapter)
 
 
-def _put(service: Service, tenant: str, id: str, snapshot: Snapshot, kind: Kind = "state") -> StateObject:
-    data, model = codec.encode(snapshot, service.engine), service.engine.identity.model
+def _put(
+    service: Service, tenant: str, id: str, snapshot: Snapshot, adapter: str | None, kind: Kind = "state"
+) -> StateObject:
+    data, model = codec.encode(snapshot, service.engine, adapter), service.engine.identity.model
     record = StateRecord(data, snapshot.num_tokens, model, time.time(), kind)
     service.states.store.put(tenant, id, record)
     return _object(StateInfo(id, kind, record.num_tokens, len(data), model, record.created, record.created))

@@ -25,18 +25,19 @@ def max_file_bytes(identity: Identity) -> int:
     return 8 * numbers + _HEADER_BYTES
 
 
-def encode(snapshot: Snapshot, engine: Engine) -> bytes:
+def encode(snapshot: Snapshot, engine: Engine, adapter: str | None = None) -> bytes:
     """The state file of a state. Raises StateError if it could not be loaded again, such as for NaN."""
-    return encode_snapshot(snapshot, engine.identity)
+    return encode_snapshot(snapshot, engine.identity_of(adapter))
 
 
-def decode(content: bytes, engine: Engine, name: str = "state") -> Snapshot:
+def decode(content: bytes, engine: Engine, name: str = "state", adapter: str | None = None) -> Snapshot:
     """The state in the bytes of a file.
 
     Args:
       content: a state file, or the official file of a tuned state (`rwkv_jax.tuning.state_files`), which has read
         no token yet.
       name: what messages call it.
+      adapter: name of the adapter whose state it has to be; None for the model alone.
 
     Raises:
       APIError: 413, it is larger than a state of this model can be; nothing in it has been looked at.
@@ -50,11 +51,11 @@ def decode(content: bytes, engine: Engine, name: str = "state") -> Snapshot:
     if is_tuned(tuned.tensors):
         snapshot = tuned_snapshot(tuned, engine, name)
     else:
-        snapshot = decode_snapshot(content, engine.identity, name=name)
-    return dataclasses.replace(snapshot, owner=engine.owner)
+        snapshot = decode_snapshot(content, engine.identity_of(adapter), name=name)
+    return dataclasses.replace(snapshot, owner=engine.adapters.owner_of(adapter))
 
 
-def decode_base64(text: str, engine: Engine, name: str = "state") -> Snapshot:
+def decode_base64(text: str, engine: Engine, name: str = "state", adapter: str | None = None) -> Snapshot:
     """As `decode`, of base64 text. Raises APIError, status 400, for text that is none."""
     limit = max_file_bytes(engine.identity)
     if len(text) > 4 * math.ceil(limit / 3):
@@ -63,7 +64,7 @@ def decode_base64(text: str, engine: Engine, name: str = "state") -> Snapshot:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise APIError(400, f"{name}: is neither an id nor base64 of a state file ({error})", param=name) from error
-    return decode(content, engine, name)
+    return decode(content, engine, name, adapter)
 
 
 def encode_base64(content: bytes) -> str:

@@ -50,9 +50,12 @@ _MESSAGE, _REPLY = Message("user", "Hello"), Message("assistant", "Yes.")
 class Turn:
     """One request's state before, and what is kept after. A session is busy until its turn is closed or dropped."""
 
-    def __init__(self, service: Service, tenant: str, fields: StateFields, keep_as: str | None = None) -> None:
+    def __init__(
+        self, service: Service, tenant: str, fields: StateFields, keep_as: str | None, adapter: str | None
+    ) -> None:
         """Before its state is known: see `open_turn`."""
         self._service, self._tenant, self._fields, self._keep_as = service, tenant, fields, keep_as
+        self._adapter = adapter
         self._before: Snapshot | None = None
         self._record: StateRecord | None = None
 
@@ -68,7 +71,7 @@ class Turn:
 
     def arguments(self) -> Arguments:
         """Arguments of `Engine.stream`; none without states."""
-        found: Arguments = {}
+        found: Arguments = {} if self._adapter is None else {"adapter": self._adapter}
         if self._before is not None:
             found["state"] = self._before
         if self.is_kept:
@@ -140,16 +143,16 @@ class Turn:
                 raise APIError(409, f"session = {fields.session!r}: is a state, not a session; give it as state")
             if fields.state not in (None, fields.session):
                 raise APIError(409, f"state: the session {fields.session!r} has one already; leave state out")
-            self._before = codec.decode(self._record.data, engine, f"session {fields.session!r}")
+            self._before = codec.decode(self._record.data, engine, f"session {fields.session!r}", self._adapter)
         elif fields.state is not None:
-            self._before = find_state(self._service, self._tenant, fields.state)
+            self._before = find_state(self._service, self._tenant, fields.state, adapter=self._adapter)
         elif not fields.reads_cache():
-            self._before = engine.first_snapshot  # a given state does not go through the cache
+            self._before = engine.first_snapshot(self._adapter)  # a given state does not go through the cache
 
     def _keep(self, stream: Stream, prompt: Sequence[int], answer: Completion, closing: str) -> KeptState:
         engine, fields = self._service.engine, self._fields
         snapshot = self._after(engine, stream, prompt, answer, closing)
-        data = codec.encode(snapshot, engine)
+        data = codec.encode(snapshot, engine, self._adapter)
         record = StateRecord(data, snapshot.num_tokens, engine.identity.model, time.time())
         kept = KeptState(num_tokens=snapshot.num_tokens, session=fields.session)
         if fields.return_state == "base64":
@@ -178,17 +181,24 @@ class Turn:
         if answer.stop is not None:
             more = [*prompt, *shown_ids(engine.tokenizer, answer), *more]
         if more:
-            return engine.prefill(before, more)
+            return engine.prefill(before, more, adapter=self._adapter)
         assert before is not None, "a text without a prompt continues something"
         return before
 
 
 async def open_turn(
-    service: Service, tenant: str, fields: StateFields, *, num_texts: int = 1, keep_as: str | None = None
+    service: Service,
+    tenant: str,
+    fields: StateFields,
+    *,
+    num_texts: int = 1,
+    keep_as: str | None = None,
+    adapter: str | None = None,
 ) -> Turn:
     """Finds what a request continues.
 
     Args:
+      adapter: name of the adapter that the text is of; None for the model alone.
       keep_as: the id of a state that is returned by id; None is a new one.
 
     Raises:
@@ -197,7 +207,7 @@ async def open_turn(
       ConfigError: fields that do not go together.
     """
     fields.check_states(num_texts)
-    turn = Turn(service, tenant, fields, keep_as)
+    turn = Turn(service, tenant, fields, keep_as, adapter)
     if fields.session is None and fields.state is None and fields.reads_cache():
         return turn
     key = (tenant, fields.session)
@@ -214,11 +224,11 @@ async def open_turn(
     return turn
 
 
-def find_state(service: Service, tenant: str, state: str, name: str = "state") -> Snapshot:
+def find_state(service: Service, tenant: str, state: str, name: str = "state", adapter: str | None = None) -> Snapshot:
     """A state by its id, or from base64; blocks. Raises as `open_turn`."""
     if len(state) > MAX_ID_LENGTH:
-        return codec.decode_base64(state, service.engine, name)
-    return codec.decode(get_record(service, tenant, state).data, service.engine, f"{name} {state!r}")
+        return codec.decode_base64(state, service.engine, name, adapter)
+    return codec.decode(get_record(service, tenant, state).data, service.engine, f"{name} {state!r}", adapter)
 
 
 def get_record(service: Service, tenant: str, id: str) -> StateRecord:
