@@ -10,6 +10,7 @@ width, D low rank, V vocabulary, L layers.
     data.py          data: sources, their order, the tokenizer
     step.py          optimizer, training: learning rates, batch and sequence sizes
     tuning.py        tuning: adapters, and what else of a base is trained
+    objective.py     preference, grpo: what is minimized besides the next token
     parallel.py      parallel, distributed: devices and processes
     reporting.py     evaluation, checkpoint, logging
     dicts.py         to JSON and back
@@ -20,6 +21,7 @@ from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
 from rwkv_jax.config.generations import GENERATIONS, Architecture, Generation, GenerationSpec, ResolvedSizes
 from rwkv_jax.config.model import ModelConfig
+from rwkv_jax.config.objective import PREFERENCES, WITH_REFERENCE, GRPOConfig, ObjectiveName, PreferenceConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.run import TrainConfig
@@ -28,6 +30,8 @@ from rwkv_jax.config.tuning import AdapterKind, TuningConfig
 
 __all__ = [
     "GENERATIONS",
+    "PREFERENCES",
+    "WITH_REFERENCE",
     "AdapterKind",
     "Architecture",
     "CheckpointConfig",
@@ -35,12 +39,15 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
+    "GRPOConfig",
     "Generation",
     "GenerationSpec",
     "LoggingConfig",
     "ModelConfig",
+    "ObjectiveName",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreferenceConfig",
     "Remat",
     "ResolvedSizes",
     "StepConfig",

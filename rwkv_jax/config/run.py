@@ -7,6 +7,7 @@ import dataclasses
 from rwkv_jax.checks import checker
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.model import ModelConfig
+from rwkv_jax.config.objective import WITH_REFERENCE, GRPOConfig, PreferenceConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.step import OptimizerConfig, StepConfig
@@ -30,6 +31,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: StepConfig = dataclasses.field(default_factory=StepConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -85,6 +88,7 @@ class TrainConfig:
             "training.reset_at_documents",
             "chats in a row would see each other; leave it on, or set data.chat_rows to apart",
         )
+        self._check_objective()
         self.model.spec.check_run(self)
         check(
             not self.training.first_step or self.initial_weights is not None,
@@ -137,4 +141,71 @@ class TrainConfig:
             "training.reset_at_documents",
             "a document that begins within a row would begin with zeros, not in the tuned state; switch it off, and "
             "each row is one text that does",
+        )
+
+    def _check_objective(self) -> None:
+        check, training, data = checker(self), self.training, self.data
+        objective = training.objective
+        self.preference.check_objective(objective)
+        self.grpo.check_objective(objective)
+        if objective == "next_token":
+            return
+        only = f"training.objective = {objective!r} has none; leave it out"
+        check(not training.fused_loss, "training.fused_loss", only)
+        check(training.l2wrap in (StepConfig.l2wrap, 0), "training.l2wrap", only)
+        check(not self.tuning.dropout, "tuning.dropout", only)
+        check(not training.carry_state, "training.carry_state", "each reply is a text of its own; switch it off")
+        reads = f"training.objective = {objective!r} reads {'prompts' if objective == 'grpo' else 'preferences'}"
+        given = data.source != DataConfig.source and not data.is_synthetic
+        check(given, "data.source", f"{reads}; name their file or folder")
+        check(data.chat is None, "data.chat", f"{reads}; leave it out")
+        check(not data.mixture, "data.mixture", f"{reads} from one source; put the files into one folder")
+        check(data.tokenizer is not None, "data.tokenizer", f"{reads}, which train none; name that of the model")
+        check(data.order == "windows", "data.order", f"{reads}, which have an order of their own; leave this out")
+        if objective in WITH_REFERENCE or self.grpo.kl_weight:
+            self._check_reference()
+        if objective == "grpo":
+            self._check_grpo()
+
+    def _check_reference(self) -> None:
+        check, tuning = checker(self), self.tuning
+        objective = self.training.objective
+        check(
+            self.initial_weights is not None,
+            "initial_weights",
+            f"training.objective = {objective!r} compares with a model; name its weights, with which training begins",
+        )
+        off = "an adapter without which the model is the base: a tuning.adapter other than pissa, and no tuning.also"
+        switches = tuning.adapter not in (None, "pissa") and not tuning.also
+        check(
+            self.preference.reference != "adapter_off" or switches, "preference.reference", f"needs {off}; take stored"
+        )
+        check(
+            objective != "grpo" or not tuning.is_partial or switches or (tuning.state and not tuning.also),
+            "grpo.kl_weight",
+            f"needs {off}; or train all weights",
+        )
+        check(
+            objective != "kto" or self.training.accumulation_steps == 1,
+            "training.accumulation_steps",
+            "kto estimates a KL divergence over the rows of a step, which are then read at once; set it to 1",
+        )
+
+    def _check_grpo(self) -> None:
+        check, grpo, training = checker(self), self.grpo, self.training
+        check(bool(grpo.rewards), "grpo.rewards", "name at least one function, as FILE.py:NAME 1.0")
+        check(
+            training.batch_size % grpo.num_generations == 0,
+            "training.batch_size",
+            f"must be a multiple of grpo.num_generations = {grpo.num_generations}",
+        )
+        check(
+            grpo.max_tokens < training.sequence_length,
+            "grpo.max_tokens",
+            f"must be less than training.sequence_length = {training.sequence_length}, of which prompts have the rest",
+        )
+        check(
+            self.checkpoint.every % grpo.iterations == 0,
+            "checkpoint.every",
+            f"must be a multiple of grpo.iterations = {grpo.iterations}: replies are not saved",
         )

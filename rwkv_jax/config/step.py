@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from rwkv_jax.checks import checker, require_choices, require_positive
+from rwkv_jax.config.objective import ObjectiveName
 
 Remat = Literal["none", "operator", "full"]
 """Activations that a block's backward pass recomputes."""
@@ -101,13 +102,17 @@ class OptimizerConfig:
 class StepConfig:
     """Steps: their number, batch, sequence and memory settings."""
 
+    objective: ObjectiveName = "next_token"
+    """What is minimized: next_token, or a loss of preferences: dpo (arXiv 2305.18290), orpo (2403.07691), simpo
+    (2405.14734) or kto (2402.01306), whose settings are in `preference`; or of rewards: grpo (2402.03300), whose
+    settings are in `grpo`."""
     num_steps: int = 1000
     """Optimizer steps in the whole run. RWKV-LM: epoch_count, my_exit_tokens."""
     first_step: int = 0
     """The step at which the run begins, in schedule and data order, for initial_weights from another trainer's run
     (RWKV-LM's rwkv-N.pth: N + 1 times its epoch_steps). RWKV-LM: epoch_begin."""
     batch_size: int = 8
-    """B: sequences in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
+    """B: sequences (of preferences, pairs) in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
     sequence_length: int = 512
     """T: tokens in one sequence. RWKV-LM: ctx_len."""
     accumulation_steps: int = 1
@@ -127,7 +132,7 @@ class StepConfig:
     """Compute the gradients of the head and its input in the loss's forward pass, from the same logits: three products
     with the head instead of four, in bfloat16 all with bfloat16 operands and float32 sums."""
     l2wrap: float = 1e-4
-    """Strength of L2Wrap, the official penalty on each token's largest logit; 0 disables it."""
+    """Strength of L2Wrap, the official penalty on each token's largest logit; 0 disables it. Of next_token only."""
     max_bad_steps: int = 10
     """Consecutive skipped steps, with a loss or gradient that is not finite, after which the run stops."""
     spike_factor: float | None = None
