@@ -60,6 +60,24 @@ class Answers(NamedTuple):
         return "\n".join([*lines, *(f"  {part}: {found.describe()}" for part, found in self.parts.items())])
 
 
+class Preferred(NamedTuple):
+    """How well a model tells held-out replies apart."""
+
+    loss: float
+    """Mean loss of the objective."""
+    metrics: Mapping[str, float]
+    """Means over pairs that the objective reports."""
+
+    def record(self) -> dict[str, float]:
+        """The figures, by name."""
+        return {"loss": self.loss, **self.metrics}
+
+    def describe(self) -> str:
+        """The figures on a line."""
+        listed = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
+        return f"loss {self.loss:.4f}{listed}"
+
+
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Converts nats per token to bits per byte of text."""
     return loss / math.log(2) / bytes_per_token

@@ -78,6 +78,7 @@ def identity(
         "training.carry_state": config.training.carry_state,
         "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
         **({f"data.{name}": getattr(config.data, name) for name in _CHAT} if config.data.chat is not None else {}),
+        "training.objective": None if config.training.objective == "next_token" else config.training.objective,
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
     }

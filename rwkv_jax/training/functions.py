@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from rwkv_jax.config import ConfigError, StepConfig, TrainConfig
+from rwkv_jax.config import PREFERENCES, WITH_REFERENCE, ConfigError, StepConfig, TrainConfig
 from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.models.implementations import check_implementations
 from rwkv_jax.models.tuned import is_kept, tuned_shapes
@@ -23,7 +23,9 @@ from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.parallel.tuned import shard_tuned
 from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.objectives.grpo import GRPO, GroupBatch
 from rwkv_jax.training.objectives.next_token import NextToken
+from rwkv_jax.training.objectives.preference import PairBatch, Preference, Replies
 from rwkv_jax.training.optimizer import make_optimizer, tuned_group
 from rwkv_jax.training.partition import merge_params, split_params, tuned_partition
 from rwkv_jax.training.rates import learning_layers, without_frozen
@@ -194,7 +196,7 @@ def make_train_functions(
     config: TrainConfig,
     mesh: Mesh | None = None,
     *,
-    objective: Callable[[RunModel, ShardedModel, StepConfig], Objective] = NextToken,
+    objective: Callable[[RunModel, ShardedModel, StepConfig], Objective] | None = None,
     partition: Partition | None = None,
 ) -> TrainFunctions:
     """Builds a config's pure functions; nothing is allocated or compiled.
@@ -204,7 +206,8 @@ def make_train_functions(
     gradient run within one `jax.shard_map`, and the elementwise optimizer outside it.
 
     Args:
-      objective: makes an objective from the run's model, the sharded model and `config.training`.
+      objective: makes an objective from the run's model, the sharded model and `config.training`; None takes the one
+        that `training.objective` names.
       partition: selects the trained parameters; the others have no gradient and no optimizer state. None takes those
         of `config.tuning`.
 
@@ -238,7 +241,7 @@ def make_train_functions(
         return run_model.model(params).initial_state(training.batch_size)
 
     functions = TrainFunctions(
-        objective=objective(run_model, sharded, training),
+        objective=(objective or _named_objective(config))(run_model, sharded, training),
         partition=partition,
         optimizer=make_optimizer(config.optimizer, training.num_steps, trained, group, training.first_step),
         sharded=sharded,
@@ -291,21 +294,40 @@ def abstract_state(functions: TrainFunctions) -> TrainState:
     )
 
 
-def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Batch:
+def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Any:
     """Shapes, dtypes and shardings of a step's arguments; nothing is allocated."""
-    training = config.training
+    training, grpo = config.training, config.grpo
     shape = (training.batch_size, training.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=functions.tokens_sharding)
-    rows = jax.ShapeDtypeStruct(shape[:1], jnp.bool_, sharding=functions.rows_sharding)
+
+    def of_tokens(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=functions.tokens_sharding)
+
+    def of_rows(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape[:1], dtype, sharding=functions.rows_sharding)
+
+    tokens, mask, rows = of_tokens(jnp.int32), of_tokens(jnp.float32), of_rows(jnp.float32)
+    if training.objective in PREFERENCES:
+        is_stored = training.objective in WITH_REFERENCE and config.preference.reference == "stored"
+        replies = Replies(tokens, tokens, mask, rows if is_stored else None)
+        return PairBatch(replies, replies, rows, of_rows(jnp.bool_) if training.objective == "kto" else None)
+    if training.objective == "grpo":
+        others = (mask if grpo.iterations > 1 else None, mask if grpo.kl_weight else None)
+        return GroupBatch(tokens, tokens, mask, rows, rows, *others)
     return Batch(
         tokens=tokens,
         targets=tokens,
         segment_ids=tokens if training.reset_at_documents else None,
-        continues_previous=rows if training.carry_state else None,
-        dropout_keys=jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=functions.tokens_sharding)
-        if config.tuning.dropout
-        else None,
+        continues_previous=of_rows(jnp.bool_) if training.carry_state else None,
+        dropout_keys=of_tokens(jnp.uint32) if config.tuning.dropout else None,
     )
+
+
+def _named_objective(config: TrainConfig) -> Callable[[RunModel, ShardedModel, StepConfig], Objective]:
+    if config.training.objective == "next_token":
+        return NextToken
+    if config.training.objective == "grpo":
+        return functools.partial(GRPO, grpo=config.grpo)
+    return functools.partial(Preference, preference=config.preference)
 
 
 def _sharding(mesh: Mesh | None, spec: PartitionSpec) -> Any:

@@ -27,7 +27,7 @@ from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, task_
 from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.evaluation.tasks.plans import Plan
-from rwkv_jax.held_out import Answers, HeldOut, compressed_bits_per_byte
+from rwkv_jax.held_out import Answers, HeldOut, Preferred, compressed_bits_per_byte
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
@@ -45,6 +45,7 @@ from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, make_train_functions
 from rwkv_jax.training.operator_choice import choose_operator, naming_operator, refuse_unable_here, with_choices
+from rwkv_jax.training.own_rows import OwnCorpus, OwnRows
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import MetricsWriter, last_stop, refuse_lost_checkpoints, require_loggers
 from rwkv_jax.training.reporting.plots import plot_losses
@@ -73,6 +74,8 @@ class TrainResult(NamedTuple):
     """The last evaluation, over all held-out text; None without held-out text or if the run was stopped early."""
     answers: Answers | None = None
     """The last evaluation of a synthetic task, in the place of `held_out`."""
+    preferred: Preferred | None = None
+    """The last evaluation of a run on preferences or rewards, in the place of `held_out`."""
 
 
 def train(config: TrainConfig, *, restart: bool = False, command: str = "train(config)") -> TrainResult:
@@ -122,7 +125,7 @@ def _train(
         check_initial_weights(config.initial_weights, config.model, _named_tokenizer(config, task))
 
     # Data.
-    corpus, rows = open_data(config, task, processes, console)
+    corpus, rows = open_data(config, task, trainer, processes, console)
     load = batch_loader(
         trainer.tokens_sharding,
         trainer.rows_sharding,
@@ -144,6 +147,8 @@ def _train(
     sampled = trainer.run_model  # single tokens are taken as the table has it
     if (chosen := with_choices(config, choices)) != config:
         trainer = make_train_functions(chosen, trainer.sharded.mesh)
+        if isinstance(rows, OwnRows):
+            rows.use(trainer)
     if saved_run is None and processes.is_first:
         with writing(run_dir):
             run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
@@ -156,7 +161,7 @@ def _train(
 
     # Functions, each compiled once.
     train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
-    evaluate_held_out = held_out_evaluation(config, corpus, trainer, load)
+    evaluate_held_out = held_out_evaluation(config, corpus, rows, trainer, load)
     sampler, sampling = _make_sampler(config, sampled, corpus.tokenizer, trainer)
     scorer = prepared_scorer(tasks, trainer, config, corpus.tokenizer, sampler)
 
@@ -170,6 +175,8 @@ def _train(
     state, window = restored or Restored(new_state(config, trainer, corpus.tokenizer), {})
     if restored is not None:
         state = state._replace(params=with_base(config, trainer, state.params))
+    if isinstance(rows, OwnRows):
+        rows.prepare(state, processes, is_new=restored is None, report=console.print)
     del restored  # or its arrays would be held beside the state's
     first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints)
     found = {"step": first_step, "best": best.value}
@@ -203,7 +210,9 @@ def _train(
         row_locations=rows.row_locations,
         console=console,
         writer=writer,
-        throughput=Throughput(training.batch_size * training.sequence_length),
+        throughput=Throughput(
+            rows.tokens_per_step if isinstance(rows, OwnRows) else training.batch_size * training.sequence_length
+        ),
         resumed_window=window,
     )
     save_due, held_out = False, None
@@ -212,7 +221,10 @@ def _train(
             console.print(f"step {step}: none was better since step {best.step} (evaluation.stop_after); the run ends")
             break
         # Step.
-        batch = load(functools.partial(rows.read, step), trains=True, step=step)
+        if isinstance(rows, OwnRows):
+            batch = rows.load(step, state.params)
+        else:
+            batch = load(functools.partial(rows.read, step), trains=True, step=step)
         profiler.before(step)
         state, metrics = train_step(state, batch)
         profiler.after(step, metrics)
@@ -254,6 +266,8 @@ def _train(
     if save_due:
         console.print("the last step was skipped, so it is not saved; the newest checkpoint is of an earlier one")
     result = _result(state, _evaluated(config, trainer, state), held_out, evaluate_held_out)
+    if isinstance(rows, OwnRows) and (summary := rows.summary()) is not None:
+        console.print(summary)
     if processes.is_first:
         _summarize(config, corpus, result, console)
     return result
@@ -345,13 +359,15 @@ def _evaluated(config: TrainConfig, trainer: TrainFunctions, state: TrainState) 
 def _result(
     state: TrainState,
     weights: Any,
-    last: HeldOut | Answers | None,
-    evaluate_held_out: Callable[..., HeldOut | Answers | None],
+    last: HeldOut | Answers | Preferred | None,
+    evaluate_held_out: Callable[..., HeldOut | Answers | Preferred | None],
 ) -> TrainResult:
     """How a run that has taken all its steps ends, given its weights and the evaluation after the last of these."""
     found = last if isinstance(last, Answers) else evaluate_held_out(weights, None)
     # The last step has drawn all answers of a synthetic task already.
-    return TrainResult(state, None, found) if isinstance(found, Answers) else TrainResult(state, found)
+    if isinstance(found, Answers):
+        return TrainResult(state, None, found)
+    return TrainResult(state, None, preferred=found) if isinstance(found, Preferred) else TrainResult(state, found)
 
 
 def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resumed_step: int | None) -> str:
@@ -363,7 +379,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
     begin = ("starting" if resumed_step is None else "resuming") + (f" after step {after}" if after else "")
     if isinstance(rows, SyntheticRows):
         data = f"drawn from {rows.task}"
-    elif isinstance(rows, ChatRows):
+    elif isinstance(rows, ChatRows | OwnRows):
         data = rows.describe(training.num_steps)
     else:
         data = f"{training.num_steps * tokens_per_step / rows.num_tokens:.2f} epochs of {rows.num_tokens:,} tokens"
@@ -397,6 +413,9 @@ def _summarize(config: TrainConfig, corpus: AnyCorpus, result: TrainResult, cons
     elif isinstance(corpus, ChatCorpus):
         if result.held_out is not None:
             console.print(f"all held-out chats: {result.held_out.describe()}")
+    elif isinstance(corpus, OwnCorpus):
+        if result.preferred is not None:
+            console.print(f"all held-out data: {result.preferred.describe()}")
     elif (held_out := result.held_out) is not None:
         assert held_out.bits_per_byte is not None
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())

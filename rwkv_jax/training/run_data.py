@@ -16,24 +16,27 @@ from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, synth
 from rwkv_jax.data.synthetic.task import Task
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
-from rwkv_jax.held_out import Answers, HeldOut, evaluate
+from rwkv_jax.held_out import Answers, HeldOut, Preferred, evaluate
 from rwkv_jax.parallel.coordination import run_on_first_process
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training.answers import answers_evaluation
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.functions import TrainFunctions
+from rwkv_jax.training.own_rows import OwnCorpus, OwnRows, open_own_rows
 from rwkv_jax.training.reporting.console import Console
 
-AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus
-AnyRows = TrainingRows | SyntheticRows | ChatRows
+AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus | OwnCorpus
+AnyRows = TrainingRows | SyntheticRows | ChatRows | OwnRows
 
 
 def open_data(
-    config: TrainConfig, task: Task | None, processes: Processes, console: Console
+    config: TrainConfig, task: Task | None, trainer: TrainFunctions, processes: Processes, console: Console
 ) -> tuple[AnyCorpus, AnyRows]:
     """The corpus, built by the first process, and the rows of each training step."""
     if task is not None:
         return SyntheticCorpus(task), synthetic_rows(task, config)
+    if config.training.objective != "next_token":
+        return open_own_rows(config, trainer, processes, console.print)
     if config.data.chat is not None:
         chats = prepare_chats(config, console.print)
         return chats, chat_rows(chats, config)
@@ -52,9 +55,12 @@ def open_data(
 
 
 def held_out_evaluation(
-    config: TrainConfig, corpus: AnyCorpus, trainer: TrainFunctions, load: Callable[..., Batch]
-) -> Callable[[Any, int | None], HeldOut | Answers | None]:
-    """Makes (params, number of batches or None for all) -> HeldOut, or Answers; None without held-out text."""
+    config: TrainConfig, corpus: AnyCorpus, rows: AnyRows, trainer: TrainFunctions, load: Callable[..., Batch]
+) -> Callable[[Any, int | None], HeldOut | Answers | Preferred | None]:
+    """Makes (params, number of batches or None for all) -> what is found; None without held-out data."""
+    if isinstance(rows, OwnRows):
+        return rows.evaluation()
+    assert not isinstance(corpus, OwnCorpus)
     if isinstance(corpus, SyntheticCorpus):
         return answers_evaluation(config, corpus.task, trainer)
     eval_step = jax.jit(trainer.eval_step)

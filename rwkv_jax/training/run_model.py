@@ -12,7 +12,7 @@ from rwkv_jax.config import ModelConfig, TuningConfig
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.initial_state import begin_texts
-from rwkv_jax.models.tuned import INITIAL_STATE, grafted
+from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, grafted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +24,10 @@ class RunModel:
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     config: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The model's; read by a tuning run."""
+
+    def base(self, params: Any) -> Any:
+        """The parameters that are the model's own."""
+        return {name: part for name, part in params.items() if name not in (ADAPTER, INITIAL_STATE)}
 
     def model(self, params: Any, dropout_keys: Array | None = None) -> LanguageModel:
         """The model of a run's parameters.

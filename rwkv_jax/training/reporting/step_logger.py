@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rwkv_jax.held_out import Answers, HeldOut, bits_per_byte
+from rwkv_jax.held_out import Answers, HeldOut, Preferred, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput
@@ -43,12 +43,18 @@ class StepLogger:
         self._pending: tuple[int, StepMetrics] | None = None
         self._losses: list[float] = list(self.resumed_window.get("losses", ()))
         self._skipped = int(self.resumed_window.get("skipped", 0))
+        self._metrics: dict[str, list[float]] = {
+            name: list(values) for name, values in self.resumed_window.get("metrics", {}).items()
+        }
         self._bad: list[int] = []
 
     @property
     def metrics_window(self) -> dict[str, Any]:
         """What the next line of metrics.jsonl is made of, up to the last step logged; to be saved with a checkpoint."""
-        return {"losses": list(self._losses), "skipped": self._skipped}
+        window = {"losses": list(self._losses), "skipped": self._skipped}
+        return window | (
+            {"metrics": {name: list(values) for name, values in self._metrics.items()}} if self._metrics else {}
+        )
 
     @property
     def is_bad(self) -> bool:
@@ -78,6 +84,8 @@ class StepLogger:
         done = step + 1
         if bool(metrics.taken):
             self._losses.append(loss)
+            for name, value in (metrics.metrics or {}).items():
+                self._metrics.setdefault(name, []).append(float(value))
             self._bad = []
         else:
             self._bad.append(step)
@@ -90,12 +98,13 @@ class StepLogger:
             figures = {
                 "loss": mean,
                 **self._bits_per_byte(mean),
+                **{name: sum(values) / len(values) for name, values in self._metrics.items()},
                 "gradient_norm": float(metrics.gradient_norm),
                 "learning_rate": float(self.learning_rate(step)),  # pyright: ignore[reportArgumentType]
                 "skipped_steps": self._skipped,
                 "tokens_per_second": self.throughput.tokens_per_second,
             }
-            self._losses, self._skipped = [], 0
+            self._losses, self._skipped, self._metrics = [], 0, {}
             self._write("train", done, figures)
         self.console.update(
             done,
@@ -117,7 +126,7 @@ class StepLogger:
                 f"training.spike_factor if it is set, or look at the data. Their rows begin here:\n{listed}"
             )
 
-    def held_out(self, step: int, result: HeldOut | Answers) -> None:
+    def held_out(self, step: int, result: HeldOut | Answers | Preferred) -> None:
         """Logs an evaluation after `step` steps."""
         self._write("evaluation", step, result.record())
         self.console.print(f"step {step}: held-out {result.describe()}")
