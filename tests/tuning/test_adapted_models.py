@@ -47,10 +47,11 @@ def test_logits_in_float32(name: str) -> None:
 def test_a_packed_base_stays_packed() -> None:
     model = from_pretrained(BASE, adapter=LORA / "hfpeft_lora_s0", quantize="int8")
     key: Any = model.blocks.att.key.weight.get_value()
-    assert isinstance(key, AdaptedMatrix)
+    assert type(key) is AdaptedMatrix
     plain = from_pretrained(BASE, quantize="int8")
     packed: Any = plain.blocks.att.key.weight.get_value()
-    np.testing.assert_array_equal(key.base.codes, packed.codes)
+    base: Any = key.base
+    np.testing.assert_array_equal(base.codes, packed.codes)
     assert np.abs(logits_of(model, TOKENS) - logits_of(plain, TOKENS)).max() > 0.1
 
 
