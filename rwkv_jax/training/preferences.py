@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ class PreferenceRows:
             if (rows.start, rows.stop) not in made:
                 own = indices[rows]
                 first, second = pairs.rows(own.tolist())
-                columns: Sequence[Any] = (None, None) if reference is None else taken(reference, own).T
+                columns = (None, None) if reference is None else tuple(taken(reference, own).T)
                 made[rows.start, rows.stop] = PairBatch(
                     _replies(first, columns[0]),
                     _replies(second, columns[1]),
@@ -211,7 +211,7 @@ def _replies(rows: PairRows, reference: Any) -> Replies:
 
 def write_reference(run_dir: Path, reference: Reference, digests: Mapping[str, str]) -> None:
     """Stores a reference with the digests of what it was computed from."""
-    arrays = {"training": reference.training}
+    arrays: dict[str, Any] = {"training": reference.training}
     if reference.held_out is not None:
         arrays["held_out"] = reference.held_out
     content = {**digests, "values": _digest_of(arrays)}

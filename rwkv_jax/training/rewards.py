@@ -12,7 +12,7 @@ import math
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def _load(name: str) -> RewardFunction:
         raise ConfigError(f"grpo.rewards = {name!r}: cannot be loaded ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise ConfigError(f"grpo.rewards = {name!r}: {place} has no function of this name")
-    return found
+    return cast(RewardFunction, found)
 
 
 def give_rewards(

@@ -93,11 +93,12 @@ class RolloutRows:
 
     def load(self, step: int, params: Any) -> GroupBatch:
         """The batch of a step: of new replies, or those of the step before (`grpo.iterations`)."""
-        if self._batch is None or step % self.config.grpo.iterations == 0:
+        batch = self._batch
+        if batch is None or step % self.config.grpo.iterations == 0:
             rollout = self._timed("drawing replies", lambda: self._roll_out(step, params))
             self._write(step, rollout)
-            self._batch = self._timed("log-probabilities", lambda: self._batch_of(rollout, params))
-        return self._batch
+            batch = self._batch = self._timed("log-probabilities", lambda: self._batch_of(rollout, params))
+        return batch
 
     def row_locations(self, step: int) -> list[str]:
         """File and line of each prompt of a step, for messages."""

@@ -7,6 +7,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.config import ModelConfig, StepConfig, TrainConfig
@@ -35,7 +36,7 @@ def answers_of(config: TrainConfig) -> dict[str, float]:
     params = initial_state(functions, 0).params
     alone = make_train_functions(CONFIG)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, TIME)).astype(np.int32)
-    logits, _ = jax.jit(lambda params: alone.run_model.model(params)(tokens), compiler_options=QUICK)(
+    logits, _ = jax.jit(lambda params: alone.run_model.model(params)(jnp.asarray(tokens)), compiler_options=QUICK)(
         initial_state(alone, 0).params
     )
     targets = np.array(np.argmax(logits, axis=-1), np.int32)

@@ -102,7 +102,7 @@ def batch_of(objective: ObjectiveName) -> Any:
         tokens, targets, mask, _ = sides[0]
         log_p = (draws.normal(-5, 0.1, (PAIRS, TIME)) for _ in range(2))
         return GroupBatch(tokens, targets, mask * weight[:, None], draws.normal(size=PAIRS) * weight, weight, *log_p)
-    return PairBatch(*sides, weight, draws.random(PAIRS) < 0.5 if objective == "kto" else None)
+    return PairBatch(sides[0], sides[1], weight, draws.random(PAIRS) < 0.5 if objective == "kto" else None)
 
 
 def found_by(functions: TrainFunctions, objective: ObjectiveName, accumulation_steps: int = 1) -> Any:

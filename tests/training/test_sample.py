@@ -174,7 +174,7 @@ def test_the_prompt_is_not_repeated(small: Small) -> None:
 
 def test_tokenizer_of_another_size_is_refused(small: Small) -> None:
     with pytest.raises(ConfigError, match="300 tokens where the model has 301"):
-        Sampler(None, dataclasses.replace(CONFIG, vocab_size=301), small.tokenizer)
+        Sampler(RunModel(None), dataclasses.replace(CONFIG, vocab_size=301), small.tokenizer)
 
 
 def test_parameters_are_left_as_they_were(small: Small) -> None:
