@@ -112,7 +112,7 @@ class StepConfig:
     """The step at which the run begins, in schedule and data order, for initial_weights from another trainer's run
     (RWKV-LM's rwkv-N.pth: N + 1 times its epoch_steps). RWKV-LM: epoch_begin."""
     batch_size: int = 8
-    """B: sequences (of preferences, pairs) in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
+    """B: sequences, or pairs, in one optimizer step, over all micro-batches. RWKV-LM: micro_bsz."""
     sequence_length: int = 512
     """T: tokens in one sequence. RWKV-LM: ctx_len."""
     accumulation_steps: int = 1

@@ -29,9 +29,10 @@ def state_bytes(config: ModelConfig) -> int:
 def slot_bytes(config: ModelConfig) -> int:
     """Bytes of a slot: its state, that before its last burst, and tables of the vocabulary for sampling.
 
-    These are counts and biases in float32, and a byte for whether a token ends the text.
+    These are counts and biases in float32, and a byte for whether a token ends the text. The number of its adapter's
+    place takes 4 bytes.
     """
-    return 2 * state_bytes(config) + config.vocab_size * (4 + 4 + 1)
+    return 2 * state_bytes(config) + config.vocab_size * (4 + 4 + 1) + 4
 
 
 def describe_server(formats: Mapping[str, Format], *, num_slots: int, prefix_bytes: int, memory: float | None) -> str:

@@ -31,12 +31,12 @@ class ScriptedEngine(FakeEngine):
         self.replies = list(replies)
         self.prompts: list[str] = []
 
-    def prefill(self, snapshot: Snapshot | None, prompt: Prompt) -> Snapshot:
+    def prefill(self, snapshot: Snapshot | None, prompt: Prompt, *, adapter: str | None = None) -> Snapshot:
         if not isinstance(prompt, str) and len(prompt) > 1:
             self.prompts.append(self.tokenizer.decode(prompt))
         elif isinstance(prompt, str):
             self.prompts.append(prompt)
-        return super().prefill(snapshot, prompt)
+        return super().prefill(snapshot, prompt, adapter=adapter)
 
     def stream(self, prompt: Prompt, **arguments: Any) -> Any:
         if not self.replies:

@@ -363,7 +363,7 @@ def test_a_transformer_is_not_packed_and_a_packed_one_is_not_written(
     assert not list(tmp_path.iterdir())
     (tmp_path / RUN_FILE).touch()
     run = LoadedModel(TrainConfig(model=config), None, params, 0)
-    monkeypatch.setattr("rwkv_jax.weights.pretrained.load_model", lambda *_: run)
+    monkeypatch.setattr("rwkv_jax.weights.pretrained.load_model", lambda *_, **__: run)
     with pytest.raises(WeightsError, match=r"quantize = 'int8': .* is a run of a Transformer.*; leave it out"):
         from_pretrained(tmp_path, quantize="int8")
 
