@@ -45,12 +45,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def forgotten_programs() -> Iterator[None]:
     """Drops what was compiled once it takes many memory maps, of which a process may have 65530 on Linux: with tens of
-    thousands of them everything becomes slow. Until then modules use each other's programs."""
+    thousands of them everything becomes slow. Until then modules use each other's programs.
+
+    Garbage goes with the module that made it: Orbax's of a damaged checkpoint warns, which only that module expects.
+    """
     yield
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 6_000:
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
 
 
 TUNING = "RWKV_JAX_TUNING"
