@@ -17,7 +17,8 @@ from rwkv_jax.training.objectives.reply import ReplyLogP
 
 
 def log_odds(mean_log_p: Array) -> Array:
-    """log(p / (1 - p)) of log p < 0."""
+    """log(p / (1 - p)); p that rounds to 1 is taken to be the number next to it, whose odds are finite."""
+    mean_log_p = jnp.minimum(mean_log_p, -jnp.finfo(mean_log_p.dtype).eps)
     return mean_log_p - jnp.log(-jnp.expm1(mean_log_p))
 
 

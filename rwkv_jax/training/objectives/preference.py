@@ -76,7 +76,7 @@ class Preference:
             first, second = (
                 reply._replace(reference=frozen.total) for reply, frozen in zip((first, second), base, strict=True)
             )
-        losses, metrics = self._losses(first, second, batch)
+        losses, metrics = self._losses(_counted(first, batch.weight), _counted(second, batch.weight), batch)
         loss = jnp.sum(losses * batch.weight)
         sums = {name: jnp.sum(values * batch.weight) for name, values in metrics.items()}
         return LossSums(minimized=loss, loss=loss, metrics=sums), None
@@ -136,6 +136,14 @@ class Preference:
             "kl": jnp.broadcast_to(kl, losses.shape),
             "log_p": reply.total,
         }
+
+
+def _counted(reply: ReplyLogP, weight: Array) -> ReplyLogP:
+    """Replies of which those that fill up a batch have log p = -1 for each token: losses have finite derivatives there.
+
+    They have no tokens, so log p = 0, where those of odds are infinite; times a weight of zero that is not zero.
+    """
+    return reply._replace(total=jnp.where(weight > 0, reply.total, -reply.tokens))
 
 
 def _mean_metrics(chosen: ReplyLogP, rejected: ReplyLogP) -> dict[str, Array]:
