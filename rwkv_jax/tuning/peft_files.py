@@ -50,6 +50,9 @@ _REFUSED = (
 """Fields that, if set, change the numbers in ways that are not known here."""
 _PATTERN = re.compile(r"(?:[\w$^|()\[\]?-]|\\?\.|\.\*|\\d\+?)*")  # of names, without nested repetitions
 _MAX_PATTERN = 200
+_BRANCHING = re.compile(r"\.\*|\?|\\d\+|\(")
+_MAX_BRANCHING = 3
+"""In one pattern: the time to match one without success is exponential in their number."""
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -184,18 +187,27 @@ def _by_module(
     patterns = config.get(patterns_field) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{patterns_field} = {shown(patterns)}: must be an object")
-    for name, value in {field: config.get(field), **patterns}.items():
-        if not is_valid(value) or not 0 < value < math.inf:
+    for name, value in [(field, config.get(field)), *patterns.items()]:
+        if not is_valid(value) or not _is_above_zero(value):
             raise AdapterError(f"{name} = {shown(value)}: must be a number above zero; the config is not peft's")
     compiled = []
     for pattern, value in patterns.items():
-        if len(pattern) > _MAX_PATTERN or not _PATTERN.fullmatch(pattern):
+        is_read = len(pattern) <= _MAX_PATTERN and _PATTERN.fullmatch(pattern)
+        if not is_read or len(_BRANCHING.findall(pattern)) > _MAX_BRANCHING:
             raise AdapterError(f"{patterns_field}: the pattern {shown(pattern)} is not read; name the modules")
         try:
             compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), value))
         except re.error as error:
             raise AdapterError(f"{patterns_field}: the pattern {shown(pattern)} is none ({error})") from error
     return lambda module: next((value for own, value in compiled if own.fullmatch(module)), config[field])
+
+
+def _is_above_zero(value: Any) -> bool:
+    """Whether a number is one above zero, and within what a float holds."""
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 def write_peft(

@@ -165,6 +165,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "PiSSA": (lambda folder: changed_config(folder, init_lora_weights="pissa_niter_4"), "taken out of the base"),
     "transposed": (lambda folder: changed_config(folder, fan_in_fan_out=True), "fan_in_fan_out = True: is not read"),
     "endless pattern": (lambda folder: changed_config(folder, rank_pattern={"(a+)+b": 4}), "pattern .* is not read"),
+    "many wildcards": (
+        lambda folder: changed_config(folder, rank_pattern={".*" * 15 + "X": 4}),
+        "rank_pattern: the pattern .* is not read",
+    ),
+    "many alternatives": (
+        lambda folder: changed_config(folder, alpha_pattern={"(.|.)" * 26 + "X": 4}),
+        "alpha_pattern: the pattern .* is not read",
+    ),
+    "rank beside a pattern of its name": (
+        lambda folder: changed_config(folder, r="x", rank_pattern={"r": 8}),
+        "r = 'x': must be a number above zero",
+    ),
+    "alpha beside a pattern of its name": (
+        lambda folder: changed_config(folder, lora_alpha="x", alpha_pattern={"lora_alpha": 8}),
+        "lora_alpha = 'x': must be a number above zero",
+    ),
+    "alpha beyond floats": (
+        lambda folder: changed_config(folder, lora_alpha=10**400),
+        "lora_alpha = 1000.*: must be a number above zero",
+    ),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "JSON cannot be understood"),
     "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has neither adapter_model"),
