@@ -168,10 +168,11 @@ class AdaptedMatrix:
         return y + jnp.tile(jnp.sum(changed, axis=-2), num_outputs // rank)
 
     def _magnitude_factor(self) -> Array:
-        """m / |V| [..., out]; 1 where the layer is not adapted."""
+        """m / |V| [..., out]; 1 where the layer is not adapted, and for rows of zeros."""
         magnitude = self.parts["lora_magnitude_vector"]
-        factor = magnitude / lax.stop_gradient(self.row_norms()).astype(magnitude.dtype)
-        return jnp.where(self.scale[..., None] == 0, 1, factor)
+        norms = lax.stop_gradient(self.row_norms()).astype(magnitude.dtype)
+        factor = magnitude / jnp.where(norms == 0, 1, norms)
+        return jnp.where((self.scale[..., None] == 0) | (norms == 0), 1, factor)
 
     def row_norms(self) -> Array:
         """|V| [..., out] of V = W + s B A."""

@@ -2,7 +2,7 @@
 
     kind           the matrix W' [out, in] in place of the base's W          parts
     lora, rslora   W + s B A                                                lora_A [r, in], lora_B [out, r]
-    dora           m V / |V| by rows, with V = W + s B A                     and lora_magnitude_vector m [out]
+    dora           m V / |V| by rows, with V = W + s B A; 0 where |V| is    and lora_magnitude_vector m [out]
     miss           W + the tiles of D^T along `in`, the last one cut         miss_block D [r, out]
     bat            W_ab + W_ab D_b + D_b for blocks of r x r, by inputs      disha D [in / r, r, r] (RWKV-PEFT)
                    W_ab + W_ab D_a + D_a, by outputs                         miss_block D [out / r, r, r] (peft)
@@ -176,7 +176,8 @@ def merged_matrix(kind: AdapterKind, parts: Parts, scale: float, weight: NDArray
     changed = weight + weight.dtype.type(scale) * (parts["lora_B"] @ parts["lora_A"])
     if kind == "dora":
         norm = np.linalg.norm(changed, axis=1, keepdims=True)
-        return parts["lora_magnitude_vector"][:, None] / norm * changed
+        magnitude = parts["lora_magnitude_vector"][:, None]
+        return np.divide(magnitude, norm, out=np.ones_like(norm), where=norm != 0) * changed
     return changed
 
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.initial_state import SHIFTS, begin_texts, state_shapes
+from rwkv_jax.models.packed import PackedMatrix
 from rwkv_jax.run_folder import load_part, read_run_file
 from rwkv_jax.tuning.state_files import TunedState, TunedStateError, is_tuned, named_tensors, parse_tuned_state
 from rwkv_jax.weights.digest import weights_digest
@@ -94,12 +96,17 @@ def load_initial_state(
 
 
 def base_digest(model: LanguageModel) -> str:
-    """`weights_digest` of a model in memory, its layers stacked or not.
+    """`weights_digest` of a model in memory, its layers stacked or not; of adapted matrices, their bases count.
 
     Raises:
       WeightsError: parts of it are on other hosts.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = jax.tree.map(
+        lambda x: x.base if isinstance(x, AdaptedMatrix) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, AdaptedMatrix | PackedMatrix),
+    )
     if not model.is_stacked:
         layers = [params["blocks"][i] for i in range(model.config.num_layers - 1)]
         params |= {"blocks": jax.tree.map(lambda *each: jnp.stack(each), *layers)}

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rwkv_jax import from_pretrained
 from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.decoding import unstacked
-from rwkv_jax.tuning.adapter import AdapterError
+from rwkv_jax.models.initial_state import state_shapes
+from rwkv_jax.tuning import load_initial_state, save_tuned_state
+from rwkv_jax.tuning.adapter import AdapterError, merged_matrix
 from rwkv_jax.tuning.grafting import adapted_model
 from rwkv_jax.tuning.merge import merge_weights
+from rwkv_jax.tuning.pretrained_state import base_digest
+from rwkv_jax.weights.digest import weights_digest
 from tests.tuning.test_adapter_files import BASE, LORA, THEIRS, off_by, opened
-from tests.weights.files import logits_of
+from tests.weights.files import logits_of, tensors_in
 
 TOKENS = np.array([[5, 17, 240, 3]])
 
@@ -103,3 +108,24 @@ def test_layers_without_an_adapter_and_several_ranks(tmp_path: Path, name: str) 
         merged = logits_of(from_pretrained(tmp_path / "m.safetensors"), TOKENS)
         model = unstacked(from_pretrained(BASE, adapter=adapter, dtype="float64"))
         np.testing.assert_allclose(logits_of(model, TOKENS), merged, rtol=0, atol=1e-12)
+
+
+def test_a_row_of_zeros_stays_one_with_dora() -> None:
+    weight = np.array([[0.0, 0.0], [3.0, 4.0]], np.float32)
+    parts = {
+        "lora_A": np.ones((1, 2), np.float32),
+        "lora_B": np.zeros((2, 1), np.float32),
+        "lora_magnitude_vector": np.array([2.0, 10.0], np.float32),
+    }
+    matrix = AdaptedMatrix(jnp.asarray(weight), jax.tree.map(jnp.asarray, parts), jnp.float32(1), kind="dora")
+    for merged in (matrix.merged(), merged_matrix("dora", parts, 1.0, weight)):
+        np.testing.assert_allclose(merged, [[0, 0], [6, 8]], rtol=1e-6)
+
+
+def test_a_tuned_state_is_held_against_the_base_of_adapted_matrices(tmp_path: Path) -> None:
+    plain, adapted = from_pretrained(BASE), from_pretrained(BASE, adapter=LORA / "hfpeft_lora_s0")
+    digest = base_digest(plain)
+    assert digest == base_digest(adapted) == base_digest(unstacked(adapted)) == weights_digest(tensors_in(BASE))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_shapes(plain.config, shifts=False))
+    save_tuned_state(tmp_path / "state.safetensors", zeros, base_digest=digest)
+    load_initial_state(tmp_path / "state.safetensors", adapted)
