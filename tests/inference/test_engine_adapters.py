@@ -173,6 +173,21 @@ def test_a_stop_string_rewinds_with_the_same_adapter(engine: Engine) -> None:
     np.testing.assert_allclose(snapshot.logits, expected.logits, rtol=0, atol=1e-4)
 
 
+def test_a_state_of_a_removed_adapter_fails_alone(engine: Engine) -> None:
+    engine.adapters.load("brief", adapter("lora", 2, 11))
+    with engine.stream(IDS, max_tokens=10_000, stop_ids=()) as other:
+        ended = engine.stream(IDS, adapter="brief", max_tokens=40, stop_ids=(), return_state=True)
+        for _ in range(2):  # the second is the first token of a burst
+            next(ended)
+        ended.cancel()
+        engine.adapters.remove("brief")
+        next(other)
+        with pytest.raises(ConfigError, match="adapter = 'brief': was removed, and more of this text was to be read"):
+            _ = ended.snapshot
+        assert engine.stats().num_running == 1  # the other text goes on
+        next(other)
+
+
 def test_scores_are_those_of_the_adapter(engine: Engine) -> None:
     (score,) = engine.score([IDS], [LONG], adapter="sums")
     logits = jnp.asarray(logits_of(model_of("sums"), np.array([[*IDS, *LONG]]))[0, len(IDS) - 1 : -1])

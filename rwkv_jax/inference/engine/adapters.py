@@ -54,6 +54,15 @@ def number_of(adapter: LoadedAdapter | None) -> int:
     return 0 if adapter is None else adapter.number
 
 
+def require_loaded(adapter: LoadedAdapter | None) -> None:
+    """Raises ConfigError for an adapter that was removed: its place may be another's."""
+    if adapter is not None and not adapter.is_loaded:
+        raise ConfigError(
+            f"adapter = {adapter.name!r}: was removed, and more of this text was to be read with it; load it again and "
+            "repeat the text"
+        )
+
+
 class AdapterPlaces:
     """An engine's adapters by name. The engine's thread alone changes their arrays; looking up is thread-safe."""
 

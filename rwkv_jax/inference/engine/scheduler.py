@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from rwkv_jax.inference.engine.adapters import LoadedAdapter, number_of
+from rwkv_jax.inference.engine.adapters import LoadedAdapter, number_of, require_loaded
 from rwkv_jax.inference.engine.fair_queue import FairQueue
 from rwkv_jax.inference.engine.job import Job, LastBurst, PrefillCursor, TokenTables, UnreadScores
 from rwkv_jax.inference.engine.programs import DecodeBurst, SlotState
@@ -132,8 +132,9 @@ class Scheduler:
     def extend(self, snapshot: Snapshot, ids: Sequence[int], adapter: LoadedAdapter | None = None) -> Snapshot:
         """Prefills some tokens immediately, in a free slot or one borrowed from a text, and returns the state.
 
-        If the device fails, all jobs with a slot end with that error.
+        If the device fails, all jobs with a slot end with that error; no job does if `require_loaded` raises.
         """
+        require_loaded(adapter)
         try:
             self.slots.repair()
             slot = self.slots.slot_to_borrow

@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax.checks import ConfigError
-from rwkv_jax.inference.engine.adapters import NONE, LoadedAdapter
+from rwkv_jax.inference.engine.adapters import NONE, LoadedAdapter, require_loaded
 from rwkv_jax.inference.engine.job import Job, PrefillCursor, decode_params
 from rwkv_jax.inference.engine.programs import DecodeBurst, DecodeParams, Programs, SlotState, pad
 from rwkv_jax.inference.engine.requests import MAX_TOP_LOGPROBS
@@ -121,11 +120,9 @@ class SlotArrays:
     def put(self, slot: int, row: SlotState, bias: Any, stops: Any, adapter: LoadedAdapter | None = None) -> None:
         """Loads a text into a slot.
 
-        Raises:
-          ConfigError: its adapter was removed meanwhile.
+        Raises as `require_loaded`.
         """
-        if adapter is not None and not adapter.is_loaded:
-            raise ConfigError(f"adapter = {adapter.name!r}: was removed before this text began; load it again")
+        require_loaded(adapter)
         place = NONE if adapter is None else adapter.place
         # It may be on the host or other devices, if another engine with the same weights made it.
         row = jax.device_put(row, jax.tree.map(lambda x: x.sharding, self.empty_row))
