@@ -86,7 +86,7 @@ class Chat:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=1, prefix_bytes=0, tune=self.tune)
-        tuned = self.tuned.arguments(self.weights.source)
+        tuned = self.tuned.arguments(self.weights)
         model, tokenizer, template = self.weights.load_with_template(self.template, self.tuned)
         engine = Engine(model, tokenizer, options, **tuned)
         del model  # the engine has copied each layer; the stacked arrays can be freed

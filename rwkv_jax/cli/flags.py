@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,7 +50,7 @@ class WeightsFlags:
 
         find_devices()
         model, tokenizer = self._load_from(find_weights(self.source))
-        return (model if adapter is None else adapter.put_into(model, self.source)), tokenizer
+        return (model if adapter is None else adapter.put_into(model, self)), tokenizer
 
     def load_with_template(
         self, name: str | None, adapter: TunedFlags | None = None
@@ -72,7 +73,7 @@ class WeightsFlags:
             named = named_template(format_of_run)
         model, tokenizer = self._load_from(place)
         if adapter is not None:
-            model = adapter.put_into(model, self.source)
+            model = adapter.put_into(model, self)
         return model, tokenizer, choose_template(place, tokenizer) if named is None else named
 
     def _load_from(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -141,17 +142,21 @@ class TunedFlags:
     allow_other_base: bool = False
     """Take the state or adapter even if it was trained with another model of the same sizes."""
 
-    def arguments(self, source: str, *, is_server: bool = False) -> dict[str, Any]:
+    def arguments(self, weights: WeightsFlags, *, is_server: bool = False) -> dict[str, Any]:
         """Arguments of an `Engine`. Raises ConfigError for a file that is none, before weights are loaded.
 
         Args:
-          source: that of the weights.
+          weights: those of the model; a state of their run is of the same checkpoint.
           is_server: whether clients bring tuned states of their own.
         """
         if self.state is None:
-            if _tunes_a_state(Path(source).expanduser()):
+            if _tunes_a_state(Path(weights.source).expanduser()):
+                from rwkv_jax.tuning.pretrained_state import open_tuned_state
+
+                own = open_tuned_state(weights.source, which=weights.checkpoint, ema=weights.ema)
                 # Merged with what else the run has trained, the model is no longer the state's base.
-                return {"initial_state": source, "allow_other_base": True}
+                own = dataclasses.replace(own, base_digest=None)
+                return {"initial_state": own, "allow_other_base": self.allow_other_base}
             if is_server:
                 return {"allow_other_base": self.allow_other_base}
             if self.allow_other_base and not self.adapter:
@@ -179,34 +184,47 @@ class TunedFlags:
 
         found: dict[str, Adapter] = {}
         for given in self.adapter:
-            name, is_named, path = given.partition("=")
-            path = path if is_named else given
-            name = name if is_named else Path(given).stem
+            name, path = _named(given)
             if name in found:
                 raise ConfigError(f"adapter = {given!r}: another one is called {name}; give it a name, NAME={path}")
             found[name] = open_adapter(path, alpha=self.adapter_alpha)
         return found
 
-    def check(self, adapters: dict[str, Adapter], model: LanguageModel, source: str) -> None:
-        """Holds adapters against the model from a source; raises as `check_for`."""
+    def check(self, adapters: dict[str, Adapter], model: LanguageModel, weights: WeightsFlags) -> None:
+        """Holds adapters against the model of some weights; raises as `check_for`."""
         from rwkv_jax.tuning.pretrained import check_for
 
         if adapters:
-            check_for(model, list(adapters.values()), source, allow_other_base=self.allow_other_base)
+            check_for(
+                model,
+                list(adapters.values()),
+                weights.source,
+                which=weights.checkpoint,
+                ema=weights.ema,
+                allow_other_base=self.allow_other_base,
+            )
 
-    def put_into(self, model: LanguageModel, source: str) -> LanguageModel:
+    def put_into(self, model: LanguageModel, weights: WeightsFlags) -> LanguageModel:
         """The model with the one adapter that the flags name; itself if they name none."""
         if len(self.adapter) > 1:
             raise ConfigError(
                 f"adapter: {len(self.adapter)} are given; give one, or merge them with their weights (rwkv merge)"
             )
         adapters = self.adapters()
-        self.check(adapters, model, source)
+        self.check(adapters, model, weights)
         if not adapters:
             return model
         from rwkv_jax.tuning.grafting import adapted_model
 
         return adapted_model(model, *adapters.values())
+
+
+def _named(given: str) -> tuple[str, str]:
+    """Name and path of [NAME=]PATH; a path may have the sign, too: runs/lr=1e-3."""
+    name, is_named, path = given.partition("=")
+    if is_named and re.fullmatch(r"[\w.:-]+", name) and not Path(given).expanduser().exists():
+        return name, path
+    return Path(given).stem, given
 
 
 def chat_format_of(place: Path) -> str | None:

@@ -60,7 +60,7 @@ class Generate:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         options = EngineOptions(num_slots=min(self.num * self.best_of, _MAX_SLOTS), tune=self.tune)
-        tuned = self.tuned.arguments(self.weights.source)
+        tuned = self.tuned.arguments(self.weights)
         engine = Engine(
             *self.weights.load(self.tuned), options, **tuned
         )  # the engine copies each layer; the stacked arrays can be freed

@@ -65,12 +65,12 @@ class Serve:
             num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
         )
         name = self.options.model_name or Path(self.weights.source).resolve().stem
-        tuned = self.tuned.arguments(self.weights.source, is_server=True)
+        tuned = self.tuned.arguments(self.weights, is_server=True)
         adapters = self.tuned.adapters()  # before the weights: mistakes are told at once
         if name in adapters:
             raise ConfigError(f"adapter = {name!r}: is the model's name; give another, NAME=PATH, or --model-name")
         model, tokenizer, template = self.weights.load_with_template(self.template)
-        self.tuned.check(adapters, model, self.weights.source)
+        self.tuned.check(adapters, model, self.weights)
         with Engine(model, tokenizer, engine_options, adapters=adapters, **tuned) as engine:
             del model  # the engine has copied each layer; the stacked arrays can be freed
             states = open_states(self.options, name)

@@ -89,7 +89,7 @@ def first_params(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokeni
       tokenizer: of `tuning.initial_prompt`, if there is one.
 
     Raises:
-      ConfigError: as `open_first_state`.
+      ConfigError: as `open_first_state`; or that state was trained with another base.
     """
     weights, tuning, model = _weights(config), config.tuning, config.model
     where, kept = trainer.state_shardings.params, dict[str, Any]()
@@ -100,17 +100,21 @@ def first_params(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokeni
     if ADAPTER in where:
         params[ADAPTER] = with_magnitudes(kept[ADAPTER], params, tuning, model)
     if INITIAL_STATE in where:
-        state = _first_state(config, trainer, params, tokenizer)
+        state = _first_state(config, trainer, params, tokenizer, weights)
         params[INITIAL_STATE] = jax.device_put(state, where[INITIAL_STATE])
     return params
 
 
-def _first_state(config: TrainConfig, trainer: TrainFunctions, params: Any, tokenizer: Tokenizer | None) -> Any:
+def _first_state(
+    config: TrainConfig, trainer: TrainFunctions, params: Any, tokenizer: Tokenizer | None, weights: Weights
+) -> Any:
     """The state that is trained on: zeros, that of a file, or the one after a prompt."""
     tuning, shapes = config.tuning, trainer.params[INITIAL_STATE]
     found: dict[str, Any] = {"first_block": {}, "blocks": {}}
     if tuning.initial_state is not None:
-        found = open_first_state(tuning.initial_state).arrays(config.model, "tuning.initial_state")
+        name, given = "tuning.initial_state", open_first_state(tuning.initial_state)
+        given.check_base(lambda: weights_digest(weights.tensors), name, allow_other_base=tuning.allow_other_base)
+        found = given.arrays(config.model, name)
     elif tuning.initial_prompt is not None:
         assert tokenizer is not None
         ids = [tokenizer.end_of_text, *tokenizer.encode(tuning.initial_prompt)]

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jax.sharding import Mesh
 
@@ -90,21 +91,27 @@ def check_for(
     adapters: Sequence[Adapter],
     source: str | os.PathLike[str],
     *,
+    which: Literal["newest", "best"] = "newest",
+    ema: bool = False,
     allow_other_base: bool = False,
 ) -> None:
     """Holds adapters against a model, and their bases against the file or run that the model was loaded from.
 
+    Args:
+      which, ema: of a run, what the model was loaded from, as in `load_run`.
+
     Raises as `Adapter.check_base`, and WeightsError for an architecture without official names.
     """
     require_official_names(model.config)
-    shapes, digest = official_shapes(model.config), functools.cache(lambda: digest_of_source(find_weights(source)))
+    shapes = official_shapes(model.config)
+    digest = functools.cache(lambda: digest_of_source(find_weights(source), which, ema=ema))
     for adapter in adapters:
         adapter.check_base(shapes, digest, allow_other_base=allow_other_base)
 
 
-def digest_of_source(path: Path) -> str:
-    """`weights_digest` of a file of weights, or of a run's newest checkpoint."""
+def digest_of_source(path: Path, which: Literal["newest", "best"] = "newest", *, ema: bool = False) -> str:
+    """`weights_digest` of a file of weights, or of a run's checkpoint, as `load_run` loads it."""
     if path.is_dir():
-        loaded = load_run(path, "newest")
+        loaded = load_run(path, which, ema=ema)
         return weights_digest(official_tensors(loaded.config.model, loaded.params))
     return weights_digest(open_weights(path, warn=False).tensors)

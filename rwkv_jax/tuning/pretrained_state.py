@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ _LARGEST = 4 * 2**30
 """Bytes of a file that is looked at: of 200 layers of 80 heads of 64 it has 260 MB."""
 
 
-def open_tuned_state(path: str | os.PathLike[str]) -> TunedState:
-    """The tuned state of a file, or of the newest checkpoint of a run's folder.
+def open_tuned_state(
+    path: str | os.PathLike[str], *, which: Literal["newest", "best"] = "newest", ema: bool = False
+) -> TunedState:
+    """The tuned state of a file, or of a checkpoint of a run's folder.
+
+    Args:
+      which, ema: of a run, its newest or best checkpoint, and whether its averages (training.ema_decay).
 
     Raises:
       TunedStateError: there is no such file, or no tuned state in it.
@@ -34,7 +39,7 @@ def open_tuned_state(path: str | os.PathLike[str]) -> TunedState:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _of_run(path)
+        return _of_run(path, which, ema=ema)
     if not path.is_file():
         raise TunedStateError(f"{path}: there is no such file; name that of a tuned state, or a run that tunes one")
     if path.stat().st_size > _LARGEST:
@@ -61,18 +66,21 @@ def open_first_state(path: str | os.PathLike[str]) -> TunedState:
     return open_tuned_state(path)
 
 
-def _of_run(run_dir: Path) -> TunedState:
-    place = "params.initial_state"
+def _of_run(run_dir: Path, which: Literal["newest", "best"], *, ema: bool) -> TunedState:
+    part = "ema" if ema else "params"
+    place = f"{part}.initial_state"
 
     def wanted(config: Any, saved: Any) -> Any:
+        if ema and f"{place}.first_block.wkv" not in saved and "params.initial_state.first_block.wkv" in saved:
+            raise TunedStateError(f"ema = True: {run_dir} has no averages of its state; leave it out")
         if f"{place}.first_block.wkv" not in saved:
             raise TunedStateError(f"{run_dir}: is a run that tunes no state; name one that does, or a file")
         shifts = all(f"{place}.first_block.{name}" in saved for name in SHIFTS)
-        return {"params": {"initial_state": state_shapes(config.model, shifts=shifts)}}
+        return {part: {"initial_state": state_shapes(config.model, shifts=shifts)}}
 
-    tree = load_part(run_dir, "newest", wanted)
+    tree = load_part(run_dir, which, wanted)
     identity = read_run_file(run_dir)["identity"]
-    return TunedState(named_tensors(tree["params"]["initial_state"]), identity.get("tuning.base"))
+    return TunedState(named_tensors(tree[part]["initial_state"]), identity.get("tuning.base"))
 
 
 def load_initial_state(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_jax.cli.flags import SamplingFlags, TunedFlags
+from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, _named
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling.params import SamplingParams
 
@@ -37,8 +37,17 @@ def test_values_that_cannot_work_are_named() -> None:
 
 
 def test_a_tuned_state_is_opened_before_weights_are(tmp_path: Path) -> None:
-    assert TunedFlags().arguments(str(tmp_path)) == {}
+    assert TunedFlags().arguments(WeightsFlags(str(tmp_path))) == {}
     with pytest.raises(ConfigError, match="there is no such file"):
-        TunedFlags(tmp_path / "none.pth").arguments("weights.pth")
+        TunedFlags(tmp_path / "none.pth").arguments(WeightsFlags("weights.pth"))
     with pytest.raises(ConfigError, match="is for a tuned state or an adapter; name one with"):
-        TunedFlags(allow_other_base=True).arguments("weights.pth")
+        TunedFlags(allow_other_base=True).arguments(WeightsFlags("weights.pth"))
+
+
+def test_a_path_of_an_adapter_may_have_the_sign_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _named("lr=1e-3") == ("lr", "1e-3")
+    assert _named("runs/lr=1e-3") == ("lr=1e-3", "runs/lr=1e-3")
+    assert _named("a=runs/lr=1e-3/run") == ("a", "runs/lr=1e-3/run")
+    Path("lr=1e-3").mkdir()
+    assert _named("lr=1e-3") == ("lr=1e-3", "lr=1e-3")

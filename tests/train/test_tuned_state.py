@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 
 from rwkv_jax import from_pretrained, run_folder
-from rwkv_jax.cli.flags import TunedFlags
+from rwkv_jax.cli.flags import TunedFlags, WeightsFlags
 from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
-from rwkv_jax.tuning import load_initial_state
+from rwkv_jax.training.functions import make_train_functions
+from rwkv_jax.training.tuned import first_params
+from rwkv_jax.tuning import load_initial_state, save_tuned_state
+from rwkv_jax.tuning.adapter import Adapter, AdapterError
+from rwkv_jax.tuning.pretrained import digest_of_source
+from rwkv_jax.tuning.pretrained_state import open_tuned_state
 from rwkv_jax.tuning.state_files import TunedStateError
 from tests.small_runs import assert_same_bits
 from tests.train.in_process import Run, restore, run
@@ -37,7 +42,8 @@ def tuning_of(config: TrainConfig, base: Path, **tuning: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def tuned(config: TrainConfig, finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(tuning_of(config, finished.folder), tmp_path_factory.mktemp("tuned") / "run")
+    averaged = dataclasses.replace(config, training=dataclasses.replace(config.training, ema_decay=0.5))
+    return run(tuning_of(averaged, finished.folder), tmp_path_factory.mktemp("tuned") / "run")
 
 
 def test_the_state_alone_is_trained_and_kept(tuned: Run, finished: Run) -> None:
@@ -75,9 +81,53 @@ def test_its_folder_is_a_state_for_the_base_and_for_no_other(tuned: Run, finishe
 
 
 def test_the_commands_take_its_own_state_for_the_run_itself(tuned: Run, finished: Run) -> None:
-    own = TunedFlags().arguments(str(tuned.folder))
-    assert own == {"initial_state": str(tuned.folder), "allow_other_base": True}
-    assert TunedFlags().arguments(str(finished.folder)) == {}
+    own = TunedFlags().arguments(WeightsFlags(str(tuned.folder)), is_server=True)
+    assert own["initial_state"].base_digest is None
+    assert not own["allow_other_base"]  # clients' states are of the run's own model
+    assert TunedFlags().arguments(WeightsFlags(str(finished.folder))) == {}
+
+
+def with_other_best(folder: Path, target: Path) -> Path:
+    """A copy of a run whose best checkpoint is that of step 4."""
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / run_folder.BEST, ignore_errors=True)
+    shutil.copytree(target / run_folder.CHECKPOINTS / "4", target / run_folder.BEST / "4")
+    return target
+
+
+def test_the_state_is_that_of_the_checkpoint(tuned: Run, tmp_path: Path) -> None:
+    folder = with_other_best(tuned.folder, tmp_path / "run")
+    found = []
+    for which, ema in (("newest", False), ("best", False), ("newest", True)):
+        state = TunedFlags().arguments(WeightsFlags(str(folder), which, ema))["initial_state"]
+        params = run_folder.load_model(folder, which, ema=ema).params
+        np.testing.assert_array_equal(
+            state.tensors["blocks.0.att.time_state"], params["initial_state"]["first_block"]["wkv"]
+        )
+        found.append(state.tensors["blocks.0.att.time_state"])
+    assert all((found[0] != other).any() for other in found[1:])
+
+
+def test_an_adapter_is_held_against_the_checkpoint(finished: Run, tmp_path: Path) -> None:
+    folder = with_other_best(finished.folder, tmp_path / "run")
+    best = WeightsFlags(str(folder), "best")
+    adapter = Adapter("lora", {}, {}, {"ln_out.weight": np.ones(32)}, digest_of_source(folder, "best"))
+    model = from_pretrained(folder)  # whose shapes alone are looked at
+    TunedFlags().check({"a": adapter}, model, best)
+    with pytest.raises(AdapterError, match="was trained on another base"):
+        TunedFlags().check({"a": adapter}, model, dataclasses.replace(best, checkpoint="newest"))
+
+
+def test_a_first_state_of_another_base_is_refused_unless_told(
+    config: TrainConfig, finished: Run, tuned: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "other.safetensors"
+    save_tuned_state(file, tuned.result.state.params["initial_state"], base_digest="0" * 64)
+    own = tuning_of(config, finished.folder, initial_state=str(file))
+    with pytest.raises(TunedStateError, match=r"tuning.initial_state: was trained with another base"):
+        first_params(own, make_train_functions(own))
+    own = tuning_of(config, finished.folder, initial_state=str(file), allow_other_base=True)
+    first_params(own, make_train_functions(own))
 
 
 @pytest.mark.long
@@ -119,6 +169,8 @@ def test_a_state_is_trained_on_from_a_prompt_or_from_a_file(
     # At a rate of almost zero the state stays what it began with.
     still = tuning_of(config, finished.folder, initial_prompt=prompt, state_rate=1e-9)
     read = load_initial_state(run(still, tmp_path / "prompt").folder, model)
+    with pytest.raises(TunedStateError, match=r"ema = True: .* has no averages of its state"):
+        open_tuned_state(tmp_path / "prompt", ema=True)
     np.testing.assert_allclose(read.wkv, expected.wkv, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(read.att_shift, expected.att_shift, rtol=1e-4, atol=1e-6)
     with Engine(model, tokenizer, EngineOptions(num_slots=1, tune="never")) as engine:
