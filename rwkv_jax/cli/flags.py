@@ -190,8 +190,12 @@ class TunedFlags:
             found[name] = open_adapter(path, alpha=self.adapter_alpha)
         return found
 
-    def check(self, adapters: dict[str, Adapter], model: LanguageModel, weights: WeightsFlags) -> None:
-        """Holds adapters against the model of some weights; raises as `check_for`."""
+    def checked(self, adapters: dict[str, Adapter], model: LanguageModel, weights: WeightsFlags) -> dict[str, Adapter]:
+        """Holds adapters against the model of some weights; raises as `check_for`.
+
+        Returns:
+          Them without their base's digest: the weights' numbers have it, and not the model's if those were rounded.
+        """
         from rwkv_jax.tuning.pretrained import check_for
 
         if adapters:
@@ -203,6 +207,7 @@ class TunedFlags:
                 ema=weights.ema,
                 allow_other_base=self.allow_other_base,
             )
+        return {name: dataclasses.replace(adapter, base_digest=None) for name, adapter in adapters.items()}
 
     def put_into(self, model: LanguageModel, weights: WeightsFlags) -> LanguageModel:
         """The model with the one adapter that the flags name; itself if they name none."""
@@ -210,8 +215,7 @@ class TunedFlags:
             raise ConfigError(
                 f"adapter: {len(self.adapter)} are given; give one, or merge them with their weights (rwkv merge)"
             )
-        adapters = self.adapters()
-        self.check(adapters, model, weights)
+        adapters = self.checked(self.adapters(), model, weights)
         if not adapters:
             return model
         from rwkv_jax.tuning.grafting import adapted_model

@@ -70,7 +70,7 @@ class Serve:
         if name in adapters:
             raise ConfigError(f"adapter = {name!r}: is the model's name; give another, NAME=PATH, or --model-name")
         model, tokenizer, template = self.weights.load_with_template(self.template)
-        self.tuned.check(adapters, model, self.weights)
+        adapters = self.tuned.checked(adapters, model, self.weights)
         with Engine(model, tokenizer, engine_options, adapters=adapters, **tuned) as engine:
             del model  # the engine has copied each layer; the stacked arrays can be freed
             states = open_states(self.options, name)

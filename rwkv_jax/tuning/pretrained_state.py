@@ -19,6 +19,7 @@ from rwkv_jax.run_folder import load_part, read_run_file
 from rwkv_jax.tuning.state_files import TunedState, TunedStateError, is_tuned, named_tensors, parse_tuned_state
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import official_tensors
+from rwkv_jax.weights.tensors import WeightsError
 
 _LARGEST = 4 * 2**30
 """Bytes of a file that is looked at: of 200 layers of 80 heads of 64 it has 260 MB."""
@@ -107,15 +108,21 @@ def base_digest(model: LanguageModel) -> str:
     """`weights_digest` of a model in memory, its layers stacked or not; of adapted matrices, their bases count.
 
     Raises:
-      WeightsError: parts of it are on other hosts.
+      WeightsError: parts of it are on other hosts, or its matrices are packed.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    params = jax.tree.map(
-        lambda x: x.base if isinstance(x, AdaptedMatrix) else x,
-        params,
-        is_leaf=lambda x: isinstance(x, AdaptedMatrix | PackedMatrix),
-    )
+    params = jax.tree.map(_base, params, is_leaf=lambda x: isinstance(x, AdaptedMatrix | PackedMatrix))
     if not model.is_stacked:
         layers = [params["blocks"][i] for i in range(model.config.num_layers - 1)]
         params |= {"blocks": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
     return weights_digest(official_tensors(model.config, params))
+
+
+def _base(x: Any) -> Any:
+    base = x.base if isinstance(x, AdaptedMatrix) else x
+    if isinstance(base, PackedMatrix):
+        raise WeightsError(
+            "the model's matrices are packed, so that the numbers by which its base is known are rounded; load it "
+            "unpacked, or say that this base will do (allow_other_base)"
+        )
+    return base

@@ -1,15 +1,25 @@
-"""Flags of sampling: presets, and what differs from them; flags of tuned states."""
+"""Flags of sampling: presets, and what differs from them; flags of tuned states and adapters."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, _named
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling.params import SamplingParams
+from rwkv_jax.tuning.adapter import Adapter, AdapterError
+from rwkv_jax.tuning.pretrained_state import base_digest
+from rwkv_jax.weights.digest import weights_digest
+from rwkv_jax.weights.official import official_tensors
+from rwkv_jax.weights.pretrained import from_pretrained
+from rwkv_jax.weights.safetensors import write_safetensors
+from rwkv_jax.weights.tensors import WeightsError
+from tests.inference.models import CONFIGS, random_model
 
 
 def test_presets() -> None:
@@ -51,3 +61,20 @@ def test_a_path_of_an_adapter_may_have_the_sign_of_names(tmp_path: Path, monkeyp
     assert _named("a=runs/lr=1e-3/run") == ("a", "runs/lr=1e-3/run")
     Path("lr=1e-3").mkdir()
     assert _named("lr=1e-3") == ("lr=1e-3", "lr=1e-3")
+
+
+def test_adapters_are_held_against_the_source_and_not_its_rounded_numbers(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["7"])
+    tensors = official_tensors(model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    write_safetensors(tmp_path / "base.safetensors", tensors)
+    parts = {"blocks.0.att.key": {"lora_A": np.ones((1, 16), np.float32), "lora_B": np.ones((16, 1), np.float32)}}
+    own = Adapter("lora", parts, {"blocks.0.att.key": 1.0}, base_digest=weights_digest(tensors))
+    rounded = from_pretrained(tmp_path / "base.safetensors", quantize="int8")
+    with pytest.raises(WeightsError, match=r"matrices are packed, .*allow_other_base"):
+        base_digest(rounded)
+    checked = TunedFlags().checked({"a": own}, rounded, WeightsFlags(str(tmp_path / "base.safetensors")))
+    assert checked["a"].base_digest is None
+    assert checked["a"].digest == own.digest
+    other = dataclasses.replace(own, base_digest="1" * 64)
+    with pytest.raises(AdapterError, match="base_digest = 1111"):
+        TunedFlags().checked({"a": other}, rounded, WeightsFlags(str(tmp_path / "base.safetensors")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.tuning.adapter import Adapter, AdapterError
 from rwkv_jax.tuning.grafting import adapted_model
+from rwkv_jax.tuning.pretrained_state import base_digest
 from rwkv_jax.weights.official import official_shapes
 from tests.inference.models import CONFIGS, GREEDY, IDS, OPTIONS, VOCAB_SIZE, random_model
 from tests.programs import compiled_quickly
@@ -216,6 +219,20 @@ def test_what_an_engine_does_not_mix_is_refused_by_name(engine: Engine, given: A
         with pytest.raises(ConfigError, match=why):
             engine.adapters.load(name, ADAPTERS["low"])
     assert engine.adapters.names == ("low", "sums", "part")
+
+
+def test_an_adapter_of_another_base_is_refused_unless_told(engine: Engine) -> None:
+    other = dataclasses.replace(ADAPTERS["part"], base_digest="1" * 64)
+    with pytest.raises(AdapterError, match=r"adapter x: base_digest = 1111.*another base than this one .*allow_other"):
+        engine.adapters.load("x", other)
+    assert engine.adapters.names == ("low", "sums", "part")
+    engine.adapters.load("x", dataclasses.replace(other, base_digest=base_digest(random_model(CONFIG))))
+    engine.adapters.remove("x")
+    made = functools.partial(Engine, engine.model, engine.tokenizer, EngineOptions(**OPTIONS), adapters={"x": other})
+    with pytest.raises(AdapterError, match=r"adapter x: base_digest = 1111"):
+        made()
+    with compiled_quickly(), made(allow_other_base=True) as told:
+        assert told.adapters.names == ("x",)
 
 
 def test_an_engine_without_adapters_says_so() -> None:

@@ -42,8 +42,10 @@ class AdapterTable:
         """Loads an adapter into a free place, between two steps; compiles nothing.
 
         Raises:
-          ConfigError: the name is taken, no place is free, or the adapter does not fit (AdapterError).
+          ConfigError: the name is taken, no place is free, or the adapter does not fit or is another base's
+            (AdapterError).
         """
+        self._places.check_base(name, adapter)
         self._driver.call(lambda: self._load(name, adapter))
 
     def remove(self, name: str) -> None:

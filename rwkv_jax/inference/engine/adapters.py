@@ -66,19 +66,30 @@ def require_loaded(adapter: LoadedAdapter | None) -> None:
 class AdapterPlaces:
     """An engine's adapters by name. The engine's thread alone changes their arrays; looking up is thread-safe."""
 
-    def __init__(self, model: LanguageModel, adapters: Mapping[str, Adapter], num_places: int, rank: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        adapters: Mapping[str, Adapter],
+        num_places: int,
+        rank: int,
+        digest: Callable[[], str] | None,
+    ) -> None:
         """Places for adapters of a model without any; nothing is loaded yet.
 
         Args:
           num_places: if there are more than adapters, those to come may be of all matrices of OFFICIAL_TARGETS.
           rank: largest rank; 0 is that of the adapters.
+          digest: computes the model's `base_digest`; None takes adapters of any base with its shapes.
 
         Raises:
-          AdapterError: an adapter that does not fit or cannot be mixed with others.
+          AdapterError: an adapter that does not fit, is another base's or cannot be mixed with others.
         """
         self._by_name: dict[str, LoadedAdapter] = {}
         self._count = max(num_places, len(adapters))
         self._shapes = official_shapes(dataclasses.replace(model.config, dtype="float32")) if self._count else {}
+        self._digest = digest
+        for name, adapter in adapters.items():
+            self.check_base(name, adapter)
         each = [self._as_lora(name, adapter) for name, adapter in adapters.items()]
         ranks = [adapter.rank(name) for adapter in each for name in adapter.parts]
         self._rank = rank or max(ranks, default=0)
@@ -106,6 +117,18 @@ class AdapterPlaces:
         require_known(name, self.names, "adapter", "adapter of this engine")
         return self._by_name[name]
 
+    def check_base(self, name: str, adapter: Adapter) -> None:
+        """Holds an adapter against the model, all of whose numbers may be read: not for the engine's thread.
+
+        Raises AdapterError as `Adapter.check_base`.
+        """
+        if not self._count:
+            return  # which `add` says
+        try:
+            adapter.check_base(self._shapes, self._digest or str, allow_other_base=self._digest is None)
+        except AdapterError as error:
+            raise AdapterError(f"adapter {name}: {error}") from error
+
     def with_places(self, model: LanguageModel) -> LanguageModel:
         """The model, of separate layers, with empty places beside its matrices; itself if there are none."""
         if not self._count:
@@ -128,7 +151,7 @@ class AdapterPlaces:
         return nnx.merge(graphdef, state)
 
     def add(self, name: str, adapter: Adapter, params: Any, num_layers: int) -> Any:
-        """Loads an adapter into a free place; the engine's thread calls it.
+        """Loads an adapter, which `check_base` has passed, into a free place; the engine's thread calls it.
 
         Returns:
           The parameters of the programs with it.
@@ -173,7 +196,6 @@ class AdapterPlaces:
 
     def _as_lora(self, name: str, adapter: Adapter) -> Adapter:
         try:
-            adapter.check_base(self._shapes, str, allow_other_base=True)
             if adapter.replaced:
                 raise AdapterError(
                     f"{next(iter(adapter.replaced))}: was trained in full, which rows of a batch cannot have each "

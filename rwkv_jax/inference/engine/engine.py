@@ -78,7 +78,7 @@ class Engine:
           mesh: the mesh of the model's parameters (`from_pretrained(mesh=)`); slots are split over its
             axes `data` and `fsdp` if these divide their number, and always decoded together.
           initial_state: a tuned state, or its file or run, in which all texts begin but those to be embedded.
-          allow_other_base: whether tuned states may have been trained with another model of the same sizes.
+          allow_other_base: whether tuned states and adapters may be of another model of the same sizes.
           adapters: by names that texts choose one by; a batch may mix them (`engine/adapters.py`).
 
         Raises:
@@ -131,7 +131,9 @@ class Engine:
             may_go=lambda session: not session.is_in_use,
         )
         measured = measured_prefill(config, device.platform) if measures else None
-        places = AdapterPlaces(self.model, adapters or {}, options.adapter_places, options.adapter_rank)
+        self._base_digest = functools.cache(functools.partial(base_digest, self.model))
+        digest = None if allow_other_base else self._base_digest
+        places = AdapterPlaces(self.model, adapters or {}, options.adapter_places, options.adapter_rank, digest)
         placed, weights = places.with_places(self.model), self._admission.weights
         scheduler = make_scheduler(
             placed, weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
@@ -408,10 +410,10 @@ class Engine:
                 self._identity = model_identity(self.model, self.tokenizer)
             return self._identity
 
-    @functools.cached_property
+    @property
     def base_digest(self) -> str:
-        """By which tuned states name this model; hashes all parameters on first use."""
-        return base_digest(self.model)
+        """By which tuned states and adapters name this model; hashes all parameters on first use."""
+        return self._base_digest()
 
     def identity_of(self, adapter: str | None) -> Identity:
         """Identity of state files of texts with an adapter."""
