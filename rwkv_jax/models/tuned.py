@@ -25,6 +25,9 @@ from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMat
 ADAPTER, INITIAL_STATE = "adapter", "initial_state"
 """Parameters of a tuning run beside the model's own."""
 
+ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "miss_block")
+"""Trained parts of adapters, whose names follow that of their matrix."""
+
 INITIAL_PARTS = ("init_lora_A", "init_lora_B")
 """Parts of pissa that say what the base lacks; not trained."""
 

@@ -17,7 +17,7 @@ def averaged(averages: Any, params: Any, step: Array, decay: float) -> Any:
 
     Args:
       averages, params: nested dicts of the same arrays.
-      step: s, the steps before this one.
+      step: s, the steps that the run has taken before this one.
     """
     begins = (1 + jnp.asarray(step, float)) / (10 + jnp.asarray(step, float))
     share = 1 - jnp.minimum(decay, begins)

@@ -121,6 +121,7 @@ class TrainFunctions:
             spike_factor=self.spike_factor,
             learning_layers=self.learning_layers,
             ema_decay=self.ema_decay or 0.0,
+            first_step=self.first_step,
         )
         if self.sharded.mesh is not None or self.offload_optimizer:
             state = jax.tree.map(jax.device_put, state, self.state_shardings)

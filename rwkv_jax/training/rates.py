@@ -17,7 +17,8 @@ import optax
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax.checks import require_known
+from rwkv_jax.checks import require, require_known
+from rwkv_jax.models.tuned import ADAPTER_PARTS
 from rwkv_jax.weights.official import official_names
 
 Rates = Sequence[tuple[str, float]]
@@ -30,7 +31,7 @@ _TUNED = ("adapter", "initial_state")
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern of the shell names a parameter: all of its name, or what follows "blocks.N.".
 
-    A last ".weight" may be left out: att.key names att.key.weight.
+    A last ".weight" may be left out: att.key names att.key.weight, and the parts of an adapter of it.
     """
     return any(fnmatch.fnmatchcase(each, pattern) for each in _forms(name))
 
@@ -39,8 +40,11 @@ def _forms(name: str) -> Iterator[str]:
     within = name.split(".", 2)[2] if name.startswith("blocks.") else name
     for each in dict.fromkeys((name, within)):
         yield each
-        if each.endswith(".weight"):
-            yield each.removesuffix(".weight")
+        matrix, _, last = each.rpartition(".")
+        if last in ADAPTER_PARTS:
+            yield f"{matrix}.weight"
+        if last in ("weight", *ADAPTER_PARTS):
+            yield matrix
 
 
 def rate_factors(params: Any, rates: Rates) -> Any:
@@ -71,13 +75,21 @@ def _names(path: tuple[Any, ...], parameter: Any) -> list[str]:
     return official_names(path, parameter.shape[0] + 1 if str(path[0].key) == "blocks" else 1)
 
 
-def check_rates(params: Any, rates: Rates) -> None:
-    """Raises ConfigError for a pattern that names no parameter."""
-    names = [name for path, parameter in jax.tree.leaves_with_path(params) for name in _names(path, parameter)]
+def check_rates(params: Any, rates: Rates, partition: Callable[[tuple[str, ...]], bool]) -> None:
+    """Raises ConfigError for a pattern that names no parameter that is trained."""
+    names, frozen = list[str](), list[str]()
+    for path, parameter in jax.tree.leaves_with_path(params):
+        (names if partition(_keys(path)) else frozen).extend(_names(path, parameter))
     for pattern, _ in rates:
         if not any(matches(name, pattern) for name in names):
+            is_frozen = any(matches(name, pattern) for name in frozen)
+            require(not is_frozen, "optimizer.rates", pattern, "the run does not train this parameter; leave it out")
             known = dict.fromkeys(form for name in names for form in list(_forms(name))[-2:])
             require_known(pattern, known, "optimizer.rates", "parameter")
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path)
 
 
 def without_frozen(
@@ -86,13 +98,13 @@ def without_frozen(
     """The partition without the parameters all of whose layers have the factor zero.
 
     Raises:
-      ConfigError: a pattern names no parameter.
+      ConfigError: a pattern names no parameter that is trained.
     """
     if not rates:
         return partition
-    check_rates(params, rates)
+    check_rates(params, rates, partition)
     factors = jax.tree.leaves_with_path(rate_factors(params, rates))
-    frozen = {tuple(str(entry.key) for entry in path) for path, factor in factors if not np.any(factor)}
+    frozen = {_keys(path) for path, factor in factors if not np.any(factor)}
     return lambda path: path not in frozen and partition(path)
 
 

@@ -64,6 +64,7 @@ def train_step(
     spike_factor: float | None = None,
     learning_layers: Any = None,
     ema_decay: float = 0.0,
+    first_step: int = 0,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step; skipped, but counted, if loss or gradient is not finite, or a spike.
 
@@ -72,7 +73,7 @@ def train_step(
       empty_state: the recurrent state of rows that begin a text, arrays [L, B, ...]; used if `state` carries one.
       spike_factor: see `spikes.is_spike`; None without the guard.
       learning_layers: see `rates.learning_layers`, of the trained parameters; None if no layer is frozen.
-      ema_decay: see `ema.averaged`; used if `state` has averages.
+      ema_decay: see `ema.averaged`; used if `state` has averages, which are from `first_step` on.
     """
     recurrent_state = state.recurrent_state
     if recurrent_state is not None:
@@ -98,7 +99,7 @@ def train_step(
         recurrent_state = if_taken(recurrent_state, empty_state)
     ema = state.ema
     if ema is not None:
-        ema = if_taken(averaged(ema, updated, state.step, ema_decay), ema)
+        ema = if_taken(averaged(ema, updated, state.step - first_step, ema_decay), ema)
     state = TrainState(
         params=merge_params(if_taken(updated, trained), frozen),
         opt_state=if_taken(opt_state, state.opt_state),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from rwkv_jax.config import ConfigError, ModelConfig, OptimizerConfig, StepConfig, TrainConfig
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, StepConfig, TrainConfig, TuningConfig
 from rwkv_jax.digests import paths_of
 from rwkv_jax.training.functions import TrainFunctions, make_train_functions
 from rwkv_jax.training.partition import split_params
@@ -31,12 +32,22 @@ def config_with(*rates: tuple[str, float], **training: Any) -> TrainConfig:
     steps: dict[str, Any] = {"batch_size": 2, "sequence_length": 8, "num_steps": 4} | training
     return TrainConfig(
         model=MODEL,
+        initial_weights="base",
+        data=DataConfig(tokenizer="bytes"),
         optimizer=OptimizerConfig(warmup_steps=0, rates=rates),
         training=StepConfig(**steps),
     )
 
 
-FROZEN = config_with(("emb", 0.0), ("att.time_mix_k", 0.25), ("blocks.1.*", 0.0), ("ffn.value", 0.0), ema_decay=0.9)
+FROZEN = config_with(
+    ("emb", 0.0),
+    ("att.time_mix_k", 0.25),
+    ("blocks.1.*", 0.0),
+    ("ffn.value", 0.0),
+    ema_decay=0.9,
+    first_step=100,
+    num_steps=10**6,
+)
 
 
 def float32_params() -> Any:
@@ -51,7 +62,12 @@ def compiled(config: TrainConfig) -> tuple[TrainFunctions, TrainState, Any]:
     trained, _ = split_params(params, trainer.partition)
     shapes = jax.eval_shape(trainer.init, jax.random.key(0))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    state = state._replace(params=params, opt_state=trainer.optimizer.init(trained), ema=trainer.first_averages(params))
+    state = state._replace(
+        step=jnp.asarray(config.training.first_step),
+        params=params,
+        opt_state=trainer.optimizer.init(trained),
+        ema=trainer.first_averages(params),
+    )
     return trainer, state, jax.jit(trainer.train_step, compiler_options=QUICK)
 
 
@@ -140,6 +156,24 @@ def test_patterns_that_name_nothing_or_leave_nothing_are_refused(rates: Any, mes
         make_train_functions(config_with(*rates))
 
 
+def test_a_matrix_names_its_adapter_and_what_is_not_trained_is_refused() -> None:
+    config = dataclasses.replace(
+        config_with(("att.key", 0.0), ("blocks.1.att.value", 0.5)),
+        tuning=TuningConfig("lora", rank=4, targets=("att.*",)),
+    )
+    trainer = make_train_functions(config)
+    trained, _ = split_params(trainer.params, trainer.partition)
+    adapter = trained["adapter"]["blocks"]["att"]
+    assert adapter.keys() == {"receptance", "value", "output"}
+    factors = rate_factors(trained, config.optimizer.rates)["adapter"]["blocks"]["att"]
+    for part in ("lora_A", "lora_B"):
+        assert factors["value"][part].ravel().tolist() == [0.5, 1.0]
+        assert factors["output"][part] == 1.0
+    rates = dataclasses.replace(config.optimizer, rates=(("ffn.key", 0.1),))
+    with pytest.raises(ConfigError, match=r"^optimizer\.rates = 'ffn\.key': the run does not train this parameter"):
+        make_train_functions(dataclasses.replace(config, optimizer=rates))
+
+
 @pytest.mark.parametrize("rates", [(("att.*", -1.0),), (("", 1.0),), (("att.*", float("nan")),)])
 def test_a_factor_must_not_be_negative(rates: Any) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.rates"):
@@ -149,7 +183,7 @@ def test_a_factor_must_not_be_negative(rates: Any) -> None:
 def test_averages_follow_the_trained_weights_by_their_definition() -> None:
     trainer, state, step = compiled(FROZEN)
     expected = state.params["head"]["weight"]
-    for s in range(3):
+    for s in range(3):  # of the run, whose first step is a later one
         state, _ = step(state, one_batch(FROZEN))
         decay = min(0.9, (1 + s) / (10 + s))
         expected = decay * expected + (1 - decay) * state.params["head"]["weight"]
