@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from rwkv_jax.checks import checker
 from rwkv_jax.config.data import DataConfig
@@ -181,10 +182,20 @@ class TrainConfig:
             self.preference.reference != "adapter_off" or switches, "preference.reference", f"needs {off}; take stored"
         )
         check(
-            objective != "grpo" or not tuning.is_partial or switches or (tuning.state and not tuning.also),
+            objective != "grpo"
+            or not tuning.is_partial
+            or switches
+            or (tuning.state and tuning.adapter is None and not tuning.also),
             "grpo.kl_weight",
             f"needs {off}; or train all weights",
         )
+        begins_empty = self.preference.reference == "adapter_off" or (objective == "grpo" and tuning.is_partial)
+        for name in ("initial_state", "initial_prompt"):
+            check(
+                not begins_empty or getattr(tuning, name) is None,
+                f"tuning.{name}",
+                "the reference model begins its texts with zeros, not in this state; leave it out",
+            )
         check(
             objective != "kto" or self.training.accumulation_steps == 1,
             "training.accumulation_steps",
@@ -204,8 +215,9 @@ class TrainConfig:
             "grpo.max_tokens",
             f"must be less than training.sequence_length = {training.sequence_length}, of which prompts have the rest",
         )
-        check(
-            self.checkpoint.every % grpo.iterations == 0,
-            "checkpoint.every",
-            f"must be a multiple of grpo.iterations = {grpo.iterations}: replies are not saved",
-        )
+        for name in ("checkpoint.every", "training.num_steps", "training.first_step"):
+            check(
+                operator.attrgetter(name)(self) % grpo.iterations == 0,
+                name,
+                f"must be a multiple of grpo.iterations = {grpo.iterations}: replies are not saved",
+            )

@@ -28,6 +28,7 @@ from rwkv_jax.config import (
     PreferenceConfig,
     StepConfig,
     TrainConfig,
+    TuningConfig,
 )
 from rwkv_jax.models import model_type
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
@@ -39,6 +40,7 @@ from rwkv_jax.training.objectives.preference import PairBatch, Replies
 from rwkv_jax.training.partition import split_params, train_all
 from rwkv_jax.training.preferences import REFERENCE_FILE
 from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.step import loss_and_gradients
 from rwkv_jax.weights.pretrained import save_pretrained
 from tests.fake_devices import run_on_fake_devices
@@ -191,6 +193,75 @@ def main() -> None:
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
         errors[objective] = max(relative_error(a, b) for a, b in pairs)
     json.dump(errors, sys.stdout)
+
+
+@pytest.mark.long
+def test_a_step_compares_an_adapter_with_the_model_without_it() -> None:
+    """The reference of `adapter_off` is what a model without an adapter gives."""
+    config = TrainConfig(
+        model=MODEL,
+        data=DataConfig(source="pairs.jsonl", tokenizer="bytes"),
+        initial_weights="base",
+        tuning=TuningConfig("lora", rank=4, targets=("att.*",)),
+        preference=PreferenceConfig(reference="adapter_off"),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        training=StepConfig(objective="dpo", batch_size=PAIRS, sequence_length=TIME, num_steps=20),
+    )
+    functions = make_train_functions(config)
+    draws = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(draws.normal(0, 0.3, x.shape), x.dtype), functions.params)
+    batch = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, batch_of("dpo"))
+    batch = batch._replace(first=batch.first._replace(reference=None), second=batch.second._replace(reference=None))
+    rest = jax.eval_shape(functions.init, jax.random.key(0), functions.params)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest._replace(params=None))._replace(params=params)
+    after, metrics = jax.jit(functions.train_step, compiler_options=QUICK)(state, batch)
+    assert bool(metrics.taken)
+    same, moved = (set(after.params) - {"adapter"}), after.params["adapter"]
+    assert_same_bits({name: after.params[name] for name in same}, {name: params[name] for name in same})
+    assert not np.array_equal(
+        moved["blocks"]["att"]["key"]["lora_B"], params["adapter"]["blocks"]["att"]["key"]["lora_B"]
+    )
+    base, own = RunModel(functions.run_model.graphdef), functions.run_model
+    ratio = []
+    for side in (batch.first, batch.second):
+        both = []
+        for model in (own.model(params), base.model(own.base(params))):
+            logits, _ = model(jnp.asarray(side.tokens))
+            each = jnp.take_along_axis(jax.nn.log_softmax(logits), side.targets[..., None], axis=-1)[..., 0]
+            both.append(np.asarray(jnp.sum(each * side.mask, axis=1)))
+        ratio.append(both[0] - both[1])
+    difference = 0.1 * (ratio[0] - ratio[1])[batch.weight > 0]
+    assert np.abs(difference).max() > 1e-3
+    np.testing.assert_allclose(metrics.loss, np.mean(np.log1p(np.exp(-difference))), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "tuning", "message"),
+    [
+        ("grpo", {"adapter": "pissa", "state": True}, r"^grpo\.kl_weight = 0\.1: needs an adapter"),
+        (
+            "grpo",
+            {"state": True, "initial_prompt": "Hi"},
+            r"^tuning\.initial_prompt = 'Hi': the reference model begins",
+        ),
+        (
+            "dpo",
+            {"adapter": "lora", "state": True, "initial_state": "s.pth"},
+            r"^tuning\.initial_state = 's\.pth': the",
+        ),
+    ],
+)
+def test_references_that_are_not_the_first_model_are_refused(objective: Any, tuning: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(
+            model=dataclasses.replace(SPLIT_IN_TIME, dtype="float32"),
+            data=DataConfig(source="pairs.jsonl", tokenizer="bytes"),
+            initial_weights="base",
+            tuning=TuningConfig(**tuning),
+            preference=PreferenceConfig(reference="adapter_off") if objective == "dpo" else PreferenceConfig(),
+            grpo=GROUPS if objective == "grpo" else GRPOConfig(),
+            training=StepConfig(objective=objective, batch_size=8, sequence_length=16, reset_at_documents=False),
+        )
 
 
 def write_pairs(path: Path, count: int = 40) -> None:
