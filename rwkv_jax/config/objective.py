@@ -94,7 +94,7 @@ class GRPOConfig:
     max_tokens: int = 256
     """Most tokens of a reply; prompts may have the rest of training.sequence_length."""
     iterations: int = 1
-    """Steps taken with the replies of one draw."""
+    """Steps taken with the replies of one draw; a run saves and stops after the last of them only."""
     clip_low: float = 0.2
     """How far below 1 a ratio of probabilities counts."""
     clip_high: float | None = None
@@ -126,6 +126,8 @@ class GRPOConfig:
         for name, weight in self.rewards:
             require(":" in name, "grpo.rewards", name, "must be FILE.py:NAME or MODULE:NAME")
             require(abs(weight) < float("inf") and weight != 0, f"grpo.rewards, weight of {name!r}", weight, "not zero")
+        names = [name.rpartition(":")[2] for name, _ in self.rewards]
+        check(len(set(names)) == len(names), "rewards", "functions are told apart by their names; rename one of two")
 
     def check_objective(self, objective: ObjectiveName) -> None:
         """Raises ConfigError for a field that was set although the objective does not read it."""

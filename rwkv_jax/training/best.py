@@ -28,7 +28,7 @@ class Best:
     value: float
     """Of the best step; infinity if there is none yet."""
     step: int
-    """The best step; without one, the step at which the run began."""
+    """The best step; without one, the step from which the run began or went on."""
 
     def takes(self, step: int, value: float) -> bool:
         """Whether a step's value is the best so far, which it is from now on."""

@@ -178,7 +178,7 @@ def _train(
     if isinstance(rows, OwnRows):
         rows.prepare(state, processes, is_new=restored is None, report=console.print)
     del restored  # or its arrays would be held beside the state's
-    first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints)
+    first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints, int(state.step))
     found = {"step": first_step, "best": best.value}
     assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
     if first_step > num_steps:
@@ -217,7 +217,7 @@ def _train(
     )
     save_due, held_out = False, None
     for step in range(first_step, num_steps):
-        if best.ends(step):
+        if best.ends(step) and step % config.grpo.iterations == 0:
             console.print(f"step {step}: none was better since step {best.step} (evaluation.stop_after); the run ends")
             break
         # Step.
@@ -229,6 +229,8 @@ def _train(
         state, metrics = train_step(state, batch)
         profiler.after(step, metrics)
         done, stopping = step + 1, stop.name()
+        if is_amid_draw := done % config.grpo.iterations != 0:  # whose replies are in no checkpoint
+            stopping = None
         evaluates = done % evaluation.every == 0 or done == num_steps
         save_due |= done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
         asks_tasks = runs_tasks(evaluation, done, num_steps)
@@ -253,7 +255,7 @@ def _train(
         save_due |= best.ends(done)
 
         # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
-        if save_due and not logger.is_bad:
+        if save_due and not logger.is_bad and not is_amid_draw:
             with logger.throughput.pause():
                 checkpoints.save(trainer.kept(state), done, logger.metrics_window)
             save_due = False
@@ -337,8 +339,8 @@ def _write_samples(
         logger.sample(step, prompt, sampler.text(params, prompt, config.evaluation.sample_tokens, sampling, seed))
 
 
-def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoints) -> Best:
-    """The best step of a run before it goes on."""
+def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoints, first_step: int) -> Best:
+    """The best step of a run before it goes on from `first_step`, which stands for it if there is none to compare."""
     evaluation, value = config.evaluation, checkpoints.best_loss(config.evaluation.best_by)
     by_loss, step = evaluation.best_by == LOSS, checkpoints.best_step
     return Best(
@@ -347,7 +349,7 @@ def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoint
         every=evaluation.every if by_loss else evaluation.task_every or evaluation.every,
         stop_after=evaluation.stop_after,
         value=value,
-        step=config.training.first_step if step is None or math.isinf(value) else step,
+        step=first_step if step is None or math.isinf(value) else step,
     )
 
 

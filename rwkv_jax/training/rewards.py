@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from rwkv_jax.checks import is_number
 from rwkv_jax.config import ConfigError
 
-RewardFunction = Callable[[Mapping[str, Any], str], float]
-"""(record of the prompt, text of the reply) -> reward."""
+RewardFunction = Callable[[Mapping[str, Any], str], Any]
+"""(record of the prompt, text of the reply) -> reward: what float() takes, but no text; True is 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +75,11 @@ def give_rewards(
     for column, reward in enumerate(rewards):
         for row, (record, reply) in enumerate(zip(records, replies, strict=True)):
             try:
-                value = reward.function(record, reply)
-                if not is_number(value) or not math.isfinite(value):
+                value: Any = reward.function(record, reply)
+                number = math.nan if isinstance(value, str | bytes) else float(value)
+                if not math.isfinite(number):
                     raise ValueError(f"gave {value!r}, which is no finite number")
-                values[row, column] = value
+                values[row, column] = number
             except Exception as error:  # users' code raises anything
                 failures.setdefault(reward.name, f"{reward.name}: {type(error).__name__}: {error}; reply {reply!r}")
     usable = np.isfinite(values).all(axis=1).reshape(-1, group_size).all(axis=1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.atomic import replace_file
-from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.config import ConfigError, GRPOConfig, TrainConfig
 from rwkv_jax.data.preference.prompts import PromptCorpus, PromptRecord
 from rwkv_jax.held_out import Preferred
 from rwkv_jax.parallel.coordination import global_array
@@ -164,8 +164,6 @@ class RolloutRows:
         grpo, prompts = self.config.grpo, self._prompts(step)
         seed = (self.config.seed * 1_000_003 + step + 1) % 2**32
         drawn, replies, rewarded = self._rewarded(prompts, params, seed)
-        totals = np.where(rewarded.usable, rewarded.totals, 0.0)
-        worth = np.asarray(advantages(jnp.asarray(totals, jnp.float32), grpo.num_generations, grpo.scale))
         each = [prompt for prompt in prompts for _ in range(grpo.num_generations)]
         self._tokens += int(drawn.lengths.sum())
         self._groups += len(prompts)
@@ -175,7 +173,7 @@ class RolloutRows:
                 if failure.partition(":")[0] not in self._reported:
                     self._reported.add(failure.partition(":")[0])
                     self.report(f"step {step}: {skipped} of {len(prompts)} groups skipped: {failure}")
-        return Rollout(each, drawn, replies, rewarded, np.where(rewarded.usable, worth, 0).astype(np.float32))
+        return Rollout(each, drawn, replies, rewarded, usable_advantages(rewarded, grpo))
 
     def _batch_of(self, rollout: Rollout, params: Any) -> GroupBatch:
         """Prompts and replies as rows, with log-probabilities where the objective needs them."""
@@ -189,8 +187,10 @@ class RolloutRows:
             tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
             counts = rollout.rewarded.usable[row] and (drawn.ended[row] or not grpo.mask_truncated)
             mask[row, size - 1 : len(ids) - 1] = counts
-        usable = rollout.rewarded.usable.astype(np.float32)
-        batch = self._placed(GroupBatch(tokens, targets, mask, rollout.advantages, usable))
+        usable, worth = rollout.rewarded.usable.astype(np.float32), rollout.advantages
+        if not usable.any():  # a loss that is not finite, so that the step is skipped and counted
+            worth = np.full_like(worth, np.nan)
+        batch = self._placed(GroupBatch(tokens, targets, mask, worth, usable))
         run_model = self.functions.run_model
         if grpo.iterations > 1:
             batch = batch._replace(old_log_p=self._log_p(run_model, params, batch))
@@ -249,6 +249,15 @@ class RolloutRows:
                     "skipped": not bool(rollout.rewarded.usable[row]),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def usable_advantages(rewarded: Rewarded, grpo: GRPOConfig) -> np.ndarray:
+    """The advantages among the replies of groups that are usable, float32 [R]; zero for the others."""
+    worth, usable = np.zeros(len(rewarded.totals), np.float32), rewarded.usable
+    if usable.any():
+        totals = jnp.asarray(rewarded.totals[usable], jnp.float32)
+        worth[usable] = advantages(totals, grpo.num_generations, grpo.scale)
+    return worth
 
 
 def rollout_rows(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from rwkv_jax import from_pretrained, run_folder
 from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.training.best import Best
+from rwkv_jax.training.loop import _best_so_far
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.weights.pretrained import convert
 from tests.small_runs import assert_same_bits, names_in
@@ -102,6 +105,15 @@ def test_the_best_by_a_figure_that_rises_is_the_highest() -> None:
     assert not best.ends(6)
     assert not best.takes(8, float("nan"))
     assert best.ends(8)
+
+
+def test_without_a_best_to_compare_a_resumed_run_counts_from_where_it_goes_on(config: TrainConfig) -> None:
+    own = changed(config, evaluation={"every": 2, "stop_after": 3})
+    for saved in (SimpleNamespace(best_loss=lambda by: math.inf, best_step=step) for step in (None, 2)):
+        best = _best_so_far(own, [], saved, 8)  # pyright: ignore[reportArgumentType]
+        assert (best.step, best.ends(8), best.ends(12), best.ends(14)) == (8, False, False, True)
+    found = _best_so_far(own, [], SimpleNamespace(best_loss=lambda by: 1.0, best_step=2), 8)  # pyright: ignore[reportArgumentType]
+    assert (found.step, found.ends(8)) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -28,14 +30,15 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.models import model_type
+from rwkv_jax.training import loop
 from rwkv_jax.training.continuations import Continuations
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.reporting.metrics import read_metrics
-from rwkv_jax.training.rewards import Reward, give_rewards, load_rewards
-from rwkv_jax.training.rollouts import ROLLOUTS_FILE
+from rwkv_jax.training.rewards import Reward, Rewarded, give_rewards, load_rewards
+from rwkv_jax.training.rollouts import ROLLOUTS_FILE, usable_advantages
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.weights.pretrained import save_pretrained
-from tests.small_runs import assert_same_bits
+from tests.small_runs import assert_same_bits, names_in
 
 MODEL = ModelConfig("4", vocab_size=256, num_layers=2, width=16, ffn_width=32, wkv_implementation="scan")
 
@@ -62,6 +65,23 @@ def test_a_group_in_which_a_function_fails_is_skipped() -> None:
         (failure,) = found.failures
         assert failure.startswith("moody: ")
         assert repr(wrong) in failure
+
+
+def test_rewards_may_be_any_numbers() -> None:
+    for value in (True, np.bool_(True), np.float32(1), np.array(1), jnp.float32(1), jnp.array(True)):
+        found = give_rewards([Reward("own", 1.0, lambda record, reply, value=value: value)], [{}] * 2, ["a", "b"], 2)
+        assert found.usable.all(), found.failures
+        assert found.totals.tolist() == [1.0, 1.0]
+
+
+def test_advantages_are_among_usable_groups() -> None:
+    values, usable = np.array([1.0, 2.0, np.nan, 9.0, 3.0, 7.0]), np.array([True, True, False, False, True, True])
+    rewarded = Rewarded(values[:, None], values, usable, ())
+    found = usable_advantages(rewarded, GRPOConfig(num_generations=2, scale="batch"))
+    expected = np.array([-0.5, 0.5, 0, 0, -2, 2]) / (np.std([1.0, 2.0, 3.0, 7.0], ddof=1) + 1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    none = usable_advantages(rewarded._replace(usable=usable & False), GRPOConfig(num_generations=2))
+    assert none.tolist() == [0.0] * 6
 
 
 def test_functions_are_found_by_file_and_by_module(tmp_path: Path) -> None:
@@ -161,6 +181,27 @@ def test_a_run_earns_more_and_goes_on_bit_by_bit(tmp_path: Path, capsys: pytest.
     assert written[0] == written[1]
 
 
+@pytest.mark.long
+def test_a_run_that_is_stopped_amid_a_draw_finishes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And steps of which no group is usable are skipped and counted."""
+    config = run_config(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in ("spoiled", "a")))
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, num_steps=4, batch_size=8),  # a prompt a draw
+        evaluation=dataclasses.replace(config.evaluation, every=4),
+    )
+    with monkeypatch.context() as stopping:
+        stopping.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(lambda: "SIGTERM"))
+        first = train(config).state
+    assert (int(first.step), int(first.skipped_steps)) == (2, 0)
+    assert names_in(tmp_path / "run" / "checkpoints") == ["2"]
+    params = jax.tree.map(np.asarray, first.params)
+    last = train(config).state
+    assert (int(last.step), int(last.skipped_steps)) == (4, 2)
+    assert_same_bits(last.params, params)
+
+
 @pytest.mark.parametrize(
     ("grpo", "training", "message"),
     [
@@ -169,6 +210,17 @@ def test_a_run_earns_more_and_goes_on_bit_by_bit(tmp_path: Path, capsys: pytest.
         ({"num_generations": 1}, {}, r"^grpo\.num_generations = 1: a reply is rewarded relative to others"),
         ({"num_generations": 3}, {}, r"^training\.batch_size = 32: must be a multiple of grpo\.num_generations = 3"),
         ({"max_tokens": 20}, {}, r"^grpo\.max_tokens = 20: must be less than training\.sequence_length = 20"),
+        (
+            {"rewards": (("a.py:same", 1.0), ("b.py:same", 1.0))},
+            {},
+            r"^grpo\.rewards = .*: functions are told apart by their names",
+        ),
+        (
+            {"iterations": 2},
+            {"num_steps": 11},
+            r"^training\.num_steps = 11: must be a multiple of grpo\.iterations = 2",
+        ),
+        ({"iterations": 2}, {"first_step": 3}, r"^training\.first_step = 3: must be a multiple of grpo\.iterations"),
         ({"iterations": 5}, {}, r"^checkpoint\.every = 6: must be a multiple of grpo\.iterations = 5"),
         ({}, {"objective": "next_token"}, r"^grpo\.rewards = .*'next_token' does not read it"),
     ],
