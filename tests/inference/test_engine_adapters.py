@@ -7,15 +7,18 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rwkv_jax.checks import require_known
 from rwkv_jax.config import ConfigError
 from rwkv_jax.config.tuning import OFFICIAL_TARGETS
 from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.inference.engine import adapters
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.models import LanguageModel
@@ -233,6 +236,30 @@ def test_an_adapter_of_another_base_is_refused_unless_told(engine: Engine) -> No
         made()
     with compiled_quickly(), made(allow_other_base=True) as told:
         assert told.adapters.names == ("x",)
+
+
+def test_what_cannot_be_loaded_takes_no_place(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "_set_place", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        engine.adapters.load("x", ADAPTERS["part"])
+    assert engine.adapters.names == ("low", "sums", "part")
+    monkeypatch.undo()
+    engine.adapters.load("x", ADAPTERS["part"])
+    engine.adapters.remove("x")
+
+
+def test_an_adapter_is_found_while_others_remove_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.adapters.load("x", ADAPTERS["part"])
+
+    def known_until_now(*arguments: Any) -> None:
+        require_known(*arguments)
+        monkeypatch.undo()
+        engine.adapters.remove("x")
+
+    monkeypatch.setattr(adapters, "require_known", known_until_now)
+    found = engine.adapters.find("x")
+    assert found is not None
+    assert not found.is_loaded
 
 
 def test_an_engine_without_adapters_says_so() -> None:

@@ -112,10 +112,11 @@ class AdapterPlaces:
             return None
         if not isinstance(name, str):
             raise ConfigError(f"adapter = {shown(name)}: must be the name of an adapter of this engine, or None")
-        if not self._by_name:
+        known = dict(self._by_name)  # as of now: the engine's thread may load and remove meanwhile
+        if not known:
             raise ConfigError(f"adapter = {shown(name)}: this engine has no adapters; load it first (adapters.load)")
-        require_known(name, self.names, "adapter", "adapter of this engine")
-        return self._by_name[name]
+        require_known(name, known, "adapter", "adapter of this engine")
+        return known[name]
 
     def check_base(self, name: str, adapter: Adapter) -> None:
         """Holds an adapter against the model, all of whose numbers may be read: not for the engine's thread.
@@ -176,9 +177,11 @@ class AdapterPlaces:
                     f"{len(self._targets)} matrices up to rank {self._rank}; give it this adapter when it is built, "
                     "or a greater adapter_rank"
                 )
-        place = self._free.pop()
-        self._by_name[name] = LoadedAdapter(name, place, adapter.digest, next(_numbers))
-        return self._filled(place, lora, params, num_layers)
+        loaded = LoadedAdapter(name, self._free[-1], adapter.digest, next(_numbers))
+        filled = self._filled(loaded.place, lora, params, num_layers)
+        self._free.pop()  # only now: it stays free if there is no memory
+        self._by_name[name] = loaded
+        return filled
 
     def remove(self, name: str, is_used: Callable[[LoadedAdapter], bool]) -> None:
         """Frees an adapter's place; the engine's thread calls it.
