@@ -164,6 +164,11 @@ def test_states_are_of_one_adapter(engine: Engine, tmp_path: Path) -> None:
     loaded = engine.load_session(tmp_path / "state.safetensors", adapter="low")
     assert list(loaded.generate(list(IDS), sampling=GREEDY, max_tokens=MAX_TOKENS, stop_ids=()).ids) == ids
     assert engine.conversation("x", adapter="low") is not engine.conversation("x")
+    assert engine.conversation("x\0low") is not engine.conversation("x", adapter="low")
+    count = len(engine.sessions)
+    with pytest.raises(ConfigError, match="adapter = 'gone': no such adapter of this engine"):
+        engine.conversation("x", adapter="gone")
+    assert len(engine.sessions) == count
     assert engine.conversation("x", adapter="low") is engine.conversation("x", adapter="low")
 
 

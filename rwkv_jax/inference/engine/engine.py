@@ -35,7 +35,7 @@ from rwkv_jax.inference.engine.scoring import Score
 from rwkv_jax.inference.engine.stream import Stream
 from rwkv_jax.inference.state.prefix_cache import PrefixCache
 from rwkv_jax.inference.state.session import Session
-from rwkv_jax.inference.state.session_store import SessionStore
+from rwkv_jax.inference.state.session_store import Name, SessionStore
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.inference.state.tuned import opened_row
@@ -366,7 +366,8 @@ class Engine:
         """The named conversation in `sessions`; a new one if there is none. Adapters have conversations of their own.
 
         Raises:
-          ConfigError: the name is not a string, or a single state is larger than `session_bytes`.
+          ConfigError: the name is not a string, there is no such adapter, or a single state is larger than
+            `session_bytes`.
         """
         if not isinstance(name, str):
             raise ConfigError(f"conversation = {shown(name)}: must be a string")
@@ -375,15 +376,16 @@ class Engine:
                 f"session_bytes = {self.options.session_bytes}: a state of this model has {one}; build the engine with "
                 "more, or use a session() of your own"
             )
-        name = name if adapter is None else f"{name}\0{adapter}"
+        self.adapters.find(adapter)  # before a session of it is kept
+        key = name if adapter is None else (name, adapter)
         with self._sessions_lock:
-            session = self.sessions.get(name)
+            session = self.sessions.get(key)
             if session is None:
-                session = Session(self, on_change=functools.partial(self._keep, name), adapter=adapter)
-                self.sessions.put(name, session)
+                session = Session(self, on_change=functools.partial(self._keep, key), adapter=adapter)
+                self.sessions.put(key, session)
             return session
 
-    def _keep(self, name: str, session: Session) -> None:
+    def _keep(self, name: Name, session: Session) -> None:
         """Updates a conversation's size; re-adds an evicted one unless another has its name."""
         with self._sessions_lock:
             if self.sessions.get(name) not in (None, session):

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.state.session import Session
 
+Name = str | tuple[str, str]
+"""Of a conversation, or of one and its adapter."""
+
 
 class _Entry(NamedTuple):
     session: Session
@@ -58,10 +61,10 @@ class SessionStore:
         self._clock = clock
         self._min_bytes, self._may_go = min_bytes, may_go
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[Name, _Entry] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
 
-    def put(self, name: str, session: Session) -> None:
+    def put(self, name: Name, session: Session) -> None:
         """Stores a session under a name, replacing an existing one.
 
         Raises ConfigError for one larger than the whole store, which is then unchanged.
@@ -81,7 +84,7 @@ class SessionStore:
             self._entries[name] = _Entry(session, num_bytes, self._clock())
             self._num_bytes += num_bytes
 
-    def get(self, name: str) -> Session | None:
+    def get(self, name: Name) -> Session | None:
         """The named session, which becomes the most recently used; None if there is none."""
         with self._lock:
             self._expire()
@@ -92,7 +95,7 @@ class SessionStore:
             self._entries.move_to_end(name)
             return entry.session
 
-    def pop(self, name: str) -> Session | None:
+    def pop(self, name: Name) -> Session | None:
         """Removes and returns the named session; None if there is none."""
         with self._lock:
             self._expire()
@@ -118,7 +121,7 @@ class SessionStore:
         for name in [name for name, entry in stale if self._may_go(entry.session)]:
             self._remove(name)
 
-    def _remove(self, name: str) -> None:
+    def _remove(self, name: Name) -> None:
         entry = self._entries.pop(name, None)
         if entry is not None:
             self._num_bytes -= entry.num_bytes
