@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
-from rwkv_jax.cli.flags import Quantize, tokenizer_for
+from rwkv_jax.cli.flags import Quantize, tell_of_state, tokenizer_for
 from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
 
@@ -69,6 +69,7 @@ class Convert:
             f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
             f"{f', matrices in {self.quantize}' if self.quantize else ''}"
         )
+        tell_of_state(self.source, self.target)
 
     def _quantize(self, quantize: Quantize) -> ModelConfig:
         """Loads the quantized model and saves it; rejects what cannot be saved before loading."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from rwkv_jax.checks import ConfigError, require_whole
-from rwkv_jax.cli.flags import WeightsFlags
+from rwkv_jax.cli.flags import TunedFlags, WeightsFlags
 
 if TYPE_CHECKING:
     from rwkv_jax.evaluation.run import Progress
@@ -27,6 +27,7 @@ class Evaluate:
     weights: Annotated[WeightsFlags, tyro.conf.arg(name="")]
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=PATH...")]
     """Each task with its file or folder, such as lambada=lambada_test.jsonl hellaswag=data/hellaswag."""
+    tuned: Annotated[TunedFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TunedFlags)
     num_fewshot: int | None = None
     """Examples in each prompt; None takes each task's own default."""
     examples: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=PATH...]")] = ()
@@ -70,9 +71,10 @@ class Evaluate:
         from rwkv_jax.evaluation.run import evaluate
         from rwkv_jax.inference.engine.engine import Engine
 
-        model, tokenizer = self.weights.load()
+        tuned = self.tuned.arguments(self.weights)
+        model, tokenizer = self.weights.load(self.tuned)
         options = options_for(model, self.slots, tune=self.tune)
-        with Engine(model, tokenizer, options) as engine:
+        with Engine(model, tokenizer, options, **tuned) as engine:
             del model  # the engine has its own copy of the layers
             report = evaluate(
                 engine,

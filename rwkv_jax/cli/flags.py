@@ -127,6 +127,12 @@ def _tunes_a_state(path: Path) -> bool:
     return (path / RUN_FILE).is_file() and run_config(path).tuning.state
 
 
+def tell_of_state(source: str, target: object) -> None:
+    """Says so if a source is a run that tunes a state, which no file of weights has."""
+    if _tunes_a_state(Path(source).expanduser()):
+        print(f"{source}: its tuned state is not in {target}; write it with rwkv_jax.tuning.save_tuned_state")
+
+
 @dataclasses.dataclass(frozen=True)
 class TunedFlags:
     """What was tuned of the model: the state in which texts begin, and adapters."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
+from rwkv_jax.cli.flags import tell_of_state
 from rwkv_jax.config import ConfigError
 
 
@@ -67,3 +68,5 @@ class Merge:
             for source, adapter in zip(sources, adapters, strict=True)
         )
         print(f"{target}: {model.title} {model.num_layers} x {model.width} in {self.dtype}, with {merged}")
+        for source in (self.base, *sources):
+            tell_of_state(source, target)

@@ -169,8 +169,11 @@ class Report:
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """The model and its tokenizer; the hash covers every parameter, in its dtype or packed."""
-    config = engine.config
+    """The model and its tokenizer; the hash covers every parameter, in its dtype or packed.
+
+    That of the tuned state in which texts begin is there if there is one.
+    """
+    config, digest = engine.config, engine.initial_state_digest
     return {
         "hash": engine.identity.model,
         "kind": config.title,
@@ -181,6 +184,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         "dtype": config.dtype,
         "parameter_dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(engine.model, nnx.Param))}),
         "tokenizer": engine.identity.tokenizer,
+        **({} if digest is None else {"initial_state": digest}),
     }
 
 
@@ -209,7 +213,7 @@ def shared_settings(about: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "begin": settings["begin"],
         "window": settings["window"],
-        "model": model["hash"],
+        "model": f"state {model['initial_state']} of {model['hash']}" if "initial_state" in model else model["hash"],
         "dtype": model["dtype"],
         "tokenizer": model["tokenizer"],
         "versions": {name: about["versions"][name] for name in ("rwkv-jax", "jax")},

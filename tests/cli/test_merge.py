@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rwkv_jax.tuning.files import open_adapter, save_adapter
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import read_config
 from tests.cli.commands import Command
+from tests.evaluation.piqa_file import write_piqa
 from tests.weights.files import tensors_in
 
 
@@ -81,6 +83,16 @@ def test_generate_with_an_adapter_is_the_merged_model(rwkv: Command, base: Path,
         rwkv("generate", base / "model", "--adapter", f"x={base / 'b'}", "--allow-other-base", *options).out == merged
     )
     assert rwkv("generate", base / "model", *options).out != merged
+
+
+@pytest.mark.long
+def test_evaluate_with_an_adapter_is_the_merged_model(rwkv: Command, base: Path, tmp_path: Path) -> None:
+    options = ("--tasks", f"piqa={write_piqa(tmp_path / 'valid.jsonl')}", "--limit", "3", "--tune", "never", "--json")
+    rwkv("merge", base / "model", base / "a", tmp_path / "m")
+    adapted = json.loads(rwkv("evaluate", base / "model", "--adapter", base / "a", *options).out)
+    merged = json.loads(rwkv("evaluate", tmp_path / "m", *options).out)
+    assert adapted["tasks"][0]["metrics"] == merged["tasks"][0]["metrics"]
+    assert adapted["model"]["hash"] != merged["model"]["hash"]
 
 
 @pytest.mark.parametrize(

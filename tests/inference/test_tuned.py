@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.evaluation.report import describe_model, machine, shared_settings, versions
 from rwkv_jax.inference import Engine
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.state.snapshot import StateError
@@ -74,6 +75,16 @@ def test_every_text_begins_with_it(engine: Engine, file: Path) -> None:
     with quick_engine(MODEL) as plain:
         (other,) = plain.score(LONG_IDS[:1], LONG_IDS[1:])
     assert abs(other.logprob - score.logprob) > 0.01
+
+
+def test_evaluations_tell_engines_with_one_from_others(engine: Engine) -> None:
+    with quick_engine(MODEL) as plain:
+        own, other = describe_model(engine), describe_model(plain)
+    assert "initial_state" not in other
+    about = {"settings": {"begin": True, "window": None}, "versions": versions(), "machine": machine()}
+    of_own, of_other = (shared_settings({"model": model, **about}) for model in (own, other))
+    assert of_other["model"] == own["hash"] == other["hash"]
+    assert of_own == of_other | {"model": f"state {own['initial_state']} of {own['hash']}"}
 
 
 def test_prompts_that_share_a_beginning_and_sessions_begin_with_it_too(engine: Engine, file: Path) -> None:

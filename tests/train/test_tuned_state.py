@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import from_pretrained, run_folder
+from rwkv_jax.cli import main
 from rwkv_jax.cli.flags import TunedFlags, WeightsFlags
 from rwkv_jax.config import ConfigError, TrainConfig, TuningConfig
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
@@ -23,6 +25,7 @@ from rwkv_jax.tuning.adapter import Adapter, AdapterError
 from rwkv_jax.tuning.pretrained import digest_of_source
 from rwkv_jax.tuning.pretrained_state import open_tuned_state
 from rwkv_jax.tuning.state_files import TunedStateError
+from tests.evaluation.piqa_file import write_piqa
 from tests.small_runs import assert_same_bits
 from tests.train.in_process import Run, restore, run
 
@@ -98,7 +101,8 @@ def with_other_best(folder: Path, target: Path) -> Path:
 def test_the_state_is_that_of_the_checkpoint(tuned: Run, tmp_path: Path) -> None:
     folder = with_other_best(tuned.folder, tmp_path / "run")
     found = []
-    for which, ema in (("newest", False), ("best", False), ("newest", True)):
+    places: list[tuple[Literal["newest", "best"], bool]] = [("newest", False), ("best", False), ("newest", True)]
+    for which, ema in places:
         state = TunedFlags().arguments(WeightsFlags(str(folder), which, ema))["initial_state"]
         params = run_folder.load_model(folder, which, ema=ema).params
         np.testing.assert_array_equal(
@@ -128,6 +132,33 @@ def test_a_first_state_of_another_base_is_refused_unless_told(
         first_params(own, make_train_functions(own))
     own = tuning_of(config, finished.folder, initial_state=str(file), allow_other_base=True)
     first_params(own, make_train_functions(own))
+
+
+def test_convert_says_that_the_state_is_left_out(
+    tuned: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["convert", str(tuned.folder), str(tmp_path / "out.pth")])
+    assert f"{tuned.folder}: its tuned state is not in {tmp_path / 'out.pth'}; write it" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_run_is_evaluated_with_its_state(
+    tuned: Run, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ["--tasks", f"piqa={write_piqa(tmp_path / 'valid.jsonl')}", "--limit", "3", "--tune", "never"]
+    folder = tmp_path / "out"
+    found = []
+    for arguments in (
+        [str(tuned.folder), "--output", str(folder)],
+        [str(finished.folder), "--state", str(tuned.folder)],
+    ):
+        capsys.readouterr()
+        main(["evaluate", *arguments, *task, "--json"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["model"]["initial_state"] == found[1]["model"]["initial_state"]
+    assert found[0]["tasks"][0]["metrics"] == found[1]["tasks"][0]["metrics"]
+    with pytest.raises(SystemExit, match="is of another evaluation: model was 'state "):
+        main(["evaluate", str(finished.folder), "--output", str(folder), *task])
 
 
 @pytest.mark.long

@@ -38,7 +38,7 @@ from rwkv_jax.inference.state.session import Session
 from rwkv_jax.inference.state.session_store import Name, SessionStore
 from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, model_identity
-from rwkv_jax.inference.state.tuned import opened_row
+from rwkv_jax.inference.state.tuned import opened_row, row_digest
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
 from rwkv_jax.tuning.adapter import Adapter
@@ -139,8 +139,11 @@ class Engine:
             placed, weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
         )
         slots = scheduler.slots
+        self.initial_state_digest: str | None = None
         if initial_state is not None:
-            slots.begin_texts_with(opened_row(initial_state, self))
+            row = opened_row(initial_state, self)
+            slots.begin_texts_with(row)
+            self.initial_state_digest = row_digest(row)
         self._empty_row, self._state_bytes = slots.empty_row, scheduler.state_bytes
         self._driver = Driver(scheduler)
         self.adapters = AdapterTable(places, scheduler, self._driver, adapters or {}, config.num_layers)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.initial_state import begin_texts
 from rwkv_jax.tuning.pretrained_state import open_tuned_state
 from rwkv_jax.tuning.state_files import TunedState, TunedStateError
+from rwkv_jax.weights.digest import content_digest
 
 if TYPE_CHECKING:
     from rwkv_jax.inference.engine.engine import Engine
@@ -23,6 +26,12 @@ def opened_row(given: str | os.PathLike[str] | TunedState, engine: Engine) -> An
     tuned, name = (given, "initial_state") if isinstance(given, TunedState) else (open_tuned_state(given), str(given))
     check_base(tuned, engine, name)
     return tuned_row(tuned, engine.model, name)
+
+
+def row_digest(row: Any) -> str:
+    """SHA-256 in hex of what `tuned_row` gives."""
+    lines = [content_digest(np.asarray(x)) for x in jax.tree.leaves(row)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_base(tuned: TunedState, engine: Engine, name: str) -> None:
