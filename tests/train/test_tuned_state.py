@@ -117,9 +117,9 @@ def test_an_adapter_is_held_against_the_checkpoint(finished: Run, tmp_path: Path
     best = WeightsFlags(str(folder), "best")
     adapter = Adapter("lora", {}, {}, {"ln_out.weight": np.ones(32)}, digest_of_source(folder, "best"))
     model = from_pretrained(folder)  # whose shapes alone are looked at
-    TunedFlags().check({"a": adapter}, model, best)
+    TunedFlags().checked({"a": adapter}, model, best)
     with pytest.raises(AdapterError, match="was trained on another base"):
-        TunedFlags().check({"a": adapter}, model, dataclasses.replace(best, checkpoint="newest"))
+        TunedFlags().checked({"a": adapter}, model, dataclasses.replace(best, checkpoint="newest"))
 
 
 def test_a_first_state_of_another_base_is_refused_unless_told(
