@@ -38,7 +38,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.models import abstract_model
-from rwkv_jax.models.tuned import kept_shapes
+from rwkv_jax.models.tuned import kept_shapes, merge_nested, set_at
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
 
@@ -287,7 +287,7 @@ def load_model(
     tree, place, step = _load(run_dir, which, lambda saved: _with_averages(like, saved) if ema else {"params": like})
     if ema and "ema" not in tree:
         raise ConfigError(f"{place}: has no averages of weights, which training.ema_decay keeps; leave ema out")
-    return LoadedModel(config, graphdef, _merged(tree.get("params", {}), tree.get("ema", {})), step)
+    return LoadedModel(config, graphdef, merge_nested(tree.get("params", {}), tree.get("ema", {})), step)
 
 
 def load_part(
@@ -302,7 +302,7 @@ def load_part(
     Raises:
       ConfigError: as `load_model`, or as `wanted`.
     """
-    config, one = from_dict(read_run_file(run_dir)["config"]), SingleDeviceSharding(default_device())
+    config, one = run_config(run_dir), SingleDeviceSharding(default_device())
 
     def placed(saved: Mapping[str, str]) -> Any:
         shapes = wanted(config, saved)
@@ -353,18 +353,9 @@ def _with_averages(params: Any, saved: Mapping[str, str]) -> dict[str, Any]:
     """What to load of a checkpoint: the averages that it has of parameters, and the parameters that it has none of."""
     parts: dict[str, Any] = {"params": {}, "ema": {}}
     for path, leaf in jax.tree.leaves_with_path(params):
-        names = [str(entry.key) for entry in path]
-        place = parts["ema" if ".".join(["ema", *names]) in saved else "params"]
-        for name in names[:-1]:
-            place = place.setdefault(name, {})
-        place[names[-1]] = leaf
+        names = tuple(str(entry.key) for entry in path)
+        set_at(parts["ema" if ".".join(["ema", *names]) in saved else "params"], names, leaf)
     return {name: part for name, part in parts.items() if part}
-
-
-def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts without a leaf in common."""
-    both = one.keys() & other.keys()
-    return {**one, **other, **{name: _merged(one[name], other[name]) for name in both}}
 
 
 def _describe_broken_files(checkpoint: Path) -> str | None:
