@@ -33,7 +33,7 @@ FITTED = 3
 class Sizes:
     """Of the models and texts."""
 
-    models: tuple[str, ...] = tuple(common.MODELS)
+    models: tuple[str, ...] = tuple(common.ALL_MODELS)
     num_layers: int = 2
     width: int = 64
     head_dim: int = 32
@@ -133,9 +133,13 @@ def claims(results: common.Results) -> common.Claims:
     """The slopes of the issue."""
     slopes = {name: fit["slope"] for name, fit in results["slopes"].items()}
     rwkv = [slope for name, slope in slopes.items() if name in common.GENERATIONS]
+    others = [slope for name, slope in slopes.items() if name in common.BASELINES]
     quadratic = [slope for name, slope in slopes.items() if name in common.TRANSFORMER]
     return {
         "every RWKV's time grows with T to the power 0.9 to 1.1": all(0.9 <= slope <= 1.1 for slope in rwkv),
+        "every other recurrence's time grows with T to the power 0.8 to 1.2": all(
+            0.8 <= slope <= 1.2 for slope in others
+        ),
         "attention's time grows with T to a power above 1.6": all(slope > 1.6 for slope in quadratic),
     }
 

@@ -66,7 +66,7 @@ class Sizes:
     width: int = 256
     head_dim: int = 64
     vocab_size: int = 8192
-    contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
+    contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
     batches: tuple[int, ...] = (1, 4, 16, 64)
     calls: int = 4
     """Of 8 tokens, in a repetition."""
