@@ -52,7 +52,13 @@ class Embedder:
     """
 
     def __init__(
-        self, model: LanguageModel, *, num_rows: int = 8, chunk_length: int = 512, short_chunk_length: int = 64
+        self,
+        model: LanguageModel,
+        *,
+        num_rows: int = 8,
+        chunk_length: int = 512,
+        short_chunk_length: int = 64,
+        initial_state: Any = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -60,6 +66,7 @@ class Embedder:
           num_rows: short texts read at once.
           chunk_length: tokens of a long text per call.
           short_chunk_length: tokens of each short text per call.
+          initial_state: the model's state of one text, without an axis of rows, in which texts begin; None is empty.
         """
         require_whole("num_rows", num_rows, 1)
         require_whole("short_chunk_length", short_chunk_length, 1)
@@ -67,7 +74,8 @@ class Embedder:
         self.config = model.config
         self._num_rows, self._short, self._long = num_rows, short_chunk_length, chunk_length
         self._graphdef, self._params = nnx.split(model, nnx.Param)
-        self._begin = jax.jit(self._begin_texts, static_argnums=1)
+        self._initial_state = initial_state
+        self._begin = jax.jit(self._begin_texts, static_argnums=2)
         self._read = jax.jit(self._read_chunk, donate_argnums=1)
         self._lock = Lock()  # one batch at a time: a second one would only need memory
 
@@ -121,7 +129,7 @@ class Embedder:
         self, texts: Sequence[Sequence[int]], num_rows: int, length: int, skip: int, run: Run
     ) -> list[NDArray[Any]]:
         """Sums of the hidden states that count, and last ones, [n, C] each; texts are read in calls of one shape."""
-        reading = run(lambda: self._begin(self._params, num_rows))
+        reading = run(lambda: self._begin(self._params, self._initial_state, num_rows))
         for position in range(0, max(map(len, texts)), length):
             tokens, lengths = np.zeros((num_rows, length), np.int32), np.zeros(num_rows, np.int32)
             for row, ids in enumerate(texts):
@@ -132,9 +140,12 @@ class Embedder:
             reading = run(lambda chunk=chunk: jax.block_until_ready(chunk()))
         return [x[: len(texts)] for x in run(lambda: jax.device_get((reading.total, reading.last)))]
 
-    def _begin_texts(self, params: Any, num_rows: int) -> Reading:
+    def _begin_texts(self, params: Any, initial_state: Any, num_rows: int) -> Reading:
         zeros = jnp.zeros((num_rows, self.config.width), self.config.parameter_dtype)
-        return Reading(nnx.merge(self._graphdef, params).initial_state(num_rows), zeros, zeros)
+        if initial_state is None:
+            return Reading(nnx.merge(self._graphdef, params).initial_state(num_rows), zeros, zeros)
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_rows, *x.shape)), initial_state)
+        return Reading(rows, zeros, zeros)
 
     def _read_chunk(self, params: Any, reading: Reading, tokens: Array, lengths: Array, skip: Array) -> Reading:
         """Reads tokens [r, T], of which each row's first `lengths` [r] are valid; the first `skip` do not count."""

@@ -13,6 +13,7 @@ import pytest
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.evaluation.report import describe_model, machine, shared_settings, versions
 from rwkv_jax.inference import Engine
+from rwkv_jax.inference.embedder import Pooling
 from rwkv_jax.inference.engine.options import EngineOptions
 from rwkv_jax.inference.state.snapshot import StateError
 from rwkv_jax.tuning import TunedState, load_initial_state, save_tuned_state
@@ -95,6 +96,14 @@ def test_prompts_that_share_a_beginning_and_sessions_begin_with_it_too(engine: E
     session = engine.session()
     session.append(LONG_IDS[:20])
     assert session.generate(LONG_IDS[20:], max_tokens=1, sampling=GREEDY, stop_ids=()).ids[0] == best
+
+
+def test_vectors_of_texts_begin_with_it_too(engine: Engine, file: Path) -> None:
+    hidden, _ = MODEL.hidden(jnp.asarray([LONG_IDS]), load_initial_state(file, MODEL))
+    vectors: dict[Pooling, Any] = {"mean": hidden[0].mean(0), "last": hidden[0, -1]}
+    for pooling, vector in vectors.items():
+        own = engine.embed([LONG_IDS, IDS], pooling)[0]
+        np.testing.assert_allclose(own, vector / np.linalg.norm(vector), atol=2e-5)
 
 
 def test_a_tuned_state_of_another_model_is_refused_unless_told(tmp_path: Path) -> None:

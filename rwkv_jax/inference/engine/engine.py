@@ -77,7 +77,7 @@ class Engine:
           options: None is the defaults.
           mesh: the mesh of the model's parameters (`from_pretrained(mesh=)`); slots are split over its
             axes `data` and `fsdp` if these divide their number, and always decoded together.
-          initial_state: a tuned state, or its file or run, in which all texts begin but those to be embedded.
+          initial_state: a tuned state, or its file or run, in which all texts begin, also those to be embedded.
           allow_other_base: whether tuned states and adapters may be of another model of the same sizes.
           adapters: by names that texts choose one by; a batch may mix them (`engine/adapters.py`).
 
@@ -140,8 +140,8 @@ class Engine:
         )
         slots = scheduler.slots
         self.initial_state_digest: str | None = None
-        if initial_state is not None:
-            row = opened_row(initial_state, self)
+        row = None if initial_state is None else opened_row(initial_state, self)
+        if row is not None:
             slots.begin_texts_with(row)
             self.initial_state_digest = row_digest(row)
         self._empty_row, self._state_bytes = slots.empty_row, scheduler.state_bytes
@@ -149,7 +149,7 @@ class Engine:
         self.adapters = AdapterTable(places, scheduler, self._driver, adapters or {}, config.num_layers)
         self._collector = Collector(self._driver, self._admission, options.num_slots)
         lengths = {"chunk_length": options.prefill_length, "short_chunk_length": options.short_prefill_length}
-        self._embedder = Embedder(self.model, num_rows=SHORT_ROWS, **lengths)
+        self._embedder = Embedder(self.model, num_rows=SHORT_ROWS, initial_state=row, **lengths)
 
     # The thread.
 
