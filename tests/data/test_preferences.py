@@ -78,18 +78,19 @@ def test_a_label_is_true_or_false() -> None:
         read_labeled({"prompt": "a", "completion": "b", "label": 1}, G1)
 
 
-def corpus_of(
-    records: list[Any], folder: Path, *, objective: ObjectiveName = "dpo", held_out: float = 0.0, length: int = 8
-) -> tuple[PairCorpus, list[str]]:
-    path, lines = folder / "data.jsonl", list[str]()
-    path.write_text("\n".join(map(json.dumps, records)))
-    config = TrainConfig(
+def config_of(path: Path, *, objective: ObjectiveName = "dpo", held_out: float = 0.0, length: int = 8) -> TrainConfig:
+    return TrainConfig(
         model=ModelConfig("4", vocab_size=256, num_layers=2, width=16),
         data=DataConfig(source=str(path), tokenizer="bytes", held_out=held_out),
         initial_weights="base",
         training=StepConfig(objective=objective, sequence_length=length),
     )
-    return prepare_pairs(config, lines.append), lines
+
+
+def corpus_of(records: list[Any], folder: Path, **settings: Any) -> tuple[PairCorpus, list[str]]:
+    path, lines = folder / "data.jsonl", list[str]()
+    path.write_text("\n".join(map(json.dumps, records)))
+    return prepare_pairs(config_of(path, **settings), lines.append), lines
 
 
 def test_the_reply_and_its_end_count(tmp_path: Path) -> None:
@@ -118,6 +119,23 @@ def test_errors_name_file_and_line(tmp_path: Path) -> None:
         corpus_of([good, {"prompt": "a", "chosen": "b"}], tmp_path)
     with pytest.raises(ConfigError, match=r"line 1: label: is missing; kto reads single replies"):
         corpus_of([good], tmp_path, objective="kto")
+
+
+def test_tables_are_read_as_json_is(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, {"prompt": [USER], "chosen": [GOOD]}]
+    path = tmp_path / "data.parquet"
+    of_json, _ = corpus_of(records[:1], tmp_path, length=64)
+    parquet.write_table(pyarrow.Table.from_pylist(records[:1]), path)
+    assert prepare_pairs(config_of(path, length=64), print).fingerprint == of_json.fingerprint
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)  # a null where a record has no such field
+    with pytest.raises(ConfigError, match=r"data\.parquet: row 1: rejected: is missing"):
+        prepare_pairs(config_of(path, length=64), print)
+    (tmp_path / "data.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"data\.source = .*data\.txt': has no records of preferences; give files of"):
+        prepare_pairs(config_of(tmp_path / "data.txt"), print)
 
 
 def test_a_prompt_is_on_one_side_of_the_split(tmp_path: Path) -> None:

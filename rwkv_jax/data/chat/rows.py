@@ -16,7 +16,7 @@ import numpy as np
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.chat.samples import Samples
-from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words, shuffle_epochs
 from rwkv_jax.data.tokens.rows import Rows
 
 Span = tuple[int, int]
@@ -55,16 +55,8 @@ class PackedRows:
         )
 
     def _rows(self, step: int, rows: slice) -> list[int]:
-        epochs, positions = np.divmod(
-            step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows], len(self.packed)
-        )
-        found = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            members = epochs == epoch
-            found[members] = permute(
-                positions[members], len(self.packed), random_words(f"chats {self.seed} {epoch}", ROUNDS)
-            )
-        return found.tolist()
+        index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        return shuffle_epochs(index, len(self.packed), f"chats {self.seed}").tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +15,8 @@ from rwkv_jax.config.data import ChatForm
 from rwkv_jax.data.chat.records import Conversation, read_conversation, recognize
 from rwkv_jax.data.chat.rows import ChatRows, evaluation_rows, packed_rows, streamed_rows
 from rwkv_jax.data.chat.samples import Sample, Samples, make_sample, pieces_of
-from rwkv_jax.data.text.sources import read_chat_records
+from rwkv_jax.data.fingerprint import fingerprint_of
+from rwkv_jax.data.text.sources import read_source_records
 from rwkv_jax.data.text.split import choose_held_out
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.rows import Rows
@@ -88,12 +88,12 @@ def read_chats(
     """The conversations of `data.source` in order, whole, each checked.
 
     Raises:
-      ConfigError: a source as `read_chat_records`, a record of another form than the first one or than `data.chat`,
+      ConfigError: a source as `read_source_records`, a record of another form than the first one or than `data.chat`,
         or what `read_conversation` and the chat format refuse; with file, line and field.
     """
     template = named_template(data.chat_format, "data.chat_format")
     form, first = data.chat if data.chat != "auto" else None, ""
-    for place, record in read_chat_records(data, report):
+    for place, record in read_source_records(data, "chats", report):
         try:
             own: ChatForm = form or recognize(record)
             if form is None:
@@ -236,8 +236,5 @@ def _check_lengths(data: DataConfig, limit: int | None, counts: ChatCounts, kept
 def _fingerprint(data: DataConfig, *sides: Samples | None) -> str:
     template = data.chat_format if data.chat_format in FORMATS else Path(data.chat_format).expanduser().read_text()
     options = [data.held_out, template, data.chat_loss, data.chat_rows, data.chat_too_long]
-    digest = hashlib.blake2b(json.dumps([_VERSION, *options]).encode(), digest_size=16)
-    for side in sides:
-        for values in () if side is None else (side.tokens, side.targets, side.mask, side.starts):
-            digest.update(f"{values.dtype.str} {len(values)} ".encode() + values.tobytes())
-    return digest.hexdigest()
+    arrays = (x for side in sides if side is not None for x in (side.tokens, side.targets, side.mask, side.starts))
+    return fingerprint_of([_VERSION, *options], (f"{x.dtype.str} {len(x)} ".encode() + x.tobytes() for x in arrays))

@@ -13,10 +13,12 @@ import numpy as np
 
 from rwkv_jax.chat.choice import named_template
 from rwkv_jax.config import ConfigError, TrainConfig
-from rwkv_jax.data.preference.records import Preference, preference_records, read_labeled, read_pair
+from rwkv_jax.data.fingerprint import fingerprint_of
+from rwkv_jax.data.preference.records import Preference, read_labeled, read_pair
+from rwkv_jax.data.text.sources import read_source_records
 from rwkv_jax.data.text.split import choose_held_out
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+from rwkv_jax.data.tokens.permutation import shuffle_epochs
 
 _VERSION = 1  # raised when the same preferences would become other rows
 
@@ -86,13 +88,8 @@ class PairCorpus:
 
     def order(self, step: int, *, batch_size: int, seed: int) -> np.ndarray:
         """int64 [B]: the examples of a step; each epoch is reshuffled."""
-        size = len(self.training)
-        epochs, positions = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), size)
-        found = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            members = epochs == epoch
-            found[members] = permute(positions[members], size, random_words(f"preferences {seed} {epoch}", ROUNDS))
-        return found
+        index = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        return shuffle_epochs(index, len(self.training), f"preferences {seed}")
 
 
 def prepare_pairs(config: TrainConfig, report: Callable[[str], None]) -> PairCorpus:
@@ -136,17 +133,16 @@ def prepare_pairs(config: TrainConfig, report: Callable[[str], None]) -> PairCor
     ]
     trained, evaluated = (Pairs(side, training.sequence_length) if side else None for side in sides)
     assert trained is not None  # choose_held_out never takes all
-    corpus = PairCorpus(trained, evaluated, tokenizer, _fingerprint(data.held_out, sides))
-    report(
-        f"{data.source}: {len(sides[0])} {what} to train on, {len(sides[1])} held out; fingerprint {corpus.fingerprint}"
-    )
+    fingerprint = fingerprint_of([_VERSION, data.held_out], _content(sides))
+    corpus = PairCorpus(trained, evaluated, tokenizer, fingerprint)
+    report(f"{data.source}: {len(sides[0])} {what} to train on, {len(sides[1])} held out; fingerprint {fingerprint}")
     return corpus
 
 
 def _read(config: TrainConfig, is_labeled: bool) -> Iterator[tuple[str, Preference]]:
     """Place and content of each record, checked."""
     template = named_template(config.data.chat_format)
-    for place, record in preference_records(config.data):
+    for place, record in read_source_records(config.data, "preferences"):
         try:
             if is_labeled and "label" not in record and "chosen" in record:
                 raise ConfigError("label: is missing; kto reads single replies with labels, pairs are for dpo")
@@ -184,11 +180,9 @@ def _fill(texts: Iterable[tuple[np.ndarray, int] | None], length: int) -> PairRo
     return PairRows(tokens, targets, mask)
 
 
-def _fingerprint(held_out: float, sides: Sequence[Sequence[Example]]) -> str:
-    digest = hashlib.blake2b(json.dumps([_VERSION, held_out]).encode(), digest_size=16)
+def _content(sides: Sequence[Sequence[Example]]) -> Iterator[bytes]:
     for side in sides:
         for example in side:
             shape = [len(example.first), len(example.second), example.prompt, example.label]
-            digest.update(json.dumps(shape).encode() + example.first.tobytes() + example.second.tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
+            yield json.dumps(shape).encode() + example.first.tobytes() + example.second.tobytes()
+        yield b"|"

@@ -14,10 +14,11 @@ from rwkv_jax.chat.choice import named_template
 from rwkv_jax.chat.messages import read_messages
 from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.config import ConfigError, TrainConfig
-from rwkv_jax.data.preference.records import preference_records
+from rwkv_jax.data.fingerprint import fingerprint_of
+from rwkv_jax.data.text.sources import read_source_records
 from rwkv_jax.data.text.split import choose_held_out
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+from rwkv_jax.data.tokens.permutation import shuffle_epochs
 
 _VERSION = 1  # raised when the same prompts would become other tokens
 
@@ -48,13 +49,8 @@ class PromptCorpus:
 
     def chosen(self, draw: int, *, num_prompts: int, seed: int) -> list[PromptRecord]:
         """The prompts of a draw; each epoch is reshuffled."""
-        size = len(self.training)
-        epochs, positions = np.divmod(draw * num_prompts + np.arange(num_prompts, dtype=np.int64), size)
-        found = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            members = epochs == epoch
-            found[members] = permute(positions[members], size, random_words(f"prompts {seed} {epoch}", ROUNDS))
-        return [self.training[index] for index in found]
+        index = draw * num_prompts + np.arange(num_prompts, dtype=np.int64)
+        return [self.training[item] for item in shuffle_epochs(index, len(self.training), f"prompts {seed}")]
 
 
 def prepare_prompts(config: TrainConfig, report: Callable[[str], None]) -> PromptCorpus:
@@ -79,17 +75,14 @@ def prepare_prompts(config: TrainConfig, report: Callable[[str], None]) -> Promp
         tuple(prompt for prompt, name in zip(kept, names, strict=True) if (name in held_out) is is_held_out)
         for is_held_out in (False, True)
     ]
-    corpus = PromptCorpus(sides[0], sides[1], tokenizer, _fingerprint(data.held_out, sides))
-    report(
-        f"{data.source}: {len(sides[0])} prompts to train on, {len(sides[1])} held out; fingerprint "
-        f"{corpus.fingerprint}"
-    )
-    return corpus
+    fingerprint = fingerprint_of([_VERSION, data.held_out], _content(sides))
+    report(f"{data.source}: {len(sides[0])} prompts to train on, {len(sides[1])} held out; fingerprint {fingerprint}")
+    return PromptCorpus(sides[0], sides[1], tokenizer, fingerprint)
 
 
 def _read(config: TrainConfig, tokenizer: Tokenizer) -> Iterator[PromptRecord]:
     template = named_template(config.data.chat_format)
-    for place, record in preference_records(config.data):
+    for place, record in read_source_records(config.data, "prompts"):
         try:
             text = _text_of(record, template)
             tokens = np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32)
@@ -114,10 +107,8 @@ def _text_of(record: Mapping[str, Any], template: ChatTemplate) -> str:
         raise ConfigError(str(error).replace("messages[", "prompt[", 1)) from error
 
 
-def _fingerprint(held_out: float, sides: Sequence[Sequence[PromptRecord]]) -> str:
-    digest = hashlib.blake2b(json.dumps([_VERSION, held_out]).encode(), digest_size=16)
+def _content(sides: Sequence[Sequence[PromptRecord]]) -> Iterator[bytes]:
     for side in sides:
         for prompt in side:
-            digest.update(json.dumps(prompt.record, sort_keys=True, default=str).encode() + prompt.tokens.tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
+            yield json.dumps(prompt.record, sort_keys=True, default=str).encode() + prompt.tokens.tobytes()
+        yield b"|"

@@ -13,15 +13,12 @@ given as a text beside them is the user's last message. Other fields, such as sc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv_jax.chat.messages import Message, read_messages
 from rwkv_jax.chat.template import ChatTemplate
-from rwkv_jax.config import ConfigError, DataConfig
-from rwkv_jax.data.text.files import explain_refusal
-from rwkv_jax.data.text.records import SUFFIXES, has_records, read_objects
+from rwkv_jax.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +32,6 @@ class Preference:
     """The rejected reply; None for a single one."""
     label: bool | None = None
     """Whether a single reply is desirable."""
-
-
-def preference_records(data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and content of each record of `data.source`, a file of JSON records or a folder with such files.
-
-    Raises:
-      ConfigError: a source that is missing, has no records, or is malformed, with file and line.
-    """
-    source = Path(data.source).expanduser()
-    found = sorted(path for path in source.glob(data.glob) if path.is_file()) if source.is_dir() else [source]
-    paths = [path for path in found if has_records(path.name)]
-    if not paths or not all(path.is_file() for path in paths):
-        raise ConfigError(
-            f"data.source = {data.source!r}: has no records; give a file or folder of {', '.join(SUFFIXES)}"
-        )
-    for path in paths:
-        with explain_refusal(path, "records of preferences", ("json", "text")):
-            yield from read_objects(path)
 
 
 def read_pair(record: Mapping[str, Any], template: ChatTemplate) -> Preference:

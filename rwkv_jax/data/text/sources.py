@@ -53,13 +53,13 @@ def read_documents(data: DataConfig, report: Callable[[str], None] | None = None
             yield _read_file(path)
 
 
-def read_chat_records(
-    data: DataConfig, report: Callable[[str], None] | None = None
+def read_source_records(
+    data: DataConfig, subject: str, report: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of each record of `data.source`: JSON, or rows of tables, in a file or a folder.
 
-    Other files of a folder are left out, and `report` gets their number. Raises ConfigError for a source that is
-    missing, without records or malformed.
+    Other files of a folder are left out, and `report` gets their number. `subject` says in errors what the records are
+    of, such as chats. Raises ConfigError for a source that is missing, without records or malformed.
     """
     path = Path(data.source).expanduser()
     root, names = _find_files(data, path)
@@ -67,12 +67,12 @@ def read_chat_records(
     with _named(data, path):
         if not chosen:
             kinds = ", ".join((*records.SUFFIXES, *tables.SUFFIXES))
-            raise ConfigError(f"data.source = {data.source!r}: has no records of chats; give files of {kinds}")
+            raise ConfigError(f"data.source = {data.source!r}: has no records of {subject}; give files of {kinds}")
         if len(chosen) < len(names) and report is not None:
             report(f"left out {len(names) - len(chosen)} of {len(names)} files that hold no records")
         for name in chosen:
             is_table = tables.is_table(name)
-            with explain_refusal(root / name, "records of chats", ("parquet" if is_table else "json", "text")):
+            with explain_refusal(root / name, f"records of {subject}", ("parquet" if is_table else "json", "text")):
                 yield from (tables.read_rows if is_table else records.read_objects)(root / name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+from rwkv_jax.data.tokens.permutation import shuffle_epochs
 
 PERIOD = 2**12
 """Number of rows over which each source has exactly its share."""
@@ -41,11 +41,7 @@ def assign_sources(row_index: np.ndarray, shares: Sequence[int], seed: int) -> t
       seed: for the order within each period, which differs between periods.
     """
     period, ends = sum(shares), np.cumsum(shares)
-    periods, positions = np.divmod(row_index, period)
-    shuffled = np.empty_like(positions)
-    for number in np.unique(periods):
-        members = periods == number
-        shuffled[members] = permute(positions[members], period, random_words(f"mixture {seed} {number}", ROUNDS))
+    shuffled = shuffle_epochs(row_index, period, f"mixture {seed}")
     sources = np.searchsorted(ends, shuffled, side="right")
     counts = np.asarray(shares, np.int64)[sources]
-    return sources, periods * counts + shuffled - (ends[sources] - counts)
+    return sources, row_index // period * counts + shuffled - (ends[sources] - counts)

@@ -44,6 +44,22 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def shuffle_epochs(index: np.ndarray, size: int, name: str) -> np.ndarray:
+    """Items of a set that is read again and again, each time in another order; [n] int64.
+
+    Args:
+      index: how many items were read before, [n] int64.
+      size: of the set.
+      name: of the order; epochs add their number.
+    """
+    epochs, positions = np.divmod(index, size)
+    items = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        members = epochs == epoch
+        items[members] = permute(positions[members], size, random_words(f"{name} {epoch}", ROUNDS))
+    return items
+
+
 def mix(values: np.ndarray) -> np.ndarray:
     """Scrambles an array of uint64 numbers in place (the finalizer of splitmix64); products wrap around."""
     values ^= values >> _SHIFTS[0]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words
+from rwkv_jax.data.tokens.permutation import ROUNDS, permute, random_words, shuffle_epochs
 
 
 @settings(max_examples=100, deadline=None)
@@ -27,6 +27,15 @@ def test_large_sizes_need_no_memory() -> None:
     sent = permute(np.array([0, 1, size - 1]), size, random_words("x", ROUNDS))
     assert len(set(sent.tolist())) == 3
     assert sent.max() < size
+
+
+def test_each_epoch_has_every_item_once_in_another_order() -> None:
+    items = shuffle_epochs(np.arange(36), 12, "x")
+    epochs = items.reshape(3, 12)
+    for number, epoch in enumerate(epochs):
+        np.testing.assert_array_equal(epoch, permute(np.arange(12), 12, random_words(f"x {number}", ROUNDS)))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    assert shuffle_epochs(np.array([30, 3]), 12, "x").tolist() == items[[30, 3]].tolist()
 
 
 def test_words_never_change() -> None:
