@@ -170,6 +170,21 @@ def test_kto_pairs_a_prompt_with_the_reply_to_another(tmp_path: Path) -> None:
     assert corpus.training.labels.tolist() == [True, False, False]
 
 
+def test_a_long_neighbor_costs_no_labeled_reply(tmp_path: Path) -> None:
+    """The reply to another prompt is the next one that fits, and cut if none does."""
+    records = [{"prompt": p, "completion": c, "label": True} for p, c in (("a", "x"), ("b", "y" * 9), ("c", "z" * 6))]
+    corpus, lines = corpus_of(records, tmp_path, objective="kto")
+    texts = [bytes(each.second[1:].astype(np.uint8)) for each in corpus.training.examples]
+    end = bytes([corpus.tokenizer.end_of_text])
+    assert texts == [b"azzzzzz" + end, b"cx" + end]
+    assert "1 of 3 labeled replies are longer" in lines[0]
+    corpus, _ = corpus_of([records[2], records[1], {**records[0], "prompt": "c"}], tmp_path, objective="kto")
+    texts = [bytes(each.second[1:].astype(np.uint8)) for each in corpus.training.examples]
+    assert texts == [b"cyyyyyyy"] * 2
+    _, second = corpus.training.rows([0])
+    assert second.targets[0].tolist() == [*b"cyyyyyyy"]
+
+
 @pytest.mark.parametrize(
     ("objective", "preference", "training", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.permutation import shuffle_epochs
 
 _VERSION = 1  # raised when the same preferences would become other rows
+_MAX_OTHERS = 1000  # looked at for a reply to another prompt
 
 
 class Example(NamedTuple):
@@ -33,7 +35,7 @@ class Example(NamedTuple):
     first: np.ndarray
     """int32 [n]: end of text, prompt, reply, end of text."""
     second: np.ndarray
-    """The same with the rejected reply; for KTO, a prompt with the reply to another one."""
+    """The same with the rejected reply; for KTO, a prompt with the reply to another one, which may be cut."""
     label: bool | None = None
 
 
@@ -105,12 +107,17 @@ def prepare_pairs(config: TrainConfig, report: Callable[[str], None]) -> PairCor
     is_labeled = training.objective == "kto"
     read, too_long = list(_read(config, is_labeled)), 0
     examples, names = list[Example](), list[str]()
-    replies = [preference.second or preference.first for _, preference in read]
+    texts = [_encoded(preference, tokenizer) for _, preference in read]
+    room = training.sequence_length + 1
     for index, (place, preference) in enumerate(read):
-        # KTO's estimate of the KL divergence reads each prompt with the reply to the next other one.
-        other = _next_other(read, index) if is_labeled else index
-        example = _example(place, preference, replies[other], tokenizer)
-        if max(len(example.first), len(example.second)) - 1 > training.sequence_length:
+        text = texts[index]
+        if is_labeled:
+            # KTO's estimate of the KL divergence reads each prompt with the reply to another one.
+            text = text._replace(second=_reply_to_another(texts, index, room))
+        example = _example(place, text, preference.label, tokenizer.end_of_text)
+        if is_labeled:
+            example = example._replace(second=example.second[:room])
+        if max(len(example.first), len(example.second)) > room:
             too_long += 1
             continue
         examples.append(example)
@@ -151,20 +158,38 @@ def _read(config: TrainConfig, is_labeled: bool) -> Iterator[tuple[str, Preferen
             raise ConfigError(f"{place}: {error}") from error
 
 
-def _next_other(read: Sequence[tuple[str, Preference]], index: int) -> int:
-    """The next example whose prompt is another one; itself if there is none."""
-    prompt = read[index][1].prompt
-    after = (number % len(read) for number in range(index + 1, index + len(read)))
-    return next((number for number in after if read[number][1].prompt != prompt), index)
+class _Encoded(NamedTuple):
+    """A preference as tokens, each text apart, so that a prompt has the tokens that it has when the model is asked."""
+
+    prompt: list[int]
+    first: list[int]
+    second: list[int]
+    """Empty for a single reply."""
 
 
-def _example(place: str, preference: Preference, second: str, tokenizer: Tokenizer) -> Example:
-    """Prompt and replies are encoded apart, so that a prompt has the tokens that it has when the model is asked."""
-    end, prompt = [tokenizer.end_of_text], tokenizer.encode(preference.prompt)
-    first, other = (
-        np.array([*end, *prompt, *tokenizer.encode(reply), *end], np.int32) for reply in (preference.first, second)
-    )
-    return Example(place, len(prompt), first, other, preference.label)
+def _encoded(preference: Preference, tokenizer: Tokenizer) -> _Encoded:
+    texts = (preference.prompt, preference.first, preference.second or "")
+    return _Encoded(*(tokenizer.encode(text) for text in texts))
+
+
+def _reply_to_another(texts: Sequence[_Encoded], index: int, room: int) -> list[int]:
+    """The reply to the next other prompt that fits behind this one, between two end-of-text tokens.
+
+    The next other one whatever its length, to be cut, if none of the following thousand fits; the prompt's own if there
+    is no other prompt.
+    """
+    prompt, next_other = texts[index].prompt, None
+    after = (texts[number % len(texts)] for number in range(index + 1, index + len(texts)))
+    for text in itertools.islice((text for text in after if text.prompt != prompt), _MAX_OTHERS):
+        if len(prompt) + len(text.first) + 2 <= room:
+            return text.first
+        next_other = next_other or text.first
+    return next_other or texts[index].first
+
+
+def _example(place: str, text: _Encoded, label: bool | None, end: int) -> Example:
+    first, second = (np.array([end, *text.prompt, *reply, end], np.int32) for reply in (text.first, text.second))
+    return Example(place, len(text.prompt), first, second, label)
 
 
 def _fill(texts: Iterable[tuple[np.ndarray, int] | None], length: int) -> PairRows:
