@@ -18,15 +18,21 @@ class HeldOut(NamedTuple):
     """Mean -log p(token), nats."""
     bits_per_byte: float | None
     """Bits per byte of text: comparable between tokenizers. None where only some tokens count."""
+    texts: HeldOut | None = None
+    """The same of the texts, if these figures are of the chats of a mixture of both."""
 
     def record(self) -> dict[str, float]:
-        """The figures that there are, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        """The figures that there are, by name; those of texts as `texts.NAME`."""
+        figures = {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
+        own = {name: value for name, value in figures.items() if value is not None}
+        texts = {} if self.texts is None else self.texts.record()
+        return own | {f"texts.{name}": value for name, value in texts.items()}
 
     def describe(self) -> str:
         """The figures on a line."""
         if self.bits_per_byte is None:
-            return f"loss {self.loss:.4f} per token that counts"
+            texts = "" if self.texts is None else f"; texts: {self.texts.describe()}"
+            return f"loss {self.loss:.4f} per token that counts{texts}"
         return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits/byte"
 
 

@@ -17,6 +17,11 @@ ChatLoss = Literal["assistant", "last", "all"]
 SYNTHETIC = "synthetic:"
 """With which the source of a synthetic task begins."""
 
+CHATS = "chat:"
+"""With which a source of a mixture begins that is of chats."""
+
+_CHAT_OPTIONS = ("chat", "chat_format", "chat_loss", "chat_rows", "chat_too_long")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -28,7 +33,8 @@ class DataConfig:
     .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH); or a
     synthetic task, as synthetic:NAME or synthetic:NAME(field=value, ...). RWKV-LM: data_file."""
     mixture: tuple[tuple[str, float], ...] = ()
-    """Several sources and their shares of the rows, as PATH 0.7 PATH 0.3, instead of data.source."""
+    """Several sources and their shares of the rows, as PATH 0.7 PATH 0.3, instead of data.source. With data.chat those
+    written chat:PATH are chats and the others texts, such as chat:PATH 0.8 PATH 0.2."""
     glob: str = "**/*"
     """Pattern of the files to read in a folder."""
     text_field: str = "text"
@@ -66,6 +72,8 @@ class DataConfig:
         require_choices(self, "data")
         check = checker(self, "data")
         check(bool(self.source), "source", "name a file, a folder or python-stdlib")
+        alone = f"{CHATS} is for data.mixture; leave it out, and set data.chat"
+        check(not self.source.startswith(CHATS), "source", alone)
         check(0 <= self.held_out < 1, "held_out", "must lie in [0, 1); 0 holds out nothing")
         check(
             self.magic_prime is None or self.order == "official",
@@ -84,6 +92,13 @@ class DataConfig:
         """Whether the source is a synthetic task."""
         return self.source.startswith(SYNTHETIC)
 
+    def of_source(self, source: str) -> DataConfig:
+        """The config of one source of the mixture by itself."""
+        if source.startswith(CHATS):
+            return dataclasses.replace(self, source=source.removeprefix(CHATS), mixture=())
+        defaults = {name: getattr(type(self), name) for name in _CHAT_OPTIONS}
+        return dataclasses.replace(self, source=source, mixture=(), **defaults)
+
     def _check_synthetic(self) -> None:
         check = checker(self, "data")
         check(self.tokenizer is None, "tokenizer", f"{self.source} has symbols of its own; leave this out")
@@ -92,8 +107,13 @@ class DataConfig:
     def _check_chat(self) -> None:
         check = checker(self, "data")
         default = "name the file or folder of chats with data.source"
-        check(not self.is_synthetic and self.source != type(self).source, "source", default)
-        check(not self.mixture, "mixture", "chats are no part of a mixture; put their files into one folder")
+        given = not self.is_synthetic and self.source != type(self).source
+        check(given or bool(self.mixture), "source", default)
+        check(
+            not self.mixture or any(source.startswith(CHATS) for source, _ in self.mixture),
+            "mixture",
+            f"data.chat = {self.chat!r}, and no source is of chats; write {CHATS}PATH for those that are",
+        )
         check(self.tokenizer is not None, "tokenizer", "chats do not train one; name that of the model to tune")
         check(self.order == "windows", "order", "chats have an order of their own; leave this out")
 
@@ -103,7 +123,9 @@ class DataConfig:
         for source, weight in self.mixture:
             place = f"data.mixture, weight of {source!r}"
             require(0 < weight < math.inf, place, weight, "must be positive; leave out what is not to be read")
-        check(all(sources), "mixture", "each source needs a path")
+        check(all(source.removeprefix(CHATS) for source in sources), "mixture", "each source needs a path")
+        chats = [source for source in sources if source.startswith(CHATS)]
+        check(self.chat is not None or not chats, "mixture", f"{chats} are chats; set data.chat, to auto or their form")
         drawn = [source for source in sources if source.startswith(SYNTHETIC)]
         check(not drawn, "mixture", f"a synthetic task is no part of a mixture; name {drawn} with data.source alone")
         check(len(set(sources)) == len(sources), "mixture", "names a source twice; add its weights")

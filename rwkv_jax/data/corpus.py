@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -31,12 +30,9 @@ def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], No
     Raises ConfigError for an invalid source, split or tokenizer, and for damaged files.
     """
     if not data.mixture:
-        return _prepare_source(data, vocab_size, report)
+        return prepare_source(data, vocab_size, report)
     shares = period_shares(data.mixture)
-    parts = [
-        _prepare_source(dataclasses.replace(data, source=source, mixture=()), vocab_size, report)
-        for source, _ in data.mixture
-    ]
+    parts = [prepare_source(data.of_source(source), vocab_size, report) for source, _ in data.mixture]
     corpus = mix(parts, shares)
     listed = ", ".join(
         f"{source} {share / sum(shares):.2%}" for (source, _), share in zip(data.mixture, shares, strict=True)
@@ -95,7 +91,8 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
     )
 
 
-def _prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
+def prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
+    """`prepare_corpus` of `data.source` alone."""
     pair = find_binidx(data.source)
     if pair is None:
         return prepare_folder(data, vocab_size, report)

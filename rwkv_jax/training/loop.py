@@ -21,6 +21,7 @@ import jax
 from rwkv_jax import run_folder
 from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rwkv_jax.data.chat.mixture import MixedCorpus, MixedRows
 from rwkv_jax.data.chat.rows import ChatRows
 from rwkv_jax.data.chat.source import ChatCorpus
 from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, task_of
@@ -199,7 +200,7 @@ def _train(
                 f"step {first_step}, before them"
             )
         writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
-        if isinstance(corpus, ChatCorpus) and first_step == training.first_step:
+        if isinstance(corpus, ChatCorpus | MixedCorpus) and first_step == training.first_step:
             writer.write("data", first_step, dataclasses.asdict(corpus.counts))
     logger = StepLogger(
         num_steps=num_steps,
@@ -381,7 +382,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
     begin = ("starting" if resumed_step is None else "resuming") + (f" after step {after}" if after else "")
     if isinstance(rows, SyntheticRows):
         data = f"drawn from {rows.task}"
-    elif isinstance(rows, ChatRows | OwnRows):
+    elif isinstance(rows, ChatRows | MixedRows | OwnRows):
         data = rows.describe(training.num_steps)
     else:
         data = f"{training.num_steps * tokens_per_step / rows.num_tokens:.2f} epochs of {rows.num_tokens:,} tokens"
@@ -412,7 +413,7 @@ def _summarize(config: TrainConfig, corpus: AnyCorpus, result: TrainResult, cons
     if isinstance(corpus, SyntheticCorpus):
         task = corpus.task
         prompt = None if task.labels else prompt_and_answer(task, config.training.sequence_length)[0]
-    elif isinstance(corpus, ChatCorpus):
+    elif isinstance(corpus, ChatCorpus | MixedCorpus):
         if result.held_out is not None:
             console.print(f"all held-out chats: {result.held_out.describe()}")
     elif isinstance(corpus, OwnCorpus):

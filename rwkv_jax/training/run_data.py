@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.data.chat.mixture import MixedCorpus, MixedRows, mixed_rows, prepare_mixed
 from rwkv_jax.data.chat.rows import ChatRows
 from rwkv_jax.data.chat.source import ChatCorpus, chat_rows, held_out_rows, prepare_chats
 from rwkv_jax.data.corpus import Corpus, prepare_corpus
 from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, synthetic_rows
 from rwkv_jax.data.synthetic.task import Task
 from rwkv_jax.data.tokens.batches import evaluation_windows
-from rwkv_jax.data.tokens.rows import TrainingRows, training_rows
+from rwkv_jax.data.tokens.rows import Rows, TrainingRows, training_rows
+from rwkv_jax.data.tokens.token_file import TokenFile
 from rwkv_jax.held_out import Answers, HeldOut, Preferred, evaluate
 from rwkv_jax.parallel.coordination import run_on_first_process
 from rwkv_jax.parallel.processes import Processes
@@ -25,8 +27,8 @@ from rwkv_jax.training.functions import TrainFunctions
 from rwkv_jax.training.own_rows import OwnCorpus, OwnRows, open_own_rows
 from rwkv_jax.training.reporting.console import Console
 
-AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus | OwnCorpus
-AnyRows = TrainingRows | SyntheticRows | ChatRows | OwnRows
+AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus | MixedCorpus | OwnCorpus
+AnyRows = TrainingRows | SyntheticRows | ChatRows | MixedRows | OwnRows
 
 
 def open_data(
@@ -37,6 +39,9 @@ def open_data(
         return SyntheticCorpus(task), synthetic_rows(task, config)
     if config.training.objective != "next_token":
         return open_own_rows(config, trainer, processes, console.print)
+    if config.data.chat is not None and config.data.mixture:
+        mixed = run_on_first_process(processes, "corpus", functools.partial(prepare_mixed, config, console.print))
+        return mixed, mixed_rows(mixed, config)
     if config.data.chat is not None:
         chats = prepare_chats(config, console.print)
         return chats, chat_rows(chats, config)
@@ -66,19 +71,23 @@ def held_out_evaluation(
     eval_step = jax.jit(trainer.eval_step)
     if corpus.held_out is None:
         return lambda params, num_batches: None
-    if isinstance(corpus, ChatCorpus):
 
-        def evaluate_chats(params: Any, num_batches: int | None) -> HeldOut:
-            batches = (load(rows.select) for rows in held_out_rows(corpus, config, num_batches))
-            return evaluate(eval_step, params, batches, None)
+    def of_chats(chats: Iterable[Rows], params: Any) -> HeldOut:
+        return evaluate(eval_step, params, (load(rows.select) for rows in chats), None)
 
-        return evaluate_chats
-    held_out = corpus.held_out
-    shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
+    def of_texts(texts: TokenFile, params: Any, num_batches: int | None) -> HeldOut:
+        shape = {"batch_size": config.training.batch_size, "sequence_length": config.training.sequence_length}
+        windows = evaluation_windows(texts.tokens, **shape, num_batches=num_batches, mask=texts.mask)
+        return evaluate(eval_step, params, (load(rows.select) for rows in windows), texts)
 
     def evaluate_held_out(params: Any, num_batches: int | None) -> HeldOut:
-        windows = evaluation_windows(held_out.tokens, **shape, num_batches=num_batches, mask=held_out.mask)
-        batches = (load(rows.select) for rows in windows)
-        return evaluate(eval_step, params, batches, held_out)
+        if isinstance(corpus, ChatCorpus):
+            return of_chats(held_out_rows(corpus, config, num_batches), params)
+        if isinstance(corpus, MixedCorpus):
+            found = of_chats(corpus.held_out_chats(config, num_batches), params)
+            texts = corpus.held_out_texts
+            return found if texts is None else found._replace(texts=of_texts(texts, params, num_batches))
+        assert corpus.held_out is not None  # as above
+        return of_texts(corpus.held_out, params, num_batches)
 
     return evaluate_held_out

@@ -116,6 +116,31 @@ def test_chats_in_a_row_are_never_seen_by_each_other(config: TrainConfig) -> Non
     dataclasses.replace(config, training=training, data=apart)
 
 
+def test_texts_are_read_beside_chats_and_both_evaluated(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It is what it is.\n" * 200)
+    mixture = ((f"chat:{config.data.source}", 1.0), (str(tmp_path / "text.txt"), 1.0))
+    data = dataclasses.replace(
+        config.data, source=DataConfig.source, mixture=mixture, cache_dir=str(tmp_path / "cache")
+    )
+    config = dataclasses.replace(config, data=data)
+    found = run(config, tmp_path / "run")
+    first, *records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first["kind"], first["chats"], first["dropped"]) == ("data", 25, 1)
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert evaluations[-1]["texts.bits_per_byte"] < evaluations[0]["texts.bits_per_byte"]
+    assert found.result.held_out is not None
+    assert found.result.held_out.texts is not None
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert "50.00% (" in found.output
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    resumed = run(config, tmp_path / "run")
+    assert_same_bits(resumed.result.state, found.result.state)
+    assert resumed.result.held_out == found.result.held_out
+    other = dataclasses.replace(data, mixture=(mixture[0], (mixture[1][0], 2.0)))
+    with pytest.raises(ConfigError, match=r"holds another run[\s\S]*corpus"):
+        loop.train(dataclasses.replace(config, data=other, run_dir=str(tmp_path / "run")))
+
+
 @pytest.mark.long
 def test_states_are_carried_through_chats_longer_than_a_row(config: TrainConfig, tmp_path: Path) -> None:
     training = dataclasses.replace(config.training, sequence_length=32, carry_state=True)

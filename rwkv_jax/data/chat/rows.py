@@ -39,24 +39,38 @@ class PackedRows:
 
     def read(self, step: int, rows: slice = slice(None)) -> Rows:
         """The selected ones of a step's B rows, with targets and a mask."""
-        spans = [_spans(self.samples, self.packed[row]) for row in self._rows(step, rows)]
+        return self.read_rows(self._row_index(step, rows))
+
+    def read_rows(self, row_index: np.ndarray) -> Rows:
+        """Rows by how many were read before, [n] int64."""
+        spans = [_spans(self.samples, self.packed[row]) for row in self._chosen(row_index)]
         return fill_rows(self.samples, spans, self.sequence_length, self.end_of_text)
 
     def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
         """Each row's first sample, for messages."""
-        return [self.samples.places[self.packed[row][0]] for row in self._rows(step, rows)]
+        return self.locations(self._row_index(step, rows))
+
+    def locations(self, row_index: np.ndarray) -> list[str]:
+        """The same of rows as `read_rows` has them."""
+        return [self.samples.places[self.packed[row][0]] for row in self._chosen(row_index)]
+
+    def epochs(self, num_rows: float) -> float:
+        """How often so many rows read all samples."""
+        return num_rows / len(self.packed)
 
     def describe(self, num_steps: int) -> str:
         """What so many steps read."""
         share = len(self.samples.tokens) / (len(self.packed) * self.sequence_length)
         return (
-            f"{num_steps * self.batch_size / len(self.packed):.2f} epochs of {len(self.samples):,} chats in "
+            f"{self.epochs(num_steps * self.batch_size):.2f} epochs of {len(self.samples):,} chats in "
             f"{len(self.packed):,} rows, {share:.1%} full"
         )
 
-    def _rows(self, step: int, rows: slice) -> list[int]:
-        index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
-        return shuffle_epochs(index, len(self.packed), f"chats {self.seed}").tolist()
+    def _row_index(self, step: int, rows: slice) -> np.ndarray:
+        return step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+
+    def _chosen(self, row_index: np.ndarray) -> list[int]:
+        return shuffle_epochs(row_index, len(self.packed), f"chats {self.seed}").tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -66,6 +66,14 @@ class ChatCounts:
     counted_tokens: int = 0
     """Targets that count, of those to train on."""
     training_tokens: int = 0
+
+    @classmethod
+    def of_all(cls, counts: Sequence[ChatCounts]) -> ChatCounts:
+        """The counts of several sources, of which there must be one, together."""
+        names = [field.name for field in dataclasses.fields(cls) if field.type == "int" and field.name != "longest"]
+        longest = max(counts, key=lambda each: each.longest)
+        sums = {name: sum(getattr(each, name) for each in counts) for name in names}
+        return dataclasses.replace(longest, **sums)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -71,7 +71,10 @@ class TrainingRows:
 
     def locate(self, step: int, rows: slice = slice(None)) -> RowStarts:
         """Start positions of the selected rows of a step."""
-        row_index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        return self._find(step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows])
+
+    def _find(self, row_index: np.ndarray) -> RowStarts:
+        """Start positions of rows by how many were read before."""
         one_source = np.zeros(len(row_index), np.int64)
         num_tokens = self.sources[0].num_tokens
         if self.magic_prime is not None:
@@ -95,8 +98,15 @@ class TrainingRows:
         `rows` selects from the B rows, so that each process reads only its part.
         Raises ConfigError with file and position for a token outside the vocabulary.
         """
+        return self._read(self.locate(step, rows))
+
+    def read_rows(self, row_index: np.ndarray) -> Rows:
+        """Rows by how many were read before, [n] int64; as `read`."""
+        return self._read(self._find(row_index))
+
+    def _read(self, located: RowStarts) -> Rows:
         length = self.sequence_length + 1
-        sources, starts = self.locate(step, rows)
+        sources, starts = located
         result = Rows(np.empty((len(starts), length), np.int32))
         if any(source.mask is not None for source in self.sources):
             result = result._replace(mask=np.ones((len(starts), length - 1), np.float32))
@@ -117,8 +127,18 @@ class TrainingRows:
 
     def row_locations(self, step: int, rows: slice = slice(None)) -> list[str]:
         """Start of each row for messages: `minipile.bin, token 941248`."""
-        sources, starts = self.locate(step, rows)
-        pairs = zip(sources.tolist(), starts.tolist(), strict=True)
+        return self._named(self.locate(step, rows))
+
+    def locations(self, row_index: np.ndarray) -> list[str]:
+        """The same of rows as `read_rows` has them."""
+        return self._named(self._find(row_index))
+
+    def epochs(self, num_rows: float) -> float:
+        """How often so many rows read all tokens."""
+        return num_rows * self.sequence_length / self.num_tokens
+
+    def _named(self, located: RowStarts) -> list[str]:
+        pairs = zip(located.sources.tolist(), located.starts.tolist(), strict=True)
         return [f"{self.sources[source].path}, token {start}" for source, start in pairs]
 
     def _window_starts(self, source: int, row_index: np.ndarray) -> np.ndarray:
@@ -178,6 +198,14 @@ def training_rows(
     )
 
 
+def source_rows(
+    source: TokenFile, *, seed: int, batch_size: int, sequence_length: int, vocab_size: int
+) -> TrainingRows:
+    """The rows of one source of a mixture, by themselves. Raises ConfigError for less than a row."""
+    _check_source_fits(source, sequence_length)
+    return TrainingRows((source,), (1,), "windows", seed, batch_size, sequence_length, vocab_size)
+
+
 def _check_corpus_fits(num_tokens: int, *, batch_size: int, sequence_length: int) -> None:
     """Raises ConfigError if there are too few training tokens for one batch of distinct windows."""
     sequences = num_windows(num_tokens, sequence_length)
@@ -206,9 +234,13 @@ def _check_mixture_fits(corpus: Corpus, order: RowOrder, sequence_length: int) -
             )
         )
     for source in corpus.sources:
-        if num_windows(source.num_tokens, sequence_length) == 0:
-            raise ConfigError(
-                f"data.mixture: {source.path} has {source.num_tokens} training tokens, less than one sequence of "
-                f"training.sequence_length = {sequence_length} and the token after it; shorten it, or leave the source "
-                "out"
-            )
+        _check_source_fits(source, sequence_length)
+
+
+def _check_source_fits(source: TokenFile, sequence_length: int) -> None:
+    if num_windows(source.num_tokens, sequence_length) == 0:
+        raise ConfigError(
+            f"data.mixture: {source.path} has {source.num_tokens} training tokens, less than one sequence of "
+            f"training.sequence_length = {sequence_length} and the token after it; shorten it, or leave the source "
+            "out"
+        )
