@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rwkv_jax.config import ModelConfig, TuningConfig
-from rwkv_jax.models.tuned import is_trained
+from rwkv_jax.models.tuned import is_trained, merge_nested
 
 
 def train_all(path: tuple[str, ...]) -> bool:
@@ -42,7 +42,4 @@ def split_params(
 
 def merge_params(trained: Any, frozen: Any) -> Any:
     """Merges two nested dicts from `split_params`."""
-    merged = dict(frozen)
-    for name, value in trained.items():
-        merged[name] = merge_params(value, frozen[name]) if name in frozen else value
-    return merged
+    return merge_nested(frozen, trained)

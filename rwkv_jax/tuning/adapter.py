@@ -112,8 +112,8 @@ class Adapter:
         if (found := digest()) != self.base_digest:
             raise AdapterError(
                 f"base_digest = {self.base_digest[:16]}...: the adapter was trained on another base than this one "
-                f"({found[:16]}...), which has the same shapes; name that base, or say that this one will do "
-                "(allow_other_base)"
+                f"({found[:16]}...), which has the same shapes; take that base in its own dtype, or say that this one "
+                "will do (allow_other_base)"
             )
 
     def _misfits(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -64,31 +64,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
 ) -> LanguageModel:
-    """Loads a model from weights; generation and sizes are inferred from names and shapes.
-
-    Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
-    layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
-    copied straight to the devices that hold it; one that is to be packed is packed first, and all layers of a parameter
-    are copied together. Of a run of `rwkv train` the newest checkpoint is taken.
-
-    Args:
-      source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
-      dtype: of parameters and computation. None keeps the file's parameters bit for bit, and
-        computes in bfloat16 for a bfloat16 file, in float64 for a float64 one, and in float32 otherwise.
-      mesh: devices over which matrices are split: as in training on a mesh of `rwkv_jax.parallel.mesh`, over
-        all of its devices on any other; None is the first device.
-      quantize: "int8", "int4" or "bfloat16" quantizes matrices, with everything else in float32
-        (`rwkv_jax.weights.quantized`); the model then computes in float32, or in `dtype`. None keeps them unchanged,
-        so that a file of packed matrices gives a model of packed matrices.
-
-    Returns:
-      `model(tokens, state) -> (logits, state)`; see its `config`.
-
-    Raises:
-      WeightsError: the weights do not exist or are not an RWKV model's; one message lists all missing, unexpected and
-        misshapen tensors. Or incompatible options.
-      UnsafeFileError: the file contains anything but plain tensors.
-    """
+    """`rwkv_jax.from_pretrained` without adapters, of which this package knows nothing; arguments as there."""
     if quantize not in (None, *QUANTIZATIONS):
         raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
