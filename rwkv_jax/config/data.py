@@ -57,7 +57,8 @@ class DataConfig:
     """Form of the records, if the source holds chats or instructions rather than text: messages (OpenAI's), sharegpt,
     alpaca, completion (prompt and completion), or auto, which sees it from their fields. None reads text."""
     chat_format: str = "g1"
-    """What writes chats as text: g1, world, raven, pile-qa, or the path of a Jinja template."""
+    """What writes chats, and messages of preferences and prompts, as text: g1, world, raven, pile-qa, or the path of a
+    Jinja template."""
     chat_loss: ChatLoss = "assistant"
     """Tokens of a chat that count: assistant, what the assistant says and the end of it; last, of the last reply alone;
     all."""
@@ -84,6 +85,10 @@ class DataConfig:
             self._check_synthetic()
         if self.chat is not None:
             self._check_chat()
+        else:
+            for name in ("chat_loss", "chat_rows", "chat_too_long"):
+                is_default = getattr(self, name) == getattr(type(self), name)
+                check(is_default, name, "is of chats, and none are read; set data.chat, or leave it out")
         if self.mixture:
             self._check_mixture()
 

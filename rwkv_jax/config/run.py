@@ -8,7 +8,7 @@ import operator
 from rwkv_jax.checks import checker
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.model import ModelConfig
-from rwkv_jax.config.objective import WITH_REFERENCE, GRPOConfig, PreferenceConfig
+from rwkv_jax.config.objective import PREFERENCES, WITH_REFERENCE, GRPOConfig, PreferenceConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.step import OptimizerConfig, StepConfig
@@ -149,6 +149,12 @@ class TrainConfig:
         objective = training.objective
         self.preference.check_objective(objective)
         self.grpo.check_objective(objective)
+        reads_messages = data.chat is not None or objective in (*PREFERENCES, "grpo")
+        check(
+            reads_messages or data.chat_format == DataConfig.chat_format,
+            "data.chat_format",
+            "no chats are read; set data.chat, or leave it out",
+        )
         if objective == "next_token":
             return
         only = f"training.objective = {objective!r} has none; leave it out"

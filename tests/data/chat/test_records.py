@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rwkv_jax.chat.messages import Message
-from rwkv_jax.config import ConfigError, DataConfig
+from rwkv_jax.config import ConfigError, DataConfig, StepConfig, TrainConfig
 from rwkv_jax.data.chat.records import read_conversation, recognize
 from rwkv_jax.data.chat.source import ChatCounts, ReadChat, read_chats
 from rwkv_jax.data.tokenizers import ByteTokenizer
@@ -224,3 +224,16 @@ def test_what_a_config_of_chats_cannot_be(fields: dict[str, Any], error: str) ->
     base: dict[str, Any] = {"source": "x", "chat": "auto", "tokenizer": "world"}
     with pytest.raises(ConfigError, match=error):
         DataConfig(**base | fields)
+
+
+def test_options_of_chats_are_refused_where_none_are_read() -> None:
+    for name, value in (("chat_loss", "last"), ("chat_rows", "apart"), ("chat_too_long", "drop")):
+        given: dict[str, Any] = {name: value}
+        with pytest.raises(
+            ConfigError, match=rf"^data\.{name} = '{value}': is of chats, and none are read; set data\.chat"
+        ):
+            DataConfig(**given)
+    data = DataConfig(source="pairs.jsonl", tokenizer="world", chat_format="world")
+    with pytest.raises(ConfigError, match=r"^data\.chat_format = 'world': no chats are read; set data\.chat"):
+        TrainConfig(data=data)
+    TrainConfig(data=data, training=StepConfig(objective="orpo"))
