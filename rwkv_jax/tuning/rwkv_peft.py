@@ -29,10 +29,11 @@ def read_rwkv_peft(path: Path, alpha: float | None = None, init: Path | None = N
 
     Args:
       alpha: of LoRA, as it was trained with; the other kinds have none.
-      init: PiSSA's initial values; None takes init_pissa.pth beside the adapter, or its own name with `init` in it.
+      init: PiSSA's initial values, which other kinds have not; None takes init_pissa.pth beside the adapter, or its
+        own name with `init` in it.
 
     Raises:
-      AdapterError: alpha is missing, or given where there is none; halves are missing; kinds are mixed.
+      AdapterError: alpha is missing, or it or `init` is given where there is none; halves are missing; kinds are mixed.
       WeightsError: a file cannot be read (UnsafeFileError: or has anything but tensors in it).
     """
     tensors = _verified(path)
@@ -41,6 +42,8 @@ def read_rwkv_peft(path: Path, alpha: float | None = None, init: Path | None = N
         kind = _kind(parts)
         if kind != "lora":
             _refuse_alpha(alpha, f"kind = {kind!r}")
+            if init is not None:
+                raise AdapterError(f"adapter_init = {shown(str(init))}: kind = {kind!r}, which has none; leave it out")
             renamed = {name: {"miss_block": of["disha"]} if kind == "miss" else of for name, of in parts.items()}
             return Adapter(kind, renamed, dict.fromkeys(parts, 1.0), replaced)
         init = init or _beside(path)

@@ -250,6 +250,8 @@ def test_alpha_is_asked_for_where_it_is_missing_and_only_there(tmp_path: Path) -
     for file in ("rwkvpeft_bone_s0.pth", "rwkvpeft_pissa_s0.pth", "hfpeft_lora_s0"):
         with pytest.raises(AdapterError, match=r"adapter_alpha = 12: .*leave it out"):
             open_adapter(LORA / file, alpha=12)
+    with pytest.raises(AdapterError, match=r"adapter_init = 'init\.pth': kind = 'miss', which has none; leave it out"):
+        open_adapter(LORA / "rwkvpeft_bone_s0.pth", init="init.pth")
     with pytest.raises(AdapterError, match=r"adapter_alpha = -1: must be a number above zero"):
         open_adapter(LORA / "rwkvpeft_lora_s0.pth", alpha=-1)
     with pytest.raises(WeightsError, match=r"adapter_alpha = 1: there is no adapter"):
