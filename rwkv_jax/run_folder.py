@@ -51,7 +51,11 @@ _CHAT = ("chat_format", "chat_loss", "chat_rows", "chat_too_long")  # what chats
 
 
 def identity(
-    config: TrainConfig, corpus_fingerprint: str, tokenizer_fingerprint: str, base: str | None = None
+    config: TrainConfig,
+    corpus_fingerprint: str,
+    tokenizer_fingerprint: str,
+    base: str | None = None,
+    first_state: str | None = None,
 ) -> dict[str, Any]:
     """Fields that must not change when a run is resumed: the model and everything that determines the data order.
 
@@ -60,12 +64,13 @@ def identity(
 
     Args:
       base: digest of a tuning run's base, by which it is known wherever it lies; None for other runs.
+      first_state: digest of the state that is tuned on, likewise; None takes the path that the config names.
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", *IMPLEMENTATIONS, "context_length")
     return {f"model.{name}": value for name, value in model.items() if name not in others} | {
         "initial_weights": None if config.tuning.is_partial else config.initial_weights,
-        **_tuning_identity(config.tuning, base),
+        **_tuning_identity(config.tuning, base, first_state),
         "seed": config.seed,
         "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
         "data.magic_prime": config.data.magic_prime,
@@ -87,15 +92,21 @@ def identity(
 BASE = "tuning.base"
 """The field of a run's identity that has the digest of a tuning run's base."""
 
+FIRST_STATE = "tuning.initial_state"
+"""The field that has the digest of the state that is tuned on; its path, in runs of earlier versions."""
 
-def _tuning_identity(tuning: TuningConfig, base: str | None) -> dict[str, Any]:
+
+def _tuning_identity(tuning: TuningConfig, base: str | None, first_state: str | None) -> dict[str, Any]:
     """What must not change of a tuning run: its base, and what determines which arrays it trains."""
     if not tuning.is_partial:
         return {}
     free = ("dropout", "decay", "allow_other_base", "state_rate")
     fields = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in free}
     shown = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in fields.items()}
-    return {f"tuning.{name}": value for name, value in shown.items()} | {BASE: base}
+    return {f"tuning.{name}": value for name, value in shown.items()} | {
+        BASE: base,
+        FIRST_STATE: first_state or tuning.initial_state,
+    }
 
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:

@@ -60,7 +60,14 @@ from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
-from rwkv_jax.training.tuned import base_digest, check_identity, described_tuning, new_state, with_base
+from rwkv_jax.training.tuned import (
+    base_digest,
+    check_identity,
+    described_tuning,
+    first_state_digest,
+    new_state,
+    with_base,
+)
 from rwkv_jax.weights.pretrained import check_initial_weights
 
 MAX_PREPARATION_SECONDS = 24 * 3600
@@ -134,13 +141,15 @@ def _train(
         corpus.tokenizer.end_of_text,
         config.seed if config.tuning.dropout else None,
     )
-    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, base_digest(config))
+    identity = run_folder.identity(
+        config, corpus.fingerprint, corpus.tokenizer.fingerprint, base_digest(config), first_state_digest(config)
+    )
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if restart and saved_run is not None:  # which all have read, and all agree on everything else
         run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
         saved_run = None
     if saved_run is not None:
-        check_identity(saved_run["identity"], identity, config)
+        check_identity(saved_run, identity, config)
         if processes.is_first:
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax import run_folder
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import ConfigError, TrainConfig
 from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.models.initial_state import MATRIX, SHIFTS
 from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, merge_nested
@@ -25,14 +26,20 @@ from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.pretrained import initial_params, weights_for
 from rwkv_jax.weights.sources import Weights, find_weights
 
-HARMFUL_STATE_RATES = {"7": 3e-3}
-"""Learning rates of a state from which on RWKV-7 of 0.1B, released, was worse after 100 steps of 4 x 256 tokens than
-before, where 3e-4 helped (rwkv-metal 0.4.0). The official rates of RWKV-6 were 1 to 0.01."""
-
 
 def base_digest(config: TrainConfig) -> str | None:
     """The digest of a tuning run's base; None for other runs. Reads the whole file."""
     return weights_digest(_weights(config).tensors) if config.tuning.is_partial else None
+
+
+def first_state_digest(config: TrainConfig) -> str | None:
+    """The digest of the state that a run tunes on; None without one, or if it cannot be read."""
+    if config.tuning.initial_state is None:
+        return None
+    try:
+        return weights_digest(open_first_state(config.tuning.initial_state).tensors)
+    except ConfigError:
+        return None  # a new run refuses it when it begins; one that goes on has read it long ago
 
 
 def _weights(config: TrainConfig) -> Weights:
@@ -51,8 +58,8 @@ def described_tuning(config: TrainConfig, trainer: TrainFunctions) -> list[str]:
     parts += [*tuning.also, *(["state"] if tuning.state else [])]
     stored = f", its matrices in {tuning.quantize}" if tuning.quantize else ""
     lines = [f"trained: {', '.join(parts)}, {numbers / 1e6:.2f}M numbers; frozen: {config.initial_weights}{stored}"]
-    rate = config.optimizer.learning_rate * tuning.state_rate
-    if tuning.state and rate >= (harmful := HARMFUL_STATE_RATES.get(config.model.spec.name, math.inf)):
+    rate, harmful = config.optimizer.learning_rate * tuning.state_rate, config.model.spec.harmful_state_rate
+    if tuning.state and harmful is not None and rate >= harmful:
         lines.append(
             f"tuning.state: the rate {rate:g} (optimizer.learning_rate x tuning.state_rate) may destroy the "
             f"model: rates from {harmful:g} on have made released models of {config.model.title} worse; 3e-4 has helped"
@@ -60,12 +67,22 @@ def described_tuning(config: TrainConfig, trainer: TrainFunctions) -> list[str]:
     return lines
 
 
-def check_identity(saved: dict[str, Any], present: dict[str, Any], config: TrainConfig) -> None:
+def check_identity(saved_run: Mapping[str, Any], present: dict[str, Any], config: TrainConfig) -> None:
     """Refuses to resume a run with other settings, or on another base unless the config allows it.
+
+    The state that is tuned on may lie elsewhere now; or be another one by now in the same place, since only the first
+    step reads it.
+
+    Args:
+      saved_run: the content of run.json.
 
     Raises:
       ConfigError: with a table of the differences.
     """
+    saved = saved_run["identity"]
+    path, first_state = config.tuning.initial_state, run_folder.FIRST_STATE
+    if path is not None and path in (saved.get(first_state), saved_run["config"]["tuning"].get("initial_state")):
+        saved = saved | {first_state: present[first_state]}
     if config.tuning.allow_other_base:
         saved = saved | {run_folder.BASE: present.get(run_folder.BASE)}
     run_folder.refuse_difference(saved, present, str(Path(config.run_dir)))

@@ -94,6 +94,8 @@ class GenerationSpec(abc.ABC):
     """Official name within layer 0 of a tensor whose first axis is H; None without one."""
     has_matrix_state: bool = False
     """Whether a block's state is two last inputs and a matrix [N, N] for each head, which can be tuned."""
+    harmful_state_rate: float | None = None
+    """Learning rate of a tuned state from which on models are known to get worse; None if none is known."""
     has_official_names: bool = True
     """Whether its parameters have official names and shapes."""
     tensors: frozenset[str] = frozenset()
