@@ -56,6 +56,7 @@ def identity(
     tokenizer_fingerprint: str,
     base: str | None = None,
     first_state: str | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Fields that must not change when a run is resumed: the model and everything that determines the data order.
 
@@ -65,6 +66,7 @@ def identity(
     Args:
       base: digest of a tuning run's base, by which it is known wherever it lies; None for other runs.
       first_state: digest of the state that is tuned on, likewise; None takes the path that the config names.
+      teacher: that of a distillation's teacher.
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", *IMPLEMENTATIONS, "context_length")
@@ -83,6 +85,7 @@ def identity(
         "training.carry_state": config.training.carry_state,
         "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
         **({f"data.{name}": getattr(config.data, name) for name in _CHAT} if config.data.chat is not None else {}),
+        **({} if teacher is None else {"distillation.teacher": teacher}),
         "training.objective": None if config.training.objective == "next_token" else config.training.objective,
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,

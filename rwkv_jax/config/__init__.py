@@ -11,6 +11,7 @@ width, D low rank, V vocabulary, L layers.
     step.py          optimizer, training: learning rates, batch and sequence sizes
     tuning.py        tuning: adapters, and what else of a base is trained
     objective.py     preference, grpo: what is minimized besides the next token
+    distillation.py  distillation: a teacher
     parallel.py      parallel, distributed: devices and processes
     reporting.py     evaluation, checkpoint, logging
     dicts.py         to JSON and back
@@ -19,9 +20,18 @@ width, D low rank, V vocabulary, L layers.
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
+from rwkv_jax.config.distillation import DistillationConfig
 from rwkv_jax.config.generations import GENERATIONS, Architecture, Generation, GenerationSpec, ResolvedSizes
 from rwkv_jax.config.model import ModelConfig
-from rwkv_jax.config.objective import PREFERENCES, WITH_REFERENCE, GRPOConfig, ObjectiveName, PreferenceConfig
+from rwkv_jax.config.objective import (
+    OF_TEXT,
+    PREFERENCES,
+    WITH_REFERENCE,
+    WITH_TEACHER,
+    GRPOConfig,
+    ObjectiveName,
+    PreferenceConfig,
+)
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.run import TrainConfig
@@ -30,13 +40,16 @@ from rwkv_jax.config.tuning import AdapterKind, TuningConfig
 
 __all__ = [
     "GENERATIONS",
+    "OF_TEXT",
     "PREFERENCES",
     "WITH_REFERENCE",
+    "WITH_TEACHER",
     "AdapterKind",
     "Architecture",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DistillationConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "GRPOConfig",

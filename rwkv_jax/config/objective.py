@@ -1,4 +1,4 @@
-"""What a run minimizes: the next token, preferences, rewards."""
+"""What a run minimizes: the next token, what a teacher predicts, preferences, rewards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Literal
 
 from rwkv_jax.checks import checker, is_number, require, require_choices
 
-ObjectiveName = Literal["next_token", "dpo", "orpo", "simpo", "kto", "grpo"]
+ObjectiveName = Literal["next_token", "distill", "dpo", "orpo", "simpo", "kto", "grpo"]
+OF_TEXT: tuple[ObjectiveName, ...] = ("next_token", "distill")
+"""Objectives that read rows of text, of whatever data."""
+WITH_TEACHER: tuple[ObjectiveName, ...] = ("distill",)
+"""Objectives that learn from a teacher."""
 PREFERENCES: tuple[ObjectiveName, ...] = ("dpo", "orpo", "simpo", "kto")
 """Objectives that read preferences."""
 WITH_REFERENCE: tuple[ObjectiveName, ...] = ("dpo", "kto")

@@ -7,8 +7,9 @@ import operator
 
 from rwkv_jax.checks import checker
 from rwkv_jax.config.data import DataConfig
+from rwkv_jax.config.distillation import DistillationConfig
 from rwkv_jax.config.model import ModelConfig
-from rwkv_jax.config.objective import PREFERENCES, WITH_REFERENCE, GRPOConfig, PreferenceConfig
+from rwkv_jax.config.objective import OF_TEXT, PREFERENCES, WITH_REFERENCE, GRPOConfig, PreferenceConfig
 from rwkv_jax.config.parallel import DistributedConfig, ParallelConfig
 from rwkv_jax.config.reporting import CheckpointConfig, EvaluationConfig, LoggingConfig
 from rwkv_jax.config.step import OptimizerConfig, StepConfig
@@ -34,6 +35,7 @@ class TrainConfig:
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -155,11 +157,14 @@ class TrainConfig:
             "data.chat_format",
             "no chats are read; set data.chat, or leave it out",
         )
+        self.distillation.check_run(self)
         if objective == "next_token":
             return
         only = f"training.objective = {objective!r} has none; leave it out"
         check(not training.fused_loss, "training.fused_loss", only)
         check(training.l2wrap in (StepConfig.l2wrap, 0), "training.l2wrap", only)
+        if objective in OF_TEXT:
+            return
         check(not self.tuning.dropout, "tuning.dropout", only)
         check(not training.carry_state, "training.carry_state", "each reply is a text of its own; switch it off")
         reads = f"training.objective = {objective!r} reads {'prompts' if objective == 'grpo' else 'preferences'}"

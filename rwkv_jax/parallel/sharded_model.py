@@ -61,6 +61,8 @@ class ShardedModel:
     """Slices this device's shard out of a part's whole matrices."""
     initial_param_specs: Any
     """`param_specs` after `shard_params`, which leaves vectors whole."""
+    carried_specs: Any = None
+    """Partition specs of what a run carries from step to step, if that is more than the model's state."""
 
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`jax.shard_map` over the mesh; without a mesh, the function itself."""

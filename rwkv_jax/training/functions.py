@@ -23,16 +23,18 @@ from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.parallel.tuned import shard_tuned
 from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.objectives.distill import Distill
 from rwkv_jax.training.objectives.grpo import GRPO, GroupBatch
 from rwkv_jax.training.objectives.next_token import NextToken
 from rwkv_jax.training.objectives.preference import PairBatch, Preference, Replies
 from rwkv_jax.training.optimizer import make_optimizer, tuned_group
 from rwkv_jax.training.partition import merge_params, split_params, tuned_partition
 from rwkv_jax.training.rates import learning_layers, without_frozen
-from rwkv_jax.training.run_model import RunModel
+from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.training.spikes import empty_window
 from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
 from rwkv_jax.training.step import Objective, Partition, train_step
+from rwkv_jax.training.teacher import TeacherModel, read_teacher, with_teacher
 from rwkv_kernels.arguments import broadcast_varying_axes
 
 
@@ -56,6 +58,10 @@ class TrainFunctions:
     empty_state: Callable[[], Any] | None
     """The recurrent state of rows that begin a text, if rows continue those of the previous step; else None."""
     run_model: RunModel
+    teacher: TeacherModel | None = None
+    """The teacher, whose parameters are among those of the run; None without one."""
+    evaluated: Objective | None = None
+    """What evaluations sum over held-out rows; None is `objective`."""
     first_step: int = 0
     """The step at which the run begins, in schedule and data order."""
     accumulation_steps: int = 1
@@ -129,10 +135,11 @@ class TrainFunctions:
 
     def eval_step(self, params: Any, batch: Any) -> EvalSums:
         """Sums over all rows of a batch, each starting from the empty state."""
+        objective = self.evaluated or self.objective
 
         def local_sums(params: Any, batch: Any) -> EvalSums:
-            sums, _ = self.objective.loss_sums(params, batch, None)
-            count, _ = broadcast_varying_axes(self.objective.count(batch), batch)
+            sums, _ = objective.loss_sums(params, batch, None)
+            count, _ = broadcast_varying_axes(objective.count(batch), batch)
             return self.sharded.psum(EvalSums(sums.loss, count))
 
         specs = (self.sharded.select_param_specs(params), self.sharded.batch_specs(batch))
@@ -170,14 +177,16 @@ class TrainFunctions:
                 split_params(params, self.partition)[0],
                 transform_non_params=lambda _: whole,
             )
-            recurrent_state = None if recurrent_state is None else shardings(mesh, self.sharded.state_specs)
+            specs = self.sharded.carried_specs or self.sharded.state_specs
+            recurrent_state = None if recurrent_state is None else shardings(mesh, specs)
         recent = None if self.spike_factor is None else whole
         ema = None if self.ema_decay is None else split_params(params, self.partition)[0]
         return TrainState(params, opt_state, whole, whole, whole, whole, recurrent_state, recent, ema)
 
     def kept(self, state: TrainState) -> TrainState:
-        """The state that checkpoints hold: all of it, or of a tuning run all but its base."""
+        """The state that checkpoints hold: all but a teacher and the base of a tuning run."""
         tuning, model = self.run_model.tuning, self.run_model.config
+        state = state._replace(params={name: part for name, part in state.params.items() if name != TEACHER})
         if not tuning.is_partial:
             return state
         return state._replace(params=split_params(state.params, functools.partial(is_kept, tuning, model))[0])
@@ -230,6 +239,10 @@ def make_train_functions(
     if partition is None:
         partition = tuned_partition(config.tuning, config.model)
     partition = without_frozen(partition, named, config.optimizer.rates)
+    teacher = read_teacher(config, mesh)
+    if teacher is not None:
+        params, sharded = params | {TEACHER: teacher.shapes}, with_teacher(sharded, teacher)
+        partition = functools.partial(_beside_teacher, partition)
     trained, _ = split_params(params, partition)
     if not trained:
         raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
@@ -239,10 +252,13 @@ def make_train_functions(
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def empty_state() -> Any:
-        return run_model.model(params).initial_state(training.batch_size)
+        own = run_model.model(params).initial_state(training.batch_size)
+        if teacher is None:
+            return own
+        return {"model": own, TEACHER: teacher.run_model.model(teacher.shapes).initial_state(training.batch_size)}
 
     functions = TrainFunctions(
-        objective=(objective or _named_objective(config))(run_model, sharded, training),
+        objective=(objective or _named_objective(config, teacher))(run_model, sharded, training),
         partition=partition,
         optimizer=make_optimizer(config.optimizer, training.num_steps, trained, group, training.first_step),
         sharded=sharded,
@@ -252,6 +268,8 @@ def make_train_functions(
         else sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
         empty_state=empty_state if training.carry_state else None,
         run_model=run_model,
+        teacher=teacher,
+        evaluated=None if objective or teacher is None else NextToken(run_model, sharded, training),
         first_step=training.first_step,
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,
@@ -262,6 +280,11 @@ def make_train_functions(
     )
     _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions
+
+
+def _beside_teacher(partition: Partition, path: tuple[str, ...]) -> bool:
+    """A run's partition, in which a teacher is frozen."""
+    return path[0] != TEACHER and partition(path)
 
 
 def refuse_drawing(key: Array) -> Any:
@@ -323,9 +346,14 @@ def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Any:
     )
 
 
-def _named_objective(config: TrainConfig) -> Callable[[RunModel, ShardedModel, StepConfig], Objective]:
+def _named_objective(
+    config: TrainConfig, teacher: TeacherModel | None
+) -> Callable[[RunModel, ShardedModel, StepConfig], Objective]:
     if config.training.objective == "next_token":
         return NextToken
+    if config.training.objective == "distill":
+        assert teacher is not None  # as the config has checked
+        return functools.partial(Distill, distillation=config.distillation, teacher=teacher)
     if config.training.objective == "grpo":
         return functools.partial(GRPO, grpo=config.grpo)
     return functools.partial(Preference, preference=config.preference)

@@ -60,6 +60,7 @@ from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
+from rwkv_jax.training.teacher import check_teacher_tokenizer, described_teacher, teacher_digest
 from rwkv_jax.training.tuned import (
     base_digest,
     check_identity,
@@ -141,9 +142,9 @@ def _train(
         corpus.tokenizer.end_of_text,
         config.seed if config.tuning.dropout else None,
     )
-    identity = run_folder.identity(
-        config, corpus.fingerprint, corpus.tokenizer.fingerprint, base_digest(config), first_state_digest(config)
-    )
+    check_teacher_tokenizer(config, corpus.tokenizer)
+    digests = (base_digest(config), first_state_digest(config), teacher_digest(config))
+    identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, *digests)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if restart and saved_run is not None:  # which all have read, and all agree on everything else
         run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
@@ -400,6 +401,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, {data}",
         *described_tuning(config, trainer),
+        *described_teacher(config, trainer.teacher),
         f"run folder: {config.run_dir}",
     ]
     if mesh is not None:

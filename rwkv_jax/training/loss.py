@@ -55,11 +55,11 @@ def _token_losses_forward(
         largest = lax.pmax(largest, axis_name)
     normalizer = reduce_from_tensor_parallel(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), axis_name)
     log_normalizer = largest + jnp.log(normalizer)
-    target_logit = _logit_of(logits, targets, axis_name)
+    target_logit = logit_of(logits, targets, axis_name)
     return (log_normalizer - target_logit, 0.5 * jnp.square(largest)), (logits, targets, log_normalizer, largest)
 
 
-def _logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
+def logit_of(logits: Array, targets: Array, axis_name: str | None) -> Array:
     """The logits [n] of the targets [n]; NaN for a target outside the vocabulary."""
     if axis_name is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -131,18 +131,27 @@ def sum_losses(
         nll, peak = token_losses(logits_of(hidden), targets, axis_name)
         return TokenLosses(jnp.sum(nll * weight), jnp.sum(peak * weight), jnp.sum(weight))
 
-    tokens = wanted.shape[0]
-    if chunk is None or chunk >= tokens:
-        return losses(flat, wanted, weight)
-    flat, wanted, weight = split_chunks((flat, wanted, weight), chunk)
+    return sum_over_chunks(losses, (flat, wanted, weight), chunk)
 
-    def add_chunk(total: TokenLosses, inputs: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
-        return jax.tree.map(jnp.add, total, jax.checkpoint(losses)(*inputs)), None
 
-    shapes = jax.eval_shape(losses, flat[0], wanted[0], weight[0])
+def sum_over_chunks(sums: Callable[..., Any], arrays: tuple[Array, ...], chunk: int | None) -> Any:
+    """Sums over tokens, a chunk of them at a time, which the backward pass computes again.
+
+    Args:
+      sums: from arrays [n, ...] to a tree of scalars; of the zeros that fill up the last chunk it must be zero.
+      arrays: [n, ...]; chunk: None takes all n at once.
+    """
+    if chunk is None or chunk >= arrays[0].shape[0]:
+        return sums(*arrays)
+    arrays = split_chunks(arrays, chunk)
+
+    def add_chunk(total: Any, inputs: tuple[Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*inputs)), None
+
+    shapes = jax.eval_shape(sums, *(x[0] for x in arrays))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    zero, _ = broadcast_varying_axes(zero, (flat, wanted, weight))
-    return jax.lax.scan(add_chunk, zero, (flat, wanted, weight))[0]
+    zero, _ = broadcast_varying_axes(zero, arrays)
+    return jax.lax.scan(add_chunk, zero, arrays)[0]
 
 
 def flatten_tokens(hidden: Array, targets: Array, mask: Array | None) -> tuple[Array, Array, Array]:

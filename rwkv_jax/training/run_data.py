@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import OF_TEXT, TrainConfig
 from rwkv_jax.data.chat.mixture import MixedCorpus, MixedRows, mixed_rows, prepare_mixed
 from rwkv_jax.data.chat.rows import ChatRows
 from rwkv_jax.data.chat.source import ChatCorpus, chat_rows, held_out_rows, prepare_chats
@@ -37,7 +37,7 @@ def open_data(
     """The corpus, built by the first process, and the rows of each training step."""
     if task is not None:
         return SyntheticCorpus(task), synthetic_rows(task, config)
-    if config.training.objective != "next_token":
+    if config.training.objective not in OF_TEXT:
         return open_own_rows(config, trainer, processes, console.print)
     if config.data.chat is not None and config.data.mixture:
         mixed = run_on_first_process(processes, "corpus", functools.partial(prepare_mixed, config, console.print))

@@ -14,6 +14,9 @@ from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.initial_state import begin_texts
 from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, grafted
 
+TEACHER = "teacher"
+"""The name of a teacher's parameters among those of a run, and of its state in what a run carries."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunModel:
@@ -27,7 +30,7 @@ class RunModel:
 
     def base(self, params: Any) -> Any:
         """The parameters that are the model's own."""
-        return {name: part for name, part in params.items() if name not in (ADAPTER, INITIAL_STATE)}
+        return {name: part for name, part in params.items() if name not in (ADAPTER, INITIAL_STATE, TEACHER)}
 
     def model(self, params: Any, dropout_keys: Array | None = None) -> LanguageModel:
         """The model of a run's parameters.
@@ -35,6 +38,7 @@ class RunModel:
         Args:
           dropout_keys: a batch's, uint32 [B, T]; None without dropout, as in evaluation.
         """
+        params = {name: part for name, part in params.items() if name != TEACHER}
         if self.tuning.is_partial:
             params = grafted(params, self.tuning, self.config, dropout_keys)
         return nnx.merge(self.graphdef, params)

@@ -23,7 +23,8 @@ class TrainState(NamedTuple):
     skipped_steps: Any
     """int32: steps skipped in the whole run."""
     recurrent_state: Any = None
-    """The recurrent state after each row of the batch; None if no state is carried."""
+    """The recurrent state after each row of the batch; with a teacher a dict of `model`'s and `teacher`'s. None if no
+    state is carried."""
     recent: Any = None
     """float32 [2, W]: loss and gradient norm of the last W steps taken, NaN where there was none; None without a spike
     guard."""

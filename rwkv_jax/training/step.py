@@ -146,7 +146,7 @@ def loss_and_gradients(
         return sharded.psum(reported), sharded.psum_gradients(gradients), next_state
 
     specs = sharded.select_param_specs(trained)
-    state_specs = None if recurrent_state is None else sharded.state_specs
+    state_specs = None if recurrent_state is None else sharded.carried_specs or sharded.state_specs
     run = sharded.shard_map(
         local_loss_and_grads,
         (specs, sharded.select_param_specs(frozen), sharded.batch_specs(batch), state_specs),

@@ -18,7 +18,9 @@ from rwkv_jax.models.initial_state import MATRIX, SHIFTS
 from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE, merge_nested
 from rwkv_jax.training.functions import TrainFunctions, initial_state
 from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.run_model import TEACHER
 from rwkv_jax.training.state import TrainState
+from rwkv_jax.training.teacher import place_teacher
 from rwkv_jax.tuning.initial import initial_adapter, with_magnitudes
 from rwkv_jax.tuning.pretrained_state import open_first_state
 from rwkv_jax.weights.base import place_base
@@ -92,11 +94,21 @@ def new_state(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokenizer
     """The state before the first step: random parameters, or the initial weights that the config names."""
     if config.tuning.is_partial:
         return initial_state(trainer, config.seed, first_params(config, trainer, tokenizer))
+    if trainer.teacher is not None:
+        return initial_state(trainer, config.seed, with_base(config, trainer, _own_params(config, trainer)))
     state = initial_state(trainer, config.seed)
     if config.initial_weights is None:
         return state
     params = initial_params(config.initial_weights, config.model, trainer.state_shardings.params)
     return state._replace(params=params, ema=trainer.first_averages(params))
+
+
+def _own_params(config: TrainConfig, trainer: TrainFunctions) -> Any:
+    """The parameters of the run's own model before the first step of a run that has a teacher."""
+    where = {name: x for name, x in trainer.state_shardings.params.items() if name != TEACHER}
+    if config.initial_weights is not None:
+        return initial_params(config.initial_weights, config.model, where)
+    return jax.device_put(jax.jit(trainer.draw_params)(jax.random.key(config.seed)), where)
 
 
 def first_params(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokenizer | None = None) -> Any:
@@ -161,9 +173,14 @@ def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def with_base(config: TrainConfig, trainer: TrainFunctions, kept: Any, weights: Weights | None = None) -> Any:
-    """A run's parameters, of those that its checkpoints hold; of other runs these are all."""
-    if not config.tuning.is_partial:
-        return kept
-    where = {name: x for name, x in trainer.state_shardings.params.items() if name not in (ADAPTER, INITIAL_STATE)}
-    weights = _weights(config) if weights is None else weights
-    return merge_nested(place_base(weights, config.tuning, config.model, kept, where), kept)
+    """A run's parameters, of those that its checkpoints hold: with its base and its teacher, if there are any."""
+    shardings, params = trainer.state_shardings.params, kept
+    if config.tuning.is_partial:
+        where = {name: x for name, x in shardings.items() if name not in (ADAPTER, INITIAL_STATE, TEACHER)}
+        weights = _weights(config) if weights is None else weights
+        params = merge_nested(place_base(weights, config.tuning, config.model, kept, where), kept)
+    if (teacher := trainer.teacher) is not None:
+        assert config.distillation.teacher is not None
+        placed = place_teacher(config.distillation.teacher, teacher.config, teacher.shapes, shardings[TEACHER])
+        params = params | {TEACHER: placed}
+    return params

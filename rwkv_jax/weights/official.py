@@ -271,6 +271,11 @@ def official_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
     Raises WeightsError for a model that has no official names, and parameters that are not those of the config's model.
     """
     require_official_names(config)
+    return named_tensors(config, params)
+
+
+def named_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
+    """`official_tensors` of any model, under names that are made as official ones are."""
     tensors: dict[str, LazyTensor] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         names = official_names(path, config.num_layers)

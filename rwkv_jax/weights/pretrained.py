@@ -23,7 +23,7 @@ from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, loa
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
-from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
+from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file, run_config
 from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
@@ -31,10 +31,12 @@ from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     check_tensors,
     fields_in_metadata,
+    named_tensors,
     official_shapes,
     official_tensors,
     place_params,
     read_config,
+    require_official_names,
     shardings_on,
 )
 from rwkv_jax.weights.pth.file import write_torch_file
@@ -163,12 +165,8 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
       WeightsError: as `check_initial_weights`.
     """
     if path.is_dir():
-        loaded = load_run(path, "newest")
-        told = MappedTensors({}, [], metadata=fields_in_metadata(loaded.config.model))
-        tensors = official_tensors(loaded.config.model, loaded.params)
-        weights = Weights(tensors, "official", lambda: None, told)
-    else:
-        weights = open_weights(path, warn=warn)
+        require_official_names(run_config(path).model)
+    weights = open_model(path, warn=warn)
     with prefix_errors(path):
         own = read_config(weights.tensors, weights.file.metadata)
         if may_have_unused(own) and may_have_unused(config):  # the run's config decides, not the file
@@ -185,6 +183,22 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
             raise WeightsError(f"these weights are of another model: {listed}; to start from them: {flags}")
         check_tensors(weights.tensors, config)
     return weights
+
+
+def open_model(path: Path, *, warn: bool = True) -> Weights:
+    """The tensors of any model: of a file, or of a run's newest checkpoint, whatever its architecture.
+
+    Args:
+      path: from `find_weights`.
+
+    Raises:
+      WeightsError: as `open_weights` or `load_run`.
+    """
+    if not path.is_dir():
+        return open_weights(path, warn=warn)
+    loaded = load_run(path, "newest")
+    told = MappedTensors({}, [], metadata=fields_in_metadata(loaded.config.model))
+    return Weights(named_tensors(loaded.config.model, loaded.params), "official", lambda: None, told)
 
 
 def _flag(name: str, value: Any) -> str:

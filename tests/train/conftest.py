@@ -39,6 +39,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
             model=config.model,
             optimizer=config.optimizer,
             training=config.training,
+            distillation=config.distillation,
             parallel=config.parallel,
             **(
                 {"tuning": config.tuning, "initial_weights": "base", "data": DataConfig(tokenizer="bytes")}

@@ -18,6 +18,11 @@ from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.step import LossSums
 
 
+def count_tokens(batch: Batch) -> Array:
+    """Number of tokens that the batch's mask counts; all without one."""
+    return jnp.sum(jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextToken:
     """Mean -log p(token) in nats over the tokens in the batch's mask, or all without one."""
@@ -29,7 +34,7 @@ class NextToken:
 
     def count(self, batch: Batch) -> Array:
         """Number of tokens that count."""
-        return jnp.sum(jnp.ones(batch.tokens.shape, jnp.float32) if batch.mask is None else batch.mask)
+        return count_tokens(batch)
 
     def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
         """Sums over a device's rows, and their next recurrent state."""
