@@ -55,8 +55,9 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     groups = {
         **({"base, frozen": frozen, "trained parameters": trained} if frozen else {"parameters": trained}),
         "optimizer": state.opt_state,
+        **({} if state.ema is None else {"averages": state.ema}),
         "carried state": state.recurrent_state,
-        "counters and key": state._replace(params=None, opt_state=None, recurrent_state=None),
+        "counters and key": state._replace(params=None, opt_state=None, recurrent_state=None, ema=None),
         "batch": batch,
     }
     lowered = jax.jit(trainer.train_step, donate_argnums=0).lower(state, batch)

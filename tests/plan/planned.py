@@ -79,7 +79,7 @@ def plans() -> dict[str, Any]:
             small_run("4", fsdp=4, sequence=2), carry_state=True, reset_at_documents=True
         ),
         "4 data 8, offloaded": small_run("4", offload_optimizer=True),
-        "6 one row": replaced(small_run("6"), batch_size=1, sequence_length=1024),
+        "6 one row": replaced(small_run("6"), batch_size=1, sequence_length=1024, ema_decay=0.99),
         "4 one row, offloaded": replaced(small_run("4", offload_optimizer=True), batch_size=1),
     }
     found = {name: plan_run(config, CPU) for name, config in runs.items()}

@@ -93,6 +93,7 @@ def test_plan_of_a_run(name: str) -> None:
     plan = planned()[name]
     groups, program = plan["arguments"]["groups"], plan["program"]
     assert groups["optimizer"] == pytest.approx(2 * groups["parameters"], rel=1e-3)  # Adam's two moments
+    assert groups.get("averages") == (groups["parameters"] if name == "6 one row" else None)
     assert (groups["carried state"] > 0) == name.endswith("carried")
     num_devices = DEVICES_OF_RUNS[name]
     assert math.prod(plan["mesh"].values()) == num_devices
