@@ -53,6 +53,7 @@ from rwkv_jax.training.reporting.plots import plot_losses
 from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
+from rwkv_jax.training.rollouts import RolloutRows
 from rwkv_jax.training.run_data import AnyCorpus, AnyRows, held_out_evaluation, open_data
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
@@ -225,6 +226,7 @@ def _train(
             rows.tokens_per_step if isinstance(rows, OwnRows) else training.batch_size * training.sequence_length
         ),
         resumed_window=window,
+        why_skipped=rows.why_skipped if isinstance(rows, RolloutRows) else None,
     )
     save_due, held_out = False, None
     for step in range(first_step, num_steps):
@@ -276,12 +278,14 @@ def _train(
             console.print(f"{stopping}: {saved}; resume with:  {command}")
             return TrainResult(state, None)
 
+    is_any_taken = int(state.skipped_steps) < num_steps - training.first_step
     if save_due:
-        console.print("the last step was skipped, so it is not saved; the newest checkpoint is of an earlier one")
+        earlier = "the newest checkpoint is of an earlier one" if is_any_taken else "there is no checkpoint"
+        console.print(f"the last step was skipped, so it is not saved; {earlier}")
     result = _result(state, _evaluated(config, trainer, state), held_out, evaluate_held_out)
     if isinstance(rows, OwnRows) and (summary := rows.summary()) is not None:
         console.print(summary)
-    if processes.is_first:
+    if processes.is_first and is_any_taken:  # otherwise there are no losses, and nothing to go on from
         _summarize(config, corpus, result, console)
     return result
 
@@ -407,7 +411,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
     if mesh is not None:
         state = abstract_state(trainer)
         groups = {f"parameters: {name}": part for name, part in state.params.items()}
-        groups |= {"optimizer": state.opt_state, "carried state": state.recurrent_state}
+        groups |= {"optimizer": state.opt_state, "averages": state.ema, "carried state": state.recurrent_state}
         lines += [f"mesh: {mesh_shape(mesh)}", memory_table(groups)]
     if idle := jax.device_count() - (1 if mesh is None else mesh.size):
         rows_at_once = training.batch_size // training.accumulation_steps

@@ -61,7 +61,8 @@ class RolloutRows:
         self._batch: GroupBatch | None = None
         self._reference: Any = None
         self._seconds = {"drawing replies": 0.0, "rewarding them": 0.0, "log-probabilities": 0.0}
-        self._tokens = self._skipped = self._groups = 0
+        self._tokens = self._skipped = self._groups = self._alike = 0
+        self._without = set[int]()  # draws no group of which has finite rewards
         self._reported = set[str]()
         self._begun = time.perf_counter()
         self.use(self.functions)
@@ -95,14 +96,21 @@ class RolloutRows:
         """The batch of a step: of new replies, or those of the step before (`grpo.iterations`)."""
         batch = self._batch
         if batch is None or step % self.config.grpo.iterations == 0:
+            jax.block_until_ready(params)  # the steps before, whose time is not that of the draw
             rollout = self._timed("drawing replies", lambda: self._roll_out(step, params))
             self._write(step, rollout)
-            batch = self._batch = self._timed("log-probabilities", lambda: self._batch_of(rollout, params))
+            made = self._timed("log-probabilities", lambda: jax.block_until_ready(self._batch_of(rollout, params)))
+            batch = self._batch = made
         return batch
 
     def row_locations(self, step: int) -> list[str]:
         """File and line of each prompt of a step, for messages."""
         return [prompt.place for prompt in self._prompts(step)]
+
+    def why_skipped(self, step: int) -> str | None:
+        """Why a step had to be skipped; None if not for its rewards."""
+        draw = step // self.config.grpo.iterations
+        return "no group of replies had finite rewards (grpo.rewards)" if draw in self._without else None
 
     def describe(self, num_steps: int) -> str:
         """What so many steps read."""
@@ -119,10 +127,17 @@ class RolloutRows:
         rows = [("part of the run", "seconds", "share")]
         rows += [(name, f"{spent:.1f}", f"{spent / whole:.1%}") for name, spent in parts.items()]
         rate = self._tokens / max(known["drawing replies"], 1e-9)
-        return (
-            f"{format_table(rows, '<>>')}\n{self._tokens:,} tokens drawn, {rate:,.0f} a second; {self._skipped} of "
-            f"{self._groups} groups skipped, since a reward function failed"
-        )
+        lines = [
+            format_table(rows, "<>>"),
+            f"{self._tokens:,} tokens drawn, {rate:,.0f} a second; {self._skipped} of {self._groups} groups skipped, "
+            f"since a reward function failed; in {self._alike} all replies had one reward",
+        ]
+        if self._groups == self._skipped + self._alike > 0:
+            lines.append(
+                "nothing was learned from rewards: no step had a group of replies with finite rewards that differ; "
+                f"look at the functions (grpo.rewards) and at {ROLLOUTS_FILE}"
+            )
+        return "\n".join(lines)
 
     def evaluation(self) -> Callable[[Any, int | None], Preferred | None]:
         """Makes (params, number of batches or None for all) -> mean rewards of replies to held-out prompts."""
@@ -167,6 +182,10 @@ class RolloutRows:
         each = [prompt for prompt in prompts for _ in range(grpo.num_generations)]
         self._tokens += int(drawn.lengths.sum())
         self._groups += len(prompts)
+        totals, usable = (x.reshape(len(prompts), -1) for x in (rewarded.totals, rewarded.usable))
+        self._alike += int((usable.all(axis=1) & (np.ptp(totals, axis=1) == 0)).sum())
+        if not usable.any():
+            self._without.add(step // grpo.iterations)
         if skipped := int((~rewarded.usable).sum()) // grpo.num_generations:
             self._skipped += skipped
             for failure in rewarded.failures:

@@ -34,6 +34,7 @@ from rwkv_jax.training import loop
 from rwkv_jax.training.continuations import Continuations
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.reporting.step_logger import NonFiniteError
 from rwkv_jax.training.rewards import Reward, Rewarded, give_rewards, load_rewards
 from rwkv_jax.training.rollouts import ROLLOUTS_FILE, usable_advantages
 from rwkv_jax.training.run_model import RunModel
@@ -200,6 +201,24 @@ def test_a_run_that_is_stopped_amid_a_draw_finishes_it(tmp_path: Path, monkeypat
     last = train(config).state
     assert (int(last.step), int(last.skipped_steps)) == (4, 2)
     assert_same_bits(last.params, params)
+
+
+@pytest.mark.long
+def test_a_run_that_learns_nothing_from_rewards_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "spoiled"}))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=4, batch_size=8))
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=4))
+    train(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every=4)))
+    output = capsys.readouterr().out
+    assert "no group of replies had finite rewards (grpo.rewards), step skipped" in output
+    assert "the last step was skipped, so it is not saved; there is no checkpoint" in output
+    assert "2 of 2 groups skipped" in output
+    assert "nothing was learned from rewards: no step had a group of replies with finite rewards that differ" in output
+    training = dataclasses.replace(config.training, max_bad_steps=2)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "stopped"), training=training)
+    with pytest.raises(NonFiniteError, match=r"^2 steps in a row were skipped, since no group of replies had finite"):
+        train(config)
 
 
 @pytest.mark.parametrize(

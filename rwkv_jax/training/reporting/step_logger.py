@@ -38,6 +38,8 @@ class StepLogger:
     throughput: Throughput
     resumed_window: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The `metrics_window` of the checkpoint that the run resumes from."""
+    why_skipped: Callable[[int], str | None] | None = None
+    """Why a step had to be skipped, where its data says so."""
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, StepMetrics] | None = None
@@ -92,6 +94,7 @@ class StepLogger:
             self._skipped += 1
             norm = float(metrics.gradient_norm)
             reason = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+            reason = self._reason(step) or reason
             self.console.print(f"step {step}: loss {loss}, gradient norm {norm}: {reason}, step skipped")
         if done % self.every == 0 or done == self.num_steps:
             mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
@@ -120,11 +123,20 @@ class StepLogger:
             self._write(
                 "stop", done, {"first": self._bad[0], "reason": f"{len(self._bad)} steps in a row were skipped"}
             )
+            reasons = {self._reason(bad) for bad in self._bad}
+            if None not in reasons:
+                raise NonFiniteError(
+                    f"{len(self._bad)} steps in a row were skipped, since {' and '.join(filter(None, reasons))}; "
+                    f"nothing was saved since. Their rows begin here:\n{listed}"
+                )
             raise NonFiniteError(
                 f"{len(self._bad)} steps in a row had a loss or gradient that is not finite, or a spike, and were "
                 "skipped; nothing was saved since. Lower optimizer.learning_rate or optimizer.clip_norm, raise "
                 f"training.spike_factor if it is set, or look at the data. Their rows begin here:\n{listed}"
             )
+
+    def _reason(self, step: int) -> str | None:
+        return None if self.why_skipped is None else self.why_skipped(step)
 
     def held_out(self, step: int, result: HeldOut | Answers | Preferred) -> None:
         """Logs an evaluation after `step` steps."""

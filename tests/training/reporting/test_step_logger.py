@@ -124,6 +124,14 @@ def test_alarm_after_as_many_bad_steps_in_a_row_names_their_batches(desk: Desk, 
     ]
 
 
+def test_an_alarm_says_why_if_the_data_knows(desk: Desk) -> None:
+    desk.logger.why_skipped = lambda step: "nobody was paid" if step > 3 else None
+    desk.steps({1: 1.0, 4: math.nan, 5: math.nan})
+    with pytest.raises(NonFiniteError, match=r"^3 steps in a row were skipped, since nobody was paid; nothing was"):
+        desk.steps({6: math.nan}, wait=True)
+    assert "step 5: loss nan, gradient norm 50.0: nobody was paid, step skipped" in desk.output.getvalue()
+
+
 def test_evaluations_and_samples_are_written_and_shown(desk: Desk) -> None:
     desk.logger.held_out(6, HeldOut(1.5, 0.75))
     desk.logger.sample(6, "def", " f():")
