@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,28 @@ def test_what_cannot_be_loaded_takes_no_place(engine: Engine, monkeypatch: pytes
     assert engine.adapters.names == ("low", "sums", "part")
     monkeypatch.undo()
     engine.adapters.load("x", ADAPTERS["part"])
+    engine.adapters.remove("x")
+
+
+def test_an_adapter_is_prepared_while_texts_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only taking its place is the engine's thread's."""
+    threads: dict[str, str] = {}
+
+    def noted(name: str, run: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            threads[name] = threading.current_thread().name
+            return run(*arguments)
+
+        return call
+
+    for name in ("_padded", "_set_place"):
+        monkeypatch.setattr(adapters, name, noted(name, getattr(adapters, name)))
+    with engine.stream(IDS, max_tokens=10_000, stop_ids=()) as stream:
+        next(stream)
+        engine.adapters.load("x", ADAPTERS["part"])
+        next(stream)
+    assert threads == {"_padded": threading.current_thread().name, "_set_place": "rwkv-engine"}
+    assert engine.generate(IDS, adapter="x", max_tokens=3) == engine.generate(IDS, adapter="part", max_tokens=3)
     engine.adapters.remove("x")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rwkv_jax.inference.engine.adapters import AdapterPlaces, LoadedAdapter
+from rwkv_jax.inference.engine.adapters import AdapterPlaces, LoadedAdapter, PreparedAdapter
 from rwkv_jax.inference.engine.driver import Driver
 from rwkv_jax.inference.engine.scheduler import Scheduler
 from rwkv_jax.tuning.adapter import Adapter
@@ -23,7 +23,7 @@ class AdapterTable:
         """
         self._places, self._scheduler, self._driver, self._num_layers = places, scheduler, driver, layers
         for name, adapter in adapters.items():
-            self._load(name, adapter)
+            self._place(places.prepare(name, adapter))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,19 +39,22 @@ class AdapterTable:
         return self._scheduler.slots.owner_of(self.find(name))
 
     def load(self, name: str, adapter: Adapter) -> None:
-        """Loads an adapter into a free place, between two steps; compiles nothing.
+        """Loads an adapter into a free place, between two steps of texts, which go on while it is prepared.
+
+        Compiles nothing.
 
         Raises:
           ConfigError: the name is taken, no place is free, or the adapter does not fit or is another base's
             (AdapterError).
         """
         self._places.check_base(name, adapter)
-        self._driver.call(lambda: self._load(name, adapter))
+        prepared = self._places.prepare(name, adapter)
+        self._driver.call(lambda: self._place(prepared))
 
     def remove(self, name: str) -> None:
         """Frees the place of an adapter, between two steps. Raises ConfigError while a text uses it."""
         self._driver.call(lambda: self._places.remove(name, self._scheduler.uses))
 
-    def _load(self, name: str, adapter: Adapter) -> None:
+    def _place(self, prepared: PreparedAdapter) -> None:
         slots = self._scheduler.slots
-        slots.params = self._places.add(name, adapter, slots.params, self._num_layers)
+        slots.params = self._places.add(prepared, slots.params, self._num_layers)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,18 @@ _numbers = itertools.count(1)
 
 NONE = -1
 """Place of a text without an adapter."""
+
+Arrays = dict[str, dict[str, Any]]
+"""Of each matrix with places, by its name, the parts that a place has."""
+
+
+class PreparedAdapter(NamedTuple):
+    """All that is needed to load an adapter but a place."""
+
+    name: str
+    digest: str
+    arrays: Arrays
+    """On the device, except for numbers in float64."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,6 +112,7 @@ class AdapterPlaces:
             names = [name.removesuffix(".weight") for name in self._shapes if name.startswith("blocks.")]
             self._targets |= {name for name in names if name.partition(".")[2].partition(".")[2] in OFFICIAL_TARGETS}
         self._free = list(range(self._count))[::-1]
+        self._parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}  # of a place, by matrix
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,28 +160,21 @@ class AdapterPlaces:
                     "lora_A": np.zeros((self._count, self._rank, num_inputs), dtype),
                     "lora_B": np.zeros((self._count, num_outputs, self._rank), dtype),
                 }
+                of_place = {part: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for part, x in parts.items()}
+                self._parts[name.removesuffix(".weight")] = of_place
                 placed = jax.device_put((parts, np.ones(self._count, dtype)), beside(base))
                 variable.set_value(AdaptedMatrix(base, *placed))
         return nnx.merge(graphdef, state)
 
-    def add(self, name: str, adapter: Adapter, params: Any, num_layers: int) -> Any:
-        """Loads an adapter, which `check_base` has passed, into a free place; the engine's thread calls it.
-
-        Returns:
-          The parameters of the programs with it.
+    def prepare(self, name: str, adapter: Adapter) -> PreparedAdapter:
+        """Makes the arrays of an adapter, which `check_base` has passed; takes seconds, and not the engine's thread.
 
         Raises:
           ConfigError: the name is taken or none, there is no free place, or as the constructor.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"adapter = {shown(name)}: must be a name of letters, digits, '.', '_' and '-'")
-        if name in self._by_name:
-            raise ConfigError(f"adapter = {name!r}: there is one of that name; take another, or remove it first")
-        if not self._free:
-            raise ConfigError(
-                f"adapter = {name!r}: all {self._count} places are taken; remove one, or build the engine with more "
-                "(adapter_places)"
-            )
+        self._require_room(name)
         lora = self._as_lora(name, adapter)
         for matrix in lora.parts:
             if matrix not in self._targets or lora.rank(matrix) > self._rank:
@@ -177,8 +183,25 @@ class AdapterPlaces:
                     f"{len(self._targets)} matrices up to rank {self._rank}; give it this adapter when it is built, "
                     "or a greater adapter_rank"
                 )
-        loaded = LoadedAdapter(name, self._free[-1], adapter.digest, next(_numbers))
-        filled = self._filled(loaded.place, lora, params, num_layers)
+        arrays: Arrays = {}
+        for matrix, shapes in self._parts.items():
+            own, scale = lora.parts.get(matrix), lora.scales.get(matrix, 1.0)
+            arrays[matrix] = {part: _on_device(_padded(own, part, x, scale)) for part, x in shapes.items()}
+        return PreparedAdapter(name, adapter.digest, jax.block_until_ready(arrays))
+
+    def add(self, prepared: PreparedAdapter, params: Any, num_layers: int) -> Any:
+        """Loads an adapter into a free place; the engine's thread calls it.
+
+        Returns:
+          The parameters of the programs with it.
+
+        Raises:
+          ConfigError: the name or all places are taken by now.
+        """
+        name = prepared.name
+        self._require_room(name)
+        loaded = LoadedAdapter(name, self._free[-1], prepared.digest, next(_numbers))
+        filled = _filled(loaded.place, prepared.arrays, params, num_layers)
         self._free.pop()  # only now: it stays free if there is no memory
         self._by_name[name] = loaded
         return filled
@@ -197,6 +220,15 @@ class AdapterPlaces:
         del self._by_name[name]
         self._free.append(loaded.place)
 
+    def _require_room(self, name: str) -> None:
+        if name in self._by_name:
+            raise ConfigError(f"adapter = {name!r}: there is one of that name; take another, or remove it first")
+        if not self._free:
+            raise ConfigError(
+                f"adapter = {name!r}: all {self._count} places are taken; remove one, or build the engine with more "
+                "(adapter_places)"
+            )
+
     def _as_lora(self, name: str, adapter: Adapter) -> Adapter:
         try:
             if adapter.replaced:
@@ -208,31 +240,35 @@ class AdapterPlaces:
         except AdapterError as error:
             raise AdapterError(f"adapter {name}: {error}") from error
 
-    def _filled(self, place: int, lora: Adapter, params: Any, num_layers: int) -> Any:
-        """The parameters with the arrays of one place replaced."""
-        params = jax.tree.map(lambda x: x, params)  # as above
-        for (name, *_), variable in parameters_of(params, num_layers):
-            matrix = variable.get_value()
-            if has_places(matrix):
-                own = lora.parts.get(name.removesuffix(".weight"))
-                scale = lora.scales.get(name.removesuffix(".weight"), 1.0)
-                parts = {
-                    part: _set_place(x, place, self._padded(own, part, x, scale)) for part, x in matrix.parts.items()
-                }
-                variable.set_value(dataclasses.replace(matrix, parts=parts))
-        return params
 
-    def _padded(self, own: Mapping[str, NDArray] | None, part: str, like: Array, scale: float) -> NDArray:
-        """A part with its factor in B, so that all places have the factor 1; zeros where there is none."""
-        whole = np.zeros(like.shape[1:], like.dtype)
-        if own is not None:
-            x = np.asarray(own[part], np.float64) * (scale if part == "lora_B" else 1.0)
-            whole[: x.shape[0], : x.shape[1]] = x
-        return whole
+def _filled(place: int, arrays: Arrays, params: Any, num_layers: int) -> Any:
+    """The parameters with the arrays of one place replaced."""
+    params = jax.tree.map(lambda x: x, params)  # variables of its own, or the given ones would change
+    for (name, *_), variable in parameters_of(params, num_layers):
+        matrix = variable.get_value()
+        if has_places(matrix):
+            own = arrays[name.removesuffix(".weight")]
+            parts = {part: _set_place(x, place, own[part]) for part, x in matrix.parts.items()}
+            variable.set_value(dataclasses.replace(matrix, parts=parts))
+    return params
+
+
+def _padded(own: Mapping[str, NDArray] | None, part: str, like: jax.ShapeDtypeStruct, scale: float) -> NDArray:
+    """A part with its factor in B, so that all places have the factor 1; zeros where there is none."""
+    whole = np.zeros(like.shape, like.dtype)
+    if own is not None:
+        x = np.asarray(own[part], np.float64) * (scale if part == "lora_B" else 1.0)
+        whole[: x.shape[0], : x.shape[1]] = x
+    return whole
+
+
+def _on_device(x: NDArray) -> Any:
+    # Only the engine's thread may have 64-bit types switched on.
+    return x if x.dtype == np.float64 else jnp.asarray(x)
 
 
 @jax.jit
-def _set_place(x: Array, place: int, value: NDArray) -> Array:
+def _set_place(x: Array, place: int, value: Any) -> Array:
     return x.at[place].set(value)
 
 
