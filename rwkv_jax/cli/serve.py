@@ -35,6 +35,10 @@ class Serve:
     """Texts that may wait for a slot; further requests are answered with status 429."""
     prefix_bytes: int = 256 * 2**20
     """Size of the cache of prompts' states, which tenants share; 0 keeps none."""
+    adapter_places: int = 0
+    """Adapters that may be loaded at once; 0 is as many as --adapter names."""
+    adapter_rank: int = 0
+    """Largest rank of an adapter; 0 is that of those of --adapter."""
     tune: Literal["auto", "never"] = "auto"
     """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
 
@@ -52,7 +56,14 @@ class Serve:
         require_whole("max_queue", self.max_queue, 1)
         require_whole("prefix_bytes", self.prefix_bytes, 0)
         if self.options.api_keys is not None:
-            read_keys(self.options.api_keys)  # a mistake is told before weights are loaded
+            keys, _ = read_keys(self.options.api_keys)  # a mistake is told before weights are loaded
+            if unknown := sorted(set(self.options.adapter_admins) - keys.tenants):
+                raise ConfigError(f"adapter_admins: {', '.join(unknown)} has no key in {self.options.api_keys}")
+        if self.options.adapter_folder is not None and self.adapter_places <= len(self.tuned.adapter):
+            raise ConfigError(
+                f"adapter_places = {self.adapter_places}: leaves no place for adapters of --adapter-folder; give more "
+                f"than the {len(self.tuned.adapter)} of --adapter, and --adapter-rank"
+            )
         try:
             from rwkv_jax.serving.service import Service
             from rwkv_jax.serving.states.opening import open_states
@@ -62,7 +73,12 @@ class Serve:
         from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 
         engine_options = EngineOptions(
-            num_slots=self.slots, max_queue=self.max_queue, prefix_bytes=self.prefix_bytes, tune=self.tune
+            num_slots=self.slots,
+            max_queue=self.max_queue,
+            prefix_bytes=self.prefix_bytes,
+            adapter_places=self.adapter_places,
+            adapter_rank=self.adapter_rank,
+            tune=self.tune,
         )
         name = self.options.model_name or Path(self.weights.source).resolve().stem
         tuned = self.tuned.arguments(self.weights, is_server=True)

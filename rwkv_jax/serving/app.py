@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 import rwkv_jax
 from rwkv_jax.serving import errors, guards
-from rwkv_jax.serving.routes import chat, completions, embeddings, models, operations, page, responses, states
+from rwkv_jax.serving.routes import adapters, chat, completions, embeddings, models, operations, page, responses, states
 from rwkv_jax.serving.service import Service
 
 
@@ -22,6 +22,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(embeddings.router)
     app.include_router(states.router)
+    if service.options.adapter_folder is not None:
+        app.include_router(adapters.router)
     app.include_router(page.router)
     app.include_router(operations.router)
     return app

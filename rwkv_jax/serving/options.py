@@ -55,6 +55,11 @@ class ServeOptions:
     state_idle_days: float = 30.0
     """Days after which a state that nobody has used is gone."""
 
+    adapter_folder: Path | None = None
+    """Folder below which administrators may load adapters while the server runs; None lets nobody."""
+    adapter_admins: tuple[str, ...] = ()
+    """Names in the file of API keys whose keys may load and remove adapters."""
+
     def __post_init__(self) -> None:
         check = checker(self)
         check(bool(self.host), "host", "must be an address, such as 127.0.0.1")
@@ -83,6 +88,21 @@ class ServeOptions:
         check(self.state_store != "", "state_store", "must be a file, :memory:, or the address of a Redis")
         require_whole("state_bytes", self.state_bytes, 1)
         check(0 < self.state_idle_days < math.inf, "state_idle_days", "must be a positive number")
+        check(
+            self.adapter_folder is None or (self.api_keys is not None and bool(self.adapter_admins)),
+            "adapter_folder",
+            "needs --api-keys, and with --adapter-admins the names of those that may load adapters from it",
+        )
+        check(
+            self.adapter_folder is None or self.adapter_folder.expanduser().is_dir(),
+            "adapter_folder",
+            "there is no such folder",
+        )
+        check(
+            not self.adapter_admins or self.adapter_folder is not None,
+            "adapter_admins",
+            "may load adapters from a folder; name it with --adapter-folder",
+        )
         check(self.model_name is None or bool(self.model_name), "model_name", "is empty; leave it out, or name one")
 
     @property

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.serving.app import create_app
+from rwkv_jax.serving.options import ServeOptions
 from rwkv_jax.serving.service import Service
+from rwkv_jax.tuning import save_adapter
 from tests.inference.models import CONFIGS, OPTIONS, VOCAB_SIZE, random_model
 from tests.inference.test_engine_adapters import ADAPTERS
 from tests.programs import compiled_quickly
@@ -85,3 +90,69 @@ def test_echoed_prompts_are_scored_with_the_adapter(client: TestClient) -> None:
 def test_embeddings_are_the_models_own(client: TestClient) -> None:
     answer = client.post("/v1/embeddings", json={"model": "low", "input": "Hello"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+KEYS = {"alice": "alice-has-this-long-key", "bob": "bob-has-this-other-key"}
+
+
+def load(client: TestClient, name: str, path: str, key: str = "alice", **fields: Any) -> Any:
+    body = {"lora_name": name, "lora_path": path} | fields
+    return client.post("/v1/load_lora_adapter", json=body, headers={"Authorization": f"Bearer {KEYS[key]}"})
+
+
+def test_administrators_load_and_remove_adapters_of_a_folder(tmp_path: Path, compiled_programs: None) -> None:
+    (tmp_path / "keys").write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
+    (tmp_path / "keys").chmod(0o600)
+    folder, model = tmp_path / "adapters", random_model(CONFIGS["7"])
+    folder.mkdir()
+    for place in (folder / "one", tmp_path / "outside"):
+        save_adapter(ADAPTERS["low"], place, model.config, layout="official")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    options = EngineOptions(**OPTIONS, adapter_places=2, adapter_rank=4)
+    served = ServeOptions(api_keys=tmp_path / "keys", adapter_folder=folder, adapter_admins=("alice",))
+    alice = {"Authorization": f"Bearer {KEYS['alice']}"}
+    with compiled_quickly(), Engine(model, ByteTokenizer(VOCAB_SIZE), options) as engine:
+        service = Service(engine, "tiny", served)
+        with TestClient(create_app(service), raise_server_exceptions=False, headers=alice) as client:
+            before = complete(client, "tiny").json()["choices"][0]["text"]
+            for key, name, path, status, message in (
+                ("bob", "new", "one", 403, "this key may not change adapters"),
+                ("alice", "tiny", "one", 400, "is the model's name"),
+                ("alice", "new", "two", 404, "no such adapter in the server's adapter folder"),
+                ("alice", "new", "../outside", 404, "no such adapter in the server's adapter folder"),
+                ("alice", "new", str(tmp_path / "outside"), 404, "no such adapter in the server's adapter folder"),
+                ("alice", "new", "link", 404, "no such adapter in the server's adapter folder"),
+                ("alice", "new", ".", 404, "no such adapter in the server's adapter folder"),
+                ("alice", "new", "one\0", 404, "no such adapter in the server's adapter folder"),
+                ("alice", "a b", "one", 400, "must be a name of letters"),
+            ):
+                answer = load(client, name, path, key)
+                assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), path
+            assert client.post("/v1/load_lora_adapter", json={}, headers={"Authorization": ""}).status_code == 401
+            assert load(client, "new", "one").json() == {"adapters": ["new"]}
+            assert load(client, "new", "one").status_code == 400
+            assert complete(client, "new").json()["choices"][0]["text"] != before
+            bob = {"Authorization": f"Bearer {KEYS['bob']}"}
+            unload = functools.partial(client.post, "/v1/unload_lora_adapter", json={"lora_name": "new"})
+            assert unload(headers=bob).status_code == 403
+            assert unload().json() == {"adapters": []}
+            assert unload().status_code == complete(client, "new").status_code == 404
+
+
+def test_a_server_that_was_not_told_so_loads_nothing(client: TestClient) -> None:
+    assert client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "x"}).status_code == 404
+
+
+def test_who_may_load_adapters_is_told_with_the_folder(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"adapter_folder": tmp_path}, "adapter_folder = .*: needs --api-keys, and with --adapter-admins"),
+        ({"adapter_folder": tmp_path, "adapter_admins": ("a",)}, "adapter_folder = .*: needs --api-keys"),
+        ({"adapter_admins": ("a",)}, "adapter_admins = .*: may load adapters from a folder"),
+        (
+            {"adapter_folder": tmp_path / "x", "adapter_admins": ("a",), "api_keys": tmp_path / "k"},
+            "adapter_folder = .*: there is no such folder",
+        ),
+    ):
+        given: dict[str, Any] = fields
+        with pytest.raises(ConfigError, match=message):
+            ServeOptions(**given)
