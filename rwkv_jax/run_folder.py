@@ -70,7 +70,8 @@ def identity(
     """
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", *IMPLEMENTATIONS, "context_length")
-    return {f"model.{name}": value for name, value in model.items() if name not in others} | {
+    own = {name: None if value == () else _shown(value) for name, value in model.items() if name not in others}
+    return {f"model.{name}": value for name, value in own.items()} | {
         "initial_weights": None if config.tuning.is_partial else config.initial_weights,
         **_tuning_identity(config.tuning, base, first_state),
         "seed": config.seed,
@@ -105,11 +106,15 @@ def _tuning_identity(tuning: TuningConfig, base: str | None, first_state: str | 
         return {}
     free = ("dropout", "decay", "allow_other_base", "state_rate")
     fields = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in free}
-    shown = {name: " ".join(map(str, x)) if isinstance(x, tuple) else x for name, x in fields.items()}
-    return {f"tuning.{name}": value for name, value in shown.items()} | {
+    return {f"tuning.{name}": _shown(value) for name, value in fields.items()} | {
         BASE: base,
         FIRST_STATE: first_state or tuning.initial_state,
     }
+
+
+def _shown(value: Any) -> Any:
+    """A field as run.json has it, which knows no tuples."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:

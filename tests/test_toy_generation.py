@@ -36,8 +36,9 @@ from rwkv_jax.config import (
     to_dict,
 )
 from rwkv_jax.config.generations import Shapes, StateArray, size_of
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.context import SequenceContext
-from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,

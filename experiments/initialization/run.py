@@ -22,7 +22,7 @@ from flax import nnx
 from experiments import common
 from rwkv_jax.config import GENERATIONS, ModelConfig
 from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
-from rwkv_jax.models.language_model import Block
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.rwkv4 import RWKV4, RWKV4Block
 
 WITHOUT_LN0 = "4 without ln0"

@@ -149,8 +149,8 @@ def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
 
 def state_bytes(config: ModelConfig) -> int:
     """Bytes of one text's state, in closed form, from the state shapes of the model's spec."""
-    arrays = config.spec.state(config)
-    return config.num_layers * sum(math.prod(array.shape) * jax.numpy.dtype(array.dtype).itemsize for array in arrays)
+    arrays = (array for layer in range(config.num_layers) for array in config.spec.layer_state(config, layer))
+    return sum(math.prod(array.shape) * jax.numpy.dtype(array.dtype).itemsize for array in arrays)
 
 
 def cache_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -15,6 +15,7 @@ from rwkv_jax.config.generations import (
     all_specs,
     check_generation,
     find_spec,
+    hybrid_of,
     named_in_a_sentence,
 )
 
@@ -26,6 +27,7 @@ _SIZES = ("ffn_width", *_SIZES_OF_SOME)  # whole numbers, or None for the defaul
 
 _FIELDS_OF_SOME = {
     **dict.fromkeys(_SIZES_OF_SOME, "such size"),
+    "rwkv_layers": "such choice",
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
     "negative_eigenvalues": "such choice",
@@ -70,6 +72,9 @@ class ModelConfig:
     """S of Mamba-2: size of a head's keys, with which its state grows; None is 128."""
     context_length: int | None = None
     """S: maximum tokens of a text in a Transformer's state; None is 2048. RWKV has no limit."""
+    rwkv_layers: tuple[int, ...] = ()
+    """Layers of a Transformer, from 0, that have RWKV-7's time mixing in the place of attention (docs/distillation.md):
+    a hybrid, or, if these are all layers, a model with a state of constant size and no context_length."""
     exponential_bonus: bool = False
     """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of these models, rather than time_faaaa."""
     unused_value_residual: bool = False
@@ -126,7 +131,7 @@ class ModelConfig:
             value = getattr(self, name)
             owners = named_in_a_sentence([spec for spec in all_specs() if name in spec.own_fields])
             check(
-                value is None or value is False or name in self.spec.own_fields,
+                value is None or value is False or value == () or name in self.spec.own_fields,
                 name,
                 f"{self.title} has no {what}, only {owners}; leave it out",
             )
@@ -135,7 +140,8 @@ class ModelConfig:
     @property
     def spec(self) -> GenerationSpec:
         """The spec of this generation."""
-        return find_spec(self.architecture, self.generation)
+        spec = find_spec(self.architecture, self.generation)
+        return hybrid_of(spec) if self.rwkv_layers and "rwkv_layers" in spec.own_fields else spec
 
     @property
     def title(self) -> str:
@@ -215,7 +221,7 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of parameters, in closed form."""
         embedding_and_head, last_norm = 2 * self.vocab_size * self.width, 2 * self.width
-        others = sum(self.spec.other_parameters(self, first=layer == 0) for layer in range(self.num_layers))
+        others = sum(self.spec.layer_other_parameters(self, layer) for layer in range(self.num_layers))
         return embedding_and_head + self._matrix_parameters() + others + last_norm
 
     def flops_per_token(self, sequence_length: int | None = None) -> int:
@@ -228,8 +234,9 @@ class ModelConfig:
             None is its context length. RWKV's number does not depend on it.
         """
         weights = self._matrix_parameters() + self.vocab_size * self.width
-        return 2 * weights + self.num_layers * self.spec.mixing_flops(self, sequence_length)
+        mixing = sum(self.spec.layer_mixing_flops(self, layer, sequence_length) for layer in range(self.num_layers))
+        return 2 * weights + mixing
 
     def _matrix_parameters(self) -> int:
         """Matrix parameters of all layers."""
-        return sum(self.spec.matrix_parameters(self, first=layer == 0) for layer in range(self.num_layers))
+        return sum(self.spec.layer_matrix_parameters(self, layer) for layer in range(self.num_layers))

@@ -19,8 +19,9 @@ from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations.baseline import CONVOLUTION_SIZE
+from rwkv_jax.models.block import BlockOutput
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import Axes, BlockOutput, LanguageModel
+from rwkv_jax.models.language_model import Axes, LanguageModel
 from rwkv_jax.models.layers import Linear, Mixer, broadcast_param, uniform, wide_dtype
 from rwkv_jax.models.transformer import INITIAL_SCALE, TransformerBlock, normal
 from rwkv_kernels.arguments import segment_index

@@ -26,14 +26,20 @@ def unstacked(model: Model) -> Model:
     """
     if not model.is_stacked:
         return model
-    graphdef, params = nnx.split(model.blocks, nnx.Param)
+    runs = [run.name for run in model.layer_runs[1:]]
+    split = {name: nnx.split(getattr(model, name), nnx.Param) for name in runs}
 
-    def layer(params: Any, index: int) -> Any:
-        return jax.tree.map(lambda x: x[index], params)
+    def layers(stacked: Any) -> list[Any]:
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        return [jax.tree.map(lambda x, index=index: x[index], stacked) for index in range(count)]
 
-    layers = jax.jit(lambda params: [layer(params, index) for index in range(model.config.num_layers - 1)])(params)
+    own = jax.jit(lambda params: jax.tree.map(layers, params, is_leaf=lambda x: isinstance(x, nnx.State)))(
+        {name: params for name, (_, params) in split.items()}
+    )
     result = nnx.merge(*nnx.split(model))
-    result.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
+    for name in runs:
+        delattr(result, name)
+    result.blocks = nnx.List([nnx.merge(split[name][0], layer) for name in runs for layer in own[name]])
     return result
 
 

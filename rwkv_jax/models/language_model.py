@@ -2,13 +2,15 @@
 
 The first layer differs from the others (it has ln0, and in RWKV-7 no value residual), so it is separate as
 `first_block`; layers 1 to L - 1 are one block with stacked parameters, run by `jax.lax.scan`, so that compile time does
-not grow with depth. For decoding there is a form with separate arrays per layer (decoding.py).
+not grow with depth. In a hybrid every run of equal layers is such a stack (stacks.py). For decoding there is a form
+with separate arrays per layer (decoding.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -19,22 +21,21 @@ from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
 from rwkv_jax.config.generations import StateArray, all_specs
+from rwkv_jax.models.block import SAVED_BY_REMAT, Block
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.layers import (
-    CHECKPOINT_MATMUL,
-    CHECKPOINT_WKV_INPUT,
     Embedding,
     LayerNorm,
     Linear,
     as_replicated,
-    copy_to_tensor_parallel,
     head_gain,
     linear,
     orthogonal,
     uniform,
     wide_dtype,
 )
-from rwkv_jax.models.state import State, TimeMixState, check_state
+from rwkv_jax.models.stacks import FIRST, LayerRun, is_layers, layer_runs
+from rwkv_jax.models.state import State, check_state
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
 
 Axes = tuple[str | None, ...]
@@ -44,7 +45,7 @@ Part = TypeVar("Part", bound=nnx.Module)
 
 
 class PartTransform(Protocol):
-    """A function applied to each part of a model: `emb`, `first_block`, one layer of `blocks`, `ln_out`, `head`."""
+    """A function applied to each part of a model: `emb`, `first_block`, one layer of a stack, `ln_out`, `head`."""
 
     def __call__(self, name: str, part: Part, /) -> Part:
         """Returns the transformed part."""
@@ -55,36 +56,6 @@ def identity(name: str, part: Part) -> Part:
     """Returns every part unchanged."""
     del name
     return part
-
-
-SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
-    "none": (CHECKPOINT_MATMUL, "wkv"),
-    "operator": (CHECKPOINT_WKV_INPUT, "wkv"),
-    "full": (),
-}
-"""Checkpoint policy of a block, which also stores its input: matrix products, the operator's inputs, nothing."""
-
-
-class TimeMixOutput(NamedTuple):
-    """Output of a block's time mixing."""
-
-    y: Array
-    """[B, T, C]."""
-    v_first: Array | None
-    """[B, T, C], the first layer's values; only RWKV-7 has them."""
-    state: TimeMixState
-    """The next state."""
-
-
-class BlockOutput(NamedTuple):
-    """Output of a block."""
-
-    x: Array
-    """[B, T, C], the residual stream."""
-    v_first: Array | None
-    """[B, T, C], the first layer's values; only RWKV-7 has them."""
-    state: Any
-    """The next state."""
 
 
 class HiddenOutput(NamedTuple):
@@ -105,47 +76,6 @@ class ModelOutput(NamedTuple):
     """The next state."""
 
 
-class Block(nnx.Module):
-    """A residual block of layer l: time mixing, then channel mixing, each after a layer norm."""
-
-    time_mix_type: ClassVar[type[Any]]
-    """A `Mixer`."""
-    channel_mix_type: ClassVar[type[Any]]
-    """A `Mixer`."""
-
-    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        dtype = config.parameter_dtype
-        # A traced layer index belongs to a stacked layer, never to the first.
-        self.is_first = isinstance(layer, int) and layer == 0
-        if self.is_first:
-            self.ln0 = LayerNorm(config.width, dtype)
-        self.ln1 = LayerNorm(config.width, dtype)
-        self.ln2 = LayerNorm(config.width, dtype)
-        self.att = self.time_mix_type(config, layer, rngs=rngs)
-        self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
-
-    def mix_time(
-        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
-    ) -> TimeMixOutput:
-        """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values."""
-        y, state = self.att.mix(x, state=state, context=context)
-        return TimeMixOutput(y, v_first, state)
-
-    def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
-        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
-        if self.is_first:
-            x = self.ln0(x)
-        with jax.named_scope("time_mix"):
-            y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
-            y, v_first, att = self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
-            x = x + y
-        with jax.named_scope("channel_mix"):
-            y = copy_to_tensor_parallel(self.ln2(x), context.axes.tensor)
-            y, ffn_shift = self.ffn.mix(y, state=state.ffn_shift, context=context)
-            x = x + y
-        return BlockOutput(x, v_first, State(att.shift, ffn_shift, att.wkv, generation=state.generation))
-
-
 SHARED_AXES: dict[str, Axes] = {
     "emb.weight": ("vocab", "embed"),
     "head.weight": ("vocab", "embed"),
@@ -160,6 +90,9 @@ class LanguageModel(nnx.Module):
     block_type: ClassVar[type[Block]]
     block_axes: ClassVar[dict[str, Axes]]
     """Logical axes of a block's own parameters, by official name within the block."""
+
+    blocks: Any
+    """Layers 1 to L - 1: stacked in one block, or a list; a hybrid's stacks have names of their own (stacks.py)."""
 
     learning_rate_factors: ClassVar[dict[str, float]] = {}
     """Factors on the learning rate in the official trainer, by a parameter's last name; 1 for all others."""
@@ -184,7 +117,7 @@ class LanguageModel(nnx.Module):
         Args:
           path: official names from the root, such as ("blocks", "att", "key", "weight").
         """
-        name = ".".join(path[1:] if path[0] in ("blocks", "first_block") else path)
+        name = ".".join(path[1:] if is_layers(path[0]) else path)
         return (SHARED_AXES | cls.block_axes)[name]
 
     @classmethod
@@ -217,18 +150,36 @@ class LanguageModel(nnx.Module):
             )
         self.config = config
         self.emb = shard_params("emb", Embedding(self.initial_embedding(config, rngs)))
-        self.first_block = shard_params("first_block", self.block_type(config, 0, rngs=rngs))
+        first, *runs = self.layer_runs
+        self.first_block = shard_params(FIRST, self.new_block(config, first.kind, 0, rngs))
         layers = jnp.arange(1, config.num_layers, dtype=config.parameter_dtype)
         keys = jax.random.split(rngs.params(), config.num_layers - 1)
 
-        def draw(layer_and_key: tuple[Array, Array]) -> Block:
+        def draw(run: LayerRun, layer_and_key: tuple[Array, Array]) -> Block:
             layer, key = layer_and_key
-            return shard_params("blocks", self.block_type(config, layer, rngs=nnx.Rngs(key)))
+            return shard_params(run.name, self.new_block(config, run.kind, layer, nnx.Rngs(key)))
 
-        # One layer at a time: drawing one takes a multiple of its memory.
-        self.blocks = jax.lax.map(draw, (layers, keys))
+        for run in runs:
+            own = slice(run.layers.start - 1, run.layers.stop - 1)
+            # One layer at a time: drawing one takes a multiple of its memory.
+            setattr(self, run.name, jax.lax.map(functools.partial(draw, run), (layers[own], keys[own])))
         self.ln_out = shard_params("ln_out", LayerNorm(config.width, config.parameter_dtype))
         self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
+
+    @classmethod
+    def new_block(cls, config: ModelConfig, kind: str, layer: int | Array, rngs: nnx.Rngs) -> Block:
+        """A block with initial values.
+
+        Args:
+          kind: of the layer (`GenerationSpec.layer_kinds`).
+        """
+        del kind  # all are alike
+        return cls.block_type(config, layer, rngs=rngs)
+
+    @property
+    def layer_runs(self) -> tuple[LayerRun, ...]:
+        """How layers are stacked."""
+        return layer_runs(self.config.spec.layer_kinds(self.config))
 
     @classmethod
     def initial_embedding(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
@@ -252,8 +203,8 @@ class LanguageModel(nnx.Module):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether layers 1 to L - 1 are stacked in one block, as initialized; see `decoding.unstacked`."""
-        return not isinstance(self.blocks, nnx.List)
+        """Whether layers after the first are stacked, as initialized; see `decoding.unstacked`."""
+        return not isinstance(getattr(self, "blocks", None), nnx.List)
 
     def block(self, layer: int) -> Block:
         """Layer l, from 0 to L - 1; of stacked layers, a new module with slices of their arrays.
@@ -267,16 +218,41 @@ class LanguageModel(nnx.Module):
             return self.first_block
         if not self.is_stacked:
             return self.blocks[layer - 1]
-        graphdef, params = nnx.split(self.blocks, nnx.Param)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer - 1], params))
+        run = next(run for run in self.layer_runs if layer in run.layers)
+        graphdef, params = nnx.split(getattr(self, run.name), nnx.Param)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer - run.layers.start], params))
+
+    @classmethod
+    def states_by_kind(cls, state: Any) -> dict[str, Any]:
+        """The parts of a state that belong to the kinds of layers (`GenerationSpec.layer_kinds`)."""
+        return {"": state}
+
+    @classmethod
+    def join_kinds(cls, states: dict[str, Any]) -> Any:
+        """The state of its parts, the inverse of `states_by_kind`."""
+        return states[""]
+
+    @classmethod
+    def initial_layer_states(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> tuple[Any, ...]:
+        """The empty state of each layer."""
+        of_kind = cls.states_by_kind(cls.initial_block_state(config, batch_size, axes))
+        return tuple(of_kind[kind] for kind in config.spec.layer_kinds(config))
 
     def initial_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """The empty state of `batch_size` texts; arrays have a leading axis L; a tuple of states if `unstacked`."""
-        block = self.initial_block_state(self.config, batch_size, axes)
+        """The empty state of `batch_size` texts; a tuple of the layers' states if `unstacked`.
+
+        Arrays have a leading axis L, in a hybrid the number of layers of the kind that they belong to.
+        """
         if not self.is_stacked:
             # Distinct arrays, or they could not be donated.
-            return tuple(jax.tree.map(jnp.copy, block) for _ in range(self.config.num_layers))
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), block)
+            return jax.tree.map(jnp.copy, self.initial_layer_states(self.config, batch_size, axes))
+        kinds = self.config.spec.layer_kinds(self.config)
+
+        def stacked(kind: str, block: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (kinds.count(kind), *x.shape)), block)
+
+        of_kind = self.states_by_kind(self.initial_block_state(self.config, batch_size, axes))
+        return self.join_kinds({kind: stacked(kind, block) for kind, block in of_kind.items()})
 
     def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The layers' state for a call without one."""
@@ -394,29 +370,54 @@ class LanguageModel(nnx.Module):
             return jax.checkpoint(functools.partial(run_block, name), policy=policy, **options)
 
         if not self.is_stacked:
-            x, v_first, next_state = run("first_block")(self.first_block, x, states[0], None)
-            next_states, streams = [next_state], [x]
-            for block, block_state in zip(self.blocks, states[1:], strict=True):
-                x, _, next_state = run("blocks")(block, x, block_state, v_first)
+            v_first, next_states, streams = None, [], []
+            for block, block_state in zip((self.first_block, *self.blocks), states, strict=True):
+                name = "blocks" if next_states else FIRST
+                x, values, next_state = run(name)(block, x, block_state, v_first)
+                v_first = v_first if next_states else values
                 next_states.append(next_state)
                 streams.append(x)
             states = tuple(self.replicate_state(state, axes) for state in next_states)
             return x, states, jnp.stack(streams) if every_layer else None
 
-        first_state = jax.tree.map(lambda s: s[0], states)
-        other_states = jax.tree.map(lambda s: s[1:], states)
-        x_first, v_first, first_state = run("first_block")(self.first_block, x, first_state, None)
+        x, states, streams = self._run_stacks(x, states, run, every_layer=every_layer)
+        return x, self.replicate_state(states, axes), streams
 
-        def body(x: Array, layer: tuple[Any, State]) -> tuple[Array, tuple[State, Any]]:
+    def _run_stacks(
+        self, x: Array, states: Any, run: Callable[..., Callable[..., Any]], *, every_layer: bool
+    ) -> tuple[Array, Any, Any]:
+        """The blocks of stacked layers.
+
+        Args:
+          run: from the name of a part and options of `jax.checkpoint` to the function that runs one of its blocks.
+        """
+        of_kind = self.states_by_kind(states)
+        first, *stacks = self.layer_runs
+        first_state = jax.tree.map(lambda s: s[0], of_kind[first.kind])
+        of_stacks = [
+            jax.tree.map(lambda s, own=stack: s[own.index : own.index + len(own.layers)], of_kind[stack.kind])
+            for stack in stacks
+        ]
+        x_first, v_first, first_state = run(FIRST)(self.first_block, x, first_state, None)
+
+        def body(name: str, x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Any, Any]]:
             # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers. The first layer's
             # values are not in the carry, which the backward pass would store once per layer.
-            x, _, next_state = run("blocks", prevent_cse=False)(layer[0], x, layer[1], v_first)
+            x, _, next_state = run(name, prevent_cse=False)(layer[0], x, layer[1], v_first)
             return x, (next_state, x if every_layer else None)
 
-        x, (other_states, streams) = jax.lax.scan(body, x_first, (self.blocks, other_states))
-        states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first_state, other_states)
-        states = self.replicate_state(states, axes)
-        return x, states, jnp.concatenate([x_first[None], streams]) if every_layer else None
+        x, next_states, streams = x_first, dict[str, list[Any]](), []
+        for stack, of_stack in zip(stacks, of_stacks, strict=True):
+            layers = (getattr(self, stack.name), of_stack)
+            x, (of_stack, of_layers) = jax.lax.scan(functools.partial(body, stack.name), x, layers)
+            next_states.setdefault(stack.kind, []).append(of_stack)
+            streams.append(of_layers)
+        of_first = jax.tree.map(lambda s: s[None], first_state)
+        next_states[first.kind] = [of_first, *next_states.get(first.kind, [])]
+        joined = {
+            kind: jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for kind, parts in next_states.items()
+        }
+        return x, self.join_kinds(joined), jnp.concatenate([x_first[None], *streams]) if every_layer else None
 
     def _inputs(
         self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, gather_params: PartTransform

@@ -17,8 +17,9 @@ from jax import Array
 from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.context import SequenceContext
-from rwkv_jax.models.language_model import Axes, Block, LanguageModel
+from rwkv_jax.models.language_model import Axes, LanguageModel
 from rwkv_jax.models.layers import (
     Linear,
     Mixer,

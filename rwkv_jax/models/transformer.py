@@ -23,8 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.block import BlockOutput
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import Axes, Block, BlockOutput, LanguageModel
+from rwkv_jax.models.hybrid import TIME_MIX_AXES, HybridBlock, HybridModel, mix_tokens
+from rwkv_jax.models.language_model import Axes
 from rwkv_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -35,7 +37,7 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     wide_dtype,
 )
-from rwkv_kernels.arguments import broadcast_varying_axes, is_concrete, segment_index, segment_starts
+from rwkv_kernels.arguments import broadcast_varying_axes, segment_index, segment_starts
 
 ROTARY_BASE = 10000.0
 """Pair i of a head's N / 2 pairs of channels rotates by ROTARY_BASE^(-2 i / N) per position."""
@@ -251,6 +253,10 @@ class Attention(Mixer):
     def initial_state(self, batch_size: int) -> KeyValueCache:
         return initial_state(self.config, batch_size)
 
+    def values(self, x: Array) -> Array:
+        """The values [B, T, C] of normalized x [B, T, C], which `mix` computes too."""
+        return self.value(x)
+
     @override
     def mix(self, x: Array, *, state: KeyValueCache | None, context: SequenceContext) -> MixOutput:
         """Attention to a call's own tokens and those of the state.
@@ -314,25 +320,24 @@ class FeedForward(nnx.Module):
         return row_parallel_linear(jnp.square(jax.nn.relu(self.key(x))), self.value.weight[...], tensor_axis)
 
 
-class TransformerBlock(Block):
-    """A residual block: attention, then the feed-forward network, each after a layer norm."""
+class TransformerBlock(HybridBlock):
+    """A residual block: attention or time mixing, then the feed-forward network, each after a layer norm."""
 
     time_mix_type = Attention
     scope: ClassVar[str] = "attention"
     """Name under which compiled programs list the mixing of tokens."""
 
-    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        del layer  # all are alike
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs, kind: str = "") -> None:
         self.ln1 = LayerNorm(config.width, config.parameter_dtype)
         self.ln2 = LayerNorm(config.width, config.parameter_dtype)
-        self.att = self.time_mix_type(config, rngs=rngs)
+        self.set_mixer(config, kind, layer, rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
     @override
     def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
         with jax.named_scope(self.scope):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
-            y, state = self.att.mix(x=y, state=state, context=context)  # x by name, for nnx.tabulate
+            y, v_first, state = mix_tokens(self, y, state=state, v_first=v_first, context=context)
             x = x + y
         with jax.named_scope("feed_forward"):
             x = x + self.ffn(copy_to_tensor_parallel(self.ln2(x), context.axes.tensor), context.axes.tensor)
@@ -340,6 +345,7 @@ class TransformerBlock(Block):
 
 
 BLOCK_AXES: dict[str, Axes] = {
+    **TIME_MIX_AXES,
     **{f"att.{name}.weight": ("heads", "embed") for name in ("query", "key", "value")},
     "att.output.weight": ("embed", "heads"),
     "ffn.key.weight": ("ffn", "embed"),
@@ -348,12 +354,11 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-class Transformer(LanguageModel):
+class Transformer(HybridModel):
     """A Transformer language model: `model(tokens, state) -> (logits, state)`, with a key-value cache as state.
 
-    A state has room for `config.sizes().context_length` tokens of each row. Calls outside jit raise if there are more;
-    within jit, tokens that do not fit are visible only in their own call, so compiled loops must count, or use
-    `max_tokens` or `check_room`.
+    In `config.rwkv_layers` RWKV-7's time mixing takes the place of attention, and a state of constant size that of the
+    cache.
     """
 
     block_type = TransformerBlock
@@ -361,7 +366,7 @@ class Transformer(LanguageModel):
 
     @override
     @classmethod
-    def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
+    def empty_cache(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
         return initial_state(config, batch_size, axes)
 
     @override
@@ -373,36 +378,3 @@ class Transformer(LanguageModel):
     @classmethod
     def initial_head(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
-
-    @override
-    def empty_state(self, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
-        """No cache, since there is nothing to read: a training step then computes none."""
-        del batch_size, axes
-        return None if self.is_stacked else (None,) * self.config.num_layers
-
-    @override
-    @classmethod
-    def replicate_state(cls, state: Any, axes: MeshAxes) -> Any:
-        del axes  # Marks its positions as replicated.
-        return state
-
-    def room(self, state: Any) -> Array:
-        """int32 [B]: tokens of each row for which a state still has room; negative if it overflowed."""
-        position = state.position[0] if self.is_stacked else state[0].position
-        return self.config.sizes().context_length - position
-
-    @override
-    def _run(self, tokens: Array | None, state: Any, *arguments: Any, **options: Any) -> tuple[Array, Any, Any]:
-        """As in `LanguageModel`, but raises, if values are concrete, for tokens that the state has no room for."""
-        x, next_state, streams = super()._run(tokens, state, *arguments, **options)
-        self.check_room(next_state)
-        return x, next_state, streams
-
-    def check_room(self, state: Any) -> None:
-        """Raises ConfigError if values are concrete and the state had no room for some tokens."""
-        room = self.room(state)
-        if is_concrete(room) and (least := int(room.min())) < 0:
-            raise ConfigError(
-                f"model.context_length = {self.config.sizes().context_length}: the state has no room for {-least} of "
-                f"the tokens of row {int(room.argmin())}; make it larger, or read fewer"
-            )

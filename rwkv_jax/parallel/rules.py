@@ -13,6 +13,7 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.models.adapted import BY_INPUTS
 from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.parallel.mesh import divisors, nearest_multiples
 
 
@@ -103,7 +104,7 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
 
     Args:
       kind: the model's class.
-      params: nested dict of the parameters or their shapes; those under "blocks" have a leading axis L - 1.
+      params: nested dict of the parameters or their shapes; those of stacks have a leading axis of layers.
 
     Raises:
       ConfigError: as `Rules.spec`.
@@ -112,7 +113,7 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
     def spec(path: tuple[Any, ...], parameter: Any) -> PartitionSpec:
         names = tuple(str(entry.key) for entry in path)
         own = kind.parameter_axes(names)
-        stacked = (None,) if names[0] == "blocks" else ()
+        stacked = (None,) if is_stack(names[0]) else ()
         # RWKV-5.0 and 5.1 have one number per head where the others have one per channel.
         return rules.spec((stacked + own)[: parameter.ndim], ".".join(names))
 

@@ -25,6 +25,7 @@ from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
 from rwkv_jax.models.packed import PackedMatrix
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.models.tuned import is_matrix
 from rwkv_jax.parallel.rules import (
     RULES,
@@ -167,7 +168,7 @@ def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array])
     def transform(name: str, part: Part) -> Part:
         graphdef, params = nnx.split(part)
         own = specs[name]
-        if name == "blocks":  # the part is one layer, without the leading axis L - 1
+        if is_stack(name):  # the part is one layer, without the leading axis
             own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
         return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own, is_leaf=is_matrix))
 

@@ -157,7 +157,7 @@ def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCall
     heads, key_dim, value_dim = model.spec.operator_sizes(model)
     shape = (1, training.sequence_length // sizes.get("sequence", 1), heads, key_dim, value_dim)
     chosen = model.wkv_implementation or rwkv_kernels.explain(operator, shape).chosen
-    layers = model.num_layers * training.accumulation_steps
+    layers = model.spec.num_operator_layers(model) * training.accumulation_steps
     micro_batch = training.batch_size * training.sequence_length // training.accumulation_steps
     # Decays are in the dtype of parameters, and all is in the recurrence's where time is split.
     names = [name for name, letters in axes.items() if "T" in letters]

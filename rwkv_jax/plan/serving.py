@@ -22,8 +22,9 @@ class Format(NamedTuple):
 
 def state_bytes(config: ModelConfig) -> int:
     """Bytes of one text's state with the logits after it: a `Snapshot`, as caches and stores keep it."""
-    of_layer = sum(math.prod(array.shape) * _ITEM_BYTES[array.dtype] for array in config.spec.state(config))
-    return config.num_layers * of_layer + config.vocab_size * _ITEM_BYTES[config.parameter_dtype]
+    arrays = (array for layer in range(config.num_layers) for array in config.spec.layer_state(config, layer))
+    of_state = sum(math.prod(array.shape) * _ITEM_BYTES[array.dtype] for array in arrays)
+    return of_state + config.vocab_size * _ITEM_BYTES[config.parameter_dtype]
 
 
 def slot_bytes(config: ModelConfig) -> int:

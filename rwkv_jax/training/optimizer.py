@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from rwkv_jax.config import OptimizerConfig, TuningConfig
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE
 from rwkv_jax.training.rates import keep_frozen, learning_layers, rate_factors, scaled
 from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
@@ -26,13 +27,13 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
     """For each parameter, its learning-rate factor and whether it has weight decay.
 
     Args:
-      params: nested dict of arrays or shapes; those under "blocks" have a leading axis of layers.
+      params: nested dict of arrays or shapes; those of stacks have a leading axis of layers.
       group: a generation's rule, from (official path, axes in one layer) to (factor, decays).
     """
 
     def of(path: tuple[Any, ...], parameter: Any) -> tuple[float, bool]:
         names = tuple(str(entry.key) for entry in path)
-        return group(names, parameter.ndim - (names[0] == "blocks"))
+        return group(names, parameter.ndim - is_stack(names[0]))
 
     leaves, structure = jax.tree.flatten_with_path(params)
     factors, decays = zip(*(of(path, parameter) for path, parameter in leaves), strict=True)

@@ -26,7 +26,7 @@ def split_params(
     """Splits a nested dict by parameters into trained and frozen ones.
 
     Args:
-      is_trained: a `step.Partition`; layers 1 to L - 1 are one path under "blocks", layer 0 is "first_block".
+      is_trained: a `step.Partition`; a stack of layers is one path, under its name (models/stacks.py).
       path: of `params` within the whole dict.
     """
     trained, frozen = {}, {}

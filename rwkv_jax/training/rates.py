@@ -18,6 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_jax.checks import require, require_known
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.models.tuned import ADAPTER_PARTS
 from rwkv_jax.weights.official import official_names
 
@@ -53,7 +54,7 @@ def rate_factors(params: Any, rates: Rates) -> Any:
     The last pattern that matches a name counts; without one the factor is 1.
 
     Args:
-      params: nested dict of arrays or shapes; those under "blocks" have a leading axis of layers.
+      params: nested dict of arrays or shapes; those of stacks have a leading axis of layers.
     """
 
     def of(path: tuple[Any, ...], parameter: Any) -> float | NDArray[np.float64]:
@@ -69,10 +70,10 @@ def rate_factors(params: Any, rates: Rates) -> Any:
 
 
 def _names(path: tuple[Any, ...], parameter: Any) -> list[str]:
-    """The official names of a parameter: one, or under "blocks" one for each of its layers."""
+    """The official names of a parameter: one, or of a stack one for each of its layers."""
     if str(path[0].key) in _TUNED:
         path = path[1:]
-    return official_names(path, parameter.shape[0] + 1 if str(path[0].key) == "blocks" else 1)
+    return official_names(path, parameter.shape[0] + 1 if is_stack(str(path[0].key)) else 1)
 
 
 def check_rates(params: Any, rates: Rates, partition: Callable[[tuple[str, ...]], bool]) -> None:

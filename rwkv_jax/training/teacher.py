@@ -44,7 +44,7 @@ def read_teacher(config: TrainConfig, mesh: Mesh | None = None) -> TeacherModel 
     if source is None:
         return None
     model, dtype = _read_model(source)
-    alike = model.spec.name == config.model.spec.name
+    alike = model.spec is config.model.spec
     chosen = {name: getattr(config.model, name) if alike else None for name in IMPLEMENTATIONS}
     model = dataclasses.replace(model, dtype=config.model.dtype, **chosen)
     check_rows(model, config)

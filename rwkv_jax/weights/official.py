@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
 from rwkv_jax.models import abstract_model
+from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import shard_model
@@ -88,11 +89,11 @@ def _abstract_params(config: ModelConfig) -> Any:
 
 
 def official_names(path: tuple[Any, ...], num_layers: int) -> list[str]:
-    """The official names of a parameter: one, or for stacked layers those of layers 1 to L - 1."""
+    """The official names of a parameter: one, or for stacked layers one of each."""
     folder, *rest = (str(entry.key) for entry in path)
-    if folder == "blocks":
-        return [".".join(["blocks", str(layer), *rest]) for layer in range(1, num_layers)]
-    return [".".join([*(["blocks", "0"] if folder == "first_block" else [folder]), *rest])]
+    if is_stack(folder):
+        return [".".join(["blocks", str(layer), *rest]) for layer in stacked_layers(folder, num_layers)]
+    return [".".join([*(["blocks", "0"] if folder == FIRST else [folder]), *rest])]
 
 
 def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,7 +102,7 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         names = official_names(path, config.num_layers)
-        own = leaf.shape[1:] if str(path[0].key) == "blocks" else leaf.shape
+        own = leaf.shape[1:] if is_stack(str(path[0].key)) else leaf.shape
         shapes |= dict.fromkeys(names, own)
 
     def order(name: str) -> tuple[int, int]:
@@ -160,7 +161,7 @@ def shardings_on(mesh: Mesh, config: ModelConfig) -> Any:
     params = _abstract_params(config)
     if mesh.axis_names != AXES:
         return jax.tree.map_with_path(
-            lambda path, x: split_over(mesh, x.shape, stacked=str(path[0].key) == "blocks"), params
+            lambda path, x: split_over(mesh, x.shape, stacked=is_stack(str(path[0].key))), params
         )
     return shardings(mesh, shard_model(config, params, mesh).param_specs)
 
@@ -219,7 +220,7 @@ def place_param(
     drop_pages: Callable[[], None],
 ) -> jax.Array:
     """One parameter of `place_params`, by its path in the tree."""
-    stacked = str(path[0].key) == "blocks"
+    stacked = is_stack(str(path[0].key))
     names = official_names(path, config.num_layers)
     dtypes = {tensor_spec(tensors, name).dtype for name in names}
     if dtype is None and len(dtypes) > 1:
@@ -281,7 +282,7 @@ def named_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
         names = official_names(path, config.num_layers)
         if not leaf.is_fully_addressable:
             raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
-        stacked = str(path[0].key) == "blocks"
+        stacked = is_stack(str(path[0].key))
         tensors |= {name: fetched(leaf, layer if stacked else None) for layer, name in enumerate(names)}
     # The user may have changed the model.
     _check_shapes({name: tensor.spec.shape for name, tensor in tensors.items()}, config)

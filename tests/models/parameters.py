@@ -13,12 +13,17 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import OTHER_ARCHITECTURES
 from rwkv_jax.models import LanguageModel, abstract_model, model_type
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.weights.official import official_names
 from tests.golden import QUICK
 
+HYBRIDS = {"hybrid": "transformer", "converted": "transformer"}
+"""Architectures of models with some, or all, layers of time mixing; `rwkv_layers` says which."""
+
 
 def named_config(name: str, **sizes: Any) -> ModelConfig:
-    """The config of a generation, or of another architecture."""
+    """The config of a generation, of another architecture, or of one whose layers are hybrids."""
+    name = HYBRIDS.get(name, name)
     fields = {"architecture": name} if name in OTHER_ARCHITECTURES else {"generation": name}
     return ModelConfig(**fields, **sizes)  # pyright: ignore[reportArgumentType]
 
@@ -56,7 +61,7 @@ def to_official(config: ModelConfig, params: Any) -> dict[str, NDArray]:
     official: dict[str, NDArray] = {}
     for path, leaf in jax.tree.leaves_with_path(jax.device_get(params)):
         names = official_names(path, config.num_layers)
-        official |= dict(zip(names, leaf if path[0].key == "blocks" else [leaf], strict=True))
+        official |= dict(zip(names, leaf if is_stack(path[0].key) else [leaf], strict=True))
     return official
 
 

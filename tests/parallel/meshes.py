@@ -35,6 +35,8 @@ RANKS: dict[str, dict[str, Any]] = {
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
     "transformer": {},
+    "hybrid": {"rwkv_layers": (1,), "decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
+    "converted": {"rwkv_layers": (0, 1, 2), "decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
     "gla": {},
     "mamba2": {"state_size": 6},
     "rnn": {},
@@ -61,7 +63,7 @@ def config_of(
 ) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
-    (A Transformer's carry none either way.)
+    (Those of models with attention carry none either way.)
     """
     of_base: dict[str, Any] = {"initial_weights": "base", "data": DataConfig(tokenizer="bytes")}
     return TrainConfig(
@@ -71,7 +73,7 @@ def config_of(
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
-            carry_state=not other and not chats and generation != "transformer",
+            carry_state=not other and not chats and generation not in ("transformer", "hybrid"),
             reset_at_documents=not other,
             loss_chunk=None if other else 7,
             remat="full" if other else "none",

@@ -73,6 +73,12 @@ def test_meshes_change_nothing_of_a_transformer() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["hybrid", pytest.param("converted", marks=pytest.mark.long)])
+def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(name: str) -> None:
+    """Some layers, whose heads and values are split like those of attention; or all of them, whose time is split."""
+    assert_equal_to_one_device(name, "float64", MIXED[:1] if name == "hybrid" else (*MIXED, f"{MIXED[0]}:other"))
+
+
 @pytest.mark.long
 def test_the_mean_is_over_what_counts_on_all_devices() -> None:
     assert_equal_to_one_device("7", "float64", tuple(f"{mesh}:chats" for mesh in MIXED))
@@ -116,7 +122,7 @@ def test_meshes_of_rows_and_weights_change_nothing_of_a_baseline(name: str) -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("generation", ["7", "4", "5.2", "6", "transformer"])
+@pytest.mark.parametrize("generation", ["7", "4", "5.2", "6", "transformer", "hybrid"])
 def test_initial_values_are_the_same_bits_on_every_mesh(generation: str) -> None:
     found = run_on_eight_devices("initial_values", generation)
     assert found.keys() == {"data2.fsdp2.tensor2", "fsdp4.sequence2"}

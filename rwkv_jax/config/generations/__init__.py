@@ -10,6 +10,7 @@ one.
     rwkv6.py         Finch
     rwkv7.py         Goose
     transformer.py   the Transformer, to compare with
+    hybrid.py        attention replaced by RWKV-7's time mixing in chosen layers (`ModelConfig.rwkv_layers`)
     baseline.py      what the other baselines have in common: gla.py, mamba2.py, deltanet.py, gated_deltanet.py, rnn.py,
                      lstm.py (docs/baselines.md)
 """
@@ -30,6 +31,7 @@ from rwkv_jax.config.generations.base import (
 from rwkv_jax.config.generations.deltanet import DeltaNetSpec
 from rwkv_jax.config.generations.gated_deltanet import GatedDeltaNetSpec
 from rwkv_jax.config.generations.gla import GLASpec
+from rwkv_jax.config.generations.hybrid import HYBRID_KINDS, RWKV_LAYER, HybridSpec, hybrid_of, time_mix_config
 from rwkv_jax.config.generations.lstm import LSTMSpec
 from rwkv_jax.config.generations.mamba2 import Mamba2Spec
 from rwkv_jax.config.generations.rnn import RNNSpec
@@ -41,10 +43,13 @@ from rwkv_jax.config.generations.transformer import TransformerSpec
 
 __all__ = [
     "GENERATIONS",
+    "HYBRID_KINDS",
     "OTHER_ARCHITECTURES",
+    "RWKV_LAYER",
     "Architecture",
     "Generation",
     "GenerationSpec",
+    "HybridSpec",
     "RWKV5Spec",
     "Recipe",
     "ResolvedSizes",
@@ -53,10 +58,12 @@ __all__ = [
     "all_specs",
     "check_generation",
     "find_spec",
+    "hybrid_of",
     "is_low_rank",
     "named_in_a_sentence",
     "recognize",
     "size_of",
+    "time_mix_config",
 ]
 
 Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]

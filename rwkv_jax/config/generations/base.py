@@ -152,7 +152,41 @@ class GenerationSpec(abc.ABC):
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
         """Operations of a layer per token besides matrix products: the recurrence or attention."""
 
+    # Of single layers, where they differ
+
+    def layer_kinds(self, config: ModelConfig) -> tuple[str, ...]:
+        """The kind of each layer: layers of one kind have equal parameters, but for those of layer 0, and states."""
+        return ("",) * config.num_layers
+
+    def layer_matrix_parameters(self, config: ModelConfig, layer: int) -> int:
+        """`matrix_parameters` of one layer."""
+        return self.matrix_parameters(config, first=layer == 0)
+
+    def layer_other_parameters(self, config: ModelConfig, layer: int) -> int:
+        """`other_parameters` of one layer."""
+        return self.other_parameters(config, first=layer == 0)
+
+    def layer_mixing_flops(self, config: ModelConfig, layer: int, sequence_length: int | None) -> int:
+        """`mixing_flops` of one layer."""
+        return self.mixing_flops(config, sequence_length)
+
+    def layer_state(self, config: ModelConfig, layer: int) -> tuple[StateArray, ...]:
+        """`state` of one layer."""
+        return self.state(config)
+
+    def attention_matrices(self, config: ModelConfig) -> int:
+        """Matrix parameters of a layer's attention, of architectures that have `rwkv_layers`."""
+        raise NotImplementedError
+
+    def attention_vectors(self, config: ModelConfig) -> int:
+        """All other parameters of a layer's attention, of architectures that have `rwkv_layers`."""
+        raise NotImplementedError
+
     # State
+
+    def num_operator_layers(self, config: ModelConfig) -> int:
+        """Layers that call the operator."""
+        return config.num_layers
 
     def operator_sizes(self, config: ModelConfig) -> tuple[int, int, int]:
         """H, N and M of the operator's calls: heads, and the sizes of their keys and values."""
@@ -160,7 +194,10 @@ class GenerationSpec(abc.ABC):
 
     @abc.abstractmethod
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
-        """The arrays of a block's state, in the order of the leaves of the model's `initial_block_state`."""
+        """The arrays of a block's state, in the order of the leaves of the model's `initial_block_state`.
+
+        Where layers are of several kinds, these are the arrays of one layer of each.
+        """
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
         """The fastest forward implementation of the operator on a platform, and the reason in a sentence.

@@ -73,18 +73,26 @@ class RWKV7Spec(MatrixStateSpec):
         )
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
-        """R, K, V, O and the low-rank maps, without the value residual's in layer 0; K, V of the channel mixing."""
+        """Those of the time mixing; K, V of the channel mixing."""
+        return self.time_mix_matrices(config, first=first) + 2 * config.width * self.sizes(config).ffn_width
+
+    def time_mix_matrices(self, config: ModelConfig, *, first: bool) -> int:
+        """R, K, V, O and the low-rank maps, without the value residual's in layer 0."""
         sizes, width = self.sizes(config), config.width
         ranks = sizes.decay_rank + sizes.iclr_rank + sizes.gate_rank + (0 if first else sizes.value_rank)
-        return 4 * width**2 + 2 * width * (ranks + sizes.ffn_width)
+        return 4 * width**2 + 2 * width * ranks
 
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
-        """Blends of r, w, k, v, a, g; w0, a0, v0; k_k, k_a, r_k; ln_x; blend of k; ln1, ln2, and ln0 in layer 0."""
-        vectors = 6 + 3 + 3 + 2 + 1 + 4
+        """Those of the time mixing; blend of k; ln1, ln2, and ln0 in layer 0."""
+        return self.time_mix_vectors(config, first=first) + (1 + 4 + (2 if first else 0)) * config.width
+
+    def time_mix_vectors(self, config: ModelConfig, *, first: bool) -> int:
+        """Blends of r, w, k, v, a, g; w0, a0, v0; k_k, k_a, r_k; ln_x; the unused value residual of layer 0."""
+        vectors = 6 + 3 + 3 + 2
         if not first:
             return vectors * config.width
         unused = 1 + 2 * self.sizes(config).value_rank if config.unused_value_residual else 0
-        return (vectors - 1 + 2 + unused) * config.width
+        return (vectors - 1 + unused) * config.width
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
         """`scan` on a CPU: measured in benchmarks/README.md, of decode_cpu.py."""

@@ -18,7 +18,7 @@ class TransformerSpec(GenerationSpec):
     name = "transformer"
     article = "a"
     model_class = "rwkv_jax.models.transformer:Transformer"
-    own_fields = ("context_length",)
+    own_fields = ("context_length", "rwkv_layers")
     operator = None
     has_official_names = False
 
@@ -63,7 +63,15 @@ class TransformerSpec(GenerationSpec):
 
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """Q, K, V, O; K, V of the feed-forward network."""
-        return 4 * config.width**2 + 2 * config.width * self.sizes(config).ffn_width
+        return self.attention_matrices(config) + 2 * config.width * self.sizes(config).ffn_width
+
+    def attention_matrices(self, config: ModelConfig) -> int:
+        """Q, K, V, O."""
+        return 4 * config.width**2
+
+    def attention_vectors(self, config: ModelConfig) -> int:
+        """None."""
+        return 0
 
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """ln1, ln2."""

@@ -24,8 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from rwkv_jax.checks import ConfigError
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.block import Block
 from rwkv_jax.models.context import SequenceContext
-from rwkv_jax.models.language_model import Block
 from rwkv_jax.models.layers import wide_dtype
 from rwkv_jax.models.transformer import Attention, rotate
 from rwkv_kernels import OPERATORS, dispatch
@@ -83,9 +83,10 @@ def run_block(
       v_first: what layer 0 returned; None for layer 0.
     """
     is_stacked = layer > 0 and model.is_stacked
-    graphdef, params = nnx.split(model.blocks if is_stacked else model.block(layer), nnx.Param)
-    state = model.initial_block_state(model.config, x.shape[0])
-    index = layer - 1 if is_stacked else None
+    run = next(run for run in model.layer_runs if layer in run.layers)
+    graphdef, params = nnx.split(getattr(model, run.name) if is_stacked else model.block(layer), nnx.Param)
+    state = model.initial_layer_states(model.config, x.shape[0])[layer]
+    index = layer - run.layers.start if is_stacked else None
     return BlockResult(*_program(graphdef, model.config, record)(params, index, x, state, v_first))
 
 
@@ -168,7 +169,8 @@ def record(model: LanguageModel, tokens: ArrayLike) -> list[Recording]:
         inputs = jax.device_get(recorded)
         assert inputs is not None
         output = inputs.pop("y")
-        recordings.append(Recording(config.spec.operator or SOFTMAX, inputs, output))
+        operator = None if isinstance(model.block(layer).att, Attention) else config.spec.operator
+        recordings.append(Recording(operator or SOFTMAX, inputs, output))
     return recordings
 
 

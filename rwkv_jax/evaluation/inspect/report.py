@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax.evaluation.inspect.attention import attention_map, attention_share, mean_distance
 from rwkv_jax.evaluation.inspect.decays import HalfLives, half_lives
-from rwkv_jax.evaluation.inspect.layers import beginning, record
+from rwkv_jax.evaluation.inspect.layers import SOFTMAX, beginning, record
 from rwkv_jax.evaluation.inspect.pictures import draw_attention, draw_half_lives, draw_states
 from rwkv_jax.evaluation.inspect.states import StateHistory, state_history
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.transformer import Attention
 from rwkv_jax.tables import format_table
 
 _POINTS = 32
@@ -29,9 +28,9 @@ class Inspection(NamedTuple):
     tokens: NDArray
     """int [T], the text."""
     half_lives: HalfLives | None
-    """None for a Transformer."""
+    """None if a layer has attention."""
     states: StateHistory | None
-    """None for a Transformer."""
+    """None if a layer has attention."""
     shares: NDArray
     """[L, M, M]: `attention_share` of the first M tokens, mean over the heads (RWKV-4: over the channels)."""
     mean_distance: NDArray
@@ -50,7 +49,7 @@ def inspect_text(model: LanguageModel, tokens: Sequence[int], map_tokens: int = 
     """
     ids = np.asarray(tokens)
     recordings = record(model, ids)
-    is_recurrent = not isinstance(model.first_block.att, Attention)
+    is_recurrent = all(recording.operator != SOFTMAX for recording in recordings)
     lives = half_lives(recordings) if is_recurrent else None
     states = state_history(model, ids, max(1, math.ceil(len(ids) / _POINTS))) if is_recurrent else None
     shares, distances = [], []

@@ -3,6 +3,7 @@
     blocks.3.att_shift, blocks.3.ffn_shift, blocks.3.wkv    state of layer 3, as in `rwkv_jax.models.state`
     blocks.3.wkv.numerator, .denominator, .max_exponent     RWKV-4's three instead of wkv
     blocks.3.keys, .values, .position                       a Transformer's cache
+    blocks.3.shift, blocks.3.wkv                            time mixing in the place of its attention
     logits                                                  of the next token
 
 The metadata are format and version, generation, digests of parameters and tokenizer, the number of tokens, the version
@@ -33,6 +34,7 @@ from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.inference.state.snapshot import Snapshot, StateError
 from rwkv_jax.models import LanguageModel
+from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
 from rwkv_jax.weights.official import fields_in_metadata
 from rwkv_jax.weights.safetensors import (
     parse_safetensors,
@@ -88,13 +90,12 @@ def model_identity(model: LanguageModel, tokenizer: Tokenizer) -> Identity:
     Raises StateError if parts of a parameter are on other hosts.
     """
     config = model.config
-    layer = jax.eval_shape(lambda: model.initial_block_state(config, 1))
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer)
+    layers = jax.eval_shape(lambda: model.initial_layer_states(config, 1))
     return Identity(
         generation=config.spec.name,
         model=parameters_digest(nnx.to_pure_dict(nnx.state(model, nnx.Param)), tuple(fields_in_metadata(config))),
         tokenizer=tokenizer.fingerprint,
-        state=(row,) * config.num_layers,
+        state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers),
         logits=jax.ShapeDtypeStruct((config.vocab_size,), jnp.dtype(config.parameter_dtype)),
         capacity=config.sizes().context_length or None,
     )
@@ -128,15 +129,15 @@ def _parameters_by_name(params: Any) -> Iterator[tuple[str, NDArray]]:
             raise StateError(
                 f"{'.'.join([folder, *rest])}: parts of it are on other hosts; gather the parameters first"
             )
-        if folder == "first_block":
+        if folder == FIRST:
             yield ".".join([_LAYERS, "0", *rest]), _fetched(leaf)
-        elif folder != _LAYERS:
+        elif not is_stack(folder):
             yield ".".join([folder, *rest]), _fetched(leaf)
         elif rest[0].isdecimal():
             yield ".".join([_LAYERS, str(int(rest[0]) + 1), *rest[1:]]), _fetched(leaf)
         else:
-            for i in range(leaf.shape[0]):
-                yield ".".join([_LAYERS, str(i + 1), *rest]), np.asarray(leaf[i])
+            for i, layer in enumerate(stacked_layers(folder, leaf.shape[0] + 1)):
+                yield ".".join([_LAYERS, str(layer), *rest]), np.asarray(leaf[i])
 
 
 def _fetched(leaf: Any) -> NDArray:

@@ -1,0 +1,84 @@
+"""A residual block: time mixing, then channel mixing, each after a layer norm."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from flax import nnx
+from jax import Array
+
+from rwkv_jax.config import ModelConfig, Remat
+from rwkv_jax.models.context import SequenceContext
+from rwkv_jax.models.layers import CHECKPOINT_MATMUL, CHECKPOINT_WKV_INPUT, LayerNorm, copy_to_tensor_parallel
+from rwkv_jax.models.state import State, TimeMixState
+
+SAVED_BY_REMAT: dict[Remat, tuple[str, ...]] = {
+    "none": (CHECKPOINT_MATMUL, "wkv"),
+    "operator": (CHECKPOINT_WKV_INPUT, "wkv"),
+    "full": (),
+}
+"""Checkpoint policy of a block, which also stores its input: matrix products, the operator's inputs, nothing."""
+
+
+class TimeMixOutput(NamedTuple):
+    """Output of a block's time mixing."""
+
+    y: Array
+    """[B, T, C]."""
+    v_first: Array | None
+    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    state: TimeMixState
+    """The next state."""
+
+
+class BlockOutput(NamedTuple):
+    """Output of a block."""
+
+    x: Array
+    """[B, T, C], the residual stream."""
+    v_first: Array | None
+    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    state: Any
+    """The next state."""
+
+
+class Block(nnx.Module):
+    """A residual block of layer l: time mixing, then channel mixing, each after a layer norm."""
+
+    time_mix_type: ClassVar[type[Any]]
+    """A `Mixer`."""
+    channel_mix_type: ClassVar[type[Any]]
+    """A `Mixer`."""
+
+    def __init__(self, config: ModelConfig, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        dtype = config.parameter_dtype
+        # A traced layer index belongs to a stacked layer, never to the first.
+        self.is_first = isinstance(layer, int) and layer == 0
+        if self.is_first:
+            self.ln0 = LayerNorm(config.width, dtype)
+        self.ln1 = LayerNorm(config.width, dtype)
+        self.ln2 = LayerNorm(config.width, dtype)
+        self.att = self.time_mix_type(config, layer, rngs=rngs)
+        self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
+
+    def mix_time(
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+    ) -> TimeMixOutput:
+        """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values."""
+        y, state = self.att.mix(x, state=state, context=context)
+        return TimeMixOutput(y, v_first, state)
+
+    def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
+        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
+        if self.is_first:
+            x = self.ln0(x)
+        with jax.named_scope("time_mix"):
+            y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
+            y, v_first, att = self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
+            x = x + y
+        with jax.named_scope("channel_mix"):
+            y = copy_to_tensor_parallel(self.ln2(x), context.axes.tensor)
+            y, ffn_shift = self.ffn.mix(y, state=state.ffn_shift, context=context)
+            x = x + y
+        return BlockOutput(x, v_first, State(att.shift, ffn_shift, att.wkv, generation=state.generation))
