@@ -139,8 +139,8 @@ class TrainFunctions:
 
         def local_sums(params: Any, batch: Any) -> EvalSums:
             sums, _ = objective.loss_sums(params, batch, None)
-            count, _ = broadcast_varying_axes(objective.count(batch), batch)
-            return self.sharded.psum(EvalSums(sums.loss, count))
+            found = EvalSums(sums.loss, objective.count(batch), sums.metrics or {})
+            return self.sharded.psum(broadcast_varying_axes(found, batch)[0])
 
         specs = (self.sharded.select_param_specs(params), self.sharded.batch_specs(batch))
         return self.sharded.shard_map(local_sums, specs, PartitionSpec())(params, batch)

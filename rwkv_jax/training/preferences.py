@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import WITH_REFERENCE, ConfigError, TrainConfig
@@ -29,7 +28,6 @@ from rwkv_jax.training.state import TrainState
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.pretrained import weights_for
 from rwkv_jax.weights.sources import find_weights
-from rwkv_kernels.arguments import broadcast_varying_axes
 
 REFERENCE_FILE = "reference.npz"
 """In the run's folder: log-probabilities under the reference model, and the digests of what they are of."""
@@ -112,24 +110,12 @@ class PreferenceRows:
         """Makes (params, number of batches or None for all) -> Preferred; None without held-out pairs."""
         if self.corpus.held_out is None:
             return lambda params, num_batches: None
-        functions = self.functions
-        objective, sharded = functions.objective, functions.sharded
-
-        def sums_of(params: Any, batch: PairBatch) -> Any:
-            def local(params: Any, batch: PairBatch) -> Any:
-                sums, _ = objective.loss_sums(params, batch, None)
-                found = broadcast_varying_axes((sums.loss, sums.metrics or {}, objective.count(batch)), batch)[0]
-                return sharded.psum(found)
-
-            specs = (sharded.select_param_specs(params), sharded.batch_specs(batch))
-            return sharded.shard_map(local, specs, PartitionSpec())(params, batch)
-
-        compiled = jax.jit(sums_of)
+        eval_step = jax.jit(self.functions.eval_step)
 
         def evaluate(params: Any, num_batches: int | None) -> Preferred:
             # Sums stay on the device until the end, so that batches are dispatched without waiting.
-            found = [compiled(params, load()) for load in self.held_out_batches(num_batches)]
-            losses, metrics, counts = zip(*found, strict=True)
+            found = [eval_step(params, load()) for load in self.held_out_batches(num_batches)]
+            losses, counts, metrics = zip(*found, strict=True)
             count = sum(map(float, counts))
             means = {name: sum(float(each[name]) for each in metrics) / count for name in metrics[0]}
             return Preferred(sum(map(float, losses)) / count, means)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -51,4 +52,6 @@ class EvalSums(NamedTuple):
     loss: Array
     """Sum of the loss; for next tokens -log p(token) in nats."""
     count: Array
-    """Denominator of the mean: the number of tokens counted."""
+    """Denominator of the means: the number of tokens counted."""
+    metrics: Mapping[str, Array] = {}
+    """Sums of further metrics of the objective, by name."""
