@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from jax import Array
 
-from rwkv_jax.inference.engine import engine, programs
+from rwkv_jax.inference.engine import assembly, programs
 from rwkv_kernels import OPERATORS, dispatch
 from tests.inference.models import CONFIGS, GREEDY, LONG_IDS, quick_engine, random_model
 
@@ -25,7 +25,7 @@ def test_long_pieces_of_prompts_are_prefilled_by_what_was_measured_for_them_and_
 
     measured = dispatch.Implementation(spy, dispatch.anything)
     monkeypatch.setitem(OPERATORS["wkv7"].implementations, "associative_scan", measured)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(engine, "measured_prefill", lambda *_: "associative_scan")
+    monkeypatch.setattr(assembly, "measured_prefill", lambda *_: "associative_scan")
     model = random_model(CONFIGS["7"])
     plain = quick_engine(model, fresh=True).generate(LONG_IDS, max_tokens=3, sampling=GREEDY)
     assert not steps  # all pieces are shorter than what was measured

@@ -11,7 +11,7 @@ import pytest
 from rwkv_jax import autotune
 from rwkv_jax.bench.random_model import random_model
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.inference.engine import engine, product_form
+from rwkv_jax.inference.engine import assembly, product_form
 from rwkv_jax.inference.engine.product_form import choose_form, faster_form
 from rwkv_jax.models.packed import PackedMatrix
 from rwkv_kernels.autotune import Trial
@@ -108,7 +108,7 @@ def test_an_engine_says_the_same_in_either_form(monkeypatch: pytest.MonkeyPatch)
     model = random_model(ModelConfig("4", vocab_size=VOCAB_SIZE, num_layers=2, width=64), "int8")
     texts = []
     for form in ("digits", "converted"):
-        monkeypatch.setattr(engine, "choose_form", lambda *_, form=form: form)
+        monkeypatch.setattr(assembly, "choose_form", lambda *_, form=form: form)
         made = quick_engine(model, prefill_length=64)
         held = [x for x in product_form._leaves(made.model) if isinstance(x, PackedMatrix)]
         assert held

@@ -10,25 +10,26 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, Unpack, overload
 
-import jax
-from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from rwkv_jax.autotune import measured_prefill
 from rwkv_jax.checks import ConfigError, require_whole, shown
-from rwkv_jax.data.tokenizers import Tokenizer, fits_model
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.inference.embedder import Embedder, Pooling
 from rwkv_jax.inference.engine.adapter_table import AdapterTable
 from rwkv_jax.inference.engine.adapters import AdapterPlaces
 from rwkv_jax.inference.engine.admission import Admission
-from rwkv_jax.inference.engine.assembly import SHORT_ROWS, make_scheduler
+from rwkv_jax.inference.engine.assembly import (
+    SHORT_ROWS,
+    check_arguments,
+    make_scheduler,
+    measured_implementation,
+    with_choices,
+)
 from rwkv_jax.inference.engine.collector import Collector
-from rwkv_jax.inference.engine.decode_step import choose_step
 from rwkv_jax.inference.engine.driver import Announcement, Driver, EngineStats
 from rwkv_jax.inference.engine.news import News
 from rwkv_jax.inference.engine.options import EngineOptions
-from rwkv_jax.inference.engine.product_form import choose_form, with_form
 from rwkv_jax.inference.engine.prompts import MAX_BEST_OF, Arguments, is_one
 from rwkv_jax.inference.engine.requests import Completion, Prompt, Request, join
 from rwkv_jax.inference.engine.scoring import Score
@@ -40,7 +41,7 @@ from rwkv_jax.inference.state.snapshot import Snapshot
 from rwkv_jax.inference.state.state_file import Identity, model_identity
 from rwkv_jax.inference.state.tuned import opened_row, row_digest
 from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.decoding import prefill_implementation, unstacked, with_implementation
+from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.tuning.adapter import Adapter
 from rwkv_jax.tuning.pretrained_state import TunedState, base_digest
 
@@ -84,39 +85,13 @@ class Engine:
         Raises:
           ConfigError: the tokenizer is not the model's, or the tuned state or an adapter is another model's.
         """
-        if not isinstance(model, LanguageModel) or not hasattr(tokenizer, "vocab_size"):
-            raise ConfigError(
-                f"Engine({type(model).__name__}, {type(tokenizer).__name__}): must be a model, and then its tokenizer"
-            )
-        config = model.config
-        if not fits_model(tokenizer, config.vocab_size):
-            raise ConfigError(
-                f"tokenizer: it has {tokenizer.vocab_size} tokens where the model has {config.vocab_size}; use its own"
-            )
-        for name, value, kind in (("options", options, EngineOptions), ("mesh", mesh, Mesh)):
-            if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{name} = {shown(value)}: must be of the type {kind.__name__}, or None")
-        options = options or EngineOptions()
+        check_arguments(model, tokenizer, options, mesh)
+        options, config = options or EngineOptions(), model.config
         if mesh is not None:
             options = dataclasses.replace(options, batch_sizes=(options.num_slots,))
         self.options, self.config, self.tokenizer = options, config, tokenizer
         self.allow_other_base = allow_other_base
-        self.model = unstacked(model)
-        devices = jax.tree.leaves(nnx.state(self.model, nnx.Param))[0].devices()
-        if mesh is None and len(devices) > 1:
-            raise ConfigError(
-                f"mesh = None: the model lies on {len(devices)} devices; give the mesh it was loaded with"
-            )
-        device = next(iter(devices))
-        implementation, _ = prefill_implementation(config, device.platform)
-        if implementation is not None:
-            self.model = with_implementation(self.model, implementation)
-        # Measured on one device; on a mesh XLA splits the arrays, which no kernel is prepared for.
-        measures = options.tune == "auto" and mesh is None
-        if options.tune == "auto":
-            self.model = with_form(self.model, choose_form(self.model, device.platform))
-        if measures and (step := choose_step(config, device.platform, options.sizes)) is not None:
-            self.model = with_implementation(self.model, step=step)
+        self.model = with_choices(unstacked(model), options, mesh)
         self._admission = Admission(config, tokenizer, options.num_slots)
         self._sessions_lock = threading.RLock()
         self._identity: Identity | None = None
@@ -130,13 +105,13 @@ class Engine:
             min_bytes=_MIN_CONVERSATION_BYTES,
             may_go=lambda session: not session.is_in_use,
         )
-        measured = measured_prefill(config, device.platform) if measures else None
         self._base_digest = functools.cache(functools.partial(base_digest, self.model))
         digest = None if allow_other_base else self._base_digest
         places = AdapterPlaces(self.model, adapters or {}, options.adapter_places, options.adapter_rank, digest)
         placed, weights = places.with_places(self.model), self._admission.weights
+        prefill = measured_implementation(self.model, options, mesh)
         scheduler = make_scheduler(
-            placed, weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=measured
+            placed, weights, options, self.prefix_cache, mesh=mesh, prefill_implementation=prefill
         )
         slots = scheduler.slots
         self.initial_state_digest: str | None = None
