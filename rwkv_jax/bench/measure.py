@@ -124,7 +124,7 @@ class MemoryUse:
     transformer: str
     """Config of the Transformer of equal size."""
     caches: Mapping[int, int]
-    """Bytes of its keys and values by context length, in closed form: 2 L C T numbers of the compute dtype."""
+    """Bytes of its keys and values by context length, in closed form: 2 L G N T numbers of the compute dtype."""
 
 
 def memory(model: LanguageModel, contexts: Sequence[int]) -> MemoryUse:
@@ -154,8 +154,9 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Bytes of a Transformer's keys and values after `num_tokens` tokens: a key and a value [C] per token and layer."""
-    return 2 * config.num_layers * config.width * num_tokens * jax.numpy.dtype(config.dtype).itemsize
+    """Bytes of a Transformer's cache after `num_tokens` tokens: a key and a value [G, N] per token and layer."""
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_tokens
+    return numbers * jax.numpy.dtype(config.dtype).itemsize
 
 
 def _bytes_by_dtype(tree: Any) -> dict[str, int]:

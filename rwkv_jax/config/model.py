@@ -22,7 +22,17 @@ from rwkv_jax.config.generations import (
 IMPLEMENTATIONS = ("wkv_implementation", "output_implementation", "step_implementation")
 """Fields that name an implementation."""
 
-_SIZES_OF_SOME = ("mix_rank", "decay_rank", "iclr_rank", "value_rank", "gate_rank", "state_size", "context_length")
+_SIZES_OF_SOME = (
+    "mix_rank",
+    "decay_rank",
+    "iclr_rank",
+    "value_rank",
+    "gate_rank",
+    "state_size",
+    "context_length",
+    "attention_heads",
+    "kv_heads",
+)
 _SIZES = ("ffn_width", *_SIZES_OF_SOME)  # whole numbers, or None for the default
 
 _FIELDS_OF_SOME = {
@@ -32,6 +42,11 @@ _FIELDS_OF_SOME = {
     "unused_value_residual": "value residual",
     "negative_eigenvalues": "such choice",
     "embedding_bound": "such choice",
+    **dict.fromkeys(("rotary_base", "rotary_scaling"), "such positions"),
+    "norm_epsilon": "such choice",
+    "qkv_bias": "such biases",
+    "qk_norm": "such norms",
+    "tied_head": "such head",
     "output_implementation": "such kernel",
     "step_implementation": "such kernel",
 }
@@ -71,10 +86,27 @@ class ModelConfig:
     state_size: int | None = None
     """S of Mamba-2: size of a head's keys, with which its state grows; None is 128."""
     context_length: int | None = None
-    """S: maximum tokens of a text in a Transformer's state; None is 2048. RWKV has no limit."""
+    """S: maximum tokens of a text in a Transformer's or Llama's state; None is 2048. RWKV has no limit."""
     rwkv_layers: tuple[int, ...] = ()
     """Layers of a Transformer, from 0, that have RWKV-7's time mixing in the place of attention (docs/distillation.md):
     a hybrid, or, if these are all layers, a model with a state of constant size and no context_length."""
+    attention_heads: int | None = None
+    """H of a Llama: heads of its queries, whose head_dim need not add up to the width; None is width / head_dim."""
+    kv_heads: int | None = None
+    """G of a Llama: heads of keys and values, each of which H / G queries share; None is H."""
+    rotary_base: float | None = None
+    """Llama only: pair i of a head's channels rotates by rotary_base^(-2 i / N) per position; None is 10000."""
+    rotary_scaling: tuple[float, float, float, float] | None = None
+    """Llama only: Llama 3's stretching of slow rotations: factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings; None leaves all rotations as they are."""
+    norm_epsilon: float | None = None
+    """Llama only: added to the mean square in each norm; None is 1e-5."""
+    qkv_bias: bool = False
+    """Llama only: queries, keys and values have biases, as in Qwen2."""
+    qk_norm: bool = False
+    """Llama only: each head's queries and keys are normalized before they are rotated, as in Qwen3."""
+    tied_head: bool = False
+    """Llama only: the output head is the embedding."""
     exponential_bonus: bool = False
     """RWKV-5.0 and 5.1 only: the bonus is e^time_first, as in the first of these models, rather than time_faaaa."""
     unused_value_residual: bool = False
@@ -107,7 +139,7 @@ class ModelConfig:
         require_positive(self, "model", "vocab_size", "width", "head_dim")
         check(self.num_layers >= 2, "num_layers", "RWKV needs at least 2 layers")
         check(self.width >= 2, "width", "must be at least 2")
-        if self.spec.has_heads:
+        if self.spec.has_heads and self.attention_heads is None:
             below = max(self.width // self.head_dim, 1) * self.head_dim
             check(
                 self.width % self.head_dim == 0,
@@ -115,14 +147,15 @@ class ModelConfig:
                 f"must be a multiple of model.head_dim = {self.head_dim}; "
                 f"the nearest are {below} and {below + self.head_dim}",
             )
-            check(self.head_dim >= 2, "head_dim", "must be at least 2")
+        check(self.head_dim >= 2 or not self.spec.has_heads, "head_dim", "must be at least 2")
         for name in _SIZES:
             value = getattr(self, name)
             positive = value is None or (is_whole(value) and value > 0)
             check(positive, name, "must be positive, or None for the default: a whole number")
-        bound = self.embedding_bound
-        positive = bound is None or (is_number(bound) and bound > 0)
-        check(positive, "embedding_bound", "must be positive, or None for the default: a number")
+        for name in ("embedding_bound", "rotary_base", "norm_epsilon"):
+            value = getattr(self, name)
+            positive = value is None or (is_number(value) and value > 0)
+            check(positive, name, "must be positive, or None for the default: a number")
         for name in IMPLEMENTATIONS:
             value = getattr(self, name)  # a program may pass a `rwkv_kernels.dispatch.Implementation`
             names_one = value is None or hasattr(value, "refuses") or (isinstance(value, str) and value != "")
@@ -150,8 +183,13 @@ class ModelConfig:
 
     @property
     def num_heads(self) -> int:
-        """H = C / N."""
-        return self.width // self.head_dim
+        """H; C / N, but for Llamas that say otherwise."""
+        return self.attention_heads or self.width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, heads of keys and values: H, unless several queries share them."""
+        return self.kv_heads or self.num_heads
 
     @property
     def parameter_dtype(self) -> str:
@@ -220,9 +258,8 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Number of parameters, in closed form."""
-        embedding_and_head, last_norm = 2 * self.vocab_size * self.width, 2 * self.width
         others = sum(self.spec.layer_other_parameters(self, layer) for layer in range(self.num_layers))
-        return embedding_and_head + self._matrix_parameters() + others + last_norm
+        return self.spec.outer_parameters(self) + self._matrix_parameters() + others
 
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one token's forward pass; training costs three times as many.

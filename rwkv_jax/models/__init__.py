@@ -16,6 +16,7 @@ from rwkv_jax.models.deltanet import DeltaNet
 from rwkv_jax.models.gated_deltanet import GatedDeltaNet
 from rwkv_jax.models.gla import GLA
 from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.llama import Llama
 from rwkv_jax.models.lstm import LSTM
 from rwkv_jax.models.mamba2 import Mamba2
 from rwkv_jax.models.rnn import RNN
@@ -50,6 +51,7 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "LanguageModel",
+    "Llama",
     "Mamba2",
     "Transformer",
     "abstract_model",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from rwkv_jax.models.layers import (
     uniform,
     wide_dtype,
 )
+from rwkv_jax.models.outputs import HiddenOutput, ModelOutput
 from rwkv_jax.models.stacks import FIRST, LayerRun, is_layers, layer_runs
 from rwkv_jax.models.state import State, check_state
 from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
@@ -56,24 +57,6 @@ def identity(name: str, part: Part) -> Part:
     """Returns every part unchanged."""
     del name
     return part
-
-
-class HiddenOutput(NamedTuple):
-    """Output of the blocks."""
-
-    hidden: Array
-    """[B, T, C] after the last norm; of `residual_stream`, [L, B, T, C]."""
-    state: Any
-    """The next state."""
-
-
-class ModelOutput(NamedTuple):
-    """Output of a model."""
-
-    logits: Array
-    """[B, T, V] of the next token, in at least float32."""
-    state: Any
-    """The next state."""
 
 
 SHARED_AXES: dict[str, Axes] = {
@@ -163,8 +146,14 @@ class LanguageModel(nnx.Module):
             own = slice(run.layers.start - 1, run.layers.stop - 1)
             # One layer at a time: drawing one takes a multiple of its memory.
             setattr(self, run.name, jax.lax.map(functools.partial(draw, run), (layers[own], keys[own])))
-        self.ln_out = shard_params("ln_out", LayerNorm(config.width, config.parameter_dtype))
-        self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
+        self.ln_out = shard_params("ln_out", self.last_norm(config))
+        if not config.tied_head:
+            self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
+
+    @classmethod
+    def last_norm(cls, config: ModelConfig) -> Any:
+        """The norm before the head, [..., C] -> [..., C]."""
+        return LayerNorm(config.width, config.parameter_dtype)
 
     @classmethod
     def new_block(cls, config: ModelConfig, kind: str, layer: int | Array, rngs: nnx.Rngs) -> Block:
@@ -315,9 +304,21 @@ class LanguageModel(nnx.Module):
         _, state, streams = self._run(tokens, state, segment_ids, lengths, inputs_embeds, every_layer=True)
         return HiddenOutput(streams, state)
 
+    @property
+    def head_weight(self) -> Any:
+        """The head's matrix [V, C]: the embedding's if `config.tied_head`."""
+        return (self.emb if self.config.tied_head else self.head).weight[...]
+
+    def gather_head(self, gather_params: PartTransform) -> None:
+        """Replaces the part that has the head's matrix by what `gather_params` makes of it, before `logits`."""
+        if self.config.tied_head:
+            self.emb = gather_params("emb", self.emb)
+        else:
+            self.head = gather_params("head", self.head)
+
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in at least float32 of hidden vectors [..., C]; on a shard, of its part of V."""
-        return linear(hidden, self.head.weight[...], out_dtype=wide_dtype(hidden.dtype))
+        return linear(hidden, self.head_weight, out_dtype=wide_dtype(hidden.dtype))
 
     def __call__(
         self,

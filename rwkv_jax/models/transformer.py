@@ -1,11 +1,14 @@
 """A plain Transformer to compare RWKV with: attention with rotary positions, feed-forward, initial values.
 
+Attention over a call and a cache, and what a model with such a state needs besides, are shared with `models/llama.py`,
+which groups heads: G of keys and values serve H of queries, each H / G of them. Here G = H.
+
 Every block is x + attention(norm(x)), then x + feed_forward(norm(x)), without biases in the matrix products. Sources:
 attention, Vaswani et al. (arXiv 1706.03762); norms before the branches and initial values, GPT-2 (Radford et al.,
 2019); rotary positions, Su et al. (arXiv 2104.09864). The feed-forward activation is the squared ReLU (Primer, arXiv
 2109.08668) of RWKV's channel mixing, so that a comparison is between attention and recurrence only, not between
-activations. Shape letters: B batch, T time, C width, H heads, N head size, F feed-forward width, L layers, S positions
-in a state.
+activations. Shape letters: B batch, T time, C width, H heads, G heads of keys and values, N head size, F feed-forward
+width, L layers, S positions in a state.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
@@ -56,16 +60,16 @@ class KeyValueCache(NamedTuple):
     """Keys and values of a block's attention; a model's state has a leading axis L on each array."""
 
     keys: Array
-    """[B, H, S, N] in the compute dtype, rotated; heads before positions, so that matmuls read them contiguously."""
+    """[B, G, S, N] in the compute dtype, rotated; heads before positions, so that matmuls read them contiguously."""
     values: Array
-    """[B, H, S, N] in the compute dtype."""
+    """[B, G, S, N] in the compute dtype."""
     position: Array
     """int32 [B]: tokens of the text so far; cache entries from there on are undefined."""
 
 
 def initial_state(config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> KeyValueCache:
     """The empty state of one block, with room for `config.context_length` tokens."""
-    heads = config.num_heads // axes.num_tensor_shards
+    heads = config.num_kv_heads // axes.num_tensor_shards
     empty = jnp.zeros((batch_size, heads, config.sizes().context_length, config.head_dim), config.dtype)
     return KeyValueCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
 
@@ -100,18 +104,25 @@ def token_positions(
     return TokenPositions(positions, segments, is_kept, jnp.where(lengths > 0, last + 1, position))
 
 
-def rotate(x: Array, positions: Array) -> Array:
+def rotary_frequencies(head_dim: int, base: float = ROTARY_BASE) -> NDArray:
+    """theta_i of each pair of channels, [N / 2] in float64."""
+    half = head_dim // 2
+    return base ** -(np.arange(half) / half)
+
+
+def rotate(x: Array, positions: Array, frequencies: NDArray | None = None) -> Array:
     """Rotary positions: channels (i, i + N / 2) of each head as a complex number, times e^{j position theta_i}.
 
     Args:
       x: [B, T, H, N]; positions: int32 [B, T].
+      frequencies: theta [N / 2]; None is `rotary_frequencies(N)`.
 
     Returns:
       [B, T, H, N] in x's dtype, computed in at least float32.
     """
     half = x.shape[-1] // 2
     wide = wide_dtype(x.dtype)
-    theta = jnp.asarray(ROTARY_BASE ** -(np.arange(half) / half), wide)
+    theta = jnp.asarray(rotary_frequencies(x.shape[-1]) if frequencies is None else frequencies, wide)
     angle = positions[:, :, None, None].astype(wide) * theta[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     real, imaginary = x[..., :half].astype(wide), x[..., half:].astype(wide)
@@ -131,20 +142,22 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
     """Softmax attention to the keys that each query sees.
 
     Args:
-      q: [B, H, T, N]; k, v: [B, H, S, N]; is_visible: bool, broadcasts to [B, H, T, S].
+      q: [B, H, T, N]; k, v: [B, G, S, N]; is_visible: bool, broadcasts to [B, 1, T, S], for all heads.
 
     Returns:
       Sums in at least float32. For a query that sees no key, `y` is undefined and `log_total` so low that joining with
       another drops it.
     """
     wide = wide_dtype(q.dtype)
-    scores = jnp.einsum("BHTN,BHSN->BHTS", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
-    scores = jnp.where(is_visible, scores, -1e30)
+    q = rearrange(q, "B (G R) T N -> B G R T N", G=k.shape[1])  # R queries share a key
+    scores = jnp.einsum("BGRTN,BGSN->BGRTS", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    scores = jnp.where(is_visible[:, :, None], scores, -1e30)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum("BHTS,BHSN->BHTN", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return Attended(y / total, (largest + jnp.log(total))[..., 0])
+    y = jnp.einsum("BGRTS,BGSN->BGRTN", weights.astype(v.dtype), v, preferred_element_type=wide)
+    log_total = (largest + jnp.log(total))[..., 0]
+    return Attended(rearrange(y / total, "B G R T N -> B (G R) T N"), rearrange(log_total, "B G R T -> B (G R) T"))
 
 
 def join(first: Attended, second: Attended) -> Attended:
@@ -162,7 +175,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
     backward pass, which recomputes them.
 
     Args:
-      q, k, v: [B, H, T, N]; segments: int32 [B, T], tokens of different segments do not see each other.
+      q: [B, H, T, N]; k, v: [B, G, T, N]; segments: int32 [B, T], tokens of different segments do not see each other.
     """
     time = q.shape[2]
     prefix = PIECE * -(-time // (PIECE * MAX_PREFIXES))
@@ -221,15 +234,20 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
 
 
 def store(cache: KeyValueCache, k: Array, v: Array, tokens: TokenPositions) -> KeyValueCache:
-    """Writes a call's keys and values [B, H, T, N] to the cache; those that do not fit or are not kept are dropped."""
+    """Writes a call's keys and values [B, G, T, N] to the cache; those that do not fit or are not kept are dropped."""
     nowhere = cache.keys.shape[2]
     index = jnp.where(tokens.is_kept, tokens.positions, nowhere)
     rows = jnp.arange(len(index))[:, None]
 
     def written(held: Array, new: Array) -> Array:
-        return held.at[rows, :, index].set(rearrange(new, "B H T N -> B T H N").astype(held.dtype), mode="drop")
+        return held.at[rows, :, index].set(rearrange(new, "B G T N -> B T G N").astype(held.dtype), mode="drop")
 
     return KeyValueCache(written(cache.keys, k), written(cache.values, v), tokens.next_position)
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, H N] -> [B, T, H, N]."""
+    return rearrange(x, "B T (H N) -> B T H N", N=head_dim)
 
 
 def normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
@@ -257,6 +275,16 @@ class Attention(Mixer):
         """The values [B, T, C] of normalized x [B, T, C], which `mix` computes too."""
         return self.value(x)
 
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries [B, T, H, N], keys and values [B, T, G, N] of normalized x [B, T, C]; the first two are rotated.
+
+        Args:
+          positions: int32 [B, T].
+        """
+        projected = (project(x) for project in (self.query, self.key, self.value))
+        q, k, v = (split_heads(z, self.config.head_dim) for z in projected)
+        return rotate(q, positions), rotate(k, positions), v
+
     @override
     def mix(self, x: Array, *, state: KeyValueCache | None, context: SequenceContext) -> MixOutput:
         """Attention to a call's own tokens and those of the state.
@@ -275,7 +303,8 @@ class Attention(Mixer):
         axes = context.axes
         if axes.sequence is not None:
             raise ConfigError(
-                f"axes.sequence = {axes.sequence!r}: a Transformer's attention is not split over time; use other axes"
+                f"axes.sequence = {axes.sequence!r}: {self.config.spec.a_title}'s attention is not split over time; "
+                "use other axes"
             )
         config = self.config
         batch, time, _ = x.shape
@@ -288,10 +317,8 @@ class Attention(Mixer):
         held, _ = broadcast_varying_axes(held, x)
         tokens = token_positions(held.position, time, context.segment_ids, context.lengths)
 
-        projected = (project(x) for project in (self.query, self.key, self.value))
-        q, k, v = (rearrange(z, "B T (H N) -> B T H N", N=config.head_dim) for z in projected)
-        q, k = rotate(q, tokens.positions), rotate(k, tokens.positions)
-        q, k, v = checkpoint_wkv_inputs(*(rearrange(z, "B T H N -> B H T N") for z in (q, k, v)))
+        projected = self.project(x, tokens.positions)
+        q, k, v = checkpoint_wkv_inputs(*(rearrange(z, "B T H N -> B H T N") for z in projected))
         attended = attend_to_call(q, k, v, tokens.segments)
         next_state = store(held, k, v, tokens)
         if state is None:
@@ -354,15 +381,12 @@ BLOCK_AXES: dict[str, Axes] = {
 """What the axes of a block's parameters mean (`LanguageModel.block_axes`): `heads` is the width, split by heads."""
 
 
-class Transformer(HybridModel):
-    """A Transformer language model: `model(tokens, state) -> (logits, state)`, with a key-value cache as state.
+class AttentionModel(HybridModel):
+    """Base of language models with a key-value cache as state: `model(tokens, state) -> (logits, state)`.
 
     In `config.rwkv_layers` RWKV-7's time mixing takes the place of attention, and a state of constant size that of the
     cache.
     """
-
-    block_type = TransformerBlock
-    block_axes = BLOCK_AXES
 
     @override
     @classmethod
@@ -378,3 +402,10 @@ class Transformer(HybridModel):
     @classmethod
     def initial_head(cls, config: ModelConfig, rngs: nnx.Rngs) -> Array:
         return normal(rngs.params(), (config.vocab_size, config.width), INITIAL_SCALE, config.parameter_dtype)
+
+
+class Transformer(AttentionModel):
+    """A Transformer language model."""
+
+    block_type = TransformerBlock
+    block_axes = BLOCK_AXES

@@ -176,6 +176,9 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def check_model(kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh) -> None:
     """Checks that a mesh divides a model's sizes.
 
+    Args:
+      num_heads: of keys and values, if several heads share them; None for a model without heads.
+
     Raises:
       ConfigError: an axis that the mesh does not divide, or a head that it would split.
     """

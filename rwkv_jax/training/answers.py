@@ -49,7 +49,7 @@ def answer_sums(functions: TrainFunctions, params: Any, batch: Batch) -> AnswerS
             axes=sharded.axes,
             gather_params=sharded.gather_params,
         )
-        model.head = sharded.gather_params("head", model.head)
+        model.gather_head(sharded.gather_params)
         flat, targets, scored = flatten_tokens(hidden, batch.targets, batch.mask)
         logits = model.logits(flat)
         losses, _ = token_losses(logits, targets, sharded.axes.tensor)

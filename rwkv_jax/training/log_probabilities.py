@@ -38,7 +38,7 @@ def token_log_p(
         gather_params=sharded.gather_params,
     )
     with jax.named_scope("loss"):
-        model.head = sharded.gather_params("head", model.head)
+        model.gather_head(sharded.gather_params)
         flat, wanted, _ = flatten_tokens(hidden, targets, None)
 
         def losses(hidden: Array, targets: Array) -> Array:

@@ -157,7 +157,7 @@ class TaskScorer:
                 axes=sharded.axes,
                 gather_params=sharded.gather_params,
             )
-            model.head = sharded.gather_params("head", model.head)
+            model.gather_head(sharded.gather_params)
             flat, targets, _ = flatten_tokens(hidden, batch.targets, None)
             chunk = min(self._training.loss_chunk or len(targets), len(targets))
             chunks = split_chunks((flat, targets), chunk)

@@ -44,7 +44,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"architecture": "gru"},
-        "model.architecture = 'gru': must be rwkv, transformer, gla, mamba2, deltanet, gated_deltanet, rnn or lstm",
+        "model.architecture = 'gru': must be rwkv, transformer, llama, gla, mamba2, .*, rnn or lstm",
     ),
     ({"generation": "4", "width": 1}, "model.width = 1: must be at least 2"),
     *(
@@ -98,7 +98,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"generation": generation, "context_length": 512},
-            f"model.context_length = 512: RWKV-{generation} has no such size, only a Transformer; leave it out",
+            f"model.context_length = 512: RWKV-{generation} has no such size, only a Transformer and a Llama; leave",
         )
         for generation in ("4", "5.2", "6", "7")
     ),
@@ -127,6 +127,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"architecture": "transformer", "wkv_implementation": "scan"},
         "model.wkv_implementation = 'scan': a Transformer has no WKV operator; leave it out",
     ),
+    ({"kv_heads": 2}, "model.kv_heads = 2: RWKV-7 has no such size, only a Llama; leave it out"),
+    (
+        {"architecture": "transformer", "tied_head": True},
+        "model.tied_head = True: Transformer has no such head, only a",
+    ),
+    ({"architecture": "llama", "kv_heads": 3}, "model.kv_heads = 3: must divide the 8 heads of the queries"),
+    ({"architecture": "llama", "attention_heads": 0}, "model.attention_heads = 0: must be positive, or None for"),
+    ({"architecture": "llama", "norm_epsilon": 0.0}, "model.norm_epsilon = 0.0: must be positive, or None"),
+    ({"architecture": "llama", "rotary_base": True}, "model.rotary_base = True: must be positive, or None"),
+    (
+        {"architecture": "llama", "rotary_scaling": (8.0, 4.0, 1.0, 64.0)},
+        r"model.rotary_scaling = \(8.0, 4.0, 1.0, 64.0\): must be four positive numbers",
+    ),
+    ({"architecture": "llama", "wkv_implementation": "scan"}, "model.wkv_implementation = 'scan': a Llama has no WKV"),
     ({"dtype": "float16"}, "model.dtype = 'float16': must be float32, bfloat16 or float64"),
     ({"architecture": "gla", "width": 9, "head_dim": 3}, "model.head_dim = 3: must be even: keys have half of it"),
     (
@@ -192,6 +206,13 @@ def test_ranks_are_those_of_the_official_trainer(width: int, decay: int, iclr: i
         ("6", 4096, ResolvedSizes(14336, mix_rank=64, decay_rank=128)),
         ("6", 64, ResolvedSizes(224, mix_rank=32, decay_rank=64)),
         ("transformer", 768, ResolvedSizes(3072, context_length=2048)),
+        (
+            "llama",
+            768,
+            ResolvedSizes(
+                2048, context_length=2048, attention_heads=12, kv_heads=12, rotary_base=10000.0, norm_epsilon=1e-5
+            ),
+        ),
     ],
 )
 def test_sizes_are_those_of_the_released_models(generation: Any, width: int, sizes: ResolvedSizes) -> None:
@@ -292,6 +313,19 @@ def test_a_transformer_of_equal_size(generation: Any, num_layers: int, width: in
 def test_a_model_without_heads_has_no_transformer_of_equal_size() -> None:
     with pytest.raises(ConfigError, match=r"model\.width = 100: must be a multiple of model\.head_dim = 64"):
         ModelConfig("4", width=100).transformer_of_equal_size()
+
+
+def test_released_llamas_have_their_published_number_of_parameters() -> None:
+    """Llama 3.2 1B, Qwen2.5 0.5B and Qwen3 0.6B, whose heads are wider than the residual stream."""
+    common: dict[str, Any] = {"architecture": "llama", "tied_head": True}
+    models = {
+        1_235_814_400: ModelConfig("7", 128256, 16, 2048, ffn_width=8192, kv_heads=8, **common),
+        494_032_768: ModelConfig("7", 151936, 24, 896, ffn_width=4864, kv_heads=2, qkv_bias=True, **common),
+        596_049_920: ModelConfig(
+            "7", 151936, 28, 1024, 128, 3072, attention_heads=16, kv_heads=8, qk_norm=True, **common
+        ),
+    }
+    assert {config.num_parameters(): config for config in models.values()} == models
 
 
 def test_attention_costs_what_its_tokens_see() -> None:

@@ -39,14 +39,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "training.sequence_length = 512: must be at most model.context_length = 511; make one shorter or the other",
     ),
     (
-        {
-            "model": ModelConfig(architecture="transformer"),
-            "initial_weights": "model.pth",
-            "data": DataConfig(tokenizer="world"),
-        },
-        "initial_weights = 'model.pth': a Transformer has no official weights; leave it out",
-    ),
-    (
         {"training": StepConfig(carry_state=True), "data": DataConfig(order="official")},
         "data.order = 'official': training.carry_state reads each row on from where it stopped; leave data.order out",
     ),

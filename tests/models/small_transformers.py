@@ -1,4 +1,4 @@
-"""Small Transformers on the same rows of tokens; each program is compiled once for all tests of a module."""
+"""Small Transformers and Llamas on the same rows of tokens; each program is compiled once for all tests of a module."""
 
 from __future__ import annotations
 
@@ -26,9 +26,22 @@ SMALL = ModelConfig(
     context_length=24,
     dtype="float64",
 )
+LLAMA = dataclasses.replace(
+    SMALL,
+    architecture="llama",
+    attention_heads=6,
+    kv_heads=2,
+    rotary_base=100.0,
+    rotary_scaling=(4.0, 1.0, 4.0, 32.0),
+    qkv_bias=True,
+    qk_norm=True,
+    tied_head=True,
+)
+"""With all that a Llama or Qwen may have; heads wider than the residual stream."""
 ROWS, TIME = 4, 20
 TOKENS: Any = np.random.default_rng(0).integers(0, 41, (ROWS, TIME)).astype(np.int32)
 FLOAT32 = dataclasses.replace(SMALL, dtype="float32", num_layers=2)
+LLAMA_FLOAT32 = dataclasses.replace(LLAMA, dtype="float32", num_layers=2)
 
 
 @functools.cache
@@ -41,21 +54,23 @@ def program(config: ModelConfig) -> Callable[..., tuple[Array, Any]]:
     return jax.jit(call, compiler_options=QUICK)
 
 
-def run(tokens: NDArray, state: Any = None, segment_ids: Any = None, lengths: Any = None) -> tuple[NDArray, Any]:
+def run(
+    tokens: NDArray, state: Any = None, segment_ids: Any = None, lengths: Any = None, *, config: ModelConfig = SMALL
+) -> tuple[NDArray, Any]:
     """Logits and state of the small model with random parameters."""
     lengths = None if lengths is None else np.asarray(lengths, np.int32)
-    return jax.device_get(program(SMALL)(random_params(SMALL), tokens, state, segment_ids, lengths))
+    return jax.device_get(program(config)(random_params(config), tokens, state, segment_ids, lengths))
 
 
-def empty_state() -> Any:
-    return merge(SMALL, random_params(SMALL)).initial_state(ROWS)
+def empty_state(config: ModelConfig = SMALL) -> Any:
+    return merge(config, random_params(config)).initial_state(ROWS)
 
 
-def alone(text: NDArray) -> tuple[NDArray, Any]:
+def alone(text: NDArray, config: ModelConfig = SMALL) -> tuple[NDArray, Any]:
     """Logits [T, V] and state of one text [T] by itself, in a row of one length for all."""
     row = np.zeros((1, 24), np.int32)
     row[0, : text.size] = text
-    logits, state = run(row, None, None, [text.size])
+    logits, state = run(row, None, None, [text.size], config=config)
     return logits[0, : text.size], state
 
 

@@ -17,8 +17,9 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from rwkv_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from rwkv_jax.config.generations import OTHER_ARCHITECTURES
+from rwkv_jax.config.generations.baseline import BaselineSpec
 from rwkv_jax.models import deltanet, gated_deltanet, gla, mamba2, model_type
 from rwkv_jax.plan.devices import parse_topology
 from rwkv_jax.plan.run import plan_run
@@ -29,7 +30,7 @@ from tests.inference import models as engines
 from tests.models.parameters import abstract, in_dtype, merge, named_config, random_params
 from tests.small_runs import small_config, train_and_learn
 
-NAMES = [name for name in OTHER_ARCHITECTURES if name != "transformer"]
+NAMES = [name for name, spec in OTHER_ARCHITECTURES.items() if isinstance(spec, BaselineSpec)]
 SIZES: dict[str, Any] = {"num_layers": 2, "width": 16, "head_dim": 8, "ffn_width": 24}
 OWN: dict[str, dict[str, Any]] = {"mamba2": {"state_size": 6}}
 SMALL = {name: named_config(name, vocab_size=41, dtype="float64", **SIZES, **OWN.get(name, {})) for name in NAMES}
@@ -252,10 +253,6 @@ def test_what_it_cannot_do_is_refused(name: str, tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"parallel": ParallelConfig(tensor=2)}, f"parallel.tensor = 2: {a_title} is not split over heads"),
         ({"parallel": ParallelConfig(sequence=2)}, f"parallel.sequence = 2: {a_title} is not split over time"),
-        (
-            {"initial_weights": "x", "data": DataConfig(tokenizer="byte")},
-            f"initial_weights = 'x': {a_title} has no official weights",
-        ),
     ]
     for change, message in changes:
         with pytest.raises(ConfigError, match=re.escape(message)):

@@ -15,8 +15,9 @@ from rwkv_jax.models import layers, rwkv4, rwkv5, rwkv6, rwkv7, transformer
 from tests.models.parameters import SMALL, abstract
 from tests.models.small_models import FLOAT32
 from tests.models.small_transformers import FLOAT32 as TRANSFORMER
+from tests.models.small_transformers import LLAMA_FLOAT32
 
-CONFIGS = {**FLOAT32, "transformer": TRANSFORMER}
+CONFIGS = {**FLOAT32, "transformer": TRANSFORMER, "llama": LLAMA_FLOAT32}
 
 PLAIN: dict[str, Callable[..., Array]] = {
     "... C -> (...) C": lambda x: x if x.ndim == 2 else x.reshape(-1, x.shape[-1]),
@@ -27,6 +28,10 @@ PLAIN: dict[str, Callable[..., Array]] = {
     "B T H N -> B T (H N)": lambda x: x.reshape(*x.shape[:2], -1),
     "B T H N -> B H T N": lambda x: x.swapaxes(1, 2),
     "B H T N -> B T H N": lambda x: x.swapaxes(1, 2),
+    "B G T N -> B T G N": lambda x: x.swapaxes(1, 2),
+    "B (G R) T N -> B G R T N": lambda x, size: x.reshape(x.shape[0], size, -1, *x.shape[2:]),
+    "B G R T N -> B (G R) T N": lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]),
+    "B G R T -> B (G R) T": lambda x: x.reshape(x.shape[0], -1, x.shape[3]),
     "B H T N -> B T (H N)": lambda x: x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1),
     "B H (piece T) N -> piece B H T N": lambda x, size: jnp.moveaxis(
         x.reshape(*x.shape[:2], -1, size, x.shape[-1]), 2, 0
@@ -50,7 +55,7 @@ def block_jaxprs(generation: str) -> list[str]:
         return jnp.sum(y) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
 
     # Attention of several pieces is mapped over them.
-    time = 2 * transformer.PIECE + 3 if config is TRANSFORMER else 5
+    time = 2 * transformer.PIECE + 3 if config in (TRANSFORMER, LLAMA_FLOAT32) else 5
     x = jax.ShapeDtypeStruct((2, time, config.width), jnp.float32)
     segment_ids, lengths = jax.ShapeDtypeStruct((2, time), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(block_params, x, state, x, segment_ids, lengths)
@@ -58,7 +63,9 @@ def block_jaxprs(generation: str) -> list[str]:
     return [str(gradient), str(initial)]
 
 
-@pytest.mark.parametrize("generation", [name for name in SMALL if name not in ("5.0", "5.1")] + ["transformer"])
+@pytest.mark.parametrize(
+    "generation", [name for name in SMALL if name not in ("5.0", "5.1")] + ["transformer", "llama"]
+)
 def test_patterns_add_no_equation(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = block_jaxprs(generation)
     used: set[str] = set()

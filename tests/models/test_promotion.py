@@ -15,8 +15,9 @@ from rwkv_jax.models import model_type, rwkv4, rwkv5, rwkv6, rwkv7
 from tests.models.parameters import abstract
 from tests.models.small_models import FLOAT32
 from tests.models.small_transformers import FLOAT32 as TRANSFORMER
+from tests.models.small_transformers import LLAMA_FLOAT32
 
-CONFIGS = {**FLOAT32, "transformer": TRANSFORMER}
+CONFIGS = {**FLOAT32, "transformer": TRANSFORMER, "llama": LLAMA_FLOAT32}
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

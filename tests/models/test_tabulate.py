@@ -14,8 +14,9 @@ from rwkv_jax.models import model_type
 from rwkv_jax.models.language_model import LanguageModel
 from tests.models.small_models import FLOAT32
 from tests.models.small_transformers import FLOAT32 as TRANSFORMER
+from tests.models.small_transformers import LLAMA_FLOAT32
 
-CONFIGS = {**FLOAT32, "transformer": TRANSFORMER}
+CONFIGS = {**FLOAT32, "transformer": TRANSFORMER, "llama": LLAMA_FLOAT32}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import Transformer
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.transformer import (
@@ -28,7 +29,9 @@ from rwkv_jax.models.transformer import (
 )
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import in_dtype, merge, random_params
-from tests.models.small_transformers import ROWS, SMALL, TIME, TOKENS, alone, empty_state, program, run
+from tests.models.small_transformers import LLAMA, ROWS, SMALL, TIME, TOKENS, alone, empty_state, program, run
+
+each_config = pytest.mark.parametrize("config", [SMALL, LLAMA], ids=lambda config: config.architecture)
 
 
 def held(state: KeyValueCache, row: int) -> tuple[NDArray, NDArray]:
@@ -125,28 +128,28 @@ def test_of_a_cache_what_it_holds_is_read(float64: None, longest: int) -> None:
 
 
 # State
-
-
-def test_prefill_and_decoding_are_the_whole_text(float64: None) -> None:
-    expected, end = run(TOKENS)
-    logits, state = run(TOKENS, empty_state(), None, [11] * ROWS)
+@each_config
+def test_prefill_and_decoding_are_the_whole_text(float64: None, config: ModelConfig) -> None:
+    expected, end = run(TOKENS, config=config)
+    logits, state = run(TOKENS, empty_state(config), None, [11] * ROWS, config=config)
     np.testing.assert_allclose(logits[:, :11], expected[:, :11], rtol=0, atol=1e-11)
     for step in range(11, TIME):
-        one, state = run(TOKENS[:, step : step + 1], state)
+        one, state = run(TOKENS[:, step : step + 1], state, config=config)
         np.testing.assert_allclose(one[:, 0], expected[:, step], rtol=0, atol=1e-11)
     for row in range(ROWS):
         assert_same_text(state, row, end, row)
 
 
-def test_rows_at_positions_of_their_own_are_each_alone(float64: None) -> None:
+@each_config
+def test_rows_at_positions_of_their_own_are_each_alone(float64: None, config: ModelConfig) -> None:
     first, second = [7, 0, 12, 3], [2, 9, 0, 8]
-    _, state = run(TOKENS, empty_state(), None, first)
+    _, state = run(TOKENS, empty_state(config), None, first, config=config)
     following = np.zeros_like(TOKENS)
     for row in range(ROWS):
         following[row, : second[row]] = TOKENS[row, first[row] : first[row] + second[row]]
-    logits, state = run(following, state, None, second)
+    logits, state = run(following, state, None, second, config=config)
     for row in range(ROWS):
-        expected, end = alone(TOKENS[row, : first[row] + second[row]])
+        expected, end = alone(TOKENS[row, : first[row] + second[row]], config)
         np.testing.assert_allclose(logits[row, : second[row]], expected[first[row] :], rtol=0, atol=1e-11)
         assert_same_text(state, row, end)
 
@@ -161,16 +164,17 @@ def test_a_row_of_length_zero_is_untouched(float64: None, packed: bool) -> None:
             np.testing.assert_array_equal(x[:, row], y[:, row])
 
 
-def test_texts_packed_into_a_row_are_each_alone(float64: None) -> None:
+@each_config
+def test_texts_packed_into_a_row_are_each_alone(float64: None, config: ModelConfig) -> None:
     """The first of them goes on with the state; the state that is left is the last one's."""
-    _, state = run(TOKENS, empty_state(), None, [4] * ROWS)
+    _, state = run(TOKENS, empty_state(config), None, [4] * ROWS, config=config)
     ends, lengths = [(5, 9, 20), (20,), (1, 2, 3), (6, 12, 20)], [20, 20, 3, 14]
     segment_ids = np.stack([np.searchsorted(own, np.arange(TIME), side="right") for own in ends])
-    logits, after = run(TOKENS, state, segment_ids, lengths)
+    logits, after = run(TOKENS, state, segment_ids, lengths, config=config)
     for row, own in enumerate(ends):
         begin, before, last = 0, TOKENS[row, :4], state
         for end in (min(end, lengths[row]) for end in own):
-            expected, last = alone(np.concatenate([before, TOKENS[row, begin:end]]))
+            expected, last = alone(np.concatenate([before, TOKENS[row, begin:end]]), config)
             np.testing.assert_allclose(logits[row, begin:end], expected[len(before) :], rtol=0, atol=1e-11)
             begin, before = end, before[:0]
         assert_same_text(after, row, last)
@@ -196,19 +200,21 @@ def test_no_token_sees_what_comes_after_it(float64: None) -> None:
     np.testing.assert_array_equal(influence > 0, np.tril(np.ones((TIME, TIME), bool)))
 
 
-def test_every_layer_can_be_seen(float64: None) -> None:
-    params = random_params(SMALL)
+@each_config
+def test_every_layer_can_be_seen(float64: None, config: ModelConfig) -> None:
+    params = random_params(config)
 
     def streams(params: Any) -> tuple[Array, Array]:
-        model = merge(SMALL, params)
+        model = merge(config, params)
         return model.logits(model.ln_out(model.residual_stream(TOKENS)[0][-1])), model(TOKENS)[0]
 
     found, expected = jax.jit(streams, compiler_options=QUICK)(params)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_layers_of_their_own_arrays_are_the_same_model(float64: None) -> None:
-    model = merge(SMALL, jax.tree.map(jnp.asarray, random_params(SMALL)))
+@each_config
+def test_layers_of_their_own_arrays_are_the_same_model(float64: None, config: ModelConfig) -> None:
+    model = merge(config, jax.tree.map(jnp.asarray, random_params(config)))
     graphdef, params = nnx.split(unstacked(model))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -217,7 +223,7 @@ def test_layers_of_their_own_arrays_are_the_same_model(float64: None) -> None:
         logits, state = model(tokens, state)
         return logits, state, model.room(state)
 
-    expected, _ = run(TOKENS)
+    expected, _ = run(TOKENS, config=config)
     first, state, room = call(params, TOKENS[:, :15], None)
     assert len(state) == 3
     assert all(x.shape[0] == ROWS for x in jax.tree.leaves(state))
@@ -227,9 +233,10 @@ def test_layers_of_their_own_arrays_are_the_same_model(float64: None) -> None:
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=0, atol=1e-11)
 
 
-def test_gradients_pass_through_the_cache(float64: None) -> None:
+@each_config
+def test_gradients_pass_through_the_cache(float64: None, config: ModelConfig) -> None:
     """A text read in two calls has the gradients of the text read in one."""
-    config = dataclasses.replace(SMALL, num_layers=2)
+    config = dataclasses.replace(config, num_layers=2)
     params = random_params(config)
 
     def whole(params: Any) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rwkv_jax.config.generations import OTHER_ARCHITECTURES
+from rwkv_jax.config.generations.baseline import BaselineSpec
 from tests.fake_devices import run_on_fake_devices
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-6}
@@ -15,7 +16,7 @@ BOUNDS = {"float64": 1e-12, "float32": 1e-6}
 MIXED = ("data2.fsdp2.tensor2", "fsdp2.sequence2.tensor2")
 """Every axis, and every pair of axes that have to do with each other."""
 EACH = tuple(f"{axis}{size}" for axis in ("data", "fsdp", "sequence", "tensor") for size in (2, 4, 8))
-BASELINES = [name for name in OTHER_ARCHITECTURES if name != "transformer"]
+BASELINES = [name for name, spec in OTHER_ARCHITECTURES.items() if isinstance(spec, BaselineSpec)]
 FURTHER = (*EACH, "data2.sequence4", "data4.tensor2", "data2.fsdp2.sequence2", "data2.sequence2.tensor2")
 
 
@@ -73,6 +74,11 @@ def test_meshes_change_nothing_of_a_transformer() -> None:
     )
 
 
+def test_meshes_change_nothing_of_a_llama() -> None:
+    """Whose heads share keys and values, and whose embedding is its head, in the fused loss, too."""
+    assert_equal_to_one_device("llama", "float64", (MIXED[0], f"{MIXED[0]}:fused"))
+
+
 @pytest.mark.parametrize("name", ["hybrid", pytest.param("converted", marks=pytest.mark.long)])
 def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(name: str) -> None:
     """Some layers, whose heads and values are split like those of attention; or all of them, whose time is split."""
@@ -111,8 +117,11 @@ def test_no_mesh_changes_anything(generation: str, dtype: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_no_mesh_changes_anything_of_a_transformer(dtype: str) -> None:
-    assert_equal_to_one_device("transformer", dtype, tuple(m for m in MIXED + FURTHER if "sequence" not in m))
+@pytest.mark.parametrize("name", ["transformer", "llama"])
+def test_no_mesh_changes_anything_of_attention(name: str, dtype: str) -> None:
+    assert_equal_to_one_device(
+        name, dtype, tuple(m for m in MIXED + FURTHER if "sequence" not in m and (name, m) != ("llama", "tensor8"))
+    )
 
 
 @pytest.mark.long
@@ -122,7 +131,7 @@ def test_meshes_of_rows_and_weights_change_nothing_of_a_baseline(name: str) -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("generation", ["7", "4", "5.2", "6", "transformer", "hybrid"])
+@pytest.mark.parametrize("generation", ["7", "4", "5.2", "6", "transformer", "llama", "hybrid"])
 def test_initial_values_are_the_same_bits_on_every_mesh(generation: str) -> None:
     found = run_on_eight_devices("initial_values", generation)
     assert found.keys() == {"data2.fsdp2.tensor2", "fsdp4.sequence2"}

@@ -10,6 +10,7 @@ one.
     rwkv6.py         Finch
     rwkv7.py         Goose
     transformer.py   the Transformer, to compare with
+    llama.py         Llama and Qwen, to learn from
     hybrid.py        attention replaced by RWKV-7's time mixing in chosen layers (`ModelConfig.rwkv_layers`)
     baseline.py      what the other baselines have in common: gla.py, mamba2.py, deltanet.py, gated_deltanet.py, rnn.py,
                      lstm.py (docs/baselines.md)
@@ -32,6 +33,7 @@ from rwkv_jax.config.generations.deltanet import DeltaNetSpec
 from rwkv_jax.config.generations.gated_deltanet import GatedDeltaNetSpec
 from rwkv_jax.config.generations.gla import GLASpec
 from rwkv_jax.config.generations.hybrid import HYBRID_KINDS, RWKV_LAYER, HybridSpec, hybrid_of, time_mix_config
+from rwkv_jax.config.generations.llama import LlamaSpec
 from rwkv_jax.config.generations.lstm import LSTMSpec
 from rwkv_jax.config.generations.mamba2 import Mamba2Spec
 from rwkv_jax.config.generations.rnn import RNNSpec
@@ -69,7 +71,7 @@ __all__ = [
 Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
 
-Architecture = Literal["rwkv", "transformer", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
+Architecture = Literal["rwkv", "transformer", "llama", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
 """RWKV, or what to compare it with."""
 
 GENERATIONS: dict[str, GenerationSpec] = {
@@ -84,6 +86,7 @@ GENERATIONS: dict[str, GenerationSpec] = {
 
 OTHER_ARCHITECTURES: dict[str, GenerationSpec] = {
     "transformer": TransformerSpec(),
+    "llama": LlamaSpec(),
     "gla": GLASpec(),
     "mamba2": Mamba2Spec(),
     "deltanet": DeltaNetSpec(),

@@ -43,6 +43,10 @@ class ResolvedSizes:
     state_size: int = 0
     context_length: int = 0
     """Tokens that a state has room for; 0 where its size is constant."""
+    attention_heads: int = 0
+    kv_heads: int = 0
+    rotary_base: float = 0
+    norm_epsilon: float = 0
 
 
 class StateArray(NamedTuple):
@@ -147,6 +151,10 @@ class GenerationSpec(abc.ABC):
     @abc.abstractmethod
     def other_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """All other parameters of a layer: vectors, norms, unused ones."""
+
+    def outer_parameters(self, config: ModelConfig) -> int:
+        """Parameters outside the layers: embedding, head, last norm."""
+        return 2 * config.vocab_size * config.width + 2 * config.width
 
     @abc.abstractmethod
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:

@@ -28,9 +28,8 @@ class BaselineSpec(GenerationSpec):
         checker(config, "model")(named, "wkv_implementation", remedy)
 
     def check_run(self, run: TrainConfig) -> None:
-        """Refuses official weights, and meshes that split heads or time."""
+        """Refuses meshes that split heads or time."""
         check = checker(run)
-        check(run.initial_weights is None, "initial_weights", f"{self.a_title} has no official weights; leave it out")
         for axis, what in (("tensor", "heads"), ("sequence", "time")):
             remedy = f"{self.a_title} is not split over {what}; use parallel.data or fsdp"
             check(getattr(run.parallel, axis) == 1, f"parallel.{axis}", remedy)

@@ -109,6 +109,10 @@ class HybridSpec(GenerationSpec):
             context_length=own.context_length if ATTENTION_LAYER in self.layer_kinds(config) else 0,
         )
 
+    def outer_parameters(self, config: ModelConfig) -> int:
+        """Of the architecture."""
+        return self.base.outer_parameters(attention_config(config))
+
     def matrix_parameters(self, config: ModelConfig, *, first: bool) -> int:
         """Of a layer with attention."""
         return self.base.matrix_parameters(attention_config(config), first=first)

@@ -31,23 +31,21 @@ class TransformerSpec(GenerationSpec):
         """Requires an even head size and none of RWKV's own fields."""
         check = checker(config, "model")
         check(config.head_dim % 2 == 0, "head_dim", "must be even: positions rotate pairs of channels")
-        check(
-            config.wkv_implementation is None, "wkv_implementation", "a Transformer has no WKV operator; leave it out"
-        )
+        remedy = f"{self.a_title} has no WKV operator; leave it out"
+        check(config.wkv_implementation is None, "wkv_implementation", remedy)
 
     def check_run(self, run: TrainConfig) -> None:
         """Requires rows that fit into the cache, are not split over devices, and start with an empty state."""
         check = checker(run)
-        check(run.initial_weights is None, "initial_weights", "a Transformer has no official weights; leave it out")
         check(
             run.parallel.sequence == 1,
             "parallel.sequence",
-            "a Transformer's attention is not split over time; use parallel.data, fsdp or tensor",
+            f"{self.a_title}'s attention is not split over time; use parallel.data, fsdp or tensor",
         )
         check(
             not run.training.carry_state,
             "training.carry_state",
-            "a Transformer's state has room for model.context_length tokens only, not for rows that go on for ever; "
+            f"{self.a_title}'s state has room for model.context_length tokens only, not for rows that go on for ever; "
             "switch it off, or train an RWKV",
         )
         context_length = self.sizes(run.model).context_length
@@ -79,14 +77,14 @@ class TransformerSpec(GenerationSpec):
 
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
         """4 N per head and visible key, of which there are (T + 1) / 2 on average."""
-        return 2 * config.width * ((sequence_length or self.sizes(config).context_length) + 1)
+        return 2 * config.num_heads * config.head_dim * ((sequence_length or self.sizes(config).context_length) + 1)
 
     def state(self, config: ModelConfig) -> tuple[StateArray, ...]:
         """Keys and values of every token, and the number of tokens."""
-        shape = (config.num_heads, self.sizes(config).context_length, config.head_dim)
+        shape = (config.num_kv_heads, self.sizes(config).context_length, config.head_dim)
         cache = StateArray(shape, ("heads", None, None), config.dtype)
         return cache, cache, StateArray((), (), "int32")
 
     def prefill_implementation(self, platform: str) -> tuple[str | None, str]:
         """None: it has no WKV operator."""
-        return None, "a Transformer has no such operator"
+        return None, f"{self.a_title} has no such operator"

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +26,7 @@ from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.block import Block
 from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.layers import wide_dtype
-from rwkv_jax.models.transformer import Attention, rotate
+from rwkv_jax.models.transformer import Attention
 from rwkv_kernels import OPERATORS, dispatch
 
 SOFTMAX = "softmax"
@@ -131,12 +130,13 @@ def _recording(block: Block, config: ModelConfig) -> dict[str, Array]:
 
 
 def _attention_inputs(block: Block, x: Array) -> dict[str, Array]:
-    """q, k and v [B, T, H, N] of the Transformer's attention, q and k rotated, and its output y."""
-    attention, x = block.att, block.ln1(x)
-    projected = (project(x) for project in (attention.query, attention.key, attention.value))
-    q, k, v = (rearrange(z, "B T (H N) -> B T H N", N=attention.config.head_dim) for z in projected)
+    """q, k and v [B, T, H, N] of a Transformer's attention, q and k rotated, and its output y.
+
+    Keys and values that several queries share are repeated.
+    """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    q, k, v = (z.astype(wide_dtype(z.dtype)) for z in (rotate(q, positions), rotate(k, positions), v))
+    q, k, v = (z.astype(wide_dtype(z.dtype)) for z in block.att.project(block.ln1(x), positions))
+    k, v = (jnp.repeat(z, q.shape[2] // z.shape[2], axis=2) for z in (k, v))
     return {"q": q, "k": k, "v": v, "y": jnp.einsum("BHTS,BSHN->BTHN", softmax_weights(q, k), v)}
 
 

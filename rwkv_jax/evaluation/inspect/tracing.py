@@ -66,17 +66,16 @@ def _run(model: LanguageModel, x: Array) -> Run:
 
 def _probabilities(model: LanguageModel, x: Array) -> NDArray:
     """Of the token after streams [R, T, C], [R, V]."""
-    (norm, norm_params), (head, head_params) = (nnx.split(part, nnx.Param) for part in (model.ln_out, model.head))
-    return np.asarray(_reader(norm, head)(norm_params, head_params, x[:, -1]), np.float64)
+    norm, norm_params = nnx.split(model.ln_out, nnx.Param)
+    return np.asarray(_reader(norm)(norm_params, model.head_weight, x[:, -1]), np.float64)
 
 
 @functools.cache
-def _reader(norm: Any, head: Any) -> Callable[..., Array]:
-    """(params of the last norm, params of the head, [R, C]) -> probabilities [R, V]."""
+def _reader(norm: Any) -> Callable[..., Array]:
+    """(params of the last norm, the head's matrix [V, C], [R, C]) -> probabilities [R, V]."""
 
-    def read(norm_params: Any, head_params: Any, x: Array) -> Array:
+    def read(norm_params: Any, weight: Any, x: Array) -> Array:
         hidden = nnx.merge(norm, norm_params)(x)
-        weight = nnx.merge(head, head_params).weight[...]
         return jax.nn.softmax(linear(hidden, weight, out_dtype=wide_dtype(hidden.dtype)))
 
     return jax.jit(read)

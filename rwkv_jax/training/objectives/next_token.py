@@ -51,12 +51,12 @@ class NextToken:
             gather_params=sharded.gather_params,
         )
         with jax.named_scope("loss"):
-            model.head = sharded.gather_params("head", model.head)
+            model.gather_head(sharded.gather_params)
             tensor = sharded.axes.tensor
             if config.fused_loss:
                 fused = fused_losses(
                     hidden,
-                    model.head.weight[...],
+                    model.head_weight,
                     batch.targets,
                     batch.mask,
                     l2wrap=config.l2wrap,

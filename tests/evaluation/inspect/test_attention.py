@@ -81,12 +81,15 @@ def test_reads_the_same_in_float32(name: str) -> None:
         assert error < 1e-5 * np.abs(recording.output).max()
 
 
-def test_the_transformers_is_what_it_computes() -> None:
+@pytest.mark.parametrize("name", ["transformer", "llama"])
+def test_the_transformers_is_what_it_computes(name: str) -> None:
     """No operator records it, but a copy of its equations."""
-    model = small_model("transformer")
+    model = small_model(name)
     recording, attention = record(model, TOKENS)[0], model.first_block.att
     own = jax.jit(lambda x: attention(model.first_block.ln1(x)).y)(model.emb(jnp.asarray(TOKENS)))
-    np.testing.assert_allclose(recording.output.reshape(own.shape) @ attention.output.weight[...].T, own, atol=1e-12)
+    np.testing.assert_allclose(
+        recording.output.reshape(*own.shape[:2], -1) @ attention.output.weight[...].T, own, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["4", "7"])
