@@ -64,7 +64,7 @@ class Generate:
         engine = Engine(
             *self.weights.load(self.tuned), options, **tuned
         )  # the engine copies each layer; the stacked arrays can be freed
-        ids = engine.encode(prompt, begins=True) if prompt else [engine.tokenizer.end_of_text]
+        ids = engine.encode(prompt, begins=True) if prompt else engine.beginning
         is_streamed = self.num == self.best_of == 1 and not self.json
         speed = Speed(is_streamed=is_streamed)
         if is_streamed:

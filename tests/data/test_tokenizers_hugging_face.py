@@ -113,6 +113,20 @@ def test_settings_that_would_change_a_text_are_not_followed(
     assert tokenizer.token_bytes(0) == b""
 
 
+def test_texts_of_other_peoples_models_begin_and_end_as_they_say(json_path: Path) -> None:
+    description = described(json_path)
+    plain = made(description)
+    assert (plain.begin, plain.ends) == ((0,), {0})
+    own = plain.of_hub_model([])
+    assert (own.begin, own.ends) == ((), {0})
+    surrounding(description)
+    own = made(description).of_hub_model([1, 5])
+    assert (own.begin, own.ends) == ((0,), {1, 5})
+    assert (own.encode("def x"), own.fingerprint) == (made(description).encode("def x"), made(description).fingerprint)
+    with pytest.raises(ConfigError, match="eos_token_id = 4000: the ids of the tokenizer are 0 to 404"):
+        plain.of_hub_model([0, 4000])
+
+
 @pytest.mark.parametrize(("normalized", "composed"), [(True, "é!"), (False, "e\u0301!")])
 def test_added_tokens_read_as_they_are_found_in_a_text(json_path: Path, normalized: bool, composed: str) -> None:
     description = described(json_path)

@@ -37,6 +37,10 @@ class Tokenizer(abc.ABC):
         """Number of ids; each id is in [0, vocab_size)."""
         self.end_of_text = end_of_text
         """Id between documents; `encode` never produces it, whatever the text."""
+        self.begin: tuple[int, ...] = (end_of_text,)
+        """Ids before the first of a text that a model writes on: RWKV begins texts as documents begin in its data."""
+        self.ends = frozenset({end_of_text})
+        """Ids with which a model ends a text that it writes."""
         self.saved = saved
         """The file from which `load_tokenizer` restores the tokenizer."""
         self.fingerprint = hashlib.blake2b(saved.content, digest_size=16).hexdigest()

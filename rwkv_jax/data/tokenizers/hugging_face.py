@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -88,6 +89,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         text.encode()  # the package raises another error for them
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def of_hub_model(self, ends: Collection[int]) -> HuggingFaceTokenizer:
+        """The same for a model of other people, which begins texts as the file's template says, if it has one.
+
+        Args:
+          ends: the ids with which the model ends its texts; of none, this tokenizer's own.
+
+        Raises:
+          ConfigError: an id that is not in the vocabulary.
+        """
+        if unknown := sorted(token for token in ends if not 0 <= token < self.vocab_size):
+            raise ConfigError(f"eos_token_id = {unknown[0]}: the ids of the tokenizer are 0 to {self.vocab_size - 1}")
+        result = copy.copy(self)
+        text = "x"
+        own = self._tokenizer.encode(text, add_special_tokens=False).ids
+        whole = self._tokenizer.encode(text, add_special_tokens=True).ids
+        result.begin = tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)])
+        result.ends = frozenset(ends) or self.ends
+        return result
 
     def _normalize(self, text: str) -> str:
         normalizer = self._tokenizer.normalizer

@@ -48,6 +48,8 @@ class Admission:
         Raises:
           ConfigError: an invalid value, such as a state of another model (StateError).
         """
+        if arguments.get("stop_ids") is None:
+            arguments = {**arguments, "stop_ids": self._tokenizer.ends}
         requests = build_requests(self.encode, self._tokenizer.end_of_text, prompts, copies, arguments)
         for i, request in enumerate(requests):
             if request.state is not None:
@@ -72,7 +74,7 @@ class Admission:
         return requests
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Ids of a text, after the end-of-text token if `begins`.
+        """Ids of a text, after those with which texts begin (`Tokenizer.begin`) if `begins`.
 
         Raises:
           ConfigError: the text is empty, or not UTF-8.
@@ -83,7 +85,7 @@ class Admission:
             ids = self._tokenizer.encode(text)
         except UnicodeEncodeError as error:
             raise ConfigError(f"prompt = {shown(text)}: is not UTF-8") from error
-        return [self._tokenizer.end_of_text, *ids] if begins else ids
+        return [*self._tokenizer.begin, *ids] if begins else ids
 
     def jobs(self, requests: Sequence[Request], news: News, max_pending_chunks: int | None = None) -> list[Job]:
         """Jobs of one consumer, who learns of chunks by `news`."""

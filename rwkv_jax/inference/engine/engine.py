@@ -400,8 +400,13 @@ class Engine:
         loaded = self.adapters.find(adapter)
         return self.identity if loaded is None else dataclasses.replace(self.identity, adapter=loaded.digest)
 
+    @property
+    def beginning(self) -> list[int]:
+        """Ids of a text that has not begun: those with which texts begin, or the end of another one."""
+        return list(self.tokenizer.begin) or [self.tokenizer.end_of_text]
+
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Ids of a text, after the end-of-text token if `begins`.
+        """Ids of a text, after `beginning` if `begins`.
 
         Raises:
           ConfigError: the text is empty, or not UTF-8.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -98,9 +99,9 @@ class GenerationBody(RequestBody):
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def stop_ids(self, end_of_text: int) -> set[int]:
+    def stop_ids(self, ends: Collection[int]) -> set[int]:
         """The ids that end a text."""
-        return {*(self.stop_token_ids or ()), *(() if self.ignore_eos else (end_of_text,))}
+        return {*(self.stop_token_ids or ()), *(() if self.ignore_eos else ends)}
 
     def has_usage_chunk(self) -> bool:
         """Whether a stream ends with its usage. Raises ConfigError for options without a stream."""

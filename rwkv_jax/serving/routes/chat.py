@@ -103,7 +103,7 @@ def as_job(body: ChatBody, prompt: str, service: Service, tenant: str, turn: Tur
         "sampling": body.sampling(),
         "seed": body.seeds(copies),
         "stop": [*service.template.stop_strings, *body.stops()],
-        "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
+        "stop_ids": body.stop_ids(engine.tokenizer.ends),
         "top_logprobs": body.top_logprobs or 0,
         "client_id": tenant,
         "grammar": asked and asked.grammar,

@@ -88,7 +88,7 @@ def as_job(body: CompletionBody, engine: Engine, tenant: str, turn: Turn | None 
         "sampling": body.sampling(),
         "seed": body.seeds(len(ids) * copies),
         "stop": stops,
-        "stop_ids": body.stop_ids(engine.tokenizer.end_of_text),
+        "stop_ids": body.stop_ids(engine.tokenizer.ends),
         "top_logprobs": body.logprobs or 0,
         "client_id": tenant,
         "grammar": asked and asked.grammar,
@@ -108,7 +108,7 @@ def _encode(engine: Engine, prompt: str | list[int], continues: bool) -> list[in
         return prompt
     if prompt:
         return engine.encode(prompt, begins=not continues)
-    return [] if continues else [engine.tokenizer.end_of_text]
+    return [] if continues else engine.beginning
 
 
 @dataclasses.dataclass(frozen=True)
