@@ -43,7 +43,7 @@ class Info:
 def _of_weights(source: str) -> dict[str, str]:
     from rwkv_jax.config import from_dict
     from rwkv_jax.run_folder import read_run_file
-    from rwkv_jax.weights.official import check_tensors, read_config
+    from rwkv_jax.weights.official import check_tensors
     from rwkv_jax.weights.quantized import DequantizedTensors
     from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
 
@@ -53,7 +53,7 @@ def _of_weights(source: str) -> dict[str, str]:
         return {"run": str(path), **_of_model(model)}
     weights = open_weights(path)
     with prefix_errors(path):
-        model = read_config(weights.tensors, weights.file.metadata)
+        model = weights.model_config()
         check_tensors(weights.tensors, model)
         weights.file.verify()
     packed = weights.tensors.quantization if isinstance(weights.tensors, DequantizedTensors) else None

@@ -56,7 +56,6 @@ def model_of(source: str) -> tuple[ModelConfig, Kind]:
 
     from rwkv_jax.config import from_dict
     from rwkv_jax.run_folder import read_run_file
-    from rwkv_jax.weights.official import read_config
     from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
 
     place = find_weights(source)
@@ -64,7 +63,7 @@ def model_of(source: str) -> tuple[ModelConfig, Kind]:
         return from_dict(read_run_file(place)["config"]).model, "run"
     weights = open_weights(place)
     with prefix_errors(place):
-        return read_config(weights.tensors), "weights"
+        return weights.model_config(), "weights"
 
 
 def formats_of(config: ModelConfig, kind: Kind) -> dict[str, Format]:

@@ -117,11 +117,7 @@ class GroupedAttention(Attention):
         if self.config.qk_norm:
             q, k = self.ln_query(q), self.ln_key(k)
         theta = stretched_frequencies(self.config)
-        return (
-            rotate(q, positions, theta),
-            rotate(k, positions, theta),
-            split_heads(self.value(x), self.config.head_dim),
-        )
+        return rotate(q, positions, theta), rotate(k, positions, theta), v
 
 
 class GatedFeedForward(nnx.Module):

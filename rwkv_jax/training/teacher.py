@@ -16,7 +16,7 @@ from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.run_folder import run_config
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.weights.digest import weights_digest
-from rwkv_jax.weights.official import check_tensors, place_params, read_config
+from rwkv_jax.weights.official import check_tensors, place_params
 from rwkv_jax.weights.pretrained import find_tokenizer, open_model
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import tensor_spec
@@ -81,7 +81,7 @@ def _read_model(source: str) -> tuple[ModelConfig, str]:
         return run.model, run.model.parameter_dtype
     weights = open_weights(path)
     with prefix_errors(path):
-        model = read_config(weights.tensors, weights.file.metadata)
+        model = weights.model_config()
         check_tensors(weights.tensors, model)
     dtypes = {str(tensor_spec(weights.tensors, name).dtype) for name in weights.tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -31,6 +31,7 @@ def from_pretrained(
     dtype: ComputeDtype | None = None,
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
+    context_length: int | None = None,
     adapter: AdapterSource | Sequence[AdapterSource] | None = None,
     adapter_alpha: float | None = None,
     adapter_init: str | os.PathLike[str] | None = None,
@@ -40,9 +41,10 @@ def from_pretrained(
     """Loads a model from weights; generation and sizes are inferred from names and shapes.
 
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
-    layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7). They are memory-mapped, and each tensor is
-    copied straight to the devices that hold it; one that is to be packed is packed first, and all layers of a parameter
-    are copied together. Of a run of `rwkv train` the newest checkpoint is taken.
+    layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7); besides, folders of Llama 2 and 3, Qwen2
+    and Qwen3 (safetensors and config.json). They are memory-mapped, and each tensor is copied straight to the devices
+    that hold it; one that is to be packed is packed first, and all layers of a parameter are copied together. Of a run
+    of `rwkv train` the newest checkpoint is taken.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).
@@ -53,6 +55,8 @@ def from_pretrained(
       quantize: "int8", "int4" or "bfloat16" quantizes matrices, with everything else in float32
         (`rwkv_jax.weights.quantized`); the model then computes in float32, or in `dtype`. None keeps them unchanged,
         so that a file of packed matrices gives a model of packed matrices.
+      context_length: tokens for which a Transformer's or Llama's state has room; None is the run's, or what the
+        config.json allows, up to `weights.hugging_face.MAX_CONTEXT`.
       adapter: what `rwkv_jax.tuning.open_adapter` reads, one or several; not merged, so that the base stays as it is
         (in 4 bits, say). None is the model alone.
       adapter_alpha, adapter_init: of adapter files that lack them (RWKV-PEFT's), as in `open_adapter`.
@@ -63,17 +67,18 @@ def from_pretrained(
       `model(tokens, state) -> (logits, state)`; see its `config`.
 
     Raises:
-      WeightsError: the weights do not exist or are not an RWKV model's; one message lists all missing, unexpected and
+      WeightsError: the weights do not exist or are of no such model; one message lists all missing, unexpected and
         misshapen tensors. Or incompatible options.
       AdapterError: an adapter is not whole, or not of this base.
       UnsafeFileError: the file contains anything but plain tensors.
     """
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize, "context_length": context_length}
     if adapter is None:
         given = {"adapter_alpha": adapter_alpha, "adapter_init": adapter_init, "adapter_weights": adapter_weights}
         for name, value in given.items():
             if value is not None:
                 raise AdapterError(f"{name} = {value!r}: there is no adapter; give one, or leave it out")
-        return pretrained.from_pretrained(source, dtype=dtype, mesh=mesh, quantize=quantize)
+        return pretrained.from_pretrained(source, **options)
     is_one = isinstance(adapter, str | os.PathLike | Adapter)
     sources: list[AdapterSource] = [adapter] if is_one else list(adapter)  # pyright: ignore[reportAssignmentType]
     adapters = [
@@ -81,7 +86,7 @@ def from_pretrained(
         for each in sources
     ]
     weights = checked_weights(adapters, adapter_weights)
-    model = pretrained.from_pretrained(source, dtype=dtype, mesh=mesh, quantize=quantize)
+    model = pretrained.from_pretrained(source, **options)
     check_for(model, adapters, source, allow_other_base=allow_other_base)
     return adapted_model(model, combined(adapters, weights, official_shapes(model.config)))
 

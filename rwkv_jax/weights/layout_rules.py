@@ -163,6 +163,24 @@ _FLA_7 = [
 # Files from before 2025-04 have the six mixes of RWKV-7 in one tensor.
 _FLA_7_OLD = [_stacked_rows(f"{_FLA_ATT}x_x", [f"{_ATT}x_{x}" for x in "rwkvag"])]
 
+_HF, _HF_ATT, _HF_MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+
+LLAMA_RULES = [
+    *_renamed({"emb.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}),
+    *_renamed({"ln_out.weight": "model.norm.weight", "blocks.{}.ln1.weight": f"{_HF}input_layernorm.weight"}),
+    *_renamed({"blocks.{}.ln2.weight": f"{_HF}post_attention_layernorm.weight"}),
+    *_renamed({f"{_ATT}{_LONG[x]}.{part}": f"{_HF_ATT}{x}_proj.{part}" for x in "kv" for part in ("weight", "bias")}),
+    *_renamed({f"{_ATT}query.{part}": f"{_HF_ATT}q_proj.{part}" for part in ("weight", "bias")}),
+    *_renamed({f"{_ATT}output.weight": f"{_HF_ATT}o_proj.weight"}),
+    *_renamed({f"{_ATT}ln_query.weight": f"{_HF_ATT}q_norm.weight", f"{_ATT}ln_key.weight": f"{_HF_ATT}k_norm.weight"}),
+    *_renamed({f"{_FFN}gate.weight": f"{_HF_MLP}gate_proj.weight", f"{_FFN}key.weight": f"{_HF_MLP}up_proj.weight"}),
+    *_renamed({f"{_FFN}value.weight": f"{_HF_MLP}down_proj.weight"}),
+    Rule(f"{_HF_ATT}rotary_emb.inv_freq", (), unchanged, ()),  # in files of old versions; the config tells it
+]
+
+LLAMA = "llama"
+"""Layout of `transformers` for Llama, Qwen2 and Qwen3; only read, together with a config.json."""
+
 
 def _official_rules() -> list[Rule]:
     """The official names of every generation, unchanged."""
@@ -184,6 +202,7 @@ def read_tables() -> list[tuple[str, dict[str, Rule]]]:
         ("transformers", _table([*_TRANSFORMERS_4, *_TRANSFORMERS_5_AND_6])),
         ("flash-linear-attention", _table(_FLA_6)),
         ("flash-linear-attention", _table([*_FLA_7, *_FLA_7_OLD])),
+        (LLAMA, _table(LLAMA_RULES)),
     ]
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
-from rwkv_jax.weights.layout_rules import WRITTEN, Rule, Written, read_tables, unchanged
+from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
@@ -89,7 +89,7 @@ def from_layout(
     tied: bool | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, Mapping[str, NDArray]]:
-    """Detects the layout of some tensors (one of `LAYOUTS`), and maps them to official names and shapes.
+    """Detects the layout of some tensors (one of `LAYOUTS`, or `LLAMA`), and maps them to official names and shapes.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`, `base_model.model.` and so on, also nested) are removed if every name
     has them. Missing names are not checked here.
@@ -141,14 +141,21 @@ def from_layout(
             )
     raise WeightsError(
         f"these names are of no known layout: {join_names(fewest)}; "
-        f"known are {', '.join(LAYOUTS)} (RWKV-4 to 7, without additions of single forks)"
+        f"known are {', '.join(LAYOUTS)} (RWKV-4 to 7, without additions of single forks), and those of Llama and Qwen"
     )
 
 
 def _with_head(
     layout: str, tensors: Mapping[str, NDArray], tied: bool | None, report: Callable[[str], None]
 ) -> Mapping[str, NDArray]:
-    """Official tensors with the embedding as head."""
+    """Official tensors with the embedding as head; a Llama's tied head is no tensor of its own."""
+    if layout == LLAMA:
+        kept = [name for name in tensors if not tied or name != "head.weight"]
+        return (
+            tensors
+            if len(kept) == len(tensors)
+            else _made_on_access(tensors, {x: _Recipe((x,), unchanged) for x in kept})
+        )
     is_tied = layout != "official" if tied is None else tied
     if not is_tied or "head.weight" in tensors or "emb.weight" not in tensors:
         return tensors

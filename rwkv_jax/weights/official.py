@@ -60,7 +60,6 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
         )
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
-    dtypes = {spec.dtype for spec in specs.values()}
     told: dict[str, Any] = {name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors}
     try:
         return ModelConfig(
@@ -70,12 +69,18 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
             width=width,
             head_dim=max(width // heads, 1) if heads else 64,
             ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
-            dtype=_COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32",
+            dtype=compute_dtype(tensors),
             **spec.read_fields(shapes),
             **told,
         )
     except ConfigError as error:
         raise WeightsError(f"the shapes of {spec.a_title} model that cannot be: {error}") from error
+
+
+def compute_dtype(tensors: Mapping[str, NDArray]) -> Literal["float32", "bfloat16", "float64"]:
+    """The dtype in which a model computes whose file has these tensors: theirs, float32 for others and mixtures."""
+    dtypes = {tensor_spec(tensors, name).dtype for name in tensors}
+    return _COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
 
 
 def fields_in_metadata(config: ModelConfig) -> dict[str, str]:

@@ -19,14 +19,22 @@ from numpy.typing import NDArray
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.model import IMPLEMENTATIONS
-from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, fits_model, load_tokenizer, save_tokenizer
+from rwkv_jax.data.tokenizers import (
+    TOKENIZER_FILES,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    fits_model,
+    load_tokenizer,
+    save_tokenizer,
+)
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
-from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file, run_config
+from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
 from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
+from rwkv_jax.weights.hugging_face import hub_ends
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     check_tensors,
@@ -35,7 +43,6 @@ from rwkv_jax.weights.official import (
     official_shapes,
     official_tensors,
     place_params,
-    read_config,
     require_official_names,
     shardings_on,
 )
@@ -65,6 +72,7 @@ def from_pretrained(
     dtype: ComputeDtype | None = None,
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
+    context_length: int | None = None,
 ) -> LanguageModel:
     """`rwkv_jax.from_pretrained` without adapters, of which this package knows nothing; arguments as there."""
     if quantize not in (None, *QUANTIZATIONS):
@@ -72,28 +80,29 @@ def from_pretrained(
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
     path = find_weights(source)
+    room = {} if context_length is None else {"context_length": context_length}
     if path.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_run(path, "newest", shardings)
+        model = dataclasses.replace(loaded.config.model, **room)
         if quantize is not None:
-            if not loaded.config.model.spec.has_official_names:
+            if not model.spec.has_official_names:
                 raise WeightsError(
-                    f"quantize = {quantize!r}: {path} is a run of {loaded.config.model.spec.a_title}, and only RWKV's "
-                    "matrices are packed; leave it out"
+                    f"quantize = {quantize!r}: {path} is a run of {model.spec.a_title}, and only RWKV's matrices are "
+                    "packed; leave it out"
                 )
-            trained = official_tensors(loaded.config.model, loaded.params)
-            return _quantized(trained, loaded.config.model, quantize, dtype, mesh)
+            return _quantized(official_tensors(model, loaded.params), model, quantize, dtype, mesh)
         if dtype is None:
-            return nnx.merge(abstract_model(loaded.config.model)[0], loaded.params)
+            return nnx.merge(abstract_model(model)[0], loaded.params)
         if dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise WeightsError(
                 "dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype"
             )
-        config = dataclasses.replace(loaded.config.model, dtype=dtype)
+        config = dataclasses.replace(model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), loaded.params))
     weights = open_weights(path)
     with prefix_errors(path):
-        config = read_config(weights.tensors, weights.file.metadata)
+        config = dataclasses.replace(weights.model_config(), **room)
         check_tensors(weights.tensors, config)
         if isinstance(weights.tensors, DequantizedTensors):
             present = weights.tensors.quantization
@@ -164,19 +173,24 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
     Raises:
       WeightsError: as `check_initial_weights`.
     """
-    if path.is_dir():
-        require_official_names(run_config(path).model)
     weights = open_model(path, warn=warn)
     with prefix_errors(path):
-        own = read_config(weights.tensors, weights.file.metadata)
+        own = weights.model_config()
         if may_have_unused(own) and may_have_unused(config):  # the run's config decides, not the file
             unused = config.unused_value_residual
             tensors = add_unused(weights.tensors, own) if unused else without_unused(weights.tensors)
             weights = weights._replace(tensors=tensors)
             own = dataclasses.replace(own, unused_value_residual=unused)
         found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
-        ignored = {*IMPLEMENTATIONS, "dtype", "embedding_bound"} | (set() if config.spec.has_heads else {"head_dim"})
-        differences = [name for name in found if name not in ignored and found[name] != wanted[name]]
+        ignored = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length"} | (
+            set() if config.spec.has_heads else {"head_dim"}
+        )
+        # A default that another architecture does not have goes with the other one.
+        differences = [
+            name
+            for name, value in found.items()
+            if name not in ignored and value != wanted[name] and value != getattr(config, name)
+        ]
         if differences:
             listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)
             flags = " ".join(_flag(name, found[name]) for name in differences)
@@ -197,8 +211,8 @@ def open_model(path: Path, *, warn: bool = True) -> Weights:
     if not path.is_dir():
         return open_weights(path, warn=warn)
     loaded = load_run(path, "newest")
-    told = MappedTensors({}, [], metadata=fields_in_metadata(loaded.config.model))
-    return Weights(named_tensors(loaded.config.model, loaded.params), "official", lambda: None, told)
+    tensors = named_tensors(loaded.config.model, loaded.params)
+    return Weights(tensors, "official", lambda: None, MappedTensors({}, []), loaded.config.model)
 
 
 def _flag(name: str, value: Any) -> str:
@@ -206,7 +220,7 @@ def _flag(name: str, value: Any) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"
-    return f"--model.{name} {value}"
+    return f"--model.{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def load_run(
@@ -273,6 +287,7 @@ def save_pretrained(
         raise WeightsError(
             f"tokenizer: has {tokenizer.vocab_size} entries where the model has {model.config.vocab_size}; use its own"
         )
+    require_official_names(model.config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     tensors: Mapping[str, NDArray]
     if has_packed(params):
@@ -323,11 +338,13 @@ def convert(
         raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
     if path.is_dir():
         loaded = load_run(path, "newest", ema=ema)
+        require_official_names(loaded.config.model)
         config, tensors = loaded.config.model, official_tensors(loaded.config.model, loaded.params)
     else:
         weights = open_weights(path)
         with prefix_errors(path):
-            config = read_config(weights.tensors, weights.file.metadata)
+            config = weights.model_config()
+            require_official_names(config)
             check_tensors(weights.tensors, config)
         # Official files keep their order; other projects' files get the official one.
         official = weights.layout == "official"
@@ -352,6 +369,8 @@ def convert(
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a run, or the one beside a file of weights, or None.
 
+    Texts of Llamas and Qwens begin and end as the files beside them say (`HuggingFaceTokenizer.of_hub_model`).
+
     Raises:
       ConfigError: there is one that does not fit the vocabulary, or a run's has changed.
     """
@@ -359,7 +378,10 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
         return load_run_tokenizer(path)
     if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return load_tokenizer(path.parent, vocab_size)
+    tokenizer = load_tokenizer(path.parent, vocab_size)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and (ends := hub_ends(path.parent)) is not None:
+        return tokenizer.of_hub_model(ends)
+    return tokenizer
 
 
 def _write(

@@ -13,9 +13,13 @@ from typing import NamedTuple
 
 from numpy.typing import NDArray
 
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.run_folder import RUN_FILE
+from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub_config
+from rwkv_jax.weights.layout_rules import LLAMA
 from rwkv_jax.weights.layouts import from_layout
+from rwkv_jax.weights.official import compute_dtype, read_config
 from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import open_packed
 from rwkv_jax.weights.safetensors import read_safetensors
@@ -38,7 +42,7 @@ _IN_ORDER = (
 )
 _OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
 _TRAINER_LOG = "train_log.txt"
-_CONFIG, _MAX_CONFIG_BYTES = "config.json", 2**20  # of transformers and flash-linear-attention
+_CONFIG, _MAX_CONFIG_BYTES = CONFIG_FILE, 2**20  # of transformers and flash-linear-attention
 _TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # of chats
 _HUB_URL = re.compile(
     r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)(?:/\w+/[^/]+(?P<file>/[^?#]+))?.*"
@@ -56,6 +60,12 @@ class Weights(NamedTuple):
     """Drops the pages read so far from memory."""
     file: MappedTensors
     """As stored, with the file's checksums."""
+    config: ModelConfig | None = None
+    """What something beside the tensors says of the model: a run's, or a config.json; None if they tell it."""
+
+    def model_config(self) -> ModelConfig:
+        """The model's config; raises as `official.read_config`."""
+        return self.config or read_config(self.tensors, self.file.metadata)
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
@@ -145,7 +155,7 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
         with _without_warnings_of_retries():
             chosen = file or _choose(list_files(name), name)
             shards = [shard_pattern(chosen)] if is_index(chosen) else []
-            config = [] if chosen.endswith(".pth") else [_CONFIG]
+            config = [] if chosen.endswith(".pth") else [_CONFIG, GENERATION_FILE]
             wanted = [chosen, *TOKENIZER_FILES, *_TEMPLATES, *config, *shards]
             return Path(download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
@@ -195,7 +205,8 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
       warn: about removed prefixes and tied weights; False when opening a file again.
 
     Raises:
-      WeightsError: the file has no weights, an unknown layout, or has been converted for the `rwkv` package.
+      WeightsError: the file has no weights, an unknown layout, or has been converted for the `rwkv` package; or, of
+        Llama's layout, as `read_hub_config`.
       UnsafeFileError: it contains anything but plain tensors.
     """
     if _is_safetensors(path):
@@ -210,7 +221,10 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
             tied=_is_tied(path.with_name(_CONFIG)),
             report=lambda found: _LOG.warning("%s: %s", path, found) if warn else None,
         )
-    return Weights(official, layout, tensors.drop_pages, tensors)
+    config = None
+    if layout == LLAMA:
+        config = read_hub_config(path.with_name(_CONFIG), dtype=compute_dtype(official))
+    return Weights(official, layout, tensors.drop_pages, tensors, config)
 
 
 def verify_weights(source: str | os.PathLike[str]) -> bool:

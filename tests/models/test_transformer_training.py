@@ -18,12 +18,15 @@ from rwkv_jax.config import (
     TrainConfig,
 )
 from rwkv_jax.models import Transformer, model_type
+from rwkv_jax.models.transformer import AttentionModel
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.optimizer import parameter_groups
+from rwkv_jax.weights.pretrained import initial_params
 from tests.golden import QUICK
-from tests.models.parameters import abstract, initial_params
+from tests.models import parameters
+from tests.models.parameters import abstract, named_config
 from tests.models.small_transformers import FLOAT32, SMALL
 from tests.small_runs import small_config, train_and_learn
 
@@ -46,7 +49,7 @@ def test_the_number_of_parameters(config: ModelConfig) -> None:
 def test_initial_values() -> None:
     """Those of GPT-2: normal, of standard deviation 0.02, and less where the residual stream is written."""
     config = ModelConfig(architecture="transformer", vocab_size=512, num_layers=8, width=128, head_dim=32)
-    for path, x in jax.tree.leaves_with_path(initial_params(config)):
+    for path, x in jax.tree.leaves_with_path(parameters.initial_params(config)):
         names = [entry.key for entry in path]
         if names[-2].startswith("ln"):
             np.testing.assert_array_equal(x, float(names[-1] == "weight"))
@@ -69,15 +72,19 @@ def test_matrices_decay_and_all_learn_alike() -> None:
 
 
 @pytest.mark.long  # tests/test_configs.py has another generation's
-def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path) -> None:
-    small = ModelConfig(
-        architecture="transformer", vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64
-    )
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("transformer", {}), ("llama", {"attention_heads": 4, "kv_heads": 2, "qk_norm": True, "tied_head": True})],
+)
+def test_a_run_from_beginning_to_end_goes_on_with_more_room(tmp_path: Path, name: str, own: dict[str, Any]) -> None:
+    small = named_config(name, vocab_size=300, num_layers=2, width=32, head_dim=16, context_length=64, **own)
     config = small_config(small, tmp_path)
     params = train_and_learn(config).params
     model = from_pretrained(config.run_dir)
-    assert isinstance(model, Transformer)
+    assert isinstance(model, AttentionModel)
     np.testing.assert_array_equal(model.emb.weight[...], params["emb"]["weight"])
+    # Another run can begin with its weights.
+    jax.tree.map(np.testing.assert_array_equal, initial_params(config.run_dir, config.model), params)
     # The room of a state is none of the run's business.
     longer = dataclasses.replace(
         config,

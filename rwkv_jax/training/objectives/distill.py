@@ -66,9 +66,9 @@ class Distill:
                 axes=sharded.axes,
                 gather_params=teacher.sharded.gather_params,
             )
-            teaching.head = teacher.sharded.gather_params("head", teaching.head)
+            teaching.gather_head(teacher.sharded.gather_params)
         with jax.named_scope("loss"):
-            model.head = sharded.gather_params("head", model.head)
+            model.gather_head(sharded.gather_params)
 
             def taught_of(logits: Array, taught: Array) -> Taught:
                 return taught_by_logits(
