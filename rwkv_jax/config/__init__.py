@@ -22,7 +22,7 @@ from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
 from rwkv_jax.config.distillation import DistillationConfig
 from rwkv_jax.config.generations import GENERATIONS, Architecture, Generation, GenerationSpec, ResolvedSizes
-from rwkv_jax.config.model import ModelConfig
+from rwkv_jax.config.model import ModelConfig, student_of
 from rwkv_jax.config.objective import (
     OF_TEXT,
     PREFERENCES,
@@ -67,5 +67,6 @@ __all__ = [
     "TrainConfig",
     "TuningConfig",
     "from_dict",
+    "student_of",
     "to_dict",
 ]

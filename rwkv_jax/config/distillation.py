@@ -11,7 +11,7 @@ from rwkv_jax.config.objective import WITH_TEACHER, ObjectiveName
 if TYPE_CHECKING:
     from rwkv_jax.config.run import TrainConfig
 
-_OF_OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {"teacher": WITH_TEACHER}
+_OF_OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {"teacher": WITH_TEACHER, "copy": WITH_TEACHER}
 """Objectives that read a field; the others are read by distill alone."""
 
 
@@ -22,6 +22,9 @@ class DistillationConfig:
     teacher: str | None = None
     """The teacher's weights: a run of any architecture, or whatever else `from_pretrained` reads. It must have been
     trained with the run's tokenizer."""
+    copy: bool = False
+    """Begins with the teacher's parameters wherever the student has the same ones; time mixing (model.rwkv_layers)
+    takes the projections of the attention in whose place it is (docs/conversion.md)."""
     temperature: float = 1.0
     """Divides the logits of both models in the KL divergence, which is multiplied by its square (arXiv 1503.02531)."""
     kl_weight: float = 1.0
@@ -63,6 +66,24 @@ class DistillationConfig:
             "distillation.top_k",
             self.top_k,
             f"must be at most model.vocab_size = {run.model.vocab_size}",
+        )
+        require(
+            not self.copy or run.initial_weights is None,
+            "distillation.copy",
+            self.copy,
+            "begins with the teacher's parameters, and initial_weights names others; leave one of them out",
+        )
+        require(
+            objective != "align" or not run.training.carry_state,
+            "training.carry_state",
+            run.training.carry_state,
+            "alignment reads each row by itself; switch it off",
+        )
+        require(
+            objective != "align" or not run.tuning.is_partial,
+            "training.objective",
+            objective,
+            "alignment trains the mixers of a whole model; leave tuning out",
         )
         if objective in WITH_TEACHER:
             require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from rwkv_jax.checks import checker, is_number, is_whole, require_choices, require_positive
@@ -53,6 +54,20 @@ _FIELDS_OF_SOME = {
 """Fields that not every generation has (`GenerationSpec.own_fields`), and what the message says the others lack."""
 
 
+def student_of(teacher: ModelConfig, rwkv_layers: Sequence[int] | None = None) -> ModelConfig:
+    """The model that a Transformer is converted into: its own sizes, with time mixing in the place of attention.
+
+    Args:
+      rwkv_layers: the layers in which it is; None is all of them.
+
+    Raises:
+      ConfigError: as `ModelConfig`, such as for an architecture without attention.
+    """
+    layers = tuple(range(teacher.num_layers)) if rwkv_layers is None else tuple(rwkv_layers)
+    room = None if len(layers) == teacher.num_layers else teacher.context_length
+    return dataclasses.replace(teacher, rwkv_layers=layers, context_length=room)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The generation and the shape of a language model."""
@@ -88,7 +103,7 @@ class ModelConfig:
     context_length: int | None = None
     """S: maximum tokens of a text in a Transformer's or Llama's state; None is 2048. RWKV has no limit."""
     rwkv_layers: tuple[int, ...] = ()
-    """Layers of a Transformer, from 0, that have RWKV-7's time mixing in the place of attention (docs/distillation.md):
+    """Layers of a Transformer, from 0, that have RWKV-7's time mixing in the place of attention (docs/conversion.md):
     a hybrid, or, if these are all layers, a model with a state of constant size and no context_length."""
     attention_heads: int | None = None
     """H of a Llama: heads of its queries, whose head_dim need not add up to the width; None is width / head_dim."""

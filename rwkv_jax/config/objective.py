@@ -7,10 +7,10 @@ from typing import Literal
 
 from rwkv_jax.checks import checker, is_number, require, require_choices
 
-ObjectiveName = Literal["next_token", "distill", "dpo", "orpo", "simpo", "kto", "grpo"]
-OF_TEXT: tuple[ObjectiveName, ...] = ("next_token", "distill")
+ObjectiveName = Literal["next_token", "distill", "align", "dpo", "orpo", "simpo", "kto", "grpo"]
+OF_TEXT: tuple[ObjectiveName, ...] = ("next_token", "distill", "align")
 """Objectives that read rows of text, of whatever data."""
-WITH_TEACHER: tuple[ObjectiveName, ...] = ("distill",)
+WITH_TEACHER: tuple[ObjectiveName, ...] = ("distill", "align")
 """Objectives that learn from a teacher."""
 PREFERENCES: tuple[ObjectiveName, ...] = ("dpo", "orpo", "simpo", "kto")
 """Objectives that read preferences."""

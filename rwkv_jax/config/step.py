@@ -103,9 +103,10 @@ class StepConfig:
     """Steps: their number, batch, sequence and memory settings."""
 
     objective: ObjectiveName = "next_token"
-    """What is minimized: next_token; distill, the divergence from a teacher (settings in `distillation`); a loss of
-    preferences: dpo (arXiv 2305.18290), orpo (2403.07691), simpo (2405.14734) or kto (2402.01306), whose settings
-    are in `preference`; or of rewards: grpo (2402.03300), whose settings are in `grpo`."""
+    """What is minimized: next_token; distill, the divergence from a teacher, or align, the distance of mixers from its
+    attention (settings in `distillation`); a loss of preferences: dpo (arXiv 2305.18290), orpo (2403.07691), simpo
+    (2405.14734) or kto (2402.01306), whose settings are in `preference`; or of rewards: grpo (2402.03300), whose
+    settings are in `grpo`."""
     num_steps: int = 1000
     """Optimizer steps in the whole run. RWKV-LM: epoch_count, my_exit_tokens."""
     first_step: int = 0

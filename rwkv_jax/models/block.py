@@ -69,6 +69,13 @@ class Block(nnx.Module):
         y, state = self.att.mix(x, state=state, context=context)
         return TimeMixOutput(y, v_first, state)
 
+    def mix_branch(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> TimeMixOutput:
+        """The branch of time mixing on the residual stream x [B, T, C], not yet added to it; any block's state."""
+        if self.is_first:
+            x = self.ln0(x)
+        y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
+        return self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
+
     def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
         """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
         if self.is_first:

@@ -296,12 +296,16 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
+        axes: MeshAxes = UNSHARDED,
+        gather_params: PartTransform = identity,
     ) -> HiddenOutput:
         """The output of every block, [L, B, T, C], and the next state; see `hidden`.
 
         The head's input is `ln_out` of the last one.
         """
-        _, state, streams = self._run(tokens, state, segment_ids, lengths, inputs_embeds, every_layer=True)
+        _, state, streams = self._run(
+            tokens, state, segment_ids, lengths, inputs_embeds, axes=axes, gather_params=gather_params, every_layer=True
+        )
         return HiddenOutput(streams, state)
 
     @property

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.models.block import BlockOutput
+from rwkv_jax.models.block import BlockOutput, TimeMixOutput
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
 from rwkv_jax.models.hybrid import TIME_MIX_AXES, HybridBlock, HybridModel, mix_tokens
 from rwkv_jax.models.language_model import Axes
@@ -359,6 +359,11 @@ class TransformerBlock(HybridBlock):
         self.ln2 = LayerNorm(config.width, config.parameter_dtype)
         self.set_mixer(config, kind, layer, rngs)
         self.ffn = FeedForward(config, rngs=rngs)
+
+    @override
+    def mix_branch(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> TimeMixOutput:
+        y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
+        return mix_tokens(self, y, state=state, v_first=v_first, context=context)
 
     @override
     def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:

@@ -23,6 +23,7 @@ from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.parallel.tuned import shard_tuned
 from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.objectives.align import Align, aligned_layers, mixers_of
 from rwkv_jax.training.objectives.distill import Distill
 from rwkv_jax.training.objectives.grpo import GRPO, GroupBatch
 from rwkv_jax.training.objectives.next_token import NextToken
@@ -236,10 +237,13 @@ def make_train_functions(
         named = named | {name: part for name, part in params.items() if name not in named}
         sharded = shard_tuned(sharded, config.tuning, config.model, params)
         group = functools.partial(tuned_group, config.tuning, group)
+    teacher = read_teacher(config, mesh)
     if partition is None:
         partition = tuned_partition(config.tuning, config.model)
+        if config.training.objective == "align":
+            assert teacher is not None  # as the config has checked
+            partition = mixers_of(aligned_layers(config.model, teacher.config), config.model.num_layers)
     partition = without_frozen(partition, named, config.optimizer.rates)
-    teacher = read_teacher(config, mesh)
     if teacher is not None:
         params, sharded = params | {TEACHER: teacher.shapes}, with_teacher(sharded, teacher)
         partition = functools.partial(_beside_teacher, partition)
@@ -351,6 +355,9 @@ def _named_objective(
 ) -> Callable[[RunModel, ShardedModel, StepConfig], Objective]:
     if config.training.objective == "next_token":
         return NextToken
+    if config.training.objective == "align":
+        assert teacher is not None  # as the config has checked
+        return functools.partial(Align, teacher=teacher)
     if config.training.objective == "distill":
         assert teacher is not None  # as the config has checked
         return functools.partial(Distill, distillation=config.distillation, teacher=teacher)

@@ -14,6 +14,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, fits_model
 from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.run_folder import run_config
+from rwkv_jax.training.copying import check_copy, copied_params
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import check_tensors, place_params
@@ -48,6 +49,8 @@ def read_teacher(config: TrainConfig, mesh: Mesh | None = None) -> TeacherModel 
     chosen = {name: getattr(config.model, name) if alike else None for name in IMPLEMENTATIONS}
     model = dataclasses.replace(model, dtype=config.model.dtype, **chosen)
     check_rows(model, config)
+    if config.distillation.copy:
+        check_copy(model, config.model, source)
     graphdef, shapes = abstract_model(model)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     try:
@@ -143,6 +146,16 @@ def teacher_digest(config: TrainConfig) -> str | None:
     """The digest of the teacher's numbers; None without one. Reads all of them."""
     source = config.distillation.teacher
     return None if source is None else weights_digest(_open(source).tensors)
+
+
+def begin_with_teacher(config: TrainConfig, drawn: Any, shardings: Any) -> Any:
+    """A student's first parameters, of which its teacher has some (`distillation.copy`).
+
+    Args:
+      drawn: nested dict of random ones, on the devices; shardings: where each goes.
+    """
+    assert config.distillation.teacher is not None  # as the config has checked
+    return copied_params(_open(config.distillation.teacher).tensors, config.model, drawn, shardings)
 
 
 def place_teacher(source: str, model: ModelConfig, shapes: Any, shardings: Any) -> Any:

@@ -20,7 +20,7 @@ from rwkv_jax.training.functions import TrainFunctions, initial_state
 from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.run_model import TEACHER
 from rwkv_jax.training.state import TrainState
-from rwkv_jax.training.teacher import place_teacher
+from rwkv_jax.training.teacher import begin_with_teacher, place_teacher
 from rwkv_jax.tuning.initial import initial_adapter, with_magnitudes
 from rwkv_jax.tuning.pretrained_state import open_first_state
 from rwkv_jax.weights.base import place_base
@@ -108,7 +108,8 @@ def _own_params(config: TrainConfig, trainer: TrainFunctions) -> Any:
     where = {name: x for name, x in trainer.state_shardings.params.items() if name != TEACHER}
     if config.initial_weights is not None:
         return initial_params(config.initial_weights, config.model, where)
-    return jax.device_put(jax.jit(trainer.draw_params)(jax.random.key(config.seed)), where)
+    drawn = jax.jit(trainer.draw_params)(jax.random.key(config.seed))
+    return begin_with_teacher(config, drawn, where) if config.distillation.copy else jax.device_put(drawn, where)
 
 
 def first_params(config: TrainConfig, trainer: TrainFunctions, tokenizer: Tokenizer | None = None) -> Any:

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,22 +181,35 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
             tensors = add_unused(weights.tensors, own) if unused else without_unused(weights.tensors)
             weights = weights._replace(tensors=tensors)
             own = dataclasses.replace(own, unused_value_residual=unused)
-        found, wanted = (dataclasses.asdict(each.resolved()) for each in (own, config))
-        ignored = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length"} | (
-            set() if config.spec.has_heads else {"head_dim"}
-        )
-        # A default that another architecture does not have goes with the other one.
-        differences = [
-            name
-            for name, value in found.items()
-            if name not in ignored and value != wanted[name] and value != getattr(config, name)
-        ]
-        if differences:
-            listed = ", ".join(f"model.{name} = {wanted[name]} here and {found[name]} there" for name in differences)
-            flags = " ".join(_flag(name, found[name]) for name in differences)
-            raise WeightsError(f"these weights are of another model: {listed}; to start from them: {flags}")
+        if difference := model_difference(own, config):
+            raise WeightsError(f"these weights are of another model: {difference}")
         check_tensors(weights.tensors, config)
     return weights
+
+
+def model_difference(found: ModelConfig, wanted: ModelConfig, ignored: Collection[str] = ()) -> str | None:
+    """The fields in which a model differs from that of weights, and the flags with which it would not; None for none.
+
+    Args:
+      found: the model of the weights.
+      ignored: further fields that may differ. (Implementations, dtype, first values and room may.)
+    """
+    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length", *ignored}
+    if not wanted.spec.has_heads:
+        free.add("head_dim")
+    there, here = (dataclasses.asdict(each.resolved()) for each in (found, wanted))
+    # A default that another architecture does not have goes with the other one.
+    differences = [
+        name
+        for name, value in there.items()
+        if name not in free and value != here[name] and value != getattr(wanted, name)
+    ]
+    if not differences:
+        return None
+    # What weights lack altogether follows from another difference, if there is one: a size of other layers.
+    differences = [name for name in differences if there[name] is not None] or differences
+    listed = ", ".join(f"model.{x} = {_shown(here[x])} here and {_shown(there[x])} there" for x in differences)
+    return f"{listed}; to start from them: {' '.join(_flag(name, there[name]) for name in differences)}"
 
 
 def open_model(path: Path, *, warn: bool = True) -> Weights:
@@ -220,7 +233,12 @@ def _flag(name: str, value: Any) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{name}" if value else f"--model.no-{name}"
-    return f"--model.{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"--model.{name} {_shown(value)}".rstrip()
+
+
+def _shown(value: Any) -> Any:
+    """A field's value as flags have it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def load_run(

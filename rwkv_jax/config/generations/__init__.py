@@ -32,7 +32,14 @@ from rwkv_jax.config.generations.base import (
 from rwkv_jax.config.generations.deltanet import DeltaNetSpec
 from rwkv_jax.config.generations.gated_deltanet import GatedDeltaNetSpec
 from rwkv_jax.config.generations.gla import GLASpec
-from rwkv_jax.config.generations.hybrid import HYBRID_KINDS, RWKV_LAYER, HybridSpec, hybrid_of, time_mix_config
+from rwkv_jax.config.generations.hybrid import (
+    HYBRID_KINDS,
+    RWKV_LAYER,
+    TIME_MIX_FIELDS,
+    HybridSpec,
+    hybrid_of,
+    time_mix_config,
+)
 from rwkv_jax.config.generations.llama import LlamaSpec
 from rwkv_jax.config.generations.lstm import LSTMSpec
 from rwkv_jax.config.generations.mamba2 import Mamba2Spec
@@ -48,6 +55,7 @@ __all__ = [
     "HYBRID_KINDS",
     "OTHER_ARCHITECTURES",
     "RWKV_LAYER",
+    "TIME_MIX_FIELDS",
     "Architecture",
     "Generation",
     "GenerationSpec",

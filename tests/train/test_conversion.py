@@ -1,0 +1,196 @@
+"""A Transformer converted into RWKV-7 in stages: copied, aligned, distilled, and trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax import from_pretrained
+from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, TrainConfig, student_of
+from rwkv_jax.models.context import SequenceContext
+from rwkv_jax.run_folder import load_run_tokenizer
+from rwkv_jax.training.batch import make_batch
+from rwkv_jax.training.copying import check_copy
+from rwkv_jax.training.functions import make_train_functions
+from rwkv_jax.training.loop import train
+from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.training.step import loss_and_gradients
+from rwkv_jax.training.tuned import new_state
+from tests.golden import QUICK, relative_error
+from tests.models.parameters import abstract, merge, random_params
+from tests.small_runs import assert_same_bits, small_config
+
+TEACHER = ModelConfig(
+    architecture="transformer", vocab_size=300, num_layers=3, width=32, head_dim=16, ffn_width=64, context_length=64
+)
+STUDENT = dataclasses.replace(student_of(TEACHER, (0, 2)), decay_rank=9)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The config of a Transformer's run that has ended."""
+    config = small_config(TEACHER, tmp_path_factory.mktemp("teacher"))
+    train(config)
+    return config
+
+
+def stage(taught: TrainConfig, name: str, objective: Any, model: ModelConfig = STUDENT, **fields: Any) -> TrainConfig:
+    """The config of a student's run."""
+    copy = fields.pop("copy", False)
+    teacher = None if objective == "next_token" else taught.run_dir
+    return dataclasses.replace(
+        taught,
+        run_dir=str(Path(taught.run_dir).parent / name),
+        model=model,
+        data=dataclasses.replace(taught.data, tokenizer=taught.run_dir),
+        distillation=DistillationConfig(teacher, copy=copy),
+        training=dataclasses.replace(taught.training, objective=objective, num_steps=8, **fields.pop("training", {})),
+        optimizer=dataclasses.replace(taught.optimizer, learning_rate=3e-3, final_learning_rate=3e-3),
+        **fields,
+    )
+
+
+def test_a_student_begins_as_its_teacher(taught: TrainConfig) -> None:
+    config = stage(taught, "copied", "align", copy=True)
+    params = new_state(config, make_train_functions(config), load_run_tokenizer(Path(taught.run_dir))).params
+    teacher = params.pop("teacher")
+    for part in ("emb", "ln_out", "head"):
+        assert_same_bits(params[part], teacher[part])
+
+    def layer(params: Any, number: int, names: tuple[str, ...]) -> Any:
+        if number == 0:
+            return params["first_block"]
+        first = {"blocks": 1, **{name: int(name.split("_")[1]) for name in names if name != "blocks"}}
+        name = max((name for name in names if first[name] <= number), key=first.__getitem__)
+        return jax.tree.map(lambda x: x[number - first[name]], params[name])
+
+    for number in range(3):
+        own, its = layer(params, number, ("blocks_1_1", "blocks_2_2")), layer(teacher, number, ("blocks",))
+        for name in ("ln1", "ln2", "ffn"):
+            assert_same_bits(own[name], its[name])
+        if number == 1:
+            assert_same_bits(own["att"], its["att"])
+            continue
+        att = own["att"]
+        for mine, theirs in {"receptance": "query", "key": "key", "value": "value", "output": "output"}.items():
+            assert_same_bits(att[mine], its["att"][theirs])
+        for name in (*(f"x_{x}" for x in "rwkvag"), "k_a", "r_k", "w1", "a1", "g1"):
+            assert not np.any(att[name]), name
+        gate = jax.nn.sigmoid(0.0) * jnp.sum(att["g2"], axis=0)
+        np.testing.assert_allclose(gate, np.ones(32), rtol=0, atol=1e-6)
+        assert np.ptp(np.asarray(att["g2"]), axis=0).min() > 1e-3  # rows differ, or they would learn alike
+        decay = np.exp(-math.exp(-0.5) * np.asarray(jax.nn.sigmoid(att["w0"])))
+        assert 0.98 < decay.min() < decay.max() < 1
+        assert ("v0" in att) == (number > 0)
+        if number:
+            assert np.all(jax.nn.sigmoid(att["v0"]) < 0.01)
+
+
+def test_what_does_not_fit_the_teacher_is_refused_with_the_flags_that_do(taught: TrainConfig) -> None:
+    wider = dataclasses.replace(STUDENT, ffn_width=96, num_layers=4)
+    with pytest.raises(
+        ConfigError, match=r"model.num_layers = 4 here and 3 there, model.ffn_width = 96 here and 64"
+    ) as e:
+        make_train_functions(stage(taught, "no", "distill", wider, copy=True))
+    assert str(e.value).endswith("--model.num-layers 3 --model.ffn-width 64")
+    with pytest.raises(ConfigError, match=r"its layers 0 have time mixing.*: --model.rwkv-layers 0 2$"):
+        check_copy(student_of(TEACHER, (0,)), student_of(TEACHER, (2,)), "x")
+    with pytest.raises(ConfigError, match=r"model.decay_rank = 9 here and 32 there; .* --model.decay-rank 32$"):
+        check_copy(student_of(TEACHER, (0,)), STUDENT, "x")
+    with pytest.raises(ConfigError, match=r"model.rwkv_layers: no layer of the student has time mixing where"):
+        make_train_functions(stage(taught, "no", "align", TEACHER))
+    with pytest.raises(
+        ConfigError, match=r"model.width = 64: the layers of the teacher are aligned .* --model.width 32"
+    ):
+        make_train_functions(stage(taught, "no", "align", dataclasses.replace(STUDENT, width=64)))
+    with pytest.raises(ConfigError, match=r"distillation.copy = True: .* initial_weights names others"):
+        stage(taught, "no", "distill", copy=True, initial_weights=taught.run_dir)
+    with pytest.raises(ConfigError, match=r"distillation.copy = True: training.objective = 'next_token' does not read"):
+        stage(taught, "no", "next_token", copy=True)
+    with pytest.raises(ConfigError, match=r"rwkv_layers = 0 2 here and  there; .* --model.rwkv-layers$"):
+        train(stage(taught, "no", "next_token", initial_weights=taught.run_dir))
+
+
+def test_stages_follow_each_other(taught: TrainConfig) -> None:
+    """Each begins where the one before ended; alignment trains mixers alone, and goes on bit for bit."""
+    config = stage(taught, "s1", "align", copy=True)
+    first = new_state(config, make_train_functions(config), load_run_tokenizer(Path(taught.run_dir))).params
+    half = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=4))
+    train(half)
+    aligned = train(config).state.params
+    for part in ("emb", "ln_out", "head", "blocks_1_1"):
+        assert_same_bits(aligned[part], first[part])
+    assert_same_bits(aligned["first_block"]["ffn"], first["first_block"]["ffn"])
+    assert np.any(aligned["first_block"]["att"]["x_r"] != 0)
+    records = [record for record in read_metrics(Path(config.run_dir) / "metrics.jsonl") if record["kind"] == "train"]
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert records[0]["loss"] == pytest.approx((records[0]["layer_0"] + records[0]["layer_2"]) / 2, rel=1e-5)
+
+    distilled = stage(taught, "s2", "distill", initial_weights=config.run_dir)
+    train(distilled)
+    last = stage(taught, "s3", "next_token", initial_weights=distilled.run_dir, training={"sequence_length": 64})
+    result = train(last)
+    assert result.held_out is not None
+    student = from_pretrained(last.run_dir)
+    assert student.config.rwkv_layers == (0, 2)
+    np.testing.assert_array_equal(student.emb.weight[...], result.state.params["emb"]["weight"])
+
+
+def test_the_loss_of_alignment_is_its_formula(float64: None, taught: TrainConfig) -> None:
+    """And its gradient, in float64: each layer on the teacher's own residual stream."""
+    model = dataclasses.replace(STUDENT, dtype="float64")
+    config = stage(taught, "formula", "align", model, training={"batch_size": 2, "sequence_length": 12})
+    trainer = make_train_functions(config)
+    own, teacher_config = random_params(model), dataclasses.replace(TEACHER, dtype="float64")
+    params = jax.tree.map(jnp.asarray, {**own, "teacher": random_params(teacher_config, 1)})
+    rows = np.random.default_rng(3).integers(1, 300, (2, 13)).astype(np.int32)
+    rows[1, 5] = 0
+    mask = np.random.default_rng(4).integers(0, 2, (2, 12)).astype(np.float32)
+    batch = make_batch(rows, end_of_text=0, mask=mask)
+    trained, frozen = split_params(params, trainer.partition)
+    assert {path[1].key for path, _ in jax.tree.leaves_with_path(trained)} == {"att"}
+    assert set(trained) == {"first_block", "blocks_2_2"}
+
+    def formula(trained: Any) -> jax.Array:
+        student: Any = merge(model, {**own, **{name: {**own[name], **part} for name, part in trained.items()}})
+        teacher: Any = merge(teacher_config, params["teacher"])
+        context = SequenceContext(batch.segment_ids)
+        x, v_first, losses = teacher.emb(batch.tokens, "float64"), None, []
+        for number in range(3):
+            block, other = teacher.block(number), student.block(number)
+            y = block.ln1(x)
+            expected = block.att.mix(y, state=None, context=context).y
+            if number in model.rwkv_layers:
+                state = other.att.initial_state(2)
+                mixed = other.att.mix_with_residual(other.ln1(x), state=state, v_first=v_first, context=context)
+                v_first = mixed.v_first if v_first is None else v_first
+                distance = jnp.sqrt(jnp.sum((mixed.y - expected) ** 2, axis=-1))
+                losses.append(jnp.sum(distance * mask) / mask.sum())
+            x = x + expected
+            x = x + block.ffn(block.ln2(x))
+        return jnp.mean(jnp.stack(losses))
+
+    def by_objective(trained: Any) -> Any:
+        return loss_and_gradients(trained, frozen, batch, None, trainer.objective, trainer.sharded)
+
+    (loss, _), gradients, _ = jax.jit(by_objective, compiler_options=QUICK)(trained)
+    expected, by_formula = jax.jit(jax.value_and_grad(formula), compiler_options=QUICK)(trained)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # reported in float32
+    for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(by_formula), strict=True):
+        assert relative_error(x, y) < 1e-6
+
+
+def test_a_run_of_any_architecture_begins_with_another_one(taught: TrainConfig) -> None:
+    config = stage(taught, "again", "next_token", TEACHER, initial_weights=taught.run_dir)
+    state = new_state(config, make_train_functions(config), load_run_tokenizer(Path(taught.run_dir)))
+    trained = from_pretrained(taught.run_dir)
+    np.testing.assert_array_equal(state.params["head"]["weight"], trained.head.weight[...])
+    assert set(abstract(TEACHER)[1]) == set(state.params)
