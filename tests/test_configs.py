@@ -23,6 +23,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 RUN_HERE = [path for path in CONFIGS if path.name.startswith("python_stdlib")]
 TUNED = [path for path in CONFIGS if path.name.startswith("tune")]
 CHATS = [path for path in CONFIGS if path.name.startswith("chat")]
+PREFERENCES = [path for path in CONFIGS if path.name.startswith("dpo")]
 SYNTHETIC = [path for path in CONFIGS if path.name.startswith("synthetic")]
 """tests/test_recipes.py has the others, which were planned and never run."""
 
@@ -55,6 +56,15 @@ def test_docstring_of_chats_gives_the_commands_and_what_was_seen(path: Path) -> 
     assert f"python configs/{path.name}" in docstring
     assert f"rwkv train configs/{path.name}" in docstring
     assert re.search(r"Seen on .*minutes.*nats a token that counts", docstring, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", PREFERENCES, ids=lambda path: path.name)
+def test_docstring_of_preferences_gives_the_commands_and_what_was_seen(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert "python -m examples.docstrings.pairs" in docstring
+    assert f"rwkv train configs/{path.name}" in docstring
+    assert re.search(r"Seen on .*minutes.*accuracy.*margin", docstring, re.DOTALL)
 
 
 @pytest.mark.parametrize("path", SYNTHETIC, ids=lambda path: path.name)
