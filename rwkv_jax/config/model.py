@@ -103,8 +103,9 @@ class ModelConfig:
     context_length: int | None = None
     """S: maximum tokens of a text in a Transformer's or Llama's state; None is 2048. RWKV has no limit."""
     rwkv_layers: tuple[int, ...] = ()
-    """Layers of a Transformer, from 0, that have RWKV-7's time mixing in the place of attention (docs/conversion.md):
-    a hybrid, or, if these are all layers, a model with a state of constant size and no context_length."""
+    """Layers of a Transformer or Llama, from 0, that have RWKV-7's time mixing in the place of attention
+    (docs/conversion.md): a hybrid, or, if these are all layers, a model with a state of constant size and no
+    context_length."""
     attention_heads: int | None = None
     """H of a Llama: heads of its queries, whose head_dim need not add up to the width; None is width / head_dim."""
     kv_heads: int | None = None

@@ -33,6 +33,23 @@ ALL = dataclasses.replace(TRANSFORMER, num_layers=3, rwkv_layers=(0, 1, 2), cont
 SOME = dataclasses.replace(TRANSFORMER, num_layers=4, rwkv_layers=(1, 2), **RANKS)
 CONFIGS = [pytest.param(ALL, id="all"), pytest.param(SOME, id="some")]
 FIRST = dataclasses.replace(SOME, rwkv_layers=(0, 3))
+LLAMA = ModelConfig(
+    architecture="llama",
+    vocab_size=41,
+    num_layers=3,
+    width=32,
+    head_dim=8,
+    ffn_width=48,
+    kv_heads=2,
+    qkv_bias=True,
+    qk_norm=True,
+    tied_head=True,
+    context_length=24,
+    dtype="float64",
+    rwkv_layers=(1, 2),
+    **RANKS,
+)
+"""Its value residual takes the values of grouped heads."""
 ROWS, TIME = TOKENS.shape
 
 
@@ -116,7 +133,7 @@ def test_layers_are_stacked_by_runs_of_equal_ones() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [ALL, SOME, FIRST, ModelConfig("7", 50304, 12, 768, architecture="transformer", rwkv_layers=(0, 3, 4, 11))],
+    [ALL, SOME, FIRST, LLAMA, ModelConfig("7", 50304, 12, 768, architecture="transformer", rwkv_layers=(0, 3, 4, 11))],
 )
 def test_counts(config: ModelConfig) -> None:
     shapes = abstract(config)[1]
@@ -126,6 +143,7 @@ def test_counts(config: ModelConfig) -> None:
     attention = 2 * config.width * (64 + 1)
     added = config.num_parameters() - plain.num_parameters()
     vectors = config.width * (14 * len(config.rwkv_layers) - (0 in config.rwkv_layers))
+    vectors -= len(config.rwkv_layers) * plain.spec.attention_vectors(plain)
     expected = 2 * (added - vectors) + len(config.rwkv_layers) * (recurrence - attention)
     assert config.flops_per_token(64) - plain.flops_per_token(64) == expected
     arrays = [x for layer in range(config.num_layers) for x in config.spec.layer_state(config, layer)]
@@ -153,7 +171,7 @@ def test_initial_values_and_groups_are_those_of_both() -> None:
 # State
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, pytest.param(LLAMA, id="llama")])
 def test_prefill_and_decoding_are_the_whole_text(float64: None, config: ModelConfig) -> None:
     """With layers stacked and each by itself, of rows at positions of their own."""
     expected, end = run(config, TOKENS)
@@ -235,9 +253,19 @@ def test_a_cache_beside_states_has_as_much_room_as_any(float64: None) -> None:
         ({"rwkv_layers": (-1, 1)}, "must be layers from 0 to L - 1 = 2"),
         ({"rwkv_layers": (0, 1, 2), "context_length": 9}, "model.context_length = 9: no layer has attention"),
         ({"rwkv_layers": (1,), "mix_rank": 9}, r"model.mix_rank = 9: Transformer/RWKV-7 hybrid has no such size, only"),
+        (
+            {"architecture": "llama", "attention_heads": 8, "rwkv_layers": (1,)},
+            r"model.rwkv_layers = \(1,\): time mixing has as many heads as fit the width, 32 / 8, and attention 8",
+        ),
         ({"decay_rank": 9}, "model.decay_rank = 9: Transformer has no such size, only RWKV-6 and 7"),
-        ({"architecture": "gla", "rwkv_layers": (1,)}, "GLA has no such choice, only a Transformer; leave it out"),
-        ({"architecture": "rwkv", "rwkv_layers": (1,)}, "RWKV-7 has no such choice, only a Transformer; leave it out"),
+        (
+            {"architecture": "gla", "rwkv_layers": (1,)},
+            "GLA has no such choice, only a Transformer and a Llama",
+        ),
+        (
+            {"architecture": "rwkv", "rwkv_layers": (1,)},
+            "RWKV-7 has no such choice, only a Transformer and a Llama",
+        ),
     ],
 )
 def test_what_no_hybrid_can_be(fields: dict[str, Any], message: str) -> None:

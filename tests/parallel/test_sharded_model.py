@@ -86,6 +86,12 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
 
 
 @pytest.mark.long
+def test_a_mesh_changes_nothing_of_alignment() -> None:
+    """In float64, but for what is reported in float32; of rows of several documents, of which some tokens count."""
+    assert run_on_eight_devices("alignment") < 1e-6
+
+
+@pytest.mark.long
 def test_the_mean_is_over_what_counts_on_all_devices() -> None:
     assert_equal_to_one_device("7", "float64", tuple(f"{mesh}:chats" for mesh in MIXED))
 

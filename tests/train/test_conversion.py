@@ -17,7 +17,7 @@ from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, TrainC
 from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.run_folder import load_run_tokenizer
 from rwkv_jax.training.batch import make_batch
-from rwkv_jax.training.copying import check_copy
+from rwkv_jax.training.copying import check_copy, copied_params
 from rwkv_jax.training.functions import make_train_functions
 from rwkv_jax.training.loop import train
 from rwkv_jax.training.partition import split_params
@@ -25,7 +25,7 @@ from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import loss_and_gradients
 from rwkv_jax.training.tuned import new_state
 from tests.golden import QUICK, relative_error
-from tests.models.parameters import abstract, merge, random_params
+from tests.models.parameters import abstract, merge, random_params, to_official
 from tests.small_runs import assert_same_bits, small_config
 
 TEACHER = ModelConfig(
@@ -92,6 +92,39 @@ def test_a_student_begins_as_its_teacher(taught: TrainConfig) -> None:
         assert ("v0" in att) == (number > 0)
         if number:
             assert np.all(jax.nn.sigmoid(att["v0"]) < 0.01)
+
+
+def test_heads_that_queries_share_are_repeated() -> None:
+    """Of a Llama, whose norms of queries and biases time mixing does not have."""
+    llama = ModelConfig(
+        architecture="llama",
+        vocab_size=40,
+        num_layers=3,
+        width=32,
+        head_dim=8,
+        kv_heads=2,
+        qkv_bias=True,
+        qk_norm=True,
+        tied_head=True,
+    )
+    student = student_of(llama)
+    check_copy(llama, student, "x")
+    teacher = to_official(llama, random_params(llama))
+    drawn = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract(student)[1])
+    where = jax.tree.map(lambda x: x.sharding, drawn)
+    found = to_official(student, copied_params(teacher, student, drawn, where))
+    assert not {"head.weight", "blocks.1.att.key.bias"} & set(found)
+    for name in ("emb.weight", "ln_out.weight", "blocks.2.ffn.gate.weight", "blocks.1.ln2.weight"):
+        np.testing.assert_array_equal(found[name], teacher[name].astype(np.float32))
+    for layer in range(3):
+        of_layer = f"blocks.{layer}.att."
+        for name in ("key", "value"):
+            own = found[f"{of_layer}{name}.weight"].reshape(4, 8, 32)
+            its = teacher[f"{of_layer}{name}.weight"].astype(np.float32).reshape(2, 8, 32)
+            np.testing.assert_array_equal(own, its[[0, 0, 1, 1]])
+        np.testing.assert_array_equal(
+            found[f"{of_layer}receptance.weight"], teacher[f"{of_layer}query.weight"].astype(np.float32)
+        )
 
 
 def test_what_does_not_fit_the_teacher_is_refused_with_the_flags_that_do(taught: TrainConfig) -> None:

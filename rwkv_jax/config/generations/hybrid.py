@@ -89,6 +89,12 @@ class HybridSpec(GenerationSpec):
             "context_length",
             "no layer has attention, whose cache has a length; leave it out",
         )
+        check(
+            config.num_heads * config.head_dim == config.width,
+            "rwkv_layers",
+            f"time mixing has as many heads as fit the width, {config.width} / {config.head_dim}, and attention "
+            f"{config.num_heads}; leave it out, or take a teacher whose heads add up to its width",
+        )
         attention_config(config)  # which check themselves
         time_mix_config(config)
 

@@ -23,6 +23,7 @@ class LlamaSpec(TransformerSpec):
     model_class = "rwkv_jax.models.llama:Llama"
     own_fields = (
         "context_length",
+        "rwkv_layers",
         "attention_heads",
         "kv_heads",
         "rotary_base",
