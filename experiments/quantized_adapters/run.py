@@ -42,7 +42,7 @@ STAGES = {
     "moved": "float32's LoRA over it",
     "again": "LoRA merged, rounded again",
 }
-BASE = dataclasses.replace(compressed.SMALL, num_rows=1024, num_windows=128)
+BASE = dataclasses.replace(compressed.SMALL, num_rows=768, num_windows=96)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sizes:
     text: str = NUMPY
     held_out: float = 0.02
     rank: int = 8
-    num_steps: int = 150
+    num_steps: int = 120
     learning_rate: float = 4e-3
 
 
