@@ -117,7 +117,12 @@ def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], place: str) -> None:
+def refuse_difference(
+    saved: Mapping[str, Any],
+    present: Mapping[str, Any],
+    place: str,
+    what: str = "another run; use its settings to resume it, or name another run_dir",
+) -> None:
     """Raises ConfigError with a table of the fields in which the saved and current identities differ."""
 
     def shown(fields: Mapping[str, Any], name: str) -> str:
@@ -131,7 +136,7 @@ def refuse_difference(saved: Mapping[str, Any], present: Mapping[str, Any], plac
         return
     rows.insert(0, ("field", "saved", "now"))
     table = format_table(rows, "<<<")
-    raise ConfigError(f"{place} holds another run; use its settings to resume it, or name another run_dir:\n{table}")
+    raise ConfigError(f"{place} holds {what}:\n{table}")
 
 
 def prepare_run_dir(run_dir: Path) -> dict[str, Any] | None:

@@ -68,18 +68,37 @@ def test_a_kill_leaves_no_trace(place: Workplace, unbroken: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_kill_leaves_no_trace_in_an_adapter(place: Workplace, unbroken: Path, tmp_path: Path) -> None:
-    """LoRA with dropout, of which no checkpoint holds the base."""
-    tuning = f"initial_weights={str(unbroken)!r}, tuning=TuningConfig('lora', rank=4, dropout=0.2, also=('ln',)),\n"
-    config = CONFIG.replace("        model=", f"        {tuning}        model=")
+@pytest.mark.parametrize(
+    ("fields", "changes", "said"),
+    [
+        (
+            "initial_weights={base!r}, tuning=TuningConfig('lora', rank=4, dropout=0.2, also=('ln',))",
+            {},
+            "trained: lora of rank 4, ln",
+        ),
+        (
+            "distillation=DistillationConfig({base!r}, temperature=2.0, top_k=50)",
+            {"batch_size=4": "batch_size=4, objective='distill', carry_state=True"},
+            "teacher, frozen: ",
+        ),
+    ],
+    ids=["LoRA with dropout", "a teacher whose state is carried"],
+)
+def test_a_kill_leaves_no_trace_of_runs_whose_checkpoints_lack_a_part(
+    place: Workplace, unbroken: Path, tmp_path: Path, fields: str, changes: dict[str, str], said: str
+) -> None:
+    """The base of an adapter, or a teacher."""
+    config = CONFIG.replace("        model=", f"        {fields.format(base=str(unbroken))},\n        model=")
     config = config.replace("held_out=0.2", f"held_out=0.2, tokenizer={str(unbroken)!r}")
+    for old, new in changes.items():
+        config = config.replace(old, new)
     own = Workplace(tmp_path, place.folder / "programs", config)
     whole, run_dir = own.folder / "whole", own.folder / "killed"
     own.finish(own.command(whole), whole)
     kill_one([own.start(own.command(run_dir), run_dir)], 0, run_dir, 6, random.Random(3))
     own.finish(own.command(run_dir), run_dir)
     own.assert_same_end(whole, run_dir)
-    assert "trained: lora of rank 4, ln" in read_log(run_dir)
+    assert said in read_log(run_dir)
 
 
 @pytest.mark.long

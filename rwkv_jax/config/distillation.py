@@ -33,6 +33,9 @@ class DistillationConfig:
     """Weight of the cross-entropy of the text's own next tokens."""
     top_k: int | None = None
     """The teacher's most likely tokens that the divergence tells apart; all others count as one. None is all tokens."""
+    stored: str | None = None
+    """Folder of the teacher's top_k most likely tokens for all rows of the run, which then does without the teacher.
+    With a teacher, what is missing there is computed before the first step."""
 
     def __post_init__(self) -> None:
         check = checker(self, "distillation")
@@ -85,10 +88,33 @@ class DistillationConfig:
             objective,
             "alignment trains the mixers of a whole model; leave tuning out",
         )
+        if self.stored is not None:
+            self._check_stored(run)
         if objective in WITH_TEACHER:
             require(
-                self.teacher is not None,
+                self.teacher is not None or self.stored is not None,
                 "distillation.teacher",
                 self.teacher,
                 f"training.objective = {objective!r} learns from a teacher; name its weights",
             )
+
+    def _check_stored(self, run: TrainConfig) -> None:
+        check = checker(self, "distillation")
+        check(self.stored != "", "stored", "name a folder, or leave it out")
+        check(
+            self.top_k is not None,
+            "top_k",
+            "a whole distribution of each token is not stored; say how many tokens, such as 64",
+        )
+        check(
+            not self.copy,
+            "copy",
+            "the run does without the teacher; begin with --initial-weights, or leave distillation.stored out",
+        )
+        require(
+            not run.training.carry_state,
+            "training.carry_state",
+            run.training.carry_state,
+            "rows that go on have all text before them as context, and distillation.stored has each step's rows by "
+            "themselves; switch it off, or leave distillation.stored out",
+        )

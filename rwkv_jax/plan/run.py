@@ -26,6 +26,8 @@ from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
 from rwkv_jax.training.operator_choice import run_workload
 from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.run_model import TEACHER
+from rwkv_jax.training.teacher import read_teacher
 from rwkv_kernels.dispatch import Implementation, Problem
 
 
@@ -51,9 +53,11 @@ def plan_run(config: TrainConfig, topology: Topology) -> Plan:
     if mesh is None:
         here = SingleDeviceSharding(devices[0])
         state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (state, batch))
-    trained, frozen = split_params(state.params, trainer.partition)
+    own = {name: part for name, part in state.params.items() if name != TEACHER}
+    trained, frozen = split_params(own, trainer.partition)
     groups = {
         **({"base, frozen": frozen, "trained parameters": trained} if frozen else {"parameters": trained}),
+        **({} if trainer.teacher is None else {"teacher, frozen": state.params[TEACHER]}),
         "optimizer": state.opt_state,
         **({} if state.ema is None else {"averages": state.ema}),
         "carried state": state.recurrent_state,
@@ -142,6 +146,10 @@ def count_work(config: TrainConfig) -> Work:
         adapters = jax.tree.leaves(adapter_shapes(config.tuning, model))
         besides = [at(abstract_model(model)[1], path) for path in trained_in_full(config.tuning, model)]
         trained = 2 * flops + sum(6 * x.size for x in adapters) + sum(2 * x.size for x in besides)
+    if (teacher := read_teacher(config)) is not None:  # which has no backward pass, but its logits are computed again
+        trained += teacher.config.flops_per_token(training.sequence_length)
+        if training.loss_chunk is not None:
+            recomputed += 2 * teacher.config.vocab_size * teacher.config.width
     return Work(tokens, trained * tokens, recomputed * tokens, model.dtype)
 
 

@@ -28,6 +28,10 @@ class Batch(NamedTuple):
     """float32 [B, T], 1 where a target counts; None if all do."""
     dropout_keys: Any = None
     """uint32 [B, T], random numbers for the dropout of each token; None without dropout."""
+    teacher_ids: Any = None
+    """int32 [B, T, k], a stored teacher's most likely tokens; None without one."""
+    teacher_log_p: Any = None
+    """float16 [B, T, k + 1], their log-probabilities, and that of all others together."""
 
 
 def make_batch(
@@ -67,6 +71,7 @@ def batch_loader(
     training: StepConfig,
     end_of_text: int,
     dropout_seed: int | None = None,
+    teacher: Callable[[int, slice], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Callable[..., Batch]:
     """Makes a function that loads batches; each process reads only its own devices' rows.
 
@@ -75,6 +80,7 @@ def batch_loader(
       rows_sharding: of arrays [B].
       end_of_text: the token that begins each document.
       dropout_seed: of the random numbers for dropout; None without dropout.
+      teacher: (step, rows) -> a stored teacher's most likely tokens and their log-probabilities; None without one.
 
     Returns:
       (read, *, trains=False, step=0) -> Batch, where read maps a slice of the B rows to `Rows`; with `trains`, rows
@@ -97,16 +103,19 @@ def batch_loader(
                 )
                 if trains and dropout_seed is not None:
                     made = made._replace(dropout_keys=dropout_keys(dropout_seed, step, rows, shape[1]))
+                if trains and teacher is not None:
+                    ids, log_p = teacher(step, rows)
+                    made = made._replace(teacher_ids=ids, teacher_log_p=log_p)
                 parts[rows.start, rows.stop] = made
             return parts[rows.start, rows.stop]
 
-        def placed(name: str, ndim: int) -> Any:
-            sharding = rows_sharding if ndim == 1 else tokens_sharding
-            return global_array(sharding, shape[:ndim], lambda rows: getattr(part(rows), name))
+        def placed(name: str, sizes: tuple[int, ...]) -> Any:
+            sharding, whole = rows_sharding if len(sizes) == 1 else tokens_sharding, shape[: len(sizes)] + sizes[2:]
+            return global_array(sharding, whole, lambda rows: getattr(part(rows), name))
 
-        tokens = placed("tokens", 2)
+        tokens = placed("tokens", shape)
         some = next(iter(parts.values()))._replace(tokens=None)  # the others have the same fields
-        others = {name: None if value is None else placed(name, value.ndim) for name, value in some._asdict().items()}
+        others = {name: None if value is None else placed(name, value.shape) for name, value in some._asdict().items()}
         return Batch(**others | {"tokens": tokens})
 
     return load

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from rwkv_jax.config import PREFERENCES, WITH_REFERENCE, ConfigError, StepConfig, TrainConfig
+from rwkv_jax.config import PREFERENCES, WITH_REFERENCE, WITH_TEACHER, ConfigError, StepConfig, TrainConfig
 from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.models.implementations import check_implementations
 from rwkv_jax.models.tuned import is_kept, tuned_shapes
@@ -261,6 +261,7 @@ def make_train_functions(
             return own
         return {"model": own, TEACHER: teacher.run_model.model(teacher.shapes).initial_state(training.batch_size)}
 
+    learns_from_teacher = objective is None and training.objective in WITH_TEACHER
     functions = TrainFunctions(
         objective=(objective or _named_objective(config, teacher))(run_model, sharded, training),
         partition=partition,
@@ -273,7 +274,7 @@ def make_train_functions(
         empty_state=empty_state if training.carry_state else None,
         run_model=run_model,
         teacher=teacher,
-        evaluated=None if objective or teacher is None else NextToken(run_model, sharded, training),
+        evaluated=NextToken(run_model, sharded, training) if learns_from_teacher else None,
         first_step=training.first_step,
         accumulation_steps=training.accumulation_steps,
         offload_optimizer=config.parallel.offload_optimizer,
@@ -308,6 +309,8 @@ def initial_state(functions: TrainFunctions, seed: int, params: Any = None) -> T
             jax.random.key(seed), params
         )
         return jax.device_put(rest, functions.state_shardings._replace(params=None))._replace(params=params)
+    if functions.teacher is not None:
+        raise ConfigError("initial_state: a run with a teacher begins with both models' parameters; give them")
     # Two programs: the first is the same on every mesh except where it slices matrices.
     return jax.device_put(jax.jit(functions.init)(jax.random.key(seed)), functions.state_shardings)
 
@@ -347,7 +350,19 @@ def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Any:
         segment_ids=tokens if training.reset_at_documents else None,
         continues_previous=of_rows(jnp.bool_) if training.carry_state else None,
         dropout_keys=of_tokens(jnp.uint32) if config.tuning.dropout else None,
+        **_of_stored_teacher(functions, config),
     )
+
+
+def _of_stored_teacher(functions: TrainFunctions, config: TrainConfig) -> dict[str, Any]:
+    if config.distillation.stored is None:
+        return {}
+    shape = (config.training.batch_size, config.training.sequence_length)
+    top_k, where = config.distillation.top_k or 0, {"sharding": functions.tokens_sharding}
+    return {
+        "teacher_ids": jax.ShapeDtypeStruct((*shape, top_k), jnp.int32, **where),
+        "teacher_log_p": jax.ShapeDtypeStruct((*shape, top_k + 1), jnp.float16, **where),
+    }
 
 
 def _named_objective(
@@ -359,7 +374,6 @@ def _named_objective(
         assert teacher is not None  # as the config has checked
         return functools.partial(Align, teacher=teacher)
     if config.training.objective == "distill":
-        assert teacher is not None  # as the config has checked
         return functools.partial(Distill, distillation=config.distillation, teacher=teacher)
     if config.training.objective == "grpo":
         return functools.partial(GRPO, grpo=config.grpo)

@@ -41,7 +41,6 @@ from rwkv_jax.parallel.mesh import device_memory, make_mesh, mesh_shape
 from rwkv_jax.parallel.placement import memory_table
 from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.run_lock import lock_run
-from rwkv_jax.training.batch import batch_loader
 from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, make_train_functions
@@ -54,14 +53,15 @@ from rwkv_jax.training.reporting.profiling import StepProfiler
 from rwkv_jax.training.reporting.step_logger import StepLogger
 from rwkv_jax.training.reporting.throughput import Throughput
 from rwkv_jax.training.rollouts import RolloutRows
-from rwkv_jax.training.run_data import AnyCorpus, AnyRows, held_out_evaluation, open_data
+from rwkv_jax.training.run_data import AnyCorpus, AnyRows, held_out_evaluation, open_data, open_loader
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.stopping import stop_requests
+from rwkv_jax.training.stored_teacher import known_teacher
 from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
-from rwkv_jax.training.teacher import check_teacher_tokenizer, described_teacher, teacher_digest
+from rwkv_jax.training.teacher import check_teacher_tokenizer, described_teacher
 from rwkv_jax.training.tuned import (
     base_digest,
     check_identity,
@@ -136,15 +136,8 @@ def _train(
 
     # Data.
     corpus, rows = open_data(config, task, trainer, processes, console)
-    load = batch_loader(
-        trainer.tokens_sharding,
-        trainer.rows_sharding,
-        training,
-        corpus.tokenizer.end_of_text,
-        config.seed if config.tuning.dropout else None,
-    )
     check_teacher_tokenizer(config, corpus.tokenizer)
-    digests = (base_digest(config), first_state_digest(config), teacher_digest(config))
+    digests = (base_digest(config), first_state_digest(config), known_teacher(config))
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, *digests)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
     if restart and saved_run is not None:  # which all have read, and all agree on everything else
@@ -155,6 +148,7 @@ def _train(
         if processes.is_first:
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
+    load = open_loader(config, identity, corpus, rows, trainer, processes, console)
     choices = choose_operator(config, trainer.sharded.mesh, saved_run, processes, console.print)
     sampled = trainer.run_model  # single tokens are taken as the table has it
     if (chosen := with_choices(config, choices)) != config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,10 +22,11 @@ from rwkv_jax.held_out import Answers, HeldOut, Preferred, evaluate
 from rwkv_jax.parallel.coordination import run_on_first_process
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training.answers import answers_evaluation
-from rwkv_jax.training.batch import Batch
+from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.functions import TrainFunctions
 from rwkv_jax.training.own_rows import OwnCorpus, OwnRows, open_own_rows
 from rwkv_jax.training.reporting.console import Console
+from rwkv_jax.training.stored_teacher import open_stored
 
 AnyCorpus = Corpus | SyntheticCorpus | ChatCorpus | MixedCorpus | OwnCorpus
 AnyRows = TrainingRows | SyntheticRows | ChatRows | MixedRows | OwnRows
@@ -57,6 +58,39 @@ def open_data(
         magic_prime=config.data.magic_prime,
     )
     return corpus, rows
+
+
+def open_loader(
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    corpus: AnyCorpus,
+    rows: AnyRows,
+    trainer: TrainFunctions,
+    processes: Processes,
+    console: Console,
+) -> Callable[..., Batch]:
+    """`batch_loader` of a run, with what is stored of a teacher.
+
+    Raises:
+      ConfigError: as `open_stored`.
+    """
+    make = functools.partial(
+        batch_loader,
+        trainer.tokens_sharding,
+        trainer.rows_sharding,
+        config.training,
+        corpus.tokenizer.end_of_text,
+        config.seed if config.tuning.dropout else None,
+    )
+    if isinstance(rows, OwnRows):
+        return make()
+    load = make()
+
+    def read(step: int) -> Batch:
+        return load(functools.partial(rows.read, step))
+
+    stored = open_stored(config, identity, read, trainer.sharded.mesh, processes, console.print)
+    return load if stored is None else make(stored.read)
 
 
 def held_out_evaluation(

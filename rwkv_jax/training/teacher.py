@@ -36,15 +36,15 @@ class TeacherModel(NamedTuple):
 
 
 def read_teacher(config: TrainConfig, mesh: Mesh | None = None) -> TeacherModel | None:
-    """The teacher that a config names; reads names and shapes, no numbers.
+    """The teacher that a run has in memory; reads names and shapes, no numbers.
 
     Raises:
       ConfigError: it cannot read the run's rows or be split over its mesh, or there is none of that name.
     """
     source = config.distillation.teacher
-    if source is None:
+    if source is None or config.distillation.stored is not None:
         return None
-    model, dtype = _read_model(source)
+    model, dtype = read_model(source)
     alike = model.spec is config.model.spec
     chosen = {name: getattr(config.model, name) if alike else None for name in IMPLEMENTATIONS}
     model = dataclasses.replace(model, dtype=config.model.dtype, **chosen)
@@ -71,7 +71,7 @@ def with_teacher(sharded: ShardedModel, teacher: TeacherModel) -> ShardedModel:
     )
 
 
-def _read_model(source: str) -> tuple[ModelConfig, str]:
+def read_model(source: str) -> tuple[ModelConfig, str]:
     """A teacher's config, and the dtype of its parameters: that of all its tensors, or float32."""
     path = find_weights(source)
     if path.is_dir():
@@ -126,7 +126,7 @@ def check_teacher_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
     source = config.distillation.teacher
     if source is None:
         return
-    size = _read_model(source)[0].vocab_size
+    size = read_model(source)[0].vocab_size
     if not fits_model(tokenizer, size):
         raise ConfigError(
             f"distillation.teacher = {source!r}: has a vocabulary of {size}, and the run one of {tokenizer.vocab_size} "

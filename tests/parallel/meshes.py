@@ -2,7 +2,8 @@
 
 A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2. It may end in :other for the other options of a step,
 in :chats for micro-batches of rows of which different numbers of tokens count, which are compared with one batch, in
-:fused for the fused loss, which is compared with the plain one, or in a kind of adapter, which is trained alone.
+:fused for the fused loss, which is compared with the plain one, in a kind of adapter, which is trained alone, or in
+:distill or :topk for a teacher of another kind or size, with all or some of its tokens.
 """
 
 from __future__ import annotations
@@ -12,16 +13,27 @@ import json
 import re
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
-from rwkv_jax.config import DataConfig, ModelConfig, OptimizerConfig, StepConfig, TrainConfig, TuningConfig
+from rwkv_jax.config import (
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StepConfig,
+    TrainConfig,
+    TuningConfig,
+)
 from rwkv_jax.models.tuned import is_matrix
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
+from rwkv_jax.training import teacher as teachers
 from rwkv_jax.training.batch import dropout_keys, make_batch
 from rwkv_jax.training.functions import make_train_functions
 from rwkv_jax.training.partition import split_params
+from rwkv_jax.training.run_model import TEACHER
 from rwkv_jax.training.step import loss_and_gradients
 from rwkv_jax.weights.quantized import pack, packed_matrix
 from tests.golden import AS_USERS, QUICK, relative_error
@@ -59,8 +71,26 @@ ADAPTERS = {
 }
 
 
+TEACHERS = {
+    "distill": DistillationConfig("teacher", temperature=2.0, ce_weight=0.3),
+    "topk": DistillationConfig("teacher", temperature=0.7, ce_weight=0.3, top_k=9),
+}
+
+
+def teacher_of(generation: str, dtype: Any) -> ModelConfig:
+    """Another generation's, or another depth's if the student is none."""
+    kind = "transformer" if generation == "transformer" else "4"
+    return named_config(kind, dtype=dtype, **(SIZES | {"num_layers": 2, "width": 16, "head_dim": 2, "ffn_width": 32}))
+
+
 def config_of(
-    generation: str, dtype: Any, *, other: bool = False, chats: bool = False, adapter: str | None = None
+    generation: str,
+    dtype: Any,
+    *,
+    other: bool = False,
+    chats: bool = False,
+    adapter: str | None = None,
+    teacher: str | None = None,
 ) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
@@ -70,7 +100,9 @@ def config_of(
     return TrainConfig(
         model=named_config(generation, dtype=dtype, **SIZES, **RANKS[generation]),
         optimizer=OptimizerConfig(warmup_steps=0),
+        distillation=TEACHERS[teacher] if teacher else DistillationConfig(),
         training=StepConfig(
+            objective="distill" if teacher else "next_token",
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
@@ -78,7 +110,7 @@ def config_of(
             reset_at_documents=not other,
             loss_chunk=None if other else 7,
             remat="full" if other else "none",
-            l2wrap=1e-2,
+            l2wrap=0 if teacher else 1e-2,
         ),
         **of_base if adapter else {},
         tuning=ADAPTERS[adapter] if adapter else TuningConfig(),
@@ -134,6 +166,8 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
     params = parameters_for(config.model)
     if config.tuning.is_partial:
         params = with_adapters(params, trainer.params)
+    if trainer.teacher is not None:
+        params = params | {TEACHER: parameters_for(trainer.teacher.config)}
     draws = np.random.default_rng(6)
     carries = config.training.carry_state
     mask = None if carries else draws.integers(0, 2, (BATCH, TIME)).astype(np.float32)
@@ -192,17 +226,20 @@ def main() -> None:
         generation, dtype, name, *options = case.split(":")
         with jax.enable_x64(dtype == "float64"):
             adapter, chats = next((option for option in options if option in ADAPTERS), None), "chats" in options
-            config = config_of(generation, dtype, other="other" in options, chats=chats, adapter=adapter)
+            teacher = next((option for option in options if option in TEACHERS), None)
+            named = {"adapter": adapter, "teacher": teacher}
+            config = config_of(generation, dtype, other="other" in options, chats=chats, **named)
             alone = config
             if chats:
                 whole = dataclasses.replace(config.training, accumulation_steps=1)
                 alone = dataclasses.replace(config, training=whole)
-            if alone not in references:
-                references[alone] = results_on(alone, None)
             training = dataclasses.replace(config.training, fused_loss="fused" in options)
-            found[case] = errors(
-                results_on(dataclasses.replace(config, training=training), make_mesh(name)), references[alone]
-            )
+            patched = mock.patch.object(teachers, "read_model", return_value=(teacher_of(generation, dtype), dtype))
+            with patched:
+                ours = results_on(dataclasses.replace(config, training=training), make_mesh(name))
+                if alone not in references:
+                    references[alone] = results_on(alone, None)
+            found[case] = errors(ours, references[alone])
     json.dump(found, sys.stdout)
 
 

@@ -85,6 +85,19 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
     assert_equal_to_one_device(name, "float64", MIXED[:1] if name == "hybrid" else (*MIXED, f"{MIXED[0]}:other"))
 
 
+def test_meshes_change_nothing_of_a_student() -> None:
+    """Whose teacher has other sizes, and whose vocabulary is split as the teacher's is."""
+    mesh = MIXED[0]
+    assert_equal_to_one_device("transformer", "float64", (f"{mesh}:other:distill", f"{mesh}:other:topk"))
+
+
+@pytest.mark.long
+def test_meshes_change_nothing_of_a_student_whose_teacher_is_of_another_kind() -> None:
+    """Both models' states are carried, in micro-batches, on a mesh that splits time too."""
+    cases = tuple(f"{mesh}:{option}" for mesh in MIXED for option in ("distill", "topk"))
+    assert_equal_to_one_device("7", "float64", cases)
+
+
 @pytest.mark.long
 def test_a_mesh_changes_nothing_of_alignment() -> None:
     """In float64, but for what is reported in float32; of rows of several documents, of which some tokens count."""

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkv_jax.config import ConfigError, ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, StepConfig, TrainConfig
 from rwkv_jax.plan.costs import Collective, CollectiveKind
 from rwkv_jax.plan.devices import DEVICES, Topology, parse_topology
 from rwkv_jax.plan.planner import bandwidth, padded_bytes, total_collectives
@@ -206,6 +207,16 @@ def test_work_by_hand() -> None:
     assert count_work(pieces).recomputed_flops == 32 * model.flops_per_token()
     fused = dataclasses.replace(pieces, training=dataclasses.replace(pieces.training, fused_loss=True))
     assert count_work(fused).recomputed_flops == 32 * blocks
+    taught = dataclasses.replace(
+        pieces,
+        training=dataclasses.replace(pieces.training, objective="distill"),
+        distillation=DistillationConfig("teacher"),
+    )
+    teacher = dataclasses.replace(model, width=128)
+    with mock.patch("rwkv_jax.training.teacher.read_model", return_value=(teacher, "bfloat16")):
+        work = count_work(taught)  # it has no backward pass
+    assert work.model_flops == 32 * (3 * model.flops_per_token() + teacher.flops_per_token())
+    assert work.recomputed_flops == 32 * (model.flops_per_token() + 2 * 512 * 128)
 
 
 def test_float64_is_refused() -> None:

@@ -6,18 +6,21 @@ import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, ParallelConfig, StepConfig, TrainConfig
+from rwkv_jax.training import stored_teacher
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.run_model import TEACHER
 from rwkv_jax.training.teacher import check_rows
 from rwkv_jax.weights.pretrained import convert, from_pretrained
 from rwkv_jax.weights.tensors import WeightsError
-from tests.small_runs import assert_same_bits
-from tests.train.in_process import Run, other_tokenizer, restore, run
+from tests.small_runs import assert_same_bits, names_in
+from tests.train.in_process import Run, content, other_tokenizer, restore, run
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,82 @@ def test_a_transformer_teaches_rows_of_its_length_alone() -> None:
     padded = dataclasses.replace(own, vocab_size=320)
     with pytest.raises(ConfigError, match=r"parallel.tensor = 2: the teacher's vocabulary has 300 rows and .* = 320"):
         check_rows(teacher, TrainConfig(model=padded, parallel=ParallelConfig(tensor=2)))
+
+
+@pytest.fixture(scope="module")
+def storing(config: TrainConfig, finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that stores all of its teacher's tokens, three steps a file."""
+    folder = tmp_path_factory.mktemp("storing")
+    settings = DistillationConfig(str(finished.folder), temperature=2.0, top_k=300, stored=str(folder / "stored"))
+    own = distilled(config, finished, settings)
+    with mock.patch.object(stored_teacher, "_FILE_BYTES", 3 * 4 * 32 * (300 * 6 + 2)):
+        return run(own, folder / "run")
+
+
+def stored_in(storing: Run) -> Path:
+    return Path(str(storing.config.distillation.stored))
+
+
+def test_a_run_learns_from_what_is_stored_without_the_teacher(storing: Run, tmp_path: Path) -> None:
+    assert names_in(stored_in(storing)) == ["00000000.npy", "00000001.npy", "00000002.npy", "teacher.json"]
+    assert "the 300 most likely tokens of" in storing.output
+    config, settings = storing.config, storing.config.distillation
+    without = run(
+        dataclasses.replace(config, distillation=dataclasses.replace(settings, teacher=None)), tmp_path / "run"
+    )
+    assert TEACHER not in without.result.state.params
+    assert_same_bits(without.result.state, storing.result.state)
+    # As from the teacher itself, but for the rounding of what is stored.
+    present = dataclasses.replace(settings, stored=None, top_k=None)
+    taught = run(dataclasses.replace(config, distillation=present), tmp_path / "taught")
+    first, second = (
+        [record["kl"] for record in read_metrics(each.folder / "metrics.jsonl") if record["kind"] == "train"]
+        for each in (without, taught)
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+
+
+def test_what_is_missing_is_computed_again_and_nothing_else(storing: Run, tmp_path: Path) -> None:
+    """As after a kill: a file is either whole or not there."""
+    folder = Path(shutil.copytree(stored_in(storing), tmp_path / "stored"))
+    before = content(folder)
+    kept = (folder / "00000000.npy").stat().st_mtime_ns
+    (folder / "00000001.npy").unlink()
+    settings = dataclasses.replace(storing.config.distillation, stored=str(folder))
+    config = dataclasses.replace(storing.config, distillation=settings)
+    alone = dataclasses.replace(config, distillation=dataclasses.replace(settings, teacher=None))
+    with pytest.raises(ConfigError, match=r"00000001.npy: is missing.*; name the teacher, too"):
+        run(alone, tmp_path / "run")
+    shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=5))
+    assert "computing 1 files" in run(shorter, tmp_path / "run").output
+    assert content(folder) == before
+    assert (folder / "00000000.npy").stat().st_mtime_ns == kept
+    (folder / "00000001.npy").write_bytes(before["00000001.npy"][:-5000])
+    with pytest.raises(ConfigError, match=r"00000001.npy: cannot be read .*; delete it"):
+        run(alone, tmp_path / "other")
+
+
+def test_predictions_for_other_rows_or_of_another_teacher_are_refused(
+    storing: Run, finished: Run, tmp_path: Path
+) -> None:
+    config, settings = storing.config, storing.config.distillation
+
+    def refused(field: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=rf"holds predictions for another run.*(\n.*)*\n *{field} "):
+            run(dataclasses.replace(config, **changes), tmp_path / "run")
+
+    refused("distillation.temperature", distillation=dataclasses.replace(settings, temperature=1.0))
+    refused("seed", seed=1)
+    refused("training.sequence_length", training=dataclasses.replace(config.training, sequence_length=16))
+    convert(finished.folder, tmp_path / "rounded.safetensors", dtype="bfloat16")
+    other = dataclasses.replace(settings, teacher=str(tmp_path / "rounded.safetensors"))
+    refused("distillation.teacher", distillation=other)
+    nothing = dataclasses.replace(settings, teacher=None, stored=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"distillation.stored = .*holds no predictions .*; name the teacher, too"):
+        run(dataclasses.replace(config, distillation=nothing), tmp_path / "run")
+    whole = dataclasses.replace(settings, top_k=None)
+    with pytest.raises(ConfigError, match=r"distillation.top_k = None: a whole distribution of each token is not"):
+        dataclasses.replace(config, distillation=whole)
+    carried = dataclasses.replace(config.training, carry_state=True)
+    with pytest.raises(ConfigError, match=r"training.carry_state = True: rows that go on have all text before them"):
+        dataclasses.replace(config, training=carried)

@@ -11,6 +11,7 @@ over the teacher's most likely tokens and all others as one (`training/distillat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,13 @@ from jax import Array, lax
 from rwkv_jax.config import DistillationConfig, StepConfig
 from rwkv_jax.parallel.sharded_model import ShardedModel
 from rwkv_jax.training.batch import Batch
-from rwkv_jax.training.distillation_loss import Taught, sum_distillation, taught_by_logits
+from rwkv_jax.training.distillation_loss import (
+    Taught,
+    TopK,
+    sum_distillation,
+    taught_by_logits,
+    taught_by_top_k,
+)
 from rwkv_jax.training.objectives.next_token import count_tokens
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.training.step import LossSums
@@ -35,7 +42,8 @@ class Distill:
     config: StepConfig
     """Provides `remat` and `loss_chunk`."""
     distillation: DistillationConfig
-    teacher: TeacherModel
+    teacher: TeacherModel | None
+    """None if the batch has what it says."""
 
     def count(self, batch: Batch) -> Array:
         """Number of tokens that count."""
@@ -43,7 +51,7 @@ class Distill:
 
     def loss_sums(self, params: Any, batch: Batch, recurrent_state: Any) -> tuple[LossSums, Any]:
         """Sums over a device's rows, and the next recurrent states of both models."""
-        sharded, settings, teacher = self.sharded, self.distillation, self.teacher
+        sharded, settings = self.sharded, self.distillation
         model = self.run_model.model(params, batch.dropout_keys)
         states = {"model": None, TEACHER: None} if recurrent_state is None else recurrent_state
         first = states["model"]
@@ -57,33 +65,14 @@ class Distill:
             axes=sharded.axes,
             gather_params=sharded.gather_params,
         )
-        with jax.named_scope("teacher"):
-            teaching = teacher.run_model.model(params[TEACHER])
-            taught, next_taught = teaching.hidden(
-                batch.tokens,
-                states[TEACHER],
-                segment_ids=batch.segment_ids,
-                axes=sharded.axes,
-                gather_params=teacher.sharded.gather_params,
-            )
-            teaching.gather_head(teacher.sharded.gather_params)
+        taught_of, given, next_taught = self._taught(params, batch, states[TEACHER])
         with jax.named_scope("loss"):
             model.gather_head(sharded.gather_params)
-
-            def taught_of(logits: Array, taught: Array) -> Taught:
-                return taught_by_logits(
-                    teaching.logits(taught),
-                    logits,
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    axis_name=sharded.axes.tensor,
-                )
-
             sums = sum_distillation(
                 model.logits,
                 hidden,
                 taught_of,
-                (lax.stop_gradient(taught),),
+                given,
                 batch.targets,
                 batch.mask,
                 temperature=settings.temperature,
@@ -93,3 +82,29 @@ class Distill:
         minimized = settings.kl_weight * settings.temperature**2 * sums.kl + settings.ce_weight * sums.nll
         metrics = {"kl": sums.kl, "agreement": sums.agreement, "minimized": minimized}
         return LossSums(minimized, sums.nll, metrics), {"model": next_state, TEACHER: next_taught}
+
+    def _taught(self, params: Any, batch: Batch, state: Any) -> tuple[Callable[..., Taught], tuple[Array, ...], Any]:
+        """What makes a `Taught` of the student's logits and given arrays [B, T, ...]; these, and the next state."""
+        teacher, top_k = self.teacher, self.distillation.top_k
+        options = {"temperature": self.distillation.temperature, "axis_name": self.sharded.axes.tensor}
+        if teacher is None:
+
+            def stored(logits: Array, ids: Array, log_p: Array) -> Taught:
+                return taught_by_top_k(TopK(ids, log_p), logits, **options)
+
+            return stored, (batch.teacher_ids, batch.teacher_log_p), None
+        with jax.named_scope("teacher"):
+            model = teacher.run_model.model(params[TEACHER])
+            hidden, state = model.hidden(
+                batch.tokens,
+                state,
+                segment_ids=batch.segment_ids,
+                axes=self.sharded.axes,
+                gather_params=teacher.sharded.gather_params,
+            )
+            model.gather_head(teacher.sharded.gather_params)
+
+        def computed(logits: Array, hidden: Array) -> Taught:
+            return taught_by_logits(model.logits(hidden), logits, top_k=top_k, **options)
+
+        return computed, (lax.stop_gradient(hidden),), state
