@@ -195,12 +195,14 @@ def claims(results: common.Results) -> common.Claims:
     """An adapter that was trained over 4 bits makes up for most of what they cost."""
     int4, int8 = results["rows"]["int4"], results["rows"]["int8"]
     alone, tuned, moved = int4["base"], int4["tuned"], int4["moved"]
+    copies = results["rows"][FLOAT32]["base"]["copies"] > 0  # or there is nothing to lose
     return {
         "of the bits a byte that int4 costs alone, less than half is left below an adapter that was trained over it": (
             tuned["text_more"] < 0.5 * alone["text_more"]
         ),
-        "of the copies that int4 loses alone, less than half is lost": tuned["copies_lost"]
-        < 0.5 * alone["copies_lost"],
+        "of the copies that int4 loses alone, less than half is lost": (
+            tuned["copies_lost"] < 0.5 * alone["copies_lost"] if copies else None
+        ),
         "an adapter that was trained over int4 does better there than float32's": tuned["text_bits"]
         < moved["text_bits"],
         "int8 below an adapter costs less than 0.1% of the bits a byte": int8["tuned"]["text_more"] < 0.001,
