@@ -16,7 +16,7 @@ from rwkv_jax.models import LanguageModel
 from tests.golden import QUICK
 from tests.models.parameters import abstract, in_dtype, random_params
 
-CONFIG = ModelConfig(vocab_size=16, num_layers=2, width=16, head_dim=8, wkv_implementation="scan")
+CONFIG = ModelConfig(vocab_size=16, num_layers=2, width=16, head_dim=8, wkv_implementation="scan", dtype="float64")
 THINGS, YES, NO, QUESTION, FILLERS = range(1, 7), 7, 8, 9, range(10, 16)
 """Of the things, the first three are animate."""
 TIME, PLACE = 7, 2
