@@ -188,8 +188,8 @@ FAULTS = (
     Fault(
         "rows of every step are the first step's",
         "rwkv_jax/data/tokens/rows.py",
-        "row_index = step * self.batch_size + ",
-        "row_index = ",
+        "self._find(step * self.batch_size + ",
+        "self._find(",
         "tests/data/tokens/test_rows.py",
     ),
     Fault(
