@@ -134,6 +134,17 @@ def test_the_end_of_text_token_is_no_part_of_a_conversation() -> None:
     assert engine.prompts[-1] == "\n\nBob: c\n\nAlice:"
 
 
+def test_any_of_the_tokens_that_end_texts_ends_a_reply() -> None:
+    """As those of a Llama, whose turns end with another token than its documents."""
+    engine = ScriptedEngine([*b" one", 255, *b" more"], " two")
+    engine.tokenizer.ends = frozenset({255, 256})
+    dialogue = Dialogue(engine, RAVEN)
+    assert say(dialogue, "a", max_tokens=99) == "one"
+    assert_stands_behind(dialogue, engine, "Bob: a\n\nAlice: one")
+    assert say(dialogue, "b", max_tokens=4) == "two"
+    assert engine.prompts[-1] == "\n\nBob: b\n\nAlice:"
+
+
 def test_a_reply_that_is_cut_short_stays_as_far_as_it_was_given_out() -> None:
     engine = ScriptedEngine(" one\n\ntwo", " three")
     dialogue = Dialogue(engine, WORLD)

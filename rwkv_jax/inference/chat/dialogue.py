@@ -111,7 +111,7 @@ class Dialogue:
         deltas: list[Delta] = []
         ids: list[int] = []
         reply, stop = "", None
-        ends = {"stop": self._template.stop_strings, "stop_ids": (tokenizer.end_of_text,)}
+        ends = {"stop": self._template.stop_strings, "stop_ids": tokenizer.ends}
         with contextlib.suppress(GeneratorExit), session.stream(**ends, **arguments) as stream:
             for chunk in stream:
                 ids += chunk.ids
@@ -119,8 +119,8 @@ class Dialogue:
                 new = parser.push(chunk.text) + (parser.flush() if chunk.finish_reason is not None else [])
                 deltas += new
                 yield Reply.of(new).content
-        if stop == tokenizer.end_of_text:
-            # After that token another text begins, without this conversation.
+        if stop in tokenizer.ends:
+            # After the end of text another one begins, without this conversation; the template closes a turn itself.
             session = Session(self._engine, before_reply)
             if ids:
                 session.append(ids)
