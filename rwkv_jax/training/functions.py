@@ -238,12 +238,7 @@ def make_train_functions(
         sharded = shard_tuned(sharded, config.tuning, config.model, params)
         group = functools.partial(tuned_group, config.tuning, group)
     teacher = read_teacher(config, mesh)
-    if partition is None:
-        partition = tuned_partition(config.tuning, config.model)
-        if config.training.objective == "align":
-            assert teacher is not None  # as the config has checked
-            partition = mixers_of(aligned_layers(config.model, teacher.config), config.model.num_layers)
-    partition = without_frozen(partition, named, config.optimizer.rates)
+    partition = without_frozen(partition or _named_partition(config, teacher), named, config.optimizer.rates)
     if teacher is not None:
         params, sharded = params | {TEACHER: teacher.shapes}, with_teacher(sharded, teacher)
         partition = functools.partial(_beside_teacher, partition)
@@ -285,6 +280,14 @@ def make_train_functions(
     )
     _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions
+
+
+def _named_partition(config: TrainConfig, teacher: TeacherModel | None) -> Partition:
+    """What a run trains by its config: of alignment the mixers that replace attention, else what `tuning` says."""
+    if config.training.objective != "align":
+        return tuned_partition(config.tuning, config.model)
+    assert teacher is not None  # as the config has checked
+    return mixers_of(aligned_layers(config.model, teacher.config), config.model.num_layers)
 
 
 def _beside_teacher(partition: Partition, path: tuple[str, ...]) -> bool:

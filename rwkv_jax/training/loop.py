@@ -29,7 +29,6 @@ from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.evaluation.tasks.plans import Plan
 from rwkv_jax.held_out import Answers, HeldOut, Preferred, compressed_bits_per_byte
-from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
     allgather_text,
@@ -58,9 +57,10 @@ from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
+from rwkv_jax.training.steps import Steps
 from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.training.stored_teacher import known_teacher
-from rwkv_jax.training.tasks import evaluate_tasks, fingerprint, prepared_scorer, read_tasks, runs_tasks
+from rwkv_jax.training.tasks import fingerprint, prepared_scorer, read_tasks
 from rwkv_jax.training.teacher import check_teacher_tokenizer, described_teacher
 from rwkv_jax.training.tuned import (
     base_digest,
@@ -117,8 +117,103 @@ def _train(
     command: str,
 ) -> TrainResult:
     """`train` in a process that has joined the others; the stack closes resources at the end."""
-    training, evaluation, run_dir = config.training, config.evaluation, Path(config.run_dir)
-    num_steps = training.num_steps
+    training, num_steps, run_dir = config.training, config.training.num_steps, Path(config.run_dir)
+    run = _prepare(config, processes, console, stack, restart)
+    trainer, corpus, rows, load = run.trainer, run.corpus, run.rows, run.load
+
+    stack.enter_context(console)
+    stop = SyncedStop(stack.enter_context(stop_requests()), processes)
+    connect_devices(processes, trainer.sharded.mesh, seconds=MAX_PREPARATION_SECONDS)
+    checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
+    profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
+    evaluate_held_out = held_out_evaluation(config, corpus, rows, trainer, load)
+    sampler = Sampler(run.sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
+    scorer = prepared_scorer(run.tasks, trainer, config, corpus.tokenizer, sampler)
+
+    state, window, gave_up = _begin(config, run, checkpoints, processes, console)
+    first_step, best = int(state.step), _best_so_far(config, run.tasks, checkpoints, int(state.step))
+    found = {"step": first_step, "best": best.value}
+    assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
+    if first_step > num_steps:
+        raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
+
+    if run.saved is not None:  # whose file is replaced only once nothing can be refused any more
+        if notice := rate_notice(from_dict(run.saved["config"]), config, first_step):
+            console.print(notice)
+        if processes.is_first:
+            with writing(run_dir):
+                run_folder.write_run(run_dir, config, run.identity, corpus.tokenizer, run.choices)
+
+    if processes.is_first and gave_up is not None and gave_up["step"] > first_step:
+        console.print(
+            f"the run gave up after step {gave_up['step']}, since steps in a row had been skipped; it goes on from "
+            f"step {first_step}, before them"
+        )
+    writer = None
+    if processes.is_first:
+        writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
+        if isinstance(corpus, ChatCorpus | MixedCorpus) and first_step == training.first_step:
+            writer.write("data", first_step, dataclasses.asdict(corpus.counts))
+    steps = Steps(
+        state,
+        config,
+        trainer,
+        rows,
+        load,
+        train_step=naming_operator(jax.jit(trainer.train_step, donate_argnums=0), run.choices),
+        evaluate_held_out=evaluate_held_out,
+        sampler=sampler,
+        tasks=run.tasks,
+        scorer=scorer,
+        best=best,
+        checkpoints=checkpoints,
+        profiler=profiler,
+        logger=_make_logger(config, corpus, rows, console, writer, window),
+        stop=stop,
+        console=console,
+        command=command,
+    )
+    del state  # or its arrays would be held beside those of the steps
+    held_out, is_saved, is_stopped = steps.take(first_step)
+    if is_stopped:
+        return TrainResult(steps.state, None)
+
+    is_any_taken = int(steps.state.skipped_steps) < num_steps - training.first_step
+    if not is_saved:
+        earlier = "the newest checkpoint is of an earlier one" if is_any_taken else "there is no checkpoint"
+        console.print(f"the last step was skipped, so it is not saved; {earlier}")
+    result = _result(steps.state, steps.evaluated(), held_out, evaluate_held_out)
+    if isinstance(rows, OwnRows) and (summary := rows.summary()) is not None:
+        console.print(summary)
+    if processes.is_first and is_any_taken:  # otherwise there are no losses, and nothing to go on from
+        _summarize(config, corpus, result, console)
+    return result
+
+
+class Prepared(NamedTuple):
+    """A run before its first step: all that can be refused has been, and its folder and data are there."""
+
+    trainer: TrainFunctions
+    corpus: AnyCorpus
+    rows: AnyRows
+    load: Callable[..., Any]
+    """Makes the batch of some rows, on the devices."""
+    tasks: list[Plan]
+    """Of evaluation."""
+    saved: dict[str, Any] | None
+    """What the folder says of the run that goes on; None for a new one."""
+    identity: dict[str, Any]
+    choices: Any
+    """Of operators' implementations."""
+    sampled: RunModel
+    """The model that writes samples."""
+
+
+def _prepare(
+    config: TrainConfig, processes: Processes, console: Console, stack: contextlib.ExitStack, restart: bool
+) -> Prepared:
+    """Checks a run and opens its folder and data."""
+    training, run_dir = config.training, Path(config.run_dir)
 
     # Checks: everything that can be rejected is rejected before any work is done.
     task = task_of(config)
@@ -128,10 +223,10 @@ def _train(
     run_folder.prepare_run_dir(run_dir)
     if processes.is_first:
         stack.enter_context(lock_run(run_dir, console.print))
-    saved_run = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
+    saved = run_folder.prepare_run_dir(run_dir)  # again, now that no other run writes there
     trainer = make_train_functions(config, make_mesh(config, jax.devices(), _min_device_memory(config, processes)))
     refuse_unable_here(config, trainer.sharded.mesh)
-    if config.initial_weights is not None and (saved_run is None or config.tuning.is_partial):
+    if config.initial_weights is not None and (saved is None or config.tuning.is_partial):
         check_initial_weights(config.initial_weights, config.model, _named_tokenizer(config, task))
 
     # Data.
@@ -140,39 +235,37 @@ def _train(
     digests = (base_digest(config), first_state_digest(config), known_teacher(config))
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, *digests)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
-    if restart and saved_run is not None:  # which all have read, and all agree on everything else
+    if restart and saved is not None:  # which all have read, and all agree on everything else
         run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
-        saved_run = None
-    if saved_run is not None:
-        check_identity(saved_run, identity, config)
+        saved = None
+    if saved is not None:
+        check_identity(saved, identity, config)
         if processes.is_first:
             folder = run_dir / run_folder.CHECKPOINTS
             refuse_lost_checkpoints(run_dir, folder, training.first_step, config.checkpoint.every)
     load = open_loader(config, identity, corpus, rows, trainer, processes, console)
-    choices = choose_operator(config, trainer.sharded.mesh, saved_run, processes, console.print)
+    choices = choose_operator(config, trainer.sharded.mesh, saved, processes, console.print)
     sampled = trainer.run_model  # single tokens are taken as the table has it
     if (chosen := with_choices(config, choices)) != config:
         trainer = make_train_functions(chosen, trainer.sharded.mesh)
         if isinstance(rows, OwnRows):
             rows.use(trainer)
-    if saved_run is None and processes.is_first:
+    if saved is None and processes.is_first:
         with writing(run_dir):
             run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
+    return Prepared(trainer, corpus, rows, load, tasks, saved, identity, choices, sampled)
 
-    stack.enter_context(console)
-    stop = SyncedStop(stack.enter_context(stop_requests()), processes)
-    connect_devices(processes, trainer.sharded.mesh, seconds=MAX_PREPARATION_SECONDS)
-    checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
-    profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
 
-    # Functions, each compiled once.
-    train_step = naming_operator(jax.jit(trainer.train_step, donate_argnums=0), choices)
-    evaluate_held_out = held_out_evaluation(config, corpus, rows, trainer, load)
-    sampler, sampling = _make_sampler(config, sampled, corpus.tokenizer, trainer)
-    scorer = prepared_scorer(tasks, trainer, config, corpus.tokenizer, sampler)
+def _begin(
+    config: TrainConfig, run: Prepared, checkpoints: Checkpoints, processes: Processes, console: Console
+) -> tuple[TrainState, Mapping[str, Any], dict[str, Any] | None]:
+    """The state of the newest checkpoint, or a new one.
 
-    # State: that of the newest checkpoint, or a new one.
-    ending = json.dumps(last_stop(run_dir) if processes.is_first else None)
+    Returns:
+      The state, the sums of metrics since their last line, and how the run gave up if it did.
+    """
+    trainer, corpus, rows = run.trainer, run.corpus, run.rows
+    ending = json.dumps(last_stop(Path(config.run_dir)) if processes.is_first else None)
     gave_up = json.loads(allgather_text(processes, "how the run ended", ending)[0])
     restored = checkpoints.restore(
         trainer.kept(abstract_state(trainer)), suspect=None if gave_up is None else gave_up["first"]
@@ -183,105 +276,7 @@ def _train(
         state = state._replace(params=with_base(config, trainer, state.params))
     if isinstance(rows, OwnRows):
         rows.prepare(state, processes, is_new=restored is None, report=console.print)
-    del restored  # or its arrays would be held beside the state's
-    first_step, best = int(state.step), _best_so_far(config, tasks, checkpoints, int(state.step))
-    found = {"step": first_step, "best": best.value}
-    assert_same(processes, found, seconds=MAX_PREPARATION_SECONDS, subject="checkpoints")
-    if first_step > num_steps:
-        raise ConfigError(f"training.num_steps = {num_steps}: the run has taken {first_step} steps; ask for more")
-
-    if saved_run is not None:  # whose file is replaced only once nothing can be refused any more
-        if notice := rate_notice(from_dict(saved_run["config"]), config, first_step):
-            console.print(notice)
-        if processes.is_first:
-            with writing(run_dir):
-                run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
-
-    writer = None
-    if processes.is_first:
-        if gave_up is not None and gave_up["step"] > first_step:
-            console.print(
-                f"the run gave up after step {gave_up['step']}, since steps in a row had been skipped; it goes on from "
-                f"step {first_step}, before them"
-            )
-        writer = stack.enter_context(MetricsWriter(run_dir, config.logging, first_step, config=to_dict(config)))
-        if isinstance(corpus, ChatCorpus | MixedCorpus) and first_step == training.first_step:
-            writer.write("data", first_step, dataclasses.asdict(corpus.counts))
-    logger = StepLogger(
-        num_steps=num_steps,
-        every=config.logging.every,
-        max_bad_steps=training.max_bad_steps,
-        bytes_per_token=corpus.bytes_per_token,
-        learning_rate=learning_rate_schedule(config.optimizer, num_steps, training.first_step),
-        row_locations=rows.row_locations,
-        console=console,
-        writer=writer,
-        throughput=Throughput(
-            rows.tokens_per_step if isinstance(rows, OwnRows) else training.batch_size * training.sequence_length
-        ),
-        resumed_window=window,
-        why_skipped=rows.why_skipped if isinstance(rows, RolloutRows) else None,
-    )
-    save_due, held_out = False, None
-    for step in range(first_step, num_steps):
-        if best.ends(step) and step % config.grpo.iterations == 0:
-            console.print(f"step {step}: none was better since step {best.step} (evaluation.stop_after); the run ends")
-            break
-        # Step.
-        if isinstance(rows, OwnRows):
-            batch = rows.load(step, state.params)
-        else:
-            batch = load(functools.partial(rows.read, step), trains=True, step=step)
-        profiler.before(step)
-        state, metrics = train_step(state, batch)
-        profiler.after(step, metrics)
-        done, stopping = step + 1, stop.name()
-        if is_amid_draw := done % config.grpo.iterations != 0:  # whose replies are in no checkpoint
-            stopping = None
-        evaluates = done % evaluation.every == 0 or done == num_steps
-        save_due |= done % config.checkpoint.every == 0 or done == num_steps or stopping is not None
-        asks_tasks = runs_tasks(evaluation, done, num_steps)
-        logger.step(step, metrics, wait=evaluates or asks_tasks or save_due)
-
-        # Evaluate and sample.
-        if evaluates:
-            with logger.throughput.pause():
-                weights = _evaluated(config, trainer, state)
-                if (held_out := evaluate_held_out(weights, evaluation.batches)) is not None:
-                    logger.held_out(done, held_out)
-                    if best.by == LOSS and not logger.is_bad and best.takes(done, held_out.loss):
-                        checkpoints.save_best(trainer.kept(state), done, best.value)
-                _write_samples(config, sampler, sampling, weights, done, logger)
-        if asks_tasks:
-            with logger.throughput.pause():
-                results = evaluate_tasks(tasks, scorer, _evaluated(config, trainer, state))
-                logger.tasks(done, results)
-                value = best.of_tasks(results)
-                if value is not None and not logger.is_bad and best.takes(done, value):
-                    checkpoints.save_best(trainer.kept(state), done, best.value, best.by)
-        save_due |= best.ends(done)
-
-        # Save, but nothing after a step that was skipped: it might push out the last good checkpoint.
-        if save_due and not logger.is_bad and not is_amid_draw:
-            with logger.throughput.pause():
-                checkpoints.save(trainer.kept(state), done, logger.metrics_window)
-            save_due = False
-        if stopping:
-            checkpoints.wait()
-            saved = f"saved after step {done}" if not save_due else f"step {done} was skipped, so it is not saved"
-            console.print(f"{stopping}: {saved}; resume with:  {command}")
-            return TrainResult(state, None)
-
-    is_any_taken = int(state.skipped_steps) < num_steps - training.first_step
-    if save_due:
-        earlier = "the newest checkpoint is of an earlier one" if is_any_taken else "there is no checkpoint"
-        console.print(f"the last step was skipped, so it is not saved; {earlier}")
-    result = _result(state, _evaluated(config, trainer, state), held_out, evaluate_held_out)
-    if isinstance(rows, OwnRows) and (summary := rows.summary()) is not None:
-        console.print(summary)
-    if processes.is_first and is_any_taken:  # otherwise there are no losses, and nothing to go on from
-        _summarize(config, corpus, result, console)
-    return result
+    return state, window, gave_up
 
 
 def _read_tasks(config: TrainConfig, processes: Processes) -> list[Plan]:
@@ -324,28 +319,31 @@ def _named_tokenizer(config: TrainConfig, task: Task | None) -> Tokenizer:
     return load_tokenizer(config.data.tokenizer, config.model.vocab_size)
 
 
-def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
-    """The prompts to sample after a step: one per evaluation, in turn, and all at the end; none of symbols."""
-    prompts = () if config.data.is_synthetic else config.evaluation.sample_prompts
-    if step == config.training.num_steps:
-        return prompts
-    return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()
-
-
-def _make_sampler(
-    config: TrainConfig, run_model: RunModel, tokenizer: Tokenizer, trainer: TrainFunctions
-) -> tuple[Sampler, SamplingParams]:
-    """What writes the samples, and how it chooses tokens."""
-    sampler = Sampler(run_model, config.model, tokenizer, results_on=trainer.state_shardings.step)
-    return sampler, SamplingParams(config.evaluation.sample_temperature, config.evaluation.sample_top_p)
-
-
-def _write_samples(
-    config: TrainConfig, sampler: Sampler, sampling: SamplingParams, params: Any, step: int, logger: StepLogger
-) -> None:
-    """Samples after a step, each with a seed of its own."""
-    for seed, prompt in enumerate(_prompts_after(step, config), start=step):
-        logger.sample(step, prompt, sampler.text(params, prompt, config.evaluation.sample_tokens, sampling, seed))
+def _make_logger(
+    config: TrainConfig,
+    corpus: AnyCorpus,
+    rows: AnyRows,
+    console: Console,
+    writer: MetricsWriter | None,
+    window: Mapping[str, Any],
+) -> StepLogger:
+    """What prints and writes each step's metrics; `window` has the sums of those since the last line."""
+    training = config.training
+    return StepLogger(
+        num_steps=training.num_steps,
+        every=config.logging.every,
+        max_bad_steps=training.max_bad_steps,
+        bytes_per_token=corpus.bytes_per_token,
+        learning_rate=learning_rate_schedule(config.optimizer, training.num_steps, training.first_step),
+        row_locations=rows.row_locations,
+        console=console,
+        writer=writer,
+        throughput=Throughput(
+            rows.tokens_per_step if isinstance(rows, OwnRows) else training.batch_size * training.sequence_length
+        ),
+        resumed_window=window,
+        why_skipped=rows.why_skipped if isinstance(rows, RolloutRows) else None,
+    )
 
 
 def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoints, first_step: int) -> Best:
@@ -360,11 +358,6 @@ def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoint
         value=value,
         step=first_step if step is None or math.isinf(value) else step,
     )
-
-
-def _evaluated(config: TrainConfig, trainer: TrainFunctions, state: TrainState) -> Any:
-    """The parameters that are evaluated: the averages if the config says so."""
-    return trainer.averaged_params(state) if config.evaluation.ema else state.params
 
 
 def _result(
