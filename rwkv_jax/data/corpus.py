@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from rwkv_jax.data.encoding import token_byte_lengths
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
 from rwkv_jax.data.tokens.digest_file import check_fingerprint
-from rwkv_jax.data.tokens.mixture import period_shares
+from rwkv_jax.data.tokens.mixture import mixture_fingerprint, period_shares
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile, first_wrong_token
 
 _BLOCK_TOKENS = 2**20  # read at once, to bound memory
@@ -43,14 +42,13 @@ def prepare_corpus(data: DataConfig, vocab_size: int, report: Callable[[str], No
 
 def mix(parts: Sequence[Corpus], shares: Sequence[int]) -> Corpus:
     """Combines corpora into a mixture; held-out tokens are concatenated in memory."""
-    identity = json.dumps([[part.fingerprint for part in parts], list(shares)])
     return Corpus(
         sources=tuple(part.train for part in parts),
         shares=tuple(shares),
         held_out=_join([part.held_out for part in parts if part.held_out is not None], parts[0].tokenizer),
         held_out_bytes=lambda: b"".join(part.held_out_bytes() for part in parts),
         tokenizer=parts[0].tokenizer,
-        fingerprint=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        fingerprint=mixture_fingerprint([part.fingerprint for part in parts], shares),
     )
 
 

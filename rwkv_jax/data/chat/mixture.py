@@ -16,9 +16,8 @@ from rwkv_jax.config.data import CHATS
 from rwkv_jax.data.chat.rows import PackedRows, packed_rows
 from rwkv_jax.data.chat.source import ChatCorpus, ChatCounts, held_out_rows, prepare_chats
 from rwkv_jax.data.corpus import mix, prepare_source
-from rwkv_jax.data.fingerprint import fingerprint_of
 from rwkv_jax.data.tokenizers import Tokenizer
-from rwkv_jax.data.tokens.mixture import assign_sources, period_shares
+from rwkv_jax.data.tokens.mixture import assign_sources, mixture_fingerprint, period_shares
 from rwkv_jax.data.tokens.rows import Rows, TrainingRows, source_rows
 from rwkv_jax.data.tokens.token_file import Corpus, TokenFile
 
@@ -133,7 +132,7 @@ def prepare_mixed(config: TrainConfig, report: Callable[[str], None]) -> MixedCo
             prepare_chats(own, report) if is_chats else prepare_source(own.data, config.model.vocab_size, report)
         )
     texts = [part for part in parts if isinstance(part, Corpus)]
-    fingerprint = fingerprint_of([[part.fingerprint for part in parts], list(shares)])
+    fingerprint = mixture_fingerprint([part.fingerprint for part in parts], shares)
     listed = ", ".join(f"{name} {share / sum(shares):.2%}" for name, share in zip(names, shares, strict=True))
     report(f"mixture: {listed}; fingerprint {fingerprint}")
     return MixedCorpus(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.fingerprint import fingerprint_of
 from rwkv_jax.data.tokens.permutation import shuffle_epochs
 
 PERIOD = 2**12
@@ -30,6 +31,11 @@ def period_shares(mixture: Sequence[tuple[str, float]]) -> tuple[int, ...]:
                 f"data.mixture, weight of {source!r} = {weight}: less than a row in {PERIOD}; raise it or leave it out"
             )
     return tuple(shares)
+
+
+def mixture_fingerprint(parts: Sequence[str], shares: Sequence[int]) -> str:
+    """Hex digest of a mixture: of the fingerprints of its sources, and of their rows in a period."""
+    return fingerprint_of([list(parts), list(shares)])
 
 
 def assign_sources(row_index: np.ndarray, shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:

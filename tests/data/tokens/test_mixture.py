@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokens.mixture import PERIOD, assign_sources, period_shares
+from rwkv_jax.data.tokens.mixture import PERIOD, assign_sources, mixture_fingerprint, period_shares
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,10 @@ def test_the_order_of_a_mixture_never_changes() -> None:
         [0, 0, 1, 0, 0, 0, 0, 0],
         [4364, 3899, 1607, 5652, 4431, 4198, 4793, 4187],
     )
+
+
+def test_the_fingerprint_of_a_mixture_never_changes() -> None:
+    digest = "276efbe3d1cea73c39dbb222b8d247ea"
+    assert mixture_fingerprint(["first", "second"], (3072, 1024)) == digest
+    others = [(["second", "first"], (3072, 1024)), (["first", "second"], (1024, 3072)), (["first"], (3072, 1024))]
+    assert digest not in {mixture_fingerprint(parts, shares) for parts, shares in others}
