@@ -73,8 +73,16 @@ def test_each_source_has_the_rows_that_it_has_by_itself(folder: Path) -> None:
             np.testing.assert_array_equal(found.tokens[row], own.tokens[0])
         np.testing.assert_array_equal(rows.read(step, slice(1, 3)).tokens, found.tokens[1:3])
     for part in range(2):  # in order, none left out
-        read = np.concatenate([np.sort(members[source == part]) for source, members in sources])
-        assert len(set(read.tolist())) == len(read)
+        read = np.concatenate([members[source == part] for source, members in sources])
+        assert read.tolist() == list(range(len(read)))
+
+
+def test_each_epoch_of_a_few_chats_reads_all_of_them_once(folder: Path) -> None:
+    _, rows = prepared(config_of(folder, BOTH, chat_rows="apart", held_out=0))
+    places = [place for step in range(25) for place in rows.row_locations(step) if ".jsonl: line" in place]
+    first, second = places[:20], places[20:40]
+    assert len(set(first)) == len(set(second)) == 20
+    assert first != second
 
 
 def test_what_was_read_of_all_chats_is_added_up(folder: Path) -> None:
