@@ -40,7 +40,7 @@ class Evaluate:
     seed: int = 1234
     """Of the choice of examples; lm-eval's default."""
     begin: bool = True
-    """Whether the end-of-text token, 0 in World, begins every prompt, as in the official evaluations."""
+    """Whether every prompt begins as texts do, World's with token 0, as in the official evaluations."""
     window: int | None = None
     """Tokens of a text that are read at a time where whole texts are scored, as lm-eval's max_length; None carries the
     state over all of it."""

@@ -12,8 +12,13 @@ class Encoder(Protocol):
     """What a tokenizer must have."""
 
     @property
-    def end_of_text(self) -> int:
-        """Id that begins every text."""
+    def begin(self) -> tuple[int, ...]:
+        """Ids before the first of a text."""
+        ...
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """Ids of a text that has not begun, at least one."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -36,8 +41,7 @@ def encode_pair(tokenizer: Encoder, context: Text, continuation: Text, *, begin:
 
     Args:
       context, continuation: two texts, or ids of both, which are used unchanged.
-      begin: an end-of-text token, 0 in World, begins the context, as in the official evaluations. It always does where
-        the context is empty, since the first token has nothing else to follow.
+      begin: as in `begun`.
     """
     if isinstance(context, str) and isinstance(continuation, str):
         kept = context.rstrip()
@@ -50,15 +54,25 @@ def encode_pair(tokenizer: Encoder, context: Text, continuation: Text, *, begin:
         before, after = tuple(context), tuple(continuation)
     if not after:
         raise ValueError("the continuation is empty: there is nothing to score")
-    return Pair((tokenizer.end_of_text, *before) if begin or not before else before, after)
+    return Pair(begun(tokenizer, before, begin=begin), after)
 
 
-def rolling_windows(ids: Sequence[int], first: int, window: int | None = None) -> list[Pair]:
+def begun(tokenizer: Encoder, ids: tuple[int, ...], *, begin: bool = True) -> tuple[int, ...]:
+    """A context from its start.
+
+    Args:
+      begin: what begins texts, token 0 in World, begins the context, as in the official evaluations. It always does
+        where the context is empty, since the first token has nothing else to follow.
+    """
+    return ((*tokenizer.begin, *ids) if begin else ids) or tokenizer.beginning
+
+
+def rolling_windows(ids: Sequence[int], beginning: tuple[int, ...], window: int | None = None) -> list[Pair]:
     """A whole text as pieces, each to be read from an empty state, which together predict every token once.
 
     Args:
       ids: of the text; no pieces if there are none.
-      first: the id that begins the text, end of text.
+      beginning: ids that the first piece reads before the text, at least one.
       window: lm-eval's `max_length`. The first piece predicts `window` tokens, each later one the next, with as much
         earlier text as fills it, so that only the last has more than one token of context. None: one piece, whatever
         its length, since a state carries over all of it.
@@ -67,7 +81,7 @@ def rolling_windows(ids: Sequence[int], first: int, window: int | None = None) -
     if window is not None and window < 1:
         raise ValueError(f"window = {window}: must be at least 1")
     length = window or max(1, len(text))
-    pairs = [Pair((first,), text[:length])] if text else []
+    pairs = [Pair(beginning, text[:length])] if text else []
     for start in range(length, len(text), length):
         end = min(start + length, len(text))
         pairs.append(Pair(text[end - length - 1 : start], text[start:end]))

@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 
 from rwkv_jax.checks import require_whole
-from rwkv_jax.evaluation.encoding import Pair, encode_pair, rolling_windows
+from rwkv_jax.evaluation.encoding import Pair, begun, encode_pair, rolling_windows
 from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodResult, Reporter, Request, Rolling, Text
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
 from rwkv_jax.models import LanguageModel
@@ -50,7 +50,7 @@ class EngineScorer:
         """Runs nothing yet.
 
         Args:
-          begin: whether the end-of-text token, 0 in World, begins every context, as in the official evaluations.
+          begin: whether every context begins as texts do, World's with token 0, as in the official evaluations.
           window: tokens of a text that `rolling` reads at a time, as lm-eval's `max_length`. None carries the state
             over the whole text; of a model with a limited context, as many as that holds.
 
@@ -59,7 +59,7 @@ class EngineScorer:
         """
         self.engine, self.begin = engine, begin
         self._capacity = engine.config.sizes().context_length or None
-        longest = None if self._capacity is None else self._capacity - 1
+        longest = None if self._capacity is None else self._capacity - len(engine.tokenizer.beginning)
         if window is not None:
             require_whole("window", window, 1, longest)
         self.window = longest if window is None else window
@@ -77,8 +77,8 @@ class EngineScorer:
         return self.score_ids(pairs, report)
 
     def rolling(self, requests: Sequence[Rolling], report: Reporter[float] | None = None) -> list[float]:
-        """Log-probabilities of whole texts, behind the end-of-text token; 0 of an empty one."""
-        first = self.engine.tokenizer.end_of_text
+        """Log-probabilities of whole texts, behind what begins texts; 0 of an empty one."""
+        first = self.engine.tokenizer.beginning
         windows = [rolling_windows(self._ids(request.text), first, self.window) for request in requests]
         parts: list[list[float]] = [[] for _ in requests]
         owners = [index for index, pairs in enumerate(windows) for _ in pairs]
@@ -145,8 +145,7 @@ class EngineScorer:
         return tuple(self.engine.tokenizer.encode(text) if isinstance(text, str) else text)
 
     def _context(self, request: Generate) -> Ids:
-        ids = self._ids(request.context)
-        return (self.engine.tokenizer.end_of_text, *ids) if self.begin or not ids else ids
+        return begun(self.engine.tokenizer, self._ids(request.context), begin=self.begin)
 
     def _pair(self, request: Loglikelihood) -> Pair:
         return encode_pair(self.engine.tokenizer, request.context, request.continuation, begin=self.begin)

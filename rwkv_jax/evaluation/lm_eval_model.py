@@ -70,7 +70,7 @@ class RWKVJax(_Base):
           pretrained: weights or a run, as of `from_pretrained`.
           tokenizer: as of `load_tokenizer`; None takes the one beside the weights.
           dtype, quantize: as of `from_pretrained`.
-          begin: whether the end-of-text token, 0 in World, begins every context.
+          begin: whether every context begins as texts do, World's with token 0.
           max_length: tokens at a time of whole texts; None carries the state over all of a text.
           max_gen_toks: most tokens of an answer for tasks that do not say.
           slots: texts on the device at once, 8 by default; a greater `batch_size` counts instead.

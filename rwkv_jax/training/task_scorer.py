@@ -208,7 +208,7 @@ class TaskScorer:
             return [encode_pair(self._tokenizer, request.context, request.continuation)]
         ids = self._tokenizer.encode(request.text) if isinstance(request.text, str) else request.text
         window = self._training.sequence_length if self._has_cache else None
-        return rolling_windows(ids, self._tokenizer.end_of_text, window)
+        return rolling_windows(ids, self._tokenizer.beginning, window)
 
     def is_truncated(self, request: Request) -> bool:
         """Whether the beginning of what is read is left out: a Transformer's batch or cache cannot hold all of it."""

@@ -16,6 +16,9 @@ from rwkv_jax.evaluation.encoding import Pair, rolling_windows
 from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for, shared_prefixes
 from rwkv_jax.evaluation.requests import Generate, Loglikelihood, Rolling
 from rwkv_jax.inference.engine.engine import Engine
+from rwkv_jax.weights.pretrained import find_tokenizer, from_pretrained
+from rwkv_jax.weights.sources import find_weights
+from tests.golden import GOLDEN_DIR
 from tests.inference.models import CONFIGS, log_softmax, quick_engine, random_model, whole_logits
 
 CONFIG = CONFIGS["7"]
@@ -111,7 +114,7 @@ def test_whole_texts_in_one_piece_or_in_windows(engine: Engine) -> None:
     assert found[0] == pytest.approx(by_one_pass((0,), ids)[0], abs=1e-4)
     assert found[2] == pytest.approx(by_one_pass((0,), (3, 4))[0], abs=1e-4)
     cut = EngineScorer(engine, window=12).rolling(texts)
-    assert cut[0] == pytest.approx(sum(by_one_pass(*pair)[0] for pair in rolling_windows(ids, 0, 12)), abs=1e-4)
+    assert cut[0] == pytest.approx(sum(by_one_pass(*pair)[0] for pair in rolling_windows(ids, (0,), 12)), abs=1e-4)
     assert abs(cut[0] - found[0]) > 0.01
 
 
@@ -197,3 +200,26 @@ def test_an_engine_for_evaluations_can_keep_what_it_shares() -> None:
     assert (options.num_slots, options.short_prefill_length, options.tune) == (12, 32, "never")
     with quick_engine(random_model(CONFIG)) as engine:
         assert options.prefix_bytes >= 48 * engine.state_bytes
+
+
+@pytest.mark.parametrize(("case", "begin", "beginning"), [("llama3", (276,), (276,)), ("qwen3", (), (276,))])
+def test_what_is_scored_begins_as_the_models_texts_do(
+    case: str, begin: tuple[int, ...], beginning: tuple[int, ...], programs_on_disk: None
+) -> None:
+    """A Llama's behind its first token, which is not its end of text; a Qwen's text begins with its own tokens."""
+    folder = GOLDEN_DIR / "llama" / case
+    model = from_pretrained(folder, dtype="float32")
+    tokenizer = find_tokenizer(find_weights(folder), model.config.vocab_size)
+    assert tokenizer is not None
+    assert (tokenizer.begin, tokenizer.beginning) == (begin, beginning)
+    one, two = tuple(tokenizer.encode("a cat")), tuple(tokenizer.encode(" sat"))
+    with Engine(model, tokenizer, options_for(model, 1)) as engine:
+        scorer = EngineScorer(engine)
+        asked = [Pair((*begin, *one), two), Pair(beginning, two), Pair(beginning, one)]
+        expected = [result.logprob for result in scorer.score_ids(asked)]
+        found = [result.logprob for result in scorer.loglikelihood([Loglikelihood(x, " sat") for x in ("a cat", "")])]
+        assert [*found, *scorer.rolling([Rolling("a cat")])] == expected
+        scores = [*engine.score(["a cat", ""], [" sat", " sat"]), *engine.score("a cat")]
+        assert [score.logprob for score in scores] == expected
+        answer = engine.generate([*begin, *one], max_tokens=4, sampling="greedy")
+        assert scorer.generate([Generate("a cat", (), 4)]) == [answer.text]

@@ -14,7 +14,7 @@ from rwkv_jax.evaluation.requests import Generate, Loglikelihood, LoglikelihoodR
 class Syllables:
     """Merges "ab" to one token, as a tokenizer with long entries does."""
 
-    end_of_text = 0
+    begin = beginning = (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(text.replace("ab", "\x01").encode())
@@ -51,7 +51,7 @@ def test_ids_are_used_unchanged_and_mixtures_refused() -> None:
 @pytest.mark.parametrize(("length", "window"), list(itertools.product((0, 1, 2, 7, 8, 9, 23), (1, 2, 8, 100, None))))
 def test_windows_predict_every_token_once_from_what_precedes_it(length: int, window: int | None) -> None:
     ids = list(range(1, length + 1))
-    pairs = rolling_windows(ids, 0, window)
+    pairs = rolling_windows(ids, (0,), window)
     assert [token for pair in pairs for token in pair.continuation] == ids
     for context, continuation in pairs:
         assert [*context, *continuation] == [0, *ids][continuation[0] - len(context) : continuation[-1] + 1]

@@ -90,7 +90,7 @@ def test_a_pair_is_encoded_together_where_the_context_stays(
     context: Any, continuation: Any, ids: tuple[int, ...], scored: tuple[int, ...]
 ) -> None:
     continuations = None if continuation is None else [continuation]
-    (request,) = build_score_requests(encode, 0, [context], continuations, top_logprobs=2)
+    (request,) = build_score_requests(encode, (0,), (0,), [context], continuations, top_logprobs=2)
     assert (request.ids, request.scored_ids, request.max_tokens, request.top_logprobs) == (ids, scored, 0, 2)
 
 
@@ -109,7 +109,7 @@ def test_a_pair_is_encoded_together_where_the_context_stays(
 )
 def test_what_cannot_be_scored_is_refused(contexts: Any, continuations: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_score_requests(encode, 0, contexts, continuations)
+        build_score_requests(encode, (0,), (0,), contexts, continuations)
 
 
 # The engine

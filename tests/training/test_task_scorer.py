@@ -79,7 +79,7 @@ def test_log_probabilities_are_those_of_lm_eval_over_the_official_package(
         assert result.is_greedy == wanted["is_greedy"]
     window = EXPECTED[variant]["rolling_max_length"]
     for page in (each for each in requests if "text" in each):
-        results = scored.score(rolling_windows(TOKENIZER.encode(page["text"]), 0, window))
+        results = scored.score(rolling_windows(TOKENIZER.encode(page["text"]), (0,), window))
         assert sum(result.logprob for result in results) == pytest.approx(page["loglikelihood"], abs=BOUND, rel=1e-7)
 
 

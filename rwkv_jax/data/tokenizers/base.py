@@ -46,6 +46,11 @@ class Tokenizer(abc.ABC):
         self.fingerprint = hashlib.blake2b(saved.content, digest_size=16).hexdigest()
         """Hex digest of everything that affects `encode`."""
 
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """Ids of a text that has not begun: those with which texts begin, or the end of another one."""
+        return self.begin or (self.end_of_text,)
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text holds."""

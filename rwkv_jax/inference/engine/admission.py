@@ -67,8 +67,8 @@ class Admission:
 
     def score_requests(self, contexts: Any, continuations: Any, **given: Any) -> list[Request]:
         """Checked requests to score; arguments and errors as those of `build_score_requests`."""
-        end_of_text = self._tokenizer.end_of_text
-        requests = build_score_requests(self.encode, end_of_text, contexts, continuations, **given)
+        starts = (self._tokenizer.begin, self._tokenizer.beginning)
+        requests = build_score_requests(self.encode, *starts, contexts, continuations, **given)
         for i, request in enumerate(requests):
             request.check(self._config.vocab_size, self._capacity, name=f"context {i}")
         return requests

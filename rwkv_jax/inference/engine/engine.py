@@ -245,7 +245,7 @@ class Engine:
             `SamplingParams()` by default.
           seed: random seed. With one number, prompt i has seed + i; or a number per prompt.
           stop: strings that end a text; not even their first characters are shown.
-          stop_ids: tokens that end a text; None is the end-of-text token only.
+          stop_ids: tokens that end a text; None is those of the tokenizer, `Tokenizer.ends`.
           top_logprobs: number of most likely tokens to report at each position, at most 20 and at most V.
           guidance_scale, negative_prompt: classifier-free guidance, away from the logits after `negative_prompt`.
           state: the `Snapshot` to continue from; None begins a text.
@@ -300,7 +300,7 @@ class Engine:
             states are kept in the prefix cache as those of prompts are.
           continuations: one for each context, at least a token each. Two texts are encoded together if that begins with
             the context's own ids, else each by itself; ids are used unchanged. None scores all of each context, behind
-            the end-of-text token.
+            `beginning`.
           top_logprobs: number of most likely tokens to report for each, at most 20 and at most V.
           client_id, adapter: as in `stream`.
 
@@ -403,7 +403,7 @@ class Engine:
     @property
     def beginning(self) -> list[int]:
         """Ids of a text that has not begun: those with which texts begin, or the end of another one."""
-        return list(self.tokenizer.begin) or [self.tokenizer.end_of_text]
+        return list(self.tokenizer.beginning)
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
         """Ids of a text, after `beginning` if `begins`.

@@ -137,16 +137,23 @@ def build_requests(
 
 
 def build_score_requests(
-    encode: Callable[..., list[int]], end_of_text: int, contexts: Any, continuations: Any, **given: Any
+    encode: Callable[..., list[int]],
+    begin: tuple[int, ...],
+    beginning: tuple[int, ...],
+    contexts: Any,
+    continuations: Any,
+    **given: Any,
 ) -> list[Request]:
     """One request per context, whose `scored_ids` are its continuation, or all of it if there are no continuations.
 
-    A context that is a text begins after the end-of-text token, and so does one without ids. Context and continuation,
-    both texts, are encoded together if that begins with the context's own ids, as lm-eval does; where
-    a token would lie across the border, each by itself, which lm-eval does not.
+    A context that is a text begins as prompts do. Context and continuation, both texts, are encoded together if that
+    begins with the context's own ids, as lm-eval does; where a token would lie across the border, each by itself, which
+    lm-eval does not.
 
     Args:
       encode: encode(text, begins=) -> ids.
+      begin: ids before those of a text, as a `Tokenizer` has them.
+      beginning: a context without ids, at least one.
       given: other fields of the requests.
 
     Raises:
@@ -155,14 +162,14 @@ def build_score_requests(
     encode = functools.partial(encode, begins=False)
     befores = _each_of("contexts", contexts)
     if continuations is None:
-        pairs = [((end_of_text,), _scored_ids(f"context {i}", text, encode)) for i, text in enumerate(befores)]
+        pairs = [(beginning, _scored_ids(f"context {i}", text, encode)) for i, text in enumerate(befores)]
     else:
         afters = _each_of("continuations", continuations)
         if is_one(contexts) != is_one(continuations) or len(befores) != len(afters):
             raise ConfigError(
                 f"continuations: {len(afters)} for {len(befores)} contexts; give one for one, or a list of as many"
             )
-        pairs = [_pair(i, *both, encode, end_of_text) for i, both in enumerate(zip(befores, afters, strict=True))]
+        pairs = [_pair(i, *both, encode, begin, beginning) for i, both in enumerate(zip(befores, afters, strict=True))]
     return [Request(ids, max_tokens=0, scored_ids=scored, **given) for ids, scored in pairs]
 
 
@@ -175,18 +182,23 @@ def _each_of(name: str, texts: Any) -> list[Any]:
 
 
 def _pair(
-    index: int, context: Any, continuation: Any, encode: Callable[[str], list[int]], end_of_text: int
+    index: int,
+    context: Any,
+    continuation: Any,
+    encode: Callable[[str], list[int]],
+    begin: tuple[int, ...],
+    beginning: tuple[int, ...],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids of a context, and of its continuation."""
     scored = _scored_ids(f"continuation {index}", continuation, encode)
     if not isinstance(context, str):
-        return _ids(f"context {index}", context, encode) or (end_of_text,), scored
+        return _ids(f"context {index}", context, encode) or beginning, scored
     before = tuple(encode(context)) if context else ()
     if isinstance(continuation, str):
         together = tuple(encode(context + continuation))
         if len(together) > len(before) and together[: len(before)] == before:
             scored = together[len(before) :]
-    return (end_of_text, *before), scored
+    return (*begin, *before) if before else beginning, scored
 
 
 def _scored_ids(name: str, text: Any, encode: Callable[[str], list[int]]) -> tuple[int, ...]:
