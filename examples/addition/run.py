@@ -33,6 +33,7 @@ from rwkv_jax.config import (
     StepConfig,
     TrainConfig,
 )
+from rwkv_jax.run_folder import RUN_FILE
 
 HERE = Path(__file__).parent
 NUM_HELD_OUT = 800
@@ -160,17 +161,18 @@ def shares_of_success(folder: Path, run_dir: Path) -> dict[str, float]:
 
 
 def run(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Both runs, each resumed if it has begun; shares of success after each."""
+    """Both runs, each resumed if it has begun; shares of success after each, and minutes of those trained in one go."""
     write_data(folder)
     shares = {}
     for config in (shown(folder, sizes), rewarded(folder, sizes)):
+        run_dir = Path(config.run_dir)
+        is_new = not (run_dir / RUN_FILE).exists()
         began = time.perf_counter()
         ended = train(config)
         trained = time.perf_counter() - began
         if int(ended.state.step) < config.training.num_steps:
             sys.exit("stopped; the same command goes on")
-        run_dir = Path(config.run_dir)
-        shares[run_dir.name] = shares_of_success(folder, run_dir) | {"minutes": trained / 60}
+        shares[run_dir.name] = shares_of_success(folder, run_dir) | ({"minutes": trained / 60} if is_new else {})
     return shares
 
 

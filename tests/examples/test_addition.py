@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from examples.addition import run as addition
 from examples.addition.rewards import formatted, right, success
+from rwkv_jax.config import TrainConfig
 from rwkv_jax.data.chat.source import prepare_chats
 from rwkv_jax.data.preference.prompts import prepare_prompts
+from rwkv_jax.run_folder import RUN_FILE
 from rwkv_jax.training.schedule import learning_rate_schedule
 
 RECORD = {"prompt": "34+57=", "sum": 91}
@@ -102,6 +105,22 @@ def test_the_command_fails_unless_rewards_have_helped(
     monkeypatch.setattr(addition, "keep_programs", lambda: None)
     assert addition.main() == status
     assert ("NO" in capsys.readouterr().out) is bool(status)
+
+
+def test_minutes_are_of_runs_trained_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: TrainConfig) -> SimpleNamespace:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / RUN_FILE).touch()
+        return SimpleNamespace(state=SimpleNamespace(step=config.training.num_steps))
+
+    monkeypatch.setattr(addition, "train", train)
+    monkeypatch.setattr(addition, "shares_of_success", lambda folder, run_dir: {"drawn": 1.0})
+    assert all("minutes" in found for found in addition.run(tmp_path, addition.SMALLEST).values())
+    (tmp_path / "rewarded" / RUN_FILE).unlink()
+    again = addition.run(tmp_path, addition.SMALLEST)
+    assert again["shown"] == {"drawn": 1.0}
+    assert "minutes" in again["rewarded"]
 
 
 @pytest.mark.long
