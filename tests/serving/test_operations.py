@@ -63,6 +63,16 @@ def test_tokens_of_a_text_and_back(client: TestClient) -> None:
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "h\u00e9"}
 
 
+def test_no_text_begins_as_the_models_texts_do(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /v1/completions reads it; other people's models do not begin with the end of a text."""
+    monkeypatch.setattr(service.engine.tokenizer, "begin", (7, 8))
+    assert client.post("/tokenize", json={"prompt": ""}).json()["tokens"] == [7, 8]
+    assert client.post("/tokenize", json={"prompt": "a"}).json()["tokens"] == [7, 8, 97]
+    assert client.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
+
+
 def test_the_tokenizer(client: TestClient) -> None:
     expected = {"tokenizer_class": "ByteTokenizer", "vocab_size": 256, "eos_token_id": 0}
     assert client.get("/tokenizer_info").json() == expected | {"bos_token": None, "eos_token": None}

@@ -49,7 +49,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Tokens:
     if request.prompt:
         ids = await to_thread.run_sync(lambda: service.engine.encode(request.prompt, begins=begins))
     else:
-        ids = [tokenizer.end_of_text] if begins else []
+        ids = service.engine.beginning if begins else []
     texts = [tokenizer.decode([token]) for token in ids] if request.return_token_strs else None
     limit = service.options.max_prompt_tokens
     return Tokens(count=len(ids), max_model_len=limit, tokens=ids, token_strs=texts)
