@@ -254,15 +254,13 @@ def tokenizer_for(place: Path, named: str | None) -> tuple[Tokenizer | None, int
     Raises:
       ConfigError: as `load_tokenizer`, or the file does not contain weights.
     """
-    from rwkv_jax.data.tokenizers import load_tokenizer
     from rwkv_jax.weights.pretrained import find_tokenizer
     from rwkv_jax.weights.sources import open_weights, prefix_errors
 
     weights = open_weights(place, warn=False)
     with prefix_errors(place):
         vocab_size = weights.model_config().vocab_size
-    tokenizer = find_tokenizer(place, vocab_size) if named is None else load_tokenizer(named, vocab_size)
-    return tokenizer, vocab_size
+    return find_tokenizer(place, vocab_size, named), vocab_size
 
 
 def require_text(place: str, text: str) -> None:

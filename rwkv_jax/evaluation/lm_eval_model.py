@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_jax.chat.choice import named_template
 from rwkv_jax.checks import ConfigError, is_whole, require_whole, shown
-from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.data.tokenizers import Tokenizer
 from rwkv_jax.evaluation.engine_scorer import EngineScorer, options_for
 from rwkv_jax.evaluation.report import describe_model, versions
 from rwkv_jax.evaluation.requests import Generate, Loglikelihood, Rolling
@@ -210,9 +210,7 @@ def _refuse_with_engine(engine: Engine, given: Mapping[str, Any], least_slots: i
 
 def _tokenizer_of(place: Path, named: str | None, vocab_size: int) -> Tokenizer:
     """The tokenizer that is named, or the one beside the weights. Raises ConfigError if there is none."""
-    if named is not None:
-        return load_tokenizer(named, vocab_size)
-    if (found := find_tokenizer(place, vocab_size)) is None:
+    if (found := find_tokenizer(place, vocab_size, named)) is None:
         raise ConfigError(f"{place}: no tokenizer lies beside it; name one, such as tokenizer=world")
     return found
 

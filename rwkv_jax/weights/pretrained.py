@@ -384,8 +384,8 @@ def convert(
     return config
 
 
-def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a run, or the one beside a file of weights, or None.
+def find_tokenizer(path: Path, vocab_size: int, named: str | None = None) -> Tokenizer | None:
+    """The tokenizer that is named, as `load_tokenizer` takes it; or that of a run, the one beside weights, or None.
 
     Texts of Llamas and Qwens begin and end as the files beside them say (`HuggingFaceTokenizer.of_hub_model`).
 
@@ -393,10 +393,10 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
       ConfigError: there is one that does not fit the vocabulary, or a run's has changed.
     """
     if path.is_dir():
-        return load_run_tokenizer(path)
-    if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
+        return load_run_tokenizer(path) if named is None else load_tokenizer(named, vocab_size)
+    if named is None and not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
-    tokenizer = load_tokenizer(path.parent, vocab_size)
+    tokenizer = load_tokenizer(path.parent if named is None else named, vocab_size)
     if isinstance(tokenizer, HuggingFaceTokenizer) and (ends := hub_ends(path.parent)) is not None:
         return tokenizer.of_hub_model(ends)
     return tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, _named
+from rwkv_jax.cli.flags import SamplingFlags, TunedFlags, WeightsFlags, _named, tokenizer_for
 from rwkv_jax.config import ConfigError
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.tuning.adapter import Adapter, AdapterError
@@ -18,7 +18,9 @@ from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import official_tensors
 from rwkv_jax.weights.pretrained import from_pretrained
 from rwkv_jax.weights.safetensors import write_safetensors
+from rwkv_jax.weights.sources import find_weights
 from rwkv_jax.weights.tensors import WeightsError
+from tests.golden import GOLDEN_DIR
 from tests.inference.models import CONFIGS, random_model
 
 
@@ -44,6 +46,14 @@ def test_every_flag_is_a_setting() -> None:
 def test_values_that_cannot_work_are_named() -> None:
     with pytest.raises(ConfigError, match="typical_p = 0"):
         SamplingFlags(typical_p=0).sampling()
+
+
+def test_a_named_tokenizer_begins_and_ends_texts_as_the_model_does() -> None:
+    folder = GOLDEN_DIR / "llama" / "llama3"
+    for named in (None, str(folder), str(folder / "tokenizer.json")):
+        tokenizer, _ = tokenizer_for(find_weights(folder), named)
+        assert tokenizer is not None
+        assert (tokenizer.begin, tokenizer.ends) == ((276,), {277})
 
 
 def test_a_tuned_state_is_opened_before_weights_are(tmp_path: Path) -> None:
