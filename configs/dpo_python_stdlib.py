@@ -8,7 +8,8 @@
 Seen on 2 CPU cores that a dozen other jobs shared (an AMD EPYC): 15 minutes, 2 minutes of processor time. Of 57
 held-out pairs the chosen reply has the higher reward in all (accuracy 1), with a margin of 1.42 after 30 steps and 2.55
 after 60; the loss falls from 0.693 to 0.0905. Functions that the library leaves without a docstring begin with one in
-90.5% of 400 replies of the base, and in 98.8% afterwards. What the docstrings say is as poor as the base's other text.
+90.5% of 400 replies of the base, and in 98.8% afterwards (30 of the 400 first lines begin another function, too, which
+has one). What the docstrings say is as poor as the base's other text.
 
 Why these values: nothing was searched. The chosen and the rejected reply differ in their first line alone, so few steps
 are enough.

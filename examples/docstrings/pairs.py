@@ -5,7 +5,8 @@
 A prompt is the first line of a function, with its colon. The chosen reply is the summary of the docstring, on one line,
 and the lines after it; the rejected one is these lines alone. Functions whose summary goes on in a second line are left
 out. `labeled.jsonl` has the same replies one by one, for KTO, and `undocumented.jsonl` the first lines of functions
-without a docstring, with which a model can be asked.
+without a docstring, with which a model can be asked. A line that begins several functions goes by the first of them, so
+some of these lines begin another function, too, which has a docstring.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def functions(source: str) -> Iterator[Function]:
 
 
 def records(sources: Iterable[str]) -> tuple[list[Record], list[Record]]:
-    """Pairs, and prompts of functions without a docstring; no header comes twice."""
+    """Pairs, and prompts of functions without a docstring; no header comes twice, its first function decides."""
     pairs, undocumented, seen = list[Record](), list[Record](), set[str]()
     for function in itertools.chain.from_iterable(map(functions, sources)):
         if function.header in seen:

@@ -75,6 +75,12 @@ def test_a_file_of_another_language_has_none() -> None:
     assert list(functions("print 'Python 2'\n")) == []
 
 
+def test_the_first_of_functions_with_the_same_header_decides() -> None:
+    without, with_one = "def f():\n    return 1\n", 'def f():\n    """One."""\n    return 1\n'
+    assert [len(some) for some in records([without, with_one])] == [0, 1]
+    assert [len(some) for some in records([with_one, without])] == [1, 0]
+
+
 def test_pairs_differ_in_the_docstring_alone(tmp_path: Path) -> None:
     pairs, undocumented = records([SOURCE, SOURCE])  # the second time nothing is new
     assert [record["prompt"] for record in undocumented] == ["def long(x):\n", "def none(self):\n"]
