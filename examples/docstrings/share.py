@@ -2,8 +2,8 @@
 
     python -m examples.docstrings.share runs/python_stdlib runs/dpo_python_stdlib
 
-Each model is given the first lines of the same functions of the standard library, which have no docstring there (another one
-that begins with the same line may have one), and writes on at temperature 0.8 with top-p 0.9.
+Each model is given the first lines of the same functions of the standard library, which have no docstring there
+(another one that begins with the same line may have one), and writes on at temperature 0.8 with top-p 0.9.
 """
 
 from __future__ import annotations
