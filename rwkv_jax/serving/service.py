@@ -41,11 +41,14 @@ class Service:
     """Requests that are being answered."""
     is_warm: bool = True
     """Whether all programs are compiled; until then /health says that the server is not ready."""
+    lasting_adapters: frozenset[str] = dataclasses.field(init=False)
+    """Names of the adapters that the server was started with, which no client removes."""
     embedding_turns: CapacityLimiter = dataclasses.field(default_factory=lambda: CapacityLimiter(1))
     """Requests that may embed at once: one."""
 
     def __post_init__(self) -> None:
         self.metrics.watch(self.engine.stats)
+        self.lasting_adapters = frozenset(self.engine.adapters.names)
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -108,10 +108,10 @@ def test_administrators_load_and_remove_adapters_of_a_folder(tmp_path: Path, com
     for place in (folder / "one", tmp_path / "outside"):
         save_adapter(ADAPTERS["low"], place, model.config, layout="official")
     (folder / "link").symlink_to(tmp_path / "outside")
-    options = EngineOptions(**OPTIONS, adapter_places=2, adapter_rank=4)
+    options, given = EngineOptions(**OPTIONS, adapter_places=2, adapter_rank=4), {"own": ADAPTERS["low"]}
     served = ServeOptions(api_keys=tmp_path / "keys", adapter_folder=folder, adapter_admins=("alice",))
     alice = {"Authorization": f"Bearer {KEYS['alice']}"}
-    with compiled_quickly(), Engine(model, ByteTokenizer(VOCAB_SIZE), options) as engine:
+    with compiled_quickly(), Engine(model, ByteTokenizer(VOCAB_SIZE), options, adapters=given) as engine:
         service = Service(engine, "tiny", served)
         with TestClient(create_app(service), raise_server_exceptions=False, headers=alice) as client:
             before = complete(client, "tiny").json()["choices"][0]["text"]
@@ -129,14 +129,18 @@ def test_administrators_load_and_remove_adapters_of_a_folder(tmp_path: Path, com
                 answer = load(client, name, path, key)
                 assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), path
             assert client.post("/v1/load_lora_adapter", json={}, headers={"Authorization": ""}).status_code == 401
-            assert load(client, "new", "one").json() == {"adapters": ["new"]}
+            assert load(client, "new", "one").json() == {"adapters": ["own", "new"]}
             assert load(client, "new", "one").status_code == 400
             assert complete(client, "new").json()["choices"][0]["text"] != before
             bob = {"Authorization": f"Bearer {KEYS['bob']}"}
             unload = functools.partial(client.post, "/v1/unload_lora_adapter", json={"lora_name": "new"})
             assert unload(headers=bob).status_code == 403
-            assert unload().json() == {"adapters": []}
+            assert unload().json() == {"adapters": ["own"]}
             assert unload().status_code == complete(client, "new").status_code == 404
+            kept = unload(json={"lora_name": "own"})
+            assert (kept.status_code, kept.json()["error"]["param"]) == (400, "lora_name")
+            assert "the server was started with it, and it stays" in kept.json()["error"]["message"]
+            assert complete(client, "own").status_code == 200
 
 
 def test_a_server_that_was_not_told_so_loads_nothing(client: TestClient) -> None:

@@ -33,11 +33,14 @@ async def load_adapter(body: LoadAdapterBody, service: ServiceOf, tenant: Tenant
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(body: UnloadAdapterBody, service: ServiceOf, tenant: TenantOf) -> AdapterNames:
-    """Removes an adapter that no text uses."""
+    """Removes an adapter that was loaded while the server runs and that no text uses."""
     _require_admin(service, tenant)
     if body.lora_name not in service.engine.adapters.names:
         message = f"lora_name = {body.lora_name!r}: there is no such adapter here"
         raise APIError(404, message, param="lora_name", code="model_not_found")
+    if body.lora_name in service.lasting_adapters:
+        message = f"lora_name = {body.lora_name!r}: the server was started with it, and it stays; name one loaded since"
+        raise APIError(400, message, param="lora_name")
 
     def unload() -> AdapterNames:
         service.engine.adapters.remove(body.lora_name)
