@@ -121,7 +121,8 @@ _losses.defvjp(_forward, _backward)
 def top_k_of(scores: Array, k: int, axis_name: str | None = None) -> TopK:
     """The k most likely tokens of scores [n, V], the first of equals first; the same on all shards."""
     size = scores.shape[-1]
-    log_p = scores - log_normalizer(scores, axis_name)[:, None]
+    whole = log_normalizer(scores, axis_name)[:, None]
+    log_p = scores - whole
     values, ids = lax.top_k(log_p, min(k, size))
     ids = (ids + shard_offset(size, axis_name)).astype(jnp.int32)
     if axis_name is not None:
@@ -129,8 +130,17 @@ def top_k_of(scores: Array, k: int, axis_name: str | None = None) -> TopK:
         values, chosen = lax.top_k(values, k)
         # Equal on all shards, which the largest of them says.
         values, ids = (lax.pmax(x, axis_name) for x in (values, jnp.take_along_axis(ids, chosen, axis=1)))
-    rest = jnp.maximum(1 - jnp.sum(jnp.exp(values), axis=1, keepdims=True), 0)
-    return TopK(ids, jnp.concatenate([values, jnp.log(rest)], axis=1))
+    # Not 1 - sum p: in float32 that has nothing of a rest below 1e-7.
+    others = scores.at[_places(ids, scores, axis_name)].set(-jnp.inf, mode="drop")
+    rest = log_normalizer(others, axis_name)[:, None] - whole
+    return TopK(ids, jnp.concatenate([values, rest], axis=1))
+
+
+def _places(ids: Array, scores: Array, axis_name: str | None) -> tuple[Array, Array]:
+    """Where tokens [n, k] are in a shard's scores [n, V]: beyond its end for those of other shards."""
+    size = scores.shape[-1]
+    own = ids - shard_offset(size, axis_name)
+    return jnp.arange(len(scores))[:, None], jnp.where((own >= 0) & (own < size), own, size)
 
 
 def taught_by_logits(
@@ -154,14 +164,12 @@ def taught_by_logits(
 
 def taught_by_top_k(top: TopK, logits: Array, *, temperature: float = 1.0, axis_name: str | None = None) -> Taught:
     """What the most likely tokens say: the rest is shared out as the student does, whose logits [n, V] are given."""
-    logits, size = lax.stop_gradient(logits), logits.shape[-1]
-    log_p = top.log_p.astype(logits.dtype)
-    rows, own = jnp.arange(len(logits))[:, None], top.ids - shard_offset(size, axis_name)
-    place = jnp.where((own >= 0) & (own < size), own, size)  # those of other shards are dropped
-    others = (logits / temperature).at[rows, place].set(-jnp.inf, mode="drop")
+    logits = lax.stop_gradient(logits)
+    log_p, places = top.log_p.astype(logits.dtype), _places(top.ids, logits, axis_name)
+    others = (logits / temperature).at[places].set(-jnp.inf, mode="drop")
     rest = log_p[:, -1] - log_normalizer(others, axis_name)
     shared_out = jnp.where(jnp.isneginf(others), -jnp.inf, others + rest[:, None])
-    scores = shared_out.at[rows, place].set(log_p[:, :-1], mode="drop")
+    scores = shared_out.at[places].set(log_p[:, :-1], mode="drop")
     return Taught(scores, top.ids[:, 0])
 
 

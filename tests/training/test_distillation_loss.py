@@ -175,3 +175,16 @@ def test_the_most_likely_tokens_and_the_rest() -> None:
     taught = taught_by_top_k(TopK(top.ids, top.log_p.astype(jnp.float16)), logits)
     np.testing.assert_allclose(jnp.exp(taught.scores), [[0.25 * 3 / 7, 0.5, 0.25 * 4 / 7, 0.25]], rtol=1e-3)
     assert taught.likeliest.tolist() == [1]
+
+
+def test_a_rest_too_small_for_one_minus_the_others_is_kept() -> None:
+    """In float32, 1 - sum p would be rounding alone; and nothing is left beside all tokens."""
+    scores = jnp.asarray([[0.3, 0.3 - 12 * np.log(10), 0.1, -np.inf]], jnp.float32)
+    found = top_k_of(scores, 2).log_p[0]
+    np.testing.assert_allclose(found[-1], np.log(1e-12 / (1 + np.exp(-0.2))), rtol=1e-6)
+    assert np.isneginf(top_k_of(scores, 3).log_p[0, -1])
+    draws = jnp.asarray(np.random.default_rng(7).standard_normal((50, VOCAB)), jnp.float32)
+    padded = jnp.pad(draws, ((0, 0), (0, 5)), constant_values=-jnp.inf)
+    assert np.all(np.isneginf(top_k_of(padded, VOCAB).log_p[:, -1]))
+    taught = taught_by_top_k(top_k_of(padded, VOCAB), jnp.ones_like(padded))
+    assert np.all(np.isneginf(taught.scores[:, VOCAB:]))
