@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from rwkv_jax.training.copying import check_copy, copied_params
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.official import check_tensors, place_params
-from rwkv_jax.weights.pretrained import find_tokenizer, open_model
+from rwkv_jax.weights.pretrained import find_tokenizer, ignored_fields, open_model
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import tensor_spec
 
@@ -143,9 +145,15 @@ def check_teacher_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def teacher_digest(config: TrainConfig) -> str | None:
-    """The digest of the teacher's numbers; None without one. Reads all of them."""
+    """The digest of the teacher's numbers, which are all read, and of what else it computes with; None without one."""
     source = config.distillation.teacher
-    return None if source is None else weights_digest(_open(source).tensors)
+    if source is None:
+        return None
+    model, _ = read_model(source)
+    free = ignored_fields(model) | {"unused_value_residual"}  # whose tensors are not among the digest's
+    fields = {name: value for name, value in dataclasses.asdict(model.resolved()).items() if name not in free}
+    of_model = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(f"{weights_digest(_open(source).tensors)} {of_model}".encode()).hexdigest()
 
 
 def begin_with_teacher(config: TrainConfig, drawn: Any, shardings: Any) -> Any:

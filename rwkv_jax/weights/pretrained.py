@@ -187,6 +187,12 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
     return weights
 
 
+def ignored_fields(model: ModelConfig) -> set[str]:
+    """Fields of a config that what its weights compute does not follow from, but for rounding."""
+    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length"}
+    return free if model.spec.has_heads else free | {"head_dim"}
+
+
 def model_difference(found: ModelConfig, wanted: ModelConfig, ignored: Collection[str] = ()) -> str | None:
     """The fields in which a model differs from that of weights, and the flags with which it would not; None for none.
 
@@ -194,9 +200,7 @@ def model_difference(found: ModelConfig, wanted: ModelConfig, ignored: Collectio
       found: the model of the weights.
       ignored: further fields that may differ. (Implementations, dtype, first values and room may.)
     """
-    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length", *ignored}
-    if not wanted.spec.has_heads:
-        free.add("head_dim")
+    free = ignored_fields(wanted) | set(ignored)
     there, here = (dataclasses.asdict(each.resolved()) for each in (found, wanted))
     # A default that another architecture does not have goes with the other one.
     differences = [

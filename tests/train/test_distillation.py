@@ -16,11 +16,12 @@ from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, Parall
 from rwkv_jax.training import stored_teacher
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.run_model import TEACHER
-from rwkv_jax.training.teacher import check_rows
+from rwkv_jax.training.teacher import check_rows, teacher_digest
 from rwkv_jax.weights.pretrained import convert, from_pretrained
 from rwkv_jax.weights.tensors import WeightsError
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, content, other_tokenizer, restore, run
+from tests.weights.hub_folders import QWEN3, write_hub_folder
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,22 @@ def test_another_teacher_is_refused_wherever_it_lies(
     same = dataclasses.replace(own.distillation, teacher=str(tmp_path / "moved.pth"))
     training = dataclasses.replace(own.training, num_steps=9)
     assert int(run(dataclasses.replace(own, distillation=same, training=training), folder).result.state.step) == 9
+
+
+def test_a_teacher_is_known_by_what_its_tensors_do_not_tell(tmp_path: Path) -> None:
+    """Rotation and epsilon of a config.json; its room does not matter."""
+
+    def digest(name: str, **fields: Any) -> str | None:
+        write_hub_folder(tmp_path / name, QWEN3 | fields)
+        return teacher_digest(
+            TrainConfig(
+                training=StepConfig(objective="distill"), distillation=DistillationConfig(str(tmp_path / name))
+            )
+        )
+
+    digests = [digest("one"), digest("two", rope_theta=1e4), digest("three", rms_norm_eps=1e-5)]
+    assert len(set(digests)) == 3
+    assert digest("four", max_position_embeddings=128) == digests[0]
 
 
 def test_teachers_that_cannot_teach_are_refused_by_name(config: TrainConfig, finished: Run, tmp_path: Path) -> None:
