@@ -134,7 +134,7 @@ def open_stored(
     folder = Path(settings.stored)
     of_rows = {name: value for name, value in identity.items() if name.startswith(_OF_ROWS)}
     of_rows |= {f"distillation.{name}": getattr(settings, name) for name in ("temperature", "top_k")}
-    of_rows |= {"model.vocab_size": config.model.vocab_size}
+    of_rows |= {f"model.{name}": getattr(config.model, name) for name in ("vocab_size", "dtype")}  # it computes in it
     top_k, length = int(settings.top_k or 0), training.sequence_length
     of_row = np.dtype([("ids", "<i4", (length, top_k)), ("log_p", "<f2", (length, top_k + 1))])
     if settings.teacher is not None and not (folder / DESCRIPTION).exists():

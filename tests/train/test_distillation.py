@@ -199,6 +199,7 @@ def test_predictions_for_other_rows_or_of_another_teacher_are_refused(
 
     refused("distillation.temperature", distillation=dataclasses.replace(settings, temperature=1.0))
     refused("seed", seed=1)
+    refused("model.dtype", model=dataclasses.replace(config.model, dtype="bfloat16"))
     refused("training.sequence_length", training=dataclasses.replace(config.training, sequence_length=16))
     convert(finished.folder, tmp_path / "rounded.safetensors", dtype="bfloat16")
     other = dataclasses.replace(settings, teacher=str(tmp_path / "rounded.safetensors"))
