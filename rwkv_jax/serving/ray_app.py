@@ -36,11 +36,17 @@ def ray_application(
       deployment: as of `ray.serve.deployment`, which a config file overrides: num_replicas, ray_actor_options.
 
     Raises:
-      ConfigError: states that replicas cannot share, or nothing is said about keys; or Ray is not installed.
+      ConfigError: states that replicas cannot share, a folder of adapters, which one replica alone would load, or
+        nothing is said about keys; or Ray is not installed.
     """
     if not is_shared(options):
         raise ConfigError(
             f"state_store = {options.state_store!r}: replicas share the states of conversations; give a redis://"
+        )
+    if options.adapter_folder is not None:
+        raise ConfigError(
+            f"adapter_folder = {str(options.adapter_folder)!r}: an adapter would be loaded by the one replica that is "
+            "asked, and the others would not know it; name adapters with --adapter, which every replica has"
         )
     if options.api_keys is None and not options.public_without_keys:
         raise ConfigError(

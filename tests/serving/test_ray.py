@@ -200,3 +200,11 @@ def test_a_redis_that_starts_again_has_what_it_had_saved(cluster: None, redis: R
 def test_options_that_replicas_cannot_have(options: ServeOptions, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ray_application(OpenTiny(""), options)
+
+
+def test_replicas_load_no_adapters_of_their_own(tmp_path: Path) -> None:
+    options = ServeOptions(
+        state_store="redis://127.0.0.1", api_keys=tmp_path / "keys", adapter_folder=tmp_path, adapter_admins=("a",)
+    )
+    with pytest.raises(ConfigError, match=r"adapter_folder = .*: an adapter would be loaded by the one replica"):
+        ray_application(OpenTiny(""), options)
