@@ -64,6 +64,10 @@ class Serve:
                 f"adapter_places = {self.adapter_places}: leaves no place for adapters of --adapter-folder; give more "
                 f"than the {len(self.tuned.adapter)} of --adapter, and --adapter-rank"
             )
+        if self.adapter_places > 0 and not self.adapter_rank and not self.tuned.adapter:
+            raise ConfigError(
+                "adapter_rank = 0: no --adapter is given whose rank it could be; give --adapter-rank, the largest one"
+            )
         try:
             from rwkv_jax.serving.service import Service
             from rwkv_jax.serving.states.opening import open_states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from rwkv_jax.cli.flags import TunedFlags, WeightsFlags
+from rwkv_jax.cli.serve import Serve
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference.engine.engine import Engine, EngineOptions
@@ -100,16 +103,22 @@ def load(client: TestClient, name: str, path: str, key: str = "alice", **fields:
     return client.post("/v1/load_lora_adapter", json=body, headers={"Authorization": f"Bearer {KEYS[key]}"})
 
 
+def write_keys(folder: Path) -> Path:
+    path = folder / "keys"
+    path.write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
+    path.chmod(0o600)
+    return path
+
+
 def test_administrators_load_and_remove_adapters_of_a_folder(tmp_path: Path, compiled_programs: None) -> None:
-    (tmp_path / "keys").write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
-    (tmp_path / "keys").chmod(0o600)
+    keys = write_keys(tmp_path)
     folder, model = tmp_path / "adapters", random_model(CONFIGS["7"])
     folder.mkdir()
     for place in (folder / "one", tmp_path / "outside"):
         save_adapter(ADAPTERS["low"], place, model.config, layout="official")
     (folder / "link").symlink_to(tmp_path / "outside")
     options, given = EngineOptions(**OPTIONS, adapter_places=2, adapter_rank=4), {"own": ADAPTERS["low"]}
-    served = ServeOptions(api_keys=tmp_path / "keys", adapter_folder=folder, adapter_admins=("alice",))
+    served = ServeOptions(api_keys=keys, adapter_folder=folder, adapter_admins=("alice",))
     alice = {"Authorization": f"Bearer {KEYS['alice']}"}
     with compiled_quickly(), Engine(model, ByteTokenizer(VOCAB_SIZE), options, adapters=given) as engine:
         service = Service(engine, "tiny", served)
@@ -160,3 +169,21 @@ def test_who_may_load_adapters_is_told_with_the_folder(tmp_path: Path) -> None:
         given: dict[str, Any] = fields
         with pytest.raises(ConfigError, match=message):
             ServeOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("admin", "fields", "message"),
+    [
+        ("carol", {"adapter_places": 8, "adapter_rank": 4}, "adapter_admins: carol has no key in"),
+        ("alice", {}, "adapter_places = 0: leaves no place .* than the 0 of --adapter"),
+        ("alice", {"adapter_places": 1, "tuned": TunedFlags(adapter=("a",))}, "adapter_places = 1: .* the 1 of"),
+        ("alice", {"adapter_places": 8}, "adapter_rank = 0: no --adapter is given whose rank it could be"),
+    ],
+)
+def test_flags_for_adapters_are_checked_before_weights_are_looked_for(
+    tmp_path: Path, admin: str, fields: dict[str, Any], message: str
+) -> None:
+    options = ServeOptions(api_keys=write_keys(tmp_path), adapter_folder=tmp_path, adapter_admins=(admin,))
+    command = Serve(WeightsFlags(str(tmp_path / "none.pth")), options=options, **fields)
+    with contextlib.ExitStack() as stack, pytest.raises(ConfigError, match=message):
+        stack.enter_context(command.opened())
