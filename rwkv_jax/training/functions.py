@@ -23,14 +23,14 @@ from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.parallel.tuned import shard_tuned
 from rwkv_jax.training.batch import Batch
-from rwkv_jax.training.objectives.align import Align, aligned_layers, mixers_of
+from rwkv_jax.training.objectives.align import Align, aligned_layers, kept_mixers, mixers_of
 from rwkv_jax.training.objectives.distill import Distill
 from rwkv_jax.training.objectives.grpo import GRPO, GroupBatch
 from rwkv_jax.training.objectives.next_token import NextToken
 from rwkv_jax.training.objectives.preference import PairBatch, Preference, Replies
 from rwkv_jax.training.optimizer import make_optimizer, tuned_group
 from rwkv_jax.training.partition import merge_params, split_params, tuned_partition
-from rwkv_jax.training.rates import learning_layers, without_frozen
+from rwkv_jax.training.rates import Rates, learning_layers, without_frozen
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.training.spikes import empty_window
 from rwkv_jax.training.state import EvalSums, StepMetrics, TrainState
@@ -238,7 +238,11 @@ def make_train_functions(
         sharded = shard_tuned(sharded, config.tuning, config.model, params)
         group = functools.partial(tuned_group, config.tuning, group)
     teacher = read_teacher(config, mesh)
-    partition = without_frozen(partition or _named_partition(config, teacher), named, config.optimizer.rates)
+    optimizer = config.optimizer
+    if partition is None:
+        partition, frozen = _named_partition(config, teacher)
+        optimizer = dataclasses.replace(optimizer, rates=(*optimizer.rates, *frozen))
+    partition = without_frozen(partition, named, optimizer.rates)
     if teacher is not None:
         params, sharded = params | {TEACHER: teacher.shapes}, with_teacher(sharded, teacher)
         partition = functools.partial(_beside_teacher, partition)
@@ -260,7 +264,7 @@ def make_train_functions(
     functions = TrainFunctions(
         objective=(objective or _named_objective(config, teacher))(run_model, sharded, training),
         partition=partition,
-        optimizer=make_optimizer(config.optimizer, training.num_steps, trained, group, training.first_step),
+        optimizer=make_optimizer(optimizer, training.num_steps, trained, group, training.first_step),
         sharded=sharded,
         params=params,
         draw_params=refuse_drawing
@@ -275,19 +279,23 @@ def make_train_functions(
         offload_optimizer=config.parallel.offload_optimizer,
         spike_factor=training.spike_factor,
         spike_window=training.spike_window,
-        learning_layers=learning_layers(trained, config.optimizer.rates),
+        learning_layers=learning_layers(trained, optimizer.rates),
         ema_decay=training.ema_decay,
     )
     _ = functions.state_shardings  # or devices without host memory would fail only in the first step
     return functions
 
 
-def _named_partition(config: TrainConfig, teacher: TeacherModel | None) -> Partition:
-    """What a run trains by its config: of alignment the mixers that replace attention, else what `tuning` says."""
+def _named_partition(config: TrainConfig, teacher: TeacherModel | None) -> tuple[Partition, Rates]:
+    """What a run trains by its config: of alignment the mixers that replace attention, else what `tuning` says.
+
+    Also the rates that freeze layers of what it trains.
+    """
     if config.training.objective != "align":
-        return tuned_partition(config.tuning, config.model)
+        return tuned_partition(config.tuning, config.model), ()
     assert teacher is not None  # as the config has checked
-    return mixers_of(aligned_layers(config.model, teacher.config), config.model.num_layers)
+    layers = aligned_layers(config.model, teacher.config)
+    return mixers_of(layers, config.model.num_layers), kept_mixers(layers, config.model)
 
 
 def _beside_teacher(partition: Partition, path: tuple[str, ...]) -> bool:

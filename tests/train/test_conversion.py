@@ -10,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rwkv_jax import from_pretrained
 from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, TrainConfig, student_of
 from rwkv_jax.models.context import SequenceContext
+from rwkv_jax.models.rwkv7 import TimeMix
+from rwkv_jax.models.stacks import is_stack, stacked_layers
 from rwkv_jax.run_folder import load_run_tokenizer
+from rwkv_jax.training import teacher as teacher_module
 from rwkv_jax.training.batch import make_batch
 from rwkv_jax.training.copying import check_copy, copied_params
 from rwkv_jax.training.functions import make_train_functions
@@ -24,6 +28,9 @@ from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import loss_and_gradients
 from rwkv_jax.training.tuned import new_state
+from rwkv_jax.weights.official import named_tensors
+from rwkv_jax.weights.sources import Weights
+from rwkv_jax.weights.tensors import MappedTensors
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import abstract, merge, random_params, to_official
 from tests.small_runs import assert_same_bits, small_config
@@ -32,6 +39,12 @@ TEACHER = ModelConfig(
     architecture="transformer", vocab_size=300, num_layers=3, width=32, head_dim=16, ffn_width=64, context_length=64
 )
 STUDENT = dataclasses.replace(student_of(TEACHER, (0, 2)), decay_rank=9)
+HYBRID = dataclasses.replace(student_of(TEACHER, (1,)), decay_rank=9)
+"""A teacher whose layer 1 has time mixing already; in its student it is one array with layer 2."""
+PAIRS = {"transformer": (TEACHER, STUDENT), "hybrid": (HYBRID, student_of(HYBRID))}
+"""Teachers, which have attention in layers 0 and 2, and students, which have time mixing there."""
+
+each_pair = pytest.mark.parametrize(("teacher_config", "model"), list(PAIRS.values()), ids=list(PAIRS))
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +71,35 @@ def stage(taught: TrainConfig, name: str, objective: Any, model: ModelConfig = S
     )
 
 
-def test_a_student_begins_as_its_teacher(taught: TrainConfig) -> None:
-    config = stage(taught, "copied", "align", copy=True)
+def teach(monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
+    """Puts a random model of a config in the place of the run that teaches."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_params(config, 1))
+    found = Weights(named_tensors(config, params), "official", lambda: None, MappedTensors({}, []), config)
+    monkeypatch.setattr(teacher_module, "read_model", lambda source: (config, "float32"))
+    monkeypatch.setattr(teacher_module, "_open", lambda source: found)
+
+
+@each_pair
+def test_a_student_begins_as_its_teacher(
+    taught: TrainConfig, monkeypatch: pytest.MonkeyPatch, teacher_config: ModelConfig, model: ModelConfig
+) -> None:
+    if teacher_config != TEACHER:
+        teach(monkeypatch, teacher_config)
+    config = stage(taught, "copied", "align", model, copy=True)
     params = new_state(config, make_train_functions(config), load_run_tokenizer(Path(taught.run_dir))).params
     teacher = params.pop("teacher")
     for part in ("emb", "ln_out", "head"):
         assert_same_bits(params[part], teacher[part])
 
-    def layer(params: Any, number: int, names: tuple[str, ...]) -> Any:
+    def layer(params: Any, number: int) -> Any:
         if number == 0:
             return params["first_block"]
-        first = {"blocks": 1, **{name: int(name.split("_")[1]) for name in names if name != "blocks"}}
-        name = max((name for name in names if first[name] <= number), key=first.__getitem__)
-        return jax.tree.map(lambda x: x[number - first[name]], params[name])
+        layers = {name: stacked_layers(name, 3) for name in params if is_stack(name)}
+        name = next(name for name in layers if number in layers[name])
+        return jax.tree.map(lambda x: x[layers[name].index(number)], params[name])
 
     for number in range(3):
-        own, its = layer(params, number, ("blocks_1_1", "blocks_2_2")), layer(teacher, number, ("blocks",))
+        own, its = layer(params, number), layer(teacher, number)
         for name in ("ln1", "ln2", "ffn"):
             assert_same_bits(own[name], its[name])
         if number == 1:
@@ -177,35 +203,50 @@ def test_stages_follow_each_other(taught: TrainConfig) -> None:
     np.testing.assert_array_equal(student.emb.weight[...], result.state.params["emb"]["weight"])
 
 
-def test_the_loss_of_alignment_is_its_formula(float64: None, taught: TrainConfig) -> None:
+@each_pair
+def test_the_loss_of_alignment_is_its_formula(
+    float64: None,
+    taught: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher_config: ModelConfig,
+    model: ModelConfig,
+) -> None:
     """And its gradient, in float64: each layer on the teacher's own residual stream."""
-    model = dataclasses.replace(STUDENT, dtype="float64")
+    if teacher_config != TEACHER:
+        teach(monkeypatch, teacher_config)
+    model = dataclasses.replace(model, dtype="float64")
     config = stage(taught, "formula", "align", model, training={"batch_size": 2, "sequence_length": 12})
     trainer = make_train_functions(config)
-    own, teacher_config = random_params(model), dataclasses.replace(TEACHER, dtype="float64")
+    own, teacher_config = random_params(model), dataclasses.replace(teacher_config, dtype="float64")
     params = jax.tree.map(jnp.asarray, {**own, "teacher": random_params(teacher_config, 1)})
     rows = np.random.default_rng(3).integers(1, 300, (2, 13)).astype(np.int32)
     rows[1, 5] = 0
     mask = np.random.default_rng(4).integers(0, 2, (2, 12)).astype(np.float32)
     batch = make_batch(rows, end_of_text=0, mask=mask)
+    context = SequenceContext(batch.segment_ids)
     trained, frozen = split_params(params, trainer.partition)
     assert {path[1].key for path, _ in jax.tree.leaves_with_path(trained)} == {"att"}
-    assert set(trained) == {"first_block", "blocks_2_2"}
+    assert set(trained) == {"first_block", "blocks" if teacher_config.rwkv_layers else "blocks_2_2"}
+
+    def mixed(block: Any, x: jax.Array, v_first: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """What a layer's mixer gives, and the values of layer 0."""
+        y = block.ln1(x)
+        if isinstance(block.att, TimeMix):
+            state = block.att.initial_state(2)
+            found = block.att.mix_with_residual(y, state=state, v_first=v_first, context=context)
+            return found.y, found.v_first if v_first is None else v_first
+        return block.att.mix(y, state=None, context=context).y, block.att.values(y) if v_first is None else v_first
 
     def formula(trained: Any) -> jax.Array:
         student: Any = merge(model, {**own, **{name: {**own[name], **part} for name, part in trained.items()}})
         teacher: Any = merge(teacher_config, params["teacher"])
-        context = SequenceContext(batch.segment_ids)
-        x, v_first, losses = teacher.emb(batch.tokens, "float64"), None, []
+        x, own_first, its_first, losses = teacher.emb(batch.tokens, "float64"), None, None, []
         for number in range(3):
             block, other = teacher.block(number), student.block(number)
-            y = block.ln1(x)
-            expected = block.att.mix(y, state=None, context=context).y
-            if number in model.rwkv_layers:
-                state = other.att.initial_state(2)
-                mixed = other.att.mix_with_residual(other.ln1(x), state=state, v_first=v_first, context=context)
-                v_first = mixed.v_first if v_first is None else v_first
-                distance = jnp.sqrt(jnp.sum((mixed.y - expected) ** 2, axis=-1))
+            expected, its_first = mixed(block, x, its_first)
+            found, own_first = mixed(other, x, own_first)
+            if number in (0, 2):
+                distance = jnp.sqrt(jnp.sum((found - expected) ** 2, axis=-1))
                 losses.append(jnp.sum(distance * mask) / mask.sum())
             x = x + expected
             x = x + block.ffn(block.ln2(x))
@@ -219,6 +260,26 @@ def test_the_loss_of_alignment_is_its_formula(float64: None, taught: TrainConfig
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # reported in float32
     for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(by_formula), strict=True):
         assert relative_error(x, y) < 1e-6
+
+
+def test_alignment_leaves_the_mixers_that_the_teacher_has_as_they_are(
+    taught: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight decay, too, which needs no gradient."""
+    teacher_config, model = PAIRS["hybrid"]
+    teach(monkeypatch, teacher_config)
+    trainer = make_train_functions(stage(taught, "kept", "align", model))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_params(model))
+    trained, _ = split_params(params, trainer.partition)
+    state = trainer.optimizer.init(trained)
+    updates, _ = trainer.optimizer.update(jax.tree.map(jnp.ones_like, trained), state, trained)
+    after: Any = optax.apply_updates(trained, updates)
+    assert_same_bits(*(jax.tree.map(lambda x: x[0], tree["blocks"]) for tree in (after, trained)))  # layer 1
+    for name, x in after["blocks"]["att"].items():
+        before = trained["blocks"]["att"][name]
+        for now, was in zip(jax.tree.leaves(x), jax.tree.leaves(before), strict=True):
+            assert np.any(now[1] != was[1]), name
+    assert np.any(after["first_block"]["att"]["x_r"] != trained["first_block"]["att"]["x_r"])
 
 
 def test_a_run_of_any_architecture_begins_with_another_one(taught: TrainConfig) -> None:

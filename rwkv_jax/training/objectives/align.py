@@ -21,7 +21,7 @@ from jax import Array, lax
 from rwkv_jax.config import ConfigError, ModelConfig, StepConfig
 from rwkv_jax.models.alignment import mixer_outputs
 from rwkv_jax.models.layers import wide_dtype
-from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
+from rwkv_jax.models.stacks import FIRST, is_stack, layer_runs, stacked_layers
 from rwkv_jax.parallel.sharded_model import ShardedModel
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.next_token import count_tokens
@@ -65,6 +65,16 @@ def mixers_of(layers: tuple[int, ...], num_layers: int) -> Callable[[tuple[str, 
         return within[:1] == ["att"] and not set(layers).isdisjoint(held)
 
     return is_trained
+
+
+def kept_mixers(layers: tuple[int, ...], student: ModelConfig) -> tuple[tuple[str, float], ...]:
+    """Rates (`OptimizerConfig.rates`) that freeze the other layers of the arrays that `mixers_of` trains.
+
+    These are mixers that the teacher has already: they have no loss, but would lose to weight decay.
+    """
+    runs = layer_runs(student.spec.layer_kinds(student))
+    beside = [layer for run in runs if not set(layers).isdisjoint(run.layers) for layer in run.layers]
+    return tuple((f"blocks.{layer}.att.*", 0.0) for layer in beside if layer not in layers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
