@@ -33,7 +33,7 @@ def results_on(mesh: jax.sharding.Mesh | None) -> Any:
         training=StepConfig(objective="align", batch_size=8, sequence_length=16, accumulation_steps=2),
         distillation=DistillationConfig("teacher"),
     )
-    with mock.patch.object(teacher, "_read_model", return_value=(TEACHER, "float64")):
+    with mock.patch.object(teacher, "read_model", return_value=(TEACHER, "float64")):
         trainer = make_train_functions(config, mesh)
     params = {**random_params(STUDENT), "teacher": random_params(TEACHER, 1)}
     draws = np.random.default_rng(2)
