@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations import TIME_MIX_FIELDS
 from rwkv_jax.models.stacks import is_layers
+from rwkv_jax.weights.base import whole_on_host
 from rwkv_jax.weights.official import official_names, official_shapes
 from rwkv_jax.weights.pretrained import model_difference
 
@@ -94,8 +95,9 @@ def copied_params(tensors: Mapping[str, NDArray], student: ModelConfig, drawn: A
             first = jax.jit(lambda x: begin(x, student.head_dim), out_shardings=sharding)(first)
         if all(x is None for x in found):
             return first
-        mixed = [np.asarray(first[i]) if x is None else x for i, x in enumerate(found)]
-        return jax.device_put(np.stack(mixed).astype(first.dtype), sharding)
+        whole = whole_on_host(first)  # of which other processes may hold parts
+        mixed = np.stack([whole[i] if x is None else x for i, x in enumerate(found)]).astype(first.dtype)
+        return jax.make_array_from_callback(first.shape, sharding, mixed.__getitem__)
 
     return jax.tree.map_with_path(leaf, drawn, shardings)
 

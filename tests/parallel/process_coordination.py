@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rwkv_jax.config import ConfigError, DistributedConfig
+from rwkv_jax.config import ConfigError, DistributedConfig, ModelConfig
+from rwkv_jax.models import abstract_model
 from rwkv_jax.parallel import processes as processes_module
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
@@ -32,8 +33,11 @@ from rwkv_jax.parallel.coordination import (
     global_array,
     run_on_first_process,
 )
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
 from rwkv_jax.parallel.processes import DisagreementError, LostProcessError, Processes, join
+from rwkv_jax.training.copying import copied_params
 from rwkv_jax.training.stopping import stop_requests
+from rwkv_jax.weights.official import official_shapes, shardings_on
 
 COUNT = 2
 FAILURE = ConfigError("data.source = 'nothing': no such file")
@@ -97,6 +101,7 @@ def all_is_well(processes: Processes) -> dict[str, Any]:
         assert_same(processes, {}, seconds=30, subject=f"turn {turn}")
     result["rows"] = read_array(split("data", data=4))
     result["copies"] = read_array(split("data", "tensor", data=2, tensor=1, copies=2))
+    result["copied"] = copied_student()
     result["stops"] = [steps_until_stop(processes, signaled) for signaled in range(COUNT)]
     try:
         assert_same(processes, {"seed": 0, "batch": 8 * (1 + processes.index)}, seconds=30, subject="batches")
@@ -106,6 +111,29 @@ def all_is_well(processes: Processes) -> dict[str, Any]:
     if processes.is_first:
         folder.rmdir()
     return result
+
+
+def copied_student() -> list[str]:
+    """Which parameters of a student, of whose layers 1 and 2 the teacher has one, are not as they should be."""
+    sizes: Any = {"vocab_size": 40, "num_layers": 3, "width": 32, "head_dim": 8, "ffn_width": 64, "context_length": 8}
+    teacher = ModelConfig(architecture="transformer", rwkv_layers=(1,), **sizes)
+    student = dataclasses.replace(teacher, rwkv_layers=(1, 2))
+    draws = np.random.default_rng(0)
+    tensors = {name: draws.standard_normal(shape, np.float32) for name, shape in official_shapes(teacher).items()}
+    where = shardings_on(mesh_from_shape(MeshShape(fsdp=4), jax.devices()), student)
+
+    def ones(path: Any, x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, np.ones(x.shape, x.dtype).__getitem__)
+
+    drawn = jax.tree.map_with_path(ones, abstract_model(student)[1], where)
+    copied = copied_params(tensors, student, drawn, where)["blocks"]["att"]
+    expected = {
+        name: np.stack([tensors[f"blocks.1.att.{name}"], np.full_like(tensors[f"blocks.1.att.{name}"], rest)])
+        for name, rest in {"w1": 1, "w2": 1, "x_r": 0, "g1": 0}.items()
+    }
+    parts = [(name, shard) for name in expected for shard in copied[name].addressable_shards]
+    assert not copied["w1"].is_fully_addressable
+    return [name for name, shard in parts if not np.array_equal(shard.data, expected[name][shard.index])]
 
 
 def wait_in_a_collective(fails_after: int | None = None) -> None:

@@ -61,6 +61,11 @@ def test_each_process_reads_the_rows_of_its_own_devices_once() -> None:
         assert process["rows"]["sum"] == process["copies"]["sum"] == 276
 
 
+def test_a_student_begins_as_its_teacher_though_each_process_holds_parts() -> None:
+    """Of layers that are one array, of which the teacher has some."""
+    assert [process["copied"] for process in all_is_well()] == [[], []]
+
+
 def test_a_signal_to_either_process_stops_both_after_the_same_step() -> None:
     for process in all_is_well():
         assert process["stops"] == [{"step": 4, "name": "SIGTERM"}] * 2
