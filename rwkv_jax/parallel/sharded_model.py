@@ -136,7 +136,9 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     if mesh is None:
         return ONE_DEVICE
     kind = model_type(config)
-    check_model(kind, params, config.num_kv_heads if config.spec.has_heads else None, mesh)
+    has_attention = len(config.rwkv_layers) < config.num_layers  # whose heads of keys and values queries may share
+    heads = config.num_kv_heads if has_attention else config.num_heads
+    check_model(kind, params, heads if config.spec.has_heads else None, mesh)
     rules = RULES.on(mesh)
     full_specs, specs = parameter_specs(kind, params), parameter_specs(kind, params, rules)
     # Initial vectors are computed and kept whole, since XLA may round a shard of the computation differently. Matrices

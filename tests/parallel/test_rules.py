@@ -9,10 +9,11 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig, student_of
 from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.parallel.mesh import AXES
 from rwkv_jax.parallel.rules import RULES, check_divisible, check_model, parameter_specs
+from rwkv_jax.parallel.sharded_model import shard_model
 from rwkv_jax.weights.official import official_names
 
 GENERATIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
@@ -109,3 +110,12 @@ def test_a_model_that_a_mesh_cannot_divide_is_refused() -> None:
         check(small("4"), fsdp=5)
     for generation in GENERATIONS:
         check(small(generation), data=3, fsdp=4, tensor=2, sequence=5)
+
+
+def test_heads_that_queries_share_are_split_only_where_there_is_attention() -> None:
+    llama = ModelConfig(architecture="llama", vocab_size=96, num_layers=3, width=64, head_dim=8, kv_heads=2)
+    for config in (llama, student_of(llama, (0, 2))):
+        with pytest.raises(ConfigError, match=r"parallel.tensor = 4: must divide the model's 2 heads"):
+            shard_model(config, abstract_model(config)[1], mesh(tensor=4))
+    converted = student_of(llama)
+    assert shard_model(converted, abstract_model(converted)[1], mesh(tensor=4)).axes.tensor == "tensor"

@@ -91,9 +91,7 @@ def test_a_teacher_is_known_by_what_its_tensors_do_not_tell(tmp_path: Path) -> N
     def digest(name: str, **fields: Any) -> str | None:
         write_hub_folder(tmp_path / name, QWEN3 | fields)
         return teacher_digest(
-            TrainConfig(
-                training=StepConfig(objective="distill"), distillation=DistillationConfig(str(tmp_path / name))
-            )
+            TrainConfig(training=StepConfig(objective="distill"), distillation=DistillationConfig(str(tmp_path / name)))
         )
 
     digests = [digest("one"), digest("two", rope_theta=1e4), digest("three", rms_norm_eps=1e-5)]
