@@ -126,6 +126,13 @@ class TrainConfig:
             "initial_weights",
             "tuning trains a part of a model; name the weights of the rest, its base",
         )
+        named = next(name for name in ("adapter", "also", "state") if getattr(tuning, name))
+        check(
+            not self.model.rwkv_layers,
+            f"tuning.{named}",
+            f"model.rwkv_layers = {self.model.rwkv_layers}, and models whose time mixing takes the place of attention "
+            "are trained as a whole; leave it out, and freeze parts with optimizer.rates",
+        )
         beyond = [layer for layer in tuning.layers if layer >= self.model.num_layers]
         check(not beyond, "tuning.layers", f"must be less than model.num_layers = {self.model.num_layers}")
         if tuning.state:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_jax.config import ConfigError, DataConfig, TrainConfig, TuningConfig
+from rwkv_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rank": 8}, "tuning.rank = 8: is of an adapter; set tuning.adapter, or leave it out"),
@@ -56,3 +56,21 @@ def test_a_part_of_a_model_needs_the_rest() -> None:
         TrainConfig(tuning=lora, initial_weights="model.pth", data=DataConfig(tokenizer="world"))
     assert not TuningConfig().is_partial
     assert TuningConfig(state=True).is_partial
+
+
+@pytest.mark.parametrize(
+    ("tuning", "place"),
+    [
+        (TuningConfig("lora"), "adapter = 'lora'"),
+        (TuningConfig(also=("time",)), r"also = \('time',\)"),
+        (TuningConfig(state=True), "state = True"),
+    ],
+    ids=["adapter", "also", "state"],
+)
+@pytest.mark.parametrize("layers", [(0, 2, 3), (0, 1, 2, 3)])
+def test_models_with_time_mixing_in_the_place_of_attention_are_not_tuned(
+    layers: tuple[int, ...], tuning: TuningConfig, place: str
+) -> None:
+    model = ModelConfig(architecture="transformer", num_layers=4, width=64, rwkv_layers=layers)
+    with pytest.raises(ConfigError, match=rf"^tuning.{place}: model.rwkv_layers = .*; leave it out, and freeze parts"):
+        TrainConfig(model=model, tuning=tuning, initial_weights="run", data=DataConfig(tokenizer="world"))
