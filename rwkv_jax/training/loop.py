@@ -59,7 +59,7 @@ from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
 from rwkv_jax.training.steps import Steps
 from rwkv_jax.training.stopping import stop_requests
-from rwkv_jax.training.stored_teacher import known_teacher
+from rwkv_jax.training.stored_teacher import check_stored, known_teacher
 from rwkv_jax.training.tasks import fingerprint, prepared_scorer, read_tasks
 from rwkv_jax.training.teacher import check_teacher_tokenizer, described_teacher
 from rwkv_jax.training.tuned import (
@@ -235,6 +235,7 @@ def _prepare(
     digests = (base_digest(config), first_state_digest(config), known_teacher(config))
     identity = run_folder.identity(config, corpus.fingerprint, corpus.tokenizer.fingerprint, *digests)
     assert_same(processes, identity, seconds=MAX_PREPARATION_SECONDS, subject="corpus")
+    check_stored(config, identity, processes)  # before an old run would be moved
     if restart and saved is not None:  # which all have read, and all agree on everything else
         run_on_first_process(processes, "restart", functools.partial(run_folder.set_aside, run_dir, console.print))
         saved = None

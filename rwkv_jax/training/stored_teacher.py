@@ -111,6 +111,27 @@ def _described(folder: Path) -> dict[str, Any]:
     return content
 
 
+def check_stored(config: TrainConfig, identity: Mapping[str, Any], processes: Processes) -> None:
+    """Refuses stored predictions that a run cannot read, or cannot complete; writes nothing.
+
+    Args:
+      identity: the run's, `run_folder.identity`.
+
+    Raises:
+      ConfigError: they are of other rows or another teacher, some are damaged, some are missing and no teacher is
+        named, or several processes would compute them.
+    """
+    settings = config.distillation
+    if settings.stored is None:
+        return
+    is_new = settings.teacher is not None and not (Path(settings.stored) / DESCRIPTION).exists()
+    if (is_new or _found(config, identity)[1]) and processes.count > 1:
+        raise ConfigError(
+            f"distillation.stored = {settings.stored!r}: is computed by one process, and there are "
+            f"{processes.count}; begin the run with one, then go on with all"
+        )
+
+
 def open_stored(
     config: TrainConfig,
     identity: Mapping[str, Any],
@@ -126,36 +147,58 @@ def open_stored(
       read: the batch of a step.
 
     Raises:
-      ConfigError: they are of other rows or another teacher, or some are missing and no teacher is named.
+      ConfigError: as `check_stored`.
     """
     settings, training = config.distillation, config.training
     if settings.stored is None:
         return None
+    check_stored(config, identity, processes)
     folder = Path(settings.stored)
-    of_rows = {name: value for name, value in identity.items() if name.startswith(_OF_ROWS)}
-    of_rows |= {f"distillation.{name}": getattr(settings, name) for name in ("temperature", "top_k")}
-    of_rows |= {f"model.{name}": getattr(config.model, name) for name in ("vocab_size", "dtype")}  # it computes in it
-    top_k, length = int(settings.top_k or 0), training.sequence_length
-    of_row = np.dtype([("ids", "<i4", (length, top_k)), ("log_p", "<f2", (length, top_k + 1))])
-    if settings.teacher is not None and not (folder / DESCRIPTION).exists():
-        of_step = training.batch_size * of_row.itemsize
+    if not (folder / DESCRIPTION).exists():
+        of_step = training.batch_size * _row_type(config).itemsize
         steps = max(1, min(training.num_steps - training.first_step, _FILE_BYTES // of_step))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            content = with_digest({"rows": of_rows, "steps_per_file": steps})
+            content = with_digest({"rows": _of_rows(config, identity), "steps_per_file": steps})
             replace_file(folder / DESCRIPTION, json.dumps(content, indent=2).encode())
-    content = _described(folder)
-    refuse_difference(
-        content["rows"], of_rows, str(folder), "predictions for another run; take its settings, or name a new folder"
-    )
-    stored = StoredTeacher(folder, training.batch_size, content["steps_per_file"], of_row)
-    needed = range(training.first_step // stored.steps_per_file, -(-training.num_steps // stored.steps_per_file))
-    missing = [number for number in needed if not stored.path(number).exists()]
-    if missing and settings.teacher is not None:
-        _compute(config, stored, missing, read, mesh, processes, report)
-    for number in needed:
+    stored, missing = _found(config, identity)
+    if missing:
+        _compute(config, stored, missing, read, mesh, report)
+    for number in missing:
         stored.file(number)
     return stored
+
+
+def _found(config: TrainConfig, identity: Mapping[str, Any]) -> tuple[StoredTeacher, list[int]]:
+    """What a run's folder holds, and the numbers of files that are missing, for a teacher to compute."""
+    settings, training = config.distillation, config.training
+    folder = Path(str(settings.stored))
+    content = _described(folder)
+    refuse_difference(
+        content["rows"],
+        _of_rows(config, identity),
+        str(folder),
+        "predictions for another run; take its settings, or name a new folder",
+    )
+    stored = StoredTeacher(folder, training.batch_size, content["steps_per_file"], _row_type(config))
+    needed = range(training.first_step // stored.steps_per_file, -(-training.num_steps // stored.steps_per_file))
+    missing = [number for number in needed if settings.teacher is not None and not stored.path(number).exists()]
+    for number in needed:
+        if number not in missing:
+            stored.file(number)
+    return stored, missing
+
+
+def _of_rows(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What stored predictions follow from."""
+    of_rows = {name: value for name, value in identity.items() if name.startswith(_OF_ROWS)}
+    of_rows |= {f"distillation.{name}": getattr(config.distillation, name) for name in ("temperature", "top_k")}
+    return of_rows | {f"model.{name}": getattr(config.model, name) for name in ("vocab_size", "dtype")}
+
+
+def _row_type(config: TrainConfig) -> np.dtype[Any]:
+    top_k, length = int(config.distillation.top_k or 0), config.training.sequence_length
+    return np.dtype([("ids", "<i4", (length, top_k)), ("log_p", "<f2", (length, top_k + 1))])
 
 
 def _compute(
@@ -164,16 +207,10 @@ def _compute(
     missing: list[int],
     read: Callable[[int], Batch],
     mesh: Mesh | None,
-    processes: Processes,
     report: Callable[[str], None],
 ) -> None:
     """Writes the missing files; one that is there is whole."""
     settings = dataclasses.replace(config.distillation, stored=None)
-    if processes.count > 1:
-        raise ConfigError(
-            f"distillation.stored = {str(stored.folder)!r}: is computed by one process, and there are "
-            f"{processes.count}; begin the run with one, then go on with all"
-        )
     teacher = read_teacher(dataclasses.replace(config, distillation=settings), mesh)
     assert teacher is not None
     assert settings.teacher is not None
@@ -204,12 +241,21 @@ def predictions(config: TrainConfig, teacher: TeacherModel, params: Any, batch: 
     """A teacher's most likely tokens in a batch: ids [B, T, k], and log-probabilities [B, T, k + 1] in float16.
 
     Args:
-      config: provides the temperature, k, `loss_chunk` and the size of the student's vocabulary.
+      config: provides the temperature, k, `loss_chunk`, `accumulation_steps` and the size of the student's vocabulary.
       params: the teacher's.
     """
     settings, sharded, size = config.distillation, teacher.sharded, config.model.vocab_size
+    steps = config.training.accumulation_steps
 
     def local(params: Any, batch: Batch) -> tuple[Any, Any]:
+        """Of a device's rows, as many at a time as a step takes: a batch that trains fits here, too."""
+        if steps == 1:
+            return of_micro_batch(params, batch)
+        micro = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+        found = lax.map(functools.partial(of_micro_batch, params), micro)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    def of_micro_batch(params: Any, batch: Batch) -> tuple[Any, Any]:
         model = teacher.run_model.model(params)
         hidden, _ = model.hidden(
             batch.tokens, segment_ids=batch.segment_ids, axes=sharded.axes, gather_params=sharded.gather_params

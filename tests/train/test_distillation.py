@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 from rwkv_jax import run_folder
 from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, ParallelConfig, StepConfig, TrainConfig
 from rwkv_jax.training import stored_teacher
+from rwkv_jax.training.batch import make_batch
+from rwkv_jax.training.distillation_loss import top_k_of
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.run_model import TEACHER
-from rwkv_jax.training.teacher import check_rows, teacher_digest
+from rwkv_jax.training.teacher import check_rows, read_teacher, teacher_digest
 from rwkv_jax.weights.pretrained import convert, from_pretrained
 from rwkv_jax.weights.tensors import WeightsError
 from tests.small_runs import assert_same_bits, names_in
@@ -166,6 +170,32 @@ def test_a_run_learns_from_what_is_stored_without_the_teacher(storing: Run, tmp_
     np.testing.assert_allclose(first, second, rtol=1e-3)
 
 
+def test_what_is_stored_is_computed_in_the_micro_batches_of_a_step(storing: Run, finished: Run) -> None:
+    config = storing.config
+    teacher = read_teacher(
+        dataclasses.replace(config, distillation=dataclasses.replace(config.distillation, stored=None))
+    )
+    assert teacher is not None
+    tokens = np.random.default_rng(3).integers(0, 300, (4, 33)).astype(np.int32)
+    batch, rows = make_batch(tokens, end_of_text=0), []
+
+    def watched(scores: Any, *arguments: Any) -> Any:
+        rows.append(len(scores))
+        return top_k_of(scores, *arguments)
+
+    def found(steps: int) -> Any:
+        own = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulation_steps=steps))
+        predict = functools.partial(stored_teacher.predictions, own, teacher)
+        return jax.jit(predict)(finished.result.state.params, batch)
+
+    with mock.patch.object(stored_teacher, "top_k_of", watched):
+        ids, log_p = found(2)
+        assert set(rows) == {2 * 32}
+        whole_ids, whole = found(1)
+    assert np.mean(ids[..., 0] == whole_ids[..., 0]) > 0.98
+    np.testing.assert_allclose(log_p[..., 0], whole[..., 0], rtol=2e-3)
+
+
 def test_what_is_missing_is_computed_again_and_nothing_else(storing: Run, tmp_path: Path) -> None:
     """As after a kill: a file is either whole or not there."""
     folder = Path(shutil.copytree(stored_in(storing), tmp_path / "stored"))
@@ -205,6 +235,12 @@ def test_predictions_for_other_rows_or_of_another_teacher_are_refused(
     nothing = dataclasses.replace(settings, teacher=None, stored=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"distillation.stored = .*holds no predictions .*; name the teacher, too"):
         run(dataclasses.replace(config, distillation=nothing), tmp_path / "run")
+    folder = Path(shutil.copytree(storing.folder, tmp_path / "begun"))
+    before = names_in(folder)
+    colder = dataclasses.replace(config, distillation=dataclasses.replace(settings, temperature=1.0))
+    with pytest.raises(ConfigError, match="holds predictions for another run"):
+        run(colder, folder, restart=True)
+    assert names_in(folder) == before  # nothing was set aside
     whole = dataclasses.replace(settings, top_k=None)
     with pytest.raises(ConfigError, match=r"distillation.top_k = None: a whole distribution of each token is not"):
         dataclasses.replace(config, distillation=whole)
