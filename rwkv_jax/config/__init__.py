@@ -24,6 +24,7 @@ from rwkv_jax.config.distillation import DistillationConfig
 from rwkv_jax.config.generations import GENERATIONS, Architecture, Generation, GenerationSpec, ResolvedSizes
 from rwkv_jax.config.model import ModelConfig, student_of
 from rwkv_jax.config.objective import (
+    CROSS_ENTROPY,
     OF_TEXT,
     PREFERENCES,
     WITH_REFERENCE,
@@ -39,6 +40,7 @@ from rwkv_jax.config.step import OptimizerConfig, Remat, StepConfig
 from rwkv_jax.config.tuning import AdapterKind, TuningConfig
 
 __all__ = [
+    "CROSS_ENTROPY",
     "GENERATIONS",
     "OF_TEXT",
     "PREFERENCES",

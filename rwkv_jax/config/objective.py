@@ -10,6 +10,8 @@ from rwkv_jax.checks import checker, is_number, require, require_choices
 ObjectiveName = Literal["next_token", "distill", "align", "dpo", "orpo", "simpo", "kto", "grpo"]
 OF_TEXT: tuple[ObjectiveName, ...] = ("next_token", "distill", "align")
 """Objectives that read rows of text, of whatever data."""
+CROSS_ENTROPY: tuple[ObjectiveName, ...] = ("next_token", "distill")
+"""Objectives whose logged loss is the cross-entropy of the text's next tokens."""
 WITH_TEACHER: tuple[ObjectiveName, ...] = ("distill", "align")
 """Objectives that learn from a teacher."""
 PREFERENCES: tuple[ObjectiveName, ...] = ("dpo", "orpo", "simpo", "kto")

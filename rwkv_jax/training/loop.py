@@ -20,7 +20,7 @@ import jax
 
 from rwkv_jax import run_folder
 from rwkv_jax.checkpoint_files import writing
-from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rwkv_jax.config import CROSS_ENTROPY, ConfigError, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.chat.mixture import MixedCorpus, MixedRows
 from rwkv_jax.data.chat.rows import ChatRows
 from rwkv_jax.data.chat.source import ChatCorpus
@@ -334,7 +334,7 @@ def _make_logger(
         num_steps=training.num_steps,
         every=config.logging.every,
         max_bad_steps=training.max_bad_steps,
-        bytes_per_token=corpus.bytes_per_token,
+        bytes_per_token=corpus.bytes_per_token if training.objective in CROSS_ENTROPY else None,
         learning_rate=learning_rate_schedule(config.optimizer, training.num_steps, training.first_step),
         row_locations=rows.row_locations,
         console=console,

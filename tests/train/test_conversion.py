@@ -191,6 +191,7 @@ def test_stages_follow_each_other(taught: TrainConfig) -> None:
     assert np.any(aligned["first_block"]["att"]["x_r"] != 0)
     records = [record for record in read_metrics(Path(config.run_dir) / "metrics.jsonl") if record["kind"] == "train"]
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert "bits_per_byte" not in records[0]  # its loss is a distance
     assert records[0]["loss"] == pytest.approx((records[0]["layer_0"] + records[0]["layer_2"]) / 2, rel=1e-5)
 
     distilled = stage(taught, "s2", "distill", initial_weights=config.run_dir)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_jax.atomic import replace_file
+from rwkv_jax.config import CROSS_ENTROPY
 from rwkv_jax.figures import encoded, new_figure
+from rwkv_jax.run_folder import RUN_FILE, read_run_file
 from rwkv_jax.training.reporting.metrics import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 PLOT_FILE = "loss.png"
 
 _TRAINING, _HELD_OUT, _RATE, _GRID = "#1f5fa8", "#d1495b", "#5b7f3a", "#d9d9d9"
+_NATS = "loss (nats per token)"
 _SMOOTHED_SHARE = 0.05
 _RATIO_TOLERANCE = 2e-3
 
@@ -27,8 +30,9 @@ _RATIO_TOLERANCE = 2e-3
 def plot_losses(run_dir: Path | str) -> Path:
     """Draw RUN_DIR/metrics.jsonl into RUN_DIR/loss.png and return its path.
 
-    Losses are in nats per token; a right-hand axis in bits per byte is added if that is a constant multiple.
-    Accuracies of a synthetic task are drawn below.
+    Cross-entropies are in nats per token; a right-hand axis in bits per byte is added if that is a constant multiple.
+    Of an alignment, whose steps lose distances, held-out losses are drawn apart. Accuracies of a synthetic task are
+    drawn below.
     Raises ValueError if the run has no losses yet.
     """
     run_dir = Path(run_dir)
@@ -42,12 +46,18 @@ def plot_losses(run_dir: Path | str) -> Path:
     figure = new_figure(9, 6, dpi=150)
     has_rate = any(_number(record, "learning_rate") is not None for record in training)
     answered = [record for record in held_out if _number(record, "accuracy") is not None]
-    heights = [4] + [4] * bool(answered) + [1] * has_rate
+    drawn = [
+        (label, *records)
+        for label, *records in _losses_by_unit(_objective(run_dir), training, held_out)
+        if any(_number(record, "loss") is not None for each in records for record in each)
+    ]
+    heights = [4] * len(drawn) + [4] * bool(answered) + [1] * has_rate
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_losses(panels[0], training, held_out)
-    _draw_bits_per_byte(panels[0], training, held_out)
+    for axes, (label, *records) in zip(panels, drawn, strict=False):
+        _draw_losses(axes, label, *records)
+        _draw_bits_per_byte(axes, *records)
     if answered:
-        _draw_accuracies(panels[1], answered)
+        _draw_accuracies(panels[len(drawn)], answered)
     if has_rate:
         _draw_rates(panels[-1], training)
     panels[-1].set_xlabel("step")
@@ -56,6 +66,22 @@ def plot_losses(run_dir: Path | str) -> Path:
     path = run_dir / PLOT_FILE
     replace_file(path, encoded(figure))
     return path
+
+
+def _objective(run_dir: Path) -> str:
+    """What the run minimizes; next_token if its folder does not say."""
+    if not (run_dir / RUN_FILE).exists():
+        return "next_token"
+    return str(read_run_file(run_dir)["config"].get("training", {}).get("objective", "next_token"))
+
+
+def _losses_by_unit(
+    objective: str, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]
+) -> list[tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]]]]:
+    """Losses of training and evaluation that share an axis, with its label."""
+    if objective == "align":
+        return [("distance of mixers' outputs", training, ()), (_NATS, (), held_out)]
+    return [(_NATS if objective in CROSS_ENTROPY else f"loss of {objective}", training, held_out)]
 
 
 def _number(record: dict[str, Any], name: str) -> float | None:
@@ -88,16 +114,18 @@ def _style(axes: Axes, label: str) -> None:
     axes.margins(x=0.02)
 
 
-def _draw_losses(axes: Axes, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
+def _draw_losses(
+    axes: Axes, label: str, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]
+) -> None:
     steps, values = _series(training, "loss")
     if values:
         axes.plot(steps, values, color=_TRAINING, alpha=0.25, linewidth=1)
         axes.plot(steps, _smoothed(values), color=_TRAINING, linewidth=1.8, label=f"training  {values[-1]:.3f}")
     steps, values = _series(held_out, "loss")
     if values:
-        label = f"held out  {values[-1]:.3f}"
-        axes.plot(steps, values, color=_HELD_OUT, linewidth=1.4, marker="o", markersize=4.5, label=label)
-    _style(axes, "loss (nats per token)")
+        last = f"held out  {values[-1]:.3f}"
+        axes.plot(steps, values, color=_HELD_OUT, linewidth=1.4, marker="o", markersize=4.5, label=last)
+    _style(axes, label)
     axes.legend(frameon=False, loc="upper right")
 
 

@@ -30,7 +30,7 @@ class StepLogger:
     every: int
     max_bad_steps: int
     bytes_per_token: float | None
-    """None if tokens are no text; bits per byte are then left out."""
+    """None if tokens are no text, or losses no cross-entropy; bits per byte are then left out."""
     learning_rate: Callable[[int], object]
     row_locations: Callable[[int], Sequence[str]]
     console: Console

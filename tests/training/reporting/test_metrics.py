@@ -358,6 +358,35 @@ def test_accuracies_of_a_task_are_drawn_beside_chance(tmp_path: Path, monkeypatc
     ]
 
 
+@pytest.mark.parametrize(
+    ("objective", "labels"),
+    [
+        ("distill", ["loss (nats per token)"]),
+        ("align", ["distance of mixers' outputs", "loss (nats per token)"]),
+        ("dpo", ["loss of dpo"]),
+    ],
+)
+def test_losses_of_other_units_are_not_drawn_as_nats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, labels: list[str]
+) -> None:
+    figures, print_figure = [], FigureCanvasAgg.print_figure
+
+    def watched(canvas: FigureCanvasAgg, *arguments: Any, **options: Any) -> None:
+        figures.append(canvas.figure)
+        print_figure(canvas, *arguments, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", watched)
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"training": {"objective": objective}}, "identity": {}}))
+    with MetricsWriter(tmp_path, LoggingConfig()) as writer:
+        writer.write("train", 2, {"loss": 7.0})
+        writer.write("evaluation", 2, {"loss": 3.0})
+    plot_losses(tmp_path)
+    assert [axes.get_ylabel() for axes in figures[0].axes] == labels
+    drawn = [[line.get_ydata()[-1] for line in axes.lines] for axes in figures[0].axes]
+    assert sorted({value for values in drawn for value in values}) == [3.0, 7.0]
+    assert (len(set(drawn[0])) == 1) == (objective == "align")
+
+
 def test_nothing_to_draw_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no losses to draw"):
         plot_losses(tmp_path)
