@@ -19,6 +19,8 @@ from rwkv_jax.run_folder import run_config
 from rwkv_jax.training.copying import check_copy, copied_params
 from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.weights.digest import weights_digest
+from rwkv_jax.weights.hugging_face import hub_positions
+from rwkv_jax.weights.layout_rules import LLAMA
 from rwkv_jax.weights.official import check_tensors, place_params
 from rwkv_jax.weights.pretrained import find_tokenizer, ignored_fields, open_model
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
@@ -46,7 +48,7 @@ def read_teacher(config: TrainConfig, mesh: Mesh | None = None) -> TeacherModel 
     source = config.distillation.teacher
     if source is None or config.distillation.stored is not None:
         return None
-    model, dtype = read_model(source)
+    model, dtype = read_model(source, config.training.sequence_length)
     alike = model.spec is config.model.spec
     chosen = {name: getattr(config.model, name) if alike else None for name in IMPLEMENTATIONS}
     model = dataclasses.replace(model, dtype=config.model.dtype, **chosen)
@@ -73,8 +75,12 @@ def with_teacher(sharded: ShardedModel, teacher: TeacherModel) -> ShardedModel:
     )
 
 
-def read_model(source: str) -> tuple[ModelConfig, str]:
-    """A teacher's config, and the dtype of its parameters: that of all its tensors, or float32."""
+def read_model(source: str, length: int = 0) -> tuple[ModelConfig, str]:
+    """A teacher's config, and the dtype of its parameters: that of all its tensors, or float32.
+
+    Args:
+      length: tokens of a row, for which a model of the hub has room if its config.json allows them.
+    """
     path = find_weights(source)
     if path.is_dir():
         run = run_config(path)
@@ -88,6 +94,10 @@ def read_model(source: str) -> tuple[ModelConfig, str]:
     with prefix_errors(path):
         model = weights.model_config()
         check_tensors(weights.tensors, model)
+    allowed = hub_positions(path.parent) if weights.layout == LLAMA else None
+    if allowed is not None and model.context_length is not None:
+        # Inference takes less than allowed, as its cache is allocated whole; training has none.
+        model = dataclasses.replace(model, context_length=max(model.context_length, min(length, allowed)))
     dtypes = {str(tensor_spec(weights.tensors, name).dtype) for name in weights.tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     return model, "float32" if dtype == "float64" and not jax.config.read("jax_enable_x64") else dtype

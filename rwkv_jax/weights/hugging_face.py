@@ -135,6 +135,11 @@ def _head_dim(fields: Mapping[str, Any]) -> int:
     return fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
 
 
+def hub_positions(folder: Path) -> int | None:
+    """The tokens that a folder's model can read, of a config.json that `read_hub_config` takes; None if not said."""
+    return _object_in(folder / CONFIG_FILE).get("max_position_embeddings")
+
+
 def hub_ends(folder: Path) -> frozenset[int] | None:
     """The ids with which a folder's model ends its texts: eos_token_id of generation_config.json, or of config.json.
 

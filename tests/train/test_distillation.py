@@ -103,6 +103,24 @@ def test_a_teacher_is_known_by_what_its_tensors_do_not_tell(tmp_path: Path) -> N
     assert digest("four", max_position_embeddings=128) == digests[0]
 
 
+def test_a_teacher_of_the_hub_reads_rows_as_long_as_its_config_allows(tmp_path: Path) -> None:
+    """Longer than inference has room for; but no longer."""
+    write_hub_folder(tmp_path / "qwen", QWEN3 | {"max_position_embeddings": 32768})
+
+    def read(length: int) -> Any:
+        return read_teacher(
+            TrainConfig(
+                model=ModelConfig(vocab_size=300, num_layers=2, width=32, head_dim=16),
+                training=StepConfig(objective="distill", sequence_length=length),
+                distillation=DistillationConfig(str(tmp_path / "qwen")),
+            )
+        )
+
+    assert [read(length).config.context_length for length in (512, 8192, 32768)] == [4096, 8192, 32768]
+    with pytest.raises(ConfigError, match=r"cannot read the run's rows: training.sequence_length = 32769.*32768"):
+        read(32769)
+
+
 def test_teachers_that_cannot_teach_are_refused_by_name(config: TrainConfig, finished: Run, tmp_path: Path) -> None:
     there = DistillationConfig(str(finished.folder))
     own = distilled(config, finished, there)
