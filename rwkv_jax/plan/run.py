@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 import rwkv_kernels
-from rwkv_jax.config import ConfigError, TrainConfig
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig
+from rwkv_jax.config.generations.hybrid import attention_config
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.implementations import check_implementations, known_implementations, refuse_unable
 from rwkv_jax.models.tuned import adapter_shapes, at, trained_in_full
@@ -24,6 +25,7 @@ from rwkv_jax.plan.kernels import map_columns
 from rwkv_jax.plan.planner import Compiled, Plan, Work, make_plan
 from rwkv_jax.plan.step_time import OperatorCalls
 from rwkv_jax.training.functions import abstract_batch, abstract_state, make_train_functions
+from rwkv_jax.training.objectives.align import aligned_layers
 from rwkv_jax.training.operator_choice import run_workload
 from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.run_model import TEACHER
@@ -134,6 +136,9 @@ def count_work(config: TrainConfig) -> Work:
     """Work of a step, from the config alone."""
     model, training = config.model, config.training
     tokens = training.batch_size * training.sequence_length
+    if training.objective == "align":
+        trained, recomputed = _alignment_flops(config)
+        return Work(tokens, trained * tokens, recomputed * tokens, model.dtype)
     flops = model.flops_per_token(training.sequence_length)
     head = 2 * model.vocab_size * model.width
     recomputed = 0
@@ -151,6 +156,31 @@ def count_work(config: TrainConfig) -> Work:
         if training.loss_chunk is not None:
             recomputed += 2 * teacher.config.vocab_size * teacher.config.width
     return Work(tokens, trained * tokens, recomputed * tokens, model.dtype)
+
+
+def _alignment_flops(config: TrainConfig) -> tuple[int, int]:
+    """Of a token of an alignment, which has no logits, and trains mixers alone; and what is recomputed, at most."""
+    teacher, model, length = read_teacher(config), config.model, config.training.sequence_length
+    assert teacher is not None  # as the config has checked
+    every, aligned = range(model.num_layers), aligned_layers(model, teacher.config)
+    blocks = teacher.config.flops_per_token(length) - 2 * teacher.config.vocab_size * teacher.config.width
+    own = _mixers_flops(model, every, length)
+    mixers = own + 2 * _mixers_flops(model, aligned, length) + _mixers_flops(teacher.config, every, length)
+    return blocks + mixers, 0 if config.training.remat == "none" else own
+
+
+def _mixers_flops(model: ModelConfig, layers: Iterable[int], length: int) -> int:
+    """Of a token's pass forward through some layers' attention or time mixing; of other models, at most that."""
+    feed_forward = 0
+    if "rwkv_layers" in model.spec.own_fields:
+        attention = attention_config(model)
+        spec = attention.spec
+        feed_forward = spec.matrix_parameters(attention, first=False) - spec.attention_matrices(attention)
+    return sum(
+        2 * (model.spec.layer_matrix_parameters(model, layer) - feed_forward)
+        + model.spec.layer_mixing_flops(model, layer, length)
+        for layer in layers
+    )
 
 
 def count_operator_calls(config: TrainConfig, mesh: Mesh | None) -> OperatorCalls | None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, StepConfig, TrainConfig
+from rwkv_jax.config import ConfigError, DistillationConfig, ModelConfig, StepConfig, TrainConfig, student_of
 from rwkv_jax.plan.costs import Collective, CollectiveKind
 from rwkv_jax.plan.devices import DEVICES, Topology, parse_topology
 from rwkv_jax.plan.planner import bandwidth, padded_bytes, total_collectives
@@ -217,6 +217,23 @@ def test_work_by_hand() -> None:
         work = count_work(taught)  # it has no backward pass
     assert work.model_flops == 32 * (3 * model.flops_per_token() + teacher.flops_per_token())
     assert work.recomputed_flops == 32 * (model.flops_per_token() + 2 * 512 * 128)
+
+
+def test_the_work_of_an_alignment_is_that_of_mixers_and_of_the_teacher() -> None:
+    """Neither model has logits; the teacher's attention is computed again; and only aligned mixers have gradients."""
+    sizes: dict[str, Any] = {"vocab_size": 512, "num_layers": 3, "width": 64, "ffn_width": 160}
+    teacher = ModelConfig(architecture="transformer", **sizes)
+    student = student_of(teacher, (1,))
+    training = StepConfig(batch_size=4, sequence_length=8, objective="align")
+    config = TrainConfig(model=student, training=training, distillation=DistillationConfig("teacher"))
+    whole = teacher.flops_per_token(8) - 2 * 512 * 64
+    attention = whole // 3 - 2 * 2 * 64 * 160
+    mixing = attention + student.flops_per_token(8) - teacher.flops_per_token(8)
+    with mock.patch("rwkv_jax.training.teacher.read_model", return_value=(teacher, "float32")):
+        work = count_work(config)
+        again = count_work(dataclasses.replace(config, training=dataclasses.replace(training, remat="full")))
+    assert (work.model_flops, work.recomputed_flops) == (32 * (whole + 3 * attention + 2 * attention + 3 * mixing), 0)
+    assert again.recomputed_flops == 32 * (2 * attention + mixing)
 
 
 def test_float64_is_refused() -> None:
