@@ -3,12 +3,14 @@
 A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2. It may end in :other for the other options of a step,
 in :chats for micro-batches of rows of which different numbers of tokens count, which are compared with one batch, in
 :fused for the fused loss, which is compared with the plain one, in a kind of adapter, which is trained alone, or in
-:distill or :topk for a teacher of another kind or size, with all or some of its tokens.
+:distill or :topk for a teacher of another kind or size, with all or some of its tokens, or, with :chats, in :stored for
+what a mesh stores of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -29,12 +31,14 @@ from rwkv_jax.config import (
 )
 from rwkv_jax.models.tuned import is_matrix
 from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
+from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.training import teacher as teachers
 from rwkv_jax.training.batch import dropout_keys, make_batch
 from rwkv_jax.training.functions import make_train_functions
 from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.run_model import TEACHER
 from rwkv_jax.training.step import loss_and_gradients
+from rwkv_jax.training.stored_teacher import predictions
 from rwkv_jax.weights.quantized import pack, packed_matrix
 from tests.golden import AS_USERS, QUICK, relative_error
 from tests.models.parameters import initial_params, named_config, random_params
@@ -74,6 +78,7 @@ ADAPTERS = {
 TEACHERS = {
     "distill": DistillationConfig("teacher", temperature=2.0, ce_weight=0.3),
     "topk": DistillationConfig("teacher", temperature=0.7, ce_weight=0.3, top_k=9),
+    "stored": DistillationConfig("teacher", temperature=0.7, ce_weight=0.3, top_k=9, stored="stored"),
 }
 
 
@@ -182,10 +187,13 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
     shapes = jax.eval_shape(trainer.init, jax.random.key(0), trainer.params).recurrent_state
     recurrent_state = jax.tree.map(lambda x: np.abs(draws.standard_normal(x.shape)).astype(x.dtype), shapes)
     where = trainer.state_shardings
-    of_batch = jax.tree.map(lambda x: trainer.tokens_sharding if x.ndim == 2 else trainer.rows_sharding, batch)
+    of_batch = jax.tree.map(lambda x: trainer.rows_sharding if x.ndim == 1 else trainer.tokens_sharding, batch)
     params, batch, recurrent_state = jax.device_put(
         (params, batch, recurrent_state), (where.params, of_batch, where.recurrent_state)
     )
+    if config.distillation.stored is not None:
+        ids, log_p = stored_on(config, mesh, batch)
+        batch = batch._replace(teacher_ids=ids, teacher_log_p=log_p)
     # In float32 rounding is the question, so that is compiled as users do.
     options = QUICK if config.model.dtype == "float64" else AS_USERS
 
@@ -201,9 +209,22 @@ def results_on(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> dict[str,
 
     (loss, _), gradients, recurrent_state = jax.jit(step, compiler_options=options)(params, batch, recurrent_state)
     found = {"loss": loss, "gradients": gradients, "recurrent_state": recurrent_state}
+    if config.distillation.stored is not None:
+        found["stored"] = (batch.teacher_ids, batch.teacher_log_p)
     if not carries:
         found["evaluation"] = jax.jit(trainer.eval_step, compiler_options=options)(params, batch)
     return found
+
+
+def stored_on(config: TrainConfig, mesh: jax.sharding.Mesh | None, batch: Any) -> tuple[Any, Any]:
+    """The teacher's most likely tokens in a batch, as they are stored."""
+    present = dataclasses.replace(config.distillation, stored=None)
+    teacher = teachers.read_teacher(dataclasses.replace(config, distillation=present), mesh)
+    assert teacher is not None
+    params = parameters_for(teacher.config)
+    if mesh is not None:
+        params = jax.device_put(params, shardings(mesh, teacher.sharded.param_specs))
+    return jax.jit(functools.partial(predictions, config, teacher), compiler_options=QUICK)(params, batch)
 
 
 def distance(ours: Any, theirs: Any) -> float:

@@ -99,6 +99,12 @@ def test_meshes_change_nothing_of_a_student_whose_teacher_is_of_another_kind() -
 
 
 @pytest.mark.long
+def test_a_mesh_stores_of_a_teacher_what_one_device_does() -> None:
+    """In micro-batches, of which one device has none, with the vocabulary or the time split."""
+    assert_equal_to_one_device("7", "float64", tuple(f"{mesh}:chats:stored" for mesh in MIXED))
+
+
+@pytest.mark.long
 def test_a_mesh_changes_nothing_of_alignment() -> None:
     """In float64, but for what is reported in float32; of rows of several documents, of which some tokens count."""
     assert run_on_eight_devices("alignment") < 1e-6
