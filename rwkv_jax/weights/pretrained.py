@@ -86,12 +86,12 @@ def from_pretrained(
         loaded = load_run(path, "newest", shardings)
         model = dataclasses.replace(loaded.config.model, **room)
         if quantize is not None:
-            if not model.spec.has_official_names:
+            if not (model.spec.has_official_names or "rwkv_layers" in model.spec.own_fields):  # Transformers, Llamas
                 raise WeightsError(
-                    f"quantize = {quantize!r}: {path} is a run of {model.spec.a_title}, and only RWKV's matrices are "
-                    "packed; leave it out"
+                    f"quantize = {quantize!r}: {path} is a run of {model.spec.a_title}, and only matrices of RWKV, "
+                    "Transformers and Llamas are packed; leave it out"
                 )
-            return _quantized(official_tensors(model, loaded.params), model, quantize, dtype, mesh)
+            return _quantized(named_tensors(model, loaded.params), model, quantize, dtype, mesh)
         if dtype is None:
             return nnx.merge(abstract_model(model)[0], loaded.params)
         if dtype == "float64" and not jax.config.read("jax_enable_x64"):

@@ -28,6 +28,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import is_low_rank
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.packed import GROUP_SIZE, Int4Matrix, Int8Matrix, PackedMatrix
+from rwkv_jax.models.stacks import is_stack
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.weights.official import check_tensors, fetched, official_names, official_shapes, require_official_names
 from rwkv_jax.weights.tensors import (
@@ -316,7 +317,7 @@ def place_quantized_params(
     device = default_device()
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> Any:
-        stacked = str(path[0].key) == "blocks"
+        stacked = is_stack(str(path[0].key))
         names = official_names(path, config.num_layers)
         own = like.shape[1:] if stacked else like.shape
         kind = quantization_of(names[0], own, quantization)
@@ -358,7 +359,7 @@ def packed_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
     require_official_names(config)
     tensors: dict[str, dict[str, LazyTensor]] = {}
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
-        stacked = str(path[0].key) == "blocks"
+        stacked = is_stack(str(path[0].key))
         for layer, name in enumerate(official_names(path, config.num_layers)):
             parts: dict[str, Any] = {name: leaf}
             if _is_packed(leaf):

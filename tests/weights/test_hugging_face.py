@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,12 +20,15 @@ from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.inference import Engine, SamplingParams
 from rwkv_jax.inference.engine.engine import EngineOptions
 from rwkv_jax.models.packed import Int8Matrix
+from rwkv_jax.weights import pretrained
 from rwkv_jax.weights.hugging_face import MAX_CONTEXT, hub_ends, read_hub_config
 from rwkv_jax.weights.official import named_tensors
 from rwkv_jax.weights.pretrained import check_initial_weights, convert, find_tokenizer, initial_params
 from rwkv_jax.weights.sources import find_weights, open_weights
 from rwkv_jax.weights.tensors import BFLOAT16, WeightsError
 from tests.golden import GOLDEN_DIR
+from tests.models.parameters import random_params
+from tests.small_runs import assert_same_bits
 from tests.weights.hub_folders import LLAMA3, QWEN3, hub_names, write_hub_folder
 
 
@@ -172,6 +177,31 @@ def test_options(tmp_path: Path) -> None:
         convert(tmp_path, tmp_path / "x.pth")
     with pytest.raises(ConfigError, match="context_length = 17: RWKV-7 has no such size"):
         ModelConfig(context_length=17)
+
+
+def test_a_run_of_a_llama_is_packed_as_a_folder_of_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are Transformers and hybrids, but no models with convolutions."""
+    write_hub_folder(tmp_path / "hub", QWEN3)
+    llama = from_pretrained(tmp_path / "hub")
+    expected = from_pretrained(tmp_path / "hub", quantize="int8")
+
+    def packed_run(config: ModelConfig, params: Any) -> Any:
+        run = SimpleNamespace(config=SimpleNamespace(model=config), params=params)
+        monkeypatch.setattr(pretrained, "load_run", lambda *arguments: run)
+        monkeypatch.setattr(pretrained, "find_weights", lambda source: tmp_path)
+        return pretrained.from_pretrained("run", quantize="int8")
+
+    found = packed_run(llama.config, params_of(llama))
+    assert_same_bits(params_of(found), params_of(expected))
+
+    sizes: Any = {"vocab_size": 40, "num_layers": 4, "width": 32, "head_dim": 8}
+    hybrid = ModelConfig(architecture="transformer", rwkv_layers=(1, 3), **sizes)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_params(hybrid))
+    value = packed_run(hybrid, params).blocks_3_3.att.value.weight[...]
+    whole = params["blocks_3_3"]["att"]["value"]["weight"]
+    np.testing.assert_allclose(value.dequantized(), whole, rtol=0, atol=np.abs(whole).max() / 200)
+    with pytest.raises(WeightsError, match=r"is a run of .*, and only matrices of RWKV, Transformers and Llamas are"):
+        packed_run(ModelConfig(architecture="mamba2", **sizes), {})
 
 
 def test_ends_of_texts(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.decoding import unstacked
 from rwkv_jax.models.packed import PackedMatrix
-from rwkv_jax.run_folder import RUN_FILE, LoadedModel
 from rwkv_jax.training import loop
 from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.pretrained import convert
@@ -352,20 +351,13 @@ def test_what_was_read_is_given_back_after_each_tensor(quantize: Quantization) -
     assert sorted(events[::2]) == sorted(tensors)
 
 
-def test_a_transformer_is_not_packed_and_a_packed_one_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packed_transformer_is_not_written(tmp_path: Path) -> None:
     config = ModelConfig(architecture="transformer", vocab_size=29, num_layers=2, width=64, head_dim=16)
     params = place_quantized_params(RandomTensors(config), config, "int8")
     model = nnx.merge(abstract_model(config)[0], params)
     with pytest.raises(WeightsError, match=r"model\.architecture = 'transformer'.*a Transformer stays in its run"):
         save_pretrained(model, tmp_path / "packed.safetensors")
     assert not list(tmp_path.iterdir())
-    (tmp_path / RUN_FILE).touch()
-    run = LoadedModel(TrainConfig(model=config), None, params, 0)
-    monkeypatch.setattr("rwkv_jax.weights.pretrained.load_model", lambda *_, **__: run)
-    with pytest.raises(WeightsError, match=r"quantize = 'int8': .* is a run of a Transformer.*; leave it out"):
-        from_pretrained(tmp_path, quantize="int8")
 
 
 def tensors_in_file(path: Path) -> dict[str, NDArray]:
