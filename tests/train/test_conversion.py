@@ -75,7 +75,7 @@ def teach(monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
     """Puts a random model of a config in the place of the run that teaches."""
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_params(config, 1))
     found = Weights(named_tensors(config, params), "official", lambda: None, MappedTensors({}, []), config)
-    monkeypatch.setattr(teacher_module, "read_model", lambda source: (config, "float32"))
+    monkeypatch.setattr(teacher_module, "read_model", lambda *_: (config, "float32"))
     monkeypatch.setattr(teacher_module, "_open", lambda source: found)
 
 
