@@ -86,18 +86,14 @@ def from_pretrained(
         loaded = load_run(path, "newest", shardings)
         model = dataclasses.replace(loaded.config.model, **room)
         if quantize is not None:
-            if not (model.spec.has_official_names or "rwkv_layers" in model.spec.own_fields):  # Transformers, Llamas
-                raise WeightsError(
-                    f"quantize = {quantize!r}: {path} is a run of {model.spec.a_title}, and only matrices of RWKV, "
-                    "Transformers and Llamas are packed; leave it out"
-                )
+            if not model.spec.packs:
+                what = f"{path} is a run of {model.spec.a_title}, whose matrices are not packed; leave it out"
+                raise WeightsError(f"quantize = {quantize!r}: {what}")
             return _quantized(named_tensors(model, loaded.params), model, quantize, dtype, mesh)
         if dtype is None:
             return nnx.merge(abstract_model(model)[0], loaded.params)
         if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            raise WeightsError(
-                "dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another dtype"
-            )
+            raise WeightsError("dtype = 'float64', which JAX has switched off; set jax_enable_x64, or give another")
         config = dataclasses.replace(model, dtype=dtype)
         return nnx.merge(abstract_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), loaded.params))
     weights = open_weights(path)

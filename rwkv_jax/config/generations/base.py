@@ -102,6 +102,8 @@ class GenerationSpec(abc.ABC):
     """Learning rate of a tuned state from which on models are known to get worse; None if none is known."""
     has_official_names: bool = True
     """Whether its parameters have official names and shapes."""
+    packs: bool = True
+    """Whether its matrices may be packed into int8, int4 or bfloat16."""
     tensors: frozenset[str] = frozenset()
     """Official names within a layer, such as att.r_k, any of which identifies this generation or a later one."""
     low_rank: frozenset[str] = frozenset()

@@ -20,6 +20,7 @@ class BaselineSpec(GenerationSpec):
 
     article = "a"
     has_official_names = False
+    packs = False
 
     def check(self, config: ModelConfig) -> None:
         """Refuses an implementation of an operator that the model does not have."""
