@@ -353,13 +353,17 @@ def synthetic_config(
     return dataclasses.replace(config, evaluation=evaluation)
 
 
-def train_run(config: TrainConfig, folder: Path) -> Run:
-    """Trains in a new folder below `folder`, which keeps corpora and compiled programs for the next run."""
+def train_run(config: TrainConfig, folder: Path, *, kept: str | None = None) -> Run:
+    """Trains in a new folder below `folder`, which keeps corpora and compiled programs for the next run.
+
+    Args:
+      kept: name of the run's folder, which is left for others to begin with; without one it is removed.
+    """
     from rwkv_jax import train
     from rwkv_jax.training.reporting.metrics import read_metrics
 
     with contextlib.ExitStack() as stack:
-        run_dir = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        run_dir = stack.enter_context(tempfile.TemporaryDirectory(dir=folder)) if kept is None else str(folder / kept)
         stack.enter_context(programs_kept_in(folder / "programs", min_seconds=0.2))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         result = train(dataclasses.replace(config, run_dir=run_dir, data=with_source(config.data, folder)))

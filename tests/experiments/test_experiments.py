@@ -20,7 +20,7 @@ FOLDER = ROOT / "experiments"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/run.py"))
 PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 NOT_RUN = "Not run yet"
-SLOW: tuple[str, ...] = ("distillation",)
+SLOW: tuple[str, ...] = ("conversion", "distillation")
 """Those whose smallest form takes more than 3 seconds."""
 
 
