@@ -16,6 +16,8 @@ from rwkv_jax.config import (
     TrainConfig,
 )
 from rwkv_jax.data.synthetic.source import task_of
+from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.run_folder import write_run
 from rwkv_jax.training.functions import abstract_state, make_train_functions
 from tests.small_runs import small_config, train_and_learn
 
@@ -25,7 +27,15 @@ TUNED = [path for path in CONFIGS if path.name.startswith("tune")]
 CHATS = [path for path in CONFIGS if path.name.startswith("chat")]
 PREFERENCES = [path for path in CONFIGS if path.name.startswith("dpo")]
 SYNTHETIC = [path for path in CONFIGS if path.name.startswith("synthetic")]
+CONVERTED = [path for path in CONFIGS if path.name.startswith("convert")]
 """tests/test_recipes.py has the others, which were planned and never run."""
+
+
+def begin_run(folder: str) -> None:
+    """A run folder here, of the config that trains it, without any checkpoint."""
+    config = next(config for config in map(load_config, CONFIGS) if config.run_dir == folder)
+    Path(folder).mkdir(parents=True)
+    write_run(Path(folder), config, {}, ByteTokenizer())
 
 
 def test_there_are_configs() -> None:
@@ -33,11 +43,14 @@ def test_there_are_configs() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_config_builds_a_model_of_the_size_it_says(path: Path) -> None:
+def test_config_builds_a_model_of_the_size_it_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(path)
     assert isinstance(config, TrainConfig)
+    if config.distillation.teacher is not None:
+        monkeypatch.chdir(tmp_path)
+        begin_run(config.distillation.teacher)
     params = abstract_state(make_train_functions(config)).params
-    own = {name: part for name, part in params.items() if name not in ("adapter", "initial_state")}
+    own = {name: part for name, part in params.items() if name not in ("adapter", "initial_state", "teacher")}
     assert sum(leaf.size for leaf in jax.tree.leaves(own)) == config.model.num_parameters()
 
 
@@ -74,6 +87,18 @@ def test_docstring_of_a_task_gives_the_command_and_what_was_seen(path: Path) -> 
     assert f"rwkv train configs/{path.name}" in docstring
     assert re.search(r"Seen on .*minutes.*%.*chance", docstring, re.DOTALL)
     assert task_of(load_config(path)) is not None
+
+
+@pytest.mark.parametrize("path", CONVERTED, ids=lambda path: path.name)
+def test_docstring_of_a_stage_gives_the_command_and_each_begins_with_the_one_before(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert f"rwkv train configs/{path.name}" in docstring
+    assert re.search(r"Seen on .*minutes.*nats|Not run yet", docstring, re.DOTALL)
+    configs, stage = [load_config(each) for each in CONVERTED], CONVERTED.index(path)
+    assert configs[stage].initial_weights == (configs[stage - 1].run_dir if stage else None)
+    assert configs[stage].distillation.copy == (stage == 0)
+    assert configs[stage].model == configs[0].model
 
 
 def test_no_two_configs_share_a_run_folder() -> None:
