@@ -28,12 +28,14 @@ from rwkv_jax.training.partition import split_params
 from rwkv_jax.training.reporting.metrics import read_metrics
 from rwkv_jax.training.step import loss_and_gradients
 from rwkv_jax.training.tuned import new_state
+from rwkv_jax.weights.hugging_face import read_hub_config
 from rwkv_jax.weights.official import named_tensors
 from rwkv_jax.weights.sources import Weights
-from rwkv_jax.weights.tensors import MappedTensors
+from rwkv_jax.weights.tensors import BFLOAT16, MappedTensors
 from tests.golden import QUICK, relative_error
 from tests.models.parameters import abstract, merge, random_params, to_official
 from tests.small_runs import assert_same_bits, small_config
+from tests.weights.hub_folders import LLAMA3, write_hub_folder
 
 TEACHER = ModelConfig(
     architecture="transformer", vocab_size=300, num_layers=3, width=32, head_dim=16, ffn_width=64, context_length=64
@@ -202,6 +204,39 @@ def test_stages_follow_each_other(taught: TrainConfig) -> None:
     student = from_pretrained(last.run_dir)
     assert student.config.rwkv_layers == (0, 2)
     np.testing.assert_array_equal(student.emb.weight[...], result.state.params["emb"]["weight"])
+
+
+@pytest.mark.long
+def test_a_folder_of_hugging_face_is_converted(tmp_path: Path) -> None:
+    """Its bfloat16 shards, with heads that queries share, teach a hybrid by bytes."""
+    write_hub_folder(tmp_path / "hub", LLAMA3 | {"vocab_size": 257}, dtype=BFLOAT16, max_bytes=20_000)
+    teacher = from_pretrained(tmp_path / "hub")
+    model = student_of(read_hub_config(tmp_path / "hub" / "config.json"), (0, 2))
+    config = small_config(model, tmp_path)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, tokenizer="bytes"),
+        distillation=DistillationConfig(str(tmp_path / "hub"), copy=True),
+        training=dataclasses.replace(config.training, objective="align", num_steps=1),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0),
+        evaluation=dataclasses.replace(config.evaluation, sample_prompts=()),
+    )
+    aligned = train(config).state.params
+    assert_same_bits(aligned["head"]["weight"], teacher.head.weight[...].astype("float32"))
+    distilled = dataclasses.replace(
+        config,
+        run_dir=str(tmp_path / "distilled"),
+        initial_weights=config.run_dir,
+        distillation=DistillationConfig(str(tmp_path / "hub")),
+        training=dataclasses.replace(config.training, objective="distill"),
+    )
+    params = train(distilled).state.params
+    assert np.any(params["head"]["weight"] != aligned["head"]["weight"])
+    for run, name in ((config, "layer_2"), (distilled, "kl")):
+        (record,) = [x for x in read_metrics(Path(run.run_dir) / "metrics.jsonl") if x["kind"] == "train"]
+        assert math.isfinite(record["loss"])
+        assert record[name] > 0
+    assert from_pretrained(distilled.run_dir).config.rwkv_layers == (0, 2)
 
 
 @each_pair
