@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -35,6 +36,7 @@ class IdleEngine:
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.may_be_warm, self.failure = threading.Event(), failure
+        self.adapters = SimpleNamespace(names=())
 
     def stats(self) -> EngineStats:
         return EngineStats(*[0] * len(EngineStats._fields))
