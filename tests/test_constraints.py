@@ -32,7 +32,7 @@ def constraints(python: str) -> dict[str, Version]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_dependency_has_a_version_within_its_bounds(python: str) -> None:
     versions = constraints(python)
-    for needed in requirements("test", "dev", "grammar", "parquet", "serve", "tokenizers", "world", "zstd"):
+    for needed in requirements("test", "dev", "gguf", "grammar", "parquet", "serve", "tokenizers", "world", "zstd"):
         assert needed.name.lower() in versions, needed
         assert versions[needed.name.lower()] in needed.specifier, (needed, versions[needed.name.lower()])
 

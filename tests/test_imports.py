@@ -104,7 +104,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trying": (("run_lock",), ()),
     "weights": (
         ("config", "data", "models", "parallel", "run_folder"),
-        ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub"),
+        ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub", "gguf"),
     ),
     "tuning": (
         ("config", "models", "parallel", "run_folder", "weights"),

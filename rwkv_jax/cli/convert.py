@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert weights to another format; reads official .pth, safetensors, transformers, fla and training runs."""
+    """Convert weights to another format; reads official .pth, safetensors, transformers, fla, GGUF and runs."""
 
     source: tyro.conf.Positional[str]
     """A file or folder of weights, a run folder, or OWNER/NAME[/FILE] on the Hugging Face hub."""
     target: tyro.conf.Positional[Path]
-    """FILE.pth, FILE.safetensors, or a folder for model.safetensors and the tokenizer; must not exist yet."""
+    """FILE.pth, FILE.safetensors, FILE.gguf for llama.cpp (RWKV-6 and 7), or a folder for model.safetensors and the
+    tokenizer; must not exist yet."""
     layout: Literal["official", "transformers", "flash-linear-attention"] = "official"
     """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """dtype to cast tensors to; None keeps them bit for bit."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "q8_0"] | None = None
+    """dtype to cast tensors to; None keeps them bit for bit. q8_0 is for FILE.gguf: matrices in 8 bits."""
     quantize: Quantize | None = None
     """Quantize matrices, everything else becomes float32; None keeps them as they are. Files in 8 and 4 bits are
     safetensors with official names, which generate, chat and bench read directly."""
     tokenizer: str | None = None
-    """Tokenizer to save with the weights: world, bytes or a file; None takes the one saved with the source."""
+    """Tokenizer to save with the weights: world, bytes or a file; None takes the one saved with the source, and for
+    FILE.gguf of a model with 65536 ids World's."""
 
     with_unused: bool = False
     """Also write layer 0's v0, v1 and v2 of RWKV-7, zeros if the source has none: the official trainer needs them."""
@@ -82,6 +84,8 @@ class Convert:
             )
         if self.ema:
             raise ConfigError(f"quantize = {quantize!r}: packs a run's last weights; leave --ema out, or --quantize")
+        if self.target.suffix.lower() == ".gguf":
+            raise ConfigError(f"quantize = {quantize!r}: GGUF files take --dtype q8_0; leave --quantize out")
         if quantize != "bfloat16" and self.target.suffix.lower() == ".pth":
             raise ConfigError(
                 f"quantize = {quantize!r}: .pth files have no place for packed matrices; name FILE.safetensors or a "

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from rwkv_jax.config import ModelConfig
+    from rwkv_jax.weights.tensors import MappedTensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +26,10 @@ class Info:
     def run(self) -> None:
         """Prints one line for each thing known; reads the whole file."""
         from rwkv_jax.data.tokens.binidx import find_binidx
+        from rwkv_jax.weights.ggml.reading import is_ggml
 
-        pair = find_binidx(self.source) if not self.source.endswith("pytorch_model.bin") else None
+        is_weights = self.source.endswith("pytorch_model.bin") or is_ggml(Path(self.source).expanduser())
+        pair = None if is_weights else find_binidx(self.source)
         if pair is not None:
             lines = _of_tokens(*pair)
         elif (metadata := _state_metadata(Path(self.source).expanduser())) is not None:
@@ -73,8 +74,8 @@ def _of_model(model: ModelConfig) -> dict[str, str]:
     }
 
 
-def _of_tensors(tensors: Mapping[str, NDArray], *, verified: bool) -> dict[str, str]:
-    dtypes = Counter(str(tensor.dtype) for tensor in tensors.values())
+def _of_tensors(tensors: MappedTensors, *, verified: bool) -> dict[str, str]:
+    dtypes = Counter(map(tensors.held_in, tensors))
     listed = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.most_common())
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     return {"tensors": f"{len(tensors)} ({listed}), {num_bytes / 1e6:.1f} MB", **_of_checksums(verified)}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -175,11 +175,22 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if layout == "official":
         return tensors
-    by_official = {name: rule for rule in _written(layout, tensors).rules for name in rule.official}
+    left_out = UNUSED if layout == "flash-linear-attention" else ()
+    return to_rules(tensors, _written(layout, tensors).rules, layout, left_out)
+
+
+def to_rules(
+    tensors: Mapping[str, NDArray], rules: Iterable[Rule], layout: str, left_out: Collection[str] = ()
+) -> DerivedTensors:
+    """Official tensors under the names and shapes of some rules, without those that are left out.
+
+    Raises WeightsError, which calls the rules `layout`, for names that they do not have.
+    """
+    by_official = {_template(name) or name: rule for rule in rules for name in rule.official}
     recipes: dict[str, _Recipe] = {}
     unknown: list[str] = []
     for name in tensors:
-        if layout == "flash-linear-attention" and name in UNUSED:
+        if name in left_out:
             continue
         rule = by_official.get(_template(name))
         if rule is None:
@@ -194,6 +205,18 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
     if unknown:
         raise WeightsError(f"{layout} has no place for {join_names(unknown)}; write the official layout")
     return _made_on_access(tensors, recipes)
+
+
+def from_rules(tensors: Mapping[str, NDArray], rules: Iterable[Rule], layout: str) -> DerivedTensors:
+    """Tensors under the names and shapes of some rules, under official ones. Missing names are not checked here.
+
+    Raises WeightsError, which calls the rules `layout`, for a name that they do not have, a tensor that is there twice,
+    and an invalid shape.
+    """
+    table = {rule.foreign: rule for rule in rules}
+    if unknown := [name for name in tensors if _template(name) not in table]:
+        raise WeightsError(f"these names are not {layout}: {join_names(unknown)}")
+    return _made_on_access(tensors, _recipes_to_official({name: name for name in tensors}, table))
 
 
 def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import (
@@ -25,20 +23,17 @@ from rwkv_jax.data.tokenizers import (
     Tokenizer,
     fits_model,
     load_tokenizer,
-    save_tokenizer,
 )
-from rwkv_jax.file_kinds import is_url
 from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
 from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
 from rwkv_jax.weights.base import place_base
-from rwkv_jax.weights.derived import add_unused, may_have_unused, rounded, selected, without_unused
+from rwkv_jax.weights.derived import add_unused, may_have_unused, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
+from rwkv_jax.weights.ggml.vocabulary import if_in_gguf, tokenizer_in
 from rwkv_jax.weights.hugging_face import hub_ends
-from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.official import (
     check_tensors,
-    fields_in_metadata,
     named_tensors,
     official_shapes,
     official_tensors,
@@ -46,7 +41,6 @@ from rwkv_jax.weights.official import (
     require_official_names,
     shardings_on,
 )
-from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.quantized import (
     QUANTIZATIONS,
     DequantizedTensors,
@@ -55,15 +49,13 @@ from rwkv_jax.weights.quantized import (
     packed_tensors,
     place_quantized_params,
 )
-from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import MappedTensors, WeightsError
+from rwkv_jax.weights.writing import GGUF, write_weights
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
-_METADATA = {"format": "pt"}  # required by transformers
-_FILES = (".pth", ".safetensors")
-_NO_FOLDERS = (".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".st", ".zip")  # suffixes of other formats
+_HAVE_NO_TOKENIZER = (".pth", ".safetensors")
 
 
 def from_pretrained(
@@ -290,11 +282,14 @@ def save_pretrained(
     """Writes a model's weights atomically; nothing is overwritten.
 
     Args:
-      path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger).
+      path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger);
+        or FILE.gguf for llama.cpp, of RWKV-6 and 7, which needs the package gguf.
       layout: naming of the tensors: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6, 7); the
         latter two are folders with the config.json that those libraries read.
-      dtype: float32, bfloat16, float16 or float64, to cast tensors to; None keeps them unchanged.
-      tokenizer: written into the folder, where `load_tokenizer` finds it.
+      dtype: float32, bfloat16, float16 or float64, to cast tensors to; None keeps them unchanged. GGUF files may be of
+        q8_0, matrices in 8 bits.
+      tokenizer: written into the folder, where `load_tokenizer` finds it; or into a GGUF file, which can hold World and
+        bytes, and has World's without one where the model has 65536 ids.
 
     A model of packed matrices is written as stored, to safetensors under official names.
 
@@ -309,7 +304,7 @@ def save_pretrained(
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     tensors: Mapping[str, NDArray]
     if has_packed(params):
-        if layout != "official" or dtype is not None or Path(path).suffix.lower() == ".pth":
+        if layout != "official" or dtype is not None or Path(path).suffix.lower() in (".pth", GGUF):
             raise WeightsError(
                 f"{path}: packed matrices are written as they are, to FILE.safetensors or a folder, without layout and "
                 "dtype; for other files load the model without quantize"
@@ -317,7 +312,7 @@ def save_pretrained(
         tensors = packed_tensors(model.config, params)
     else:
         tensors = official_tensors(model.config, params)
-    _write(tensors, model.config, Path(path), layout, dtype, tokenizer)
+    write_weights(tensors, model.config, Path(path), layout, dtype, tokenizer)
 
 
 def convert(
@@ -335,8 +330,8 @@ def convert(
 
     Args:
       source, target, layout, dtype: as in `from_pretrained` and `save_pretrained`.
-      tokenizer: what `load_tokenizer` takes, to be written into the target folder; None takes one that lies beside the
-        weights, if the target is a folder.
+      tokenizer: what `load_tokenizer` takes, to be written into the target folder or GGUF file; None takes the one of
+        the weights, unless the target is a file that has no room for it.
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
         the official trainer loads no file without them.
       ema: takes the averages of a run's weights (training.ema_decay).
@@ -350,7 +345,7 @@ def convert(
     """
     path = find_weights(source)
     # A mismatched tokenizer beside the weights does not matter if another is written, or none.
-    takes_beside = tokenizer is None and Path(target).suffix.lower() not in _FILES
+    takes_beside = tokenizer is None and Path(target).suffix.lower() not in _HAVE_NO_TOKENIZER
     tensors: Mapping[str, NDArray]
     if ema and not path.is_dir():
         raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
@@ -368,6 +363,8 @@ def convert(
         official = weights.layout == "official"
         tensors = weights.tensors if official else selected(weights.tensors, official_shapes(config))
     found = find_tokenizer(path, config.vocab_size) if takes_beside else None
+    if Path(target).suffix.lower() == GGUF:
+        found = if_in_gguf(found, path)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
     if with_unused:
@@ -380,12 +377,12 @@ def convert(
         config = dataclasses.replace(config, unused_value_residual=True)
     if change is not None:
         tensors = change(tensors, config)
-    _write(tensors, config, Path(target), layout, dtype, found)
+    write_weights(tensors, config, Path(target), layout, dtype, found)
     return config
 
 
 def find_tokenizer(path: Path, vocab_size: int, named: str | None = None) -> Tokenizer | None:
-    """The tokenizer that is named, as `load_tokenizer` takes it; or that of a run, the one beside weights, or None.
+    """The tokenizer that is named, as `load_tokenizer` takes it; or that of a run, one in or beside a file, or None.
 
     Texts of Llamas and Qwens begin and end as the files beside them say (`HuggingFaceTokenizer.of_hub_model`).
 
@@ -394,56 +391,11 @@ def find_tokenizer(path: Path, vocab_size: int, named: str | None = None) -> Tok
     """
     if path.is_dir():
         return load_run_tokenizer(path) if named is None else load_tokenizer(named, vocab_size)
+    if named is None and (own := tokenizer_in(path, vocab_size)) is not None:
+        return own
     if named is None and not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = load_tokenizer(path.parent if named is None else named, vocab_size)
     if isinstance(tokenizer, HuggingFaceTokenizer) and (ends := hub_ends(path.parent)) is not None:
         return tokenizer.of_hub_model(ends)
     return tokenizer
-
-
-def _write(
-    tensors: Mapping[str, NDArray],
-    model: ModelConfig,
-    path: Path,
-    layout: str,
-    dtype: str | None,
-    tokenizer: Tokenizer | None,
-) -> None:
-    if layout not in LAYOUTS:
-        raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
-    if dtype is not None:
-        tensors = rounded(tensors, dtype)
-    suffix = path.suffix.lower()
-    if suffix in _NO_FOLDERS:
-        raise WeightsError(f"{path}: {suffix} files are not written; name FILE.pth, FILE.safetensors or a folder")
-    path = path.expanduser()
-    if is_url(path):
-        raise WeightsError(f"{path}: is a web address, not a path; name FILE.pth, FILE.safetensors or a folder")
-    told = fields_in_metadata(model)
-    if told and (suffix == ".pth" or layout != "official"):
-        named = ", ".join(f"model.{name} = True" for name in told)
-        place = "a .pth file" if suffix == ".pth" else f"the {layout} layout"
-        raise WeightsError(
-            f"{path}: {named}, which {place} cannot say, so whoever loads it would compute something else; write the "
-            "official layout to FILE.safetensors or a folder"
-        )
-    refuse_existing(path, WeightsError)  # reported before anything is fetched from a device
-    if suffix in _FILES:
-        if layout != "official":
-            raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
-        if tokenizer is not None:
-            raise WeightsError(f"{path}: a tokenizer is written beside the weights; name a folder")
-        if suffix == ".pth":
-            write_torch_file(path, tensors)
-        else:
-            write_safetensors(path, tensors, _METADATA | told)
-        return
-    written = to_layout(tensors, layout)
-    config = None if layout == "official" else hub_config(layout, tensors)
-    with new_folder(path, WeightsError) as folder:
-        write_sharded_safetensors(folder, written, metadata=_METADATA | told)
-        if config is not None:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, folder)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.run_folder import RUN_FILE
+from rwkv_jax.weights.ggml.reading import open_ggml
 from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub_config
 from rwkv_jax.weights.layout_rules import LLAMA
 from rwkv_jax.weights.layouts import from_layout
@@ -24,12 +25,18 @@ from rwkv_jax.weights.pth.file import read_torch_file
 from rwkv_jax.weights.quantized import open_packed
 from rwkv_jax.weights.safetensors import read_safetensors
 from rwkv_jax.weights.shards import is_index, shard_pattern
-from rwkv_jax.weights.tensors import MappedTensors, WeightsError, describe_wrong_weights, join_names
+from rwkv_jax.weights.tensors import (
+    MappedTensors,
+    WeightsError,
+    describe_wrong_weights,
+    join_names,
+    prefix_errors,
+)
 
 _LOG = logging.getLogger(__name__)
 
 # No part begins with a dot: ./NAME and ../NAME are paths.
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|bin|json)))?")
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w./-]+\.(?:pth|safetensors|gguf|bin|json)))?")
 _RUNS = "runs"  # `rwkv train`'s default folder for runs
 _OF_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")  # suffixes that are not repository names
 _IN_ORDER = (
@@ -39,6 +46,7 @@ _IN_ORDER = (
     "*.pth",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "*.gguf",
 )
 _OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
 _TRAINER_LOG = "train_log.txt"
@@ -55,7 +63,7 @@ class Weights(NamedTuple):
     tensors: Mapping[str, NDArray]
     """Under official names, memory-mapped; `DequantizedTensors` for a file with packed ones."""
     layout: str
-    """The file's layout, one of `layouts.LAYOUTS`."""
+    """The file's layout, one of `layouts.LAYOUTS`; or gguf or ggmf."""
     drop_pages: Callable[[], None]
     """Drops the pages read so far from memory."""
     file: MappedTensors
@@ -71,10 +79,10 @@ class Weights(NamedTuple):
 def find_weights(source: str | os.PathLike[str]) -> Path:
     """Finds the file of weights or run folder for a path or the name of a model on the hub.
 
-    A folder stands for its model.safetensors.index.json, model.safetensors, its only .safetensors or .pth file, or its
-    pytorch_model.bin, in shards or not; the project folder of the official trainer for its newest rwkv-N.pth. What is
-    no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging Face hub, or found in what was
-    fetched before, unless OWNER is a folder here or `runs`, or NAME ends like that of a file.
+    A folder stands for its model.safetensors.index.json, model.safetensors, its only .safetensors or .pth file, its
+    pytorch_model.bin, in shards or not, or its only .gguf file; the project folder of the official trainer for its
+    newest rwkv-N.pth. What is no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging
+    Face hub, or found in what was fetched before, unless OWNER is a folder here or `runs`, or NAME ends like a file's.
 
     Raises:
       WeightsError: nothing is there, or more than one thing; the message says what was looked for.
@@ -189,15 +197,6 @@ def _without_warnings_of_retries() -> Iterator[None]:
         logger.setLevel(before)
 
 
-@contextlib.contextmanager
-def prefix_errors(path: object) -> Iterator[None]:
-    """Prefixes errors about weights with the path of the file or run."""
-    try:
-        yield
-    except WeightsError as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
 def open_weights(path: Path, *, warn: bool = True) -> Weights:
     """Opens a file of weights under official names; reads only names, shapes and dtypes.
 
@@ -209,6 +208,8 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
         Llama's layout, as `read_hub_config`.
       UnsafeFileError: it contains anything but plain tensors.
     """
+    if (opened := open_ggml(path)) is not None:
+        return Weights(opened.tensors, opened.layout, opened.file.drop_pages, opened.file)
     if _is_safetensors(path):
         tensors, values = read_safetensors(path), {}
     else:

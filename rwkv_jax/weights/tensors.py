@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import zlib
@@ -40,6 +41,7 @@ class MappedTensors(dict[str, NDArray]):
     Args:
       recorded: checksums of what a file has some of, by what messages call it: the names of tensors, or entries.
       metadata: what the file says of itself, without its checksums.
+      held_in: how a file holds tensors of which these are only the bytes, such as q8_0, by their names.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class MappedTensors(dict[str, NDArray]):
         maps: Sequence[mmap.mmap],
         recorded: Mapping[str, Recorded] | None = None,
         metadata: Mapping[str, str] | None = None,
+        held_in: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tensors)
+        self._held_in = dict(held_in or {})
         self._maps = tuple(maps)
         self._recorded = dict(recorded or {})
         self.metadata = dict(metadata or {})
@@ -62,8 +66,13 @@ class MappedTensors(dict[str, NDArray]):
             whole |= part
             whole._maps += part._maps
             whole._recorded |= part._recorded
+            whole._held_in |= part._held_in
             whole.metadata |= part.metadata
         return whole
+
+    def held_in(self, name: str) -> str:
+        """What the file holds a tensor in: a dtype, or a format of quantized blocks."""
+        return self._held_in.get(name) or self[name].dtype.name
 
     @property
     def has_checksums(self) -> bool:
@@ -153,7 +162,16 @@ def join_names(names: Sequence[str], most: int = 8) -> str:
 
 def describe_wrong_weights(path: Path, reads: Collection[Kind]) -> str | None:
     """Describes a rejected file of weights with the remedy, as `describe_wrong_file`, if recognized."""
-    return describe_wrong_file(path, "a .pth or .safetensors file of weights", reads)
+    return describe_wrong_file(path, "a .pth, .safetensors or .gguf file of weights", reads)
+
+
+@contextlib.contextmanager
+def prefix_errors(path: object) -> Iterator[None]:
+    """Prefixes errors about weights with the path of the file or run."""
+    try:
+        yield
+    except WeightsError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -1,4 +1,4 @@
-"""Nine kinds of file, made small, broken by seeded faults and read again: what comes of each."""
+"""Eleven kinds of file, made small, broken by seeded faults and read again: what comes of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tokenizers
 
-from rwkv_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from rwkv_jax.data.corpus import corpus_of_binidx
 from rwkv_jax.data.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, train_sentencepiece
 from rwkv_jax.data.tokens.binidx import BinidxWriter, open_binidx
@@ -27,6 +27,7 @@ from rwkv_jax.weights.sources import open_weights, prefix_errors
 from tests.faults.mutations import JSON, SAFETENSORS, Mutation, mutated
 from tests.inference.small_identities import SEVEN, identity_of
 from tests.weights.files import CONFIGS, random_tensors
+from tests.weights.forged_ggml import ggmf_model, gguf_model
 
 _TEXT = "".join(f"def function_{i}(value):\n    return value + {i}  # café 日本\n\n" for i in range(200))
 _SAMPLES = (_TEXT[:500], "a  b\r\n\t x日本語\0 e\u0301 <|endoftext|>")
@@ -148,6 +149,15 @@ def _write_official(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def _write_ggml(suffix: str, model: Callable[[ModelConfig], Any]) -> Callable[[Path], list[Path]]:
+    def write(folder: Path) -> list[Path]:
+        path = (folder / "model").with_suffix(suffix)
+        path.write_bytes(model(CONFIGS["7"]).bytes())
+        return [path]
+
+    return write
+
+
 def _write_packed(folder: Path) -> list[Path]:
     _write_official(folder)
     paths = [folder / "int8.safetensors", folder / "int4.safetensors"]
@@ -217,6 +227,8 @@ KINDS: dict[str, Kind] = {
     "run.json": Kind(_write_run, _read_run, JSON),
     ".pth": Kind(_write_pth, _read_weights, has_digest=False),
     ".safetensors": Kind(_write_official, _read_weights, SAFETENSORS, has_digest=False),
+    ".gguf": Kind(_write_ggml(".gguf", gguf_model), _read_weights, has_digest=False),
+    "ggmf": Kind(_write_ggml(".bin", ggmf_model), _read_weights, has_digest=False),
     "packed weights": Kind(_write_packed, _read_weights, SAFETENSORS),
     "state": Kind(_write_state, _read_state, SAFETENSORS),
     "tokens": Kind(_write_tokens, _read_tokens),

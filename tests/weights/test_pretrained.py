@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeyp
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rwkv_jax.weights.pretrained.save_tokenizer", fail)
+    monkeypatch.setattr("rwkv_jax.weights.writing.save_tokenizer", fail)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(model, tmp_path / "b", tokenizer=ByteTokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -215,7 +215,7 @@ def test_a_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path, monkeyp
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "model").write_text("precious")
 
-    monkeypatch.setattr("rwkv_jax.weights.pretrained.save_tokenizer", come)
+    monkeypatch.setattr("rwkv_jax.weights.writing.save_tokenizer", come)
     with pytest.raises(WeightsError, match="b: exists already and is not overwritten"):
         save_pretrained(model, tmp_path / "b", tokenizer=ByteTokenizer())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.pth", "b", "model"]

@@ -165,8 +165,11 @@ def test_another_address_is_no_path() -> None:
         ),
         (b"<!doctype html><title>Log in</title>", r"it is a web page \('Log in'\)"),
         (b'{"error": "Entry not found"}', "it is the error answer of a server"),
-        (b"Entry not found", r"it is text \('Entry not found'\); name a \.pth or \.safetensors file of weights"),
-        (b"GGUF\3\0\0\0", r"it is a GGUF file of llama\.cpp; name a \.pth or \.safetensors file"),
+        (
+            b"Entry not found",
+            r"it is text \('Entry not found'\); name a \.pth, \.safetensors or \.gguf file of weights",
+        ),
+        (b"lmgg\1\0\0\0", r"it is a GGML file; name a \.pth, \.safetensors or \.gguf file"),
         (b"\x89PNG\r\n\x1a\n\0", "it is an image"),
         (b"\x1f\x8b\x08\0" + bytes(20), r"it is compressed \(gzip\); unpack it"),
         (b"\n\x0e\n\x05<unk>\x15\0\0\0\0", "it is a sentencepiece tokenizer"),

@@ -1,0 +1,85 @@
+"""Writes official tensors as files and folders, in any layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from rwkv_jax.atomic import new_folder, refuse_existing
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer, save_tokenizer
+from rwkv_jax.file_kinds import is_url
+from rwkv_jax.weights.derived import rounded
+from rwkv_jax.weights.ggml.vocabulary import vocabulary_for
+from rwkv_jax.weights.ggml.writing import QUANTIZED, write_gguf
+from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
+from rwkv_jax.weights.official import fields_in_metadata
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.tensors import WeightsError
+
+GGUF = ".gguf"
+"""Suffix of files for llama.cpp."""
+
+_METADATA = {"format": "pt"}  # required by transformers
+_FILES = (".pth", ".safetensors")
+_WRITTEN = "FILE.pth, FILE.safetensors, FILE.gguf or a folder"
+_NO_FOLDERS = (".bin", ".ckpt", ".json", ".npz", ".pt", ".st", ".zip")  # suffixes of other formats
+
+
+def write_weights(
+    tensors: Mapping[str, NDArray],
+    model: ModelConfig,
+    path: Path,
+    layout: str,
+    dtype: str | None,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes official tensors to a file or folder, as `save_pretrained` says, of any size."""
+    if layout not in LAYOUTS:
+        raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
+    suffix = path.suffix.lower()
+    if suffix in _NO_FOLDERS:
+        raise WeightsError(f"{path}: {suffix} files are not written; name {_WRITTEN}")
+    if dtype == QUANTIZED and suffix != GGUF:
+        raise WeightsError(f"dtype = {dtype!r}: is for FILE.gguf; for other files, leave it out and set quantize")
+    if dtype is not None and suffix != GGUF:
+        tensors = rounded(tensors, dtype)
+    path = path.expanduser()
+    if is_url(path):
+        raise WeightsError(f"{path}: is a web address, not a path; name {_WRITTEN}")
+    told = fields_in_metadata(model)
+    if told and (suffix in (".pth", GGUF) or layout != "official"):
+        named = ", ".join(f"model.{name} = True" for name in told)
+        place = f"a {suffix} file" if suffix in (".pth", GGUF) else f"the {layout} layout"
+        raise WeightsError(
+            f"{path}: {named}, which {place} cannot say, so whoever loads it would compute something else; write the "
+            "official layout to FILE.safetensors or a folder"
+        )
+    refuse_existing(path, WeightsError)  # reported before anything is fetched from a device
+    if suffix == GGUF:
+        if layout != "official":
+            raise WeightsError(f"{path}: GGUF files have names of their own, not the {layout} layout's; leave it out")
+        write_gguf(path, tensors, model, dtype, vocabulary_for(path, tokenizer, model.vocab_size))
+        return
+    if suffix in _FILES:
+        if layout != "official":
+            raise WeightsError(f"{path}: the {layout} layout is a folder with a config.json; name a folder")
+        if tokenizer is not None:
+            raise WeightsError(f"{path}: a tokenizer is written beside the weights; name a folder")
+        if suffix == ".pth":
+            write_torch_file(path, tensors)
+        else:
+            write_safetensors(path, tensors, _METADATA | told)
+        return
+    written = to_layout(tensors, layout)
+    config = None if layout == "official" else hub_config(layout, tensors)
+    with new_folder(path, WeightsError) as folder:
+        write_sharded_safetensors(folder, written, metadata=_METADATA | told)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
