@@ -69,7 +69,7 @@ def identity(
       teacher: that of a distillation's teacher.
     """
     model = dataclasses.asdict(config.model.resolved())
-    others = ("dtype", *IMPLEMENTATIONS, "context_length")
+    others = ("dtype", *IMPLEMENTATIONS, "context_length", "rosa_implementation")
     own = {name: None if value == () else _shown(value) for name, value in model.items() if name not in others}
     return {f"model.{name}": value for name, value in own.items()} | {
         "initial_weights": None if config.tuning.is_partial else config.initial_weights,

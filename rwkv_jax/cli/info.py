@@ -66,7 +66,11 @@ def _of_weights(source: str) -> dict[str, str]:
 
 
 def _of_model(model: ModelConfig) -> dict[str, str]:
-    told = [name.replace("_", " ") for name in model.spec.fields_beside_tensors if getattr(model, name)]
+    told = [
+        name.replace("_", " ") + ("" if value is True else f" {value}")
+        for name in model.spec.fields_beside_tensors
+        if (value := getattr(model.resolved(), name))
+    ]
     title = ", ".join([model.title, *told])
     return {
         "model": f"{title}, {model.num_layers} layers of width {model.width}, vocabulary {model.vocab_size}",

@@ -31,6 +31,8 @@ _SIZES_OF_SOME = (
     "gate_rank",
     "state_size",
     "context_length",
+    "rosa_bits",
+    "rosa_window",
     "attention_heads",
     "kv_heads",
 )
@@ -41,6 +43,8 @@ _FIELDS_OF_SOME = {
     "rwkv_layers": "such choice",
     "exponential_bonus": "such form",
     "unused_value_residual": "value residual",
+    "unused_norms": "such norms",
+    "rosa_implementation": "lookups",
     "negative_eigenvalues": "such choice",
     "embedding_bound": "such choice",
     **dict.fromkeys(("rotary_base", "rotary_scaling"), "such positions"),
@@ -133,6 +137,13 @@ class ModelConfig:
     removes may then come back with the opposite sign, an eigenvalue of -1, as tracking a state needs (arXiv
     2411.12537). The DeltaNets' eigenvalues stay within [-1, 1]; RWKV-7's, w - a where a key has one channel, reach
     0.545 - 2 = -1.455: nothing but training keeps such a state from growing without bound."""
+    rosa_bits: int | None = None
+    """ROSA only: channels whose signs are a symbol that is looked up; None is 4, and 1 beside RWKV-7. No tensor tells:
+    our files say it."""
+    rosa_window: int | None = None
+    """ROSA only: tokens that a lookup goes back, S, with which its cost a token and its state grow; None is 1024."""
+    unused_norms: bool = False
+    """ROSA alone only: layers after the first have ln0 too, which is unused, as in the official files."""
     embedding_bound: float | None = None
     """RWKV-4 only: initial token vectors are uniform within +- this, as in RWKV-v4neo, which uses its highest learning
     rate; None is the first trainer's orthogonal matrix."""
@@ -147,6 +158,10 @@ class ModelConfig:
     step_implementation: str | None = None
     """RWKV-7 only: implementation of a single token of the operator and what follows it, as in decoding
     (`rwkv_kernels.wkv7_step`); None takes the two above."""
+
+    rosa_implementation: Literal["scan", "host"] | None = None
+    """ROSA only: where texts are looked up (docs/rosa.md): `scan` on the device, in S operations a token; `host` by an
+    automaton for whole texts, as in training, of at most rosa_window tokens; None is `scan`."""
 
     def __post_init__(self) -> None:
         require_choices(self, "model")

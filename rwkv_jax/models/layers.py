@@ -314,6 +314,19 @@ class Linear(nnx.Module):
         return linear(x, self.weight[...])
 
 
+class BiasedLinear(Linear):
+    """A linear map with weight [out, in] and bias [out]."""
+
+    def __init__(self, weight: Array) -> None:
+        super().__init__(weight)
+        self.bias = nnx.Param(jnp.zeros_like(weight[:, 0]))
+
+    @override
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        return y + broadcast_param(self.bias[...], y)
+
+
 class Embedding(nnx.Module):
     """A table of token vectors, weight [V, C]."""
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models.layers import Linear, broadcast_param, row_parallel_linear, wide_dtype
+from rwkv_jax.models.layers import BiasedLinear, Linear, broadcast_param, row_parallel_linear, wide_dtype
 from rwkv_jax.models.transformer import (
     BLOCK_AXES,
     INITIAL_SCALE,
@@ -51,19 +51,6 @@ class RMSNorm(nnx.Module):
         y = x.astype(wide_dtype(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         return (y * broadcast_param(self.weight[...], y)).astype(x.dtype)
-
-
-class BiasedLinear(Linear):
-    """A linear map with weight [out, in] and bias [out]."""
-
-    def __init__(self, weight: Array) -> None:
-        super().__init__(weight)
-        self.bias = nnx.Param(jnp.zeros_like(weight[:, 0]))
-
-    @override
-    def __call__(self, x: Array) -> Array:
-        y = super().__call__(x)
-        return y + broadcast_param(self.bias[...], y)
 
 
 def stretched_frequencies(config: ModelConfig) -> NDArray:

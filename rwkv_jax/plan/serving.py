@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.tables import format_table
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "bfloat16": 2}
+_ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "uint8": 1}
 _GIB = 2**30
 
 

@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
 from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
+from rwkv_jax.weights.rosa_demo import LAYOUT as DEMO
+from rwkv_jax.weights.rosa_demo import from_demo, is_demo
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
@@ -89,7 +91,7 @@ def from_layout(
     tied: bool | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, Mapping[str, NDArray]]:
-    """Detects the layout of some tensors (one of `LAYOUTS`, or `LLAMA`), and maps them to official names and shapes.
+    """Detects the layout of tensors (of `LAYOUTS`, `LLAMA` or `DEMO`), and maps them to official names and shapes.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`, `base_model.model.` and so on, also nested) are removed if every name
     has them. Missing names are not checked here.
@@ -113,6 +115,8 @@ def from_layout(
         )
     if not tensors:
         raise WeightsError("there are no tensors; name a file of weights")
+    if is_demo(tensors):
+        return DEMO, from_demo(tensors)
     prefix = ""
     names = {name: name for name in tensors}
     fewest = list(names)

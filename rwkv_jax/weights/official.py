@@ -32,13 +32,15 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
 }
 
 
-def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> ModelConfig:
+def read_config(
+    tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None, file_name: str = ""
+) -> ModelConfig:
     """Infers a model's config: sizes from the shapes of its tensors, the compute dtype from theirs.
 
     bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
 
     Args:
-      metadata: of the file, for the fields that no tensor tells (`fields_in_metadata`).
+      metadata, file_name: of the file, for the fields that no tensor tells (`fields_in_metadata`).
 
     Raises:
       WeightsError: no generation is recognized, or the sizes contradict each other.
@@ -60,7 +62,8 @@ def read_config(tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | No
         )
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
-    told: dict[str, Any] = {name: (metadata or {}).get(name) == "true" for name in spec.fields_beside_tensors}
+    told = spec.fields_in_name(file_name)
+    told |= {name: _told(metadata[name]) for name in spec.fields_beside_tensors if metadata and name in metadata}
     try:
         return ModelConfig(
             generation=spec.name,
@@ -85,7 +88,17 @@ def compute_dtype(tensors: Mapping[str, NDArray]) -> Literal["float32", "bfloat1
 
 def fields_in_metadata(config: ModelConfig) -> dict[str, str]:
     """What a file must say of a model because no tensor tells it: its `fields_beside_tensors` that are set."""
-    return {name: "true" for name in config.spec.fields_beside_tensors if getattr(config, name)}
+    names = config.spec.fields_beside_tensors
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in names}
+    plain = dataclasses.replace(config, **defaults).resolved()
+    values = {name: getattr(config.resolved(), name) for name in names}
+    told = {name: value for name, value in values.items() if value != getattr(plain, name)}
+    return {name: "true" if value is True else str(value) for name, value in told.items()}
+
+
+def _told(value: str) -> int | bool:
+    """A field that a file's metadata say: a size, or whether it is true."""
+    return int(value) if value.isdecimal() and len(value) < 20 else value == "true"
 
 
 def _abstract_params(config: ModelConfig) -> Any:

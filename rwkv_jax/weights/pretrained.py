@@ -177,7 +177,7 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
 
 def ignored_fields(model: ModelConfig) -> set[str]:
     """Fields of a config that what its weights compute does not follow from, but for rounding."""
-    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length"}
+    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length", "rosa_window", "rosa_implementation"}
     return free if model.spec.has_heads else free | {"head_dim"}
 
 

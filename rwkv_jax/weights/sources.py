@@ -70,10 +70,12 @@ class Weights(NamedTuple):
     """As stored, with the file's checksums."""
     config: ModelConfig | None = None
     """What something beside the tensors says of the model: a run's, or a config.json; None if they tell it."""
+    name: str = ""
+    """The file's name, which may tell what no tensor does."""
 
     def model_config(self) -> ModelConfig:
         """The model's config; raises as `official.read_config`."""
-        return self.config or read_config(self.tensors, self.file.metadata)
+        return self.config or read_config(self.tensors, self.file.metadata, self.name)
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
@@ -225,7 +227,7 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
     config = None
     if layout == LLAMA:
         config = read_hub_config(path.with_name(_CONFIG), dtype=compute_dtype(official))
-    return Weights(official, layout, tensors.drop_pages, tensors, config)
+    return Weights(official, layout, tensors.drop_pages, tensors, config, path.name)
 
 
 def verify_weights(source: str | os.PathLike[str]) -> bool:

@@ -55,14 +55,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"generation": generation, "decay_rank": 64},
-            f"model.decay_rank = 64: RWKV-{generation} has no such size, only RWKV-6 and 7; leave it out",
+            f"model.decay_rank = 64: RWKV-{generation} has no such size, only RWKV-6, 7 and 7-rosa; leave it out",
         )
         for generation in ("4", "5.0", "5.1", "5.2")
     ),
     *(
         (
             {"generation": "6", f"{rank}_rank": 8},
-            f"model.{rank}_rank = 8: RWKV-6 has no such size, only RWKV-7; leave it out",
+            f"model.{rank}_rank = 8: RWKV-6 has no such size, only RWKV-7 and 7-rosa; leave it out",
         )
         for rank in ("iclr", "value", "gate")
     ),
@@ -83,14 +83,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"generation": generation, "unused_value_residual": True},
-            f"model.unused_value_residual = True: RWKV-{generation} has no value residual, only RWKV-7; leave it out",
+            f"model.unused_value_residual = True: RWKV-{generation} has no value residual, only RWKV-7",
         )
         for generation in ("4", "5.0", "5.1", "5.2", "6")
     ),
     *(
         (
             {"generation": generation, f"{what}_implementation": "xla"},
-            f"model.{what}_implementation = 'xla': RWKV-{generation} has no such kernel, only RWKV-7; leave it out",
+            f"model.{what}_implementation = 'xla': RWKV-{generation} has no such kernel, only RWKV-7",
         )
         for what in ("output", "step")
         for generation in ("4", "5.2", "6")
@@ -121,7 +121,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"architecture": "transformer", "unused_value_residual": True},
-        "model.unused_value_residual = True: Transformer has no value residual, only RWKV-7; leave it out",
+        "model.unused_value_residual = True: Transformer has no value residual, only RWKV-7",
     ),
     (
         {"architecture": "transformer", "wkv_implementation": "scan"},
@@ -151,7 +151,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"architecture": "mamba2", "state_size": 0}, "model.state_size = 0: must be positive, or None"),
     (
         {"generation": "6", "negative_eigenvalues": True},
-        "model.negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, a DeltaNet and a Gated DeltaNet;",
+        "model.negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7 and 7-rosa, a DeltaNet and a",
+    ),
+    ({"rosa_bits": 4}, "model.rosa_bits = 4: RWKV-7 has no such size, only RWKV-7-rosa and 8-rosa; leave it"),
+    ({"generation": "8-rosa", "rosa_bits": 9}, "model.rosa_bits = 9: must be at most 8"),
+    ({"generation": "8-rosa", "width": 90}, "model.width = 90: must be a multiple of model.rosa_bits = 4: channels of"),
+    ({"generation": "8-rosa", "rosa_window": 0}, "model.rosa_window = 0: must be positive, or None"),
+    (
+        {"generation": "8-rosa", "rosa_implementation": "gpu"},
+        "model.rosa_implementation = 'gpu': must be scan, host or None",
+    ),
+    (
+        {"generation": "8-rosa", "wkv_implementation": "scan"},
+        "model.wkv_implementation = 'scan': an RWKV-8 ROSA has no WKV operator; leave it out",
     ),
 ]
 
@@ -263,6 +275,9 @@ FLOPS_OF_RECURRENCE = {
     "4": lambda config: 12 * config.width,
     # Each state entry: decayed (1), the rank-one removal S a b^T (2 to read, 2 to add), v k^T added (2), read (2).
     "7": lambda config: 9 * config.num_heads * config.head_dim**2,
+    # And of ROSA a choice for each channel.
+    "7-rosa": lambda config: 9 * config.num_heads * config.head_dim**2 + config.width,
+    "8-rosa": lambda config: config.width,
 }
 
 

@@ -41,6 +41,8 @@ SMALL: dict[str, ModelConfig] = {
     "5.2": _small("5.2"),
     "6": _small("6", mix_rank=6, decay_rank=5),
     "7": _small("7", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7),
+    "7-rosa": _small("7-rosa", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7, rosa_bits=2, rosa_window=11),
+    "8-rosa": _small("8-rosa", rosa_bits=4, rosa_window=11),
 }
 """By generation. Every size differs from every other, so that no two can be confused."""
 

@@ -200,6 +200,30 @@ def rwkv7_as_released(layer: int) -> Expected:
     )
 
 
+def rosa(layer: int) -> Expected:
+    """RWKV_ROSA_1bit of RWKV-v8/260212_rosa1bitLM_L12.py; its output is zero at the start, as those of all others."""
+    values = {f"rosa.x_{name}": np.zeros((1, 1, WIDTH)) for name in "qkv"}
+    values["rosa.rosa_qkv.emb"] = np.ones((1, 1, WIDTH))
+    bounds = {f"rosa.{name}.{part}": 1 / math.sqrt(WIDTH) for name in "qkv" for part in ("weight", "bias")}
+    values |= {f"ln3.{part}": np.full(WIDTH, float(part == "weight")) for part in ("weight", "bias")}
+    return Expected(values, {"rosa.o.weight", "rosa.o.bias"}, {}, bounds)
+
+
+def rosa_alone(layer: int) -> Expected:
+    """With RWKV-7's channel mixing."""
+    mixing, lookups = rwkv7(layer), rosa(layer)
+    values = {name: x for name, x in mixing.values.items() if name.startswith("ffn.")}
+    return lookups._replace(
+        values=lookups.values | values, zero=lookups.zero | {"ffn.value"}, gains={"ffn.key": mixing.gains["ffn.key"]}
+    )
+
+
+def rosa_beside_rwkv7(layer: int) -> Expected:
+    """RWKV-v8/251105_reverse_run.py."""
+    mixing, lookups = rwkv7_as_released(layer), rosa(layer)
+    return Expected(mixing.values | lookups.values, mixing.zero | lookups.zero, mixing.gains, lookups.bounds)
+
+
 FORMULAS: dict[str, Callable[[int], Expected]] = {
     "4": rwkv4,
     "5.0": lambda layer: rwkv5_preview(layer, has_gate=False, exponential_bonus=True),
@@ -208,6 +232,8 @@ FORMULAS: dict[str, Callable[[int], Expected]] = {
     "6": rwkv6,
     "7": rwkv7_as_released,
     "7-unused": rwkv7,
+    "7-rosa": rosa_beside_rwkv7,
+    "8-rosa": rosa_alone,
 }
 
 
@@ -234,7 +260,8 @@ def test_a_layer_follows_the_official_formulas(generation: str, layer: int) -> N
     prefix = f"blocks.{layer}."
     found = {name.removeprefix(prefix): x for name, x in initial(generation).items() if name.startswith(prefix)}
     expected = FORMULAS[generation](layer)
-    norms = ("ln0", "ln1", "ln2") if layer == 0 else ("ln1", "ln2")
+    norms = ["ln2"] if generation == "8-rosa" else ["ln1", "ln2"]
+    norms += ["ln0"] if layer == 0 and generation != "7-rosa" else []
     values = expected.values | {f"{norm}.weight": np.ones(WIDTH) for norm in norms}
     values |= {f"{norm}.bias": np.zeros(WIDTH) for norm in norms}
 

@@ -52,9 +52,12 @@ def test_shapes_and_dtypes_of_the_state(generation: str, dtype: Any) -> None:
     layers, width, heads, head_dim = 3, 32, 4, 8
     wide = "float64" if dtype == "float64" else "float32"
     shift = ((layers, ROWS, width), dtype)
-    wkv = (
-        (((layers, ROWS, width), wide),) * 3 if generation == "4" else ((layers, ROWS, heads, head_dim, head_dim), wide)
-    )
+    symbols, lengths = (((layers, ROWS, 8, 11), kind) for kind in ("uint8", "int32"))
+    others = {
+        "4": (((layers, ROWS, width), wide),) * 3,
+        "8-rosa": (symbols, symbols, lengths, ((layers, ROWS), "int32")),
+    }
+    wkv = others.get(generation, ((layers, ROWS, heads, head_dim, head_dim), wide))
     with jax.enable_x64(dtype == "float64"):
         params = abstract(config)[1]
         first = jax.eval_shape(lambda params: merge(config, params).initial_state(ROWS), params)
@@ -81,8 +84,9 @@ def test_without_a_state_and_from_embeddings(float64: None, generation: str) -> 
     assert relative_error(logits, expected) < 1e-12
     assert_close(named(state), named(expected_state), 1e-12)
     # Layer by layer: what a layer adds is what its norm makes the next shift of.
+    own = "ln3" if generation == "8-rosa" else "ln1"
     for layer in (1, 2):
-        norm = jax.tree.map(lambda x, layer=layer: x[layer - 1], params["blocks"]["ln1"])
+        norm = jax.tree.map(lambda x, layer=layer: x[layer - 1], params["blocks"][own])
         last = np.asarray(hidden[layer - 1, :, -1])
         normalized = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
         assert relative_error(state.att_shift[layer], normalized * norm["weight"] + norm["bias"]) < 1e-12
@@ -201,7 +205,7 @@ def test_bfloat16_is_close_to_float64() -> None:
 
 @every_generation
 def test_every_branch_starts_at_zero(float64: None, generation: str) -> None:
-    """So the first logits are those of the embedding, normalized twice."""
+    """So the first logits are those of the embedding, normalized as often as there are norms around the blocks."""
     params = initial_params(SMALL[generation])
     embedding = params["emb"]["weight"][TOKENS]
     hidden, logits, _ = streams(SMALL[generation])(params, embedding)
@@ -209,7 +213,8 @@ def test_every_branch_starts_at_zero(float64: None, generation: str) -> None:
     def normalize(x: NDArray) -> NDArray:
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
-    expected = normalize(normalize(embedding)) @ params["head"]["weight"].T
+    first = embedding if generation == "7-rosa" else normalize(embedding)  # which has no ln0
+    expected = normalize(first) @ params["head"]["weight"].T
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(hidden[0], hidden[-1])
 

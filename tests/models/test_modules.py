@@ -16,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.models import model_type, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_jax.models import model_type, rosa, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.context import SequenceContext
 from rwkv_jax.models.layers import HeadNorm, LayerNorm, head_gain, linear, token_shift
 from rwkv_jax.models.state import TimeMixState
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 BATCH, TIME, WIDTH, NUM_HEADS, HEAD_DIM = 2, 4, 32, 4, 8
 FAMILIES = {"4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7}
+FAMILIES |= {"7-rosa": rwkv7, "8-rosa": rosa}
 
 every_generation = pytest.mark.parametrize("generation", SMALL)
 
@@ -64,7 +65,7 @@ def sigmoid(x: NDArray) -> NDArray:
 def test_time_mixing_alone(x: NDArray, generation: str, layer: int) -> None:
     config = SMALL[generation]
     module = randomized(lambda: FAMILIES[generation].TimeMix(config, layer, rngs=nnx.Rngs(0)))
-    assert hasattr(module, "v0") == (generation == "7" and layer > 0)
+    assert hasattr(module, "v0") == (FAMILIES[generation] is rwkv7 and layer > 0)
     graphdef, params = nnx.split(module)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -128,14 +129,15 @@ def test_time_mixing_of_the_previews(x: NDArray, generation: str, exponential_bo
 
 def channel_mixing(generation: str, p: Parameters, x: NDArray) -> NDArray:
     xx = previous(x) - x
+    is_newest = "x_k" in p
 
     def shifted(name: str) -> NDArray:
-        if generation == "7":
+        if is_newest:
             return x + xx * p[f"x_{name}"]
         return x + xx * (p[f"time_maa_{name}"] if generation == "6" else 1 - p[f"time_mix_{name}"])
 
     y = np.maximum(shifted("k") @ p["key.weight"].T, 0) ** 2 @ p["value.weight"].T
-    return y if generation == "7" else sigmoid(shifted("r") @ p["receptance.weight"].T) * y
+    return y if is_newest else sigmoid(shifted("r") @ p["receptance.weight"].T) * y
 
 
 @every_generation

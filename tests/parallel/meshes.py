@@ -4,7 +4,7 @@ A case is GENERATION:DTYPE:MESH, the mesh as data2.fsdp2.tensor2. It may end in 
 in :chats for micro-batches of rows of which different numbers of tokens count, which are compared with one batch, in
 :fused for the fused loss, which is compared with the plain one, in a kind of adapter, which is trained alone, or in
 :distill or :topk for a teacher of another kind or size, with all or some of its tokens, or, with :chats, in :stored for
-what a mesh stores of it.
+what a mesh stores of it; or in :host for lookups of ROSA by the host.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ RANKS: dict[str, dict[str, Any]] = {
     "5.2": {},
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
+    "7-rosa": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7, "rosa_bits": 2, "rosa_window": 20},
+    "8-rosa": {"rosa_window": 20},
     "transformer": {},
     "llama": {"attention_heads": 12, "kv_heads": 4, "qkv_bias": True, "qk_norm": True, "tied_head": True},
     "hybrid": {"rwkv_layers": (1,), "decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
@@ -250,6 +252,9 @@ def main() -> None:
             teacher = next((option for option in options if option in TEACHERS), None)
             named = {"adapter": adapter, "teacher": teacher}
             config = config_of(generation, dtype, other="other" in options, chats=chats, **named)
+            if "host" in options:
+                model = dataclasses.replace(config.model, rosa_implementation="host", rosa_window=TIME)
+                config = dataclasses.replace(config, model=model)
             alone = config
             if chats:
                 whole = dataclasses.replace(config.training, accumulation_steps=1)

@@ -85,6 +85,16 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
     assert_equal_to_one_device(name, "float64", MIXED[:1] if name == "hybrid" else (*MIXED, f"{MIXED[0]}:other"))
 
 
+def test_meshes_change_nothing_of_lookups() -> None:
+    """Whose states are carried over packed rows, and which each device's rows and symbols ask the host about."""
+    assert_equal_to_one_device("8-rosa", "float64", (MIXED[0], f"{MIXED[0]}:other:host"))
+
+
+@pytest.mark.long
+def test_meshes_change_nothing_of_lookups_beside_time_mixing() -> None:
+    assert_equal_to_one_device("7-rosa", "float64", (MIXED[0], "tensor8:other"))
+
+
 def test_meshes_change_nothing_of_a_student() -> None:
     """Whose teacher has other sizes, and whose vocabulary is split as the teacher's is."""
     mesh = MIXED[0]

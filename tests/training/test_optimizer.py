@@ -98,6 +98,9 @@ DECAYING = {
     "6": {"att.receptance", "att.key", "att.value", "att.gate", "att.output"}
     | {"ffn.key", "ffn.value", "ffn.receptance"},
     "7": {"att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"},
+    "7-rosa": {"att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"}
+    | {"rosa.q", "rosa.k", "rosa.v", "rosa.o"},
+    "8-rosa": {"rosa.q", "rosa.k", "rosa.v", "rosa.o", "ffn.key", "ffn.value"},
 }
 """The matrices of a block whose weight decays, beside embedding and head."""
 
@@ -108,6 +111,8 @@ FACTORS = {
     "5.2": {"att.time_decay": 2.0},
     "6": {"att.time_decay": 2.0},
     "7": {"att.w0": 2.0},
+    "7-rosa": {"att.w0": 2.0},
+    "8-rosa": {},
 }
 """Parameters whose learning rate is not that of all others."""
 
@@ -118,6 +123,8 @@ NEITHER = {
     "5.2": ["att.time_faaaa", "att.time_mix_g", "att.ln_x.weight"],
     "6": ["att.time_faaaa", "att.time_decay_w1", "att.time_decay_w2", "att.time_maa_w1", "att.time_maa_w2"],
     "7": ["att.w1", "att.w2", "att.a0", "att.v1", "att.g2", "att.r_k", "att.k_k", "att.ln_x.weight"],
+    "7-rosa": ["att.w1", "rosa.x_q", "rosa.q.bias", "rosa.rosa_qkv.emb", "ln3.weight"],
+    "8-rosa": ["ffn.x_k", "rosa.x_q", "rosa.o.bias", "rosa.rosa_qkv.emb", "ln3.weight"],
 }
 """Some of those that could be taken for others: with two axes or more, or with names that begin alike."""
 
@@ -142,7 +149,7 @@ def test_parameter_groups_are_the_official_ones(generation: str) -> None:
         seen.add(official)
     assert seen >= FACTORS[generation].keys() | {f"{name}.weight" for name in DECAYING[generation]}
     # Stacked layers have an axis more, which must not turn vectors into matrices.
-    for name in ("first_block.ln0.weight", "blocks.ln1.weight", *(f"blocks.{name}" for name in NEITHER[generation])):
+    for name in ("first_block.ln2.weight", "blocks.ln2.weight", *(f"blocks.{name}" for name in NEITHER[generation])):
         assert groups[name] == (1.0, False), name
 
 

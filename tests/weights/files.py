@@ -29,6 +29,9 @@ CONFIGS = {
     "6": dataclasses.replace(_FIVE, generation="6", mix_rank=3, decay_rank=5),
     "7": _SEVEN,
     "7, from the trainer": dataclasses.replace(_SEVEN, unused_value_residual=True),
+    "7-rosa": dataclasses.replace(_SEVEN, generation="7-rosa"),
+    "8-rosa": dataclasses.replace(_FOUR, generation="8-rosa"),
+    "8-rosa, official": dataclasses.replace(_FOUR, generation="8-rosa", unused_norms=True),
 }
 """By what tells them apart; all sizes of a model differ."""
 

@@ -29,6 +29,13 @@ def test_a_config_is_read_from_names_shapes_and_dtype(config: ModelConfig, dtype
 def test_the_names_are_those_of_the_official_files() -> None:
     # One of each kind, with its shape, from the official sources (facts, section 1).
     shapes = {key: official_shapes(config) for key, config in CONFIGS.items()}
+    of_rosa = {key: shapes.pop(key) for key in list(shapes) if "rosa" in key}
+    for every in of_rosa.values():
+        assert every["blocks.1.rosa.q.weight"] == every["blocks.0.rosa.o.weight"] == (32, 32)
+        assert every["blocks.0.rosa.k.bias"] == every["blocks.2.ln3.weight"] == (32,)
+        assert every["blocks.2.rosa.rosa_qkv.emb"] == every["blocks.0.rosa.x_v"] == (1, 1, 32)
+    assert [key for key, every in of_rosa.items() if "blocks.1.ln0.weight" in every] == ["8-rosa, official"]
+    assert [key for key, every in of_rosa.items() if "blocks.0.ln0.weight" not in every] == ["7-rosa"]
     for every in shapes.values():
         assert next(iter(every)) == "emb.weight"
         assert list(every)[-1] == "head.weight"
@@ -109,19 +116,20 @@ def test_float64_needs_to_be_switched_on() -> None:
 @each_generation
 def test_everything_that_does_not_fit_is_listed_at_once(config: ModelConfig) -> None:
     tensors = random_tensors(config)
-    del tensors["blocks.1.ln1.weight"], tensors["ln_out.bias"]
+    del tensors["blocks.1.ln2.weight"], tensors["ln_out.bias"]
     tensors["blocks.0.att.extra"] = np.zeros((2, 3), np.float32)
-    tensors["blocks.2.att.value.weight"] = np.zeros((32, 31), np.float32)
+    square = next(name for name in ("blocks.2.att.value.weight", "blocks.2.rosa.v.weight") if name in tensors)
+    tensors[square] = np.zeros((32, 31), np.float32)
     tensors["blocks.0.ffn.key.weight"] = tensors["blocks.0.ffn.key.weight"].astype(np.int32)
     with pytest.raises(WeightsError) as caught:
         check_tensors(tensors, read_config(tensors))
     message = str(caught.value)
     for expected in (
-        f"RWKV-{config.generation} model of 3 layers of width 32",
-        "missing      blocks.1.ln1.weight [32]",
+        f"{config.title} model of 3 layers of width 32",
+        "missing      blocks.1.ln2.weight [32]",
         "missing      ln_out.bias [32]",
         "not expected blocks.0.att.extra [2, 3]",
-        "misshapen    blocks.2.att.value.weight is [32, 31], must be [32, 32]",
+        f"misshapen    {square} is [32, 31], must be [32, 32]",
         "wrong dtype  blocks.0.ffn.key.weight is int32, must be float32",
     ):
         assert expected in message

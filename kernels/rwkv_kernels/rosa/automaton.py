@@ -290,7 +290,7 @@ class SuffixAutomaton:
 
     Args:
       compiled: whether Numba compiles it; None is where it is installed (`pip install rwkv-jax[rosa]`). Interpreted, a
-        token takes some twenty times as long.
+        token takes five to ten times as long.
       capacity: tokens for which memory is taken at once; it grows by itself.
     """
 
@@ -366,7 +366,7 @@ class SuffixAutomaton:
     def state(self) -> dict[str, NDArray]:
         """What `from_state` makes the same automaton of: the tokens, int32 [T], and [length, last key] of the match.
 
-        The automaton itself, some twenty times as much, is built of them again.
+        The automaton itself, some thirty times as much, is built of them again.
         """
         tokens = {name: np.array(self._arrays[name][: self.num_tokens], np.int32) for name in ("keys", "values")}
         return tokens | {"match": np.array(self._registers[3:], np.int32)}

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from numpy.typing import NDArray
 
 from rwkv_kernels.arguments import broadcast_varying_axes, check_lengths, check_segment_ids, segment_index, varying_like
 from rwkv_kernels.arguments import segment_starts as starts_of
 from rwkv_kernels.rosa.automaton import read_rows
 from rwkv_kernels.rosa.flips import Scores, look_up_sequence, of_lookup, of_sequence, surrogate
-from rwkv_kernels.rosa.scan import RosaState, empty_state, keys_in_reach, match, next_state, with_keys
+from rwkv_kernels.rosa.scan import RosaState, empty_state, keys_in_reach, match, next_state, with_keys, without_others
 
 IMPLEMENTATIONS = ("scan", "host")
 """`scan` compares with S keys a token on the device. `host` calls back to the host's automaton, whose cost a token
@@ -80,6 +81,8 @@ def rosa_lookup(
     all_keys, all_values, queries = broadcast_varying_axes(all_keys, all_values, queries)
     found, lane_lengths = match(queries, all_keys, held, before, is_read)
     after = next_state(held, all_keys, all_values, lane_lengths, count, lengths)
+    if segment_ids is not None:
+        after = without_others(after)
     if held.keys.shape[2] < window:
         padding = ((0, 0), (0, 0), (window - held.keys.shape[2], 0))
         padded = {name: jnp.pad(getattr(after, name), padding) for name in ("keys", "values", "lengths")}
@@ -251,9 +254,11 @@ def rosa_qkv(
         lengths=lengths,
         implementation=implementation,
     )
+    # Stored for the backward pass under the operators' name, so that it does not look up again.
+    symbols, is_found = checkpoint_name((found.symbols, found.found), "wkv")
     batch, time, width = q.shape
     held = empty_state(batch, width // bits, min(window, time)) if state is None else state
-    context = _Context(found.symbols, found.found, held, segment_ids, lengths)
+    context = _Context(symbols, is_found, held, segment_ids, lengths)
     return _answered(bits, tau, q, k, v, outputs, context), found.state
 
 

@@ -128,3 +128,11 @@ def next_state(
         return jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, size, axis=1))(symbols, lengths)
 
     return RosaState(last(keys), last(values), lane_lengths, count)
+
+
+def without_others(state: RosaState) -> RosaState:
+    """The state with zeros where it has tokens of an earlier text of the row, which nothing reads."""
+    size = state.keys.shape[2]
+    own = jnp.arange(size) >= size - state.count[:, None, None]
+    keys, values, lengths = (jnp.where(own, x, jnp.zeros_like(x)) for x in state[:3])
+    return RosaState(keys, values, lengths, state.count)

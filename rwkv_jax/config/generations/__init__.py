@@ -9,6 +9,7 @@ one.
     rwkv5.py         Eagle, and its previews 5.0 and 5.1
     rwkv6.py         Finch
     rwkv7.py         Goose
+    rosa.py          RWKV-8's lookups, alone and beside RWKV-7
     transformer.py   the Transformer, to compare with
     llama.py         Llama and Qwen, to learn from
     hybrid.py        attention replaced by RWKV-7's time mixing in chosen layers (`ModelConfig.rwkv_layers`)
@@ -44,6 +45,7 @@ from rwkv_jax.config.generations.llama import LlamaSpec
 from rwkv_jax.config.generations.lstm import LSTMSpec
 from rwkv_jax.config.generations.mamba2 import Mamba2Spec
 from rwkv_jax.config.generations.rnn import RNNSpec
+from rwkv_jax.config.generations.rosa import RosaBesideRWKV7Spec, RosaSpec
 from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
 from rwkv_jax.config.generations.rwkv5 import RWKV5Spec
 from rwkv_jax.config.generations.rwkv6 import RWKV6Spec
@@ -76,8 +78,9 @@ __all__ = [
     "time_mix_config",
 ]
 
-Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7"]
-"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose)."""
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "7-rosa", "8-rosa"]
+"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose); RWKV-8's ROSA beside
+RWKV-7, and alone."""
 
 Architecture = Literal["rwkv", "transformer", "llama", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
 """RWKV, or what to compare it with."""
@@ -89,6 +92,8 @@ GENERATIONS: dict[str, GenerationSpec] = {
     "5.2": RWKV5Spec("5.2", has_channel_decay=True),
     "6": RWKV6Spec(),
     "7": RWKV7Spec(),
+    "7-rosa": RosaBesideRWKV7Spec(),
+    "8-rosa": RosaSpec(),
 }
 """RWKV's generations by name, oldest first. A config file or test may add its own before building a config."""
 
@@ -148,7 +153,10 @@ def is_low_rank(name: str, *, decay_only: bool = False) -> bool:
 
 def named_in_a_sentence(specs: list[GenerationSpec]) -> str:
     """RWKV-6 and 7, a Transformer, or RWKV-7, a DeltaNet and a Gated DeltaNet."""
-    rwkv = " and ".join(spec.name for spec in specs if spec.name in GENERATIONS)
-    named = [f"RWKV-{rwkv}"] if rwkv else []
-    named += [spec.a_title for spec in specs if spec.name not in GENERATIONS]
-    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+
+    def in_a_row(names: list[str]) -> str:
+        return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+    rwkv = [spec.name for spec in specs if spec.name in GENERATIONS]
+    others = [spec.a_title for spec in specs if spec.name not in GENERATIONS]
+    return in_a_row([*([f"RWKV-{in_a_row(rwkv)}"] if rwkv else []), *others])

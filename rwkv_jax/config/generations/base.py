@@ -43,6 +43,8 @@ class ResolvedSizes:
     state_size: int = 0
     context_length: int = 0
     """Tokens that a state has room for; 0 where its size is constant."""
+    rosa_bits: int = 0
+    rosa_window: int = 0
     attention_heads: int = 0
     kv_heads: int = 0
     rotary_base: float = 0
@@ -89,7 +91,8 @@ class GenerationSpec(abc.ABC):
     own_fields: tuple[str, ...] = ()
     """Optional fields of `ModelConfig` that this generation has and others lack."""
     fields_beside_tensors: tuple[str, ...] = ()
-    """Those, true or false, that no name or shape of a tensor tells: files say so in their metadata, or are refused."""
+    """Those, sizes or true or false, that no name or shape of a tensor tells: where they are not the default, files say
+    so in their metadata, or are not written."""
     operator: str | None
     """Its WKV operator in `rwkv_kernels.OPERATORS`; None without one."""
     has_heads: bool = True
@@ -228,6 +231,10 @@ class GenerationSpec(abc.ABC):
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """The `own_fields` of a file's model; None for a size if its tensor is missing."""
+        return {}
+
+    def fields_in_name(self, name: str) -> dict[str, Any]:
+        """Those of `fields_beside_tensors` that the official name of a file tells, whose metadata tell more."""
         return {}
 
 
