@@ -42,7 +42,11 @@ SEQUENCES: dict[str, Callable[[int], Tokens]] = {
     "all equal": lambda count: itself(np.zeros(count, int)),
     "period 1000": lambda count: itself(draws().integers(0, 2, 1000)[np.arange(count) % 1000]),
     "Fibonacci word": lambda count: itself(fibonacci(count)),
-    "random queries, equal keys": lambda count: (draws().integers(0, 2, count), *[np.zeros(count, int)] * 2),
+    "random queries, equal keys": lambda count: (
+        draws().integers(0, 2, count),
+        np.zeros(count, int),
+        np.zeros(count, int),
+    ),
 }
 
 

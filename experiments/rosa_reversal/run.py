@@ -51,7 +51,7 @@ def length_of(digits: int) -> int:
 def config_of(name: str, sizes: Sizes) -> Any:
     """A run."""
     lengths = tuple(map(length_of, sizes.digits))
-    own = CANDIDATES[name] | RANKS | ({"rosa_window": max(lengths)} if name == ROSA else {})
+    own: dict[str, Any] = CANDIDATES[name] | RANKS | ({"rosa_window": max(lengths)} if name == ROSA else {})
     model = ModelConfig(
         **own,
         vocab_size=13,
