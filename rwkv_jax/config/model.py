@@ -29,6 +29,9 @@ _SIZES_OF_SOME = (
     "iclr_rank",
     "value_rank",
     "gate_rank",
+    "deep_embed_rank",
+    "dea_width",
+    "dea_rank",
     "state_size",
     "context_length",
     "rosa_bits",
@@ -102,10 +105,17 @@ class ModelConfig:
     """D of the value residual's low-rank map (v1, v2) of RWKV-7; None is the official function of width."""
     gate_rank: int | None = None
     """D of the output gate's low-rank map (g1, g2) of RWKV-7; None is the official function of width."""
+    deep_embed_rank: int | None = None
+    """D of DeepEmbed, of RWKV-7a and 7b: D x D numbers a token in each layer; None is 32."""
+    dea_width: int | None = None
+    """Size of the queries and keys of RWKV-7b's attention; None is 256."""
+    dea_rank: int | None = None
+    """D of the low-rank maps to the keys and values of RWKV-7b's attention; None is 32."""
     state_size: int | None = None
     """S of Mamba-2: size of a head's keys, with which its state grows; None is 128."""
     context_length: int | None = None
-    """S: maximum tokens of a text in a Transformer's or Llama's state; None is 2048. RWKV has no limit."""
+    """S: maximum tokens of a text in a Transformer's or Llama's state; None is 2048, and 4096 for RWKV-7b, the one RWKV
+    that has a limit."""
     rwkv_layers: tuple[int, ...] = ()
     """Layers of a Transformer or Llama, from 0, that have RWKV-7's time mixing in the place of attention
     (docs/conversion.md): a hybrid, or, if these are all layers, a model with a state of constant size and no

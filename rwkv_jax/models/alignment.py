@@ -39,7 +39,7 @@ def mixer_outputs(
     """
     _, batch, time, _ = inputs.shape
     segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
-    context = SequenceContext(segment_ids, None, axes)
+    context = SequenceContext(segment_ids, axes=axes)
     of_kind = model.states_by_kind(model.empty_state(batch, axes))
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 

@@ -26,8 +26,8 @@ class TimeMixOutput(NamedTuple):
 
     y: Array
     """[B, T, C]."""
-    v_first: Array | None
-    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    v_first: Any
+    """What layer 0 hands on to all others: RWKV-7's values [B, T, C], RWKV-7a's `FromFirst`; None in other models."""
     state: TimeMixState
     """The next state."""
 
@@ -37,8 +37,8 @@ class BlockOutput(NamedTuple):
 
     x: Array
     """[B, T, C], the residual stream."""
-    v_first: Array | None
-    """[B, T, C], the first layer's values; only RWKV-7 has them."""
+    v_first: Any
+    """What layer 0 hands on to all others: RWKV-7's values [B, T, C], RWKV-7a's `FromFirst`; None in other models."""
     state: Any
     """The next state."""
 
@@ -76,8 +76,8 @@ class Block(nnx.Module):
         y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
         return self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
 
-    def __call__(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> BlockOutput:
-        """x [B, T, C], the block's state, the first layer's values -> the same three, after the block."""
+    def __call__(self, x: Array, *, state: Any, v_first: Any, context: SequenceContext) -> BlockOutput:
+        """x [B, T, C], the block's state, what layer 0 handed on -> the same three, after the block."""
         if self.is_first:
             x = self.ln0(x)
         with jax.named_scope("time_mix"):

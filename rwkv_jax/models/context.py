@@ -41,4 +41,8 @@ class SequenceContext:
     """Integers [B, T]; a new text begins where the id changes along a row; the first continues the state."""
     lengths: Array | None = None
     """Integers [B]: valid steps of each row, counted over the whole sequence even if `axes.sequence` splits it."""
+    tokens: Array | None = None
+    """Integers [B, T]: the token ids, for layers with tables; None if a call has vectors in their place."""
+    embedded: Array | None = None
+    """[B, T, C]: the tokens' vectors after layer 0's first norm; only RWKV-7a and 7b have them, within a block."""
     axes: MeshAxes = dataclasses.field(default=UNSHARDED, metadata={"static": True})

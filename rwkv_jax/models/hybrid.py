@@ -10,21 +10,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 from flax import nnx
 from jax import Array
 from typing_extensions import override
 
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import HYBRID_KINDS, RWKV_LAYER, time_mix_config
 from rwkv_jax.models.block import Block, TimeMixOutput
+from rwkv_jax.models.cached import CachedModel
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import Axes, LanguageModel
+from rwkv_jax.models.language_model import Axes
 from rwkv_jax.models.layers import as_replicated
 from rwkv_jax.models.rwkv7 import BLOCK_AXES as RWKV7_AXES
 from rwkv_jax.models.rwkv7 import RWKV7, TimeMix
 from rwkv_jax.models.state import TimeMixState
-from rwkv_kernels.arguments import is_concrete
 
 TIME_MIX_AXES: dict[str, Axes] = {name: axes for name, axes in RWKV7_AXES.items() if name.startswith("att.")}
 """Logical axes of the parameters of time mixing."""
@@ -70,13 +69,8 @@ def mix_tokens(
     return TimeMixOutput(y, v_first, state)
 
 
-class HybridModel(LanguageModel):
-    """Base of models with attention, which RWKV-7's time mixing may replace.
-
-    A state has room for `config.sizes().context_length` tokens of each row, if any layer has attention. Calls outside
-    jit raise if there are more; within jit, tokens that do not fit are visible only in their own call, so compiled
-    loops must count, or use `max_tokens` or `check_room`.
-    """
+class HybridModel(CachedModel):
+    """Base of models with attention, which RWKV-7's time mixing may replace."""
 
     block_type: ClassVar[Any]
     """A `HybridBlock` with a further argument `kind`."""
@@ -132,35 +126,3 @@ class HybridModel(LanguageModel):
         if not isinstance(state, TimeMixState):
             return state
         return dataclasses.replace(state, shift=as_replicated(state.shift, axes.tensor))
-
-    def room(self, state: Any) -> Array | None:
-        """int32 [B]: tokens of each row for which a state still has room; negative if it overflowed.
-
-        None if no layer has attention, and so no limit.
-        """
-        parts = jax.tree.leaves(state, is_leaf=_is_cache)
-        position = next((part.position for part in parts if _is_cache(part)), None)
-        if position is None:
-            return None
-        return self.config.sizes().context_length - (position[0] if self.is_stacked else position)
-
-    @override
-    def _run(self, tokens: Array | None, state: Any, *arguments: Any, **options: Any) -> tuple[Array, Any, Any]:
-        """As in `LanguageModel`, but raises, if values are concrete, for tokens that the state has no room for."""
-        x, next_state, streams = super()._run(tokens, state, *arguments, **options)
-        self.check_room(next_state)
-        return x, next_state, streams
-
-    def check_room(self, state: Any) -> None:
-        """Raises ConfigError if values are concrete and the state had no room for some tokens."""
-        room = self.room(state)
-        if room is not None and is_concrete(room) and (least := int(room.min())) < 0:
-            raise ConfigError(
-                f"model.context_length = {self.config.sizes().context_length}: the state has no room for {-least} of "
-                f"the tokens of row {int(room.argmin())}; make it larger, or read fewer"
-            )
-
-
-def _is_cache(x: Any) -> bool:
-    """Whether a part of a state is the cache of attention."""
-    return hasattr(x, "position")

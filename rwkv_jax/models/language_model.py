@@ -59,6 +59,13 @@ def identity(name: str, part: Part) -> Part:
     return part
 
 
+def zeros_of(array: StateArray, batch_size: int, axes: MeshAxes = UNSHARDED) -> Array:
+    """An array of an empty state, of which a shard has its heads: [B, ...]."""
+    sizes = zip(array.shape, array.axes, strict=True)
+    own = (size // axes.num_tensor_shards if axis == "heads" else size for size, axis in sizes)
+    return jnp.zeros((batch_size, *own), array.dtype)
+
+
 SHARED_AXES: dict[str, Axes] = {
     "emb.weight": ("vocab", "embed"),
     "head.weight": ("vocab", "embed"),
@@ -77,20 +84,17 @@ class LanguageModel(nnx.Module):
     blocks: Any
     """Layers 1 to L - 1: stacked in one block, or a list; a hybrid's stacks have names of their own (stacks.py)."""
 
+    reads_tokens: ClassVar[bool] = False
+    """Whether layers have tables by token, so that a call with `inputs_embeds` needs the tokens, too."""
+
     learning_rate_factors: ClassVar[dict[str, float]] = {}
     """Factors on the learning rate in the official trainer, by a parameter's last name; 1 for all others."""
 
     @classmethod
     def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> Any:
         """The empty state of one block: zeros of the shapes in its spec, of which a shard has its heads."""
-
-        def zeros(array: StateArray) -> Array:
-            sizes = zip(array.shape, array.axes, strict=True)
-            own = (size // axes.num_tensor_shards if axis == "heads" else size for size, axis in sizes)
-            return jnp.zeros((batch_size, *own), array.dtype)
-
         _, *arrays = config.spec.state(config)  # of equal shifts
-        shift, wkv = map(zeros, arrays)
+        shift, wkv = (zeros_of(array, batch_size, axes) for array in arrays)
         return State(shift, shift, wkv, generation=config.generation)
 
     @classmethod
@@ -262,7 +266,7 @@ class LanguageModel(nnx.Module):
         """The final hidden states, the head's input.
 
         Args:
-          tokens: [B, T] integers in [0, V), T >= 1; None if `inputs_embeds` is given.
+          tokens: [B, T] integers in [0, V), T >= 1; None if `inputs_embeds` is given, unless the model `reads_tokens`.
           state: from an earlier call; None is the start of a text.
           segment_ids: integers [B, T]; a new text, with an empty state, begins where the id changes along a row. The
             first segment of a row continues `state`.
@@ -364,10 +368,11 @@ class LanguageModel(nnx.Module):
             source = f"model.initial_state(batch_size={batch})"
             check_state(state, expected, owner=self.config.title, source=source)
         states = self.empty_state(batch, axes) if state is None else state
-        context = SequenceContext(segment_ids, lengths, axes)
+        tokens = None if tokens is None else jnp.asarray(tokens)
+        context = SequenceContext(segment_ids, lengths, tokens, axes=axes)
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
-        def run_block(name: str, block: Block, x: Array, state: State, v_first: Array | None) -> Any:
+        def run_block(name: str, block: Block, x: Array, state: State, v_first: Any) -> Any:
             # All by name: nnx.tabulate cannot print a call none of whose named arguments has an array.
             return gather_params(name, block)(x=x, state=state, v_first=v_first, context=context)
 
@@ -427,7 +432,9 @@ class LanguageModel(nnx.Module):
     def _inputs(
         self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, gather_params: PartTransform
     ) -> Array:
-        if (tokens is None) == (inputs_embeds is None):
+        if self.reads_tokens and tokens is None:
+            raise ValueError(f"tokens: {self.config.title}'s layers have tables by token; give tokens, too")
+        if not self.reads_tokens and (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
         width, vocab_size = self.config.width, self.config.vocab_size
         if inputs_embeds is not None:

@@ -14,6 +14,7 @@ width, L layers, S positions in a state.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -133,16 +134,21 @@ class Attended(NamedTuple):
     """Attention to some keys, in at least float32, with the sums needed to join it with attention to others."""
 
     y: Array
-    """[B, H, T, N], the mean of the values by the softmax of the scores."""
+    """[B, H, T, M], the mean of the values by the softmax of the scores."""
     log_total: Array
     """[B, H, T], the log of the sum of the scores' exponentials."""
 
 
-def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
+Score = Callable[[Array], Array]
+"""From the products of queries with keys to what the softmax is taken of."""
+
+
+def attend(q: Array, k: Array, v: Array, is_visible: Array, score: Score | None = None) -> Attended:
     """Softmax attention to the keys that each query sees.
 
     Args:
-      q: [B, H, T, N]; k, v: [B, G, S, N]; is_visible: bool, broadcasts to [B, 1, T, S], for all heads.
+      q: [B, H, T, N]; k: [B, G, S, N]; v: [B, G, S, M]; is_visible: bool, broadcasts to [B, 1, T, S], for all heads.
+      score: None divides by sqrt(N).
 
     Returns:
       Sums in at least float32. For a query that sees no key, `y` is undefined and `log_total` so low that joining with
@@ -150,7 +156,8 @@ def attend(q: Array, k: Array, v: Array, is_visible: Array) -> Attended:
     """
     wide = wide_dtype(q.dtype)
     q = rearrange(q, "B (G R) T N -> B G R T N", G=k.shape[1])  # R queries share a key
-    scores = jnp.einsum("BGRTN,BGSN->BGRTS", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    products = jnp.einsum("BGRTN,BGSN->BGRTS", q, k, preferred_element_type=wide)
+    scores = products / math.sqrt(q.shape[-1]) if score is None else score(products)
     scores = jnp.where(is_visible[:, :, None], scores, -1e30)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
@@ -167,7 +174,7 @@ def join(first: Attended, second: Attended) -> Attended:
     return Attended(first.y * first_share + second.y * second_share, log_total)
 
 
-def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Attended:
+def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None, score: Score | None = None) -> Attended:
     """Causal attention of a call's tokens to each other.
 
     Queries are processed in pieces, each with a prefix of the keys: nearly half of all scores are never computed, and
@@ -176,6 +183,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
 
     Args:
       q: [B, H, T, N]; k, v: [B, G, T, N]; segments: int32 [B, T], tokens of different segments do not see each other.
+      score: as in `attend`.
     """
     time = q.shape[2]
     prefix = PIECE * -(-time // (PIECE * MAX_PREFIXES))
@@ -191,7 +199,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
             if segments is not None:
                 own = lax.dynamic_slice_in_dim(segments, first, q.shape[2], axis=1)
                 is_visible = is_visible & (own[:, None, :, None] == segments[:, None, None, : keys.shape[2]])
-            return attend(q, keys, values, is_visible)
+            return attend(q, keys, values, is_visible, score)
 
         whole = begin + (end - begin) // PIECE * PIECE
         if whole - begin > PIECE:  # a loop keeps XLA from computing all pieces at once
@@ -204,7 +212,7 @@ def attend_to_call(q: Array, k: Array, v: Array, segments: Array | None) -> Atte
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *parts)
 
 
-def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> Attended:
+def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None, score: Score | None = None) -> Attended:
     """Attention of a call's tokens to those in a state.
 
     The cache is read in blocks, up to the longest text of the batch: the cost per token grows with that text, not with
@@ -212,13 +220,15 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
 
     Args:
       q: [B, H, T, N]; segments: int32 [B, T], of which segment 0 alone continues the cache's text.
+      score: as in `attend`.
     """
     batch, heads, time, _ = q.shape
     capacity = cache.keys.shape[2]
     block = min(CACHE_BLOCK, capacity)
     continues = jnp.ones((batch, time), bool) if segments is None else segments == 0
     wide = wide_dtype(q.dtype)
-    nothing = Attended(jnp.zeros(q.shape, wide), jnp.full((batch, heads, time), -1e30, wide))
+    empty = jnp.zeros((batch, heads, time, cache.values.shape[-1]), wide)
+    nothing = Attended(empty, jnp.full((batch, heads, time), -1e30, wide))
 
     def read(attended: Attended, begin: Array) -> tuple[Attended, None]:
         def with_block() -> Attended:
@@ -226,7 +236,7 @@ def attend_to_cache(q: Array, cache: KeyValueCache, segments: Array | None) -> A
             k, v = (lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (cache.keys, cache.values))
             place = first + jnp.arange(block)
             is_held = (place >= begin)[None, :] & (place[None, :] < cache.position[:, None])
-            return join(attended, attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None]))
+            return join(attended, attend(q, k, v, is_held[:, None, None, :] & continues[:, None, :, None], score))
 
         return lax.cond(begin < jnp.max(cache.position), with_block, lambda: attended), None
 

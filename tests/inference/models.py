@@ -51,6 +51,19 @@ CONFIGS: dict[str, ModelConfig] = {
     "7": ModelConfig("7", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, **_SIZES),
     "7-rosa": ModelConfig("7-rosa", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, rosa_window=24, **_SIZES),
     "8-rosa": ModelConfig("8-rosa", rosa_window=24, **_SIZES),
+    "7a": ModelConfig("7a", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, deep_embed_rank=3, **_SIZES),
+    "7b": ModelConfig(
+        "7b",
+        decay_rank=4,
+        iclr_rank=4,
+        value_rank=4,
+        gate_rank=4,
+        deep_embed_rank=3,
+        dea_width=16,
+        dea_rank=4,
+        context_length=640,
+        **_SIZES,
+    ),
     "transformer": ModelConfig(architecture="transformer", context_length=640, **_SIZES),
     "llama": ModelConfig(
         architecture="llama", context_length=640, attention_heads=4, kv_heads=2, tied_head=True, qk_norm=True, **_SIZES

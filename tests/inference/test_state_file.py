@@ -42,10 +42,12 @@ from tests.models.parameters import SMALL
 
 
 def _snapshot(identity: Identity, num_tokens: int = 17) -> Snapshot:
-    """Random numbers in the form of an identity's states."""
+    """Random numbers in the form of an identity's states, whose scalars are numbers of tokens."""
     rng = np.random.default_rng(num_tokens)
 
     def draw(like: jax.ShapeDtypeStruct) -> jax.Array:
+        if not like.shape:
+            return jnp.asarray(num_tokens, like.dtype)
         return jax.device_put(rng.standard_normal(like.shape).astype(like.dtype))
 
     return Snapshot(jax.tree.map(draw, identity.state), draw(identity.logits), num_tokens)

@@ -43,6 +43,18 @@ SMALL: dict[str, ModelConfig] = {
     "7": _small("7", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7),
     "7-rosa": _small("7-rosa", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7, rosa_bits=2, rosa_window=11),
     "8-rosa": _small("8-rosa", rosa_bits=4, rosa_window=11),
+    "7a": _small("7a", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7, deep_embed_rank=3),
+    "7b": _small(
+        "7b",
+        decay_rank=9,
+        iclr_rank=5,
+        value_rank=6,
+        gate_rank=7,
+        deep_embed_rank=3,
+        dea_width=10,
+        dea_rank=4,
+        context_length=64,
+    ),
 }
 """By generation. Every size differs from every other, so that no two can be confused."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
@@ -33,11 +34,15 @@ every_class = pytest.mark.parametrize("generation", ["4", "5.2", "6", "7"])
 
 @functools.cache
 def streams(config: ModelConfig) -> Callable[..., tuple[Array, Array, State]]:
-    """(params, inputs_embeds) -> every layer's hidden states, logits, state; nothing else is given."""
+    """(params, inputs_embeds) -> every layer's hidden states, logits, state; nothing else is given.
+
+    Of a model with tables by token they are the vectors of TOKENS.
+    """
 
     def call(params: Any, inputs_embeds: Array) -> tuple[Array, Array, State]:
         model = merge(config, params)
-        hidden, state = model.residual_stream(None, inputs_embeds=inputs_embeds)
+        tokens = jnp.asarray(TOKENS[: len(inputs_embeds), : inputs_embeds.shape[1]]) if model.reads_tokens else None
+        hidden, state = model.residual_stream(tokens, inputs_embeds=inputs_embeds)
         return hidden, model.logits(model.ln_out(hidden[-1])), state
 
     return jax.jit(call, compiler_options=QUICK)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from rwkv_jax.models import layers, rwkv4, rwkv5, rwkv6, rwkv7, transformer
+from rwkv_jax.models import layers, rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a, rwkv7b, transformer
 from tests.models.parameters import SMALL, abstract
 from tests.models.small_models import FLOAT32
 from tests.models.small_transformers import FLOAT32 as TRANSFORMER
@@ -20,6 +20,9 @@ from tests.models.small_transformers import LLAMA_FLOAT32
 CONFIGS = {**FLOAT32, "transformer": TRANSFORMER, "llama": LLAMA_FLOAT32}
 
 PLAIN: dict[str, Callable[..., Array]] = {
+    "B T (D E) -> B T D E": lambda x, size: x.reshape(*x.shape[:2], -1, size),
+    "B T N -> B 1 T N": lambda x: x.reshape(x.shape[0], 1, *x.shape[1:]),
+    "B 1 T C -> B T C": lambda x: x.reshape(x.shape[0], *x.shape[2:]),
     "... C -> (...) C": lambda x: x if x.ndim == 2 else x.reshape(-1, x.shape[-1]),
     "C -> 1 1 C": lambda x: x.reshape(1, 1, -1),
     "(H N) -> H N": lambda x, size: x.reshape(-1, size),
@@ -49,8 +52,8 @@ def block_jaxprs(generation: str) -> list[str]:
         lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), jax.eval_shape(lambda: model.initial_state(2))
     )
 
-    def loss(params: Any, x: Array, state: Any, v_first: Array, segment_ids: Array, lengths: Array) -> Array:
-        context = rwkv7.SequenceContext(segment_ids, lengths)
+    def loss(params: Any, x: Array, state: Any, v_first: Any, segment_ids: Array, lengths: Array) -> Array:
+        context = rwkv7.SequenceContext(segment_ids, lengths, segment_ids)
         y, _, state = nnx.merge(block_def, params)(x, state=state, v_first=v_first, context=context)
         return jnp.sum(y) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
 
@@ -58,7 +61,11 @@ def block_jaxprs(generation: str) -> list[str]:
     time = 2 * transformer.PIECE + 3 if config in (TRANSFORMER, LLAMA_FLOAT32) else 5
     x = jax.ShapeDtypeStruct((2, time, config.width), jnp.float32)
     segment_ids, lengths = jax.ShapeDtypeStruct((2, time), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(block_params, x, state, x, segment_ids, lengths)
+    v_first: Any = (
+        jax.tree.map(lambda _: x, rwkv7a.FromFirst(jnp.zeros(()), jnp.zeros(()))) if model.reads_tokens else x
+    )
+    arguments = (block_params, x, state, v_first, segment_ids, lengths)
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*arguments)
     initial = jax.make_jaxpr(lambda key: nnx.state(model.block_type(config, 1, rngs=nnx.Rngs(key))))(jax.random.key(0))
     return [str(gradient), str(initial)]
 
@@ -74,7 +81,7 @@ def test_patterns_add_no_equation(generation: str, monkeypatch: pytest.MonkeyPat
         used.add(pattern)
         return PLAIN[pattern](x, *sizes.values())
 
-    for module in (layers, rwkv4, rwkv5, rwkv6, rwkv7, transformer):
+    for module in (layers, rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a, rwkv7b, transformer):
         if hasattr(module, "rearrange"):
             monkeypatch.setattr(module, "rearrange", plain)
     assert block_jaxprs(generation) == patterns

@@ -257,7 +257,7 @@ def test_a_cache_beside_states_has_as_much_room_as_any(float64: None) -> None:
             {"architecture": "llama", "attention_heads": 8, "rwkv_layers": (1,)},
             r"model.rwkv_layers = \(1,\): time mixing has as many heads as fit the width, 32 / 8, and attention 8",
         ),
-        ({"decay_rank": 9}, "model.decay_rank = 9: Transformer has no such size, only RWKV-6 and 7"),
+        ({"decay_rank": 9}, "model.decay_rank = 9: Transformer has no such size, only RWKV-6, 7"),
         (
             {"architecture": "gla", "rwkv_layers": (1,)},
             "GLA has no such choice, only a Transformer and a Llama",

@@ -224,6 +224,26 @@ def rosa_beside_rwkv7(layer: int) -> Expected:
     return Expected(mixing.values | lookups.values, mixing.zero | lookups.zero, mixing.gains, lookups.bounds)
 
 
+def rwkv7a(layer: int) -> Expected:
+    """RWKV-7's, and tables that leave it as it is: no trainer has been published."""
+    expected, rank = rwkv7_as_released(layer), 3
+    values = {"ffn.s_emb.weight": np.tile(np.eye(rank).ravel(), (VOCAB, 1)), "ffn.s0": np.ones((1, 1, FFN_WIDTH))}
+    zero = {"ffn.s_emb_x", "ffn.s1"}
+    return Expected(expected.values | values, expected.zero | zero, expected.gains | {"ffn.s2": 0.1}, {})
+
+
+def rwkv7b(layer: int) -> Expected:
+    """RWKV-7a's, and an attention that adds nothing: no trainer has been published."""
+    expected, sizes = rwkv7a(layer), {"q": 10, "k": 10, "v": WIDTH}
+    values = {f"qkv.x_{name}": np.zeros((1, 1, size)) for name, size in sizes.items()}
+    values |= {f"qkv.ln{name}.weight": np.full(size, float(name != "v")) for name, size in sizes.items()}
+    values |= {f"qkv.ln{name}.bias": np.zeros(size) for name, size in sizes.items()}
+    values |= {f"qkv.{name}_emb.weight": np.ones((VOCAB, sizes[name])) for name in "kv"}
+    gains = dict.fromkeys(("qkv.qq", "qkv.k1", "qkv.k2", "qkv.v1", "qkv.v2"), 1.0)
+    zero = expected.zero | {"qkv.k_emb_x", "qkv.v_emb_x"}
+    return Expected(expected.values | values, zero, expected.gains | gains, {})
+
+
 FORMULAS: dict[str, Callable[[int], Expected]] = {
     "4": rwkv4,
     "5.0": lambda layer: rwkv5_preview(layer, has_gate=False, exponential_bonus=True),
@@ -234,6 +254,8 @@ FORMULAS: dict[str, Callable[[int], Expected]] = {
     "7-unused": rwkv7,
     "7-rosa": rosa_beside_rwkv7,
     "8-rosa": rosa_alone,
+    "7a": rwkv7a,
+    "7b": rwkv7b,
 }
 
 

@@ -18,7 +18,7 @@ from tests.models.parameters import SMALL
 from tests.models.small_models import FLOAT32, small_float32
 
 TOKENS = jnp.zeros((2, 3), jnp.int32)
-FAMILIES = {"4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7}
+FAMILIES = {"4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7, "7a": rwkv7}
 MATRIX_STATES = [name for name in SMALL if name in FAMILIES and name != "4"]
 
 

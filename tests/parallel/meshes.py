@@ -50,6 +50,16 @@ RANKS: dict[str, dict[str, Any]] = {
     "5.2": {},
     "6": {"mix_rank": 6, "decay_rank": 5},
     "7": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
+    "7a": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7, "deep_embed_rank": 4},
+    "7b": {
+        "decay_rank": 9,
+        "iclr_rank": 5,
+        "value_rank": 6,
+        "gate_rank": 7,
+        "deep_embed_rank": 4,
+        "dea_width": 16,
+        "dea_rank": 4,
+    },
     "7-rosa": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7, "rosa_bits": 2, "rosa_window": 20},
     "8-rosa": {"rosa_window": 20},
     "transformer": {},
@@ -101,11 +111,12 @@ def config_of(
 ) -> TrainConfig:
     """Rows in micro-batches that carry states and hold several documents, a few logits at a time; or none of that.
 
-    (Those of models with attention carry none either way.)
+    (Those of models with a cache carry none either way.)
     """
+    model = named_config(generation, dtype=dtype, **SIZES, **RANKS[generation])
     of_base: dict[str, Any] = {"initial_weights": "base", "data": DataConfig(tokenizer="bytes")}
     return TrainConfig(
-        model=named_config(generation, dtype=dtype, **SIZES, **RANKS[generation]),
+        model=model,
         optimizer=OptimizerConfig(warmup_steps=0),
         distillation=TEACHERS[teacher] if teacher else DistillationConfig(),
         training=StepConfig(
@@ -113,7 +124,7 @@ def config_of(
             batch_size=BATCH,
             sequence_length=TIME,
             accumulation_steps=1 if other else 2,
-            carry_state=not other and not chats and generation not in ("transformer", "llama", "hybrid"),
+            carry_state=not other and not chats and not model.sizes().context_length,
             reset_at_documents=not other,
             loss_chunk=None if other else 7,
             remat="full" if other else "none",

@@ -85,6 +85,18 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
     assert_equal_to_one_device(name, "float64", MIXED[:1] if name == "hybrid" else (*MIXED, f"{MIXED[0]}:other"))
 
 
+def test_meshes_change_nothing_of_tables_by_token() -> None:
+    """Which are split over ids, also where time is, whose tokens' vectors each device has for its own."""
+    assert_equal_to_one_device("7a", "float64", MIXED)
+
+
+def test_meshes_change_nothing_of_attention_beside_time_mixing() -> None:
+    """Which every shard of tensors computes whole; what is added to all keys has a gradient near zero, all rounding."""
+    for by_result in errors("7b", "float64", (f"{MIXED[0]}:other", f"{MIXED[0]}:fused")).values():
+        assert by_result.pop("worst gradient") <= 1e-9
+        assert max(by_result.values()) <= BOUNDS["float64"]
+
+
 def test_meshes_change_nothing_of_lookups() -> None:
     """Whose states are carried over packed rows, and which each device's rows and symbols ask the host about."""
     assert_equal_to_one_device("8-rosa", "float64", (MIXED[0], f"{MIXED[0]}:other:host"))

@@ -28,6 +28,8 @@ CONFIGS = {
     "5.2": _FIVE,
     "6": dataclasses.replace(_FIVE, generation="6", mix_rank=3, decay_rank=5),
     "7": _SEVEN,
+    "7a": dataclasses.replace(_SEVEN, generation="7a", deep_embed_rank=3),
+    "7b": dataclasses.replace(_SEVEN, generation="7b", deep_embed_rank=3, dea_width=10, dea_rank=9),
     "7, from the trainer": dataclasses.replace(_SEVEN, unused_value_residual=True),
     "7-rosa": dataclasses.replace(_SEVEN, generation="7-rosa"),
     "8-rosa": dataclasses.replace(_FOUR, generation="8-rosa"),

@@ -9,6 +9,7 @@ one.
     rwkv5.py         Eagle, and its previews 5.0 and 5.1
     rwkv6.py         Finch
     rwkv7.py         Goose
+    rwkv7a.py        Goose with tables by token, and with attention besides (7b)
     rosa.py          RWKV-8's lookups, alone and beside RWKV-7
     transformer.py   the Transformer, to compare with
     llama.py         Llama and Qwen, to learn from
@@ -50,6 +51,7 @@ from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
 from rwkv_jax.config.generations.rwkv5 import RWKV5Spec
 from rwkv_jax.config.generations.rwkv6 import RWKV6Spec
 from rwkv_jax.config.generations.rwkv7 import RWKV7Spec
+from rwkv_jax.config.generations.rwkv7a import RWKV7aSpec, RWKV7bSpec
 from rwkv_jax.config.generations.transformer import TransformerSpec
 
 __all__ = [
@@ -78,9 +80,9 @@ __all__ = [
     "time_mix_config",
 ]
 
-Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "7-rosa", "8-rosa"]
-"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose); RWKV-8's ROSA beside
-RWKV-7, and alone."""
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "7a", "7b", "7-rosa", "8-rosa"]
+"""RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose), also with
+DeepEmbed (7a), and with DEA besides (7b); RWKV-8's ROSA beside RWKV-7, and alone."""
 
 Architecture = Literal["rwkv", "transformer", "llama", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
 """RWKV, or what to compare it with."""
@@ -92,6 +94,8 @@ GENERATIONS: dict[str, GenerationSpec] = {
     "5.2": RWKV5Spec("5.2", has_channel_decay=True),
     "6": RWKV6Spec(),
     "7": RWKV7Spec(),
+    "7a": RWKV7aSpec(),
+    "7b": RWKV7bSpec(),
     "7-rosa": RosaBesideRWKV7Spec(),
     "8-rosa": RosaSpec(),
 }

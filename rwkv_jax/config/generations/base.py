@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rwkv_jax.checks import checker
 from rwkv_jax.config.step import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class ResolvedSizes:
     iclr_rank: int = 0
     value_rank: int = 0
     gate_rank: int = 0
+    deep_embed_rank: int = 0
+    dea_width: int = 0
+    dea_rank: int = 0
     state_size: int = 0
     context_length: int = 0
     """Tokens that a state has room for; 0 where its size is constant."""
@@ -236,6 +240,31 @@ class GenerationSpec(abc.ABC):
     def fields_in_name(self, name: str) -> dict[str, Any]:
         """Those of `fields_beside_tensors` that the official name of a file tells, whose metadata tell more."""
         return {}
+
+
+class CacheSpec(GenerationSpec):
+    """A generation whose state grows with the text, up to `context_length` tokens."""
+
+    def check_run(self, run: TrainConfig) -> None:
+        """Requires rows that fit into the cache, are not split over devices, and start with an empty state."""
+        check = checker(run)
+        check(
+            run.parallel.sequence == 1,
+            "parallel.sequence",
+            f"{self.a_title}'s attention is not split over time; use parallel.data, fsdp or tensor",
+        )
+        check(
+            not run.training.carry_state,
+            "training.carry_state",
+            f"{self.a_title}'s state has room for model.context_length tokens only, not for rows that go on for ever; "
+            "switch it off, or train a model whose state has a constant size",
+        )
+        context_length = self.sizes(run.model).context_length
+        check(
+            run.training.sequence_length <= context_length,
+            "training.sequence_length",
+            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
+        )
 
 
 class MatrixStateSpec(GenerationSpec):

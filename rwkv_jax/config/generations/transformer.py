@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rwkv_jax.checks import checker
-from rwkv_jax.config.generations.base import GenerationSpec, ResolvedSizes, StateArray
+from rwkv_jax.config.generations.base import CacheSpec, ResolvedSizes, StateArray
 
 if TYPE_CHECKING:
     from rwkv_jax.config.model import ModelConfig
-    from rwkv_jax.config.run import TrainConfig
 
 
-class TransformerSpec(GenerationSpec):
+class TransformerSpec(CacheSpec):
     """The Transformer, which has no generations."""
 
     name = "transformer"
@@ -33,27 +32,6 @@ class TransformerSpec(GenerationSpec):
         check(config.head_dim % 2 == 0, "head_dim", "must be even: positions rotate pairs of channels")
         remedy = f"{self.a_title} has no WKV operator; leave it out"
         check(config.wkv_implementation is None, "wkv_implementation", remedy)
-
-    def check_run(self, run: TrainConfig) -> None:
-        """Requires rows that fit into the cache, are not split over devices, and start with an empty state."""
-        check = checker(run)
-        check(
-            run.parallel.sequence == 1,
-            "parallel.sequence",
-            f"{self.a_title}'s attention is not split over time; use parallel.data, fsdp or tensor",
-        )
-        check(
-            not run.training.carry_state,
-            "training.carry_state",
-            f"{self.a_title}'s state has room for model.context_length tokens only, not for rows that go on for ever; "
-            "switch it off, or train an RWKV",
-        )
-        context_length = self.sizes(run.model).context_length
-        check(
-            run.training.sequence_length <= context_length,
-            "training.sequence_length",
-            f"must be at most model.context_length = {context_length}; make one shorter or the other longer",
-        )
 
     def sizes(self, config: ModelConfig) -> ResolvedSizes:
         """F = 4 C; room for 2048 tokens."""
