@@ -35,6 +35,7 @@ from rwkv_jax.checkpoint_files import (
 from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, TuningConfig, from_dict, to_dict
 from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_jax.file_kinds import RUN_FILE as RUN_FILE
 from rwkv_jax.file_kinds import Kind, describe_wrong_file, is_url
 from rwkv_jax.json_object import is_unchanged, parse_object, with_digest
 from rwkv_jax.models import abstract_model
@@ -42,7 +43,6 @@ from rwkv_jax.models.tuned import kept_shapes, merge_nested, set_at
 from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.tables import format_table
 
-RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 SET_ASIDE = "set-aside-"

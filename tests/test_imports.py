@@ -270,6 +270,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         "rwkv_jax.chat.formats",
         "rwkv_jax.serving.options",
         "rwkv_jax.weights, rwkv_jax.data",
+        "rwkv_jax.weights.summary",
     ],
 )
 def test_what_help_and_errors_of_values_need_does_not_load_jax(module: str) -> None:

@@ -45,7 +45,7 @@ class Convert:
     """Take the averages of a run's weights (training.ema_decay)."""
 
     verify: bool = False
-    """Compare the source with its checksums first (.pth, and safetensors that we wrote), as `rwkv info` does."""
+    """Compare the source with its checksums first (.pth, safetensors that we wrote), as `rwkv info --verify` does."""
 
     def run(self) -> None:
         """Converts, one tensor at a time unless quantizing, and prints what was written."""

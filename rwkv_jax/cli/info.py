@@ -17,52 +17,120 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Say what weights, a run, a session's state or token files are, and compare them with their checksums."""
+    """Say what weights, a run, a session's state or token files are, and whether they are whole."""
 
     source: tyro.conf.Positional[str]
     """A file or folder of weights, a run folder, OWNER/NAME[/FILE] on the Hugging Face hub, a file of `Session.save`,
     or token files (.bin and .idx)."""
 
+    verify: bool = False
+    """Compare weights with their checksums, which reads the whole file. (States and token files always are.)"""
+
+    sha256: bool = False
+    """Compute the SHA-256 of a file of weights, which reads it whole, in place of a recorded one."""
+
+    numbers: bool = False
+    """Look for NaN, infinity and rescaled layers in weights with official names, which reads the whole file."""
+
     def run(self) -> None:
-        """Prints one line for each thing known; reads the whole file."""
+        """Prints one line for each thing known; of weights only names and shapes are read, unless asked for more."""
+        path = Path(self.source).expanduser()
+        if self._is_plain(path) and self._print_summary():
+            return
         from rwkv_jax.data.tokens.binidx import find_binidx
         from rwkv_jax.weights.ggml.reading import is_ggml
 
-        is_weights = self.source.endswith("pytorch_model.bin") or is_ggml(Path(self.source).expanduser())
+        is_weights = self.source.endswith("pytorch_model.bin") or is_ggml(path)
         pair = None if is_weights else find_binidx(self.source)
         if pair is not None:
             lines = _of_tokens(*pair)
-        elif (metadata := _state_metadata(Path(self.source).expanduser())) is not None:
-            lines = _of_state(Path(self.source).expanduser(), metadata)
+        elif (metadata := _state_metadata(path)) is not None:
+            lines = _of_state(path, metadata)
         else:
-            lines = _of_weights(self.source)
-        width = max(map(len, lines))
-        for name, value in lines.items():
-            print(f"{name:{width}}  {value}")
+            lines = self._of_weights()
+        _print(lines)
+
+    @staticmethod
+    def _is_plain(path: Path) -> bool:
+        """Whether it may be weights that are read without JAX, by its name."""
+        plain = (".pth", ".safetensors", ".bin.index.json", ".safetensors.index.json", "pytorch_model.bin")
+        return path.is_dir() or (path.is_file() and path.name.endswith(plain))
+
+    def _print_summary(self) -> bool:
+        """Prints what is known of weights with official names; False for others."""
+        from rwkv_jax.weights.sources import find_weights, prefix_errors
+        from rwkv_jax.weights.summary import ranks, summarize, unusual, unusual_numbers
+
+        path = find_weights(self.source)
+        if path.is_dir() or (summary := summarize(path)) is None:
+            return False
+        if self.verify:
+            with prefix_errors(path):
+                summary.file.verify()
+        odd = unusual(summary) + (unusual_numbers(summary.file) if self.numbers else [])
+        lines = {"weights": f"{path}, official names", **_of_model(summary.model)}
+        if told := ranks(summary):
+            lines["ranks"] = told
+        lines |= _of_tensors(summary.file, verified=summary.file.has_checksums if self.verify else None)
+        _print(
+            lines | self._of_file(path, summary.model, summary.file.metadata) | {"unusual": "; ".join(odd) or "nothing"}
+        )
+        if self.verify or not summary.is_regular:
+            from rwkv_jax.weights.official import check_tensors
+
+            with prefix_errors(path):
+                check_tensors(summary.file, summary.model)
+        return True
+
+    def _of_file(self, path: Path, model: ModelConfig, metadata: Mapping[str, str]) -> dict[str, str]:
+        from rwkv_jax.weights.summary import guess_tokenizer, hash_of_file, recorded_hash
+
+        known = hash_of_file(path) if self.sha256 else recorded_hash(path, metadata)
+        return {
+            "SHA-256": known or "none recorded; --sha256 computes it",
+            "tokenizer": guess_tokenizer(path, model.vocab_size),
+        }
+
+    def _of_weights(self) -> dict[str, str]:
+        from rwkv_jax.config import from_dict
+        from rwkv_jax.run_folder import read_run_file
+        from rwkv_jax.weights.official import check_tensors
+        from rwkv_jax.weights.quantized import DequantizedTensors
+        from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
+
+        path = find_weights(self.source)
+        if path.is_dir():
+            model = from_dict(read_run_file(path)["config"]).model
+            return {"run": str(path), **_of_model(model)}
+        weights = open_weights(path)
+        with prefix_errors(path):
+            model = weights.model_config()
+            check_tensors(weights.tensors, model)
+            if self.verify:
+                weights.file.verify()
+        packed = weights.tensors.quantization if isinstance(weights.tensors, DequantizedTensors) else None
+        return {
+            "weights": f"{path}, {weights.layout} names{f', matrices in {packed}' if packed else ''}",
+            **_of_model(model),
+            **_of_tensors(weights.file, verified=weights.file.has_checksums if self.verify else None),
+            **self._of_file(path, model, weights.file.metadata),
+            **({"unusual": _TIED} if "head.weight" in weights.tensors and _has_no_head(weights.file) else {}),
+        }
 
 
-def _of_weights(source: str) -> dict[str, str]:
-    from rwkv_jax.config import from_dict
-    from rwkv_jax.run_folder import read_run_file
-    from rwkv_jax.weights.official import check_tensors
-    from rwkv_jax.weights.quantized import DequantizedTensors
-    from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
+_TIED = "tied: there is no head.weight, the embedding is taken"
 
-    path = find_weights(source)
-    if path.is_dir():
-        model = from_dict(read_run_file(path)["config"]).model
-        return {"run": str(path), **_of_model(model)}
-    weights = open_weights(path)
-    with prefix_errors(path):
-        model = weights.model_config()
-        check_tensors(weights.tensors, model)
-        weights.file.verify()
-    packed = weights.tensors.quantization if isinstance(weights.tensors, DequantizedTensors) else None
-    return {
-        "weights": f"{path}, {weights.layout} names{f', matrices in {packed}' if packed else ''}",
-        **_of_model(model),
-        **_of_tensors(weights.file, verified=weights.file.has_checksums),
-    }
+
+def _has_no_head(names: Mapping[str, object]) -> bool:
+    """Whether a file has no tensor of its own for the head, under any layout's name."""
+    heads = ("head.weight", "head.weight.int8", "head.weight.int4")
+    return "output.weight" not in names and not any(name.endswith(heads) for name in names)
+
+
+def _print(lines: Mapping[str, str]) -> None:
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _of_model(model: ModelConfig) -> dict[str, str]:
@@ -78,11 +146,14 @@ def _of_model(model: ModelConfig) -> dict[str, str]:
     }
 
 
-def _of_tensors(tensors: MappedTensors, *, verified: bool) -> dict[str, str]:
+def _of_tensors(tensors: MappedTensors, *, verified: bool | None) -> dict[str, str]:
+    """`verified` None means that checksums were not compared."""
     dtypes = Counter(map(tensors.held_in, tensors))
     listed = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.most_common())
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    return {"tensors": f"{len(tensors)} ({listed}), {num_bytes / 1e6:.1f} MB", **_of_checksums(verified)}
+    there = "there, not compared; --verify does" if tensors.has_checksums else "none in the file"
+    checksums = {"checksums": there} if verified is None else _of_checksums(verified)
+    return {"tensors": f"{len(tensors)} ({listed}), {num_bytes / 1e6:.1f} MB", **checksums}
 
 
 def _of_checksums(verified: bool) -> dict[str, str]:

@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import UNUSED
 from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
+from rwkv_jax.weights.model_config import refuse_converted
 from rwkv_jax.weights.rosa_demo import LAYOUT as DEMO
 from rwkv_jax.weights.rosa_demo import from_demo, is_demo
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
 
 LAYOUTS = ("official", "transformers", "flash-linear-attention")
 
-_CONVERTED = ("_strategy", "_rescale_layer")  # only in files converted by the rwkv package
 _MAX_WRAPPERS = 16
 # Of DeepSpeed, torch.compile, FSDP, DDP, PEFT and Lightning. What is of the layout itself ("model." of
 # flash-linear-attention) stays, since a name is looked up before the next prefix is taken off.
@@ -98,8 +98,7 @@ def from_layout(
 
     Args:
       values: a file's other values, which identify files converted by the `rwkv` package.
-      tied: whether the embedding is used as head if there is none; None means yes for layouts of libraries with this
-        option.
+      tied: whether the embedding is used as head if there is none; None means yes.
       report: gets messages about removed prefixes and tied weights.
 
     Raises:
@@ -107,12 +106,7 @@ def from_layout(
         converted by the `rwkv` package.
     """
     values = values or {}
-    if any(name in tensors or name in values for name in _CONVERTED):
-        strategy = f" with strategy {str(values['_strategy'])[:80]!r}" if "_strategy" in values else ""
-        raise WeightsError(
-            f"these weights were converted by the rwkv package{strategy}: it transposes matrices, precomputes decays, "
-            "divides weights of later layers and may quantize; name the original file"
-        )
+    refuse_converted(tensors, values)
     if not tensors:
         raise WeightsError("there are no tensors; name a file of weights")
     if is_demo(tensors):
@@ -160,8 +154,7 @@ def _with_head(
             if len(kept) == len(tensors)
             else _made_on_access(tensors, {x: _Recipe((x,), unchanged) for x in kept})
         )
-    is_tied = layout != "official" if tied is None else tied
-    if not is_tied or "head.weight" in tensors or "emb.weight" not in tensors:
+    if tied is False or "head.weight" in tensors or "emb.weight" not in tensors:
         return tensors
     report("there is no head: its matrix is the embedding's (tied weights)")
     recipes = {name: _Recipe((name,), unchanged) for name in tensors}

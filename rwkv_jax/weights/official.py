@@ -9,96 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.config.generations import recognize, size_of
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import abstract_model
 from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import shard_model
+from rwkv_jax.weights.model_config import compute_dtype as compute_dtype
+from rwkv_jax.weights.model_config import fields_in_metadata as fields_in_metadata
+from rwkv_jax.weights.model_config import read_config as read_config
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, LazyTensor, TensorSpec, WeightsError, tensor_spec
 
 _LISTED = 40  # mismatched tensors listed in an error
-_COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
-    BFLOAT16: "bfloat16",
-    np.dtype("float64"): "float64",
-}
-
-
-def read_config(
-    tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None, file_name: str = ""
-) -> ModelConfig:
-    """Infers a model's config: sizes from the shapes of its tensors, the compute dtype from theirs.
-
-    bfloat16 is computed in bfloat16, float64 in float64, everything else in float32.
-
-    Args:
-      metadata, file_name: of the file, for the fields that no tensor tells (`fields_in_metadata`).
-
-    Raises:
-      WeightsError: no generation is recognized, or the sizes contradict each other.
-    """
-    specs = {name: tensor_spec(tensors, name) for name in tensors}
-    shapes = {name: spec.shape for name, spec in specs.items()}
-    spec = recognize(shapes)
-    if spec is None:
-        raise WeightsError(
-            f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
-            "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
-            "flash-linear-attention"
-        )
-    layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
-    num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
-    if num_layers > len(tensors):  # before creating as many names
-        raise WeightsError(
-            f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
-        )
-    width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
-    heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
-    told = spec.fields_in_name(file_name)
-    told |= {name: _told(metadata[name]) for name in spec.fields_beside_tensors if metadata and name in metadata}
-    try:
-        return ModelConfig(
-            generation=spec.name,
-            vocab_size=size_of(shapes, "emb.weight", 0) or size_of(shapes, "head.weight", 0) or 1,
-            num_layers=num_layers,
-            width=width,
-            head_dim=max(width // heads, 1) if heads else 64,
-            ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
-            dtype=compute_dtype(tensors),
-            **spec.read_fields(shapes),
-            **told,
-        )
-    except ConfigError as error:
-        raise WeightsError(f"the shapes of {spec.a_title} model that cannot be: {error}") from error
-
-
-def compute_dtype(tensors: Mapping[str, NDArray]) -> Literal["float32", "bfloat16", "float64"]:
-    """The dtype in which a model computes whose file has these tensors: theirs, float32 for others and mixtures."""
-    dtypes = {tensor_spec(tensors, name).dtype for name in tensors}
-    return _COMPUTE_DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
-
-
-def fields_in_metadata(config: ModelConfig) -> dict[str, str]:
-    """What a file must say of a model because no tensor tells it: its `fields_beside_tensors` that are set."""
-    names = config.spec.fields_beside_tensors
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in names}
-    plain = dataclasses.replace(config, **defaults).resolved()
-    values = {name: getattr(config.resolved(), name) for name in names}
-    told = {name: value for name, value in values.items() if value != getattr(plain, name)}
-    return {name: "true" if value is True else str(value) for name, value in told.items()}
-
-
-def _told(value: str) -> int | bool:
-    """A field that a file's metadata say: a size, or whether it is true."""
-    return int(value) if value.isdecimal() and len(value) < 20 else value == "true"
 
 
 def _abstract_params(config: ModelConfig) -> Any:

@@ -15,14 +15,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
-from rwkv_jax.run_folder import RUN_FILE
-from rwkv_jax.weights.ggml.reading import open_ggml
+from rwkv_jax.file_kinds import RUN_FILE
 from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub_config
-from rwkv_jax.weights.layout_rules import LLAMA
-from rwkv_jax.weights.layouts import from_layout
-from rwkv_jax.weights.official import compute_dtype, read_config
-from rwkv_jax.weights.pth.file import read_torch_file
-from rwkv_jax.weights.quantized import open_packed
+from rwkv_jax.weights.model_config import compute_dtype, read_config
+from rwkv_jax.weights.pth.file import TorchFile, read_torch_file
 from rwkv_jax.weights.safetensors import read_safetensors
 from rwkv_jax.weights.shards import is_index, shard_pattern
 from rwkv_jax.weights.tensors import (
@@ -74,7 +70,7 @@ class Weights(NamedTuple):
     """The file's name, which may tell what no tensor does."""
 
     def model_config(self) -> ModelConfig:
-        """The model's config; raises as `official.read_config`."""
+        """The model's config; raises as `model_config.read_config`."""
         return self.config or read_config(self.tensors, self.file.metadata, self.name)
 
 
@@ -210,12 +206,15 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
         Llama's layout, as `read_hub_config`.
       UnsafeFileError: it contains anything but plain tensors.
     """
+    # These load JAX, without which a file is found and its names are read.
+    from rwkv_jax.weights.ggml.reading import open_ggml
+    from rwkv_jax.weights.layout_rules import LLAMA
+    from rwkv_jax.weights.layouts import from_layout
+    from rwkv_jax.weights.quantized import open_packed
+
     if (opened := open_ggml(path)) is not None:
         return Weights(opened.tensors, opened.layout, opened.file.drop_pages, opened.file)
-    if _is_safetensors(path):
-        tensors, values = read_safetensors(path), {}
-    else:
-        tensors, values = read_torch_file(path)
+    tensors, values = read_tensors(path)
     with prefix_errors(path):
         dequantized = open_packed(tensors)
         layout, official = from_layout(
@@ -228,6 +227,14 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
     if layout == LLAMA:
         config = read_hub_config(path.with_name(_CONFIG), dtype=compute_dtype(official))
     return Weights(official, layout, tensors.drop_pages, tensors, config, path.name)
+
+
+def read_tensors(path: Path) -> TorchFile:
+    """Tensors of safetensors or of a file by torch as stored, or of all shards of an index, and what is beside them.
+
+    Raises as `read_safetensors` and `read_torch_file`.
+    """
+    return TorchFile(read_safetensors(path), {}) if _is_safetensors(path) else read_torch_file(path)
 
 
 def verify_weights(source: str | os.PathLike[str]) -> bool:

@@ -28,16 +28,17 @@ def _damage(path: Path) -> None:
 
 def test_weights(rwkv: Command, tmp_path: Path) -> None:
     write_torch_file(tmp_path / "x.pth", TENSORS)
-    out = rwkv("info", tmp_path / "x.pth").out
+    out = rwkv("info", tmp_path / "x.pth", "--verify").out
     assert "x.pth, official names" in out
     assert "RWKV-7, 3 layers of width 32, vocabulary 29" in out
     assert f"{len(TENSORS)} ({len(TENSORS)} in float32)" in out
     assert "all are right" in out
     save_file(TENSORS, tmp_path / "theirs.safetensors")
-    assert "none in the file, so damage cannot be told" in rwkv("info", tmp_path / "theirs.safetensors").out
+    assert "none in the file, so damage cannot be told" in rwkv("info", tmp_path / "theirs.safetensors", "--verify").out
     _damage(tmp_path / "x.pth")
     with pytest.raises(SystemExit, match=r"x\.pth: the entry .* is damaged, it differs from its checksum"):
-        rwkv("info", tmp_path / "x.pth")
+        rwkv("info", tmp_path / "x.pth", "--verify")
+    assert "not compared" in rwkv("info", tmp_path / "x.pth").out
     with pytest.raises(SystemExit, match=r"x\.pth: the entry .* is damaged, it differs from its checksum"):
         rwkv("convert", tmp_path / "x.pth", tmp_path / "y.pth", "--verify")
     with pytest.raises(SystemExit, match=r"theirs\.safetensors has no checksums; leave it out"):

@@ -1,0 +1,126 @@
+"""`rwkv info` of weights: all that names and shapes tell, at once and without JAX."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.weights.official import official_shapes
+from rwkv_jax.weights.pth.file import write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors
+from tests.cli.commands import Command
+from tests.weights.files import CONFIGS, random_tensors
+from tests.weights.sparse_files import sparse_pth, sparse_safetensors
+
+ROOT = Path(__file__).parents[2]
+TENSORS = random_tensors(CONFIGS["7"])
+_PROGRAM = """
+import sys
+from rwkv_jax.cli import main
+main(["info", sys.argv[1]])
+sys.exit("jax" in sys.modules)
+"""
+_SECONDS = 3.0  # alone it takes less than one (docs/weights.md); other tests run beside this one
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.pth", sparse_pth), ("a.safetensors", sparse_safetensors)], ids=["pth", "safetensors"]
+)
+def test_three_gigabytes_take_a_second_and_no_jax(
+    tmp_path: Path, name: str, write: Callable[[Path, Mapping[str, tuple[int, ...]]], None]
+) -> None:
+    write(tmp_path / name, official_shapes(ModelConfig(generation="7", vocab_size=65536, num_layers=24, width=2048)))
+    assert (tmp_path / name).stat().st_size > 3 * 10**9
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        command = [sys.executable, "-c", _PROGRAM, str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        times.append(time.perf_counter() - begin)
+        assert (done.returncode, done.stderr) == (0, "")
+    for told in (
+        "RWKV-7, 24 layers of width 2048, vocabulary 65536",
+        "decay 128, ",
+        "M, computed in bfloat16",
+        "in bfloat16), 3",
+        "none recorded; --sha256 computes it",
+        "by the vocabulary's size world",
+    ):
+        assert told in done.stdout
+    assert min(times) < _SECONDS
+
+
+def test_what_is_unusual(rwkv: Command, tmp_path: Path) -> None:
+    tensors = TENSORS | {"head.weight": TENSORS["emb.weight"]}
+    tensors["ln_out.bias"] = tensors["ln_out.bias"].astype(ml_dtypes.bfloat16)
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    out = rwkv("info", tmp_path / "a.safetensors").out
+    for told in (
+        "decay_rank is 4; for this width the official trainer takes 32",
+        "several dtypes; bfloat16: ln_out.bias",
+        "tied: head.weight is emb.weight",
+        "blocks.0.att.v0, v1, v2 are missing",
+        "none beside it, and none known of 29 ids",
+        "decay 4, iclr 5, value 6, gate 7",
+    ):
+        assert told in out
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json beside it" in rwkv("info", tmp_path / "a.safetensors").out
+
+
+def test_other_tensors_are_listed(rwkv: Command, tmp_path: Path) -> None:
+    extra = np.zeros((2, 2), np.float32)
+    save_file(TENSORS | {"blocks.2.att.more": extra}, tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match=r"not expected blocks\.2\.att\.more \[2, 2\]"):
+        rwkv("info", tmp_path / "a.safetensors")
+    write_torch_file(tmp_path / "b.pth", {k: v for k, v in TENSORS.items() if k != "blocks.1.ffn.key.weight"})
+    with pytest.raises(SystemExit, match=r"missing      blocks\.1\.ffn\.key\.weight"):
+        rwkv("info", tmp_path / "b.pth")
+
+
+def test_without_a_head_the_embedding_is_it(rwkv: Command, tmp_path: Path) -> None:
+    save_file({k: v for k, v in TENSORS.items() if k != "head.weight"}, tmp_path / "a.safetensors")
+    assert "tied: there is no head.weight" in rwkv("info", tmp_path / "a.safetensors").out
+    rwkv("convert", tmp_path / "a.safetensors", tmp_path / "b.pth")
+    assert "tied: head.weight is emb.weight" in rwkv("info", tmp_path / "b.pth").out
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    with pytest.raises(SystemExit, match=r"missing      head\.weight"):
+        rwkv("info", tmp_path / "a.safetensors")
+
+
+def test_hashes(rwkv: Command, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    true = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    assert true in rwkv("info", tmp_path / "a.safetensors", "--sha256").out
+    (tmp_path / ("ab" * 32)).write_bytes((tmp_path / "a.safetensors").read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / ("ab" * 32))
+    assert f"{'ab' * 32}, by the hub's cache" in rwkv("info", tmp_path / "link.safetensors").out
+
+
+def test_numbers(rwkv: Command, tmp_path: Path) -> None:
+    config = ModelConfig(generation="4", vocab_size=29, num_layers=13, width=32, ffn_width=48)
+    tensors = random_tensors(config)
+    for layer in range(13):
+        tensors[f"blocks.{layer}.att.output.weight"] /= 2 ** (layer // 6)
+    tensors["ln_out.bias"][3] = np.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert "NaN" not in rwkv("info", tmp_path / "a.safetensors").out
+    out = rwkv("info", tmp_path / "a.safetensors", "--numbers").out
+    assert "ln_out.bias has 1 numbers that are NaN or infinite" in out
+    assert "half as large after every 6 layers" in out
+
+
+def test_what_the_rwkv_package_converted_is_refused(rwkv: Command, tmp_path: Path) -> None:
+    save_file(TENSORS | {"_rescale_layer": np.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match="converted by the rwkv package: it transposes"):
+        rwkv("info", tmp_path / "a.safetensors")
