@@ -39,6 +39,8 @@ class WeightsFlags:
     """dtype of weights and computation; None takes the file's."""
     quantize: Quantize | None = None
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
+    tables: Literal["device", "host"] = "device"
+    """Where RWKV-7a and 7b have their tables by token; of the host's memory a step fetches the rows of its tokens."""
 
     def load(self, adapter: TunedFlags | None = None) -> tuple[LanguageModel, Tokenizer]:
         """Loads the tokenizer, then the model, with an adapter if the flags name one.
@@ -49,7 +51,7 @@ class WeightsFlags:
         from rwkv_jax.weights.sources import find_weights
 
         find_devices()
-        model, tokenizer = self._load_from(find_weights(self.source))
+        model, tokenizer = self._loaded(find_weights(self.source))
         return (model if adapter is None else adapter.put_into(model, self)), tokenizer
 
     def load_with_template(
@@ -71,10 +73,18 @@ class WeightsFlags:
         place = find_weights(self.source)
         if named is None and (format_of_run := chat_format_of(place)) is not None:
             named = named_template(format_of_run)
-        model, tokenizer = self._load_from(place)
+        model, tokenizer = self._loaded(place)
         if adapter is not None:
             model = adapter.put_into(model, self)
         return model, tokenizer, choose_template(place, tokenizer) if named is None else named
+
+    def _loaded(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
+        model, tokenizer = self._load_from(place)
+        if self.tables == "device":
+            return model, tokenizer
+        from rwkv_jax.models.decoding import with_host_tables
+
+        return with_host_tables(model), tokenizer
 
     def _load_from(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
         from rwkv_jax.weights.pretrained import from_pretrained

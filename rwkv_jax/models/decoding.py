@@ -6,10 +6,13 @@ import dataclasses
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.host_tables import HostTable, host_table
 from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.packed import PackedMatrix
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -41,6 +44,40 @@ def unstacked(model: Model) -> Model:
         delattr(result, name)
     result.blocks = nnx.List([nnx.merge(split[name][0], layer) for name in runs for layer in own[name]])
     return result
+
+
+def with_host_tables(model: Model) -> Model:
+    """The same model with its layers' tables by token in the host's memory (`models/host_tables.py`), for inference.
+
+    It shares all other parameters; the tables' arrays on the device are freed with the given model.
+
+    Raises:
+      ConfigError: the model has no such tables, they are packed, or it lies on several devices.
+    """
+    names = {name for name, axes in model.block_axes.items() if axes[0] == "vocab"}
+    if not names:
+        raise ConfigError(f"tables = 'host': {model.config.title} has no tables by token; leave it out")
+    graphdef, state = nnx.split(model, nnx.Param)
+
+    def on_host(path: tuple[Any, ...], x: Any) -> Any:
+        if ".".join(str(entry.key) for entry in path[-3:]) not in names or isinstance(x, HostTable):
+            return x
+        if isinstance(x, PackedMatrix):
+            raise ConfigError("tables = 'host': the tables are quantized; load the model without quantize")
+        if len(x.devices()) > 1:
+            raise ConfigError("tables = 'host': the model lies on several devices; load it on one, without a mesh")
+        return host_table(np.asarray(x), next(iter(x.devices())))
+
+    params = nnx.to_pure_dict(state)
+    params = jax.tree.map_with_path(on_host, params, is_leaf=lambda x: isinstance(x, PackedMatrix | HostTable))
+    return nnx.merge(graphdef, params)
+
+
+def fetched_bytes(model: LanguageModel) -> int:
+    """Bytes of the rows that one token fetches from the host in all layers."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, HostTable))
+    return sum(x.row_bytes for x in leaves if isinstance(x, HostTable))
 
 
 def with_implementation(

@@ -22,6 +22,7 @@ from typing_extensions import override
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.host_tables import HostTable
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
 from rwkv_jax.models.state import TimeMixState, check_state
 from rwkv_kernels.arguments import broadcast_varying_axes
@@ -348,8 +349,8 @@ class Embedding(nnx.Module):
         return reduce_from_tensor_parallel(vectors.astype(dtype or weight.dtype), axes.tensor)
 
 
-def _rows(weight: Array | PackedMatrix, index: Array) -> Array:
-    if isinstance(weight, PackedMatrix):
+def _rows(weight: Array | PackedMatrix | HostTable, index: Array) -> Array:
+    if isinstance(weight, PackedMatrix | HostTable):
         return weight.rows(index)
     if weight.dtype != jnp.bfloat16:
         return weight[index]

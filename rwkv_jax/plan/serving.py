@@ -11,6 +11,7 @@ from rwkv_jax.tables import format_table
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "uint8": 1}
 _GIB = 2**30
+_LINK = 25e9  # bytes a second from the host, of PCIe 4.0 x16
 
 
 class Format(NamedTuple):
@@ -63,8 +64,24 @@ def _lines(formats: Mapping[str, Format], num_slots: int, prefix_bytes: int, mem
             cells.append(str(max(0, int(memory * _GIB - weights - prefix_bytes) // slot)))
         rows.append(cells)
     yield format_table(rows, "<<" + ">" * (len(rows[0]) - 2))
+    yield from _table_lines(formats)
     yield "\nA state is what the prefix cache, sessions and the store keep of a conversation. Not counted is what"
     yield "programs need while they run, mostly for a prefill; and a GPU leaves a part of its memory to its driver."
+
+
+def _table_lines(formats: Mapping[str, Format]) -> Iterator[str]:
+    """What tables by token take, and what fetching their rows from the host's memory costs; nothing without any."""
+    for name, (_, config) in formats.items():
+        numbers = config.num_layers * config.spec.table_row(config)
+        if not numbers or name.startswith("--quantize"):
+            continue
+        size = _ITEM_BYTES[config.dtype if name.startswith("--dtype") else config.parameter_dtype]
+        row = numbers * size
+        yield (
+            f"\nOf the weights {name}, {_size(config.vocab_size * row)} are tables by token. With --tables host they "
+            f"stay in the\nhost's memory, and a token fetches {row / 1024:,.1f} KiB of it: "
+            f"{row / _LINK * 1e6:.1f} us over a link of {_LINK / 1e9:g} GB/s, besides the callbacks."
+        )
 
 
 def _size(num_bytes: int) -> str:

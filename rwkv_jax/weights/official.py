@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import abstract_model
+from rwkv_jax.models.host_tables import HostTable
 from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
@@ -225,6 +226,8 @@ def official_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
 def named_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
     """`official_tensors` of any model, under names that are made as official ones are."""
     tensors: dict[str, LazyTensor] = {}
+    if any(isinstance(x, HostTable) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, HostTable))):
+        raise WeightsError("the model's tables are in the host's memory; for this load it without tables='host'")
     for path, leaf in jax.tree.leaves_with_path(params):
         names = official_names(path, config.num_layers)
         if not leaf.is_fully_addressable:

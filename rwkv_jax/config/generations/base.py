@@ -169,6 +169,10 @@ class GenerationSpec(abc.ABC):
     def mixing_flops(self, config: ModelConfig, sequence_length: int | None) -> int:
         """Operations of a layer per token besides matrix products: the recurrence or attention."""
 
+    def table_row(self, config: ModelConfig) -> int:
+        """Numbers of a token in a layer's tables by token; 0 without any."""
+        return 0
+
     # Of single layers, where they differ
 
     def layer_kinds(self, config: ModelConfig) -> tuple[str, ...]:

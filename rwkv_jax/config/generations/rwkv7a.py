@@ -43,6 +43,10 @@ class RWKV7aSpec(RWKV7Spec):
         """RWKV-7's; the product with a token's own matrix."""
         return super().mixing_flops(config, sequence_length) + 2 * self.sizes(config).deep_embed_rank ** 2
 
+    def table_row(self, config: ModelConfig) -> int:
+        """D x D of DeepEmbed."""
+        return self.sizes(config).deep_embed_rank ** 2
+
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """RWKV-7's, and the rank of DeepEmbed."""
         return super().read_fields(shapes) | {"deep_embed_rank": size_of(shapes, "blocks.0.ffn.s1", 1)}
@@ -96,6 +100,10 @@ class RWKV7bSpec(CacheSpec, RWKV7aSpec):
         keys, values = sizes.dea_width, config.width
         cache = (array(1, sizes.context_length, keys), array(1, sizes.context_length, values))
         return (*super().state(config), *cache, StateArray((), (), "int32"), array(keys), array(keys), array(values))
+
+    def table_row(self, config: ModelConfig) -> int:
+        """RWKV-7a's; a key's and a value's."""
+        return super().table_row(config) + self.sizes(config).dea_width + config.width
 
     def read_fields(self, shapes: Shapes) -> dict[str, Any]:
         """RWKV-7a's, and the sizes of DEA."""

@@ -1,0 +1,77 @@
+"""Tables by token in the host's memory give the same numbers, and their rows alone are fetched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from rwkv_jax.bench.random_model import random_model as random_bench_model
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.decoding import fetched_bytes, unstacked, with_host_tables
+from rwkv_jax.models.host_tables import HostTable
+from rwkv_jax.weights.pretrained import save_pretrained
+from rwkv_jax.weights.quantized import WeightsError
+from tests.golden import QUICK
+from tests.inference.models import CONFIGS, GREEDY, quick_engine, random_model
+from tests.models.small_models import TOKENS
+
+
+def logits(model: Any) -> Any:
+    graphdef, params = nnx.split(model, nnx.Param)
+    program = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0], compiler_options=QUICK)
+    return np.asarray(program(params, TOKENS))
+
+
+@pytest.mark.parametrize("generation", ["7a", "7b"])
+def test_numbers_are_those_of_tables_on_the_device(generation: str) -> None:
+    model = random_model(CONFIGS[generation])
+    on_host = with_host_tables(model)
+    expected = logits(model)
+    np.testing.assert_array_equal(logits(on_host), expected)
+    np.testing.assert_allclose(logits(unstacked(on_host)), expected, rtol=0, atol=1e-5)
+    config = model.config
+    row = 9 + (16 + config.width if generation == "7b" else 0)
+    assert (
+        fetched_bytes(on_host) == 4 * config.num_layers * row == 4 * config.num_layers * config.spec.table_row(config)
+    )
+
+
+def test_nothing_of_a_table_is_on_the_device() -> None:
+    model = random_model(CONFIGS["7b"])
+    own, on_host = (
+        sum(x.nbytes for x in jax.tree.leaves(nnx.state(x, nnx.Param))) for x in (model, with_host_tables(model))
+    )
+    config = model.config
+    tables = 4 * config.num_layers * config.vocab_size * config.spec.table_row(config)
+    assert own - on_host == tables - 3 * config.num_layers * 12  # a number and a checksum in place of each table
+
+
+def test_an_engine_writes_the_same_text() -> None:
+    model = random_model(CONFIGS["7b"])
+    texts = []
+    for own in (model, with_host_tables(model)):
+        with quick_engine(own, fresh=True, num_slots=2) as engine:
+            texts.append(engine.generate((5, 6, 7), max_tokens=12, sampling=GREEDY).ids)
+    assert texts[0] == texts[1]
+
+
+def test_models_with_other_rows_have_other_checksums() -> None:
+    model = with_host_tables(random_model(CONFIGS["7a"]))
+    first = model.first_block.ffn.s_emb.weight[...]
+    assert isinstance(first, HostTable)
+    stacked = model.blocks.ffn.s_emb.weight[...]
+    assert not np.array_equal(first.checksum, stacked[0].checksum)
+
+
+def test_what_has_no_host_tables(tmp_path: Any) -> None:
+    packed = random_bench_model(ModelConfig("7a", vocab_size=64, num_layers=2, width=64, head_dim=32), "int8")
+    with pytest.raises(ConfigError, match=r"^tables = 'host': the tables are quantized; load the model without"):
+        with_host_tables(packed)
+    with pytest.raises(ConfigError, match=r"^tables = 'host': RWKV-7 has no tables by token"):
+        with_host_tables(random_model(CONFIGS["7"]))
+    with pytest.raises(WeightsError, match=r"tables are in the host's memory; .* without tables='host'"):
+        save_pretrained(with_host_tables(random_model(CONFIGS["7a"])), tmp_path / "x.safetensors")
