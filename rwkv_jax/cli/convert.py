@@ -44,6 +44,13 @@ class Convert:
     ema: bool = False
     """Take the averages of a run's weights (training.ema_decay)."""
 
+    resize_vocab: int | None = None
+    """Number of ids to give the model: rows of the embedding and the head are cut from the end, or added as the mean of
+    all rows. Rows that the tokenizer beside the source uses stay, unless --cut-used."""
+
+    cut_used: bool = False
+    """With --resize-vocab, also cut rows of ids that the tokenizer uses."""
+
     verify: bool = False
     """Compare the source with its checksums first (.pth, safetensors that we wrote), as `rwkv info --verify` does."""
 
@@ -54,6 +61,8 @@ class Convert:
 
         if self.verify and not verify_weights(self.source):
             raise ConfigError(f"verify = True: {self.source} has no checksums; leave it out")
+        if self.cut_used and self.resize_vocab is None:
+            raise ConfigError("cut_used = True: says which rows --resize-vocab may cut; leave it out")
         if self.quantize is not None:
             model = self._quantize(self.quantize)
         else:
@@ -65,6 +74,8 @@ class Convert:
                 tokenizer=self.tokenizer,
                 with_unused=self.with_unused,
                 ema=self.ema,
+                resize_vocab=self.resize_vocab,
+                cut_used=self.cut_used,
             )
         print(
             f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
@@ -82,6 +93,8 @@ class Convert:
                 f"quantize = {quantize!r}: decides what tensors are in, and takes official names; leave --dtype, "
                 "--layout and --with-unused out"
             )
+        if self.resize_vocab is not None:
+            raise ConfigError(f"resize_vocab = {self.resize_vocab}: resize first, then quantize that file")
         if self.ema:
             raise ConfigError(f"quantize = {quantize!r}: packs a run's last weights; leave --ema out, or --quantize")
         if self.target.suffix.lower() == ".gguf":

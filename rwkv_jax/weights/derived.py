@@ -17,6 +17,11 @@ from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, Wei
 FILE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 """dtypes in which floating-point tensors can be written."""
 
+MAX_VOCABULARY = 2**20
+"""The most ids to which a vocabulary is resized."""
+
+_ROWS_AT_A_TIME = 4096
+
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 """RWKV-7's value residual in layer 0, which the trainer has but nothing uses."""
 
@@ -47,6 +52,39 @@ def rounded(tensors: Mapping[str, NDArray], dtype: str) -> DerivedTensors:
 
     specs = {name: TensorSpec(tensor_spec(tensors, name).shape, target) for name in tensors}
     return DerivedTensors({name: LazyTensor(spec, functools.partial(cast, name)) for name, spec in specs.items()})
+
+
+def resized(tensors: Mapping[str, NDArray], config: ModelConfig, vocab_size: int) -> DerivedTensors:
+    """Official tensors of a model with another number of ids: rows are cut from the end, or added there.
+
+    Each added row of the embedding, the head and other tables of a row for each id is the mean of all rows there were,
+    taken in float64 and rounded to the tensor's dtype: a new id begins as likely as the average one.
+
+    Raises:
+      WeightsError: vocab_size is not from 1 to `MAX_VOCABULARY`.
+    """
+    if not 1 <= vocab_size <= MAX_VOCABULARY:
+        raise WeightsError(f"resize_vocab = {vocab_size}: must be from 1 to {MAX_VOCABULARY}")
+    shapes = official_shapes(dataclasses.replace(config, vocab_size=vocab_size))
+
+    def changed(name: str) -> LazyTensor:
+        shape, dtype = tensor_spec(tensors, name)
+        wanted = shapes.get(name, shape)
+        if wanted == shape:
+            return _itself(tensors, name)
+        return LazyTensor(TensorSpec(wanted, dtype), functools.partial(_with_rows, tensors, name, wanted[0]))
+
+    return DerivedTensors({name: changed(name) for name in tensors})
+
+
+def _with_rows(tensors: Mapping[str, NDArray], name: str, num_rows: int) -> NDArray:
+    tensor = tensors[name]
+    if num_rows <= len(tensor):
+        return tensor[:num_rows]
+    parts = range(0, len(tensor), _ROWS_AT_A_TIME)
+    sums = [tensor[i : i + _ROWS_AT_A_TIME].astype(np.float64).sum(axis=0) for i in parts]
+    mean = (np.sum(sums, axis=0) / len(tensor)).astype(tensor.dtype)
+    return np.concatenate([tensor, np.broadcast_to(mean, (num_rows - len(tensor), *tensor.shape[1:]))])
 
 
 def add_unused(tensors: Mapping[str, NDArray], config: ModelConfig) -> DerivedTensors:

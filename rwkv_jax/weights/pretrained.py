@@ -28,7 +28,7 @@ from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
 from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
 from rwkv_jax.weights.base import place_base
-from rwkv_jax.weights.derived import add_unused, may_have_unused, selected, without_unused
+from rwkv_jax.weights.derived import MAX_VOCABULARY, add_unused, may_have_unused, resized, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.ggml.vocabulary import if_in_gguf, tokenizer_in
 from rwkv_jax.weights.hugging_face import hub_ends
@@ -324,6 +324,8 @@ def convert(
     tokenizer: str | None = None,
     with_unused: bool = False,
     ema: bool = False,
+    resize_vocab: int | None = None,
+    cut_used: bool = False,
     change: Callable[[Mapping[str, NDArray], ModelConfig], Mapping[str, NDArray]] | None = None,
 ) -> ModelConfig:
     """Converts weights tensor by tensor, without building a model, so that size does not matter.
@@ -335,6 +337,9 @@ def convert(
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
         the official trainer loads no file without them.
       ema: takes the averages of a run's weights (training.ema_decay).
+      resize_vocab: cuts rows of ids from the end of embedding and head or adds some, as `resized` says. A tokenizer of
+        the source that does not fit then is not written.
+      cut_used: also cuts rows of ids that the source's tokenizer has.
       change: from the official tensors and the model's config to the tensors to write, under the same names.
 
     Returns:
@@ -362,7 +367,13 @@ def convert(
         # Official files keep their order; other projects' files get the official one.
         official = weights.layout == "official"
         tensors = weights.tensors if official else selected(weights.tensors, official_shapes(config))
-    found = find_tokenizer(path, config.vocab_size) if takes_beside else None
+    if resize_vocab is not None:
+        found = _check_cut(path, config.vocab_size, resize_vocab, cut_used=cut_used)
+        tensors = resized(tensors, config, resize_vocab)
+        config = dataclasses.replace(config, vocab_size=resize_vocab)
+        found = found if takes_beside and found is not None and fits_model(found, resize_vocab) else None
+    else:
+        found = find_tokenizer(path, config.vocab_size) if takes_beside else None
     if Path(target).suffix.lower() == GGUF:
         found = if_in_gguf(found, path)
     if tokenizer is not None:
@@ -379,6 +390,19 @@ def convert(
         tensors = change(tensors, config)
     write_weights(tensors, config, Path(target), layout, dtype, found)
     return config
+
+
+def _check_cut(path: Path, old: int, new: int, *, cut_used: bool) -> Tokenizer | None:
+    """The tokenizer of a source whose vocabulary is resized; WeightsError if ids that it uses would be cut."""
+    if not 1 <= new <= MAX_VOCABULARY:
+        raise WeightsError(f"resize_vocab = {new}: must be from 1 to {MAX_VOCABULARY}")
+    tokenizer = find_tokenizer(path, old)
+    if tokenizer is not None and new < tokenizer.vocab_size and not cut_used:
+        raise WeightsError(
+            f"resize_vocab = {new}: the tokenizer of {path} has {tokenizer.vocab_size} ids, whose rows would be cut; "
+            "name as many, or set cut_used"
+        )
+    return tokenizer
 
 
 def find_tokenizer(path: Path, vocab_size: int, named: str | None = None) -> Tokenizer | None:

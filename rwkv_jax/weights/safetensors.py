@@ -19,6 +19,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from rwkv_jax.atomic import new_file
 from rwkv_jax.checks import is_whole
 from rwkv_jax.json_object import parse_object
+from rwkv_jax.weights.fp8 import FLOAT8
 from rwkv_jax.weights.shards import is_index, read_shards
 from rwkv_jax.weights.tensors import (
     BFLOAT16,
@@ -50,7 +51,8 @@ def read_safetensors(path: Path) -> MappedTensors:
     Read-only views of memory maps, BF16 as `ml_dtypes.bfloat16`: nothing is read before it is used.
 
     Raises:
-      WeightsError: a file is missing or cannot be read, or a tensor is neither of BF16, F16, F32, F64 nor of integers.
+      WeightsError: a file is missing or cannot be read, or a tensor is neither of BF16, F16, F32, F64, F8_E4M3,
+        F8_E5M2 nor of integers.
       UnsafeFileError: a header that the safetensors library rejects, a shape that NumPy does not support, a duplicate
         name, or an index that leads out of its folder or does not match its shards.
     """
@@ -181,7 +183,7 @@ def _views(content: bytes | mmap.mmap, source: Path | str, header: Mapping[str, 
     """The tensors of a header without metadata, in the order of their bytes, as views."""
     tensors: dict[str, NDArray] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = _DTYPES.get(entry["dtype"]) or FLOAT8.get(entry["dtype"])
         if dtype is None:
             raise WeightsError(
                 f"{source}: the tensor {name!r} has dtype {entry['dtype']}, which is not read; "

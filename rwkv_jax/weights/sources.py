@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.file_kinds import RUN_FILE
+from rwkv_jax.weights.fp8 import open_fp8
 from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub_config
 from rwkv_jax.weights.model_config import compute_dtype, read_config
 from rwkv_jax.weights.pth.file import TorchFile, read_torch_file
@@ -216,7 +217,7 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
         return Weights(opened.tensors, opened.layout, opened.file.drop_pages, opened.file)
     tensors, values = read_tensors(path)
     with prefix_errors(path):
-        dequantized = open_packed(tensors)
+        dequantized = open_packed(tensors) or open_fp8(tensors)
         layout, official = from_layout(
             tensors if dequantized is None else dequantized,
             values,

@@ -44,7 +44,7 @@ class Summary(NamedTuple):
 
 
 def summarize(path: Path) -> Summary | None:
-    """Opens a .pth, safetensors or index with official names; None for packed ones, tied ones and other layouts.
+    """Opens a .pth, safetensors or index with official names; None for 8 or 4 bits, tied ones and other layouts.
 
     Raises:
       WeightsError: as `read_tensors`, and for files that the `rwkv` package has converted.
@@ -53,7 +53,7 @@ def summarize(path: Path) -> Summary | None:
     with prefix_errors(path):
         refuse_converted(file, values)
         names_fit = "head.weight" in file and all(map(_OFFICIAL.fullmatch, file))
-        if not names_fit or any(name.endswith((".int8", ".int4")) for name in file):
+        if not names_fit or any(tensor.dtype.itemsize == 1 for tensor in file.values()):  # int8, int4, fp8
             return None
         if recognize({name: tensor.shape for name, tensor in file.items()}) is None:
             return None
