@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from rwkv_jax.json_object import parse_object
@@ -10,6 +11,9 @@ from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsErro
 
 INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
 """Suffixes of indexes, and of their shards in the same folder."""
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.(?:bin|pth|safetensors))")
+_MAX_SHARDS = 10_000
 
 _MAX_INDEX_BYTES = 100 * 10**6  # like the safetensors library's limit for a header
 
@@ -23,6 +27,43 @@ def shard_pattern(index: str) -> str:
     """The pattern of the names of an index's shards."""
     suffix = next(suffix for suffix in INDEX_SUFFIXES if index.endswith(suffix))
     return f"{index.removesuffix(suffix)}-*{INDEX_SUFFIXES[suffix]}"
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a name is that of one of several shards, such as pytorch_model-00001-of-00002.bin."""
+    return _NUMBERED.fullmatch(name) is not None
+
+
+def are_one_set(names: Collection[str]) -> bool:
+    """Whether names are shards of one model, all with one stem, number of shards and suffix; some may be missing."""
+    matches = [_NUMBERED.fullmatch(name) for name in names]
+    return len({(x["stem"], x["count"], x["suffix"]) for x in matches if x is not None}) == 1 and None not in matches
+
+
+def read_numbered(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTensors:
+    """The tensors of all shards of which a path is one, without their index, each shard as `read` has it.
+
+    Raises:
+      WeightsError: a shard is missing, or as `read` does.
+      UnsafeFileError: two shards hold the same tensor, or the name counts none or more than `_MAX_SHARDS`.
+    """
+    match = _NUMBERED.fullmatch(path.name)
+    assert match is not None
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count <= _MAX_SHARDS:
+        raise UnsafeFileError(f"{path}: is no shard of 1 to {_MAX_SHARDS}, by its name; rename it")
+    names = [f"{match['stem']}-{i:05}-of-{match['count']}{match['suffix']}" for i in range(1, count + 1)]
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise WeightsError(f"{path}: shards are missing beside it: {join_names(missing)}; get them")
+    shards: list[MappedTensors] = []
+    holder: dict[str, str] = {}
+    for name in names:
+        shards.append(read(path.with_name(name)))
+        if twice := [tensor for tensor in shards[-1] if tensor in holder]:
+            found = f"{twice[0]} is also in {holder[twice[0]]}"
+            raise UnsafeFileError(f"{path.with_name(name)}: {found}; these are not the shards of one model")
+        holder |= dict.fromkeys(shards[-1], name)
+    return MappedTensors.joined(shards)
 
 
 def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTensors:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -21,7 +21,7 @@ from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub
 from rwkv_jax.weights.model_config import compute_dtype, read_config
 from rwkv_jax.weights.pth.file import TorchFile, read_torch_file
 from rwkv_jax.weights.safetensors import read_safetensors
-from rwkv_jax.weights.shards import is_index, shard_pattern
+from rwkv_jax.weights.shards import are_one_set, is_index, is_numbered, read_numbered, shard_pattern
 from rwkv_jax.weights.tensors import (
     MappedTensors,
     WeightsError,
@@ -43,6 +43,7 @@ _IN_ORDER = (
     "*.pth",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model-*.bin",
     "*.gguf",
 )
 _OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
@@ -123,7 +124,7 @@ def _choose(names: Sequence[str], folder: str) -> str:
     """The file in a folder that contains its weights."""
     for pattern in _IN_ORDER:
         found = sorted(name for name in names if Path(name).match(pattern) and "/" not in name)
-        if len(found) == 1:
+        if len(found) == 1 or are_one_set(found):
             return found[0]
         if found and (newest := _newest_of_trainer(found, names)):
             _LOG.warning("%s: holds %d files by the official trainer, of which %s is taken", folder, len(found), newest)
@@ -231,10 +232,20 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
 
 
 def read_tensors(path: Path) -> TorchFile:
-    """Tensors of safetensors or of a file by torch as stored, or of all shards of an index, and what is beside them.
+    """Tensors of safetensors or of a file by torch as stored, or of all its shards, and what is beside them.
 
-    Raises as `read_safetensors` and `read_torch_file`.
+    Shards are those of an index, or those with numbers in their names of which the path is one.
+    Raises as `read_safetensors` and `read_torch_file`, and `read_numbered`.
     """
+    if is_numbered(path.name):
+        values: dict[str, Any] = {}
+
+        def read(shard: Path) -> MappedTensors:
+            found = TorchFile(read_safetensors(shard), {}) if _is_safetensors(shard) else read_torch_file(shard)
+            values.update(found.values)
+            return found.tensors
+
+        return TorchFile(read_numbered(path, read), values)
     return TorchFile(read_safetensors(path), {}) if _is_safetensors(path) else read_torch_file(path)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from rwkv_jax.weights.layouts import to_layout
 from rwkv_jax.weights.pth.file import read_torch_file, write_torch_file
+from rwkv_jax.weights.safetensors import write_safetensors
 from rwkv_jax.weights.sources import find_weights, open_weights
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError
 from tests.weights import forged
@@ -90,3 +91,50 @@ def test_a_shard_that_was_converted_is_found(index: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"w": SECOND}}))
     with pytest.raises(WeightsError, match=r"converted by the rwkv package with strategy 'cpu fp32'"):
         open_weights(index)
+
+
+def test_numbered_shards_need_no_index(index: Path) -> None:
+    index.unlink()
+    for source in (index.parent, index.with_name(FIRST), index.with_name(SECOND)):
+        opened = open_weights(find_weights(source))
+        assert_same_bits({name: opened.tensors[name] for name in TENSORS}, TENSORS)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_numbered_shards_of_other_kinds(tmp_path: Path, suffix: str) -> None:
+    write = write_torch_file if suffix == ".pth" else write_safetensors
+    for i in range(3):
+        own = {name: x for k, (name, x) in enumerate(TENSORS.items()) if k % 3 == i}
+        write(tmp_path / f"a-0000{i + 1}-of-00003{suffix}", own)
+    opened = open_weights(find_weights(tmp_path))
+    assert_same_bits({name: opened.tensors[name] for name in TENSORS}, TENSORS)
+
+
+def test_numbered_shards_that_are_no_set_are_refused(index: Path) -> None:
+    index.unlink()
+    second = index.with_name(SECOND)
+    content = second.read_bytes()
+    second.write_bytes(index.with_name(FIRST).read_bytes())
+    with pytest.raises(UnsafeFileError, match=rf"{SECOND}: .* is also in {FIRST}; these are not the shards of one"):
+        open_weights(find_weights(index.parent))
+    second.write_bytes(content[:-9])
+    with pytest.raises(UnsafeFileError, match=rf"{SECOND}: "):
+        open_weights(find_weights(index.parent))
+    second.unlink()
+    with pytest.raises(WeightsError, match=rf"shards are missing beside it: {SECOND}; get them"):
+        open_weights(find_weights(index.parent))
+
+
+@pytest.mark.parametrize("name", ["a-00000-of-00000.bin", "a-00003-of-00002.bin", "a-00001-of-99999.bin"])
+def test_numbers_that_cannot_be_are_refused(index: Path, name: str) -> None:
+    (index.parent / name).write_bytes(index.with_name(FIRST).read_bytes())
+    with pytest.raises(UnsafeFileError, match=rf"{name}: is no shard of 1 to 10000, by its name"):
+        open_weights(index.parent / name)
+
+
+def test_a_numbered_shard_that_was_converted_is_found(index: Path) -> None:
+    index.unlink()
+    index.with_name(SECOND).unlink()
+    write_torch_file(index.with_name(SECOND), {"_rescale_layer": np.zeros(1)})
+    with pytest.raises(WeightsError, match="converted by the rwkv package"):
+        open_weights(find_weights(index.parent))
