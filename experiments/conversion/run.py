@@ -214,7 +214,8 @@ def draw(results: common.Results, path: Path) -> None:
         axes.plot(thousands, row["losses"], "-o", color=COLORS[name], markersize=4, label=label)
     teacher = results["teacher"]
     axes.axhline(teacher["last_loss"], color="#444444", lw=0.8, ls="--", label=f"teacher ({teacher['last_loss']:.3f})")
-    axes.set(xlabel="thousand bytes that the student has read", ylabel="held-out loss, nats a byte", yscale="log")
+    axes.set(xlabel="thousand bytes that the student has read", ylabel="held-out loss, nats a byte")
+    axes.set_ylim(top=axes.get_ylim()[1] + 0.4)  # above the curves the legend hides none
     axes.legend(fontsize=8)
     common.save(figure, path)
 
