@@ -109,8 +109,8 @@ class AdaptedMatrix:
             hidden, up = multiply(adapted, down), jnp.swapaxes(self._scaled("lora_B"), -1, -2)
             hidden = checkpoint_name(hidden, CHECKPOINT)
             if self.rows is None:
-                # Keeps B^T apart, so that its gradient is computed as [r, out]: as [out, r], XLA's CPU backend takes five
-                # to nine times as long for it, a tenth of a training step.
+                # Keeps B^T apart, so that its gradient is computed as [r, out]: for [out, r] XLA's CPU backend takes
+                # five to nine times as long, a tenth of a training step.
                 up = lax.optimization_barrier(up)
         if self.rows is not None:
             hidden, up = self._of_rows(hidden, up)
