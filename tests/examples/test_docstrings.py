@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.docstrings.pairs import Function, evenly, functions, labeled, records, write
+from examples.docstrings.rewards import parses, uses
 from examples.docstrings.share import begins_with_docstring
 
 SOURCE = '''
@@ -112,3 +113,23 @@ def test_prompts_are_taken_from_the_whole_list() -> None:
     some = [{"prompt": name} for name in "abcdef"]
     assert evenly(some, 3) == some[::2]
     assert evenly(some[:2], 3) == some[:2]
+
+
+@pytest.mark.parametrize(
+    ("header", "reply", "is_function", "share"),
+    [
+        ("def f(a, b):\n", "    return a + b\n", True, 1.0),
+        ("def f(a, b):\n", "    a = 1\n    return b", True, 0.5),
+        ("def f():\n", "    return 1", True, 1.0),
+        ("def f(*rest, key=None, **more):\n", "    return rest, key, more", True, 1.0),
+        ("def f(a):\n", '    """Only says what a is."""\n', False, 0.0),
+        ("def f(a):\n", "    return a)", False, 0.0),
+        ("def f(a):\n", "    return a\nx = 1", False, 0.0),
+        ("def f(a):\n", "    return '\0'", False, 0.0),
+        ("def f(a):\n", f"    return {'(' * 5000}a", False, 0.0),
+    ],
+)
+def test_rewards_by_syntax(header: str, reply: str, is_function: bool, share: float) -> None:
+    record = {"prompt": header}
+    assert parses(record, reply) == is_function
+    assert uses(record, reply) == share
