@@ -218,11 +218,14 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
         return Weights(opened.tensors, opened.layout, opened.file.drop_pages, opened.file)
     tensors, values = read_tensors(path)
     with prefix_errors(path):
-        dequantized = open_packed(tensors) or open_fp8(tensors)
+        packed, tied = open_packed(tensors), _is_tied(path.with_name(_CONFIG))
+        if packed is not None and tied is None:
+            tied = False  # we write packed files, and always with a head
+        dequantized = packed or open_fp8(tensors)
         layout, official = from_layout(
             tensors if dequantized is None else dequantized,
             values,
-            tied=_is_tied(path.with_name(_CONFIG)),
+            tied=tied,
             report=lambda found: _LOG.warning("%s: %s", path, found) if warn else None,
         )
     config = None
