@@ -126,6 +126,7 @@ def test_loss_and_gradients_of_tables_and_attention(float64: None, name: str) ->
     assert kinds == {"grad", "gradR", "gradL", "gradN"}
 
 
+@pytest.mark.long
 @every_model
 def test_float32_logits(name: str) -> None:
     logits, _, _ = run(name, "float32")

@@ -85,6 +85,7 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
     assert_equal_to_one_device(name, "float64", MIXED[:1] if name == "hybrid" else (*MIXED, f"{MIXED[0]}:other"))
 
 
+@pytest.mark.long  # the attention of RWKV-7b, below, has tables, too
 def test_meshes_change_nothing_of_tables_by_token() -> None:
     """Which are split over ids, also where time is, whose tokens' vectors each device has for its own."""
     assert_equal_to_one_device("7a", "float64", MIXED)
