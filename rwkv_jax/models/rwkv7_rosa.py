@@ -12,7 +12,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from typing_extensions import override
@@ -20,7 +19,7 @@ from typing_extensions import override
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.block import BlockOutput, TimeMixOutput
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import LanguageModel
+from rwkv_jax.models.language_model import LanguageModel, zeros_of
 from rwkv_jax.models.layers import LayerNorm, as_replicated, copy_to_tensor_parallel
 from rwkv_jax.models.rosa import ROSA_AXES, empty_lookups
 from rwkv_jax.models.rosa import TimeMix as RosaMix
@@ -92,12 +91,11 @@ class RWKV7Rosa(LanguageModel):
     @classmethod
     def initial_block_state(cls, config: ModelConfig, batch_size: int, axes: MeshAxes = UNSHARDED) -> RosaBesideState:
         shift, _, matrix, *_ = config.spec.state(config)
-        heads, *own = matrix.shape
-        zeros = jnp.zeros((batch_size, *shift.shape), shift.dtype)
+        zeros = zeros_of(shift, batch_size, axes)
         return RosaBesideState(
             zeros,
             zeros,
-            jnp.zeros((batch_size, heads // axes.num_tensor_shards, *own), matrix.dtype),
+            zeros_of(matrix, batch_size, axes),
             rosa_shift=zeros,
             lookups=empty_lookups(config, batch_size, axes),
             generation=config.generation,
