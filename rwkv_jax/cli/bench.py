@@ -124,7 +124,7 @@ class Latency:
         del model  # the engine has its own copy of the layers
         found = latency(engine, self.contexts, num_tokens=self.tokens, repetitions=self.repetitions)
         columns = ("tokens before", "ms a token", "lowest - highest")
-        rows = [(f"{context:,}", f"{1e3 * timing.median:.2f}", _spread(timing)) for context, timing in found.items()]
+        rows = [(f"{context:,}", f"{1e3 * timing.median:.4g}", _spread(timing)) for context, timing in found.items()]
         values = {str(context): _record(timing) for context, timing in found.items()}
         _report(self.model.describe(engine.model), columns, rows, {"seconds_per_token": values}, self.json)
 
@@ -162,7 +162,7 @@ class Throughput:
         found = throughput(engines, num_tokens=self.tokens, repetitions=self.repetitions)
         columns = ("texts at once", "tokens/s", "ms a token of each", "lowest - highest")
         rows = [
-            (f"{size}", f"{size / timing.median:,.1f}", f"{1e3 * timing.median:.2f}", _spread(timing))
+            (f"{size}", f"{size / timing.median:,.1f}", f"{1e3 * timing.median:.4g}", _spread(timing))
             for size, timing in found.items()
         ]
         values = {str(size): _record(timing) for size, timing in found.items()}
