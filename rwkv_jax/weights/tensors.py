@@ -155,9 +155,11 @@ def tensor_spec(tensors: Mapping[str, NDArray], name: str) -> TensorSpec:
 
 
 def join_names(names: Sequence[str], most: int = 8) -> str:
-    """Joins names for a message: the first ones, and the number of others."""
+    """Joins names for a message: the first ones, long and unprintable ones quoted, and the number of others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return (
+        ", ".join(name if name.isprintable() and len(name) <= 200 else repr(name[:200]) for name in names[:most]) + more
+    )
 
 
 def describe_wrong_weights(path: Path, reads: Collection[Kind]) -> str | None:

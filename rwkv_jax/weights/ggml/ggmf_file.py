@@ -68,7 +68,11 @@ def _read(mapped: mmap.mmap) -> GGMFFile:
         if not 1 <= num_axes <= _MAX_AXES:
             reject(f"a tensor has {num_axes} axes; 1 to {_MAX_AXES} are possible", AGAIN)
         if not 1 <= length <= _MAX_NAME_BYTES or 4 * num_axes + length > end - position:
-            reject(f"the name of a tensor claims {length} bytes, of {end - position} that are left", AGAIN)
+            reject(
+                f"the name of a tensor claims {length} bytes, of {end - position} that are left and {_MAX_NAME_BYTES} "
+                "that are possible",
+                AGAIN,
+            )
         shape = struct.unpack_from(f"<{num_axes}I", mapped, position)[::-1]
         position += 4 * num_axes
         try:

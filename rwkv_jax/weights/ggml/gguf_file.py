@@ -22,6 +22,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # which differ in what they say of big-endian machines
 _MAX_KEYS, _MAX_TENSORS, _MAX_TEXTS = 2**14, 2**20, 2**22
 _MAX_KEY_BYTES, _MAX_NAME_BYTES, _MAX_TEXT_BYTES = 2**16 - 1, 63, 2**20
+_MAX_DECODED_BYTES = 2**22  # of all names and texts that are read; those of an RWKV take a tenth of it at most
 _MAX_AXES = 4
 _MAX_ALIGNMENT = 2**16
 _DEFAULT_ALIGNMENT = 32
@@ -41,11 +42,17 @@ class Texts(NamedTuple):
     count: int
     start: int
 
+    def __repr__(self) -> str:
+        return f"an array of {self.count} texts"
+
 
 class Numbers(NamedTuple):
     """An array of numbers, which are not read."""
 
     count: int
+
+    def __repr__(self) -> str:
+        return f"an array of {self.count} numbers"
 
 
 Value: TypeAlias = "bool | int | float | str | Texts | Numbers"
@@ -125,7 +132,7 @@ def _alignment(metadata: dict[str, Value]) -> int:
     found = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if isinstance(found, int) and 8 <= found <= _MAX_ALIGNMENT and not found & (found - 1):
         return found
-    reject(f"general.alignment = {found!r}: must be a power of two from 8 to {_MAX_ALIGNMENT}", AGAIN)
+    reject(f"general.alignment = {shown(found)}: must be a power of two from 8 to {_MAX_ALIGNMENT}", AGAIN)
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, StoredTensor]:
@@ -169,6 +176,7 @@ class _Cursor:
     def __init__(self, mapped: mmap.mmap) -> None:
         self.mapped = mapped
         self.position = 0
+        self._decoded = 0
 
     @property
     def left(self) -> int:
@@ -196,6 +204,9 @@ class _Cursor:
     def text(self, limit: int, what: str) -> str:
         start = self.position + _U64.size
         self.skip_text(limit, what)
+        self._decoded += self.position - start
+        if self._decoded > _MAX_DECODED_BYTES:
+            reject(f"its names and texts take more than {_MAX_DECODED_BYTES} bytes", AGAIN)
         try:
             return self.mapped[start : self.position].decode()
         except UnicodeDecodeError:

@@ -20,6 +20,7 @@ from rwkv_jax.weights.ggml.names import ARCHITECTURES, Architecture, is_divided
 from rwkv_jax.weights.ggml.types import mapped_tensors, numbers
 from rwkv_jax.weights.layouts import from_rules
 from rwkv_jax.weights.official import read_config
+from rwkv_jax.weights.pth.rejection import shown
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, MappedTensors, WeightsError, prefix_errors, tensor_spec
 
 DTYPE = "rwkv_jax.dtype"
@@ -89,7 +90,7 @@ def _open_gguf(path: Path) -> Opened:
         _check_sizes(found, model, read_config(official))
         dtype = found.metadata.get(DTYPE)
         if dtype not in (None, *_NARROW):
-            raise WeightsError(f"{DTYPE} = {dtype!r}: must be {' or '.join(_NARROW)}; get the file again")
+            raise WeightsError(f"{DTYPE} = {shown(dtype)}: must be {' or '.join(_NARROW)}; get the file again")
         is_quantized = any(tensor.type.dtype is None for tensor in found.tensors.values())  # since it was written
         if dtype is not None and not is_quantized:
             official = rounded(official, str(dtype))
@@ -100,14 +101,16 @@ def _architecture(file: GGUFFile) -> Architecture:
     told = file.metadata.get("general.architecture")
     if isinstance(told, str) and (found := ARCHITECTURES.get(told)) is not None:
         if (kind := file.metadata.get("general.type", "model")) != "model":
-            raise WeightsError(f"general.type = {kind!r}: is no model; name the file of the model")
+            raise WeightsError(f"general.type = {shown(kind)}: is no model; name the file of the model")
         return found
     if isinstance(told, str) and told in _TRANSFORMERS:
         raise WeightsError(
             f"general.architecture = {told!r}: is {_TRANSFORMERS[told]} in a Qwen2, which is no model here; llama.cpp "
             "runs it"
         )
-    raise WeightsError(f"general.architecture = {told!r}: of GGUF files only {' and '.join(ARCHITECTURES)} are read")
+    raise WeightsError(
+        f"general.architecture = {shown(told)}: of GGUF files only {' and '.join(ARCHITECTURES)} are read"
+    )
 
 
 def _head_dim(file: GGUFFile, model: Architecture, stored: Mapping[str, NDArray]) -> int:
@@ -116,7 +119,9 @@ def _head_dim(file: GGUFFile, model: Architecture, stored: Mapping[str, NDArray]
     found: Any = file.metadata.get(key)
     width = math.prod(tensor_spec(stored, vector).shape) if vector in stored else 0
     if not _is_count(found) or width % found:
-        raise WeightsError(f"{key} = {found!r}: does not divide the {width} channels into heads; get the file again")
+        raise WeightsError(
+            f"{key} = {shown(found)}: does not divide the {width} channels into heads; get the file again"
+        )
     return found
 
 
@@ -129,7 +134,7 @@ def _multiplied(official: Mapping[str, NDArray], every: Any) -> Mapping[str, NDA
     if every == 0:
         return official
     if not _is_count(every):
-        raise WeightsError(f"rescale_every_n_layers = {every!r}: must be a number of layers; get the file again")
+        raise WeightsError(f"rescale_every_n_layers = {shown(every)}: must be a number of layers; get the file again")
 
     def tensor(name: str) -> LazyTensor:
         spec = tensor_spec(official, name)
@@ -156,10 +161,10 @@ def _check_sizes(file: GGUFFile, architecture: Architecture, model: ModelConfig)
     }
     for key, value in expected.items():
         if (found := file.metadata.get(key, value)) != value:
-            raise WeightsError(f"{key} = {found!r}, but by the tensors it is {value}; get the file again")
+            raise WeightsError(f"{key} = {shown(found)}, but by the tensors it is {value}; get the file again")
     epsilon = file.metadata.get(f"{architecture.name}.attention.layer_norm_epsilon", LAYER_NORM_EPSILON)
     if not isinstance(epsilon, float) or abs(epsilon - LAYER_NORM_EPSILON) > 1e-9:
-        raise WeightsError(f"layer_norm_epsilon = {epsilon!r}: only {LAYER_NORM_EPSILON} is computed here")
+        raise WeightsError(f"layer_norm_epsilon = {shown(epsilon)}: only {LAYER_NORM_EPSILON} is computed here")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, Texts) and tokens.count != model.vocab_size:
         raise WeightsError(

@@ -16,6 +16,6 @@ def reject(what: str, remedy: str = _ANEW) -> NoReturn:
     raise UnsafeFileError(f"{what}; {remedy}")
 
 
-def shown(text: str) -> str:
-    """Untrusted text for a message: quoted, and cut to a line."""
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+def shown(value: object) -> str:
+    """An untrusted value for a message: text is quoted, and cut to a line."""
+    return repr(value[:77] + "..." if isinstance(value, str) and len(value) > 80 else value)
