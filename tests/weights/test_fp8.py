@@ -1,4 +1,4 @@
-"""Safetensors in 8-bit floating point, with scales and without."""
+"""Files in 8-bit floating point, with scales and without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from rwkv_jax.weights.fp8 import open_fp8
 from rwkv_jax.weights.sources import open_weights
 from rwkv_jax.weights.tensors import WeightsError
-from tests.weights.files import CONFIGS, random_tensors
+from tests.weights import forged
+from tests.weights.files import CONFIGS, assert_same_bits, random_tensors
 
 NAMES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float32": "F32"}
 TENSORS = random_tensors(CONFIGS["7"])
@@ -47,6 +48,39 @@ def test_files_are_read(tmp_path: Path, dtype: type, ending: str, shape: tuple[i
     np.testing.assert_array_equal(weights.tensors[KEY], expected)
     assert weights.file.held_in(KEY) == np.dtype(dtype).name
     assert weights.model_config().num_layers == 3
+
+
+def _save_torch(path: Path, tensors: dict[str, NDArray]) -> None:
+    """As torch does: of these dtypes it has no typed memory, and writes bytes with the dtype beside them."""
+    items, entries = b"", []
+    for key, (name, x) in enumerate(tensors.items()):
+        strides = tuple(stride // x.itemsize for stride in x.strides)
+        if x.dtype.name.startswith("float8"):
+            held = forged.memory(str(key), ("torch.storage", "UntypedStorage"), x.nbytes)
+            parts = (held, forged.integer(0), forged.integers(x.shape), forged.integers(strides), b"\x89")
+            dtype = forged.named("torch", x.dtype.name)
+            made = forged.call("torch._utils", "_rebuild_tensor_v3", *parts, forged.HOOKS, dtype)
+        else:
+            made = forged.tensor(forged.memory(str(key), count=x.size), 0, x.shape, strides)
+        items += forged.text(name) + made
+        entries.append(forged.Entry(f"x/data/{key}", x.tobytes()))
+    path.write_bytes(forged.torch_file(forged.state(items), *entries))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_files_by_torch_are_read(tmp_path: Path, dtype: type) -> None:
+    scale = np.float32([0.5])
+    _save_torch(tmp_path / "a.pth", TENSORS | {KEY: TENSORS[KEY].astype(dtype), f"{KEY}_scale": scale})
+    weights = open_weights(tmp_path / "a.pth")
+    assert weights.file.held_in(KEY) == np.dtype(dtype).name
+    expected = TENSORS | {KEY: TENSORS[KEY].astype(dtype).astype(np.float32) * scale}
+    assert_same_bits(dict(weights.tensors), expected)
+
+
+def test_another_dtype_of_eight_bits_by_torch_is_refused(tmp_path: Path) -> None:
+    _save_torch(tmp_path / "a.pth", {"a": np.zeros((2, 2), ml_dtypes.float8_e4m3fnuz)})
+    with pytest.raises(WeightsError, match=r"names 'torch\.float8_e4m3fnuz'"):
+        open_weights(tmp_path / "a.pth")
 
 
 def test_blocks_of_128() -> None:

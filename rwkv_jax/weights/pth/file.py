@@ -58,9 +58,10 @@ def read_torch_file(path: Path) -> TorchFile:
     """The tensors of a file by `torch.save`, memory-mapped: nothing is copied, and nothing in the file is run.
 
     The file is a dict of tensors or of parameters by name, in any of torch's formats since 1.6, of the dtypes bfloat16,
-    float16, float32, float64, bool and the integers. A tensor has the strides that it was saved with, and tied ones
-    share memory. Where no tensor is at the top, the dict named "module", "state_dict" or "model" there is taken, in
-    which DeepSpeed and Lightning wrap theirs; the values beside that dict are checked to be plain and left out.
+    float16, float32, float64, float8_e4m3fn, float8_e5m2, bool and the integers. A tensor has the strides that it was
+    saved with, and tied ones share memory. Where no tensor is at the top, the dict named "module", "state_dict" or
+    "model" there is taken, in which DeepSpeed and Lightning wrap theirs; the values beside that dict are checked to be
+    plain and left out.
     Checksums are compared by `MappedTensors.verify` only, for that reads the whole file; torch does not. An index
     (`*.bin.index.json`) stands for all of its shards.
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.weights.fp8 import FLOAT8
 from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
 from rwkv_jax.weights.pth.zip import Entry
 from rwkv_jax.weights.tensors import BFLOAT16
@@ -45,6 +46,7 @@ _STORAGE_CLASSES = {f"torch.{name}": dtype for name, dtype in STORAGES.items()} 
 }
 # Of these torch has no typed storages: it writes bytes, and the dtype beside them.
 _LATER_DTYPES = {f"torch.{name}": np.dtype(name).newbyteorder("<") for name in ("uint16", "uint32", "uint64")}
+_LATER_DTYPES |= {f"torch.{dtype.name}": dtype for dtype in FLOAT8.values()}
 
 _ALLOWED = {
     "collections.OrderedDict",
