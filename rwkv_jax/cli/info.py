@@ -39,8 +39,9 @@ class Info:
             return
         from rwkv_jax.data.tokens.binidx import find_binidx
         from rwkv_jax.weights.ggml.reading import is_ggml
+        from rwkv_jax.weights.shards import is_numbered
 
-        is_weights = self.source.endswith("pytorch_model.bin") or is_ggml(path)
+        is_weights = self.source.endswith("pytorch_model.bin") or is_numbered(path.name) or is_ggml(path)
         pair = None if is_weights else find_binidx(self.source)
         if pair is not None:
             lines = _of_tokens(*pair)
@@ -53,8 +54,10 @@ class Info:
     @staticmethod
     def _is_plain(path: Path) -> bool:
         """Whether it may be weights that are read without JAX, by its name."""
+        from rwkv_jax.weights.shards import is_numbered
+
         plain = (".pth", ".safetensors", ".bin.index.json", ".safetensors.index.json", "pytorch_model.bin")
-        return path.is_dir() or (path.is_file() and path.name.endswith(plain))
+        return path.is_dir() or (path.is_file() and (path.name.endswith(plain) or is_numbered(path.name)))
 
     def _print_summary(self) -> bool:
         """Prints what is known of weights with official names; False for others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
     np.dtype("float64"): "float64",
 }
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _CONVERTED = ("_strategy", "_rescale_layer")  # only in files converted by the rwkv package
 
 
@@ -62,7 +64,7 @@ def read_config(
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
     told = spec.fields_in_name(file_name)
-    told |= {name: _told(metadata[name]) for name in spec.fields_beside_tensors if metadata and name in metadata}
+    told |= {name: _told(name, metadata[name]) for name in spec.fields_beside_tensors if metadata and name in metadata}
     try:
         return ModelConfig(
             generation=spec.name,
@@ -88,13 +90,16 @@ def compute_dtype(tensors: Mapping[str, NDArray]) -> Literal["float32", "bfloat1
 def fields_in_metadata(config: ModelConfig) -> dict[str, str]:
     """What a file must say of a model because no tensor tells it: its `fields_beside_tensors` that are set."""
     names = config.spec.fields_beside_tensors
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in names}
-    plain = dataclasses.replace(config, **defaults).resolved()
+    plain = dataclasses.replace(config, **{name: _DEFAULTS[name] for name in names}).resolved()
     values = {name: getattr(config.resolved(), name) for name in names}
     told = {name: value for name, value in values.items() if value != getattr(plain, name)}
-    return {name: "true" if value is True else str(value) for name, value in told.items()}
+    return {name: str(value).lower() for name, value in told.items()}
 
 
-def _told(value: str) -> int | bool:
-    """A field that a file's metadata say: a size, or whether it is true."""
-    return int(value) if value.isdecimal() and len(value) < 20 else value == "true"
+def _told(name: str, value: str) -> int | bool:
+    """A field that a file's metadata say: a size, or whether it is true. It decides what is computed, so no guesses."""
+    is_flag = isinstance(_DEFAULTS[name], bool)
+    if re.fullmatch("true|false" if is_flag else "[0-9]{1,18}", value) is None:
+        wanted = "true or false" if is_flag else "a whole number"
+        raise WeightsError(f"{name} = {value[:80]!r} in its metadata: must be {wanted}; write the file anew")
+    return value == "true" if is_flag else int(value)

@@ -29,6 +29,14 @@ def shard_pattern(index: str) -> str:
     return f"{index.removesuffix(suffix)}-*{INDEX_SUFFIXES[suffix]}"
 
 
+def shard_patterns(name: str) -> list[str]:
+    """Patterns of what else a file needs by its name: the shards of an index, or those beside one with a number."""
+    if is_index(name):
+        return [shard_pattern(name)]
+    match = _NUMBERED.fullmatch(name)
+    return [] if match is None else [f"{match['stem']}-*-of-{match['count']}{match['suffix']}"]
+
+
 def is_numbered(name: str) -> bool:
     """Whether a name is that of one of several shards, such as pytorch_model-00001-of-00002.bin."""
     return _NUMBERED.fullmatch(name) is not None

@@ -21,7 +21,7 @@ from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub
 from rwkv_jax.weights.model_config import compute_dtype, read_config
 from rwkv_jax.weights.pth.file import TorchFile, read_torch_file
 from rwkv_jax.weights.safetensors import read_safetensors
-from rwkv_jax.weights.shards import are_one_set, is_index, is_numbered, read_numbered, shard_pattern
+from rwkv_jax.weights.shards import are_one_set, is_numbered, read_numbered, shard_patterns
 from rwkv_jax.weights.tensors import (
     MappedTensors,
     WeightsError,
@@ -162,9 +162,8 @@ def _fetch(name: str, file: str | None, path: Path) -> Path:
         list_files, download = huggingface_hub.list_repo_files, huggingface_hub.snapshot_download
         with _without_warnings_of_retries():
             chosen = file or _choose(list_files(name), name)
-            shards = [shard_pattern(chosen)] if is_index(chosen) else []
             config = [] if chosen.endswith(".pth") else [_CONFIG, GENERATION_FILE]
-            wanted = [chosen, *TOKENIZER_FILES, *_TEMPLATES, *config, *shards]
+            wanted = [chosen, *TOKENIZER_FILES, *_TEMPLATES, *config, *shard_patterns(chosen)]
             return Path(download(name, allow_patterns=wanted)) / chosen
     except WeightsError:
         raise

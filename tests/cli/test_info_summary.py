@@ -98,6 +98,19 @@ def test_without_a_head_the_embedding_is_it(rwkv: Command, tmp_path: Path) -> No
         rwkv("info", tmp_path / "a.safetensors")
 
 
+def test_numbered_shards_are_no_tokens(rwkv: Command, tmp_path: Path) -> None:
+    names = list(TENSORS)
+    halves = [{name: TENSORS[name] for name in names[i::2]} for i in range(2)]
+    for i, half in enumerate(halves):
+        write_torch_file(tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin", half)
+    for source in (tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path):
+        assert f"{len(TENSORS)} ({len(TENSORS)} in float32)" in rwkv("info", source).out
+    untied = {name: x for name, x in halves[1].items() if name != "head.weight"}
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    write_torch_file(tmp_path / "pytorch_model-00002-of-00002.bin", untied)
+    assert "tied: there is no head.weight" in rwkv("info", tmp_path / "pytorch_model-00001-of-00002.bin").out
+
+
 def test_hashes(rwkv: Command, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
     true = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()

@@ -69,7 +69,7 @@ def _save_torch(path: Path, tensors: dict[str, NDArray]) -> None:
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 def test_files_by_torch_are_read(tmp_path: Path, dtype: type) -> None:
-    scale = np.float32([0.5])
+    scale = np.full(1, 0.5, np.float32)
     _save_torch(tmp_path / "a.pth", TENSORS | {KEY: TENSORS[KEY].astype(dtype), f"{KEY}_scale": scale})
     weights = open_weights(tmp_path / "a.pth")
     assert weights.file.held_in(KEY) == np.dtype(dtype).name

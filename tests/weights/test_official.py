@@ -183,3 +183,26 @@ def test_sizes_that_contradict_each_other(change: dict[str, np.ndarray], message
         tensors = random_tensors(CONFIGS["7"]) | change
     with pytest.raises(WeightsError, match=message):
         check_tensors(tensors, read_config(tensors))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value", "wanted"),
+    [
+        ("7", "negative_eigenvalues", "TRUE", "true or false"),
+        ("7", "negative_eigenvalues", "1", "true or false"),
+        ("7", "negative_eigenvalues", "", "true or false"),
+        ("8-rosa", "rosa_bits", "true", "a whole number"),
+        ("8-rosa", "rosa_bits", "-4", "a whole number"),
+        ("8-rosa", "rosa_bits", "4" * 400, "a whole number"),
+    ],
+)
+def test_metadata_that_say_neither_are_refused(key: str, name: str, value: str, wanted: str) -> None:
+    """They decide what is computed."""
+    with pytest.raises(WeightsError, match=rf"{name} = '{value[:80]}' in its metadata: must be {wanted}; write"):
+        read_config(random_tensors(CONFIGS[key]), {name: value})
+
+
+def test_metadata_say_what_is_computed() -> None:
+    tensors = random_tensors(CONFIGS["7"])
+    for value in (True, False):
+        assert read_config(tensors, {"negative_eigenvalues": str(value).lower()}).negative_eigenvalues is value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import sys
 import types
@@ -275,6 +276,20 @@ def test_one_file_of_a_repository_is_fetched(repository: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert find_weights("owner/name/other.pth") == repository / "other.pth"
     assert [pattern for pattern in hub.patterns if "tokenizer" not in pattern] == ["other.pth", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name/a-00002-of-00002.pth"])
+def test_all_numbered_shards_of_a_repository_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    names = list(TENSORS)
+    for i in (1, 2):
+        write_torch_file(tmp_path / f"a-0000{i}-of-00002.pth", {name: TENSORS[name] for name in names[i - 1 :: 2]})
+    hub = Hub(tmp_path, online=True, fetched=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert_same_bits(dict(open_weights(find_weights(source)).tensors), TENSORS)
+    for file in tmp_path.iterdir():
+        assert any(fnmatch.fnmatch(file.name, pattern) for pattern in hub.patterns), file
 
 
 @pytest.mark.parametrize("source", ["owner/name", "owner/name/other.pth"])
