@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rwkv_jax.checks import require_counts
-from rwkv_jax.cli.flags import Quantize, WeightsFlags
+from rwkv_jax.cli.flags import PinFlags, Pinned, Quantize, WeightsFlags
 from rwkv_jax.cli.machine import describe_machine, find_devices
 from rwkv_jax.config import Architecture, ConfigError, Generation, ModelConfig
 from rwkv_jax.tables import format_table
@@ -44,6 +44,7 @@ class BenchedModel:
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
     tune: Literal["auto", "never"] = "auto"
     """auto takes what is fastest by measurement on this device, measured now if need be; never, the tables' choices."""
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     def load(self) -> tuple[LanguageModel, Tokenizer]:
         """The model and a tokenizer.
@@ -55,7 +56,9 @@ class BenchedModel:
         if (self.source is None) == (self.random is None):
             raise ConfigError("bench: name weights or give --random LAYERSxWIDTH, one of the two")
         if self.source is not None:
-            flags = WeightsFlags(self.source, tokenizer=self.tokenizer, dtype=self.dtype, quantize=self.quantize)
+            flags = WeightsFlags(
+                self.source, tokenizer=self.tokenizer, dtype=self.dtype, quantize=self.quantize, pinned=self.pinned
+            )
             return flags.load()
 
         from rwkv_jax.bench.random_model import NumberTokenizer, random_model

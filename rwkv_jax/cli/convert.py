@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
-from rwkv_jax.cli.flags import Quantize, tell_of_state, tokenizer_for
+from rwkv_jax.cli.flags import PinFlags, Pinned, Quantize, tell_of_state, tokenizer_for
 from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
 
@@ -54,20 +54,23 @@ class Convert:
     verify: bool = False
     """Compare the source with its checksums first (.pth, safetensors that we wrote), as `rwkv info --verify` does."""
 
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
+
     def run(self) -> None:
         """Converts, one tensor at a time unless quantizing, and prints what was written."""
         from rwkv_jax.weights.pretrained import convert
         from rwkv_jax.weights.sources import verify_weights
 
-        if self.verify and not verify_weights(self.source):
-            raise ConfigError(f"verify = True: {self.source} has no checksums; leave it out")
         if self.cut_used and self.resize_vocab is None:
             raise ConfigError("cut_used = True: says which rows --resize-vocab may cut; leave it out")
+        place = self.pinned.find(self.source)
+        if self.verify and not verify_weights(place):
+            raise ConfigError(f"verify = True: {self.source} has no checksums; leave it out")
         if self.quantize is not None:
-            model = self._quantize(self.quantize)
+            model = self._quantize(place, self.quantize)
         else:
             model = convert(
-                self.source,
+                place,
                 self.target,
                 layout=self.layout,
                 dtype=self.dtype,
@@ -84,7 +87,7 @@ class Convert:
         )
         tell_of_state(self.source, self.target)
 
-    def _quantize(self, quantize: Quantize) -> ModelConfig:
+    def _quantize(self, place: Path, quantize: Quantize) -> ModelConfig:
         """Loads the quantized model and saves it; rejects what cannot be saved before loading."""
         from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 
@@ -106,17 +109,15 @@ class Convert:
             )
         refuse_existing(self.target.expanduser(), label=str(self.target))
         find_devices()
-        tokenizer = self._tokenizer_of_folder()  # checked first: loading takes minutes
-        model = from_pretrained(self.source, quantize=quantize)
+        tokenizer = self._tokenizer_of_folder(place)  # checked first: loading takes minutes
+        model = from_pretrained(place, quantize=quantize)
         save_pretrained(model, self.target, tokenizer=tokenizer)
         return model.config
 
-    def _tokenizer_of_folder(self) -> Tokenizer | None:
+    def _tokenizer_of_folder(self, path: Path) -> Tokenizer | None:
         """The tokenizer to save with the weights; None if the target is a file."""
         from rwkv_jax.run_folder import load_run_tokenizer
-        from rwkv_jax.weights.sources import find_weights
 
-        path = find_weights(self.source)
         if self.target.suffix.lower() in (".pth", ".safetensors"):
             if self.tokenizer is not None:
                 raise ConfigError(f"{self.target}: a tokenizer is written beside the weights; name a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,6 +25,26 @@ Quantize = Literal["int8", "int4", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
+class PinFlags:
+    """Which weights exactly SOURCE stands for."""
+
+    revision: Annotated[str | None, tyro.conf.arg(metavar="REVISION")] = None
+    """Branch, tag or commit of a model on the Hugging Face hub; None takes its main branch."""
+    sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
+    """SHA-256 that the file of weights must have, compared before it is opened; `rwkv info --hash` tells it."""
+
+    def find(self, source: str) -> Path:
+        """`find_weights`."""
+        from rwkv_jax.weights.sources import find_weights
+
+        return find_weights(source, revision=self.revision, sha256=self.sha256)
+
+
+Pinned = Annotated[PinFlags, tyro.conf.arg(name="")]
+"""The type of a field with these flags."""
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightsFlags:
     """A model with its tokenizer."""
 
@@ -41,6 +62,12 @@ class WeightsFlags:
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
     tables: Literal["device", "host"] = "device"
     """Where RWKV-7a and 7b have their tables by token; of the host's memory a step fetches the rows of its tokens."""
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
+
+    @functools.cached_property
+    def place(self) -> Path:
+        """The file or the run that SOURCE stands for, found when it is asked for first; raises as `find_weights`."""
+        return self.pinned.find(self.source)
 
     def load(self, adapter: TunedFlags | None = None) -> tuple[LanguageModel, Tokenizer]:
         """Loads the tokenizer, then the model, with an adapter if the flags name one.
@@ -48,10 +75,8 @@ class WeightsFlags:
         Raises:
           ConfigError: no device, incompatible flags, or as `from_pretrained` and `load_tokenizer`.
         """
-        from rwkv_jax.weights.sources import find_weights
-
         find_devices()
-        model, tokenizer = self._loaded(find_weights(self.source))
+        model, tokenizer = self._loaded(self.place)
         return (model if adapter is None else adapter.put_into(model, self)), tokenizer
 
     def load_with_template(
@@ -66,11 +91,10 @@ class WeightsFlags:
         """
         from rwkv_jax.chat.choice import named_template
         from rwkv_jax.inference.chat.choice import choose_template
-        from rwkv_jax.weights.sources import find_weights
 
         named = None if name is None else named_template(name)
         find_devices()
-        place = find_weights(self.source)
+        place = self.place
         if named is None and (format_of_run := chat_format_of(place)) is not None:
             named = named_template(format_of_run)
         model, tokenizer = self._loaded(place)
@@ -218,7 +242,7 @@ class TunedFlags:
             check_for(
                 model,
                 list(adapters.values()),
-                weights.source,
+                weights.place,
                 which=weights.checkpoint,
                 ema=weights.ema,
                 allow_other_base=self.allow_other_base,

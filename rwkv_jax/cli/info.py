@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from rwkv_jax.cli.flags import PinFlags, Pinned
+
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.weights.tensors import MappedTensors
@@ -24,31 +26,35 @@ class Info:
     or token files (.bin and .idx)."""
 
     verify: bool = False
-    """Compare weights with their checksums, which reads the whole file. (States and token files always are.)"""
+    """Compare weights with their checksums and hashes, which reads them whole. (States and token files always are.)"""
 
-    sha256: bool = False
-    """Compute the SHA-256 of a file of weights, which reads it whole, in place of a recorded one."""
+    hash: bool = False
+    """Compute the SHA-256 of a file of weights, which reads it whole: what --sha256 takes."""
 
     numbers: bool = False
     """Look for NaN, infinity and rescaled layers in weights with official names, which reads the whole file."""
 
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
+
     def run(self) -> None:
         """Prints one line for each thing known; of weights only names and shapes are read, unless asked for more."""
-        path = Path(self.source).expanduser()
-        if self._is_plain(path) and self._print_summary():
+        is_pinned = self.pinned != PinFlags()
+        source = str(self.pinned.find(self.source)) if is_pinned else self.source
+        path = Path(source).expanduser()
+        if self._is_plain(path) and self._print_summary(source):
             return
         from rwkv_jax.data.tokens.binidx import find_binidx
         from rwkv_jax.weights.ggml.reading import is_ggml
         from rwkv_jax.weights.shards import is_numbered
 
-        is_weights = self.source.endswith("pytorch_model.bin") or is_numbered(path.name) or is_ggml(path)
-        pair = None if is_weights else find_binidx(self.source)
+        is_weights = source.endswith("pytorch_model.bin") or is_numbered(path.name) or is_ggml(path)
+        pair = None if is_weights else find_binidx(source)
         if pair is not None:
             lines = _of_tokens(*pair)
         elif (metadata := _state_metadata(path)) is not None:
             lines = _of_state(path, metadata)
         else:
-            lines = self._of_weights()
+            lines = self._of_weights(source)
         _print(lines)
 
     @staticmethod
@@ -59,12 +65,12 @@ class Info:
         plain = (".pth", ".safetensors", ".bin.index.json", ".safetensors.index.json", "pytorch_model.bin")
         return path.is_dir() or (path.is_file() and (path.name.endswith(plain) or is_numbered(path.name)))
 
-    def _print_summary(self) -> bool:
+    def _print_summary(self, source: str) -> bool:
         """Prints what is known of weights with official names; False for others."""
         from rwkv_jax.weights.sources import find_weights, prefix_errors
         from rwkv_jax.weights.summary import ranks, summarize, unusual, unusual_numbers
 
-        path = find_weights(self.source)
+        path = find_weights(source)
         if path.is_dir() or (summary := summarize(path)) is None:
             return False
         if self.verify:
@@ -75,9 +81,7 @@ class Info:
         if told := ranks(summary):
             lines["ranks"] = told
         lines |= _of_tensors(summary.file, verified=summary.file.has_checksums if self.verify else None)
-        _print(
-            lines | self._of_file(path, summary.model, summary.file.metadata) | {"unusual": "; ".join(odd) or "nothing"}
-        )
+        _print(lines | self._of_file(path, summary.model, summary.file) | {"unusual": "; ".join(odd) or "nothing"})
         if self.verify or not summary.is_regular:
             from rwkv_jax.weights.official import check_tensors
 
@@ -85,23 +89,27 @@ class Info:
                 check_tensors(summary.file, summary.model)
         return True
 
-    def _of_file(self, path: Path, model: ModelConfig, metadata: Mapping[str, str]) -> dict[str, str]:
-        from rwkv_jax.weights.summary import guess_tokenizer, hash_of_file, recorded_hash
+    def _of_file(self, path: Path, model: ModelConfig, file: MappedTensors) -> dict[str, str]:
+        from rwkv_jax.weights.hub import origin_of
+        from rwkv_jax.weights.pinned import hash_of_weights
+        from rwkv_jax.weights.summary import guess_tokenizer, recorded_hash
 
-        known = hash_of_file(path) if self.sha256 else recorded_hash(path, metadata)
-        return {
-            "SHA-256": known or "none recorded; --sha256 computes it",
-            "tokenizer": guess_tokenizer(path, model.vocab_size),
-        }
+        known = hash_of_weights(path) if self.hash else recorded_hash(path)
+        lines = {"SHA-256": known or "none recorded; --hash computes it"}
+        if file.content_sha256 is not None:
+            lines["of tensors"] = f"{file.content_sha256}, {'compared' if self.verify else 'not compared'}"
+        if (origin := origin_of(path)) is not None:
+            lines["from"] = f"{origin.name} on the Hugging Face hub, commit {origin.commit}"
+        return lines | {"tokenizer": guess_tokenizer(path, model.vocab_size)}
 
-    def _of_weights(self) -> dict[str, str]:
+    def _of_weights(self, source: str) -> dict[str, str]:
         from rwkv_jax.config import from_dict
         from rwkv_jax.run_folder import read_run_file
         from rwkv_jax.weights.official import check_tensors
         from rwkv_jax.weights.quantized import DequantizedTensors
         from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
 
-        path = find_weights(self.source)
+        path = find_weights(source)
         if path.is_dir():
             model = from_dict(read_run_file(path)["config"]).model
             return {"run": str(path), **_of_model(model)}
@@ -116,7 +124,7 @@ class Info:
             "weights": f"{path}, {weights.layout} names{f', matrices in {packed}' if packed else ''}",
             **_of_model(model),
             **_of_tensors(weights.file, verified=weights.file.has_checksums if self.verify else None),
-            **self._of_file(path, model, weights.file.metadata),
+            **self._of_file(path, model, weights.file),
             **({"unusual": _TIED} if "head.weight" in weights.tensors and _has_no_head(weights.file) else {}),
         }
 

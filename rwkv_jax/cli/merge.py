@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
-from rwkv_jax.cli.flags import tell_of_state
+from rwkv_jax.cli.flags import PinFlags, Pinned, tell_of_state
 from rwkv_jax.config import ConfigError
 
 
@@ -38,6 +38,7 @@ class Merge:
     """Merge into a base in 8 or 4 bits, with its rounding; the original weights are the better base."""
     allow_other_base: bool = False
     """Merge into a base with other numbers than the one the adapter was trained on, if the shapes are the same."""
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     def run(self) -> None:
         """Merges, one tensor at a time, and prints what was written."""
@@ -52,7 +53,7 @@ class Merge:
         given = {"alpha": self.adapter_alpha, "init": self.adapter_init}
         adapters = [open_adapter(source, **given) for source in sources]
         model = merge_weights(
-            self.base,
+            self.pinned.find(self.base),
             adapters,
             target,
             weights=self.weights or None,

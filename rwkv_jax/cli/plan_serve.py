@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from rwkv_jax.checks import ConfigError, is_number, require_whole
+from rwkv_jax.cli.flags import PinFlags, Pinned
 from rwkv_jax.cli.train_config import load_config
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class PlanServe:
     """As in rwkv serve."""
     memory: float | None = None
     """GiB of a device, to say how many slots it holds at most."""
+    pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     def run(self) -> None:
         """Prints the plan; loads no weights."""
@@ -40,12 +42,12 @@ class PlanServe:
 
         from rwkv_jax.plan.serving import describe_server
 
-        formats = formats_of(*model_of(self.source))
+        formats = formats_of(*model_of(self.source, self.pinned))
         sizes = {"num_slots": self.slots, "prefix_bytes": self.prefix_bytes}
         print(describe_server(formats, **sizes, memory=self.memory))
 
 
-def model_of(source: str) -> tuple[ModelConfig, Kind]:
+def model_of(source: str, pinned: PinFlags) -> tuple[ModelConfig, Kind]:
     """The model of a config file, a run or weights, whose headers alone are read; and which of these it is.
 
     Raises:
@@ -56,9 +58,9 @@ def model_of(source: str) -> tuple[ModelConfig, Kind]:
 
     from rwkv_jax.config import from_dict
     from rwkv_jax.run_folder import read_run_file
-    from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
+    from rwkv_jax.weights.sources import open_weights, prefix_errors
 
-    place = find_weights(source)
+    place = pinned.find(source)
     if place.is_dir():
         return from_dict(read_run_file(place)["config"]).model, "run"
     weights = open_weights(place)

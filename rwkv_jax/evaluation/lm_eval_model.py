@@ -59,6 +59,8 @@ class RWKVJax(_Base):
         max_gen_toks: int = 256,
         slots: int | None = None,
         template: str | None = None,
+        revision: str | None = None,
+        sha256: str | None = None,
         engine: Engine | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -75,6 +77,7 @@ class RWKVJax(_Base):
           max_gen_toks: most tokens of an answer for tasks that do not say.
           slots: texts on the device at once, 8 by default; a greater `batch_size` counts instead.
           template: of chats, as `rwkv chat --template` takes; None is the model's own.
+          revision, sha256: of the weights, as of `from_pretrained`.
           engine: of a model that is loaded already, in place of all that is above of loading.
           batch_size: a number, possibly as text, or "auto", which leaves it to `slots`.
           max_batch_size, device: lm-eval gives them; where JAX runs is said by JAX_PLATFORMS.
@@ -95,7 +98,7 @@ class RWKVJax(_Base):
             _refuse_with_engine(engine, given, least)
         self._template: ChatTemplate | None = None if template is None else named_template(template)
         if pretrained is not None:
-            place = find_weights(pretrained)
+            place = find_weights(pretrained, revision=revision, sha256=sha256)
             model = from_pretrained(place, dtype=dtype, quantize=quantize)
             found = _tokenizer_of(place, tokenizer, model.config.vocab_size)
             if self._template is None:

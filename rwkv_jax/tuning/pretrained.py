@@ -32,6 +32,8 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
     context_length: int | None = None,
+    revision: str | None = None,
+    sha256: str | None = None,
     adapter: AdapterSource | Sequence[AdapterSource] | None = None,
     adapter_alpha: float | None = None,
     adapter_init: str | os.PathLike[str] | None = None,
@@ -57,6 +59,9 @@ def from_pretrained(
         so that a file of packed matrices gives a model of packed matrices.
       context_length: tokens for which a Transformer's or Llama's state has room; None is the run's, or what the
         config.json allows, up to `weights.hugging_face.MAX_CONTEXT`.
+      revision: branch, tag or commit of a model on the hub, of which all files are then taken; None is its main branch.
+      sha256: SHA-256 in hex that the file of weights must have, compared before it is opened: as `sha256sum` prints it,
+        and of the lines that it prints for the files of a sharded one (`weights.pinned.hash_of_weights`).
       adapter: what `rwkv_jax.tuning.open_adapter` reads, one or several; not merged, so that the base stays as it is
         (in 4 bits, say). None is the model alone.
       adapter_alpha, adapter_init: of adapter files that lack them (RWKV-PEFT's), as in `open_adapter`.
@@ -68,17 +73,18 @@ def from_pretrained(
 
     Raises:
       WeightsError: the weights do not exist or are of no such model; one message lists all missing, unexpected and
-        misshapen tensors. Or incompatible options.
+        misshapen tensors. Or incompatible options, or another SHA-256 than was asked for.
       AdapterError: an adapter is not whole, or not of this base.
       UnsafeFileError: the file contains anything but plain tensors.
     """
+    pins: dict[str, Any] = {"revision": revision, "sha256": sha256}
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize, "context_length": context_length}
     if adapter is None:
         given = {"adapter_alpha": adapter_alpha, "adapter_init": adapter_init, "adapter_weights": adapter_weights}
         for name, value in given.items():
             if value is not None:
                 raise AdapterError(f"{name} = {value!r}: there is no adapter; give one, or leave it out")
-        return pretrained.from_pretrained(source, **options)
+        return pretrained.from_pretrained(source, **options, **pins)
     is_one = isinstance(adapter, str | os.PathLike | Adapter)
     sources: list[AdapterSource] = [adapter] if is_one else list(adapter)  # pyright: ignore[reportAssignmentType]
     adapters = [
@@ -86,8 +92,9 @@ def from_pretrained(
         for each in sources
     ]
     weights = checked_weights(adapters, adapter_weights)
-    model = pretrained.from_pretrained(source, **options)
-    check_for(model, adapters, source, allow_other_base=allow_other_base)
+    place = find_weights(source, **pins)
+    model = pretrained.from_pretrained(place, **options)
+    check_for(model, adapters, place, allow_other_base=allow_other_base)
     return adapted_model(model, combined(adapters, weights, official_shapes(model.config)))
 
 

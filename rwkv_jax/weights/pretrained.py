@@ -65,13 +65,15 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
     context_length: int | None = None,
+    revision: str | None = None,
+    sha256: str | None = None,
 ) -> LanguageModel:
     """`rwkv_jax.from_pretrained` without adapters, of which this package knows nothing; arguments as there."""
     if quantize not in (None, *QUANTIZATIONS):
         raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
-    path = find_weights(source)
+    path = find_weights(source, revision=revision, sha256=sha256)
     room = {} if context_length is None else {"context_length": context_length}
     if path.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)

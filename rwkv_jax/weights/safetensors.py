@@ -1,10 +1,12 @@
 """Reads safetensors files as memory-mapped views; writes them tensor by tensor, as one file or as shards.
 
-What is written has a CRC-32 of each tensor in its metadata, and one of its header, under `checksums`.
+What is written has a CRC-32 of each tensor in its metadata, and one of its header, under `checksums`; a model's files
+also have what `content_hash` says.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import mmap
@@ -19,6 +21,15 @@ from safetensors import SafetensorError, deserialize, safe_open
 from rwkv_jax.atomic import new_file
 from rwkv_jax.checks import is_whole
 from rwkv_jax.json_object import parse_object
+from rwkv_jax.weights.content_hash import (
+    CONTENT,
+    FORMAT,
+    FORMAT_VERSION,
+    ContentHash,
+    content_sha256,
+    refuse_newer,
+    tensor_line,
+)
 from rwkv_jax.weights.fp8 import FLOAT8
 from rwkv_jax.weights.shards import is_index, read_shards
 from rwkv_jax.weights.tensors import (
@@ -51,8 +62,8 @@ def read_safetensors(path: Path) -> MappedTensors:
     Read-only views of memory maps, BF16 as `ml_dtypes.bfloat16`: nothing is read before it is used.
 
     Raises:
-      WeightsError: a file is missing or cannot be read, or a tensor is neither of BF16, F16, F32, F64, F8_E4M3,
-        F8_E5M2 nor of integers.
+      WeightsError: a file is missing or cannot be read, is of a later version than is known, or a tensor is neither of
+        BF16, F16, F32, F64, F8_E4M3, F8_E5M2 nor of integers.
       UnsafeFileError: a header that the safetensors library rejects, a shape that NumPy does not support, a duplicate
         name, or an index that leads out of its folder or does not match its shards.
     """
@@ -92,14 +103,17 @@ def safetensors_bytes(name: str, tensors: Mapping[str, NDArray], metadata: Mappi
     return content.getvalue()
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None, *, is_model: bool = False
+) -> None:
     """Writes one file atomically; the same tensors and metadata give the same bytes.
 
     Tensors of wider elements come first, so that all are aligned, otherwise in their given order. One is in memory at a
-    time. Older versions of `transformers` want the metadata {"format": "pt"}.
+    time. Older versions of `transformers` want the metadata {"format": "pt"}. A model's file says its version and has a
+    hash of all its tensors (`content_hash`).
     Raises WeightsError if the file exists, or for a dtype or name that the format does not have.
     """
-    _write_file(path, tensors, _plan(path, tensors), metadata)
+    _write_file(path, tensors, _plan(path, tensors), metadata, is_model=is_model)
 
 
 def write_sharded_safetensors(
@@ -110,7 +124,8 @@ def write_sharded_safetensors(
 ) -> Path:
     """Writes `model-00001-of-0000N.safetensors` and, last, their index; or `model.safetensors`, if all fits in one.
 
-    A shard has up to `max_shard_bytes` of tensors, or a single tensor that is larger. Returns what `read_safetensors`
+    They are a model's (`write_safetensors`). A shard has up to `max_shard_bytes` of tensors, or a single tensor that is
+    larger. Returns what `read_safetensors`
     takes: the index or the one file. The folder is made if need be; a failure leaves none of these files behind.
     Raises WeightsError if the folder has a model already, and as `write_safetensors` does.
     """
@@ -130,16 +145,21 @@ def write_sharded_safetensors(
             shards.append({})
         shards[-1][name] = spec
     if len(shards) == 1:
-        _write_file(single, tensors, shards[0], metadata)
+        _write_file(single, tensors, shards[0], metadata, is_model=True)
         return single
     paths = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     written: list[Path] = []
+    lines: list[str] = []
     try:
         for path, shard in zip(paths, shards, strict=True):
-            _write_file(path, tensors, shard, metadata)
+            lines += _write_file(path, tensors, shard, metadata, is_model=True)
             written.append(path)
         content = {
-            "metadata": {"total_size": sum(spec.num_bytes for shard in shards for spec in shard.values())},
+            "metadata": {
+                "total_size": sum(spec.num_bytes for shard in shards for spec in shard.values()),
+                FORMAT: str(FORMAT_VERSION),
+                CONTENT: content_sha256(lines),
+            },
             "weight_map": {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard},
         }
         with new_file(index, WeightsError) as file:
@@ -162,15 +182,23 @@ def _read_file(path: Path) -> MappedTensors:
         remedy = f": it {wrong}" if wrong else "; get it again"
         raise UnsafeFileError(f"{path}: is not a whole safetensors file ({error}){remedy}") from error
     header, start = _header(mapped, path)
+    refuse_newer(header.get(_METADATA) or {}, path, WeightsError)
     checksums = _recorded(header)
     recorded = {}
     if _METADATA in checksums:
         recorded[f"the header of {path.name}"] = Recorded(_described(header), checksums[_METADATA])
     metadata = header.pop(_METADATA, None) or {}
     metadata.pop(_CHECKSUMS, None)
+    metadata.pop(FORMAT, None)
+    content = metadata.pop(CONTENT, None)
     tensors = _views(mapped, path, header, start)
     recorded |= {name: Recorded(tensors[name], checksums[name]) for name in tensors if name in checksums}
-    return MappedTensors(tensors, [mapped], recorded, metadata)
+
+    @functools.cache
+    def lines() -> list[str]:
+        return [tensor_line(name, header[name]["dtype"], tensors[name]) for name in tensors]
+
+    return MappedTensors(tensors, [mapped], recorded, metadata, contents=[ContentHash(path.name, content, lines)])
 
 
 def _header(content: bytes | mmap.mmap, source: Path | str) -> tuple[dict[str, Any], int]:
@@ -239,10 +267,16 @@ def _plan(source: Path | str, tensors: Mapping[str, NDArray]) -> dict[str, Tenso
 
 
 def _write_file(
-    path: Path, tensors: Mapping[str, NDArray], plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
-) -> None:
+    path: Path,
+    tensors: Mapping[str, NDArray],
+    plan: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None,
+    *,
+    is_model: bool,
+) -> list[str]:
+    """Returns the line of each tensor, by which its hash is known."""
     with new_file(path, WeightsError) as file:
-        _write_to(file, path, tensors, plan, metadata)
+        return _write_to(file, path, tensors, plan, metadata, is_model=is_model)
 
 
 def _write_to(
@@ -251,8 +285,12 @@ def _write_to(
     tensors: Mapping[str, NDArray],
     plan: Mapping[str, TensorSpec],
     metadata: Mapping[str, str] | None,
-) -> None:
+    *,
+    is_model: bool = False,
+) -> list[str]:
     ours = dict(metadata or {})
+    if is_model:
+        ours |= {FORMAT: str(FORMAT_VERSION), CONTENT: content_sha256([])}  # of the length that it will have
     header: dict[str, Any] = {_METADATA: ours}
     offset = 0
     for name, spec in plan.items():
@@ -262,14 +300,19 @@ def _write_to(
             "data_offsets": [offset, offset + spec.num_bytes],
         }
         offset += spec.num_bytes
-    checksums = dict.fromkeys(plan, 0) | {_METADATA: checksum_of(_described(header))}
+    checksums = dict.fromkeys(plan, 0) | {_METADATA: 0}
     is_own = _CHECKSUMS not in ours
+    lines: list[str] = []
     file.write(_header_bytes(header, checksums if is_own else None))
     for name, spec in plan.items():
-        checksums[name] = _write_tensor(source, file, name, spec, tensors[name])
-    if is_own:
-        file.seek(0)
-        file.write(_header_bytes(header, checksums))
+        checksums[name], line = _write_tensor(source, file, name, spec, tensors[name], is_model=is_model)
+        lines += line
+    if is_model:
+        ours[CONTENT] = content_sha256(lines)
+    checksums[_METADATA] = checksum_of(_described(header))
+    file.seek(0)
+    file.write(_header_bytes(header, checksums if is_own else None))
+    return lines
 
 
 def _header_bytes(header: dict[str, Any], checksums: Mapping[str, int] | None) -> bytes:
@@ -279,10 +322,12 @@ def _header_bytes(header: dict[str, Any], checksums: Mapping[str, int] | None) -
     return len(content).to_bytes(8, "little") + content
 
 
-def _write_tensor(source: Path | str, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray) -> int:
-    """Returns its checksum."""
+def _write_tensor(
+    source: Path | str, file: BinaryIO, name: str, spec: TensorSpec, tensor: NDArray, *, is_model: bool
+) -> tuple[int, list[str]]:
+    """Returns its checksum, and its line if it is a model's."""
     if (tensor.shape, tensor.dtype.newbyteorder("<")) != spec:
         raise WeightsError(f"{source}: the tensor {name!r} changed while it was written; start again")
-    content = np.ascontiguousarray(tensor, spec.dtype).reshape(-1).view(np.uint8)
-    file.write(content.data)
-    return checksum_of(content)
+    content = np.ascontiguousarray(tensor, spec.dtype).reshape(spec.shape)  # contiguous ones have an axis at least
+    file.write(content.reshape(-1).view(np.uint8).data)
+    return checksum_of(content), [tensor_line(name, _DTYPE_NAMES[spec.dtype], content)] if is_model else []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from rwkv_jax.json_object import parse_object
+from rwkv_jax.weights.content_hash import CONTENT, refuse_newer
 from rwkv_jax.weights.tensors import MappedTensors, UnsafeFileError, WeightsError, join_names, map_file
 
 INDEX_SUFFIXES = {".safetensors.index.json": ".safetensors", ".bin.index.json": ".bin"}
@@ -55,17 +57,9 @@ def read_numbered(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTe
       WeightsError: a shard is missing, or as `read` does.
       UnsafeFileError: two shards hold the same tensor, or the name counts none or more than `_MAX_SHARDS`.
     """
-    match = _NUMBERED.fullmatch(path.name)
-    assert match is not None
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count <= _MAX_SHARDS:
-        raise UnsafeFileError(f"{path}: is no shard of 1 to {_MAX_SHARDS}, by its name; rename it")
-    names = [f"{match['stem']}-{i:05}-of-{match['count']}{match['suffix']}" for i in range(1, count + 1)]
-    if missing := [name for name in names if not path.with_name(name).is_file()]:
-        raise WeightsError(f"{path}: shards are missing beside it: {join_names(missing)}; get them")
     shards: list[MappedTensors] = []
     holder: dict[str, str] = {}
-    for name in names:
+    for name in numbered_names(path):
         shards.append(read(path.with_name(name)))
         if twice := [tensor for tensor in shards[-1] if tensor in holder]:
             found = f"{twice[0]} is also in {holder[twice[0]]}"
@@ -74,16 +68,60 @@ def read_numbered(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTe
     return MappedTensors.joined(shards)
 
 
+def numbered_names(path: Path) -> list[str]:
+    """The names of all shards of which a path is one, in order; raises as `read_numbered` if one is missing."""
+    match = _NUMBERED.fullmatch(path.name)
+    assert match is not None
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count <= _MAX_SHARDS:
+        raise UnsafeFileError(f"{path}: is no shard of 1 to {_MAX_SHARDS}, by its name; rename it")
+    names = [f"{match['stem']}-{i:05}-of-{match['count']}{match['suffix']}" for i in range(1, count + 1)]
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise WeightsError(f"{path}: shards are missing beside it: {join_names(missing)}; get them")
+    return names
+
+
+class Index(NamedTuple):
+    """What an index says."""
+
+    promised: dict[str, set[str]]
+    """The names of the tensors of each shard."""
+    content_sha256: str | None
+    """The hash of all tensors, if it has one."""
+
+
 def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTensors:
     """The tensors of all shards of an index, each shard as `read` has it.
 
     Raises:
-      WeightsError: a shard is missing, or as `read` does.
+      WeightsError: a shard is missing, the index is of a later version than is known, or as `read` does.
       UnsafeFileError: the index leads out of its folder or does not match its shards.
     """
+    promised, content = read_index(path)
+    shards = []
+    for shard in sorted(promised):
+        found = read(path.with_name(shard))
+        for names, trouble in (
+            (promised[shard] - found.keys(), "the index promises tensors that the shard lacks"),
+            (found.keys() - promised[shard], "the shard holds tensors that the index does not place there"),
+        ):
+            if names:
+                raise UnsafeFileError(
+                    f"{path.with_name(shard)}: {trouble}: {join_names(sorted(names))}; get both again"
+                )
+        shards.append(found)
+    return MappedTensors.joined(shards, content, path.name)
+
+
+def read_index(path: Path) -> Index:
+    """What an index promises of shards that all lie beside it; raises as `read_shards`, before any is read."""
     if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
         raise UnsafeFileError(f"{path}: an index of {path.stat().st_size} bytes is none of a model; get it again")
-    shard_of = parse_object(bytes(map_file(path)), path, UnsafeFileError).get("weight_map")
+    content = parse_object(bytes(map_file(path)), path, UnsafeFileError)
+    metadata = content.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    refuse_newer(metadata, path, WeightsError)
+    shard_of = content.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UnsafeFileError(f"{path}: has no weight_map from names of tensors to files; get the index again")
     promised: dict[str, set[str]] = {}
@@ -99,16 +137,5 @@ def read_shards(path: Path, read: Callable[[Path], MappedTensors]) -> MappedTens
         raise WeightsError(
             f"{path}: shards are missing beside it: {join_names(missing)}; get them, or the whole folder"
         )
-    shards = []
-    for shard in sorted(promised):
-        found = read(path.with_name(shard))
-        for names, trouble in (
-            (promised[shard] - found.keys(), "the index promises tensors that the shard lacks"),
-            (found.keys() - promised[shard], "the shard holds tensors that the index does not place there"),
-        ):
-            if names:
-                raise UnsafeFileError(
-                    f"{path.with_name(shard)}: {trouble}: {join_names(sorted(names))}; get both again"
-                )
-        shards.append(found)
-    return MappedTensors.joined(shards)
+    recorded = metadata.get(CONTENT)
+    return Index(promised, recorded if isinstance(recorded, str) else None)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.file_kinds import RUN_FILE
 from rwkv_jax.weights.fp8 import open_fp8
-from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE, read_hub_config
+from rwkv_jax.weights.hub import fetch
+from rwkv_jax.weights.hugging_face import CONFIG_FILE, read_hub_config
 from rwkv_jax.weights.model_config import compute_dtype, read_config
+from rwkv_jax.weights.pinned import check_hash, check_revision, require_hash
 from rwkv_jax.weights.pth.file import TorchFile, read_torch_file
 from rwkv_jax.weights.safetensors import read_safetensors
-from rwkv_jax.weights.shards import are_one_set, is_numbered, read_numbered, shard_patterns
+from rwkv_jax.weights.shards import are_one_set, is_numbered, read_numbered
 from rwkv_jax.weights.tensors import (
     MappedTensors,
     WeightsError,
@@ -49,7 +49,6 @@ _IN_ORDER = (
 _OF_TRAINER = re.compile(r"rwkv-(?:(?P<epoch>[0-9]{1,9})|init|final)\.pth")  # of RWKV-LM, in its project folder
 _TRAINER_LOG = "train_log.txt"
 _CONFIG, _MAX_CONFIG_BYTES = CONFIG_FILE, 2**20  # of transformers and flash-linear-attention
-_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # of chats
 _HUB_URL = re.compile(
     r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)(?:/\w+/[^/]+(?P<file>/[^?#]+))?.*"
 )
@@ -76,7 +75,7 @@ class Weights(NamedTuple):
         return self.config or read_config(self.tensors, self.file.metadata, self.name)
 
 
-def find_weights(source: str | os.PathLike[str]) -> Path:
+def find_weights(source: str | os.PathLike[str], *, revision: str | None = None, sha256: str | None = None) -> Path:
     """Finds the file of weights or run folder for a path or the name of a model on the hub.
 
     A folder stands for its model.safetensors.index.json, model.safetensors, its only .safetensors or .pth file, its
@@ -84,14 +83,35 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     newest rwkv-N.pth. What is no path here but looks like OWNER/NAME or OWNER/NAME/FILE is fetched from the Hugging
     Face hub, or found in what was fetched before, unless OWNER is a folder here or `runs`, or NAME ends like a file's.
 
+    Args:
+      revision: branch, tag or commit of a model on the hub; None is its main branch.
+      sha256: what `pinned.hash_of_weights` must be, in hex; compared before anything is opened. None is not asked.
+
     Raises:
-      WeightsError: nothing is there, or more than one thing; the message says what was looked for.
+      WeightsError: nothing is there, or more than one thing; the message says what was looked for. Or it has another
+        SHA-256, or a path here is to have a revision.
     """
+    if revision is not None:
+        check_revision(revision)
+    if sha256 is not None:
+        check_hash(sha256)
+    path = _find(source, revision)
+    if sha256 is not None:
+        require_hash(path, sha256)
+    return path
+
+
+def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise WeightsError(f"source = {source!r}: name a file, a folder or OWNER/NAME on the Hugging Face hub")
     if not os.fspath(source):
         raise WeightsError("no weights are named; name a file, a folder or OWNER/NAME on the Hugging Face hub")
     path = Path(source).expanduser()
+    if revision is not None and path.exists():
+        raise WeightsError(
+            f"revision = {revision!r}: {path} is a file or folder here, and only models on the Hugging Face hub have "
+            "revisions; leave it out"
+        )
     if path.is_dir():
         if (path / RUN_FILE).is_file():
             return path
@@ -117,7 +137,7 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
             f"{path}: no such file or run folder; name one that is there, or OWNER/NAME on the Hugging Face hub from "
             "where no folder is called OWNER"
         )
-    return _fetch(match["name"], match["file"], path)
+    return fetch(match["name"], match["file"], path, revision, _choose)
 
 
 def _choose(names: Sequence[str], folder: str) -> str:
@@ -148,52 +168,6 @@ def _newest_of_trainer(found: Sequence[str], beside: Sequence[str]) -> str | Non
     if None in matches or (looks_like_generations and _TRAINER_LOG not in beside):
         return None
     return "rwkv-final.pth" if "rwkv-final.pth" in found else epochs[max(epochs)]
-
-
-def _fetch(name: str, file: str | None, path: Path) -> Path:
-    looked_for = f"looked for the file or folder {path}, then for {name} on the Hugging Face hub"
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise WeightsError(
-            f'{looked_for}, for which huggingface_hub is missing: pip install "rwkv-jax[hub]", or name a local folder'
-        ) from error
-    try:
-        list_files, download = huggingface_hub.list_repo_files, huggingface_hub.snapshot_download
-        with _without_warnings_of_retries():
-            chosen = file or _choose(list_files(name), name)
-            config = [] if chosen.endswith(".pth") else [_CONFIG, GENERATION_FILE]
-            wanted = [chosen, *TOKENIZER_FILES, *_TEMPLATES, *config, *shard_patterns(chosen)]
-            return Path(download(name, allow_patterns=wanted)) / chosen
-    except WeightsError:
-        raise
-    except Exception as error:  # of the hub, of the network or of the disk, by whatever library speaks to them
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if getattr(error, "response", None) is not None:
-            raise WeightsError(f"{looked_for}, which answered: {reason}; mend the name, or log in there") from error
-        try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        except Exception:  # nothing was fetched, which is said next
-            folder = None
-        if folder is None or not (file is None or (folder / file).is_file()):
-            raise WeightsError(
-                f"{looked_for} ({reason}), then among what was fetched before; name a local file or folder, or try "
-                "again when the hub can be reached"
-            ) from error
-        _LOG.warning("%s: the hub cannot be reached (%s); taking what was fetched before, in %s", name, reason, folder)
-        return folder / (file or _choose([entry.name for entry in folder.iterdir()], str(folder)))
-
-
-@contextlib.contextmanager
-def _without_warnings_of_retries() -> Iterator[None]:
-    """Silences huggingface_hub's messages about each attempt, if it is loaded; we report the last result."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(max(before, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def open_weights(path: Path, *, warn: bool = True) -> Weights:

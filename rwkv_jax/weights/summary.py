@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ _VOCABULARIES = {
     257: "bytes",
     256: "bytes",
 }
-_BLOCK = 2**24  # bytes of a file that are hashed at a time
+_BLOCK = 2**24  # numbers of a tensor that are looked at at a time
 
 
 class Summary(NamedTuple):
@@ -145,22 +144,10 @@ def guess_tokenizer(path: Path, vocab_size: int) -> str:
     return f"none beside it, and none known of {vocab_size} ids"
 
 
-def recorded_hash(path: Path, metadata: Mapping[str, str]) -> str:
-    """A SHA-256 that stands in the file's metadata or in the name of the hub's stored file; empty if there is none."""
-    for name, value in metadata.items():
-        if "sha256" in name.lower() and _SHA256.fullmatch(value):
-            return f"{value}, by the file's metadata"
+def recorded_hash(path: Path) -> str:
+    """The SHA-256 that is the name of the hub's stored file; empty if there is none."""
     stored = path.resolve().name
     return f"{stored}, by the hub's cache" if path.is_symlink() and _SHA256.fullmatch(stored) else ""
-
-
-def hash_of_file(path: Path) -> str:
-    """SHA-256 of a whole file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def unusual_numbers(tensors: MappedTensors) -> list[str]:

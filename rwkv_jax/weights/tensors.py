@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.file_kinds import Kind, describe_wrong_file
+from rwkv_jax.weights.content_hash import ContentHash, content_sha256
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -42,7 +43,11 @@ class MappedTensors(dict[str, NDArray]):
       recorded: checksums of what a file has some of, by what messages call it: the names of tensors, or entries.
       metadata: what the file says of itself, without its checksums.
       held_in: how a file holds tensors of which these are only the bytes, such as q8_0, by their names.
+      contents: hashes of the tensors of each file, where files have some.
     """
+
+    content_sha256: str | None
+    """The hash that a file, or the index of several, has of all these tensors; it was not compared."""
 
     def __init__(
         self,
@@ -51,16 +56,23 @@ class MappedTensors(dict[str, NDArray]):
         recorded: Mapping[str, Recorded] | None = None,
         metadata: Mapping[str, str] | None = None,
         held_in: Mapping[str, str] | None = None,
+        contents: Sequence[ContentHash] = (),
     ) -> None:
         super().__init__(tensors)
         self._held_in = dict(held_in or {})
         self._maps = tuple(maps)
         self._recorded = dict(recorded or {})
         self.metadata = dict(metadata or {})
+        self._contents = tuple(contents)
+        self.content_sha256 = self._contents[0].recorded if len(self._contents) == 1 else None
 
     @classmethod
-    def joined(cls, parts: Iterable[MappedTensors]) -> MappedTensors:
-        """The tensors of several files, with distinct names, as one mapping."""
+    def joined(cls, parts: Iterable[MappedTensors], recorded: str | None = None, place: str = "") -> MappedTensors:
+        """The tensors of several files, with distinct names, as one mapping.
+
+        Args:
+          recorded: the hash that their index, which messages call `place`, has of all of them.
+        """
         whole = cls({}, [])
         for part in parts:
             whole |= part
@@ -68,6 +80,11 @@ class MappedTensors(dict[str, NDArray]):
             whole._recorded |= part._recorded
             whole._held_in |= part._held_in
             whole.metadata |= part.metadata
+            whole._contents += part._contents
+        if recorded is not None:
+            files = whole._contents
+            whole._contents += (ContentHash(place, recorded, lambda: [x for each in files for x in each.lines()]),)
+        whole.content_sha256 = recorded
         return whole
 
     def held_in(self, name: str) -> str:
@@ -77,7 +94,7 @@ class MappedTensors(dict[str, NDArray]):
     @property
     def has_checksums(self) -> bool:
         """Whether the files have checksums of what they hold."""
-        return bool(self._recorded)
+        return bool(self._recorded) or any(content.recorded is not None for content in self._contents)
 
     @property
     def headers(self) -> list[str]:
@@ -85,7 +102,7 @@ class MappedTensors(dict[str, NDArray]):
         return [name for name in self._recorded if name not in self]
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compares bytes with their checksums: of the names that have one, by default all. Reads them once.
+        """Compares bytes with their checksums: of the names that have one, by default all and the hashes of files, too.
 
         Raises:
           WeightsError: some differ.
@@ -94,6 +111,11 @@ class MappedTensors(dict[str, NDArray]):
             found = self._recorded.get(name)
             if found is not None and checksum_of(found.content) != found.checksum:
                 raise WeightsError(f"{name} is damaged, it differs from its checksum; get the file again")
+        for content in self._contents if names is None else ():
+            if content.recorded is not None and content_sha256(content.lines()) != content.recorded:
+                raise WeightsError(
+                    f"{content.place} has other tensors than those that it has the SHA-256 of; get the file again"
+                )
 
     def drop_pages(self) -> None:
         """Drops the pages read so far from memory; tensors stay usable and are read again on access."""

@@ -73,7 +73,7 @@ def write_weights(
         if suffix == ".pth":
             write_torch_file(path, tensors)
         else:
-            write_safetensors(path, tensors, _METADATA | told)
+            write_safetensors(path, tensors, _METADATA | told, is_model=True)
         return
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)

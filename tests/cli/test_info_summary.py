@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.pth.file import write_torch_file
-from rwkv_jax.weights.safetensors import write_safetensors
+from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from tests.cli.commands import Command
 from tests.weights.files import CONFIGS, random_tensors
 from tests.weights.sparse_files import sparse_pth, sparse_safetensors
@@ -53,7 +54,7 @@ def test_three_gigabytes_take_a_second_and_no_jax(
         "decay 128, ",
         "M, computed in bfloat16",
         "in bfloat16), 3",
-        "none recorded; --sha256 computes it",
+        "none recorded; --hash computes it",
         "by the vocabulary's size world",
     ):
         assert told in done.stdout
@@ -112,12 +113,38 @@ def test_numbered_shards_are_no_tokens(rwkv: Command, tmp_path: Path) -> None:
 
 
 def test_hashes(rwkv: Command, tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "a.safetensors")
-    true = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
-    assert true in rwkv("info", tmp_path / "a.safetensors", "--sha256").out
-    (tmp_path / ("ab" * 32)).write_bytes((tmp_path / "a.safetensors").read_bytes())
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path, metadata={"sha256": "cd" * 32, "rwkv_jax.sha256": "ef" * 32})
+    told = rwkv("info", path).out
+    assert "none recorded; --hash computes it" in told
+    assert "cd" * 32 not in told  # anybody's, of who knows what
+    assert "ef" * 32 not in told
+    true = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert true in rwkv("info", path, "--hash").out
+    (tmp_path / ("ab" * 32)).write_bytes(path.read_bytes())
     (tmp_path / "link.safetensors").symlink_to(tmp_path / ("ab" * 32))
     assert f"{'ab' * 32}, by the hub's cache" in rwkv("info", tmp_path / "link.safetensors").out
+    assert "RWKV-7" in rwkv("info", path, "--sha256", true).out
+    with pytest.raises(SystemExit, match=rf"has the SHA-256 {true}, and 0{{64}} was asked for; nothing was loaded"):
+        rwkv("info", path, "--sha256", "0" * 64)
+
+
+def test_hashes_of_what_we_wrote(rwkv: Command, tmp_path: Path) -> None:
+    index = write_sharded_safetensors(tmp_path / "a", TENSORS, max_shard_bytes=20_000)
+    content = json.loads(index.read_text())["metadata"]["rwkv_jax.content_sha256"]
+    assert f"{content}, not compared" in rwkv("info", tmp_path / "a").out
+    told = rwkv("info", index, "--verify", "--hash").out
+    assert f"{content}, compared" in told
+    (whole,) = (line.split()[1] for line in told.splitlines() if line.startswith("SHA-256"))
+    assert "RWKV-7" in rwkv("info", tmp_path / "a", "--sha256", whole).out
+    with pytest.raises(SystemExit, match=r"--revision 'main': .* is a file or folder here"):
+        rwkv("info", tmp_path / "a", "--revision", "main")
+
+
+def test_a_file_of_the_hub_s_cache_says_where_it_is_from(rwkv: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name" / "snapshots" / ("12" * 20)
+    write_safetensors(folder / "model.safetensors", TENSORS)
+    assert f"owner/name on the Hugging Face hub, commit {'12' * 20}" in rwkv("info", folder).out
 
 
 def test_numbers(rwkv: Command, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_run_of_a_llama_is_packed_as_a_folder_of_it_is(tmp_path: Path, monkeyp
     def packed_run(config: ModelConfig, params: Any) -> Any:
         run = SimpleNamespace(config=SimpleNamespace(model=config), params=params)
         monkeypatch.setattr(pretrained, "load_run", lambda *arguments: run)
-        monkeypatch.setattr(pretrained, "find_weights", lambda source: tmp_path)
+        monkeypatch.setattr(pretrained, "find_weights", lambda source, **pins: tmp_path)
         return pretrained.from_pretrained("run", quantize="int8")
 
     found = packed_run(llama.config, params_of(llama))

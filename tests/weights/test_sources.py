@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import logging
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from rwkv_jax import from_pretrained
@@ -236,17 +238,22 @@ class Hub(types.ModuleType):
         self.folder, self.online, self.fetched = folder, online, fetched
         self.patterns: list[str] = []
         self.asked = 0
+        self.revisions: list[str | None] = []
 
-    def list_repo_files(self, name: str) -> list[str]:
+    def list_repo_files(self, name: str, *, revision: str | None = None) -> list[str]:
         self.asked += 1
+        self.revisions.append(revision)
         logging.getLogger("huggingface_hub.utils").warning("retrying")
         if not self.online:
             raise ConnectionError("no network")
         assert name == "owner/name"
         return [path.name for path in self.folder.iterdir()]
 
-    def snapshot_download(self, name: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
+    def snapshot_download(
+        self, name: str, *, allow_patterns: Any = None, local_files_only: bool = False, revision: str | None = None
+    ) -> str:
         assert name == "owner/name"
+        self.revisions.append(revision)
         if not (self.fetched if local_files_only else self.online):
             raise ConnectionError("no network")
         self.patterns += allow_patterns or []
@@ -269,6 +276,26 @@ def test_a_name_on_the_hub_is_fetched(repository: Path, monkeypatch: pytest.Monk
     assert "model-*.safetensors" in hub.patterns
     assert "tokenizer.json" in hub.patterns
     assert "other.pth" not in hub.patterns
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name/other.pth"])
+def test_all_is_asked_for_at_the_revision(repository: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    for online in (True, False):
+        hub = Hub(repository, online=online, fetched=True)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+        assert find_weights(source, revision="v1.0").parent == repository
+        assert set(hub.revisions) == {"v1.0"}
+    hub = Hub(repository, online=True, fetched=True)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(WeightsError, match=f"the SHA-256 .*, and {'0' * 64} was asked for; nothing was loaded"):
+        find_weights(source, revision="v1.0", sha256="0" * 64)
+
+
+def test_the_hub_s_functions_take_what_they_are_called_with() -> None:
+    inspect.signature(huggingface_hub.list_repo_files).bind("owner/name", revision="v1.0")
+    download = inspect.signature(huggingface_hub.snapshot_download)
+    download.bind("owner/name", allow_patterns=["a"], revision="v1.0")
+    download.bind("owner/name", local_files_only=True, revision="v1.0")
 
 
 def test_one_file_of_a_repository_is_fetched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,13 +337,15 @@ def test_what_the_hub_answers_is_not_passed_over(repository: Path, monkeypatch: 
     class NotFoundError(Exception):
         response = 404
 
-    def answer(name: str) -> list[str]:
+    def answer(name: str, **options: Any) -> list[str]:
         raise NotFoundError("404: no such repository")
 
     monkeypatch.setattr(hub, "list_repo_files", answer)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     with pytest.raises(WeightsError, match="which answered: 404: no such repository; mend the name, or log in there"):
         find_weights("owner/name")
+    with pytest.raises(WeightsError, match=r"owner/name at v2 on .*: 404.*; mend the name or the revision, or log in"):
+        find_weights("owner/name", revision="v2")
 
 
 def test_a_repository_of_several_files_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
