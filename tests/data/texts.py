@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rwkv_jax.data.tokenizers import END_OF_TEXT
 
-KINDS = ["sentencepiece", "hugging face", "world", "257 bytes", "256 bytes"]
+KINDS = ["sentencepiece", "hugging face", "longest match", "world", "257 bytes", "256 bytes"]
 
 _SPACES = ["\r\n", "\r", "\n", "\t", "\x00", " ", "  ", "\u2581", "\u2585", "\u2047", "\ufeff", "\u2028", "\x85"]
 _CHARACTERS = ["ﬁ", "e\u0301", "👩\u200d👧", "日本", "\U0010ffff", "\x7f", "\ufffd"]

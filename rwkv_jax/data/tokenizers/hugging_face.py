@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from typing_extensions import override
 
-from rwkv_jax.checks import is_whole
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import NO_TEXT, PROBE, SavedTokenizer, Tokenizer
+from rwkv_jax.data.tokenizers.byte_level import BYTE_OF, ENDS_OF_TEXT, MAX_PADDING, ambiguity, missing_bytes, spell
 from rwkv_jax.json_object import parse_object
-
-MAX_PADDING = 511
-"""A model may have up to this many ids more than its tokenizer; they decode to U+FFFD."""
-
-_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # the first that exists
-
-_MAX_IDS = 2**22  # twelve times the largest vocabulary so far; a table of all ids is made
-
-_NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
 _KEEP_ALL_TEXT = ("ByteLevel", "Digits", "Punctuation", "Split")  # pre-tokenizers that only split
 
@@ -58,14 +49,14 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         ids = [*description["model"]["vocab"].items()]
         ids += [(token["content"], token["id"]) for token in description["added_tokens"]]
-        if reason := _ambiguity(ids, self._tokenizer.get_vocab(with_added_tokens=True)):
+        if reason := ambiguity(ids, self._tokenizer.get_vocab(with_added_tokens=True)):
             raise ConfigError(f"{origin} does not give each token an id of its own: {reason}; get it again")
         added = {token["content"]: token for token in description["added_tokens"]}
-        end_of_text = next((content for content in _ENDS_OF_TEXT if content in added), None)
+        end_of_text = next((content for content in ENDS_OF_TEXT if content in added), None)
         if end_of_text is None:
             raise ConfigError(
                 f"{origin} has no token to put between documents; one of its added_tokens must be "
-                f"{', '.join(_ENDS_OF_TEXT)}"
+                f"{', '.join(ENDS_OF_TEXT)}"
             )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -117,7 +108,7 @@ class HuggingFaceTokenizer(Tokenizer):
         table = [NO_TEXT] * (1 + max([*vocabulary.values(), *(token["id"] for token in added.values())]))
         for piece, token in vocabulary.items():
             if piece not in added:
-                table[token] = bytes(_BYTE_OF[character] for character in piece)
+                table[token] = bytes(BYTE_OF[character] for character in piece)
         for content, token in added.items():
             text = self._normalize(content) if token["normalized"] else content
             table[token["id"]] = b"" if token["special"] else text.encode()
@@ -136,36 +127,6 @@ def _named(origin: str) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {error}"[:200]
         raise ConfigError(f"{origin} is not a tokenizer.json that can be read ({reason}); get it again") from error
-
-
-def _ambiguity(ids: Sequence[tuple[str, Any]], known: Mapping[str, int]) -> str | None:
-    """The reason why a text or an id would stand for another than the file says, or None.
-
-    Args:
-      ids: (text, id) of all tokens.
-      known: what the package has made of them.
-    """
-    owners: dict[int, str] = {}
-    for text, token in ids:
-        if not is_whole(token) or not 0 <= token < _MAX_IDS:
-            return f"the id of {text!r} is {token!r}, and must be a whole number from 0 to {_MAX_IDS - 1}"
-        if (other := owners.setdefault(token, text)) != text:
-            return f"{other!r} and {text!r} both have the id {token}"
-        if known.get(text) != token:
-            return f"{text!r} has the ids {token} and {known.get(text)}"
-    return None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character by which byte-level tokenizers represent each byte: its own in Latin-1 if printable, else one from
-    U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def _inexactness(description: Mapping[str, Any]) -> str | None:
@@ -189,16 +150,15 @@ def _inexactness(description: Mapping[str, Any]) -> str | None:
 
 def _inexact_entry(model: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]) -> str | None:
     vocabulary = model["vocab"]
-    needed = sorted(_CHARACTER_OF.keys() - _NOT_IN_UTF8)
-    if missing := [byte for byte in needed if _CHARACTER_OF[byte] not in vocabulary]:
-        return f"{len(missing)} bytes have no entry, {missing[0]:#04x} is the first"
+    if reason := missing_bytes(vocabulary):
+        return reason
     for piece in vocabulary:
-        if piece not in added and not _BYTE_OF.keys() >= set(piece):
+        if piece not in added and not BYTE_OF.keys() >= set(piece):
             return f"its entry {piece!r} is not written in the byte alphabet"
     merged = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
     for content, token in added.items():
-        if token["special"] or content in _ENDS_OF_TEXT:
-            piece = "".join(_CHARACTER_OF[byte] for byte in content.encode())
+        if token["special"] or content in ENDS_OF_TEXT:
+            piece = spell(content.encode())
             if piece in vocabulary and (len(piece) == 1 or piece in merged or model.get("ignore_merges")):
                 return f"a text can spell its special token {content!r}"
         elif token["lstrip"] or token["rstrip"]:

@@ -11,10 +11,13 @@ from rwkv_jax.atomic import new_file
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.text.files import explain_refusal
 from rwkv_jax.data.tokenizers.base import Tokenizer
+from rwkv_jax.data.tokenizers.byte_level import MAX_PADDING
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
-from rwkv_jax.data.tokenizers.hugging_face import MAX_PADDING, HuggingFaceTokenizer
+from rwkv_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from rwkv_jax.data.tokenizers.longest_match import LongestMatchTokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from rwkv_jax.data.tokenizers.symbols import SymbolTokenizer
+from rwkv_jax.data.tokenizers.word_piece import read_word_piece
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 from rwkv_jax.file_kinds import describe_wrong_file
 from rwkv_jax.json_object import parse_object
@@ -26,6 +29,7 @@ _KINDS = (
     "a sentencepiece model, a Hugging Face tokenizer.json, a folder that holds a saved tokenizer, "
     "or one of the names world and bytes"
 )
+_MAX_BYTES = 2**27  # of a tokenizer's file; Gemma's has 33 million
 _WORLD_TEXT = b"1 '\\x00' 1\n2 '\\x01' 1\n"  # of rwkv_vocab_v20230424.txt
 
 
@@ -48,11 +52,7 @@ def load_tokenizer(spec: str | os.PathLike[str], vocab_size: int | None) -> Toke
     else:
         path = Path(spec).expanduser()
         path = _find(path) if path.is_dir() else path
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            reason = describe_wrong_file(path, _KINDS) or f"cannot read it: {error.strerror}; give {_KINDS}"
-            raise ConfigError(f"tokenizer = {str(path)!r}: {reason}") from error
+        content = _read(path)
         with explain_refusal(path, _KINDS, ("json", "sentencepiece", "text")):
             tokenizer = _of_content(content, path)
     if vocab_size is not None and not fits_model(tokenizer, vocab_size):
@@ -73,7 +73,7 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
     """
     if isinstance(tokenizer, SymbolTokenizer):
         return tokenizer.vocab_size <= vocab_size
-    if isinstance(tokenizer, HuggingFaceTokenizer) and vocab_size % 64 == 0:
+    if isinstance(tokenizer, HuggingFaceTokenizer | LongestMatchTokenizer) and vocab_size % 64 == 0:
         return 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING
     return vocab_size == tokenizer.vocab_size
 
@@ -111,7 +111,18 @@ def _find(folder: Path) -> Path:
     return found[0]
 
 
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        reason = describe_wrong_file(path, _KINDS) or f"cannot read it: {error.strerror}; give {_KINDS}"
+        raise ConfigError(f"tokenizer = {str(path)!r}: {reason}") from error
+
+
 def _of_content(content: bytes, path: Path) -> Tokenizer:
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes, so it is no tokenizer; give {_KINDS}")
     if content.startswith(_WORLD_TEXT):
         raise ConfigError(f"{path} is the vocabulary of World as text; give the name world instead")
     if content.startswith(b"{"):
@@ -122,6 +133,8 @@ def _of_content(content: bytes, path: Path) -> Tokenizer:
         if "kind" in record:
             return _of_kind(record, path)
         if "model" in record:
+            if isinstance(record["model"], dict) and record["model"].get("type") == "WordPiece":
+                return read_word_piece(record, content, str(path))
             return HuggingFaceTokenizer(content, str(path))
     elif content.startswith(b"\n"):  # the tag of a sentencepiece model's first field
         return SentencePieceTokenizer(content, str(path))
