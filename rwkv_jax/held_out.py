@@ -66,13 +66,13 @@ class Answers(NamedTuple):
         return "\n".join([*lines, *(f"  {part}: {found.describe()}" for part, found in self.parts.items())])
 
 
-class Preferred(NamedTuple):
-    """How well a model tells held-out replies apart."""
+class Measured(NamedTuple):
+    """How well a model does on held-out pairs of replies, prompts or an application's examples."""
 
     loss: float
     """Mean loss of the objective."""
     metrics: Mapping[str, float]
-    """Means over pairs that the objective reports."""
+    """Means that the objective reports, and what else is measured."""
 
     def record(self) -> dict[str, float]:
         """The figures, by name."""

@@ -32,7 +32,7 @@ from rwkv_jax.checkpoint_files import (
     read_metadata,
     writing,
 )
-from rwkv_jax.config import ConfigError, ModelConfig, TrainConfig, TuningConfig, from_dict, to_dict
+from rwkv_jax.config import ApplicationConfig, ConfigError, ModelConfig, TrainConfig, TuningConfig, from_dict, to_dict
 from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.file_kinds import RUN_FILE as RUN_FILE
@@ -71,26 +71,34 @@ def identity(
     model = dataclasses.asdict(config.model.resolved())
     others = ("dtype", *IMPLEMENTATIONS, "context_length", "rosa_implementation")
     own = {name: None if value == () else _shown(value) for name, value in model.items() if name not in others}
-    return {f"model.{name}": value for name, value in own.items()} | {
-        "initial_weights": None if config.tuning.is_partial else config.initial_weights,
-        **_tuning_identity(config.tuning, base, first_state),
-        "seed": config.seed,
-        "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
-        "data.magic_prime": config.data.magic_prime,
-        "training.first_step": config.training.first_step,
-        # Whether, not how much: the optimizer then counts steps, and its state has another form.
-        "optimizer.weight_decay_final is set": config.optimizer.weight_decay_final is not None,
-        "training.batch_size": config.training.batch_size,
-        "training.sequence_length": config.training.sequence_length,
-        "training.reset_at_documents": config.training.reset_at_documents,
-        "training.carry_state": config.training.carry_state,
-        "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
-        **({f"data.{name}": getattr(config.data, name) for name in _CHAT} if config.data.chat is not None else {}),
-        **({} if teacher is None else {"distillation.teacher": teacher}),
-        "training.objective": None if config.training.objective == "next_token" else config.training.objective,
-        "corpus": corpus_fingerprint,
-        "tokenizer": tokenizer_fingerprint,
-    }
+    of_application: dict[str, Any] = {}
+    if isinstance(config, ApplicationConfig):
+        settings = {name: _shown(value) for name, value in config.own_settings().items()}
+        of_application = {"application": config.application} | settings
+    return (
+        {f"model.{name}": value for name, value in own.items()}
+        | of_application
+        | {
+            "initial_weights": None if config.tuning.is_partial else config.initial_weights,
+            **_tuning_identity(config.tuning, base, first_state),
+            "seed": config.seed,
+            "data.order": config.data.order,  # the corpus's fingerprint includes the mixture
+            "data.magic_prime": config.data.magic_prime,
+            "training.first_step": config.training.first_step,
+            # Whether, not how much: the optimizer then counts steps, and its state has another form.
+            "optimizer.weight_decay_final is set": config.optimizer.weight_decay_final is not None,
+            "training.batch_size": config.training.batch_size,
+            "training.sequence_length": config.training.sequence_length,
+            "training.reset_at_documents": config.training.reset_at_documents,
+            "training.carry_state": config.training.carry_state,
+            "training.spike_window": None if config.training.spike_factor is None else config.training.spike_window,
+            **({f"data.{name}": getattr(config.data, name) for name in _CHAT} if config.data.chat is not None else {}),
+            **({} if teacher is None else {"distillation.teacher": teacher}),
+            "training.objective": None if config.training.objective == "next_token" else config.training.objective,
+            "corpus": corpus_fingerprint,
+            "tokenizer": tokenizer_fingerprint,
+        }
+    )
 
 
 BASE = "tuning.base"
@@ -300,6 +308,11 @@ def load_model(
       ConfigError: the folder is not a run, or the checkpoint is missing or damaged.
     """
     config = run_config(run_dir)
+    if isinstance(config, ApplicationConfig):
+        raise ConfigError(
+            f"{str(run_dir)!r}: is a run of the application {config.application}, not of a language model; load it "
+            "with rwkv_jax.training.application.load_application"
+        )
     graphdef, shapes = abstract_model(config.model)
     if config.tuning.is_partial:
         shapes, shardings = kept_shapes(config.tuning, config.model), None

@@ -168,6 +168,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "uvicorn",
         ),
     ),
+    "applications": (
+        ("config", "data", "figures", "models", "parallel", "training", "weights", "kernels"),
+        ("jax", "flax", "numpy", "einops", "optax", "scipy"),
+    ),
     "plan": (("config", "models", "parallel", "training", "kernels"), ("jax", "numpy", "rich")),
     "bench": (("config", "data", "models", "weights", "inference"), ("jax", "flax", "numpy")),
     "cli": (

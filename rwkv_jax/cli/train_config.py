@@ -60,7 +60,7 @@ def parse_train_config(arguments: Sequence[str], program: str = "rwkv train") ->
         place = f"{program} {arguments[0]}"
         default = load_config(Path(arguments.pop(0)))
     return tyro.cli(
-        TrainConfig,
+        type(default),
         args=arguments,
         default=default,
         prog=place,

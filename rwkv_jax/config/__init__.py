@@ -5,6 +5,7 @@ Shape letters, here and in the whole project: B batch, T time, C width, H heads,
 width, D low rank, V vocabulary, L layers.
 
     run.py           TrainConfig, a whole run, and checks across its sections
+    application.py   runs whose model, data and objective are an application's
     model.py         model: architecture, generation, sizes, number of parameters, operations per token
     generations/     what is specific to each generation: fields, sizes, counts, state, tensor names, recipe
     data.py          data: sources, their order, the tokenizer
@@ -18,6 +19,7 @@ width, D low rank, V vocabulary, L layers.
 """
 
 from rwkv_jax.checks import ConfigError
+from rwkv_jax.config.application import APPLICATIONS, ApplicationConfig
 from rwkv_jax.config.data import DataConfig
 from rwkv_jax.config.dicts import from_dict, to_dict
 from rwkv_jax.config.distillation import DistillationConfig
@@ -40,6 +42,7 @@ from rwkv_jax.config.step import OptimizerConfig, Remat, StepConfig
 from rwkv_jax.config.tuning import AdapterKind, TuningConfig
 
 __all__ = [
+    "APPLICATIONS",
     "CROSS_ENTROPY",
     "GENERATIONS",
     "OF_TEXT",
@@ -47,6 +50,7 @@ __all__ = [
     "WITH_REFERENCE",
     "WITH_TEACHER",
     "AdapterKind",
+    "ApplicationConfig",
     "Architecture",
     "CheckpointConfig",
     "ConfigError",

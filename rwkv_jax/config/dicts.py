@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv_jax.checks import is_number, require
+from rwkv_jax.config.application import ApplicationConfig, application_type
 from rwkv_jax.config.run import TrainConfig
+
+APPLICATION = "application"
+"""The name beside the fields of an application's config."""
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 _LARGEST = 2**63 - 1
@@ -17,7 +21,8 @@ _LARGEST = 2**63 - 1
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain nested dicts, ready for JSON."""
-    return dataclasses.asdict(config)
+    named = {APPLICATION: config.application} if isinstance(config, ApplicationConfig) else {}
+    return named | dataclasses.asdict(config)
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
@@ -26,7 +31,10 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: an unknown field, a value of another type or an invalid one.
     """
-    return dataclass_from_dict(TrainConfig, values, "")
+    if not isinstance(values, Mapping) or APPLICATION not in values:
+        return dataclass_from_dict(TrainConfig, values, "")
+    kind = application_type(values[APPLICATION])
+    return dataclass_from_dict(kind, {name: value for name, value in values.items() if name != APPLICATION}, "")
 
 
 def dataclass_from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -34,6 +42,7 @@ def dataclass_from_dict(kind: type, values: Mapping[str, Any], prefix: str) -> A
     is_object = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
     require(is_object, prefix.rstrip(".") or "config", values, "must be an object: fields and their values")
     hints = typing.get_type_hints(kind)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     unknown = sorted(values.keys() - hints.keys())
     require(not unknown, prefix + ", ".join(unknown), [values[name] for name in unknown], "no such field")
     arguments = {}

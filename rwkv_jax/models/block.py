@@ -63,10 +63,14 @@ class Block(nnx.Module):
         self.ffn = self.channel_mix_type(config, layer, rngs=rngs)
 
     def mix_time(
-        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext, att: Any = None
     ) -> TimeMixOutput:
-        """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values."""
-        y, state = self.att.mix(x, state=state, context=context)
+        """Time mixing with the model's arguments; only RWKV-7 uses `v_first`, the first layer's values.
+
+        Args:
+          att: the time mixing; None is the block's own.
+        """
+        y, state = (self.att if att is None else att).mix(x, state=state, context=context)
         return TimeMixOutput(y, v_first, state)
 
     def mix_branch(self, x: Array, *, state: Any, v_first: Array | None, context: SequenceContext) -> TimeMixOutput:

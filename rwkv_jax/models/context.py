@@ -45,4 +45,9 @@ class SequenceContext:
     """Integers [B, T]: the token ids, for layers with tables; None if a call has vectors in their place."""
     embedded: Array | None = None
     """[B, T, C]: the tokens' vectors after layer 0's first norm; only RWKV-7a and 7b have them, within a block."""
+    grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    """Rows and columns of an image whose T = rows x columns patches, in raster order, are each row's tokens: the token
+    shift then takes neighbors in two dimensions (grid.py). None for text."""
+    grid_kernel: Array | None = None
+    """[K, K, C], K odd: what the shift weighs each patch's neighborhood with; None is the quad-directional shift."""
     axes: MeshAxes = dataclasses.field(default=UNSHARDED, metadata={"static": True})

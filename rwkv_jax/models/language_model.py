@@ -23,6 +23,7 @@ from rwkv_jax.config import ConfigError, ModelConfig, Remat
 from rwkv_jax.config.generations import StateArray, all_specs
 from rwkv_jax.models.block import SAVED_BY_REMAT, Block
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.grid import check_grid
 from rwkv_jax.models.layers import (
     Embedding,
     LayerNorm,
@@ -120,11 +121,21 @@ class LanguageModel(nnx.Module):
         """
         return cls.learning_rate_factors.get(path[-1], 1.0), path[-1] == "weight" and ndim >= 2
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shard_params: PartTransform = identity) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        shard_params: PartTransform = identity,
+        has_embedding: bool = True,
+        has_head: bool = True,
+    ) -> None:
         """Draws the official initial values.
 
         Args:
           shard_params: applied to each part as soon as it is drawn, to keep only a device's shard.
+          has_embedding: whether there is a table of token vectors; without it calls need `inputs_embeds`.
+          has_head: whether there is an output head; without it there are no logits, only hidden states.
 
         Raises:
           ConfigError: the config is of another generation than this class.
@@ -136,7 +147,8 @@ class LanguageModel(nnx.Module):
                 "rwkv_jax.models.model_type(config) is the class of a generation"
             )
         self.config = config
-        self.emb = shard_params("emb", Embedding(self.initial_embedding(config, rngs)))
+        if has_embedding:
+            self.emb = shard_params("emb", Embedding(self.initial_embedding(config, rngs)))
         first, *runs = self.layer_runs
         self.first_block = shard_params(FIRST, self.new_block(config, first.kind, 0, rngs))
         layers = jnp.arange(1, config.num_layers, dtype=config.parameter_dtype)
@@ -151,7 +163,7 @@ class LanguageModel(nnx.Module):
             # One layer at a time: drawing one takes a multiple of its memory.
             setattr(self, run.name, jax.lax.map(functools.partial(draw, run), (layers[own], keys[own])))
         self.ln_out = shard_params("ln_out", self.last_norm(config))
-        if not config.tied_head:
+        if has_head and not config.tied_head:
             self.head = shard_params("head", Linear(self.initial_head(config, rngs)))
 
     @classmethod
@@ -259,6 +271,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         inputs_embeds: Array | None = None,
+        grid: tuple[int, int] | None = None,
         remat: Remat = "none",
         axes: MeshAxes = UNSHARDED,
         gather_params: PartTransform = identity,
@@ -273,6 +286,7 @@ class LanguageModel(nnx.Module):
           lengths: integers [B] from 0 to T; steps beyond a row's length do not change its state, and their outputs are
             undefined.
           inputs_embeds: [B, T, C], instead of embedded tokens.
+          grid: rows and columns of an image whose patches are a row's tokens (grid.py); None for text.
           remat: what the backward pass recomputes: `none` stores matrix products, `operator` the WKV operator's
             inputs, `full` only each block's input.
           axes: the mesh axes over which the model is split, within `jax.shard_map`; tokens, segment_ids and the state's
@@ -288,7 +302,15 @@ class LanguageModel(nnx.Module):
             (outside jit), token ids or lengths out of range.
         """
         x, state, _ = self._run(
-            tokens, state, segment_ids, lengths, inputs_embeds, remat=remat, axes=axes, gather_params=gather_params
+            tokens,
+            state,
+            segment_ids,
+            lengths,
+            inputs_embeds,
+            grid=grid,
+            remat=remat,
+            axes=axes,
+            gather_params=gather_params,
         )
         return HiddenOutput(gather_params("ln_out", self.ln_out)(x), state)
 
@@ -315,6 +337,8 @@ class LanguageModel(nnx.Module):
     @property
     def head_weight(self) -> Any:
         """The head's matrix [V, C]: the embedding's if `config.tied_head`."""
+        if not self.config.tied_head and not hasattr(self, "head"):
+            raise ValueError("logits: the model has no head (has_head=False); take its hidden states")
         return (self.emb if self.config.tied_head else self.head).weight[...]
 
     def gather_head(self, gather_params: PartTransform) -> None:
@@ -353,6 +377,7 @@ class LanguageModel(nnx.Module):
         lengths: Array | None,
         inputs_embeds: Array | None,
         *,
+        grid: tuple[int, int] | None = None,
         remat: Remat = "none",
         axes: MeshAxes = UNSHARDED,
         gather_params: PartTransform = identity,
@@ -368,8 +393,10 @@ class LanguageModel(nnx.Module):
             source = f"model.initial_state(batch_size={batch})"
             check_state(state, expected, owner=self.config.title, source=source)
         states = self.empty_state(batch, axes) if state is None else state
+        if grid is not None:
+            check_grid(grid, time, segment_ids, lengths, axes)
         tokens = None if tokens is None else jnp.asarray(tokens)
-        context = SequenceContext(segment_ids, lengths, tokens, axes=axes)
+        context = SequenceContext(segment_ids, lengths, tokens, grid=grid, axes=axes)
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
         def run_block(name: str, block: Block, x: Array, state: State, v_first: Any) -> Any:
@@ -442,6 +469,8 @@ class LanguageModel(nnx.Module):
             if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[-1] != width:
                 raise ValueError(f"inputs_embeds: shape {inputs_embeds.shape} must be [B, T, C = {width}], T from 1")
             return inputs_embeds.astype(self.config.dtype)
+        if not hasattr(self, "emb"):
+            raise ValueError("tokens: the model has no embedding (has_embedding=False); give inputs_embeds")
         given, tokens = tokens, jnp.asarray(tokens)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(

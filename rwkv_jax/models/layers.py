@@ -22,6 +22,7 @@ from typing_extensions import override
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.grid import grid_shift
 from rwkv_jax.models.host_tables import HostTable
 from rwkv_jax.models.packed import PackedMatrix, product, product_with_bfloat16
 from rwkv_jax.models.state import TimeMixState, check_state
@@ -205,8 +206,11 @@ def token_shift(x: Array, shift: Array, context: SequenceContext) -> tuple[Array
       shift: [B, C], the input before x, zeros at the start of a text; replicated over `sequence`.
 
     Returns:
-      x_prev [B, T, C], and the next shift [B, C]: x at each row's last step (`shift` for a row of length 0).
+      x_prev [B, T, C], and the next shift [B, C]: x at each row's last step (`shift` for a row of length 0). On a
+      `grid`, what its neighbors give each patch, and the shift as it was.
     """
+    if context.grid is not None:
+        return grid_shift(x, context.grid, context.grid_kernel), shift
     segment_ids, axis_name = context.segment_ids, context.axes.sequence
     shift = shift.astype(x.dtype)
     before, id_before = shift[:, None], None if segment_ids is None else segment_ids[:, :1]

@@ -297,9 +297,10 @@ class RWKV7Block(Block):
 
     @override
     def mix_time(
-        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext
+        self, x: Array, *, state: TimeMixState, v_first: Array | None, context: SequenceContext, att: Any = None
     ) -> TimeMixOutput:
-        return self.att.mix_with_residual(x, state=state, v_first=v_first, context=context)
+        att = self.att if att is None else att
+        return att.mix_with_residual(x, state=state, v_first=v_first, context=context)
 
 
 _VECTOR_OF_HEADS = (None, None, "heads")

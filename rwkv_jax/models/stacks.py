@@ -54,6 +54,11 @@ def is_layers(part: str) -> bool:
     return part == FIRST or is_stack(part)
 
 
+def has_layer_axis(path: Sequence[str]) -> bool:
+    """Whether the parameter at a path has a leading axis of layers: is of a stack, also of a model within a model."""
+    return any(map(is_stack, path))
+
+
 def stacked_layers(part: str, num_layers: int) -> range:
     """The layers that a stack holds.
 

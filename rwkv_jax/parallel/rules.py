@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.models import model_type
 from rwkv_jax.models.adapted import BY_INPUTS
 from rwkv_jax.models.packed import PackedMatrix
-from rwkv_jax.models.stacks import is_stack
+from rwkv_jax.models.stacks import has_layer_axis
 from rwkv_jax.parallel.mesh import divisors, nearest_multiples
 
 
@@ -99,11 +99,19 @@ def check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, nam
             )
 
 
-def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES) -> Any:
+class HasParameterAxes(Protocol):
+    """What knows the axes of a model's parameters: its class, or an application."""
+
+    def parameter_axes(self, path: tuple[str, ...], /) -> tuple[str | None, ...]:
+        """As `LanguageModel.parameter_axes`."""
+        ...
+
+
+def parameter_specs(kind: HasParameterAxes, params: Any, rules: Rules = RULES) -> Any:
     """The partition spec of every parameter.
 
     Args:
-      kind: the model's class.
+      kind: the model's class, or whatever knows its parameters.
       params: nested dict of the parameters or their shapes; those of stacks have a leading axis of layers.
 
     Raises:
@@ -113,7 +121,7 @@ def parameter_specs(kind: type[LanguageModel], params: Any, rules: Rules = RULES
     def spec(path: tuple[Any, ...], parameter: Any) -> PartitionSpec:
         names = tuple(str(entry.key) for entry in path)
         own = kind.parameter_axes(names)
-        stacked = (None,) if is_stack(names[0]) else ()
+        stacked = (None,) if has_layer_axis(names) else ()
         # RWKV-5.0 and 5.1 have one number per head where the others have one per channel.
         return rules.spec((stacked + own)[: parameter.ndim], ".".join(names))
 
@@ -173,7 +181,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def check_model(kind: type[LanguageModel], params: Any, num_heads: int | None, mesh: Mesh) -> None:
+def check_model(kind: HasParameterAxes, params: Any, num_heads: int | None, mesh: Mesh) -> None:
     """Checks that a mesh divides a model's sizes.
 
     Args:
@@ -188,7 +196,7 @@ def check_model(kind: type[LanguageModel], params: Any, num_heads: int | None, m
             f"parallel.tensor = {ways}: must divide the model's {num_heads} heads; sizes that do are "
             + ", ".join(map(str, divisors(num_heads)))
         )
-    vocab_size = params["emb"]["weight"].shape[0]
+    vocab_size = params["emb"]["weight"].shape[0] if "emb" in params else 0
     if vocab_size % ways:
         raise ConfigError(
             f"parallel.tensor = {ways}: must divide model.vocab_size = {vocab_size}; the next size that it divides is "

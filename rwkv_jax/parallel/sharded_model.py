@@ -25,10 +25,11 @@ from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Part, PartTransform, identity
 from rwkv_jax.models.packed import PackedMatrix
-from rwkv_jax.models.stacks import is_stack
+from rwkv_jax.models.stacks import has_layer_axis
 from rwkv_jax.models.tuned import is_matrix
 from rwkv_jax.parallel.rules import (
     RULES,
+    HasParameterAxes,
     check_model,
     entry_axes,
     is_spec,
@@ -123,11 +124,14 @@ class ShardedModel:
 ONE_DEVICE = ShardedModel(None, None, None, PartitionSpec(), PartitionSpec(), (), UNSHARDED, identity, identity, None)
 
 
-def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedModel:
+def shard_model(
+    config: ModelConfig, params: Any, mesh: Mesh | None, kind: HasParameterAxes | None = None
+) -> ShardedModel:
     """Shards a model over a mesh.
 
     Args:
       params: nested dict of the parameters' shapes.
+      kind: knows the parameters' axes; None is the config's model class.
       mesh: from `mesh_from_shape`; None for one device.
 
     Raises:
@@ -135,7 +139,7 @@ def shard_model(config: ModelConfig, params: Any, mesh: Mesh | None) -> ShardedM
     """
     if mesh is None:
         return ONE_DEVICE
-    kind = model_type(config)
+    kind = kind or model_type(config)
     has_attention = len(config.rwkv_layers) < config.num_layers  # whose heads of keys and values queries may share
     heads = config.num_kv_heads if has_attention else config.num_heads
     check_model(kind, params, heads if config.spec.has_heads else None, mesh)
@@ -165,12 +169,13 @@ def _only(mesh_axes: tuple[str, ...]) -> str | None:
 
 
 def _part_transform(specs: Any, change: Callable[[Array, PartitionSpec], Array]) -> PartTransform:
-    """Applies change(parameter, spec) to each parameter of a part."""
+    """Applies change(parameter, spec) to each parameter of a part, whose name may be a path, such as encoder.blocks."""
 
     def transform(name: str, part: Part) -> Part:
         graphdef, params = nnx.split(part)
-        own = specs[name]
-        if is_stack(name):  # the part is one layer, without the leading axis
+        path = name.split(".")
+        own = functools.reduce(lambda specs, key: specs[key], path, specs)
+        if has_layer_axis(path):  # the part is one layer, without the leading axis
             own = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), own, is_leaf=is_spec)
         return nnx.merge(graphdef, jax.tree.map(change, nnx.to_pure_dict(params), own, is_leaf=is_matrix))
 

@@ -14,7 +14,15 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from rwkv_jax.config import PREFERENCES, WITH_REFERENCE, WITH_TEACHER, ConfigError, StepConfig, TrainConfig
+from rwkv_jax.config import (
+    PREFERENCES,
+    WITH_REFERENCE,
+    WITH_TEACHER,
+    ApplicationConfig,
+    ConfigError,
+    StepConfig,
+    TrainConfig,
+)
 from rwkv_jax.models import abstract_model, model_type
 from rwkv_jax.models.implementations import check_implementations
 from rwkv_jax.models.tuned import is_kept, tuned_shapes
@@ -22,6 +30,7 @@ from rwkv_jax.parallel.mesh import default_device
 from rwkv_jax.parallel.rules import shardings
 from rwkv_jax.parallel.sharded_model import ShardedModel, shard_model
 from rwkv_jax.parallel.tuned import shard_tuned
+from rwkv_jax.training.application import Application, ExampleLoss, application_of
 from rwkv_jax.training.batch import Batch
 from rwkv_jax.training.objectives.align import Align, aligned_layers, kept_mixers, mixers_of
 from rwkv_jax.training.objectives.distill import Distill
@@ -59,6 +68,8 @@ class TrainFunctions:
     empty_state: Callable[[], Any] | None
     """The recurrent state of rows that begin a text, if rows continue those of the previous step; else None."""
     run_model: RunModel
+    application: Application | None = None
+    """Of a run that is an application's; None for a language model's."""
     teacher: TeacherModel | None = None
     """The teacher, whose parameters are among those of the run; None without one."""
     evaluated: Objective | None = None
@@ -228,9 +239,11 @@ def make_train_functions(
     """
     check_implementations(config.model)
     kind, training = model_type(config.model), config.training
-    graphdef, params = abstract_model(config.model)
+    application = application_of(config)
+    graphdef, params = abstract_model(config.model) if application is None else application.abstract
     run_model = RunModel(graphdef, config.tuning, config.model)
-    sharded, group = shard_model(config.model, params, mesh), kind.parameter_group
+    knows_axes = kind if application is None else application
+    sharded, group = shard_model(config.model, params, mesh, knows_axes), knows_axes.parameter_group
     named = params
     if config.tuning.is_partial:
         params = tuned_shapes(params, config.tuning, config.model)
@@ -251,7 +264,11 @@ def make_train_functions(
         raise ConfigError(f"partition = {partition}: trains none of the model's {len(jax.tree.leaves(params))} arrays")
 
     def draw_local(key: Array) -> Any:
-        model = kind(config.model, rngs=nnx.Rngs(key), shard_params=sharded.shard_params)
+        rngs = nnx.Rngs(key)
+        if application is None:
+            model: Any = kind(config.model, rngs=rngs, shard_params=sharded.shard_params)
+        else:
+            model = application.new_model(rngs, sharded.shard_params)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def empty_state() -> Any:
@@ -272,6 +289,7 @@ def make_train_functions(
         else sharded.shard_map(draw_local, PartitionSpec(), sharded.initial_param_specs),
         empty_state=empty_state if training.carry_state else None,
         run_model=run_model,
+        application=application,
         teacher=teacher,
         evaluated=NextToken(run_model, sharded, training) if learns_from_teacher else None,
         first_step=training.first_step,
@@ -337,7 +355,13 @@ def abstract_state(functions: TrainFunctions) -> TrainState:
 
 
 def abstract_batch(functions: TrainFunctions, config: TrainConfig) -> Any:
-    """Shapes, dtypes and shardings of a step's arguments; nothing is allocated."""
+    """Shapes, dtypes and shardings of a step's arguments; nothing is allocated.
+
+    Raises:
+      ConfigError: a run of an application, whose data alone knows them.
+    """
+    if functions.application is not None:
+        raise ConfigError("rwkv plan: only an application's data knows its batches, and a plan does not read it")
     training, grpo = config.training, config.grpo
     shape = (training.batch_size, training.sequence_length)
 
@@ -379,6 +403,8 @@ def _of_stored_teacher(functions: TrainFunctions, config: TrainConfig) -> dict[s
 def _named_objective(
     config: TrainConfig, teacher: TeacherModel | None
 ) -> Callable[[RunModel, ShardedModel, StepConfig], Objective]:
+    if isinstance(config, ApplicationConfig):
+        return ExampleLoss
     if config.training.objective == "next_token":
         return NextToken
     if config.training.objective == "align":

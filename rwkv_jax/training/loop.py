@@ -28,7 +28,7 @@ from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, task_
 from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.evaluation.tasks.plans import Plan
-from rwkv_jax.held_out import Answers, HeldOut, Preferred, compressed_bits_per_byte
+from rwkv_jax.held_out import Answers, HeldOut, Measured, compressed_bits_per_byte
 from rwkv_jax.parallel.coordination import (
     SyncedStop,
     allgather_text,
@@ -42,6 +42,7 @@ from rwkv_jax.parallel.processes import Processes, join
 from rwkv_jax.run_lock import lock_run
 from rwkv_jax.training.best import LOSS, Best, sign_of
 from rwkv_jax.training.checkpoints import Checkpoints, Restored
+from rwkv_jax.training.examples import ApplicationCorpus
 from rwkv_jax.training.functions import TrainFunctions, abstract_state, make_train_functions
 from rwkv_jax.training.operator_choice import choose_operator, naming_operator, refuse_unable_here, with_choices
 from rwkv_jax.training.own_rows import OwnCorpus, OwnRows
@@ -84,8 +85,8 @@ class TrainResult(NamedTuple):
     """The last evaluation, over all held-out text; None without held-out text or if the run was stopped early."""
     answers: Answers | None = None
     """The last evaluation of a synthetic task, in the place of `held_out`."""
-    preferred: Preferred | None = None
-    """The last evaluation of a run on preferences or rewards, in the place of `held_out`."""
+    measured: Measured | None = None
+    """The last evaluation of a run on preferences, rewards or an application's examples, in the place of `held_out`."""
 
 
 def train(config: TrainConfig, *, restart: bool = False, command: str = "train(config)") -> TrainResult:
@@ -127,8 +128,10 @@ def _train(
     checkpoints = stack.enter_context(Checkpoints(run_dir, config.checkpoint.keep, console.print, processes))
     profiler = stack.enter_context(StepProfiler(config.profile, run_dir / "profile", console.print))
     evaluate_held_out = held_out_evaluation(config, corpus, rows, trainer, load)
-    sampler = Sampler(run.sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
-    scorer = prepared_scorer(run.tasks, trainer, config, corpus.tokenizer, sampler)
+    sampler = scorer = None
+    if trainer.application is None:
+        sampler = Sampler(run.sampled, config.model, corpus.tokenizer, results_on=trainer.state_shardings.step)
+        scorer = prepared_scorer(run.tasks, trainer, config, corpus.tokenizer, sampler)
 
     state, window, gave_up = _begin(config, run, checkpoints, processes, console)
     first_step, best = int(state.step), _best_so_far(config, run.tasks, checkpoints, int(state.step))
@@ -364,15 +367,15 @@ def _best_so_far(config: TrainConfig, tasks: list[Plan], checkpoints: Checkpoint
 def _result(
     state: TrainState,
     weights: Any,
-    last: HeldOut | Answers | Preferred | None,
-    evaluate_held_out: Callable[..., HeldOut | Answers | Preferred | None],
+    last: HeldOut | Answers | Measured | None,
+    evaluate_held_out: Callable[..., HeldOut | Answers | Measured | None],
 ) -> TrainResult:
     """How a run that has taken all its steps ends, given its weights and the evaluation after the last of these."""
     found = last if isinstance(last, Answers) else evaluate_held_out(weights, None)
     # The last step has drawn all answers of a synthetic task already.
     if isinstance(found, Answers):
         return TrainResult(state, None, found)
-    return TrainResult(state, None, preferred=found) if isinstance(found, Preferred) else TrainResult(state, found)
+    return TrainResult(state, None, measured=found) if isinstance(found, Measured) else TrainResult(state, found)
 
 
 def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resumed_step: int | None) -> str:
@@ -388,8 +391,12 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
         data = rows.describe(training.num_steps)
     else:
         data = f"{training.num_steps * tokens_per_step / rows.num_tokens:.2f} epochs of {rows.num_tokens:,} tokens"
+    title, size = model.title, model.num_parameters()
+    if trainer.application is not None:
+        title = f"{trainer.application.config.application} of {title}"
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.params))
     lines = [
-        f"{model.title} {model.num_layers} x {model.width}, {model.num_parameters() / 1e6:.1f}M parameters, "
+        f"{title} {model.num_layers} x {model.width}, {size / 1e6:.1f}M parameters, "
         f"{model.dtype}, on {1 if mesh is None else mesh.size} x {device.device_kind} ({device.platform})",
         f"{begin}: {training.num_steps} steps of {training.batch_size} x {training.sequence_length} tokens, {data}",
         *described_tuning(config, trainer),
@@ -420,8 +427,10 @@ def _summarize(config: TrainConfig, corpus: AnyCorpus, result: TrainResult, cons
         if result.held_out is not None:
             console.print(f"all held-out chats: {result.held_out.describe()}")
     elif isinstance(corpus, OwnCorpus):
-        if result.preferred is not None:
-            console.print(f"all held-out data: {result.preferred.describe()}")
+        if result.measured is not None:
+            console.print(f"all held-out data: {result.measured.describe()}")
+        if isinstance(corpus, ApplicationCorpus):
+            prompt = None
     elif (held_out := result.held_out) is not None:
         assert held_out.bits_per_byte is not None
         marks = {"this model": held_out.bits_per_byte} | compressed_bits_per_byte(corpus.held_out_bytes())

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from rwkv_jax.config import OptimizerConfig, TuningConfig
-from rwkv_jax.models.stacks import is_stack
+from rwkv_jax.models.stacks import has_layer_axis
 from rwkv_jax.models.tuned import ADAPTER, INITIAL_STATE
 from rwkv_jax.training.rates import keep_frozen, learning_layers, rate_factors, scaled
 from rwkv_jax.training.schedule import learning_rate_schedule, weight_decay_schedule
@@ -33,7 +33,7 @@ def parameter_groups(params: Any, group: ParameterGroup) -> tuple[Any, Any]:
 
     def of(path: tuple[Any, ...], parameter: Any) -> tuple[float, bool]:
         names = tuple(str(entry.key) for entry in path)
-        return group(names, parameter.ndim - is_stack(names[0]))
+        return group(names, parameter.ndim - has_layer_axis(names))
 
     leaves, structure = jax.tree.flatten_with_path(params)
     factors, decays = zip(*(of(path, parameter) for path, parameter in leaves), strict=True)

@@ -19,7 +19,7 @@ from jax import lax
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import WITH_REFERENCE, ConfigError, TrainConfig
 from rwkv_jax.data.preference.pairs import PairCorpus, PairRows, Pairs
-from rwkv_jax.held_out import Preferred
+from rwkv_jax.held_out import Measured
 from rwkv_jax.parallel.coordination import global_array
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training.functions import TrainFunctions
@@ -106,19 +106,19 @@ class PreferenceRows:
         if processes.is_first:
             write_reference(run_dir, self.reference, digests)
 
-    def evaluation(self) -> Callable[[Any, int | None], Preferred | None]:
-        """Makes (params, number of batches or None for all) -> Preferred; None without held-out pairs."""
+    def evaluation(self) -> Callable[[Any, int | None], Measured | None]:
+        """Makes (params, number of batches or None for all) -> Measured; None without held-out pairs."""
         if self.corpus.held_out is None:
             return lambda params, num_batches: None
         eval_step = jax.jit(self.functions.eval_step)
 
-        def evaluate(params: Any, num_batches: int | None) -> Preferred:
+        def evaluate(params: Any, num_batches: int | None) -> Measured:
             # Sums stay on the device until the end, so that batches are dispatched without waiting.
             found = [eval_step(params, load()) for load in self.held_out_batches(num_batches)]
             losses, counts, metrics = zip(*found, strict=True)
             count = sum(map(float, counts))
             means = {name: sum(float(each[name]) for each in metrics) / count for name in metrics[0]}
-            return Preferred(sum(map(float, losses)) / count, means)
+            return Measured(sum(map(float, losses)) / count, means)
 
         return evaluate
 

@@ -18,7 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from rwkv_jax.checks import require, require_known
-from rwkv_jax.models.stacks import is_stack
+from rwkv_jax.models.stacks import has_layer_axis, is_layers
 from rwkv_jax.models.tuned import ADAPTER_PARTS
 from rwkv_jax.weights.official import official_names
 
@@ -38,7 +38,8 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _forms(name: str) -> Iterator[str]:
-    within = name.split(".", 2)[2] if name.startswith("blocks.") else name
+    _, is_layer, of_layer = f".{name}".partition(".blocks.")
+    within = of_layer.split(".", 1)[1] if is_layer else name
     for each in dict.fromkeys((name, within)):
         yield each
         matrix, _, last = each.rpartition(".")
@@ -71,9 +72,12 @@ def rate_factors(params: Any, rates: Rates) -> Any:
 
 def _names(path: tuple[Any, ...], parameter: Any) -> list[str]:
     """The official names of a parameter: one, or of a stack one for each of its layers."""
-    if str(path[0].key) in _TUNED:
-        path = path[1:]
-    return official_names(path, parameter.shape[0] + 1 if is_stack(str(path[0].key)) else 1)
+    keys = _keys(path)
+    within = next((place for place, key in enumerate(keys) if is_layers(key)), 0)  # a model that is a part of another
+    prefix = "" if keys[0] in _TUNED else "".join(f"{key}." for key in keys[:within])
+    own = path[1:] if keys[0] in _TUNED else path[within:]
+    names = official_names(own, parameter.shape[0] + 1 if has_layer_axis(keys) else 1)
+    return [prefix + name for name in names]
 
 
 def check_rates(params: Any, rates: Rates, partition: Callable[[tuple[str, ...]], bool]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.config import ConfigError, GRPOConfig, TrainConfig
 from rwkv_jax.data.preference.prompts import PromptCorpus, PromptRecord
-from rwkv_jax.held_out import Preferred
+from rwkv_jax.held_out import Measured
 from rwkv_jax.parallel.coordination import global_array
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.tables import format_table
@@ -139,13 +139,13 @@ class RolloutRows:
             )
         return "\n".join(lines)
 
-    def evaluation(self) -> Callable[[Any, int | None], Preferred | None]:
+    def evaluation(self) -> Callable[[Any, int | None], Measured | None]:
         """Makes (params, number of batches or None for all) -> mean rewards of replies to held-out prompts."""
         held_out, num_prompts = self.corpus.held_out, self._num_prompts
         if not held_out:
             return lambda params, num_batches: None
 
-        def evaluate(params: Any, num_batches: int | None) -> Preferred:
+        def evaluate(params: Any, num_batches: int | None) -> Measured:
             found = []
             for number in range(-(-len(held_out) // num_prompts))[:num_batches]:
                 some = list(held_out[number * num_prompts : (number + 1) * num_prompts])
@@ -155,7 +155,7 @@ class RolloutRows:
             values = np.concatenate(found)
             totals = values @ np.array([reward.weight for reward in self.rewards])
             means = {f"reward_{reward.name}": _mean(values[:, i]) for i, reward in enumerate(self.rewards)}
-            return Preferred(-_mean(totals), {"reward": _mean(totals), **means})
+            return Measured(-_mean(totals), {"reward": _mean(totals), **means})
 
         return evaluate
 

@@ -18,13 +18,13 @@ from rwkv_jax.data.synthetic.task import Task
 from rwkv_jax.data.tokens.batches import evaluation_windows
 from rwkv_jax.data.tokens.rows import Rows, TrainingRows, training_rows
 from rwkv_jax.data.tokens.token_file import TokenFile
-from rwkv_jax.held_out import Answers, HeldOut, Preferred, evaluate
+from rwkv_jax.held_out import Answers, HeldOut, Measured, evaluate
 from rwkv_jax.parallel.coordination import run_on_first_process
 from rwkv_jax.parallel.processes import Processes
 from rwkv_jax.training.answers import answers_evaluation
 from rwkv_jax.training.batch import Batch, batch_loader
 from rwkv_jax.training.functions import TrainFunctions
-from rwkv_jax.training.own_rows import OwnCorpus, OwnRows, open_own_rows
+from rwkv_jax.training.own_rows import OwnCorpus, OwnRows, open_examples, open_own_rows
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.stored_teacher import open_stored
 
@@ -36,6 +36,8 @@ def open_data(
     config: TrainConfig, task: Task | None, trainer: TrainFunctions, processes: Processes, console: Console
 ) -> tuple[AnyCorpus, AnyRows]:
     """The corpus, built by the first process, and the rows of each training step."""
+    if trainer.application is not None:
+        return open_examples(trainer.application, trainer, console.print)
     if task is not None:
         return SyntheticCorpus(task), synthetic_rows(task, config)
     if config.training.objective not in OF_TEXT:
@@ -95,7 +97,7 @@ def open_loader(
 
 def held_out_evaluation(
     config: TrainConfig, corpus: AnyCorpus, rows: AnyRows, trainer: TrainFunctions, load: Callable[..., Batch]
-) -> Callable[[Any, int | None], HeldOut | Answers | Preferred | None]:
+) -> Callable[[Any, int | None], HeldOut | Answers | Measured | None]:
     """Makes (params, number of batches or None for all) -> what is found; None without held-out data."""
     if isinstance(rows, OwnRows):
         return rows.evaluation()

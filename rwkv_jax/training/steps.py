@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.evaluation.tasks.plans import Plan
-from rwkv_jax.held_out import Answers, HeldOut, Preferred
+from rwkv_jax.held_out import Answers, HeldOut, Measured
 from rwkv_jax.inference.sampling.params import SamplingParams
 from rwkv_jax.parallel.coordination import SyncedStop
 from rwkv_jax.training.best import LOSS, Best
@@ -25,7 +25,7 @@ from rwkv_jax.training.state import StepMetrics, TrainState
 from rwkv_jax.training.task_scorer import TaskScorer
 from rwkv_jax.training.tasks import evaluate_tasks, runs_tasks
 
-Found = HeldOut | Answers | Preferred | None
+Found = HeldOut | Answers | Measured | None
 """What an evaluation finds; None without held-out data."""
 
 
@@ -55,10 +55,11 @@ class Steps:
     """Compiled; the state is donated."""
     evaluate_held_out: Callable[[Any, int | None], Found]
     """(params, number of batches or None for all) -> what is found."""
-    sampler: Sampler
+    sampler: Sampler | None
+    """None in an application's run, which writes no text."""
     tasks: list[Plan]
-    scorer: TaskScorer
-    """Of `tasks`."""
+    scorer: TaskScorer | None
+    """Of `tasks`; None in an application's run."""
     best: Best
     checkpoints: Checkpoints
     profiler: StepProfiler
@@ -131,6 +132,7 @@ class Steps:
 
     def _ask_tasks(self, done: int) -> None:
         """Evaluates the tasks."""
+        assert self.scorer is not None  # or there would be no tasks
         with self.logger.throughput.pause():
             results = evaluate_tasks(self.tasks, self.scorer, self.evaluated())
             self.logger.tasks(done, results)
@@ -143,6 +145,7 @@ class Steps:
         evaluation = self.config.evaluation
         sampling = SamplingParams(evaluation.sample_temperature, evaluation.sample_top_p)
         for seed, prompt in enumerate(_prompts_after(done, self.config), start=done):
+            assert self.sampler is not None  # or there would be no prompts
             text = self.sampler.text(params, prompt, evaluation.sample_tokens, sampling, seed)
             self.logger.sample(done, prompt, text)
 

@@ -302,8 +302,8 @@ def test_a_run_prefers_what_is_chosen_and_goes_on_bit_by_bit(config: TrainConfig
     first, *_, last = [record for record in records if record["kind"] == "train"]
     assert first["margin"] < last["margin"]
     assert last["accuracy"] > 0.8
-    assert result.preferred is not None
-    assert result.preferred.metrics["margin"] > 0.1
+    assert result.measured is not None
+    assert result.measured.metrics["margin"] > 0.1
     half, reference = dataclasses.replace(config, run_dir=str(tmp_path / "half")), tmp_path / "half" / REFERENCE_FILE
     train(dataclasses.replace(half, training=dataclasses.replace(half.training, num_steps=3)))
     stored = reference.read_bytes()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rwkv_jax.held_out import Answers, HeldOut, Preferred, bits_per_byte
+from rwkv_jax.held_out import Answers, HeldOut, Measured, bits_per_byte
 from rwkv_jax.training.reporting.console import Console
 from rwkv_jax.training.reporting.metrics import Kind, MetricsWriter
 from rwkv_jax.training.reporting.throughput import Throughput
@@ -138,7 +138,7 @@ class StepLogger:
     def _reason(self, step: int) -> str | None:
         return None if self.why_skipped is None else self.why_skipped(step)
 
-    def held_out(self, step: int, result: HeldOut | Answers | Preferred) -> None:
+    def held_out(self, step: int, result: HeldOut | Answers | Measured) -> None:
         """Logs an evaluation after `step` steps."""
         self._write("evaluation", step, result.record())
         self.console.print(f"step {step}: held-out {result.describe()}")

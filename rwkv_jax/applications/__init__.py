@@ -1,0 +1,1 @@
+"""Systems built of RWKV's layers beyond language models; a folder each, to copy from (docs/applications.md)."""

@@ -1,0 +1,72 @@
+"""Run with eight fake devices: prints, as JSON, how far the toy application's step on meshes is from one device's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from rwkv_jax.config import StepConfig
+from rwkv_jax.parallel.mesh import MeshShape, mesh_from_shape
+from rwkv_jax.parallel.rules import shardings
+from rwkv_jax.training.functions import make_train_functions
+from rwkv_jax.training.own_rows import open_examples
+from rwkv_jax.training.step import loss_and_gradients
+from tests.applications import toy
+
+MESHES = ("data8", "data2.fsdp2.tensor2", "fsdp4.tensor2")
+
+
+def step_on(name: str | None) -> Any:
+    """Metrics and gradients of a step, on a mesh or one device."""
+    config = toy.config("unused")
+    training = StepConfig(
+        batch_size=16,
+        sequence_length=toy.LENGTH,
+        accumulation_steps=1 if name is None else 2,
+        remat="none" if name is None else "full",
+    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"), training=training)
+    mesh = None
+    if name is not None:
+        shape = MeshShape(**{axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", name)})
+        mesh = mesh_from_shape(shape, jax.devices()[: shape.size])
+    functions = make_train_functions(config, mesh)
+    assert functions.application is not None
+    params = toy.params_of(functions.application)
+    if mesh is not None:
+        params = jax.device_put(params, shardings(mesh, functions.sharded.param_specs))
+    batch = open_examples(functions.application, functions, lambda line: None)[1].load(3, params)
+
+    def run(params: Any, batch: Any) -> Any:
+        reported, gradients, _ = loss_and_gradients(
+            params, {}, batch, None, functions.objective, functions.sharded, training.accumulation_steps
+        )
+        return reported, gradients
+
+    return jax.tree.map(np.asarray, jax.jit(run)(params, batch))
+
+
+def main() -> None:
+    """Prints {mesh: {what: largest error relative to the largest value}}."""
+    jax.config.update("jax_enable_x64", True)
+    (loss, metrics), gradients = step_on(None)
+
+    def error(found: Any, expected: Any) -> float:
+        pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(y)) + 1e-3)) for x, y in pairs)
+
+    found = {}
+    for name in MESHES:
+        (own_loss, own_metrics), own = step_on(name)
+        errors = {"loss": error(own_loss, loss), "metrics": error(own_metrics, metrics)}
+        found[name] = errors | {"gradients": error(own, gradients)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
