@@ -82,7 +82,8 @@ class Convert:
             )
         print(
             f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
-            f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, {self.layout} names"
+            f"{model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.vocab_size}, "
+            f"{'gguf' if self.target.suffix.lower() == '.gguf' else self.layout} names"
             f"{f', matrices in {self.quantize}' if self.quantize else ''}"
         )
         tell_of_state(self.source, self.target)

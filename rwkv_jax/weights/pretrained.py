@@ -30,7 +30,7 @@ from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenize
 from rwkv_jax.weights.base import place_base
 from rwkv_jax.weights.derived import MAX_VOCABULARY, add_unused, may_have_unused, resized, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
-from rwkv_jax.weights.ggml.vocabulary import if_in_gguf, tokenizer_in
+from rwkv_jax.weights.ggml.vocabulary import tokenizer_for_gguf, tokenizer_in
 from rwkv_jax.weights.hugging_face import hub_ends
 from rwkv_jax.weights.official import (
     check_tensors,
@@ -314,6 +314,8 @@ def save_pretrained(
         tensors = packed_tensors(model.config, params)
     else:
         tensors = official_tensors(model.config, params)
+    if tokenizer is None and Path(path).suffix.lower() == GGUF:
+        tokenizer = tokenizer_for_gguf(Path(path), None, model.config.vocab_size)
     write_weights(tensors, model.config, Path(path), layout, dtype, tokenizer)
 
 
@@ -370,16 +372,16 @@ def convert(
         official = weights.layout == "official"
         tensors = weights.tensors if official else selected(weights.tensors, official_shapes(config))
     if resize_vocab is not None:
-        found = _check_cut(path, config.vocab_size, resize_vocab, cut_used=cut_used)
+        own = _check_cut(path, config.vocab_size, resize_vocab, cut_used=cut_used)
         tensors = resized(tensors, config, resize_vocab)
         config = dataclasses.replace(config, vocab_size=resize_vocab)
-        found = found if takes_beside and found is not None and fits_model(found, resize_vocab) else None
     else:
-        found = find_tokenizer(path, config.vocab_size) if takes_beside else None
-    if Path(target).suffix.lower() == GGUF:
-        found = if_in_gguf(found, path)
+        own = find_tokenizer(path, config.vocab_size) if takes_beside else None
+    found = own if takes_beside and own is not None and fits_model(own, config.vocab_size) else None
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, config.vocab_size)
+    elif Path(target).suffix.lower() == GGUF:
+        found = tokenizer_for_gguf(path, own, config.vocab_size)
     if with_unused:
         if layout != "official" or not may_have_unused(config):
             raise WeightsError(

@@ -63,7 +63,7 @@ def write_weights(
     if suffix == GGUF:
         if layout != "official":
             raise WeightsError(f"{path}: GGUF files have names of their own, not the {layout} layout's; leave it out")
-        write_gguf(path, tensors, model, dtype, vocabulary_for(path, tokenizer, model.vocab_size))
+        write_gguf(path, tensors, model, dtype, vocabulary_for(path, tokenizer))
         return
     if suffix in _FILES:
         if layout != "official":

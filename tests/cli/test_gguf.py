@@ -23,6 +23,7 @@ def test_to_gguf_and_back(rwkv: Command, tmp_path: Path) -> None:
     write_torch_file(tmp_path / "a.pth", tensors)
     printed = rwkv("convert", tmp_path / "a.pth", tmp_path / "a.gguf", "--tokenizer", "bytes").out
     assert printed.startswith(f"{tmp_path / 'a.gguf'}: RWKV-7 3 x 64, ")
+    assert "vocabulary 256, gguf names" in printed
     found = rwkv("info", tmp_path / "a.gguf").out
     assert re.search(r"weights +.*a\.gguf, gguf names", found)
     assert re.search(r"model +RWKV-7, 3 layers of width 64, vocabulary 256", found)

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.chat.formats import WORLD
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer, train_sentencepiece
+from rwkv_jax.weights.ggml import vocabulary
 from rwkv_jax.weights.ggml.gguf_file import read_gguf
 from rwkv_jax.weights.ggml.types import TYPES, dequantized
 from rwkv_jax.weights.pretrained import convert, find_tokenizer
@@ -144,6 +147,18 @@ def test_q8_0_rounds_matrices_alone(tmp_path: Path, config: ModelConfig) -> None
     assert 0 < np.abs(difference).max() < 0.2
 
 
+def test_float64_is_rounded_to_blocks_and_float32(tmp_path: Path) -> None:
+    tensors = trained_like(WIDE["6"])
+    wanted = tensors_in(written(tmp_path, tensors, dtype="q8_0"))
+    (tmp_path / "b").mkdir()
+    wide = {name: x.astype(np.float64) for name, x in tensors.items()}
+    assert_same_bits(tensors_in(written(tmp_path / "b", wide, dtype="q8_0")), wanted)
+    wide["ln_out.bias"][0] = 1e39
+    (tmp_path / "c").mkdir()
+    with pytest.raises(WeightsError, match=r"ln_out\.bias: has numbers too large for float32"):
+        written(tmp_path / "c", wide, dtype="q8_0")
+
+
 def test_rows_that_are_no_blocks_stay_in_float32(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIGS["7"], width=40, ffn_width=64)
     stored = read_gguf(written(tmp_path, random_tensors(config), dtype="q8_0")).tensors
@@ -244,6 +259,10 @@ def test_the_world_tokenizer_goes_in_and_comes_out(tmp_path: Path, caplog: pytes
     }
     convert(path, tmp_path / "folder")
     assert (tmp_path / "folder" / "tokenizer.kind.json").is_file()
+    template = jinja2.Environment().from_string(str(file.metadata["tokenizer.chat_template"]))
+    messages = [("system", "Be brief."), ("user", " Hi!\n"), ("assistant", "Hello."), ("user", "What is 1 < 2 '?")]
+    listed = [{"role": role, "content": content} for role, content in messages]
+    assert template.render(messages=listed, add_generation_prompt=True) == WORLD.render(listed)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 257])
@@ -264,7 +283,9 @@ def test_another_vocabulary_in_a_file_is_not_taken_for_one_of_ours(tmp_path: Pat
     assert find_tokenizer(path, 256) is None
 
 
-def test_a_tokenizer_that_gguf_does_not_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_gguf_does_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_torch_file(tmp_path / "a.pth", random_tensors(dataclasses.replace(CONFIGS["7"], vocab_size=300)))
     tokenizer = tmp_path / "tokenizer.model"
     train_sentencepiece(["the cat sat on the mat and the dog ran away quickly"] * 30, 300, tokenizer)
@@ -272,6 +293,11 @@ def test_a_tokenizer_that_gguf_does_not_have(tmp_path: Path, caplog: pytest.LogC
         convert(tmp_path / "a.pth", tmp_path / "a.gguf", tokenizer=str(tokenizer))
     convert(tmp_path / "a.pth", tmp_path / "a.gguf")  # found, but not asked for
     assert "its tokenizer (tokenizer.model) cannot be put into GGUF" in caplog.text
+    monkeypatch.setattr(vocabulary, "_WORLD_IDS", 300)  # nor is World's put in its place
+    convert(tmp_path / "a.pth", tmp_path / "b.gguf")
+    assert read_gguf(tmp_path / "b.gguf").metadata["tokenizer.ggml.model"] == "none"
+    convert(tmp_path / "a.pth", tmp_path / "c.gguf", resize_vocab=310)
+    assert "its tokenizer (tokenizer.model) does not fit 310 ids" in caplog.text
     assert read_gguf(tmp_path / "a.gguf").metadata["tokenizer.ggml.model"] == "none"
     assert read_gguf(tmp_path / "a.gguf").metadata["rwkv7.vocab_size"] == 300
 

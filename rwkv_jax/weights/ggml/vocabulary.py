@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, fits_model
 from rwkv_jax.weights.ggml.gguf_file import MAGIC, Texts, read_gguf
 from rwkv_jax.weights.tensors import WeightsError
 
@@ -21,7 +21,7 @@ _KNOWN = (WorldTokenizer, ByteTokenizer)
 # A text that is in no text of UTF-8: llama.cpp would find it in texts, as it finds every other token.
 _UNUSED_TEXT = "\\xff[{}]"
 
-# As `rwkv_jax.chat.formats.WORLD` writes chats, for programs that ask the file.
+# As `rwkv_jax.chat.formats.WORLD` writes chats, for programs that ask the file; blank lines within a message stay.
 _CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
 {{- 'User: ' + message['content'] | trim + '\\n\\n' -}}
@@ -70,18 +70,10 @@ def _escaped(content: bytes) -> bytes:
     return repr(content)[2:-1].encode()
 
 
-def vocabulary_for(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Vocabulary | None:
-    """The vocabulary for a GGUF file: the tokenizer's; without one, World's for 65536 ids, and else none.
-
-    Raises:
-      ConfigError: llama.cpp has no such tokenizer, or the World tokenizer is not installed.
-    """
+def vocabulary_for(path: Path, tokenizer: Tokenizer | None) -> Vocabulary | None:
+    """The vocabulary for a GGUF file, None without a tokenizer; WeightsError for one that llama.cpp does not have."""
     if tokenizer is None:
-        if vocab_size != _WORLD_IDS:
-            _LOG.warning("%s: there is no tokenizer to write into it, programs must be given ids", path)
-            return None
-        _LOG.warning("%s: gets the World tokenizer, since the model has its %d ids", path, _WORLD_IDS)
-        tokenizer = WorldTokenizer()
+        return None
     found = vocabulary_of(tokenizer)
     if found is None:
         raise WeightsError(
@@ -118,9 +110,25 @@ def _if_same(tokenizer: Tokenizer, texts: Iterator[bytes]) -> Tokenizer | None:
     return tokenizer
 
 
-def if_in_gguf(tokenizer: Tokenizer | None, source: Path) -> Tokenizer | None:
-    """The tokenizer of some weights if a GGUF file can hold it; else None, and a warning."""
-    if tokenizer is None or isinstance(tokenizer, _KNOWN):
-        return tokenizer
-    _LOG.warning("%s: its tokenizer (%s) cannot be put into GGUF, World and bytes can", source, tokenizer.saved.name)
+def tokenizer_for_gguf(source: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer to write into a GGUF file if none was asked for; None, with a warning, if there is none.
+
+    Args:
+      source: what messages name.
+      tokenizer: that of the weights; if the file cannot hold it, it gets none, and not World's either.
+
+    Raises:
+      ConfigError: the model has World's 65536 ids and no tokenizer, and the World tokenizer is not installed.
+    """
+    if tokenizer is not None:
+        fits = fits_model(tokenizer, vocab_size)
+        if fits and isinstance(tokenizer, _KNOWN):
+            return tokenizer
+        trouble = "cannot be put into GGUF, World and bytes can" if fits else f"does not fit {vocab_size} ids"
+        _LOG.warning("%s: its tokenizer (%s) %s; programs must be given ids", source, tokenizer.saved.name, trouble)
+        return None
+    if vocab_size == _WORLD_IDS:
+        _LOG.warning("%s: the file gets the World tokenizer, since the model has its %d ids", source, _WORLD_IDS)
+        return WorldTokenizer()
+    _LOG.warning("%s: has no tokenizer to write into the file, programs must be given ids", source)
     return None

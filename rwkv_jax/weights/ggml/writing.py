@@ -68,8 +68,8 @@ def write_gguf(
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise WeightsError(f"{path}: {MISSING}") from error
-    if dtype is not None and dtype != QUANTIZED:
-        tensors = rounded(tensors, dtype)
+    if dtype is not None:
+        tensors = rounded(tensors, "float32" if dtype == QUANTIZED else dtype)
     common = {tensor_spec(tensors, name).dtype for name in tensors}
     foreign = _foreign(tensors, target, model)
     plan = [_planned(foreign, name, dtype == QUANTIZED) for name in foreign]
@@ -136,7 +136,7 @@ def _add_metadata(writer: Any, architecture: Architecture, model: ModelConfig, n
     import gguf  # pyright: ignore[reportMissingImports]
 
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(name.encode(errors="replace").decode())  # a path may have bytes that are no text
     writer.add_context_length(_CONTEXT_LENGTH)
     for key, value in architecture.sizes(model).items():
         writer.add_uint32(key, value)
