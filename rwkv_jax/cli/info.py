@@ -32,7 +32,7 @@ class Info:
     """Compute the SHA-256 of a file of weights, which reads it whole: what --sha256 takes."""
 
     numbers: bool = False
-    """Look for NaN, infinity and rescaled layers in weights with official names, which reads the whole file."""
+    """Look for NaN, infinity and rescaled layers in a file of weights, which reads it whole."""
 
     pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
@@ -68,7 +68,7 @@ class Info:
     def _print_summary(self, source: str) -> bool:
         """Prints what is known of weights with official names; False for others."""
         from rwkv_jax.weights.sources import find_weights, prefix_errors
-        from rwkv_jax.weights.summary import ranks, summarize, unusual, unusual_numbers
+        from rwkv_jax.weights.summary import summarize, unusual, unusual_numbers
 
         path = find_weights(source)
         if path.is_dir() or (summary := summarize(path)) is None:
@@ -76,11 +76,11 @@ class Info:
         if self.verify:
             with prefix_errors(path):
                 summary.file.verify()
-        odd = unusual(summary) + (unusual_numbers(summary.file) if self.numbers else [])
+        odd = unusual(summary) + (unusual_numbers(summary.file, summary.file.drop_pages) if self.numbers else [])
         lines = {"weights": f"{path}, official names", **_of_model(summary.model)}
-        if told := ranks(summary):
-            lines["ranks"] = told
         lines |= _of_tensors(summary.file, verified=summary.file.has_checksums if self.verify else None)
+        if not self.verify:
+            lines["shapes"] = "not compared one by one, only how many numbers all have; --verify does"
         _print(lines | self._of_file(path, summary.model, summary.file) | {"unusual": "; ".join(odd) or "nothing"})
         if self.verify or not summary.is_regular:
             from rwkv_jax.weights.official import check_tensors
@@ -105,9 +105,11 @@ class Info:
     def _of_weights(self, source: str) -> dict[str, str]:
         from rwkv_jax.config import from_dict
         from rwkv_jax.run_folder import read_run_file
+        from rwkv_jax.weights.ggml.vocabulary import describe_tokenizer
         from rwkv_jax.weights.official import check_tensors
         from rwkv_jax.weights.quantized import DequantizedTensors
         from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
+        from rwkv_jax.weights.summary import unusual_numbers
 
         path = find_weights(source)
         if path.is_dir():
@@ -119,13 +121,18 @@ class Info:
             check_tensors(weights.tensors, model)
             if self.verify:
                 weights.file.verify()
+        odd = [_TIED] if "head.weight" in weights.tensors and _has_no_head(weights.file) else []
+        if self.numbers:
+            odd = odd + unusual_numbers(weights.tensors, weights.drop_pages) or ["nothing"]
+        inside = describe_tokenizer(path)
         packed = weights.tensors.quantization if isinstance(weights.tensors, DequantizedTensors) else None
         return {
             "weights": f"{path}, {weights.layout} names{f', matrices in {packed}' if packed else ''}",
             **_of_model(model),
             **_of_tensors(weights.file, verified=weights.file.has_checksums if self.verify else None),
             **self._of_file(path, model, weights.file),
-            **({"unusual": _TIED} if "head.weight" in weights.tensors and _has_no_head(weights.file) else {}),
+            **({} if inside is None else {"tokenizer": inside}),
+            **({"unusual": "; ".join(odd)} if odd else {}),
         }
 
 
@@ -145,15 +152,19 @@ def _print(lines: Mapping[str, str]) -> None:
 
 
 def _of_model(model: ModelConfig) -> dict[str, str]:
+    from rwkv_jax.weights.summary import ranks
+
     told = [
         name.replace("_", " ") + ("" if value is True else f" {value}")
         for name in model.spec.fields_beside_tensors
         if (value := getattr(model.resolved(), name))
     ]
     title = ", ".join([model.title, *told])
+    known = ranks(model)
     return {
         "model": f"{title}, {model.num_layers} layers of width {model.width}, vocabulary {model.vocab_size}",
         "parameters": f"{model.num_parameters() / 1e6:.1f}M, computed in {model.dtype}",
+        **({"ranks": known} if known else {}),
     }
 
 

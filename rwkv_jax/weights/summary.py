@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,10 +78,10 @@ def uneven_layers(tensors: Mapping[str, NDArray]) -> list[str]:
     ]
 
 
-def ranks(summary: Summary) -> str:
+def ranks(model: ModelConfig) -> str:
     """The ranks of a model's low-rank maps, as "decay 64, ..."; empty if it has none."""
-    resolved = summary.model.resolved()
-    return ", ".join(f"{name.removesuffix('_rank')} {getattr(resolved, name)}" for name in _rank_fields(summary.model))
+    resolved = model.resolved()
+    return ", ".join(f"{name.removesuffix('_rank')} {getattr(resolved, name)}" for name in _rank_fields(model))
 
 
 def _rank_fields(model: ModelConfig) -> list[str]:
@@ -150,7 +150,7 @@ def recorded_hash(path: Path) -> str:
     return f"{stored}, by the hub's cache" if path.is_symlink() and _SHA256.fullmatch(stored) else ""
 
 
-def unusual_numbers(tensors: MappedTensors) -> list[str]:
+def unusual_numbers(tensors: Mapping[str, NDArray], drop_pages: Callable[[], None]) -> list[str]:
     """What the numbers have that is unusual, a line each; reads the whole file.
 
     NaN and infinity by tensor; a head that is the embedding; weights of later layers divided by powers of two, as
@@ -159,12 +159,10 @@ def unusual_numbers(tensors: MappedTensors) -> list[str]:
     lines = []
     for name in tensors:
         rows = tensors[name].reshape(-1)
-        bad = sum(
-            int((~np.isfinite(rows[i : i + _BLOCK].astype(np.float32))).sum()) for i in range(0, len(rows), _BLOCK)
-        )
+        bad = sum(int((~np.isfinite(rows[i : i + _BLOCK])).sum()) for i in range(0, len(rows), _BLOCK))
         if bad:
             lines.append(f"{name} has {bad} numbers that are NaN or infinite")
-        tensors.drop_pages()
+        drop_pages()
     if every := _rescaled_every(tensors):
         lines.append(
             f"att.output and ffn.value are half as large after every {every} layers, as files are that transformers "

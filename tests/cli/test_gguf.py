@@ -6,13 +6,14 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rwkv_jax.weights.ggml.gguf_file import read_gguf
 from rwkv_jax.weights.pth.file import write_torch_file
 from tests.cli.commands import Command
 from tests.weights.files import CONFIGS, assert_same_bits, random_tensors, tensors_in, trained_like
-from tests.weights.forged_ggml import ggmf_model
+from tests.weights.forged_ggml import ggmf_model, gguf_model
 
 CONFIG = dataclasses.replace(CONFIGS["7"], vocab_size=256, width=64, head_dim=16)
 
@@ -29,6 +30,10 @@ def test_to_gguf_and_back(rwkv: Command, tmp_path: Path) -> None:
     assert re.search(r"model +RWKV-7, 3 layers of width 64, vocabulary 256", found)
     assert re.search(r"tensors +\d+ \(\d+ in float32\)", found)
     assert "none in the file" in found
+    assert re.search(r"ranks +decay 4, iclr 5, value 6, gate 7", found)
+    assert re.search(r"tokenizer +in the file, of llama\.cpp's kind 'rwkv', with 256 tokens", found)
+    assert "unusual" not in found
+    assert re.search(r"unusual +nothing", rwkv("info", tmp_path / "a.gguf", "--numbers").out)
     rwkv("convert", tmp_path / "a.gguf", tmp_path / "b.safetensors")
     assert_same_bits(tensors_in(tmp_path / "b.safetensors"), tensors)
     wanted = rwkv("generate", tmp_path / "a.pth", "--tokenizer", "bytes", "--prompt", "ab", "--temperature", 0).out
@@ -58,6 +63,14 @@ def test_what_does_not_go_together(
     with pytest.raises(SystemExit, match=re.escape(message)):
         rwkv("convert", tmp_path / "a.pth", tmp_path / target, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_numbers_of_any_layout_are_looked_at(rwkv: Command, tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors["blocks.1.ffn.value.weight"][2, 3:5] = (np.nan, np.inf)
+    (tmp_path / "a.gguf").write_bytes(gguf_model(CONFIG, tensors).bytes())
+    told = rwkv("info", tmp_path / "a.gguf", "--numbers").out
+    assert "blocks.1.ffn.value.weight has 2 numbers that are NaN or infinite" in told
 
 
 def test_an_older_file_of_rwkv_cpp(rwkv: Command, tmp_path: Path) -> None:

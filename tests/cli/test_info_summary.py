@@ -147,6 +147,21 @@ def test_a_file_of_the_hub_s_cache_says_where_it_is_from(rwkv: Command, tmp_path
     assert f"owner/name on the Hugging Face hub, commit {'12' * 20}" in rwkv("info", folder).out
 
 
+def test_large_numbers_of_float64_are_finite(rwkv: Command, tmp_path: Path) -> None:
+    wide = {name: x.astype(np.float64) for name, x in TENSORS.items()}
+    wide["ln_out.bias"][0] = 1e300
+    write_safetensors(tmp_path / "a.safetensors", wide)
+    assert "infinite" not in rwkv("info", tmp_path / "a.safetensors", "--numbers").out
+
+
+def test_shapes_are_compared_on_request(rwkv: Command, tmp_path: Path) -> None:
+    tensors = {name: x.reshape(-1) if name.endswith("att.x_k") else x for name, x in TENSORS.items()}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    assert "not compared one by one" in rwkv("info", tmp_path / "a.safetensors").out
+    with pytest.raises(SystemExit, match=r"misshapen +blocks\.0\.att\.x_k is \[32\], must be \[1, 1, 32\]"):
+        rwkv("info", tmp_path / "a.safetensors", "--verify")
+
+
 def test_numbers(rwkv: Command, tmp_path: Path) -> None:
     config = ModelConfig(generation="4", vocab_size=29, num_layers=13, width=32, ffn_width=48)
     tensors = random_tensors(config)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, fits_model
 from rwkv_jax.weights.ggml.gguf_file import MAGIC, Texts, read_gguf
+from rwkv_jax.weights.pth.rejection import shown
 from rwkv_jax.weights.tensors import WeightsError
 
 _LOG = logging.getLogger(__name__)
@@ -99,6 +100,18 @@ def tokenizer_in(path: Path, vocab_size: int) -> Tokenizer | None:
     if vocab_size in ByteTokenizer.SIZES:
         return _if_same(ByteTokenizer(vocab_size), found.texts(_TOKENS))
     return _if_same(WorldTokenizer(), found.texts(_TOKENS)) if vocab_size == _WORLD_IDS else None
+
+
+def describe_tokenizer(path: Path) -> str | None:
+    """What a GGUF file says of its tokenizer, for a message; None for other files, and where it says nothing."""
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            return None
+    metadata = read_gguf(path).metadata
+    kind, listed = metadata.get(_KIND), metadata.get(_TOKENS)
+    if not isinstance(kind, str) or not isinstance(listed, Texts):
+        return None
+    return f"in the file, of llama.cpp's kind {shown(kind)}, with {listed.count} tokens"
 
 
 def _if_same(tokenizer: Tokenizer, texts: Iterator[bytes]) -> Tokenizer | None:
