@@ -6,8 +6,8 @@
 # and by themselves
 #   make test-newest     runs a tenth of the tests on another Python, in .venv-newest: make test-newest NEWEST=python3.13
 #   make test-peers      holds our models and training steps against the official ones, our evaluations against
-#                        lm-eval's, adapters against peft, and GGUF files against llama.cpp, in .venv-peers (it has
-#                        PyTorch)
+#                        lm-eval's, adapters against peft, GGUF files against llama.cpp, and folders against rwkv7-hf,
+#                        in .venv-peers (it has PyTorch)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -85,7 +85,7 @@ constraints/%.txt:
 .venv-peers/installed: | .venv/bin/python
 	.venv/bin/python -m venv .venv-peers
 	.venv-peers/bin/$(PIP) torch==2.13.0
-	.venv-peers/bin/$(PIP) numpy rwkv==0.8.32 peft==0.21.2 cyllama==0.2.18
+	.venv-peers/bin/$(PIP) numpy rwkv==0.8.32 peft==0.21.2 cyllama==0.2.18 rwkv7-hf==0.9.0 transformers==5.24.0
 	.venv-peers/bin/$(PIP) -c $(CONSTRAINTS) -e . lm-eval==0.4.13
 	touch $@
 

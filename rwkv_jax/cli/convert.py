@@ -27,8 +27,9 @@ class Convert:
     target: tyro.conf.Positional[Path]
     """FILE.pth, FILE.safetensors, FILE.gguf for llama.cpp (RWKV-6 and 7), or a folder for model.safetensors and the
     tokenizer; must not exist yet."""
-    layout: Literal["official", "transformers", "flash-linear-attention"] = "official"
-    """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
+    layout: Literal["official", "transformers", "flash-linear-attention", "huggingface"] = "official"
+    """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7; huggingface is that of the
+    RWKV organization's folders on the hub, RWKV-7."""
     dtype: Literal["float32", "bfloat16", "float16", "float64", "q8_0"] | None = None
     """dtype to cast tensors to; None keeps them bit for bit. q8_0 is for FILE.gguf: matrices in 8 bits."""
     quantize: Quantize | None = None

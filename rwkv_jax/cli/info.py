@@ -66,7 +66,7 @@ class Info:
         return path.is_dir() or (path.is_file() and (path.name.endswith(plain) or is_numbered(path.name)))
 
     def _print_summary(self, source: str) -> bool:
-        """Prints what is known of weights with official names; False for others."""
+        """Prints what is known of weights whose names are official, maybe behind a prefix; False for others."""
         from rwkv_jax.weights.sources import find_weights, prefix_errors
         from rwkv_jax.weights.summary import summarize, unusual, unusual_numbers
 
@@ -76,8 +76,8 @@ class Info:
         if self.verify:
             with prefix_errors(path):
                 summary.file.verify()
-        odd = unusual(summary) + (unusual_numbers(summary.file, summary.file.drop_pages) if self.numbers else [])
-        lines = {"weights": f"{path}, official names", **_of_model(summary.model)}
+        odd = unusual(summary) + (unusual_numbers(summary.tensors, summary.file.drop_pages) if self.numbers else [])
+        lines = {"weights": f"{path}, {summary.layout} names", **_of_model(summary.model)}
         lines |= _of_tensors(summary.file, verified=summary.file.has_checksums if self.verify else None)
         if not self.verify:
             lines["shapes"] = "not compared one by one, only how many numbers all have; --verify does"
@@ -86,7 +86,7 @@ class Info:
             from rwkv_jax.weights.official import check_tensors
 
             with prefix_errors(path):
-                check_tensors(summary.file, summary.model)
+                check_tensors(summary.tensors, summary.model)
         return True
 
     def _of_file(self, path: Path, model: ModelConfig, file: MappedTensors) -> dict[str, str]:

@@ -28,8 +28,9 @@ class Merge:
     """alpha of LoRA adapters by RWKV-PEFT, whose files do not have it: as they were trained with."""
     adapter_init: Path | None = None
     """File of PiSSA's initial values; None looks beside the adapter."""
-    layout: Literal["official", "transformers", "flash-linear-attention"] = "official"
-    """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7."""
+    layout: Literal["official", "transformers", "flash-linear-attention", "huggingface"] = "official"
+    """Naming of the tensors: transformers reads RWKV-4, flash-linear-attention RWKV-6 and 7; huggingface is that of the
+    RWKV organization's folders on the hub, RWKV-7."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """dtype to write. What adapters change is often smaller than the last digit of bfloat16, and lost there."""
     tokenizer: str | None = None

@@ -222,8 +222,8 @@ def write_peft(
 
     Args:
       model: the base's config.
-      layout: of the model that peft is to adapt: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6 and
-        7, and rwkv7-hf).
+      layout: of the model that peft is to adapt: official, transformers (RWKV-4), flash-linear-attention (RWKV-6 and 7,
+        and rwkv7-hf) or huggingface (RWKV-7).
       base: the name or path that the config gives as base_model_name_or_path.
 
     Raises:

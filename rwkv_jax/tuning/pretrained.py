@@ -43,10 +43,10 @@ def from_pretrained(
     """Loads a model from weights; generation and sizes are inferred from names and shapes.
 
     Files are official `.pth` (never unpickled: nothing in them can run), safetensors under official names, and the
-    layouts of transformers (RWKV-4) and flash-linear-attention (RWKV-6, 7); besides, folders of Llama 2 and 3, Qwen2
-    and Qwen3 (safetensors and config.json). They are memory-mapped, and each tensor is copied straight to the devices
-    that hold it; one that is to be packed is packed first, and all layers of a parameter are copied together. Of a run
-    of `rwkv train` the newest checkpoint is taken.
+    layouts of transformers (RWKV-4), flash-linear-attention (RWKV-6, 7) and RWKV's own folders on the hub (RWKV-7);
+    besides, folders of Llama 2 and 3, Qwen2 and Qwen3 (safetensors and config.json). They are memory-mapped, and each
+    tensor is copied straight to the devices that hold it; one that is to be packed is packed first, and all layers of a
+    parameter are copied together. Of a run of `rwkv train` the newest checkpoint is taken.
 
     Args:
       source: a file, a folder, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub (extra `hub`).

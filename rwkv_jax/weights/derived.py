@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.weights.model_config import UNUSED
 from rwkv_jax.weights.official import official_shapes
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, tensor_spec
 
@@ -21,9 +22,6 @@ MAX_VOCABULARY = 2**20
 """The most ids to which a vocabulary is resized."""
 
 _ROWS_AT_A_TIME = 4096
-
-UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-"""RWKV-7's value residual in layer 0, which the trainer has but nothing uses."""
 
 
 def selected(tensors: Mapping[str, NDArray], names: Iterable[str]) -> DerivedTensors:
@@ -88,7 +86,10 @@ def _with_rows(tensors: Mapping[str, NDArray], name: str, num_rows: int) -> NDAr
 
 
 def add_unused(tensors: Mapping[str, NDArray], config: ModelConfig) -> DerivedTensors:
-    """Official tensors of RWKV-7 with `UNUSED`, zeros if missing, as the trainer requires; others may be missing."""
+    """Official tensors of RWKV-7 with `UNUSED`, zeros if missing, as the trainer requires; others may be missing.
+
+    They have the order of official files; what is of no such model comes last.
+    """
     shapes = official_shapes(dataclasses.replace(config, unused_value_residual=True))
     like = "blocks.0.att.w1" if "blocks.0.att.w1" in tensors else next(iter(tensors))
     dtype = tensor_spec(tensors, like).dtype
@@ -98,7 +99,8 @@ def add_unused(tensors: Mapping[str, NDArray], config: ModelConfig) -> DerivedTe
             return _itself(tensors, name)
         return LazyTensor(TensorSpec(shapes[name], dtype), functools.partial(np.zeros, shapes[name], dtype))
 
-    return DerivedTensors({name: tensor(name) for name in shapes if name in UNUSED or name in tensors})
+    known = [name for name in shapes if name in UNUSED or name in tensors]
+    return DerivedTensors({name: tensor(name) for name in [*known, *(x for x in tensors if x not in shapes)]})
 
 
 def without_unused(tensors: Mapping[str, NDArray]) -> DerivedTensors:

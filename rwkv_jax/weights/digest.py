@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.derived import UNUSED
+from rwkv_jax.weights.model_config import UNUSED
 
 
 def weights_digest(tensors: Mapping[str, NDArray]) -> str:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config.generations import GENERATIONS
 from rwkv_jax.models.language_model import SHARED_AXES
+from rwkv_jax.weights.hub_rwkv7 import HEAD, MODEL_TYPES, PREFIXES
+from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 
 _Change = Callable[[NDArray], NDArray]
 ShapeOf = Callable[[str], tuple[int, ...]]
@@ -163,6 +165,13 @@ _FLA_7 = [
 # Files from before 2025-04 have the six mixes of RWKV-7 in one tensor.
 _FLA_7_OLD = [_stacked_rows(f"{_FLA_ATT}x_x", [f"{_ATT}x_{x}" for x in "rwkvag"])]
 
+
+def _huggingface_7(prefix: str) -> list[Rule]:
+    """The official names of RWKV-7 behind a prefix, but for the head's."""
+    names = [name for rule in _FLA_7 for name in rule.official]
+    return _renamed({name: name if name == HEAD else prefix + name for name in names})
+
+
 _HF, _HF_ATT, _HF_MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 
 LLAMA_RULES = [
@@ -202,6 +211,7 @@ def read_tables() -> list[tuple[str, dict[str, Rule]]]:
         ("transformers", _table([*_TRANSFORMERS_4, *_TRANSFORMERS_5_AND_6])),
         ("flash-linear-attention", _table(_FLA_6)),
         ("flash-linear-attention", _table([*_FLA_7, *_FLA_7_OLD])),
+        *((HUGGINGFACE, _table(_huggingface_7(prefix))) for prefix in PREFIXES),
         (LLAMA, _table(LLAMA_RULES)),
     ]
 
@@ -259,6 +269,24 @@ def _fla_7_config(common: dict[str, Any], shape: ShapeOf) -> dict[str, Any]:
     }
 
 
+def _huggingface_7_config(common: dict[str, Any], shape: ShapeOf) -> dict[str, Any]:
+    num_heads, head_size = shape("blocks.0.att.r_k")
+    ranks = {"decay": "w1", "a": "a1", "v": "v1", "gate": "g1"}
+    return {
+        "architectures": ["Rwkv7ForCausalLM"],
+        "model_type": "rwkv7",
+        **common,
+        "num_heads": num_heads,
+        "head_dim": head_size,
+        **{f"{name}_low_rank_dim": shape(f"blocks.0.att.{map_in}")[1] for name, map_in in ranks.items()},
+        "norm_eps": 1e-5,
+        "norm_bias": True,
+        "wkv_state_dtype": "float32",
+        "wkv_implementation": "eager",
+        "pad_token_id": 0,
+    }
+
+
 class Written(NamedTuple):
     """How a generation is written in another project's layout."""
 
@@ -271,5 +299,6 @@ WRITTEN = {
     ("transformers", "4"): Written(_TRANSFORMERS_4, _transformers_4_config),
     ("flash-linear-attention", "6"): Written(_FLA_6, _fla_6_config),
     ("flash-linear-attention", "7"): Written(_FLA_7, _fla_7_config),
+    **{(HUGGINGFACE, name): Written(_huggingface_7(PREFIXES[0]), _huggingface_7_config) for name in MODEL_TYPES},
 }
 """By layout and generation."""

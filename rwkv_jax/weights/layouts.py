@@ -15,6 +15,9 @@ w, k, v, r, g) and their biases into one tensor. Numbers that differ there for t
   models move by 0.1). Setting `layer.attn.g_norm.eps = 64e-5` on every layer after loading gives the official numbers.
 - RWKV-7 takes head size x 1e-5: the official 64e-5 for heads of 64 only.
 - RWKV-7 with `fuse_norm` divides keys by sqrt(|k|^2 + 1e-6), officially by max(|k|, 1e-12); `hub_config` turns it off.
+
+`huggingface` (RWKV-7), the RWKV organization's own folders on the hub, only puts a prefix before the official names and
+adds the value residual of layer 0 as zeros; see `hub_rwkv7`.
 """
 
 from __future__ import annotations
@@ -29,14 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config.generations import recognize
-from rwkv_jax.weights.derived import UNUSED
+from rwkv_jax.weights.derived import add_unused, selected
+from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
+from rwkv_jax.weights.hub_rwkv7 import are_placeholders, refuse_both_prefixes
 from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
-from rwkv_jax.weights.model_config import refuse_converted
+from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_converted
 from rwkv_jax.weights.rosa_demo import LAYOUT as DEMO
 from rwkv_jax.weights.rosa_demo import from_demo, is_demo
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
 
-LAYOUTS = ("official", "transformers", "flash-linear-attention")
+LAYOUTS = ("official", "transformers", "flash-linear-attention", HUGGINGFACE)
 
 _MAX_WRAPPERS = 16
 # Of DeepSpeed, torch.compile, FSDP, DDP, PEFT and Lightning. What is of the layout itself ("model." of
@@ -89,6 +94,7 @@ def from_layout(
     values: Mapping[str, Any] | None = None,
     *,
     tied: bool | None = None,
+    keep_unused: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, Mapping[str, NDArray]]:
     """Detects the layout of tensors (of `LAYOUTS`, `LLAMA` or `DEMO`), and maps them to official names and shapes.
@@ -99,6 +105,8 @@ def from_layout(
     Args:
       values: a file's other values, which identify files converted by the `rwkv` package.
       tied: whether the embedding is used as head if there is none; None means yes.
+      keep_unused: keeps layer 0's value residual in the layout huggingface also if it is nothing but the zeros that
+        files without it are given there.
       report: gets messages about removed prefixes and tied weights.
 
     Raises:
@@ -123,6 +131,8 @@ def from_layout(
                     report(f"every name begins with {prefix!r}, which is taken off")
                 unchanged = layout == "official" and not prefix
                 official = tensors if unchanged else _made_on_access(tensors, _recipes_to_official(names, table))
+                if layout == HUGGINGFACE and not keep_unused and are_placeholders(official):
+                    official = selected(official, [name for name in official if name not in UNUSED])
                 return layout, _with_head(layout, official, tied, report)
             fewest = min(fewest, unknown, key=len)
         wrapper = next((wrapper for wrapper in _WRAPPERS if all(name.startswith(wrapper) for name in names)), None)
@@ -130,6 +140,7 @@ def from_layout(
             break
         prefix += wrapper
         names = {name.removeprefix(wrapper): source for name, source in names.items()}
+    refuse_both_prefixes(names)
     for wrapper in _WRAPPERS[:-1]:
         bare = [name for name in names if not name.startswith(wrapper)]
         if 0 < len(bare) < len(names):
@@ -165,15 +176,21 @@ def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArr
     """Official tensors under the names and shapes of another layout: views, except for two or three of RWKV-6.
 
     `transformers` takes RWKV-4, `flash-linear-attention` takes RWKV-6 and 7, without `blocks.0.att.v0`, `v1`, `v2`:
-    they are unused and not supported there.
+    they are unused and not supported there. `huggingface` takes RWKV-7, with these as zeros if they are missing.
     Raises WeightsError for a layout that is unknown or lacks this generation, and for names that it does not have.
     """
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if layout == "official":
         return tensors
+    rules = _written(layout, tensors).rules
     left_out = UNUSED if layout == "flash-linear-attention" else ()
-    return to_rules(tensors, _written(layout, tensors).rules, layout, left_out)
+    return to_rules(_whole(layout, tensors), rules, layout, left_out)
+
+
+def _whole(layout: str, tensors: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
+    """Official tensors with those that a layout has always."""
+    return add_unused(tensors, read_config(tensors)) if layout == HUGGINGFACE else tensors
 
 
 def to_rules(
@@ -217,15 +234,16 @@ def from_rules(tensors: Mapping[str, NDArray], rules: Iterable[Rule], layout: st
 
 
 def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:
-    """The `config.json` with which `transformers` or `flash-linear-attention` loads what `to_layout` gives.
+    """The `config.json` with which others load what `to_layout` gives.
 
     `tensors` have official names. Token 0 begins and ends texts, as in every official vocabulary. `rescale_every` is 6
     for float16, which needs it, and 0 otherwise, as in the `rwkv` package; `context_length` only sizes a CUDA kernel.
     Raises WeightsError as `to_layout` does, and for the official layout, which has no such file.
     """
     if layout not in LAYOUTS or layout == "official":
-        raise WeightsError(f"layout = {layout!r}: a config.json exists for {' and '.join(LAYOUTS[1:])} only")
+        raise WeightsError(f"layout = {layout!r}: a config.json exists for {', '.join(LAYOUTS[1:])} only")
     written = _written(layout, tensors)
+    tensors = _whole(layout, tensors)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,6 +19,9 @@ _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
     BFLOAT16: "bfloat16",
     np.dtype("float64"): "float64",
 }
+
+UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+"""RWKV-7's value residual in layer 0, which the trainer has but nothing uses."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _CONVERTED = ("_strategy", "_rescale_layer")  # only in files converted by the rwkv package
@@ -52,8 +56,8 @@ def read_config(
     if spec is None:
         raise WeightsError(
             f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
-            "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers and "
-            "flash-linear-attention"
+            "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers, "
+            "flash-linear-attention and RWKV's own folders on the Hugging Face hub"
         )
     layers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
     num_layers = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)
@@ -63,6 +67,8 @@ def read_config(
         )
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)
+    # Where the tensor that tells it is missing, any that is possible does: loading lists what is missing.
+    head_dim = 64 if spec.heads_tensor is None else math.gcd(width, 64)
     told = spec.fields_in_name(file_name)
     told |= {name: _told(name, metadata[name]) for name in spec.fields_beside_tensors if metadata and name in metadata}
     try:
@@ -71,7 +77,7 @@ def read_config(
             vocab_size=size_of(shapes, "emb.weight", 0) or size_of(shapes, "head.weight", 0) or 1,
             num_layers=num_layers,
             width=width,
-            head_dim=max(width // heads, 1) if heads else 64,
+            head_dim=max(width // heads, 1) if heads else head_dim,
             ffn_width=size_of(shapes, "blocks.0.ffn.key.weight", 0),
             dtype=compute_dtype(tensors),
             **spec.read_fields(shapes),

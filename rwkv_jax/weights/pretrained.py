@@ -286,8 +286,8 @@ def save_pretrained(
     Args:
       path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger);
         or FILE.gguf for llama.cpp, of RWKV-6 and 7, which needs the package gguf.
-      layout: naming of the tensors: official, transformers (RWKV-4) or flash-linear-attention (RWKV-6, 7); the
-        latter two are folders with the config.json that those libraries read.
+      layout: naming of the tensors: official, transformers (RWKV-4), flash-linear-attention (RWKV-6, 7), or huggingface
+        (RWKV-7, as the RWKV organization has it on the hub); all but the first are folders with a config.json.
       dtype: float32, bfloat16, float16 or float64, to cast tensors to; None keeps them unchanged. GGUF files may be of
         q8_0, matrices in 8 bits.
       tokenizer: written into the folder, where `load_tokenizer` finds it; or into a GGUF file, which can hold World and

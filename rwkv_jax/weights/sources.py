@@ -16,6 +16,8 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.file_kinds import RUN_FILE
 from rwkv_jax.weights.fp8 import open_fp8
 from rwkv_jax.weights.hub import fetch
+from rwkv_jax.weights.hub_rwkv7 import HEAD, KEEPS_UNUSED, check_config
+from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.hugging_face import CONFIG_FILE, read_hub_config
 from rwkv_jax.weights.model_config import compute_dtype, read_config
 from rwkv_jax.weights.pinned import check_hash, check_revision, require_hash
@@ -177,8 +179,8 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
       warn: about removed prefixes and tied weights; False when opening a file again.
 
     Raises:
-      WeightsError: the file has no weights, an unknown layout, or has been converted for the `rwkv` package; or, of
-        Llama's layout, as `read_hub_config`.
+      WeightsError: the file has no weights, an unknown layout, or has been converted for the `rwkv` package; or the
+        config.json beside it, as `read_hub_config` or, of the layout huggingface, `check_config`.
       UnsafeFileError: it contains anything but plain tensors.
     """
     # These load JAX, without which a file is found and its names are read.
@@ -199,9 +201,12 @@ def open_weights(path: Path, *, warn: bool = True) -> Weights:
             tensors if dequantized is None else dequantized,
             values,
             tied=tied,
+            keep_unused=tensors.metadata.get(KEEPS_UNUSED) == "true",
             report=lambda found: _LOG.warning("%s: %s", path, found) if warn else None,
         )
     config = None
+    if layout == HUGGINGFACE:
+        check_config(path.with_name(_CONFIG), official, has_head=any(name.endswith(HEAD) for name in tensors))
     if layout == LLAMA:
         config = read_hub_config(path.with_name(_CONFIG), dtype=compute_dtype(official))
     return Weights(official, layout, tensors.drop_pages, tensors, config, path.name)

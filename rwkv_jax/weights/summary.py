@@ -1,4 +1,4 @@
-"""What a file of weights under official names is, from names and shapes: without JAX, and without reading numbers."""
+"""What a file of weights is whose names are official, or are so behind a prefix: without JAX, from names and shapes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.config.generations import recognize
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
-from rwkv_jax.weights.model_config import read_config, refuse_converted
+from rwkv_jax.weights.hub_rwkv7 import HEAD, KEEPS_UNUSED, MODEL_TYPES, are_placeholders, check_config, prefix_of
+from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
+from rwkv_jax.weights.hugging_face import CONFIG_FILE
+from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_converted
 from rwkv_jax.weights.sources import read_tensors
 from rwkv_jax.weights.tensors import MappedTensors, join_names, prefix_errors, tensor_spec
 
 _OFFICIAL = re.compile(r"(?:emb|ln_out|head|blocks\.(?:0|[1-9][0-9]{0,8}))\.[\w.]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNUSED = frozenset({"att.v0", "att.v1", "att.v2"})  # layer 0 may lack them, in RWKV-7
 _ROWS = 32  # of emb and head that are compared
 _VOCABULARIES = {
     65536: "world, the tokenizer of RWKV's World models",
@@ -37,28 +39,51 @@ class Summary(NamedTuple):
 
     path: Path
     file: MappedTensors
+    """As stored."""
+    tensors: MappedTensors
+    """The same under official names, without made-up ones."""
+    layout: str
+    """official, or huggingface."""
     model: ModelConfig
     is_regular: bool
     """Whether its layers are alike and its tensors have as many numbers as the model; then only shapes could differ."""
 
 
 def summarize(path: Path) -> Summary | None:
-    """Opens a .pth, safetensors or index with official names; None for 8 or 4 bits, tied ones and other layouts.
+    """Opens a .pth, safetensors or index, official or huggingface; None for 8 or 4 bits, tied ones and other layouts.
 
     Raises:
-      WeightsError: as `read_tensors`, and for files that the `rwkv` package has converted.
+      WeightsError: as `read_tensors` and `check_config`, and for files that the `rwkv` package has converted.
     """
     file, values = read_tensors(path)
     with prefix_errors(path):
         refuse_converted(file, values)
-        names_fit = "head.weight" in file and all(map(_OFFICIAL.fullmatch, file))
-        if not names_fit or any(tensor.dtype.itemsize == 1 for tensor in file.values()):  # int8, int4, fp8
+        layout, tensors = _official(file)
+        names_fit = HEAD in tensors and all(map(_OFFICIAL.fullmatch, tensors))
+        if not names_fit or any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):  # int8, int4, fp8
             return None
-        if recognize({name: tensor.shape for name, tensor in file.items()}) is None:
+        if recognize({name: tensor.shape for name, tensor in tensors.items()}) is None:
             return None
-        model = read_config(file, file.metadata, path.name)
-    num_parameters = sum(tensor.size for tensor in file.values())
-    return Summary(path, file, model, num_parameters == model.num_parameters() and not uneven_layers(file))
+    if layout == HUGGINGFACE:
+        check_config(path.with_name(CONFIG_FILE), tensors, has_head=True)
+    with prefix_errors(path):
+        model = read_config(tensors, file.metadata, path.name)
+    num_parameters = sum(tensor.size for tensor in tensors.values())
+    is_regular = num_parameters == model.num_parameters() and not uneven_layers(tensors)
+    return Summary(path, file, tensors, layout, model, is_regular)
+
+
+def _official(file: MappedTensors) -> tuple[str, MappedTensors]:
+    """The layout of a file, and its tensors under official names, if a prefix is all that it has before them."""
+    prefix = None if HEAD not in file else prefix_of(file)
+    names = {name: name.removeprefix(prefix or "") for name in file}
+    spec = None if prefix is None else recognize({new: file[old].shape for old, new in names.items()})
+    if spec is None or MODEL_TYPES.get(spec.name) is None or not all(map(_OFFICIAL.fullmatch, names.values())):
+        return "official", file
+    tensors = file.renamed(names)
+    if file.metadata.get(KEEPS_UNUSED) != "true" and are_placeholders(tensors):
+        tensors = tensors.renamed({name: name for name in tensors if name not in UNUSED})
+    return HUGGINGFACE, tensors
 
 
 def uneven_layers(tensors: Mapping[str, NDArray]) -> list[str]:
@@ -90,7 +115,7 @@ def _rank_fields(model: ModelConfig) -> list[str]:
 
 def unusual(summary: Summary) -> list[str]:
     """What a user may stumble over, a line each; reads some rows of the embedding and the head."""
-    path, tensors, model, _ = summary
+    path, tensors, model = summary.path, summary.tensors, summary.model
     lines: list[str] = []
     default = model.spec.sizes(_without_ranks(model))
     for name in _rank_fields(model):
@@ -108,7 +133,8 @@ def unusual(summary: Summary) -> list[str]:
         )
     if {"emb.weight", "head.weight"} <= tensors.keys() and _are_tied(tensors["emb.weight"], tensors["head.weight"]):
         lines.append(f"tied: head.weight is emb.weight, in all of {_ROWS} rows compared")
-    if "unused_value_residual" in model.spec.own_fields and not model.unused_value_residual:
+    lacks_unused = "unused_value_residual" in model.spec.own_fields and not model.unused_value_residual
+    if lacks_unused and summary.layout == "official":
         lines.append("blocks.0.att.v0, v1, v2 are missing: unused, but the official trainer wants them (--with-unused)")
     if model.vocab_size % 64 and model.vocab_size > 512:
         lines.append(f"a vocabulary of {model.vocab_size}, no multiple of 64")

@@ -87,6 +87,12 @@ class MappedTensors(dict[str, NDArray]):
         whole.content_sha256 = recorded
         return whole
 
+    def renamed(self, names: Mapping[str, str]) -> MappedTensors:
+        """Some of the tensors under other names, from the names that they have; without checksums."""
+        held = {new: self._held_in[old] for old, new in names.items() if old in self._held_in}
+        tensors = {new: self[old] for old, new in names.items()}
+        return MappedTensors(tensors, self._maps, metadata=self.metadata, held_in=held)
+
     def held_in(self, name: str) -> str:
         """What the file holds a tensor in: a dtype, or a format of quantized blocks."""
         return self._held_in.get(name) or self[name].dtype.name

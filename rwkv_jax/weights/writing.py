@@ -15,7 +15,10 @@ from rwkv_jax.file_kinds import is_url
 from rwkv_jax.weights.derived import rounded
 from rwkv_jax.weights.ggml.vocabulary import vocabulary_for
 from rwkv_jax.weights.ggml.writing import QUANTIZED, write_gguf
+from rwkv_jax.weights.hub_rwkv7 import KEEPS_UNUSED
+from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
+from rwkv_jax.weights.model_config import UNUSED
 from rwkv_jax.weights.official import fields_in_metadata
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
@@ -75,6 +78,8 @@ def write_weights(
         else:
             write_safetensors(path, tensors, _METADATA | told, is_model=True)
         return
+    if layout == HUGGINGFACE and UNUSED[0] in tensors:
+        told |= {KEEPS_UNUSED: "true"}
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)
     with new_folder(path, WeightsError) as folder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import pytest
 from flax import nnx
 
 from rwkv_jax import from_pretrained, run_folder
+from rwkv_jax.cli.convert import Convert
+from rwkv_jax.cli.merge import Merge
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights import pretrained
+from rwkv_jax.weights.layouts import LAYOUTS
 from rwkv_jax.weights.quantized import Quantization
 from tests.cli.commands import Command
 from tests.weights.files import assert_same_bits, tensors_in
@@ -20,6 +25,11 @@ from tests.weights.files import assert_same_bits, tensors_in
 
 def params_of(model: LanguageModel) -> Any:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("command", [Convert, Merge])
+def test_all_layouts_are_choices(command: type) -> None:
+    assert typing.get_args(inspect.get_annotations(command, eval_str=True)["layout"]) == LAYOUTS
 
 
 def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:

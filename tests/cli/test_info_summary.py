@@ -35,12 +35,19 @@ _SECONDS = 3.0  # alone it takes less than one (docs/weights.md); other tests ru
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("a.pth", sparse_pth), ("a.safetensors", sparse_safetensors)], ids=["pth", "safetensors"]
+    ("name", "write", "prefix"),
+    [
+        ("a.pth", sparse_pth, ""),
+        ("a.safetensors", sparse_safetensors, ""),
+        ("a.safetensors", sparse_safetensors, "rwkv7."),
+    ],
+    ids=["pth", "safetensors", "huggingface"],
 )
 def test_three_gigabytes_take_a_second_and_no_jax(
-    tmp_path: Path, name: str, write: Callable[[Path, Mapping[str, tuple[int, ...]]], None]
+    tmp_path: Path, name: str, write: Callable[[Path, Mapping[str, tuple[int, ...]]], None], prefix: str
 ) -> None:
-    write(tmp_path / name, official_shapes(ModelConfig(generation="7", vocab_size=65536, num_layers=24, width=2048)))
+    shapes = official_shapes(ModelConfig(generation="7", vocab_size=65536, num_layers=24, width=2048))
+    write(tmp_path / name, {x if x == "head.weight" else prefix + x: shape for x, shape in shapes.items()})
     assert (tmp_path / name).stat().st_size > 3 * 10**9
     times = []
     for _ in range(2):
@@ -56,6 +63,7 @@ def test_three_gigabytes_take_a_second_and_no_jax(
         "in bfloat16), 3",
         "none recorded; --hash computes it",
         "by the vocabulary's size world",
+        f"{name}, {'huggingface' if prefix else 'official'} names",
     ):
         assert told in done.stdout
     assert min(times) < _SECONDS

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from rwkv_jax.weights.tensors import tensor_spec
 
 V, C, L, N, F = 11, 8, 2, 4, 12
-FLA = "flash-linear-attention"
-PAIRS = [("transformers", 4), (FLA, 6), (FLA, 7)]
+FLA, HUB = "flash-linear-attention", "huggingface"
+PAIRS = [("transformers", 4), (FLA, 6), (FLA, 7), (HUB, 7)]
 """Layouts that are written, and generations."""
 
 

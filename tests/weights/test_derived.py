@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from rwkv_jax.weights.derived import UNUSED, add_unused
+from rwkv_jax.weights.derived import add_unused
+from rwkv_jax.weights.model_config import UNUSED
 from tests.weights.files import CONFIGS, random_tensors
 
 

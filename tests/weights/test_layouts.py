@@ -13,7 +13,7 @@ from rwkv_jax.weights.layouts import LAYOUTS, from_layout, hub_config, to_layout
 from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, WeightsError, tensor_spec
 from tests.golden import tiny_model
-from tests.weights.official_tensors import FLA, PAIRS, C, F, L, N, V, assert_same, matrices, norm, official, rows
+from tests.weights.official_tensors import FLA, HUB, PAIRS, C, F, L, N, V, assert_same, matrices, norm, official, rows
 
 _LONG = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
 
@@ -120,9 +120,14 @@ _FLA_7 = _FLA_COMMON | {
 }
 
 
+_HUB_7 = {
+    "head.weight" if name == "head.weight" else f"rwkv7.{name}": tensor.shape for name, tensor in official(7).items()
+} | {"rwkv7.blocks.0.att.v0": (1, 1, C), "rwkv7.blocks.0.att.v1": (C, 6), "rwkv7.blocks.0.att.v2": (6, C)}
+
+
 @pytest.mark.parametrize(
     ("layout", "generation", "expected"),
-    [("transformers", 4, _TRANSFORMERS_4), (FLA, 6, _FLA_6), (FLA, 7, _FLA_7)],
+    [("transformers", 4, _TRANSFORMERS_4), (FLA, 6, _FLA_6), (FLA, 7, _FLA_7), (HUB, 7, _HUB_7)],
 )
 def test_names_and_shapes_are_those_of_the_libraries(
     layout: str, generation: int, expected: dict[str, tuple[int, ...]]
@@ -159,11 +164,11 @@ def test_mixes_of_rwkv6_keep_their_meaning() -> None:
 @pytest.mark.parametrize(("layout", "generation"), PAIRS)
 def test_all_are_views_but_the_mixes_of_rwkv6(layout: str, generation: int) -> None:
     tensors = official(generation)
-    joined = {"x_bias", "x_proj.0.linear.weight", "x_proj.2.weight"}
+    made = {"x_bias", "x_proj.0.linear.weight", "x_proj.2.weight", *(f"rwkv7.blocks.0.att.v{i}" for i in range(3))}
     foreign = to_layout(tensors, layout)
     for name in foreign:
         is_view = any(np.shares_memory(foreign[name], tensor) for tensor in tensors.values())
-        assert is_view == (name.split(".attn.")[-1] not in joined), name
+        assert is_view == (name.split(".attn.")[-1] not in made), name
     kept = {name: foreign[name] for name in foreign}
     _, back = from_layout(kept)
     for name in back:
@@ -262,7 +267,11 @@ def test_what_a_layout_cannot_hold_is_refused() -> None:
     tensors = official(6)
     with pytest.raises(WeightsError, match=r"layout = 'gguf': must be one of official, transformers, flash-linear"):
         to_layout(tensors, "gguf")
-    for layout, generation, held in (("transformers", 6, "RWKV-4"), (FLA, 5, "RWKV-6 and RWKV-7")):
+    for layout, generation, held in (
+        ("transformers", 6, "RWKV-4"),
+        (FLA, 5, "RWKV-6 and RWKV-7"),
+        (HUB, 6, "RWKV-7"),
+    ):
         title = {5: "RWKV-5.2"}.get(generation, f"RWKV-{generation}")
         for refused in (to_layout, lambda tensors, layout: hub_config(layout, tensors)):
             with pytest.raises(WeightsError, match=rf"{layout} has {held}, not {title}; write the official"):
@@ -297,12 +306,34 @@ def test_configs_describe_the_tensors() -> None:
             "value_dim": [C, C],
             "fuse_norm": False,
         },
+        (HUB, 7): {
+            "architectures": ["Rwkv7ForCausalLM"],
+            "model_type": "rwkv7",
+            "num_heads": 2,
+            "head_dim": N,
+            "decay_low_rank_dim": 2,
+            "a_low_rank_dim": 3,
+            "gate_low_rank_dim": 5,
+            "v_low_rank_dim": 6,
+            "norm_eps": 1e-5,
+            "norm_bias": True,
+            "wkv_state_dtype": "float32",
+            "wkv_implementation": "eager",
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        },
     }
     for layout, generation in PAIRS:
         config = hub_config(layout, official(generation, BFLOAT16))
+        if layout == HUB:
+            assert config.keys() == {*common, *expected[layout, generation], "dtype"}
         assert config.items() >= (common | expected[layout, generation] | {"dtype": "bfloat16"}).items()
     assert hub_config("transformers", official(4, np.float16))["rescale_every"] == 6
-    with pytest.raises(WeightsError, match=r"a config.json exists for transformers and flash-linear-attention only"):
+    with pytest.raises(
+        WeightsError, match=r"a config.json exists for transformers, flash-linear-attention, huggingface only"
+    ):
         hub_config(LAYOUTS[0], official(7))
     with pytest.raises(WeightsError, match=r"emb.weight is missing; a config is made of a whole model"):
         hub_config(FLA, {name: tensor for name, tensor in official(7).items() if name != "emb.weight"})

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_file
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.weights.derived import UNUSED, rounded
+from rwkv_jax.weights.derived import rounded
 from rwkv_jax.weights.ggml.names import ARCHITECTURES, Architecture, may_be_narrow
 from rwkv_jax.weights.ggml.reading import DTYPE, LAYER_NORM_EPSILON
 from rwkv_jax.weights.ggml.types import MISSING
 from rwkv_jax.weights.ggml.vocabulary import Vocabulary
 from rwkv_jax.weights.layouts import to_rules
+from rwkv_jax.weights.model_config import UNUSED
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, LazyTensor, WeightsError, tensor_spec
 
 QUANTIZED = "q8_0"
