@@ -82,8 +82,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, *, state: Any, v_first: Any, context: SequenceContext) -> BlockOutput:
         """x [B, T, C], the block's state, what layer 0 handed on -> the same three, after the block."""
-        if self.is_first:
-            x = self.ln0(x)
+        return self.add_branches(self.ln0(x) if self.is_first else x, state=state, v_first=v_first, context=context)
+
+    def add_branches(self, x: Array, *, state: Any, v_first: Any, context: SequenceContext) -> BlockOutput:
+        """The block of x after layer 0's norm of the embedding, if it is layer 0."""
         with jax.named_scope("time_mix"):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
             y, v_first, att = self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+from rwkv_kernels.arguments import values_at_hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +55,27 @@ class SequenceContext:
     grid_kernel: Array | None = None
     """[K, K, C], K odd: what the shift weighs each patch's neighborhood with; None is the quad-directional shift."""
     axes: MeshAxes = dataclasses.field(default=UNSHARDED, metadata={"static": True})
+
+    def require_tokens(self) -> Array:
+        """The token ids; raises ValueError if there are none, as in a call of a layer alone."""
+        if self.tokens is None:
+            raise ValueError("context: has no tokens, which a layer with tables by token reads")
+        return self.tokens
+
+
+def check_tokens(tokens: Array, vocab_size: int) -> Array:
+    """Token ids as an array.
+
+    Raises:
+      ValueError: no integers of shape [B, T], or, if values are concrete (outside jit), ids out of range.
+    """
+    ids = jnp.asarray(tokens)
+    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"tokens: {ids.dtype} of shape {ids.shape} must be integers of shape [B, T], T from 1")
+    if values_at_hand(tokens):
+        values = np.asarray(tokens)
+        if values.min() < 0 or values.max() >= vocab_size:
+            raise ValueError(
+                f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
+            )
+    return ids

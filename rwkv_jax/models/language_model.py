@@ -15,14 +15,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from rwkv_jax.config import ConfigError, ModelConfig, Remat
-from rwkv_jax.config.generations import StateArray, all_specs
+from rwkv_jax.config.generations import all_specs
 from rwkv_jax.models.block import SAVED_BY_REMAT, Block
-from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
+from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext, check_tokens
 from rwkv_jax.models.grid import check_grid
 from rwkv_jax.models.layers import (
     Embedding,
@@ -37,8 +36,8 @@ from rwkv_jax.models.layers import (
 )
 from rwkv_jax.models.outputs import HiddenOutput, ModelOutput
 from rwkv_jax.models.stacks import FIRST, LayerRun, is_layers, layer_runs
-from rwkv_jax.models.state import State, check_state
-from rwkv_kernels.arguments import check_lengths, check_segment_ids, values_at_hand
+from rwkv_jax.models.state import State, check_state, zeros_of
+from rwkv_kernels.arguments import check_lengths, check_segment_ids
 
 Axes = tuple[str | None, ...]
 """Logical names of a parameter's axes: fields of `rwkv_jax.parallel.rules.Rules`; None for an axis never split."""
@@ -58,13 +57,6 @@ def identity(name: str, part: Part) -> Part:
     """Returns every part unchanged."""
     del name
     return part
-
-
-def zeros_of(array: StateArray, batch_size: int, axes: MeshAxes = UNSHARDED) -> Array:
-    """An array of an empty state, of which a shard has its heads: [B, ...]."""
-    sizes = zip(array.shape, array.axes, strict=True)
-    own = (size // axes.num_tensor_shards if axis == "heads" else size for size, axis in sizes)
-    return jnp.zeros((batch_size, *own), array.dtype)
 
 
 SHARED_AXES: dict[str, Axes] = {
@@ -383,7 +375,7 @@ class LanguageModel(nnx.Module):
         gather_params: PartTransform = identity,
         every_layer: bool = False,
     ) -> tuple[Array, Any, Any]:
-        x = self._inputs(tokens, inputs_embeds, axes, gather_params)
+        x, tokens = self._inputs(tokens, inputs_embeds, axes, gather_params)
         batch, time = x.shape[:2]
         segment_ids = None if segment_ids is None else check_segment_ids(segment_ids, batch, time)
         whole_time = time if axes.sequence is None else time * jax.lax.axis_size(axes.sequence)
@@ -395,7 +387,6 @@ class LanguageModel(nnx.Module):
         states = self.empty_state(batch, axes) if state is None else state
         if grid is not None:
             check_grid(grid, time, segment_ids, lengths, axes)
-        tokens = None if tokens is None else jnp.asarray(tokens)
         context = SequenceContext(segment_ids, lengths, tokens, grid=grid, axes=axes)
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_REMAT[remat])
 
@@ -458,28 +449,21 @@ class LanguageModel(nnx.Module):
 
     def _inputs(
         self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, gather_params: PartTransform
-    ) -> Array:
+    ) -> tuple[Array, Array | None]:
+        """The vectors of the tokens or those in their place, [B, T, C] in the compute dtype, and the ids."""
         if self.reads_tokens and tokens is None:
             raise ValueError(f"tokens: {self.config.title}'s layers have tables by token; give tokens, too")
         if not self.reads_tokens and (tokens is None) == (inputs_embeds is None):
             raise ValueError("give tokens, or inputs_embeds in their place, and not both")
-        width, vocab_size = self.config.width, self.config.vocab_size
-        if inputs_embeds is not None:
-            inputs_embeds = jnp.asarray(inputs_embeds)
-            if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[-1] != width:
-                raise ValueError(f"inputs_embeds: shape {inputs_embeds.shape} must be [B, T, C = {width}], T from 1")
-            return inputs_embeds.astype(self.config.dtype)
-        if not hasattr(self, "emb"):
-            raise ValueError("tokens: the model has no embedding (has_embedding=False); give inputs_embeds")
-        given, tokens = tokens, jnp.asarray(tokens)
-        if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: {tokens.dtype} of shape {tokens.shape} must be integers of shape [B, T], T from 1"
-            )
-        if values_at_hand(given):
-            values = np.asarray(given)
-            if values.min() < 0 or values.max() >= vocab_size:
-                raise ValueError(
-                    f"tokens: from {values.min()} to {values.max()} must lie from 0 to V - 1 = {vocab_size - 1}"
-                )
-        return gather_params("emb", self.emb)(tokens, self.config.dtype, axes)
+        tokens = None if tokens is None else check_tokens(tokens, self.config.vocab_size)
+        if inputs_embeds is None:
+            if not hasattr(self, "emb"):
+                raise ValueError("tokens: the model has no embedding (has_embedding=False); give inputs_embeds")
+            assert tokens is not None
+            return gather_params("emb", self.emb)(tokens, self.config.dtype, axes), tokens
+        x, width = jnp.asarray(inputs_embeds), self.config.width
+        if x.ndim != 3 or 0 in x.shape or x.shape[-1] != width:
+            raise ValueError(f"inputs_embeds: shape {x.shape} must be [B, T, C = {width}], T from 1")
+        if tokens is not None and tokens.shape != x.shape[:2]:
+            raise ValueError(f"tokens: shape {tokens.shape} must be {x.shape[:2]}, as many as inputs_embeds")
+        return x.astype(self.config.dtype), tokens

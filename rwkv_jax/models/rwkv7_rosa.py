@@ -19,13 +19,13 @@ from typing_extensions import override
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.block import BlockOutput, TimeMixOutput
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import LanguageModel, zeros_of
+from rwkv_jax.models.language_model import LanguageModel
 from rwkv_jax.models.layers import LayerNorm, as_replicated, copy_to_tensor_parallel
 from rwkv_jax.models.rosa import ROSA_AXES, empty_lookups
 from rwkv_jax.models.rosa import TimeMix as RosaMix
 from rwkv_jax.models.rwkv7 import BLOCK_AXES as RWKV7_AXES
 from rwkv_jax.models.rwkv7 import RWKV7, ChannelMix, RWKV7Block, TimeMix
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.state import State, TimeMixState, zeros_of
 
 
 @jax.tree_util.register_dataclass

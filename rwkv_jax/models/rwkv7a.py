@@ -14,7 +14,7 @@ call, so that all parts train. Shape letters: B batch, T time, C width, F feed-f
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,6 @@ from rwkv_jax.models.layers import (
     row_parallel_linear,
     token_shift,
 )
-from rwkv_jax.models.state import State
 
 
 class FromFirst(NamedTuple):
@@ -57,9 +56,9 @@ def rows_of_tokens(table: Embedding, map_: Linear, context: SequenceContext) -> 
     Raises:
       ValueError: the context lacks them, as in a call of the layer alone.
     """
-    tokens, embedded = context.tokens, context.embedded
-    if tokens is None or embedded is None:
-        raise ValueError("context: has no tokens and their vectors, which a layer with tables by token reads")
+    tokens, embedded = context.require_tokens(), context.embedded
+    if embedded is None:
+        raise ValueError("context: has no vectors of its tokens, which a layer with tables by token reads")
     # In the compute dtype, as the official code has the sum of both.
     return table(tokens, str(embedded.dtype), context.axes) + map_(embedded)
 
@@ -106,11 +105,12 @@ class RWKV7aBlock(rwkv7.RWKV7Block):
     channel_mix_type = ChannelMix
 
     @override
-    def __call__(self, x: Array, *, state: State, v_first: FromFirst | None, context: SequenceContext) -> BlockOutput:
-        embedded = self.ln0(x) if v_first is None else v_first.embedded
-        values = None if v_first is None else v_first.values
+    def __call__(self, x: Array, *, state: Any, v_first: FromFirst | None, context: SequenceContext) -> BlockOutput:
+        if v_first is None:
+            x = self.ln0(x)
+        values, embedded = (None, x) if v_first is None else v_first
         context = dataclasses.replace(context, embedded=embedded)
-        x, values, state = super().__call__(x=x, state=state, v_first=values, context=context)
+        x, values, state = self.add_branches(x, state=state, v_first=values, context=context)
         return BlockOutput(x, FromFirst(values, embedded), state)
 
 

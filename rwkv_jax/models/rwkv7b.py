@@ -17,7 +17,6 @@ anew at every call.) Shape letters: B batch, T time, C width, K size of queries 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,7 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.block import BlockOutput
 from rwkv_jax.models.cached import CachedModel
 from rwkv_jax.models.context import UNSHARDED, MeshAxes, SequenceContext
-from rwkv_jax.models.language_model import Axes, zeros_of
+from rwkv_jax.models.language_model import Axes
 from rwkv_jax.models.layers import (
     Embedding,
     LayerNorm,
@@ -45,8 +44,8 @@ from rwkv_jax.models.layers import (
     token_shift,
 )
 from rwkv_jax.models.rwkv7a import BLOCK_AXES as RWKV7A_AXES
-from rwkv_jax.models.rwkv7a import FromFirst, RWKV7a, RWKV7aBlock, rows_of_tokens
-from rwkv_jax.models.state import State, TimeMixState
+from rwkv_jax.models.rwkv7a import RWKV7a, RWKV7aBlock, rows_of_tokens
+from rwkv_jax.models.state import State, TimeMixState, zeros_of
 from rwkv_jax.models.transformer import KeyValueCache, attend_to_cache, attend_to_call, join, store, token_positions
 from rwkv_kernels.arguments import broadcast_varying_axes
 
@@ -172,26 +171,22 @@ class RWKV7bBlock(RWKV7aBlock):
         self.qkv = DEA(config, rngs=rngs)
 
     @override
-    def __call__(
-        self, x: Array, *, state: BlockState, v_first: FromFirst | None, context: SequenceContext
+    def add_branches(
+        self, x: Array, *, state: BlockState, v_first: Array | None, context: SequenceContext
     ) -> BlockOutput:
-        if v_first is None:
-            x = self.ln0(x)
-        values, embedded = (None, x) if v_first is None else v_first
-        context = dataclasses.replace(context, embedded=embedded)
         own = state.recurrence
         with jax.named_scope("attention"):
             attended, attention = self.qkv.mix(x, state=state.attention, context=context)
         with jax.named_scope("time_mix"):
             y = copy_to_tensor_parallel(self.ln1(x), context.axes.tensor)
-            y, values, att = self.mix_time(y, state=state.time_mix, v_first=values, context=context)
+            y, v_first, att = self.mix_time(y, state=state.time_mix, v_first=v_first, context=context)
             x = x + y + attended
         with jax.named_scope("channel_mix"):
             y = copy_to_tensor_parallel(self.ln2(x), context.axes.tensor)
             y, ffn_shift = self.ffn.mix(y, state=own.ffn_shift, context=context)
             x = x + y
         recurrence = State(att.shift, ffn_shift, att.wkv, generation=own.generation)
-        return BlockOutput(x, FromFirst(values, embedded), BlockState(recurrence, attention))
+        return BlockOutput(x, v_first, BlockState(recurrence, attention))
 
 
 BLOCK_AXES: dict[str, Axes] = {

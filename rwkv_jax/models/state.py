@@ -11,7 +11,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+
+from rwkv_jax.config.generations import StateArray
+from rwkv_jax.models.context import UNSHARDED, MeshAxes
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +49,13 @@ class State:
     def time_mix(self) -> TimeMixState:
         """The part for time mixing."""
         return TimeMixState(self.att_shift, self.wkv, generation=self.generation)
+
+
+def zeros_of(array: StateArray, batch_size: int, axes: MeshAxes = UNSHARDED) -> Array:
+    """An array of an empty state, of which a shard has its heads: [B, ...]."""
+    sizes = zip(array.shape, array.axes, strict=True)
+    own = (size // axes.num_tensor_shards if axis == "heads" else size for size, axis in sizes)
+    return jnp.zeros((batch_size, *own), array.dtype)
 
 
 def check_state(state: Any, expected: Any, *, owner: str, source: str) -> None:
