@@ -61,7 +61,7 @@ class WeightsFlags:
     quantize: Quantize | None = None
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
     tables: Literal["device", "host"] = "device"
-    """Where RWKV-7a and 7b have their tables by token; of the host's memory a step fetches the rows of its tokens."""
+    """Where RWKV-7a, 7b and 8-rc00 have their tables by token; of the host's memory a step fetches its tokens' rows."""
     pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     @functools.cached_property

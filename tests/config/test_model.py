@@ -55,14 +55,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"generation": generation, "decay_rank": 64},
-            f"model.decay_rank = 64: RWKV-{generation} has no such size, only RWKV-6, 7, 7a, 7b and 7-rosa; leave",
+            f"model.decay_rank = 64: RWKV-{generation} has no such size, only RWKV-6, 7, 7a, 7b, 7-rosa and 8-rc00;",
         )
         for generation in ("4", "5.0", "5.1", "5.2")
     ),
     *(
         (
             {"generation": "6", f"{rank}_rank": 8},
-            f"model.{rank}_rank = 8: RWKV-6 has no such size, only RWKV-7, 7a, 7b and 7-rosa; leave",
+            f"model.{rank}_rank = 8: RWKV-6 has no such size, only RWKV-7, 7a, 7b, 7-rosa and 8-rc00; leave",
         )
         for rank in ("iclr", "value", "gate")
     ),
@@ -151,7 +151,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"architecture": "mamba2", "state_size": 0}, "model.state_size = 0: must be positive, or None"),
     (
         {"generation": "6", "negative_eigenvalues": True},
-        "model.negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, 7a, 7b and 7-rosa, a DeltaNet",
+        "model.negative_eigenvalues = True: RWKV-6 has no such choice, only RWKV-7, 7a, 7b, 7-rosa and 8-rc00, a",
     ),
     ({"rosa_bits": 4}, "model.rosa_bits = 4: RWKV-7 has no such size, only RWKV-7-rosa and 8-rosa; leave it"),
     ({"generation": "8-rosa", "rosa_bits": 9}, "model.rosa_bits = 9: must be at most 8"),
@@ -275,6 +275,8 @@ FLOPS_OF_RECURRENCE = {
     "4": lambda config: 12 * config.width,
     # Each state entry: decayed (1), the rank-one removal S a b^T (2 to read, 2 to add), v k^T added (2), read (2).
     "7": lambda config: 9 * config.num_heads * config.head_dim**2,
+    # What scales an output is not counted.
+    "8-rc00": lambda config: 9 * config.num_heads * config.head_dim**2,
     # And of ROSA a choice for each channel.
     "7-rosa": lambda config: 9 * config.num_heads * config.head_dim**2 + config.width,
     "8-rosa": lambda config: config.width,
@@ -298,7 +300,7 @@ def test_flops_are_two_a_weight_of_every_matrix_product_and_the_recurrence(confi
     for path, x in jax.tree.leaves_with_path(abstract(config)[1]):
         *folders, name = (entry.key for entry in path)
         is_matrix = (name == "weight" and not folders[-1].startswith("ln")) or name[-1] in "12"
-        if is_matrix and not folders[-1].endswith("emb"):  # an embedding is looked up
+        if is_matrix and not folders[-1].endswith(("emb", "enn")):  # an embedding is looked up
             weights += x.size
 
     def of_others(config: ModelConfig) -> int:

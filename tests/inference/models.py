@@ -51,6 +51,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "7": ModelConfig("7", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, **_SIZES),
     "7-rosa": ModelConfig("7-rosa", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, rosa_window=24, **_SIZES),
     "8-rosa": ModelConfig("8-rosa", rosa_window=24, **_SIZES),
+    "8-rc00": ModelConfig("8-rc00", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, **_SIZES),
     "7a": ModelConfig("7a", decay_rank=4, iclr_rank=4, value_rank=4, gate_rank=4, deep_embed_rank=3, **_SIZES),
     "7b": ModelConfig(
         "7b",

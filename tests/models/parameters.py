@@ -43,6 +43,7 @@ SMALL: dict[str, ModelConfig] = {
     "7": _small("7", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7),
     "7-rosa": _small("7-rosa", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7, rosa_bits=2, rosa_window=11),
     "8-rosa": _small("8-rosa", rosa_bits=4, rosa_window=11),
+    "8-rc00": _small("8-rc00", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7),
     "7a": _small("7a", decay_rank=9, iclr_rank=5, value_rank=6, gate_rank=7, deep_embed_rank=3),
     "7b": _small(
         "7b",
@@ -63,6 +64,14 @@ def abstract(config: ModelConfig) -> tuple[Any, Any]:
     """The model's static part and its parameters' shapes; allocates nothing."""
     with jax.enable_x64(config.dtype == "float64"):
         return abstract_model(config)
+
+
+def table_row(config: ModelConfig) -> int:
+    """Numbers of a token in the tables by token of a layer, counted in its parameters."""
+    axes = model_type(config).block_axes
+    official = to_official(config, jax.tree.map(lambda x: np.broadcast_to(0, x.shape), abstract(config)[1]))
+    layer = {name.removeprefix("blocks.0."): x for name, x in official.items() if name.startswith("blocks.0.")}
+    return sum(x.shape[-1] for name, x in layer.items() if axes.get(name, (None,))[0] == "vocab")
 
 
 def merge(config: ModelConfig, params: Any) -> LanguageModel:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.models import RWKV4, RWKV5, RWKV6, RWKV7, model_type
+from rwkv_jax.models.rc00 import RC00
 from rwkv_jax.models.rosa import Rosa
 from rwkv_jax.models.rwkv7_rosa import RWKV7Rosa
 from rwkv_jax.models.rwkv7a import RWKV7a
@@ -106,7 +107,7 @@ def test_a_class_refuses_other_generations(kind: Any, generation: str, remedy: s
 def test_every_generation_has_its_class() -> None:
     expected = {"4": RWKV4, "5.0": RWKV5, "5.1": RWKV5, "5.2": RWKV5, "6": RWKV6, "7": RWKV7}
     expected |= {"7-rosa": RWKV7Rosa, "8-rosa": Rosa}
-    expected |= {"7a": RWKV7a, "7b": RWKV7b}
+    expected |= {"7a": RWKV7a, "7b": RWKV7b, "8-rc00": RC00}
     assert {name: model_type(config) for name, config in SMALL.items()} == expected
 
 

@@ -57,13 +57,16 @@ def block_jaxprs(generation: str) -> list[str]:
         y, _, state = nnx.merge(block_def, params)(x, state=state, v_first=v_first, context=context)
         return jnp.sum(y) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
 
+    def first(params: Any, x: Array, state: Any, tokens: Array) -> Any:
+        """What layer 0 hands on to all others."""
+        block = nnx.merge(graphdef, params).first_block
+        return block(x, state=state, v_first=None, context=rwkv7.SequenceContext(tokens=tokens)).v_first
+
     # Attention of several pieces is mapped over them.
     time = 2 * transformer.PIECE + 3 if config in (TRANSFORMER, LLAMA_FLOAT32) else 5
     x = jax.ShapeDtypeStruct((2, time, config.width), jnp.float32)
     segment_ids, lengths = jax.ShapeDtypeStruct((2, time), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    v_first: Any = (
-        jax.tree.map(lambda _: x, rwkv7a.FromFirst(jnp.zeros(()), jnp.zeros(()))) if model.reads_tokens else x
-    )
+    v_first = jax.eval_shape(first, params, x, state, segment_ids)
     arguments = (block_params, x, state, v_first, segment_ids, lengths)
     gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*arguments)
     initial = jax.make_jaxpr(lambda key: nnx.state(model.block_type(config, 1, rngs=nnx.Rngs(key))))(jax.random.key(0))

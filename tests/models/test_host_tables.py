@@ -17,6 +17,7 @@ from rwkv_jax.weights.pretrained import save_pretrained
 from rwkv_jax.weights.quantized import WeightsError
 from tests.golden import QUICK
 from tests.inference.models import CONFIGS, GREEDY, quick_engine, random_model
+from tests.models.parameters import table_row
 from tests.models.small_models import TOKENS
 
 
@@ -26,7 +27,7 @@ def logits(model: Any) -> Any:
     return np.asarray(program(params, TOKENS))
 
 
-@pytest.mark.parametrize("generation", ["7a", "7b"])
+@pytest.mark.parametrize("generation", [name for name, config in CONFIGS.items() if table_row(config)])
 def test_numbers_are_those_of_tables_on_the_device(generation: str) -> None:
     model = random_model(CONFIGS[generation])
     on_host = with_host_tables(model)
@@ -34,10 +35,7 @@ def test_numbers_are_those_of_tables_on_the_device(generation: str) -> None:
     np.testing.assert_array_equal(logits(on_host), expected)
     np.testing.assert_allclose(logits(unstacked(on_host)), expected, rtol=0, atol=1e-5)
     config = model.config
-    row = 9 + (16 + config.width if generation == "7b" else 0)
-    assert (
-        fetched_bytes(on_host) == 4 * config.num_layers * row == 4 * config.num_layers * config.spec.table_row(config)
-    )
+    assert fetched_bytes(on_host) == 4 * config.num_layers * table_row(config)
 
 
 def test_nothing_of_a_table_is_on_the_device() -> None:

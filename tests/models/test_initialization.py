@@ -224,6 +224,12 @@ def rosa_beside_rwkv7(layer: int) -> Expected:
     return Expected(mixing.values | lookups.values, mixing.zero | lookups.zero, mixing.gains, lookups.bounds)
 
 
+def rc00(layer: int) -> Expected:
+    """RWKV-7's, and a table that leaves it as it is: no trainer has been published."""
+    expected = rwkv7_as_released(layer)
+    return expected._replace(values=expected.values | {"ffn.enn.weight": np.ones((VOCAB, WIDTH))})
+
+
 def rwkv7a(layer: int) -> Expected:
     """RWKV-7's, and tables that leave it as it is: no trainer has been published."""
     expected, rank = rwkv7_as_released(layer), 3
@@ -254,6 +260,7 @@ FORMULAS: dict[str, Callable[[int], Expected]] = {
     "7-unused": rwkv7,
     "7-rosa": rosa_beside_rwkv7,
     "8-rosa": rosa_alone,
+    "8-rc00": rc00,
     "7a": rwkv7a,
     "7b": rwkv7b,
 }

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 BATCH, TIME, WIDTH, NUM_HEADS, HEAD_DIM = 2, 4, 32, 4, 8
 FAMILIES = {"4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7}
 FAMILIES |= {"7-rosa": rwkv7, "8-rosa": rosa}
-FAMILIES |= {"7a": rwkv7, "7b": rwkv7}  # whose time mixing is the same, and whose channel mixing reads tokens
+# Whose time mixing is the same, and whose channel mixing reads tokens.
+FAMILIES |= {"7a": rwkv7, "7b": rwkv7, "8-rc00": rwkv7}
 
 every_generation = pytest.mark.parametrize("generation", SMALL)
 

@@ -60,6 +60,7 @@ RANKS: dict[str, dict[str, Any]] = {
         "dea_width": 16,
         "dea_rank": 4,
     },
+    "8-rc00": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7},
     "7-rosa": {"decay_rank": 9, "iclr_rank": 5, "value_rank": 6, "gate_rank": 7, "rosa_bits": 2, "rosa_window": 20},
     "8-rosa": {"rosa_window": 20},
     "transformer": {},

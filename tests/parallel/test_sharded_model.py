@@ -86,9 +86,10 @@ def test_meshes_change_nothing_where_time_mixing_takes_the_place_of_attention(na
 
 
 @pytest.mark.long  # the attention of RWKV-7b, below, has tables, too
-def test_meshes_change_nothing_of_tables_by_token() -> None:
+@pytest.mark.parametrize("generation", ["7a", "8-rc00"])
+def test_meshes_change_nothing_of_tables_by_token(generation: str) -> None:
     """Which are split over ids, also where time is, whose tokens' vectors each device has for its own."""
-    assert_equal_to_one_device("7a", "float64", MIXED)
+    assert_equal_to_one_device(generation, "float64", MIXED)
 
 
 def test_meshes_change_nothing_of_attention_beside_time_mixing() -> None:

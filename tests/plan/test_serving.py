@@ -18,6 +18,7 @@ from rwkv_jax.weights.official import official_tensors
 from rwkv_jax.weights.pretrained import save_pretrained
 from rwkv_jax.weights.quantized import QUANTIZATIONS, Quantization, packed_bytes, place_quantized_params
 from tests.inference.models import CONFIGS, Stepped, random_model
+from tests.models.parameters import table_row
 
 WIDE = ModelConfig(vocab_size=96, num_layers=2, width=64, head_dim=32)
 
@@ -49,14 +50,13 @@ def test_packed_weights(quantization: Quantization) -> None:
     assert packed_bytes(WIDE, quantization) == num_bytes(packed)
 
 
-@pytest.mark.parametrize("generation", ["7", "7a", "7b"])
+@pytest.mark.parametrize("generation", CONFIGS)
 def test_tables_by_token(generation: str) -> None:
-    """Those of 7a and 7b: 9 numbers a token and layer, and of 7b a key and a value."""
     config = CONFIGS[generation]
     formats = {"--dtype bfloat16": Format(2**30, dataclasses.replace(config, dtype="bfloat16"))}
     text = describe_server(formats, num_slots=2, prefix_bytes=0, memory=None)
-    row = {"7": 0, "7a": 9, "7b": 9 + 16 + config.width}[generation] * config.num_layers * 2
-    assert ("tables by token" in text) == (row > 0)
+    row = table_row(config) * config.num_layers * 2
+    assert ("tables by token" in text) == (row > 0) == (config.spec.table_row(config) > 0)
     if row:
         assert f"{config.vocab_size * row / 2**20:,.2f} MiB are tables by token" in text
         assert f"a token fetches {row / 1024:,.1f} KiB" in text

@@ -102,6 +102,7 @@ DECAYING = {
     | {"rosa.q", "rosa.k", "rosa.v", "rosa.o"},
     "8-rosa": {"rosa.q", "rosa.k", "rosa.v", "rosa.o", "ffn.key", "ffn.value"},
 }
+DECAYING["8-rc00"] = DECAYING["7"] | {"ffn.enn"}
 DECAYING["7a"] = DECAYING["7"] | {"ffn.s_emb", "ffn.s_emb_x"}
 DECAYING["7b"] = DECAYING["7a"] | {"qkv.qq", *(f"qkv.{name}" for name in ("k_emb", "k_emb_x", "v_emb", "v_emb_x"))}
 """The matrices of a block whose weight decays, beside embedding and head."""
@@ -112,7 +113,7 @@ FACTORS = {
     "5.1": {"att.time_decay": 2.0},
     "5.2": {"att.time_decay": 2.0},
     "6": {"att.time_decay": 2.0},
-    **{name: {"att.w0": 2.0} for name in ("7", "7a", "7b")},
+    **{name: {"att.w0": 2.0} for name in ("7", "7a", "7b", "8-rc00")},
     "7-rosa": {"att.w0": 2.0},
     "8-rosa": {},
 }
@@ -128,6 +129,7 @@ NEITHER = {
     "7-rosa": ["att.w1", "rosa.x_q", "rosa.q.bias", "rosa.rosa_qkv.emb", "ln3.weight"],
     "8-rosa": ["ffn.x_k", "rosa.x_q", "rosa.o.bias", "rosa.rosa_qkv.emb", "ln3.weight"],
 }
+NEITHER["8-rc00"] = NEITHER["7"]
 NEITHER["7a"] = [*NEITHER["7"], "ffn.s0", "ffn.s1", "ffn.s2"]
 NEITHER["7b"] = [*NEITHER["7a"], "qkv.k1", "qkv.v2", "qkv.x_q", "qkv.lnv.weight"]
 """Some of those that could be taken for others: with two axes or more, or with names that begin alike."""

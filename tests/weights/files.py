@@ -32,6 +32,7 @@ CONFIGS = {
     "7b": dataclasses.replace(_SEVEN, generation="7b", deep_embed_rank=3, dea_width=10, dea_rank=9),
     "7, from the trainer": dataclasses.replace(_SEVEN, unused_value_residual=True),
     "7-rosa": dataclasses.replace(_SEVEN, generation="7-rosa"),
+    "8-rc00": dataclasses.replace(_SEVEN, generation="8-rc00"),
     "8-rosa": dataclasses.replace(_FOUR, generation="8-rosa"),
     "8-rosa, official": dataclasses.replace(_FOUR, generation="8-rosa", unused_norms=True),
 }

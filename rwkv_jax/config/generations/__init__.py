@@ -11,6 +11,7 @@ one.
     rwkv7.py         Goose
     rwkv7a.py        Goose with tables by token, and with attention besides (7b)
     rosa.py          RWKV-8's lookups, alone and beside RWKV-7
+    rc00.py          RWKV-8's experimental release with a vector a token
     transformer.py   the Transformer, to compare with
     llama.py         Llama and Qwen, to learn from
     hybrid.py        attention replaced by RWKV-7's time mixing in chosen layers (`ModelConfig.rwkv_layers`)
@@ -45,6 +46,7 @@ from rwkv_jax.config.generations.hybrid import (
 from rwkv_jax.config.generations.llama import LlamaSpec
 from rwkv_jax.config.generations.lstm import LSTMSpec
 from rwkv_jax.config.generations.mamba2 import Mamba2Spec
+from rwkv_jax.config.generations.rc00 import RC00Spec
 from rwkv_jax.config.generations.rnn import RNNSpec
 from rwkv_jax.config.generations.rosa import RosaBesideRWKV7Spec, RosaSpec
 from rwkv_jax.config.generations.rwkv4 import RWKV4Spec
@@ -80,9 +82,10 @@ __all__ = [
     "time_mix_config",
 ]
 
-Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "7a", "7b", "7-rosa", "8-rosa"]
+Generation = Literal["4", "5.0", "5.1", "5.2", "6", "7", "7a", "7b", "7-rosa", "8-rosa", "8-rc00"]
 """RWKV-4 (Dove), the two previews of RWKV-5, RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose), also with
-DeepEmbed (7a), and with DEA besides (7b); RWKV-8's ROSA beside RWKV-7, and alone."""
+DeepEmbed (7a), and with DEA besides (7b); RWKV-8's ROSA beside RWKV-7, and alone, and
+its experimental release rc00, RWKV-7 with a vector a token."""
 
 Architecture = Literal["rwkv", "transformer", "llama", "gla", "mamba2", "deltanet", "gated_deltanet", "rnn", "lstm"]
 """RWKV, or what to compare it with."""
@@ -98,6 +101,7 @@ GENERATIONS: dict[str, GenerationSpec] = {
     "7b": RWKV7bSpec(),
     "7-rosa": RosaBesideRWKV7Spec(),
     "8-rosa": RosaSpec(),
+    "8-rc00": RC00Spec(),
 }
 """RWKV's generations by name, oldest first. A config file or test may add its own before building a config."""
 
