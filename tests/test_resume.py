@@ -92,13 +92,31 @@ def test_a_kill_leaves_no_trace_of_runs_whose_checkpoints_lack_a_part(
     config = config.replace("held_out=0.2", f"held_out=0.2, tokenizer={str(unbroken)!r}")
     for old, new in changes.items():
         config = config.replace(old, new)
-    own = Workplace(tmp_path, place.folder / "programs", config)
-    whole, run_dir = own.folder / "whole", own.folder / "killed"
-    own.finish(own.command(whole), whole)
-    kill_one([own.start(own.command(run_dir), run_dir)], 0, run_dir, 6, random.Random(3))
-    own.finish(own.command(run_dir), run_dir)
-    own.assert_same_end(whole, run_dir)
-    assert said in read_log(run_dir)
+    assert said in read_log(killed_and_resumed(Workplace(tmp_path, place.folder / "programs", config)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param("generation='7b', deep_embed_rank=4, dea_width=16, dea_rank=4, context_length=64", id="7b"),
+        pytest.param("generation='8-rc00'", id="8-rc00"),
+    ],
+)
+def test_a_kill_leaves_no_trace_of_tables_by_token(place: Workplace, tmp_path: Path, sizes: str) -> None:
+    """Whose optimizer's moments are zero in rows that no batch has had; and of attention beside time mixing."""
+    config = CONFIG.replace("ModelConfig(", f"ModelConfig({sizes}, ")
+    killed_and_resumed(Workplace(tmp_path, place.folder / "programs", config))
+
+
+def killed_and_resumed(place: Workplace) -> Path:
+    """The folder of a run that was killed, and ended with the bits of one that was not."""
+    whole, run_dir = place.folder / "whole", place.folder / "killed"
+    place.finish(place.command(whole), whole)
+    kill_one([place.start(place.command(run_dir), run_dir)], 0, run_dir, 6, random.Random(3))
+    place.finish(place.command(run_dir), run_dir)
+    place.assert_same_end(whole, run_dir)
+    return run_dir
 
 
 @pytest.mark.long
