@@ -34,9 +34,11 @@ import importlib.resources, io, pkgutil, sys
 import rwkv_jax, rwkv_kernels
 from rwkv_jax import *
 from rwkv_jax import cli
+from rwkv_jax.chat.formats import g1_in_jinja
 from rwkv_jax.serving.routes import page
 
 assert page.assemble().content.count(b"<script>") > 5
+assert "endgeneration" in g1_in_jinja()
 for package in (rwkv_jax, rwkv_kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not module.name.endswith("__main__"):

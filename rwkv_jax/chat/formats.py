@@ -11,8 +11,10 @@ ChatRWKV, for `RAVEN`; the README of RWKV-LM, for `PILE_QA`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rwkv_jax.chat.messages import Message, clean, read_messages
@@ -270,3 +272,13 @@ PILE_QA = ChatFormat(
     stop_strings=("\n\nQuestion:",),
 )
 """Base models trained on the Pile, without chat training."""
+
+
+@functools.cache
+def g1_in_jinja() -> str:
+    """`G1` as a Jinja template for other programs; it also writes what `WORLD` writes.
+
+    The variables that it takes are told at its beginning. Whether a reply must be a call is its variable `tool_choice`,
+    "auto" by default, and an empty think block is that of thinking "empty".
+    """
+    return Path(__file__).with_name("g1.jinja").read_text(encoding="utf-8")

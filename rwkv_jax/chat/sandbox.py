@@ -170,7 +170,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """As transformers has it: JSON without escapes of HTML."""
-    if isinstance(value, JSONText) and indent is None and separators is None and not (ensure_ascii or sort_keys):
+    if isinstance(value, JSONText) and indent is None and not (ensure_ascii or sort_keys):
         return value.text
     _text(value)
     indent = None if indent is None else min(int(indent), 8)

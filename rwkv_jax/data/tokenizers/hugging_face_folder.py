@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rwkv_jax.atomic import new_file
+from rwkv_jax.chat.formats import g1_in_jinja
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_level import ENDS_OF_TEXT
@@ -25,7 +26,7 @@ def write_hugging_face_tokenizer(
     Args:
       folder: of the weights; is made if it is missing.
       vocab_size: the model's number of ids; those beyond the tokenizer's get placeholders.
-      chat_template: text of a Jinja template.
+      chat_template: text of a Jinja template; None for `g1_in_jinja` with World's vocabulary, and else none.
 
     Returns:
       The files.
@@ -64,6 +65,8 @@ def hugging_face_files(
         "unk_token": end,
     }
     files = {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    if chat_template is None and isinstance(tokenizer, WorldTokenizer):
+        chat_template = g1_in_jinja()
     return files if chat_template is None else files | {"chat_template.jinja": chat_template.encode()}
 
 

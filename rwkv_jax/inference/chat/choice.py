@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD
-from rwkv_jax.chat.jinja_template import JinjaTemplate
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD, g1_in_jinja
+from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, JinjaTemplate
 from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 
@@ -15,8 +15,9 @@ _PILE_IDS = 50277  # of 20B_tokenizer.json, with which the RWKV-4 models of the 
 def choose_template(place: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """The template for weights that nobody has named one for.
 
-    That in Jinja beside them, if any; else Raven's or World's where the name of the file or folder says so, that of
-    the Pile for its tokenizer, and G1's for all others, which is World's with more.
+    That in Jinja beside them, if any, unless it is the one that we write for others; else Raven's or World's where the
+    name of the file or folder says so, that of the Pile for its tokenizer, and G1's for all others, which is World's
+    with more.
 
     Args:
       place: run folder or file of weights.
@@ -24,8 +25,8 @@ def choose_template(place: Path, tokenizer: Tokenizer) -> ChatTemplate:
     Raises:
       ConfigError: as `JinjaTemplate.beside`.
     """
-    jinja = JinjaTemplate.beside(place if place.is_dir() else place.parent)
-    if jinja is not None:
+    folder = place if place.is_dir() else place.parent
+    if not _is_ours(folder / TEMPLATE_FILE) and (jinja := JinjaTemplate.beside(folder)) is not None:
         return jinja
     name = place.name.lower()
     if "raven" in name:
@@ -33,3 +34,9 @@ def choose_template(place: Path, tokenizer: Tokenizer) -> ChatTemplate:
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.vocab_size == _PILE_IDS:
         return PILE_QA
     return WORLD if "world" in name else G1
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is `g1_in_jinja`, whose text the formats write without jinja2."""
+    ours = g1_in_jinja().encode()
+    return path.is_file() and path.stat().st_size == len(ours) and path.read_bytes() == ours
