@@ -290,8 +290,9 @@ def save_pretrained(
         (RWKV-7, as the RWKV organization has it on the hub); all but the first are folders with a config.json.
       dtype: float32, bfloat16, float16 or float64, to cast tensors to; None keeps them unchanged. GGUF files may be of
         q8_0, matrices in 8 bits.
-      tokenizer: written into the folder, where `load_tokenizer` finds it; or into a GGUF file, which can hold World and
-        bytes, and has World's without one where the model has 65536 ids.
+      tokenizer: written into the folder, where `load_tokenizer` finds it, with huggingface as transformers reads it, if
+        that form exists; or into a GGUF file, which can hold World and bytes, and has World's without one where the
+        model has 65536 ids.
 
     A model of packed matrices is written as stored, to safetensors under official names.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_folder, refuse_existing
-from rwkv_jax.config import ModelConfig
-from rwkv_jax.data.tokenizers import Tokenizer, save_tokenizer
+from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.data.tokenizers import Tokenizer, hugging_face_files, save_tokenizer
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.weights.derived import rounded
 from rwkv_jax.weights.ggml.vocabulary import vocabulary_for
@@ -23,6 +24,8 @@ from rwkv_jax.weights.official import fields_in_metadata
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from rwkv_jax.weights.tensors import WeightsError
+
+_LOG = logging.getLogger(__name__)
 
 GGUF = ".gguf"
 """Suffix of files for llama.cpp."""
@@ -82,9 +85,21 @@ def write_weights(
         told |= {KEEPS_UNUSED: "true"}
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)
+    for_others = _files_for_transformers(tokenizer, model) if layout == HUGGINGFACE and tokenizer is not None else {}
     with new_folder(path, WeightsError) as folder:
         write_sharded_safetensors(folder, written, metadata=_METADATA | told)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
+        for name, content in for_others.items():
+            (folder / name).write_bytes(content)
+        if tokenizer is not None and not for_others:
             save_tokenizer(tokenizer, folder)
+
+
+def _files_for_transformers(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes]:
+    """The files of a tokenizer by name, as transformers reads them; none, with a warning, if it has no such form."""
+    try:
+        return hugging_face_files(tokenizer, vocab_size=model.vocab_size)
+    except ConfigError as error:
+        _LOG.warning("%s; it is written in a form that only rwkv-jax reads", error)
+        return {}

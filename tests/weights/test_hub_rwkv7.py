@@ -13,6 +13,7 @@ import pytest
 
 from rwkv_jax import from_pretrained, save_pretrained
 from rwkv_jax.config import ConfigError
+from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer, load_tokenizer
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.hub_rwkv7 import PREFIXES
 from rwkv_jax.weights.model_config import UNUSED
@@ -125,6 +126,39 @@ def test_code_beside_it_is_not_run(tmp_path: Path) -> None:
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     assert_same_bits(tensors_in(folder), tensors)
     assert not (tmp_path / "ran").exists()
+
+
+# The tokenizer beside it
+
+
+def test_world_is_written_for_transformers(tmp_path: Path) -> None:
+    config = dataclasses.replace(SEVEN, vocab_size=2**16, num_layers=2)
+    write_torch_file(tmp_path / "a.pth", random_tensors(config, "bfloat16"))
+    convert(tmp_path / "a.pth", tmp_path / "b", layout="huggingface", tokenizer="world")
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert "tokenizer.kind.json" not in names
+    model = json.loads((tmp_path / "b" / "tokenizer.json").read_text())["model"]
+    assert (model["type"], len(model["vocab"])) == ("WordPiece", 2**16)
+    assert isinstance(load_tokenizer(tmp_path / "b", 2**16), WorldTokenizer)
+    convert(tmp_path / "b", tmp_path / "c", layout="huggingface")  # with the one beside it
+    assert (tmp_path / "c" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(("vocab_size", "has_form"), [(257, True), (256, False)])
+def test_tokenizers_with_and_without_such_a_form(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, vocab_size: int, has_form: bool
+) -> None:
+    """Bytes without a NUL have none, and stay ours, with a warning."""
+    config = dataclasses.replace(SEVEN, vocab_size=vocab_size, num_layers=2)
+    write_torch_file(tmp_path / "a.pth", random_tensors(config))
+    tokenizer = ByteTokenizer(vocab_size)
+    save_pretrained(from_pretrained(tmp_path / "a.pth"), tmp_path / "b", layout="huggingface", tokenizer=tokenizer)
+    names = {path.name for path in (tmp_path / "b").iterdir()} - {"config.json", "model.safetensors"}
+    assert names == ({"tokenizer.json", "tokenizer_config.json"} if has_form else {"tokenizer.kind.json"})
+    assert ("it is written in a form that only rwkv-jax reads" in caplog.text) is not has_form
+    text = "\u65e5\u672c 1\n"
+    assert load_tokenizer(tmp_path / "b", vocab_size).encode(text) == tokenizer.encode(text)
 
 
 # What is not written
