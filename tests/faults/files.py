@@ -1,4 +1,4 @@
-"""Eleven kinds of file, made small, broken by seeded faults and read again: what comes of each."""
+"""Twelve kinds of file, made small, broken by seeded faults and read again: what comes of each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from rwkv_jax.weights.official import check_tensors, read_config
 from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors
-from rwkv_jax.weights.sources import open_weights, prefix_errors
+from rwkv_jax.weights.sources import find_weights, open_weights, prefix_errors
 from tests.faults.mutations import JSON, SAFETENSORS, Mutation, mutated
 from tests.inference.small_identities import SEVEN, identity_of
 from tests.weights.files import CONFIGS, random_tensors
 from tests.weights.forged_ggml import ggmf_model, gguf_model
+from tests.weights.rwkv7_folders import SEVEN as HUB_SEVEN
+from tests.weights.rwkv7_folders import foreign, write_folder, zeros
 
 _TEXT = "".join(f"def function_{i}(value):\n    return value + {i}  # café 日本\n\n" for i in range(200))
 _SAMPLES = (_TEXT[:500], "a  b\r\n\t x日本語\0 e\u0301 <|endoftext|>")
@@ -149,6 +151,11 @@ def _write_official(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def _write_hub_folder(folder: Path) -> list[Path]:
+    write_folder(folder, foreign(random_tensors(HUB_SEVEN) | zeros()), max_shard_bytes=20_000)
+    return [folder / "config.json", folder / "model.safetensors.index.json"]
+
+
 def _write_ggml(suffix: str, model: Callable[[ModelConfig], Any]) -> Callable[[Path], list[Path]]:
     def write(folder: Path) -> list[Path]:
         path = (folder / "model").with_suffix(suffix)
@@ -172,6 +179,10 @@ def _read_weights(path: Path) -> Any:
         config = read_config(tensors)
         check_tensors(tensors, config)
         return dataclasses.asdict(config), {name: _content(tensors[name]) for name in tensors}
+
+
+def _read_folder(path: Path) -> Any:
+    return _read_weights(find_weights(path.parent))
 
 
 def _content(array: Any) -> tuple[str, tuple[int, ...], bytes]:
@@ -229,6 +240,7 @@ KINDS: dict[str, Kind] = {
     ".safetensors": Kind(_write_official, _read_weights, SAFETENSORS, has_digest=False),
     ".gguf": Kind(_write_ggml(".gguf", gguf_model), _read_weights, has_digest=False),
     "ggmf": Kind(_write_ggml(".bin", ggmf_model), _read_weights, has_digest=False),
+    "config.json and index": Kind(_write_hub_folder, _read_folder, JSON),
     "packed weights": Kind(_write_packed, _read_weights, SAFETENSORS),
     "state": Kind(_write_state, _read_state, SAFETENSORS),
     "tokens": Kind(_write_tokens, _read_tokens),
