@@ -38,8 +38,9 @@ from rwkv_jax.bench.random_model import RandomTensors
 from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.host import available_cores
+from rwkv_jax.weights.ggml.writing import write_gguf
 from rwkv_jax.weights.pth.file import write_torch_file
-from rwkv_jax.weights.safetensors import write_safetensors
+from rwkv_jax.weights.sources import open_weights
 
 CHECKED_TOKENS = 32
 FLOAT32_TOLERANCE = 1e-3
@@ -290,6 +291,11 @@ def report(results: Sequence[Result], measurements: Sequence[Measurement], about
     return "\n".join(lines)
 
 
+def write_for_llama(weights: Path, config: ModelConfig) -> None:
+    """The tensors of a .pth once more as the GGUF beside it, without a tokenizer, for peers_llama.py."""
+    write_gguf(weights.with_suffix(".gguf"), open_weights(weights).tensors, config, None, None)
+
+
 def run(
     rows: Sequence[str],
     pythons: Mapping[str, str],
@@ -311,7 +317,7 @@ def run(
         progress("writing weights")
         write_torch_file(scratch / "weights.pth", RandomTensors(config))
         if "llama" in pythons:
-            write_safetensors(scratch / "weights.safetensors", RandomTensors(config))
+            write_for_llama(scratch / "weights.pth", config)
         max_length = max(measurement.num_tokens for measurement in measurements)
         np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, max_length, np.int32))
         bench = Bench([Result(name) for name in rows], [], scratch / "tokens.npy")

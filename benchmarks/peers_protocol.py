@@ -25,7 +25,7 @@ class Job:
     """What a peer is to open."""
 
     weights: str
-    """A file of float32 tensors under official names: .pth, beside which stands the same as .safetensors."""
+    """A file of float32 tensors under official names: .pth, beside which stands the same as .gguf for llama.cpp."""
     precision: str
     """In which the weights are held, as the peer calls it."""
     max_batch_size: int

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-
-from peers_llama import write_gguf
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    path = Path(job["scratch"]) / "world.gguf"
-    if not path.exists():
-        from safetensors.numpy import load_file
-
-        vocabulary = [text.encode("latin-1") for text in json.loads(Path(job["vocabulary"]).read_text())]
-        write_gguf(path, load_file(job["weights"]), vocabulary)
     import uvicorn
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
     model = ModelSettings(
-        model=str(path),
+        model=job["weights"],
         model_alias="random",
         n_ctx=job["max_length"],
         n_threads=job["threads"],

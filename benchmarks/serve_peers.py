@@ -39,8 +39,8 @@ from rwkv_jax.cli.machine import describe_machine
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.data.tokenizers import WorldTokenizer
 from rwkv_jax.host import available_cores
+from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
-from rwkv_jax.weights.safetensors import write_safetensors
 from serve_client import Reply, at_once, free_port, wait_until_ready
 from serve_load import MB, resident_bytes
 from serve_random import add_sizes
@@ -132,23 +132,16 @@ def ours(weights: Path, slots: int, sizes: Sequence[str]) -> contextlib.Abstract
     """This server, on a file of weights."""
     port = free_port()
     command = [sys.executable, str(HERE / "serve_random.py"), "--world", f"--port={port}", f"--slots={slots}", *sizes]
-    command += [f"--weights={weights.with_suffix('.pth')}", f"--prefix-bytes={2**30}"]
+    command += [f"--weights={weights}", f"--prefix-bytes={2**30}"]
     encode = WorldTokenizer().encode  # a text would begin with the end-of-text token, which llama.cpp does not add
     return running("this server", command, port, "/health", extra={"ignore_eos": True}, prompt_of=encode)
 
 
 def llama(python: str, weights: Path, *, cache: bool) -> contextlib.AbstractContextManager[Server]:
     """That of llama-cpp-python."""
-    port, scratch = free_port(), weights.parent
-    vocabulary = scratch / "vocabulary.json"
-    if not vocabulary.exists():
-        tokenizer = WorldTokenizer()
-        texts = [tokenizer.token_bytes(token) if tokenizer.is_named(token) else b"" for token in range(VOCAB_SIZE)]
-        vocabulary.write_text(json.dumps([text.decode("latin-1") for text in texts]))
+    port = free_port()
     job = {
-        "weights": str(weights),
-        "vocabulary": str(vocabulary),
-        "scratch": str(scratch),
+        "weights": str(weights.with_suffix(".gguf")),
         "port": port,
         "max_length": MAX_LENGTH,
         "threads": available_cores(),
@@ -206,9 +199,9 @@ def span(values: Sequence[float], factor: float = 1.0) -> str:
 def run(arguments: argparse.Namespace, scratch: Path) -> None:
     """Measures and prints the table."""
     config = ModelConfig(vocab_size=VOCAB_SIZE, num_layers=arguments.num_layers, width=arguments.width)
-    weights = scratch / "weights.safetensors"
-    write_torch_file(weights.with_suffix(".pth"), RandomTensors(config))
-    write_safetensors(weights, RandomTensors(config))
+    weights = scratch / "weights.pth"
+    write_torch_file(weights, RandomTensors(config))
+    convert(weights, weights.with_suffix(".gguf"), tokenizer="world")
     sizes = [f"--num-layers={config.num_layers}", f"--width={config.width}", f"--vocab-size={VOCAB_SIZE}"]
     prompts, slots = Prompts(), min(16, max(arguments.clients))
     with ours(weights, slots, sizes) as mine, llama(arguments.llama_python, weights, cache=False) as theirs:

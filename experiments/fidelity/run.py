@@ -31,7 +31,6 @@ from rwkv_jax.bench.random_model import RandomTensors
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.pth.file import write_torch_file
-from rwkv_jax.weights.safetensors import write_safetensors
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-3
@@ -136,12 +135,15 @@ def benchmarks_importable() -> Iterator[None]:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def llama(python: str, precision: str, folder: Path) -> NDArray:
-    """By llama.cpp from a file of its own, made of our tensors, one token a call."""
+def llama(python: str, precision: str, config: ModelConfig, folder: Path) -> NDArray:
+    """By llama.cpp from our GGUF file, one token a call."""
     with benchmarks_importable():
+        from decode_cpu import write_for_llama
         from peers_processes import PeerProcess
         from peers_protocol import Job, Request
 
+    if not (folder / "model.gguf").exists():
+        write_for_llama(folder / "model.pth", config)
     tokens = folder / "tokens.npy"
     length = len(np.load(tokens))
     job = Job(str(folder / "model.pth"), precision, 1, length, threads=1, scratch=str(folder))
@@ -176,9 +178,7 @@ def measure(sizes: Sizes, pythons: Mapping[str, str] | None = None) -> common.Re
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             np.save(folder / "tokens.npy", tokens)
-            tensors = dict(RandomTensors(config))
-            write_torch_file(folder / "model.pth", tensors)
-            write_safetensors(folder / "model.safetensors", tensors)
+            write_torch_file(folder / "model.pth", RandomTensors(config))
             expected = ours_one_by_one(from_pretrained(folder / "model.pth"), tokens)
             for row in (row for row in ROWS if row.model == name):
                 common.progress(f"{row.peer}, {row.model}, {row.what}")
@@ -200,7 +200,7 @@ def logits_by(
         return official(pythons[RWKV], config, folder)
     if row.peer == TRANSFORMERS:
         return transformers(pythons[TRANSFORMERS], folder)
-    return llama(pythons[LLAMA], {"f32": "float32"}.get(row.what, row.what), folder)
+    return llama(pythons[LLAMA], {"f32": "float32"}.get(row.what, row.what), config, folder)
 
 
 def versions(pythons: Mapping[str, str]) -> dict[str, str]:
