@@ -36,7 +36,7 @@ from rwkv_jax.weights.derived import add_unused, selected
 from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.hub_rwkv7 import are_placeholders, refuse_both_prefixes
 from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
-from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_converted
+from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_adapters, refuse_converted
 from rwkv_jax.weights.rosa_demo import LAYOUT as DEMO
 from rwkv_jax.weights.rosa_demo import from_demo, is_demo
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, TensorSpec, WeightsError, join_names, tensor_spec
@@ -115,6 +115,7 @@ def from_layout(
     """
     values = values or {}
     refuse_converted(tensors, values)
+    refuse_adapters(tensors)
     if not tensors:
         raise WeightsError("there are no tensors; name a file of weights")
     if is_demo(tensors):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations import recognize, size_of
-from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, tensor_spec
+from rwkv_jax.weights.tensors import BFLOAT16, WeightsError, join_names, tensor_spec
 
 _COMPUTE_DTYPES: dict[np.dtype[Any], Literal["bfloat16", "float64"]] = {
     BFLOAT16: "bfloat16",
@@ -24,6 +24,7 @@ UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 """RWKV-7's value residual in layer 0, which the trainer has but nothing uses."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+_OF_ADAPTERS = re.compile(r"\.(?:(?:init_)?lora_(?:[AB]|magnitude_vector)|disha|miss_block)(?:\.|$)")
 _CONVERTED = ("_strategy", "_rescale_layer")  # only in files converted by the rwkv package
 
 
@@ -35,6 +36,17 @@ def refuse_converted(tensors: Mapping[str, NDArray], values: Mapping[str, Any]) 
             f"these weights were converted by the rwkv package{strategy}: it transposes matrices, precomputes decays, "
             "divides weights of later layers and may quantize; name the original file"
         )
+
+
+def refuse_adapters(tensors: Mapping[str, NDArray]) -> None:
+    """Raises WeightsError for a file with an adapter's tensors, alone or beside a model's, or a tuned state's."""
+    if of_adapters := [name for name in tensors if _OF_ADAPTERS.search(name)]:
+        raise WeightsError(
+            f"{join_names(of_adapters, 3)} are of an adapter that is not merged: rwkv merge BASE ADAPTER OUT merges "
+            "one into its base, and --adapter takes one beside it"
+        )
+    if states := [name for name in tensors if name.endswith(".att.time_state")]:
+        raise WeightsError(f"{join_names(states, 3)} are a tuned state: name the model, and this file with --state")
 
 
 def read_config(
@@ -55,7 +67,7 @@ def read_config(
     spec = recognize(shapes)
     if spec is None:
         raise WeightsError(
-            f"no generation of RWKV has such names ({', '.join(list(shapes)[:4]) or 'there is no tensor'}, ...); "
+            f"no generation of RWKV has such names ({join_names(list(shapes), 4) or 'there is no tensor'}); "
             "RWKV-4, 5, 6 and 7 under their official names are known, and the layouts of transformers, "
             "flash-linear-attention and RWKV's own folders on the Hugging Face hub"
         )
@@ -64,6 +76,11 @@ def read_config(
     if num_layers > len(tensors):  # before creating as many names
         raise WeightsError(
             f"a name has layer {num_layers - 1}, but there are {len(tensors)} tensors; get the file again"
+        )
+    if missing := sorted(set(range(num_layers)) - {int(layer) for layer in layers if layer.isdecimal()}):
+        raise WeightsError(
+            f"of the layers 0 to {num_layers - 1}, these are missing: {join_names([*map(str, missing)])}; get the file "
+            "again or, if they were pruned, number those that are left from 0 on"
         )
     width = size_of(shapes, "emb.weight", 1) or size_of(shapes, "blocks.0.ln1.weight", 0) or 1
     heads = None if spec.heads_tensor is None else size_of(shapes, f"blocks.0.{spec.heads_tensor}", 0)

@@ -141,12 +141,13 @@ def place_params(
 
     Args:
       tensors: checked by `check_tensors`.
-      dtype: of the parameters; None keeps each tensor's.
+      dtype: of the parameters; None keeps each tensor's. Layers, which are one array, have the dtype that holds the
+        numbers of all exactly, where a file has several, as with merged adapters.
       shardings: of each parameter, a nested dict (`shardings_on`); None is the first device.
       drop_pages: frees the memory of pages read; called after each tensor.
 
     Raises:
-      WeightsError: layers with different dtypes, which cannot be stacked; float64 while JAX's float64 mode is off.
+      WeightsError: float64 while JAX's float64 mode is off.
     """
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
@@ -170,11 +171,7 @@ def place_param(
     """One parameter of `place_params`, by its path in the tree."""
     stacked = is_stack(str(path[0].key))
     names = official_names(path, config.num_layers)
-    dtypes = {tensor_spec(tensors, name).dtype for name in names}
-    if dtype is None and len(dtypes) > 1:
-        found = ", ".join(f"{name} is {tensors[name].dtype}" for name in (names[0], names[-1]))
-        raise WeightsError(f"layers are held as one array, but their dtypes differ ({found}, ...); give a dtype")
-    own = np.dtype(dtype) if dtype is not None else dtypes.pop()
+    own = np.dtype(dtype) if dtype is not None else _widest({tensor_spec(tensors, name).dtype for name in names})
     if own == np.float64 and not jax.config.read("jax_enable_x64"):
         raise WeightsError(f"{names[0]}: float64, which JAX has switched off; set jax_enable_x64, or give a dtype")
 
@@ -188,6 +185,11 @@ def place_param(
         return out if stacked else out[0]
 
     return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _widest(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """The one that holds the numbers of all exactly; bfloat16 and float16 are both in float32 only."""
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype("float64" if np.dtype("float64") in dtypes else "float32")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:

@@ -18,7 +18,7 @@ from rwkv_jax.data.tokenizers import TOKENIZER_FILES
 from rwkv_jax.weights.hub_rwkv7 import HEAD, KEEPS_UNUSED, MODEL_TYPES, are_placeholders, check_config, prefix_of
 from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.hugging_face import CONFIG_FILE
-from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_converted
+from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_adapters, refuse_converted
 from rwkv_jax.weights.sources import read_tensors
 from rwkv_jax.weights.tensors import MappedTensors, join_names, prefix_errors, tensor_spec
 
@@ -58,6 +58,7 @@ def summarize(path: Path) -> Summary | None:
     file, values = read_tensors(path)
     with prefix_errors(path):
         refuse_converted(file, values)
+        refuse_adapters(file)
         layout, tensors = _official(file)
         names_fit = HEAD in tensors and all(map(_OFFICIAL.fullmatch, tensors))
         if not names_fit or any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):  # int8, int4, fp8

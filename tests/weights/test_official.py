@@ -91,16 +91,22 @@ def test_a_dtype_is_given_to_every_parameter() -> None:
     assert_same_bits(dict(official_tensors(config, params)), expected)
 
 
-def test_layers_of_several_dtypes_need_a_dtype() -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "widest"),
+    [("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float32"), ("float16", "float16", "float16")],
+)
+def test_layers_of_several_dtypes_are_held_exactly(first: str, second: str, widest: str) -> None:
     config = CONFIGS["5.2"]
-    tensors = random_tensors(config)
+    tensors = random_tensors(config, first)
     name = "blocks.2.att.key.weight"
-    tensors[name] = tensors[name].astype(np.float16)
-    with pytest.raises(
-        WeightsError, match=r"blocks\.1\.att\.key\.weight is float32, blocks\.2.* is float16.*give a dtype"
-    ):
-        place_params(tensors, config)
-    place_params(tensors, config, dtype="float32")
+    tensors[name] = random_tensors(config, second)[name]
+    found = dict(official_tensors(config, place_params(tensors, config)))
+    for layer, dtype in (("0", first), ("1", widest), ("2", widest)):
+        key = f"blocks.{layer}.att.key.weight"
+        assert found[key].dtype.name == dtype
+        np.testing.assert_array_equal(found[key].astype(np.float32), tensors[key].astype(np.float32))
+    assert found["blocks.1.att.value.weight"].dtype.name == first
+    assert place_params(tensors, config, dtype="float16")["blocks"]["att"]["key"]["weight"].dtype == np.float16
 
 
 def test_float64_needs_to_be_switched_on() -> None:

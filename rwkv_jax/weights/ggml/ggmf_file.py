@@ -10,8 +10,9 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_jax.checks import shown
 from rwkv_jax.weights.ggml.types import TYPES, StoredTensor, num_bytes, stored_tensor
-from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError, map_file
 
 MAGIC = b"fmgg"

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from rwkv_jax.checks import shown
 from rwkv_jax.weights.ggml.types import TYPES, StoredTensor, num_bytes, stored_tensor
-from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject
 from rwkv_jax.weights.tensors import UnsafeFileError, WeightsError, describe_wrong_weights, map_file
 
 MAGIC = b"GGUF"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.checks import shown
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.derived import rounded, selected
 from rwkv_jax.weights.ggml import ggmf_file, gguf_file
@@ -20,7 +21,6 @@ from rwkv_jax.weights.ggml.names import ARCHITECTURES, Architecture, is_divided
 from rwkv_jax.weights.ggml.types import mapped_tensors, numbers
 from rwkv_jax.weights.layouts import from_rules
 from rwkv_jax.weights.official import read_config
-from rwkv_jax.weights.pth.rejection import shown
 from rwkv_jax.weights.tensors import DerivedTensors, LazyTensor, MappedTensors, WeightsError, prefix_errors, tensor_spec
 
 DTYPE = "rwkv_jax.dtype"

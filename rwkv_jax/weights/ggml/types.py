@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
+from rwkv_jax.checks import shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject
 from rwkv_jax.weights.tensors import BFLOAT16, DerivedTensors, LazyTensor, MappedTensors, TensorSpec, WeightsError
 
 MISSING = 'the package gguf is missing: pip install "rwkv-jax[gguf]"'

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rwkv_jax.checks import shown
 from rwkv_jax.data.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, fits_model
 from rwkv_jax.weights.ggml.gguf_file import MAGIC, Texts, read_gguf
-from rwkv_jax.weights.pth.rejection import shown
 from rwkv_jax.weights.tensors import WeightsError
 
 _LOG = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_jax.checks import shown
 from rwkv_jax.weights.fp8 import FLOAT8
-from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject
 from rwkv_jax.weights.pth.zip import Entry
 from rwkv_jax.weights.tensors import BFLOAT16
 

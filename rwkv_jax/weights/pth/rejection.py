@@ -14,8 +14,3 @@ _ANEW = "save the plain state dict anew, by torch.save or as .safetensors"
 def reject(what: str, remedy: str = _ANEW) -> NoReturn:
     """Raises UnsafeFileError; the caller that knows the path puts it in front."""
     raise UnsafeFileError(f"{what}; {remedy}")
-
-
-def shown(value: object) -> str:
-    """An untrusted value for a message: text is quoted, and cut to a line."""
-    return repr(value[:77] + "..." if isinstance(value, str) and len(value) > 80 else value)

@@ -15,7 +15,8 @@ import struct
 from collections.abc import Mapping
 from typing import NoReturn
 
-from rwkv_jax.weights.pth.rejection import AGAIN, reject, shown
+from rwkv_jax.checks import shown
+from rwkv_jax.weights.pth.rejection import AGAIN, reject
 
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
