@@ -422,7 +422,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, trouble: str) -> 
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rwkv_jax.weights.safetensors._write_tensor", fail)
