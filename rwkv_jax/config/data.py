@@ -30,8 +30,9 @@ class DataConfig:
     source: str = "python-stdlib"
     """`python-stdlib` (the source text of the running Python's standard library), or the path of a text file, of a
     folder, of JSON records (.jsonl, .json), optionally compressed (.gz, .bz2, .xz, .zst), of a table (.parquet,
-    .arrow, .feather), or of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH); or a
-    synthetic task, as synthetic:NAME or synthetic:NAME(field=value, ...). RWKV-LM: data_file."""
+    .arrow, .feather), of tokens (binidx: PATH.bin with PATH.idx beside it, by either name or by PATH), or of whole
+    numbers (.npy), which are the tokens; or a synthetic task, as synthetic:NAME or synthetic:NAME(field=value, ...).
+    RWKV-LM: data_file."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Several sources and their shares of the rows, as PATH 0.7 PATH 0.3, instead of data.source. With data.chat those
     written chat:PATH are chats and the others texts, such as chat:PATH 0.8 PATH 0.2."""
@@ -83,6 +84,10 @@ class DataConfig:
         )
         if self.is_synthetic:
             self._check_synthetic()
+        if self.is_numbers:
+            has_own = f"{self.source} holds numbers, which have ids of their own; leave this out"
+            check(self.tokenizer is None, "tokenizer", has_own)
+            check(self.chat is None, "chat", f"{self.source} holds numbers, not chats; leave this out")
         if self.chat is not None:
             self._check_chat()
         else:
@@ -96,6 +101,11 @@ class DataConfig:
     def is_synthetic(self) -> bool:
         """Whether the source is a synthetic task."""
         return self.source.startswith(SYNTHETIC)
+
+    @property
+    def is_numbers(self) -> bool:
+        """Whether the source is an array of whole numbers, each a token."""
+        return self.source.endswith(".npy") and not self.mixture
 
     def of_source(self, source: str) -> DataConfig:
         """The config of one source of the mixture by itself."""
@@ -140,6 +150,8 @@ class DataConfig:
             "source",
             "data.mixture names the sources; leave this out, or name it in data.mixture with its weight",
         )
+        numbers = [source for source in sources if source.endswith(".npy")]
+        check(not numbers, "mixture", f"numbers are no part of a mixture; name {numbers} with data.source alone")
         check(self.tokenizer is not None, "tokenizer", "the sources of data.mixture share one tokenizer; name it")
         check(
             self.order == "windows",

@@ -48,7 +48,10 @@ class TrainConfig:
         check = checker(self)
         check(bool(self.run_dir), "run_dir", "name a folder")
         check(
-            self.initial_weights is None or self.data.tokenizer is not None or self.data.is_synthetic,
+            self.initial_weights is None
+            or self.data.tokenizer is not None
+            or self.data.is_synthetic
+            or self.data.is_numbers,
             "data.tokenizer",
             f"initial_weights = {self.initial_weights!r} were trained with a tokenizer; name it, or its folder",
         )

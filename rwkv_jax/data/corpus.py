@@ -11,6 +11,7 @@ import numpy as np
 from rwkv_jax.config import ConfigError, DataConfig
 from rwkv_jax.data.corpus_folder import prepare_folder
 from rwkv_jax.data.encoding import token_byte_lengths
+from rwkv_jax.data.numbers import prepare_numbers
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_jax.data.tokens.binidx import Binidx, evenly_spaced_blocks, find_binidx, fingerprint, open_binidx
 from rwkv_jax.data.tokens.digest_file import check_fingerprint
@@ -91,6 +92,8 @@ def corpus_of_binidx(opened: Binidx, tokenizer: Tokenizer, held_out: float) -> C
 
 def prepare_source(data: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Corpus:
     """`prepare_corpus` of `data.source` alone."""
+    if data.is_numbers:
+        return prepare_numbers(data, vocab_size, report)
     pair = find_binidx(data.source)
     if pair is None:
         return prepare_folder(data, vocab_size, report)

@@ -24,6 +24,7 @@ from rwkv_jax.config import CROSS_ENTROPY, ConfigError, TrainConfig, from_dict, 
 from rwkv_jax.data.chat.mixture import MixedCorpus, MixedRows
 from rwkv_jax.data.chat.rows import ChatRows
 from rwkv_jax.data.chat.source import ChatCorpus
+from rwkv_jax.data.numbers import number_tokenizer
 from rwkv_jax.data.synthetic.source import SyntheticCorpus, SyntheticRows, task_of
 from rwkv_jax.data.synthetic.task import Task, prompt_and_answer
 from rwkv_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -58,7 +59,7 @@ from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.sample import Sampler
 from rwkv_jax.training.schedule import learning_rate_schedule, rate_notice
 from rwkv_jax.training.state import TrainState
-from rwkv_jax.training.steps import Steps
+from rwkv_jax.training.steps import Steps, sample_prompts
 from rwkv_jax.training.stopping import stop_requests
 from rwkv_jax.training.stored_teacher import check_stored, known_teacher
 from rwkv_jax.training.tasks import fingerprint, prepared_scorer, read_tasks
@@ -319,6 +320,8 @@ def _named_tokenizer(config: TrainConfig, task: Task | None) -> Tokenizer:
     """The tokenizer of a run that starts from weights, which the config or its task names."""
     if task is not None:
         return task.tokenizer
+    if config.data.is_numbers:
+        return number_tokenizer(Path(config.data.source).expanduser(), config.model.vocab_size)
     assert config.data.tokenizer is not None  # as the config has checked
     return load_tokenizer(config.data.tokenizer, config.model.vocab_size)
 
@@ -419,7 +422,7 @@ def _describe(config: TrainConfig, trainer: TrainFunctions, rows: AnyRows, resum
 
 def _summarize(config: TrainConfig, corpus: AnyCorpus, result: TrainResult, console: Console) -> None:
     """Prints the loss over all held-out text, compressors' results for comparison, and what to do next."""
-    prompt: str | None = next(iter(config.evaluation.sample_prompts), "")
+    prompt: str | None = next(iter(sample_prompts(config)), "")
     if isinstance(corpus, SyntheticCorpus):
         task = corpus.task
         prompt = None if task.labels else prompt_and_answer(task, config.training.sequence_length)[0]

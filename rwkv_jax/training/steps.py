@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import EvaluationConfig, TrainConfig
 from rwkv_jax.evaluation.tasks.plans import Plan
 from rwkv_jax.held_out import Answers, HeldOut, Measured
 from rwkv_jax.inference.sampling.params import SamplingParams
@@ -150,9 +150,17 @@ class Steps:
             self.logger.sample(done, prompt, text)
 
 
+def sample_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """The prompts of a run's samples: none of a synthetic task; where none are named, numbers begin with nothing."""
+    prompts = config.evaluation.sample_prompts
+    if config.data.is_numbers and prompts == EvaluationConfig.sample_prompts:
+        return ("",)
+    return () if config.data.is_synthetic else prompts
+
+
 def _prompts_after(step: int, config: TrainConfig) -> tuple[str, ...]:
-    """The prompts to sample after a step: one per evaluation, in turn, and all at the end; none of symbols."""
-    prompts = () if config.data.is_synthetic else config.evaluation.sample_prompts
+    """The prompts to sample after a step: one per evaluation, in turn, and all at the end."""
+    prompts = sample_prompts(config)
     if step == config.training.num_steps:
         return prompts
     return prompts[step // config.evaluation.every % len(prompts) :][:1] if prompts else ()

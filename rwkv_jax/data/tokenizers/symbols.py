@@ -29,6 +29,8 @@ class SymbolTokenizer(Tokenizer):
         record = json.dumps({"kind": "symbols", "symbols": list(symbols)}) + "\n"
         table = [b"", *(f" {symbol}".encode() for symbol in symbols)]
         super().__init__(table, 0, SavedTokenizer("tokenizer.kind.json", record.encode()))
+        self.symbols = tuple(symbols)
+        """Of ids 1, 2, ..."""
         self._ids = {symbol: token for token, symbol in enumerate(symbols, start=1)}
 
     @override
