@@ -294,3 +294,13 @@ def test_a_part_that_is_missing_is_named(json_path: Path) -> None:
         del description[part]
         with pytest.raises(ConfigError, match=r"^x\.json "):
             made(description)
+
+
+def test_a_pattern_that_backtracks_without_end_is_no_panic(json_path: Path) -> None:
+    description = described(json_path)
+    split = {"type": "Split", "pattern": {"Regex": "(q|q)*$"}, "behavior": "Isolated", "invert": False}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, description["pre_tokenizer"]]}
+    tokenizer = made(description)
+    assert tokenizer.decode(tokenizer.encode("qq!")) == "qq!"
+    with pytest.raises(ConfigError, match=r"tokenizer\.json has a pattern that cannot cut this text of 41 characters"):
+        tokenizer.encode("q" * 40 + "!")

@@ -79,7 +79,15 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def encode(self, text: str) -> list[int]:
         text.encode()  # the package raises another error for them
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ConfigError(
+                f"the tokenizer {self.saved.name} has a pattern that cannot cut this text of {len(text)} characters "
+                f"({error}); use another tokenizer"
+            ) from error
 
     def of_hub_model(self, ends: Collection[int]) -> HuggingFaceTokenizer:
         """The same for a model of other people, which begins texts as the file's template says, if it has one.
@@ -123,10 +131,15 @@ def _named(origin: str) -> Iterator[None]:
     except (ConfigError, MemoryError, OSError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         reason = f"{type(error).__name__}: {error}"[:200]
         raise ConfigError(f"{origin} is not a tokenizer.json that can be read ({reason}); get it again") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code gave up, as on a pattern that backtracks without end; no Exception, and of no public type."""
+    return type(error).__name__ == "PanicException"
 
 
 def _inexactness(description: Mapping[str, Any]) -> str | None:
