@@ -100,25 +100,14 @@ class JinjaTemplate:
         `enable_thinking`, which are switches, and a length of it also `reasoning_effort`; a template that reads neither
         is refused, and so are `variables` that it does not read.
         """
-        asked = {**self._switches(thinking), **(variables or {})}
         unread = [name for name in variables or () if name not in self._template.reads]
         if unread:
             raise ConfigError(f"variables {', '.join(unread)}: {self.name} does not read them; leave them out")
         read = read_messages(messages)
         written = self._marked(read) if continue_final_message else read
-        text = self._guarded(
-            lambda: self._template.render(
-                {
-                    "bos_token": "",
-                    "eos_token": "",
-                    "documents": None,
-                    **asked,
-                    "messages": [_as_mapping(message) for message in written],
-                    "tools": [_as_function(tool) for tool in tools] if tools else None,
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                }
-            )
-        )
+        asked = {**self._switches(thinking), **(variables or {})}
+        given = _given(written, tools, add_generation_prompt and not continue_final_message, asked)
+        text = self._guarded(lambda: self._template.render(given))
         return self._up_to_mark(text, read) if continue_final_message else text
 
     def pieces(
@@ -131,27 +120,55 @@ class JinjaTemplate:
     ) -> list[Piece]:
         """A finished conversation in parts, as `ChatTemplate.pieces` says; a reply has what the template ends it with.
 
-        Found by rendering the messages up to each reply, with and without it.
+        Found by rendering the messages up to each reply, with and without it. Where a template writes a reply otherwise
+        when it is asked for, as with thinking that earlier replies lack, replies are what it marks by {% generation %}.
         """
         read = read_messages(messages)
         own = [index for index, message in enumerate(read) if message.role == "assistant"]
+        wanted = own if replies is None else sorted(replies)
 
         def text_of(count: int, asks: bool) -> str:
             arguments: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "add_generation_prompt": asks}
             return self.render(read[:count], **arguments)
 
-        whole, pieces, end = text_of(len(read), False), [], 0
-        for index in own if replies is None else sorted(replies):
+        whole, pieces, end = text_of(len(read), False), list[Piece](), 0
+        for index in wanted:
             asked, answered = text_of(index, True) if index else "", text_of(index + 1, False)
             if not whole.startswith(answered) or not answered.startswith(asked) or len(asked) < end:
-                raise ConfigError(
-                    f"messages[{index}]: {self.name} writes it otherwise when a reply is asked for or when others "
-                    "follow, so its text in a conversation is not the one that is asked for; take replies at the end "
-                    "only, or another template"
-                )
+                return self._marked_pieces(whole, read, own, wanted, tools, index)
             pieces += [Piece(whole[end : len(asked)]), Piece(whole[len(asked) : len(answered)], index)]
             end = len(answered)
         return [*pieces, Piece(whole[end:])]
+
+    def _marked_pieces(
+        self,
+        whole: str,
+        messages: Sequence[Message],
+        own: Sequence[int],
+        wanted: Sequence[int],
+        tools: Sequence[Mapping[str, Any]] | None,
+        refused: int,
+    ) -> list[Piece]:
+        """The pieces by the template's own marks; ConfigError about the message `refused` if it has none."""
+        render = self._template.render_marked
+        if render is None:
+            raise ConfigError(
+                f"messages[{refused}]: {self.name} writes it otherwise when a reply is asked for or when others "
+                "follow, so its text in a conversation is not the one that is asked for; take replies at the end "
+                "only, or another template"
+            )
+        from rwkv_jax.chat.sandbox import BEGIN_GENERATION, END_GENERATION
+
+        text: str = self._guarded(lambda: render(_given(messages, tools, False, {})))
+        parts = re.split(f"({BEGIN_GENERATION}|{END_GENERATION})", text)
+        marks, parts = parts[1::2], parts[::2]
+        if "".join(parts) != whole or marks != [BEGIN_GENERATION, END_GENERATION] * len(own):
+            raise ConfigError(
+                f"messages[{refused}]: {self.name} has {len(marks) // 2} texts marked by generation, and the assistant "
+                f"{len(own)} messages, so which is which is not known; take another template"
+            )
+        numbers = [index if index in wanted else None for index in own]
+        return [Piece(part, numbers[at // 2] if at % 2 else None) for at, part in enumerate(parts)]
 
     def reply_parser(self, prompt: str, *, calls: bool = False) -> ReplyParser:
         """A parser for the reply to a prompt, which may end with the start of a think block or of a call."""
@@ -221,6 +238,24 @@ def _read(path: Path) -> bytes:
     if len(content) > _MAX_BYTES:
         raise ConfigError(f"{path}: is larger than {_MAX_BYTES} bytes, so it is no template; get the file again")
     return content
+
+
+def _given(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What transformers gives a template."""
+    return {
+        "bos_token": "",
+        "eos_token": "",
+        "documents": None,
+        **variables,
+        "messages": [_as_mapping(message) for message in messages],
+        "tools": [_as_function(tool) for tool in tools] if tools else None,
+        "add_generation_prompt": add_generation_prompt,
+    }
 
 
 def _as_mapping(message: Message) -> dict[str, Any]:

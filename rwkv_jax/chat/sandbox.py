@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized, ValuesView
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-from jinja2 import TemplateError, TemplateRuntimeError, Undefined, nodes
+from jinja2 import Template, TemplateError, TemplateRuntimeError, Undefined, nodes
 from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
@@ -67,19 +67,28 @@ class Compiled(NamedTuple):
     """From variables to text; raises whatever a template may lead to."""
     reads: frozenset[str]
     """Names of variables that it reads."""
+    render_marked: Callable[[Mapping[str, Any]], str] | None
+    """`render`, with `BEGIN_GENERATION` and `END_GENERATION` around what {% generation %} marks; None without marks."""
+
+
+BEGIN_GENERATION, END_GENERATION = "\ue000\ue002", "\ue000\ue003"  # of the private use area: no text has them
 
 
 def compile_template(source: str) -> Compiled:
     """Compiles a template. Raises TemplateError if it is none."""
     _steps_left.set([MAX_STEPS])
-    sandbox = _Sandbox()
-    template = sandbox.from_string(source)
+    sandbox, marking = _Sandbox(), _Sandbox(marks_generation=True)
+    parsed = sandbox.parse(source)
 
-    def render(variables: Mapping[str, Any]) -> str:
-        _steps_left.set([MAX_STEPS])
-        return _joined(template.generate(dict(variables)))
+    def renderer(template: Template) -> Callable[[Mapping[str, Any]], str]:
+        def render(variables: Mapping[str, Any]) -> str:
+            _steps_left.set([MAX_STEPS])
+            return _joined(template.generate(dict(variables)))
 
-    return Compiled(render, frozenset(find_undeclared_variables(sandbox.parse(source))))
+        return render
+
+    marked = renderer(marking.from_string(source)) if sandbox.has_generation else None
+    return Compiled(renderer(sandbox.from_string(source)), frozenset(find_undeclared_variables(parsed)), marked)
 
 
 def _spend(num_steps: int = 1) -> None:
@@ -210,13 +219,22 @@ def _measuring(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Generation(Extension):
-    """{% generation %}, by which trainers find the assistant's tokens, stands for its body."""
+    """{% generation %}, by which trainers find the assistant's tokens, stands for its body, between marks if asked."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        environment = self.environment
+        assert isinstance(environment, _Sandbox)
+        environment.has_generation = True
+        if not environment.marks_generation:
+            return body
+        begin, end = (
+            nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (BEGIN_GENERATION, END_GENERATION)
+        )
+        return [begin, *body, end]
 
 
 class _Compiler(CodeGenerator):
@@ -256,7 +274,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(_joined)
     measured = staticmethod(_measured)
 
-    def __init__(self) -> None:
+    def __init__(self, *, marks_generation: bool = False) -> None:
+        self.marks_generation, self.has_generation = marks_generation, False
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,

@@ -11,6 +11,7 @@ import pytest
 from rwkv_jax.chat.choice import FORMATS
 from rwkv_jax.chat.formats import G1
 from rwkv_jax.chat.jinja_template import JinjaTemplate
+from rwkv_jax.chat.sandbox import BEGIN_GENERATION
 from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.chat.records import Conversation, read_conversation
@@ -158,6 +159,43 @@ def test_templates_that_forget_train_on_the_last_reply_only() -> None:
     with pytest.raises(ConfigError, match=r"messages\[1\]: .* writes it otherwise .*; take replies at the end"):
         sample_of(FORGETFUL, chat)
     assert counted(sample_of(FORGETFUL, chat, "last")) == ["So:  nothing! \n"]
+
+
+def closes_thoughts(begin: str, end: str = "{% endgeneration %}") -> JinjaTemplate:
+    """A template that asks with an empty think block, which it writes of no reply, and marks replies."""
+    return JinjaTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}Assistant:"
+        + begin
+        + "{{ ' ' ~ m.content }}"
+        + end
+        + "{% else %}User: {{ m.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant: <think></think>\\n' }}{% endif %}"
+    )
+
+
+def test_templates_that_mark_replies_train_on_what_they_mark() -> None:
+    template, chat = closes_thoughts("{% generation %}"), conversation(TEXTS[2:])
+    assert counted(sample_of(template, chat)) == [" So:  nothing! ", " 日本語\n"]
+    assert counted(sample_of(template, chat, "last")) == [" 日本語\n"]
+    whole = template.render(chat.messages, add_generation_prompt=False)
+    assert WORLD.decode(sample_of(template, chat).tokens[1:].tolist()) == whole
+    assert BEGIN_GENERATION not in whole
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "marks"),
+    [
+        (closes_thoughts("{% if loop.last %}{% generation %}", "{% endgeneration %}{% endif %}"), "a", 1),
+        (closes_thoughts("{% generation %}{% endgeneration %}{% generation %}"), "a", 4),
+        (closes_thoughts("{% generation %}{% generation %}", "{% endgeneration %}" * 2), "a", 4),
+        (closes_thoughts("{% generation %}"), f"a{BEGIN_GENERATION}", 2),
+    ],
+    ids=["one of two", "two of one", "within each other", "a text with a mark"],
+)
+def test_marks_that_are_not_one_a_reply_are_refused(template: JinjaTemplate, content: str, marks: int) -> None:
+    user, reply = {"role": "user", "content": "b"}, {"role": "assistant", "content": content}
+    with pytest.raises(ConfigError, match=rf"messages\[1\]: .* has {marks} texts marked by .* assistant 2 messages"):
+        sample_of(template, conversation([user, reply, user, reply | {"content": "c"}]))
 
 
 def test_formats_refuse_what_they_cannot_write() -> None:
