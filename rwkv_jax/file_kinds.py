@@ -32,6 +32,9 @@ Kind = Literal[
 RUN_FILE = "run.json"
 """Name of the file that makes a folder a run's."""
 
+METRICS_FILE = "metrics.jsonl"
+"""Name of the file with a run's metrics."""
+
 _HEAD_BYTES = 4096
 _ZIP_END_BYTES = 22 + 2**16  # a zip's last record and the longest comment after it
 _MAX_HEADER_BYTES = 2**24  # of a safetensors file; ten times that of a model of 10,000 tensors

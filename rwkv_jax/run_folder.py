@@ -47,6 +47,12 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 SET_ASIDE = "set-aside-"
 
+MADE_WITH = "made_with"
+"""What run.json has of what trained the run, by name: versions, and where on the hub its initial weights are from."""
+
+INITIAL_WEIGHTS = "initial weights"
+"""The name of the latter, OWNER/NAME@COMMIT."""
+
 _CHAT = ("chat_format", "chat_loss", "chat_rows", "chat_too_long")  # what chats become besides tokens
 
 
@@ -207,7 +213,7 @@ def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """Config and identity of a run, and the choices that it has recorded, if any, from its run.json.
+    """Config and identity of a run, and what it has recorded of choices and `MADE_WITH`, from its run.json.
 
     Raises:
       ConfigError: it is missing or damaged, or has changed since it was written.
@@ -217,9 +223,10 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         content = parse_object(path.read_bytes(), "its content")
         if not all(isinstance(content.get(part), dict) for part in ("config", "identity")):
             raise ConfigError("config or identity is missing")
-        choices = content.get("choices", {})
-        if not isinstance(choices, dict) or not all(isinstance(value, str) for value in choices.values()):
-            raise ConfigError("choices are no names")
+        for part in ("choices", MADE_WITH):
+            names = content.get(part, {})
+            if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
+                raise ConfigError(f"{part} are no names")
     except FileNotFoundError as error:
         raise ConfigError(f"{str(run_dir)!r}: is no run folder, it has no {RUN_FILE}") from error
     except (OSError, ConfigError) as error:
@@ -231,7 +238,7 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
             f"{path}: has changed since it was written, its digest is another; put the file back, or, if it was to be "
             "changed, take the digest out of it"
         )
-    return {part: content[part] for part in ("config", "identity", "choices") if part in content}
+    return {part: content[part] for part in ("config", "identity", "choices", MADE_WITH) if part in content}
 
 
 def write_run(
@@ -240,15 +247,18 @@ def write_run(
     run_identity: Mapping[str, Any],
     tokenizer: Tokenizer,
     choices: Mapping[str, str] | None = None,
+    made_with: Mapping[str, str] | None = None,
 ) -> None:
     """Writes run.json, by which the folder is recognized as a run, then the tokenizer.
 
     Args:
       choices: what the run takes where the config leaves it open, by name; a resumed run keeps to it.
+      made_with: `MADE_WITH`.
     """
     content = {"config": to_dict(config), "identity": dict(run_identity)}
-    if choices:
-        content["choices"] = dict(choices)
+    for name, value in (("choices", choices), (MADE_WITH, made_with)):
+        if value:
+            content[name] = dict(value)
     replace_file(run_dir / RUN_FILE, json.dumps(with_digest(content), indent=2).encode())
     replace_file(run_dir / tokenizer.saved.name, tokenizer.saved.content)
 
@@ -271,6 +281,13 @@ def run_config(run_dir: Path) -> TrainConfig:
       ConfigError: the folder is not a run.
     """
     return from_dict(read_run_file(run_dir)["config"])
+
+
+def newest_step(run_dir: Path) -> int | None:
+    """The step of a run's newest checkpoint, by the names of folders; None if there is none."""
+    folder = run_dir / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def load_run_tokenizer(run_dir: Path) -> Tokenizer:

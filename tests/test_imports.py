@@ -81,7 +81,7 @@ def test_the_walk_sees_imports() -> None:
     assert "rwkv_jax.inference.engine.engine" not in imports("rwkv_jax.cli.generate", top_level_only=True)
 
 
-LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tables")
+LEAVES = ("atomic", "checks", "file_kinds", "host", "json_object", "lazy", "tables", "versions")
 """Modules that know nothing of ours, which all others may import."""
 
 EVALUATION_WITHOUT_ENGINE = tuple(f"evaluation.{name}" for name in ("requests", "encoding", "statistics", "tasks"))
@@ -104,7 +104,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trying": (("run_lock",), ()),
     "weights": (
         ("config", "data", "models", "parallel", "run_folder"),
-        ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub", "gguf"),
+        ("jax", "flax", "numpy", "einops", "ml_dtypes", "safetensors", "huggingface_hub", "gguf", "yaml"),
     ),
     "tuning": (
         ("config", "models", "parallel", "run_folder", "weights"),

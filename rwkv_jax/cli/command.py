@@ -22,6 +22,7 @@ from rwkv_jax.cli.merge import Merge
 from rwkv_jax.cli.plan import Plan, parse_plan
 from rwkv_jax.cli.probe import ProbeCommand
 from rwkv_jax.cli.program_cache import keep_programs
+from rwkv_jax.cli.push import PushCommand
 from rwkv_jax.cli.serve import Serve
 from rwkv_jax.cli.tokenize import Tokenize
 from rwkv_jax.cli.train import Train
@@ -39,6 +40,7 @@ COMMANDS = {
     "convert": Convert,
     "merge": Merge,
     "info": Info,
+    "push": PushCommand,
     "tokenize": Tokenize,
     "data": Data,
     "plan": Plan,

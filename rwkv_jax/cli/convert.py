@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
-from rwkv_jax.cli.flags import PinFlags, Pinned, Quantize, tell_of_state, tokenizer_for
+from rwkv_jax.cli.flags import License, PinFlags, Pinned, Quantize, tell_of_state, tokenizer_for
 from rwkv_jax.cli.machine import find_devices
 from rwkv_jax.config import ConfigError
 
@@ -55,6 +55,8 @@ class Convert:
     verify: bool = False
     """Compare the source with its checksums first (.pth, safetensors that we wrote), as `rwkv info --verify` does."""
 
+    license: License = None
+
     pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     def run(self) -> None:
@@ -80,6 +82,7 @@ class Convert:
                 ema=self.ema,
                 resize_vocab=self.resize_vocab,
                 cut_used=self.cut_used,
+                license=self.license,
             )
         print(
             f"{self.target}: {model.title} {model.num_layers} x {model.width}, "
@@ -92,6 +95,7 @@ class Convert:
     def _quantize(self, place: Path, quantize: Quantize) -> ModelConfig:
         """Loads the quantized model and saves it; rejects what cannot be saved before loading."""
         from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
+        from rwkv_jax.weights.writing import check_license_for
 
         if self.dtype is not None or self.layout != "official" or self.with_unused:
             raise ConfigError(
@@ -110,10 +114,11 @@ class Convert:
                 "folder"
             )
         refuse_existing(self.target.expanduser(), label=str(self.target))
+        check_license_for(self.target, self.license)
         find_devices()
         tokenizer = self._tokenizer_of_folder(place)  # checked first: loading takes minutes
         model = from_pretrained(place, quantize=quantize)
-        save_pretrained(model, self.target, tokenizer=tokenizer)
+        save_pretrained(model, self.target, tokenizer=tokenizer, license=self.license, source=place)
         return model.config
 
     def _tokenizer_of_folder(self, path: Path) -> Tokenizer | None:

@@ -24,6 +24,16 @@ Quantize = Literal["int8", "int4", "bfloat16"]
 """Formats of `rwkv_jax.weights.quantized`."""
 
 
+License = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="License for the model card of a folder, the hub's identifier, such as apache-2.0. None: the card says "
+        "that none is stated, and `rwkv push` asks for one."
+    ),
+]
+"""The type of a field that has the license of what is written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PinFlags:
     """Which weights exactly SOURCE stands for."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rwkv_jax.atomic import refuse_existing
-from rwkv_jax.cli.flags import PinFlags, Pinned, tell_of_state
+from rwkv_jax.cli.flags import License, PinFlags, Pinned, tell_of_state
 from rwkv_jax.config import ConfigError
 
 
@@ -39,6 +39,7 @@ class Merge:
     """Merge into a base in 8 or 4 bits, with its rounding; the original weights are the better base."""
     allow_other_base: bool = False
     """Merge into a base with other numbers than the one the adapter was trained on, if the shapes are the same."""
+    license: License = None
     pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     def run(self) -> None:
@@ -63,6 +64,7 @@ class Merge:
             tokenizer=self.tokenizer,
             dequantize=self.dequantize,
             allow_other_base=self.allow_other_base,
+            license=self.license,
         )
         merged = ", ".join(
             f"{source} ({adapter.kind}, {len(adapter.parts)} matrices"

@@ -29,8 +29,8 @@ from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.config.generations import TIME_MIX_FIELDS
 from rwkv_jax.models.stacks import is_layers
 from rwkv_jax.weights.base import whole_on_host
+from rwkv_jax.weights.model_difference import model_difference
 from rwkv_jax.weights.official import official_names, official_shapes
-from rwkv_jax.weights.pretrained import model_difference
 
 _FROM_ATTENTION = {"receptance": "query", "key": "key", "value": "value", "output": "output"}
 

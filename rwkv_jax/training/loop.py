@@ -73,6 +73,7 @@ from rwkv_jax.training.tuned import (
     with_base,
 )
 from rwkv_jax.weights.pretrained import check_initial_weights
+from rwkv_jax.weights.provenance import describe_maker
 
 MAX_PREPARATION_SECONDS = 24 * 3600
 """How long processes wait for each other to build a corpus, or to download and load weights."""
@@ -146,7 +147,8 @@ def _train(
             console.print(notice)
         if processes.is_first:
             with writing(run_dir):
-                run_folder.write_run(run_dir, config, run.identity, corpus.tokenizer, run.choices)
+                made_with = describe_maker(config, run.saved)
+                run_folder.write_run(run_dir, config, run.identity, corpus.tokenizer, run.choices, made_with)
 
     if processes.is_first and gave_up is not None and gave_up["step"] > first_step:
         console.print(
@@ -257,7 +259,7 @@ def _prepare(
             rows.use(trainer)
     if saved is None and processes.is_first:
         with writing(run_dir):
-            run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices)
+            run_folder.write_run(run_dir, config, identity, corpus.tokenizer, choices, describe_maker(config, None))
     return Prepared(trainer, corpus, rows, load, tasks, saved, identity, choices, sampled)
 
 

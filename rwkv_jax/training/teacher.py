@@ -21,8 +21,9 @@ from rwkv_jax.training.run_model import TEACHER, RunModel
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.hugging_face import hub_positions
 from rwkv_jax.weights.layout_rules import LLAMA
+from rwkv_jax.weights.model_difference import ignored_fields
 from rwkv_jax.weights.official import check_tensors, place_params
-from rwkv_jax.weights.pretrained import find_tokenizer, ignored_fields, open_model
+from rwkv_jax.weights.pretrained import find_tokenizer, open_model
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import tensor_spec
 

@@ -34,6 +34,7 @@ def merge_weights(
     tokenizer: str | None = None,
     dequantize: bool = False,
     allow_other_base: bool = False,
+    license: str | None = None,
 ) -> ModelConfig:
     """Writes a model with adapters merged into it, tensor by tensor, as `convert` writes one.
 
@@ -43,6 +44,7 @@ def merge_weights(
       layout, dtype, tokenizer: as in `convert`. In bfloat16 an adapter's changes may be smaller than what is rounded.
       dequantize: whether matrices of 8 or 4 bits are merged in floating point, with their rounding.
       allow_other_base: as in `Adapter.check_base`.
+      license: as in `convert`.
 
     Raises:
       AdapterError: an adapter does not fit, or the base is quantized and `dequantize` is not set.
@@ -60,7 +62,17 @@ def merge_weights(
         check_adapters(adapters, tensors, config, allow_other_base=allow_other_base)
         return merged_tensors(tensors, adapters, shares)
 
-    return convert(path, target, layout=layout, dtype=dtype, tokenizer=tokenizer, change=change)
+    kinds = ", ".join(adapter.kind for adapter in adapters)
+    return convert(
+        path,
+        target,
+        layout=layout,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        change=change,
+        changed=f"with adapters merged into it ({kinds})",
+        license=license,
+    )
 
 
 def checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:

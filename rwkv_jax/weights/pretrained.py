@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.config.model import IMPLEMENTATIONS
 from rwkv_jax.data.tokenizers import (
     TOKENIZER_FILES,
     HuggingFaceTokenizer,
@@ -28,10 +27,12 @@ from rwkv_jax.models import LanguageModel, abstract_model
 from rwkv_jax.models.tuned import merge_nested, merged_params
 from rwkv_jax.run_folder import BASE, LoadedModel, load_model, load_run_tokenizer, read_run_file
 from rwkv_jax.weights.base import place_base
+from rwkv_jax.weights.card import About, Provenance
 from rwkv_jax.weights.derived import MAX_VOCABULARY, add_unused, may_have_unused, resized, selected, without_unused
 from rwkv_jax.weights.digest import weights_digest
 from rwkv_jax.weights.ggml.vocabulary import tokenizer_for_gguf, tokenizer_in
 from rwkv_jax.weights.hugging_face import hub_ends
+from rwkv_jax.weights.model_difference import model_difference
 from rwkv_jax.weights.official import (
     check_tensors,
     named_tensors,
@@ -41,6 +42,7 @@ from rwkv_jax.weights.official import (
     require_official_names,
     shardings_on,
 )
+from rwkv_jax.weights.provenance import provenance_of, provenance_of_source
 from rwkv_jax.weights.quantized import (
     QUANTIZATIONS,
     DequantizedTensors,
@@ -51,7 +53,7 @@ from rwkv_jax.weights.quantized import (
 )
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
 from rwkv_jax.weights.tensors import MappedTensors, WeightsError
-from rwkv_jax.weights.writing import GGUF, write_weights
+from rwkv_jax.weights.writing import GGUF, check_license_for, write_weights
 
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
@@ -177,35 +179,6 @@ def weights_for(path: Path, config: ModelConfig, *, warn: bool = True) -> Weight
     return weights
 
 
-def ignored_fields(model: ModelConfig) -> set[str]:
-    """Fields of a config that what its weights compute does not follow from, but for rounding."""
-    free = {*IMPLEMENTATIONS, "dtype", "embedding_bound", "context_length", "rosa_window", "rosa_implementation"}
-    return free if model.spec.has_heads else free | {"head_dim"}
-
-
-def model_difference(found: ModelConfig, wanted: ModelConfig, ignored: Collection[str] = ()) -> str | None:
-    """The fields in which a model differs from that of weights, and the flags with which it would not; None for none.
-
-    Args:
-      found: the model of the weights.
-      ignored: further fields that may differ. (Implementations, dtype, first values and room may.)
-    """
-    free = ignored_fields(wanted) | set(ignored)
-    there, here = (dataclasses.asdict(each.resolved()) for each in (found, wanted))
-    # A default that another architecture does not have goes with the other one.
-    differences = [
-        name
-        for name, value in there.items()
-        if name not in free and value != here[name] and value != getattr(wanted, name)
-    ]
-    if not differences:
-        return None
-    # What weights lack altogether follows from another difference, if there is one: a size of other layers.
-    differences = [name for name in differences if there[name] is not None] or differences
-    listed = ", ".join(f"model.{x} = {_shown(here[x])} here and {_shown(there[x])} there" for x in differences)
-    return f"{listed}; to start from them: {' '.join(_flag(name, there[name]) for name in differences)}"
-
-
 def open_model(path: Path, *, warn: bool = True) -> Weights:
     """The tensors of any model: of a file, or of a run's newest checkpoint, whatever its architecture.
 
@@ -220,19 +193,6 @@ def open_model(path: Path, *, warn: bool = True) -> Weights:
     loaded = load_run(path, "newest")
     tensors = named_tensors(loaded.config.model, loaded.params)
     return Weights(tensors, "official", lambda: None, MappedTensors({}, []), loaded.config.model)
-
-
-def _flag(name: str, value: Any) -> str:
-    """The flag of `rwkv train` that sets a field of the model."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--model.{name}" if value else f"--model.no-{name}"
-    return f"--model.{name} {_shown(value)}".rstrip()
-
-
-def _shown(value: Any) -> Any:
-    """A field's value as flags have it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def load_run(
@@ -280,8 +240,10 @@ def save_pretrained(
     layout: str = "official",
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
+    license: str | None = None,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a model's weights atomically; nothing is overwritten.
+    """Writes a model's weights atomically; nothing is overwritten. A folder also gets a model card, README.md.
 
     Args:
       path: FILE.pth or FILE.safetensors, or a folder, which gets model.safetensors (in shards of 5 GB if it is larger);
@@ -293,12 +255,19 @@ def save_pretrained(
       tokenizer: written into the folder, where `load_tokenizer` finds it, with huggingface as transformers reads it, if
         that form exists; or into a GGUF file, which can hold World and bytes, and has World's without one where the
         model has 65536 ids.
+      license: for the card of a folder, the hub's identifier, such as apache-2.0. With None it says that none is
+        stated, and `rwkv push` asks for one.
+      source: what the model was loaded from, a run, a file or OWNER/NAME on the hub, of which the card of a folder says
+        what is known: how it was trained, on what data, and what it reached.
 
     A model of packed matrices is written as stored, to safetensors under official names.
 
     Raises:
-      WeightsError: the path exists, the layout does not have this generation, or packed matrices have no place there.
+      WeightsError: the path exists, the layout does not have this generation, packed matrices have no place there, or
+        the license is no identifier.
     """
+    check_license_for(Path(path), license)
+    provenance = Provenance() if source is None else provenance_of_source(source)
     if tokenizer is not None and not fits_model(tokenizer, model.config.vocab_size):
         raise WeightsError(
             f"tokenizer: has {tokenizer.vocab_size} entries where the model has {model.config.vocab_size}; use its own"
@@ -313,11 +282,12 @@ def save_pretrained(
                 "dtype; for other files load the model without quantize"
             )
         tensors = packed_tensors(model.config, params)
+        provenance = dataclasses.replace(provenance, relation="quantized")
     else:
         tensors = official_tensors(model.config, params)
     if tokenizer is None and Path(path).suffix.lower() == GGUF:
         tokenizer = tokenizer_for_gguf(Path(path), None, model.config.vocab_size)
-    write_weights(tensors, model.config, Path(path), layout, dtype, tokenizer)
+    write_weights(tensors, model.config, Path(path), layout, dtype, tokenizer, About(license, provenance))
 
 
 def convert(
@@ -332,6 +302,8 @@ def convert(
     resize_vocab: int | None = None,
     cut_used: bool = False,
     change: Callable[[Mapping[str, NDArray], ModelConfig], Mapping[str, NDArray]] | None = None,
+    changed: str | None = None,
+    license: str | None = None,
 ) -> ModelConfig:
     """Converts weights tensor by tensor, without building a model, so that size does not matter.
 
@@ -346,6 +318,8 @@ def convert(
         the source that does not fit then is not written.
       cut_used: also cuts rows of ids that the source's tokenizer has.
       change: from the official tensors and the model's config to the tensors to write, under the same names.
+      changed: what that does, for the model card: they then are a fine-tuned form of the source.
+      license: as in `save_pretrained`.
 
     Returns:
       The config of the model.
@@ -353,25 +327,11 @@ def convert(
     Raises:
       WeightsError: as `from_pretrained` and `save_pretrained`.
     """
+    check_license_for(Path(target), license)
     path = find_weights(source)
     # A mismatched tokenizer beside the weights does not matter if another is written, or none.
     takes_beside = tokenizer is None and Path(target).suffix.lower() not in _HAVE_NO_TOKENIZER
-    tensors: Mapping[str, NDArray]
-    if ema and not path.is_dir():
-        raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
-    if path.is_dir():
-        loaded = load_run(path, "newest", ema=ema)
-        require_official_names(loaded.config.model)
-        config, tensors = loaded.config.model, official_tensors(loaded.config.model, loaded.params)
-    else:
-        weights = open_weights(path)
-        with prefix_errors(path):
-            config = weights.model_config()
-            require_official_names(config)
-            check_tensors(weights.tensors, config)
-        # Official files keep their order; other projects' files get the official one.
-        official = weights.layout == "official"
-        tensors = weights.tensors if official else selected(weights.tensors, official_shapes(config))
+    config, tensors, provenance = _official(path, ema)
     if resize_vocab is not None:
         own = _check_cut(path, config.vocab_size, resize_vocab, cut_used=cut_used)
         tensors = resized(tensors, config, resize_vocab)
@@ -393,8 +353,32 @@ def convert(
         config = dataclasses.replace(config, unused_value_residual=True)
     if change is not None:
         tensors = change(tensors, config)
-    write_weights(tensors, config, Path(target), layout, dtype, found)
+    told = {"cast to": dtype, "vocabulary made": resize_vocab, "": changed}
+    changes = tuple(f"{what} {value}".strip() for what, value in told.items() if value is not None)
+    relation = provenance.relation if changed is None else "finetune"
+    provenance = dataclasses.replace(provenance, changes=changes, relation=relation)
+    write_weights(tensors, config, Path(target), layout, dtype, found, About(license, provenance))
     return config
+
+
+def _official(path: Path, ema: bool) -> tuple[ModelConfig, Mapping[str, NDArray], Provenance]:
+    """The model of weights or a run, its official tensors in their order, and what is known of where it is from."""
+    if path.is_dir():
+        loaded = load_run(path, "newest", ema=ema)
+        model = loaded.config.model
+        require_official_names(model)
+        return model, official_tensors(model, loaded.params), provenance_of(path, step=loaded.step, ema=ema)
+    if ema:
+        raise WeightsError(f"ema = True: {path} is no run, which alone has averages of its weights; leave it out")
+    weights = open_weights(path)
+    with prefix_errors(path):
+        config = weights.model_config()
+        require_official_names(config)
+        check_tensors(weights.tensors, config)
+    # Official files keep their order; other projects' files get the official one.
+    is_official = weights.layout == "official"
+    tensors = weights.tensors if is_official else selected(weights.tensors, official_shapes(config))
+    return config, tensors, provenance_of(path)
 
 
 def _check_cut(path: Path, old: int, new: int, *, cut_used: bool) -> Tokenizer | None:

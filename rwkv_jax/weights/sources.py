@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,15 @@ def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     return fetch(match["name"], match["file"], path, revision, _choose)
 
 
+def hub_name(source: str | os.PathLike[str]) -> str | None:
+    """The OWNER/NAME that a source stands for on the hub; None for paths, also for those of what is not there."""
+    match, path = _HUB_ID.fullmatch(os.fspath(source)), Path(source).expanduser()
+    if match is None or path.exists():
+        return None
+    owner, _, name = match["name"].partition("/")
+    return None if owner == _RUNS or name.endswith(_OF_FILES) or Path(owner).is_dir() else match["name"]
+
+
 def _choose(names: Sequence[str], folder: str) -> str:
     """The file in a folder that contains its weights."""
     for pattern in _IN_ORDER:
@@ -156,6 +165,11 @@ def _choose(names: Sequence[str], folder: str) -> str:
                 f"{folder}: holds {len(found)} files of weights ({join_names(found, 12)}); name one of them"
             )
     raise WeightsError(f"{folder}: holds no weights; looked for {RUN_FILE} of a run, {', '.join(_IN_ORDER)}")
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """The names of a folder's files that may be weights."""
+    return [name for name in names if "/" not in name and any(Path(name).match(pattern) for pattern in _IN_ORDER)]
 
 
 def _newest_of_trainer(found: Sequence[str], beside: Sequence[str]) -> str | None:

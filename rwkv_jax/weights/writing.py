@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import Tokenizer, hugging_face_files, save_tokenizer
+from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, hugging_face_files, save_tokenizer
 from rwkv_jax.file_kinds import is_url
+from rwkv_jax.versions import versions
+from rwkv_jax.weights.card import CARD_FILE, About, Files, check_license, model_card
 from rwkv_jax.weights.derived import rounded
 from rwkv_jax.weights.ggml.vocabulary import vocabulary_for
 from rwkv_jax.weights.ggml.writing import QUANTIZED, write_gguf
@@ -22,8 +25,8 @@ from rwkv_jax.weights.layouts import LAYOUTS, hub_config, to_layout
 from rwkv_jax.weights.model_config import UNUSED
 from rwkv_jax.weights.official import fields_in_metadata
 from rwkv_jax.weights.pth.file import write_torch_file
-from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
-from rwkv_jax.weights.tensors import WeightsError
+from rwkv_jax.weights.safetensors import read_safetensors, write_safetensors, write_sharded_safetensors
+from rwkv_jax.weights.tensors import WeightsError, tensor_spec
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +39,17 @@ _WRITTEN = "FILE.pth, FILE.safetensors, FILE.gguf or a folder"
 _NO_FOLDERS = (".bin", ".ckpt", ".json", ".npz", ".pt", ".st", ".zip")  # suffixes of other formats
 
 
+def check_license_for(path: Path, license: str | None) -> None:
+    """Raises WeightsError for what is no license, or one for a path that has no card to state it; None is neither."""
+    if license is None:
+        return
+    check_license(license)
+    if path.suffix.lower() in (GGUF, *_FILES):
+        raise WeightsError(
+            f"license = {license!r}: only a folder has a model card, which states it; name a folder, or leave it out"
+        )
+
+
 def write_weights(
     tensors: Mapping[str, NDArray],
     model: ModelConfig,
@@ -43,8 +57,15 @@ def write_weights(
     layout: str,
     dtype: str | None,
     tokenizer: Tokenizer | None,
+    about: About | None = None,
 ) -> None:
-    """Writes official tensors to a file or folder, as `save_pretrained` says, of any size."""
+    """Writes official tensors to a file or folder, as `save_pretrained` says, of any size.
+
+    Args:
+      about: what the model card of a folder says besides.
+    """
+    about = about or About()
+    check_license_for(path, about.license)
     if layout not in LAYOUTS:
         raise WeightsError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}")
     suffix = path.suffix.lower()
@@ -87,13 +108,15 @@ def write_weights(
     config = None if layout == "official" else hub_config(layout, tensors)
     for_others = _files_for_transformers(tokenizer, model) if layout == HUGGINGFACE and tokenizer is not None else {}
     with new_folder(path, WeightsError) as folder:
-        write_sharded_safetensors(folder, written, metadata=_METADATA | told)
+        weights = write_sharded_safetensors(folder, written, metadata=_METADATA | told)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, content in for_others.items():
             (folder / name).write_bytes(content)
         if tokenizer is not None and not for_others:
             save_tokenizer(tokenizer, folder)
+        files = _describe_files(path.name, layout, written, weights, tokenizer)
+        (folder / CARD_FILE).write_text(model_card(model, files, about, versions()), encoding="utf-8")
 
 
 def _files_for_transformers(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes]:
@@ -103,3 +126,22 @@ def _files_for_transformers(tokenizer: Tokenizer, model: ModelConfig) -> dict[st
     except ConfigError as error:
         _LOG.warning("%s; it is written in a form that only rwkv-jax reads", error)
         return {}
+
+
+def _describe_files(
+    name: str, layout: str, written: Mapping[str, NDArray], weights: Path, tokenizer: Tokenizer | None
+) -> Files:
+    """What a folder of this name has."""
+    specs = [tensor_spec(written, each) for each in written]
+    told = None
+    if tokenizer is not None:
+        present = [each for each in TOKENIZER_FILES if weights.with_name(each).is_file()]
+        told = f"{', '.join(present)}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}"
+    return Files(
+        name,
+        layout,
+        Counter(str(spec.dtype) for spec in specs),
+        sum(spec.num_bytes for spec in specs),
+        read_safetensors(weights).content_sha256,
+        told,
+    )

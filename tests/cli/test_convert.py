@@ -36,7 +36,8 @@ def test_a_run_becomes_official_weights_and_says_so(rwkv: Command, run_dir: Path
     printed = rwkv("convert", run_dir, tmp_path / "a", "--layout", "flash-linear-attention").out
     assert printed.startswith(f"{tmp_path / 'a'}: RWKV-7 2 x 32, ")
     assert printed.endswith("vocabulary 300, flash-linear-attention names\n")
-    assert {"config.json", "model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "a").iterdir()}
+    written = {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+    assert written == {p.name for p in (tmp_path / "a").iterdir()}
     rwkv("convert", tmp_path / "a", tmp_path / "b.pth", "--dtype", "bfloat16")
     newest = run_folder.load_model(run_dir, "newest")
     ours = from_pretrained(tmp_path / "b.pth", dtype="float32")
@@ -53,11 +54,27 @@ def test_a_run_goes_back_to_the_official_trainer(rwkv: Command, run_dir: Path, t
     assert_same_bits({name: theirs[name] for name in ours}, ours)
 
 
+def test_a_run_s_folder_has_a_card_with_its_license(rwkv: Command, run_dir: Path, tmp_path: Path) -> None:
+    rwkv("convert", run_dir, tmp_path / "a", "--license", "apache-2.0")
+    rwkv("convert", run_dir, tmp_path / "b", "--quantize", "int8", "--license", "mit")
+    for name, license in (("a", "apache-2.0"), ("b", "mit")):
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert f'license: "{license}"' in text
+        assert "| made of | a run of rwkv train |" in text
+        assert "| steps | 8 of 1,000 |" in text
+        assert "| data | source.py |" in text
+        assert str(run_dir.parent) not in text
+    with pytest.raises(SystemExit, match=r"--license 'mit': only a folder has a model card, which states it"):
+        rwkv("convert", run_dir, tmp_path / "c.pth", "--license", "mit")
+    with pytest.raises(SystemExit, match=r"--license 'MIT': must be the hub's identifier"):
+        rwkv("convert", run_dir, tmp_path / "c", "--license", "MIT", "--quantize", "int8")
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4", "bfloat16"])
 def test_matrices_in_fewer_bits(rwkv: Command, run_dir: Path, tmp_path: Path, quantize: Quantization) -> None:
     printed = rwkv("convert", run_dir, tmp_path / "folder", "--quantize", quantize).out
     assert printed.endswith(f"vocabulary 300, official names, matrices in {quantize}\n")
-    assert {"model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "folder").iterdir()}
+    assert {"README.md", "model.safetensors", "tokenizer.model"} == {p.name for p in (tmp_path / "folder").iterdir()}
     rwkv("convert", run_dir, tmp_path / "a.pth")
     rwkv("convert", tmp_path / "a.pth", tmp_path / "file.safetensors", "--quantize", quantize)
     expected = params_of(from_pretrained(run_dir, quantize=quantize))

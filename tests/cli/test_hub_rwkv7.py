@@ -47,5 +47,5 @@ def test_convert_by_the_command(tmp_path: Path, rwkv: Command) -> None:
     write_safetensors(tmp_path / "a.safetensors", tensors)
     printed = rwkv("convert", tmp_path / "a.safetensors", tmp_path / "b", "--layout", "huggingface").out
     assert printed.endswith("vocabulary 29, huggingface names\n")
-    assert {"config.json", "model.safetensors"} == {path.name for path in (tmp_path / "b").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors"} == {path.name for path in (tmp_path / "b").iterdir()}
     assert_same_bits(tensors_in(tmp_path / "b"), tensors)

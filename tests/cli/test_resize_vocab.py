@@ -19,6 +19,6 @@ def test_rows_that_a_tokenizer_uses_stay(rwkv: Command, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has 257 ids, whose rows would be cut"):
         rwkv("convert", tmp_path / "a.pth", tmp_path / "b.pth", "--resize-vocab", "200")
     rwkv("convert", tmp_path / "a.pth", tmp_path / "b", "--resize-vocab", "200", "--cut-used")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["README.md", "model.safetensors"]
     with pytest.raises(SystemExit, match=r"cut.used.*: says which rows"):
         rwkv("convert", tmp_path / "a.pth", tmp_path / "c.pth", "--cut-used")

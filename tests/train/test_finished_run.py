@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from rwkv_jax.data.corpus import prepare_corpus
 from rwkv_jax.held_out import compressed_bits_per_byte
 from rwkv_jax.training import checkpoints as ckpt
 from rwkv_jax.training.reporting.metrics import read_metrics
+from rwkv_jax.versions import versions
+from rwkv_jax.weights.pretrained import convert
 from tests.small_runs import assert_same_bits, names_in
 from tests.train.in_process import Run, restore, steps_of
 
@@ -84,3 +87,21 @@ def test_run_file_tells_the_config(finished: Run) -> None:
     )
     assert saved["config"]["model"]["width"] == 32
     assert saved["config"]["run_dir"] == str(finished.folder)
+
+
+def test_a_card_tells_of_the_run(finished: Run, tmp_path: Path) -> None:
+    saved = json.loads((finished.folder / "run.json").read_text())
+    assert saved["made_with"] == versions()
+    convert(finished.folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    training = finished.config.training
+    tokens = 8 * training.batch_size * training.sequence_length
+    records = [record for record in read_metrics(finished.folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+    for told in (
+        f"| tokens seen | {tokens:,}, in rows of",
+        f"| fingerprint of the data | {saved['identity']['corpus']} |",
+        f"| bits a byte, held out | {records[-1]['bits_per_byte']:.5g}, after step {records[-1]['step']} |",
+        "## Trained with",
+    ):
+        assert told in card
+    assert str(finished.folder.parent) not in card

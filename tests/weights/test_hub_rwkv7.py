@@ -136,7 +136,7 @@ def test_world_is_written_for_transformers(tmp_path: Path) -> None:
     write_torch_file(tmp_path / "a.pth", random_tensors(config, "bfloat16"))
     convert(tmp_path / "a.pth", tmp_path / "b", layout="huggingface", tokenizer="world")
     names = {path.name for path in (tmp_path / "b").iterdir()}
-    weights = {"config.json", "model.safetensors"}
+    weights = {"README.md", "config.json", "model.safetensors"}
     assert names - weights == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     model = json.loads((tmp_path / "b" / "tokenizer.json").read_text())["model"]
     assert (model["type"], len(model["vocab"])) == ("WordPiece", 2**16)
@@ -154,7 +154,7 @@ def test_tokenizers_with_and_without_such_a_form(
     write_torch_file(tmp_path / "a.pth", random_tensors(config))
     tokenizer = ByteTokenizer(vocab_size)
     save_pretrained(from_pretrained(tmp_path / "a.pth"), tmp_path / "b", layout="huggingface", tokenizer=tokenizer)
-    names = {path.name for path in (tmp_path / "b").iterdir()} - {"config.json", "model.safetensors"}
+    names = {path.name for path in (tmp_path / "b").iterdir()} - {"README.md", "config.json", "model.safetensors"}
     assert names == ({"tokenizer.json", "tokenizer_config.json"} if has_form else {"tokenizer.kind.json"})
     assert ("it is written in a form that only rwkv-jax reads" in caplog.text) is not has_form
     text = "\u65e5\u672c 1\n"

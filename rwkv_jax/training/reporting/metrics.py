@@ -13,8 +13,8 @@ from typing import Any, Literal
 from rwkv_jax.atomic import replace_file
 from rwkv_jax.checkpoint_files import writing
 from rwkv_jax.config import ConfigError, LoggingConfig
+from rwkv_jax.file_kinds import METRICS_FILE as METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
 
 Kind = Literal["data", "train", "evaluation", "task", "sample", "stop"]
