@@ -1,4 +1,4 @@
-"""A token of RWKV-7a and 7b with tables by token on the device and in the host's memory.
+"""A token of models with tables by token: on the device, also folded, and in the host's memory.
 
 `python benchmarks/host_tables.py --help`; places take turns. Prints Markdown, which is in benchmarks/README.md.
 """
@@ -16,6 +16,7 @@ from flax import nnx
 from rwkv_jax.bench.random_model import random_model
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models.decoding import fetched_bytes, unstacked, with_host_tables
+from rwkv_jax.models.folded_tables import with_folded_tables
 
 
 def seconds_a_step(models: list[Any], batch: int, steps: int) -> list[list[float]]:
@@ -46,16 +47,18 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}\n")
     print("| model | tables | MiB on the device | texts | ms a step, median (least) | KiB fetched a step |")
     print("|---|---|---|---|---|---|")
-    for generation in ("7a", "7b"):
+    for generation in ("7a", "7b", "8-rc00"):
         sizes = {"num_layers": given.num_layers, "width": given.width, "vocab_size": given.vocab_size}
         model = unstacked(random_model(ModelConfig(generation, dtype="float32", **sizes)))
-        models = [model, with_host_tables(model)]
+        models = {"device": model, "host": with_host_tables(model)}
+        if model.config.spec.table_maps:
+            models["folded"] = with_folded_tables(model)
         for batch in (1, 8):
-            timed = seconds_a_step(models, batch, given.steps)
-            for place, own, seconds in zip(("device", "host"), models, timed, strict=True):
+            timed = seconds_a_step(list(models.values()), batch, given.steps)
+            for (place, own), seconds in zip(models.items(), timed, strict=True):
                 size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(own, nnx.Param)))
                 print(
-                    f"| RWKV-{generation} | {place} | {size / 2**20:,.0f} | {batch} | "
+                    f"| {own.config.title} | {place} | {size / 2**20:,.0f} | {batch} | "
                     f"{1e3 * statistics.median(seconds):.1f} ({1e3 * min(seconds):.1f}) | "
                     f"{batch * fetched_bytes(own) / 1024:,.1f} |",
                     flush=True,

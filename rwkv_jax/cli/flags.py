@@ -70,8 +70,9 @@ class WeightsFlags:
     """dtype of weights and computation; None takes the file's."""
     quantize: Quantize | None = None
     """Quantize the matrices, everything else becomes float32; None keeps the weights as they are."""
-    tables: Literal["device", "host"] = "device"
-    """Where RWKV-7a, 7b and 8-rc00 have their tables by token; of the host's memory a step fetches its tokens' rows."""
+    tables: Literal["device", "folded", "host"] = "device"
+    """Where RWKV-7a, 7b and 8-rc00 have their tables by token. folded adds what 7a and 7b add to their rows beforehand;
+    host does, too, and keeps them in the host's memory, of which a step fetches its tokens' rows."""
     pinned: Pinned = dataclasses.field(default_factory=PinFlags)
 
     @functools.cached_property
@@ -86,7 +87,7 @@ class WeightsFlags:
           ConfigError: no device, incompatible flags, or as `from_pretrained` and `load_tokenizer`.
         """
         find_devices()
-        model, tokenizer = self._loaded(self.place)
+        model, tokenizer = self._load_from(self.place)
         return (model if adapter is None else adapter.put_into(model, self)), tokenizer
 
     def load_with_template(
@@ -107,18 +108,10 @@ class WeightsFlags:
         place = self.place
         if named is None and (format_of_run := chat_format_of(place)) is not None:
             named = named_template(format_of_run)
-        model, tokenizer = self._loaded(place)
+        model, tokenizer = self._load_from(place)
         if adapter is not None:
             model = adapter.put_into(model, self)
         return model, tokenizer, choose_template(place, tokenizer) if named is None else named
-
-    def _loaded(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
-        model, tokenizer = self._load_from(place)
-        if self.tables == "device":
-            return model, tokenizer
-        from rwkv_jax.models.decoding import with_host_tables
-
-        return with_host_tables(model), tokenizer
 
     def _load_from(self, place: Path) -> tuple[LanguageModel, Tokenizer]:
         from rwkv_jax.weights.pretrained import from_pretrained
@@ -132,13 +125,14 @@ class WeightsFlags:
         if self.ema:
             raise ConfigError(f"ema = True: {place} is no run, which alone has averages of its weights; leave it out")
         tokenizer = self._find_tokenizer(place)
-        return from_pretrained(place, dtype=self.dtype, quantize=self.quantize), tokenizer
+        return from_pretrained(place, dtype=self.dtype, quantize=self.quantize, tables=self.tables), tokenizer
 
     def _load_run(self, run_dir: Path) -> tuple[LanguageModel, Tokenizer]:
         from flax import nnx
 
         from rwkv_jax.run_folder import load_run_tokenizer
         from rwkv_jax.weights.pretrained import from_pretrained, load_run
+        from rwkv_jax.weights.table_places import with_tables
 
         if self.tokenizer is not None or self.dtype is not None:
             raise ConfigError(f"{run_dir}: a run has its own tokenizer and dtype; leave --tokenizer and --dtype out")
@@ -149,9 +143,9 @@ class WeightsFlags:
             )
         tokenizer = load_run_tokenizer(run_dir)
         if self.quantize is not None:
-            return from_pretrained(run_dir, quantize=self.quantize), tokenizer
+            return from_pretrained(run_dir, quantize=self.quantize, tables=self.tables), tokenizer
         loaded = load_run(run_dir, self.checkpoint, ema=self.ema)
-        return nnx.merge(loaded.graphdef, loaded.params), tokenizer
+        return with_tables(nnx.merge(loaded.graphdef, loaded.params), self.tables), tokenizer
 
     def _find_tokenizer(self, place: Path) -> Tokenizer:
         tokenizer, vocab_size = tokenizer_for(place, self.tokenizer)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.models.folded_tables import with_folded_tables
 from rwkv_jax.models.host_tables import HostTable, host_table
 from rwkv_jax.models.language_model import LanguageModel
 from rwkv_jax.models.packed import PackedMatrix
@@ -46,15 +47,21 @@ def unstacked(model: Model) -> Model:
     return result
 
 
+def tables_by_token(model_class: type[LanguageModel]) -> frozenset[str]:
+    """Official names within a layer of its tables by token."""
+    return frozenset(name for name, axes in model_class.block_axes.items() if axes[0] == "vocab")
+
+
 def with_host_tables(model: Model) -> Model:
     """The same model with its layers' tables by token in the host's memory (`models/host_tables.py`), for inference.
 
-    It shares all other parameters; the tables' arrays on the device are freed with the given model.
+    What layers add to their rows is folded in (`models/folded_tables.py`). It shares all other parameters; the tables'
+    arrays on the device are freed with the given model.
 
     Raises:
       ConfigError: the model has no such tables, they are packed, or it lies on several devices.
     """
-    names = {name for name, axes in model.block_axes.items() if axes[0] == "vocab"}
+    names = tables_by_token(type(model))
     if not names:
         raise ConfigError(f"tables = 'host': {model.config.title} has no tables by token; leave it out")
     graphdef, state = nnx.split(model, nnx.Param)
@@ -70,7 +77,8 @@ def with_host_tables(model: Model) -> Model:
 
     params = nnx.to_pure_dict(state)
     params = jax.tree.map_with_path(on_host, params, is_leaf=lambda x: isinstance(x, PackedMatrix | HostTable))
-    return nnx.merge(graphdef, params)
+    result = nnx.merge(graphdef, params)
+    return with_folded_tables(result) if model.config.spec.table_maps else result
 
 
 def fetched_bytes(model: LanguageModel) -> int:

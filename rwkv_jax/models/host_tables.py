@@ -49,6 +49,14 @@ class HostTable:
         """Indexes the leading axes; `...` returns the table itself."""
         return self if index is ... else jax.tree.map(lambda x: x[index], self)
 
+    def with_rows(self, values: NDArray[Any], added: NDArray[Any]) -> HostTable:
+        """A table of other rows [L, V, D], made of these and of arrays [L, ...].
+
+        Its checksum is of what it was made of, so that it is the same where the rows are rounded otherwise.
+        """
+        sums = np.array([_sums(layer) for layer in added], np.uint32).reshape(self.checksum.shape)
+        return HostTable(self.layer, self.checksum + sums, HostRows(values))
+
     def rows(self, index: Array) -> Array:
         """Looks up rows: integers of any shape -> [..., D]."""
         values = self.source.values

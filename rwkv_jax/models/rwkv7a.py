@@ -7,8 +7,9 @@ initial values are ours. With e_t the token's vector after layer 0's first norm 
     k_t = max(W_k lerp(x_t, x_{t-1}, mu), 0)^2     as in RWKV-7
     o_t = W_v (k_t * (s0 + (x_t s1) M_t s2))
 
-The official code adds W e of all tokens to the table when it loads; here both terms are computed for the tokens of a
-call, so that all parts train. Shape letters: B batch, T time, C width, F feed-forward width, D rank, V vocabulary.
+The official code adds W e of all tokens to the table when it loads, as `folded_tables.py` does for inference; here both
+terms are computed for the tokens of a call, so that all parts train. Shape letters: B batch, T time, C width,
+F feed-forward width, D rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class FromFirst(NamedTuple):
     """[B, T, C], the tokens' vectors after its first norm."""
 
 
-def rows_of_tokens(table: Embedding, map_: Linear, context: SequenceContext) -> Array:
-    """table[token] + W e of each token, [B, T, D], in e's dtype.
+def rows_of_tokens(table: Embedding, map_: Linear | None, context: SequenceContext) -> Array:
+    """table[token] + W e of each token, [B, T, D], in e's dtype; of a folded table (`folded_tables.py`) its rows.
 
     Raises:
       ValueError: the context lacks them, as in a call of the layer alone.
@@ -60,7 +61,8 @@ def rows_of_tokens(table: Embedding, map_: Linear, context: SequenceContext) -> 
     if embedded is None:
         raise ValueError("context: has no vectors of its tokens, which a layer with tables by token reads")
     # In the compute dtype, as the official code has the sum of both.
-    return table(tokens, str(embedded.dtype), context.axes) + map_(embedded)
+    rows = table(tokens, str(embedded.dtype), context.axes)
+    return rows if map_ is None else rows + map_(embedded)
 
 
 class ChannelMix(rwkv7.ChannelMix):
@@ -80,7 +82,7 @@ class ChannelMix(rwkv7.ChannelMix):
         rank = sizes.deep_embed_rank
         identity = jnp.eye(rank, dtype=dtype).reshape(1, rank * rank)
         self.s_emb = Embedding(jnp.broadcast_to(identity, (config.vocab_size, rank * rank)))
-        self.s_emb_x = Linear(jnp.zeros((rank * rank, width), dtype))
+        self.s_emb_x: Linear | None = Linear(jnp.zeros((rank * rank, width), dtype))
         self.s0 = channel_param(jnp.ones((sizes.ffn_width,), dtype))
         self.s1 = nnx.Param(jnp.zeros((width, rank), dtype))
         self.s2 = nnx.Param(orthogonal(rngs.params(), (rank, sizes.ffn_width), 0.1, dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.adapted import AdaptedMatrix
+from rwkv_jax.models.folded_tables import fixed_parameters
 from rwkv_jax.models.packed import PackedMatrix
 from rwkv_jax.tuning.adapter import Adapter, AdapterError, Parts
 from rwkv_jax.weights.official import official_shapes
@@ -27,8 +28,10 @@ def adapted_model(model: LanguageModel, adapter: Adapter) -> LanguageModel:
     """The same model with an adapter that it has been checked against; shares the arrays that do not change.
 
     Raises:
-      AdapterError: what was trained in full is packed in the model, or Bat has several ranks in the layers of a matrix.
+      AdapterError: what was trained in full is packed in the model, Bat has several ranks in the layers of a matrix, or
+        as `refuse_fixed`.
     """
+    refuse_fixed(adapter, fixed_parameters(model))
     shapes = official_shapes(model.config)
     graphdef, state = nnx.split(model, nnx.Param)
     state = jax.tree.map(lambda x: x, state)  # variables of its own, or the given model would change
@@ -41,6 +44,16 @@ def adapted_model(model: LanguageModel, adapter: Adapter) -> LanguageModel:
             value = _adapted(matrices, value, adapter, shapes)
         variable.set_value(value)
     return nnx.merge(graphdef, state)
+
+
+def refuse_fixed(adapter: Adapter, fixed: Collection[str]) -> None:
+    """Raises AdapterError for an adapter of parameters that can no longer change (`fixed_parameters`)."""
+    changed = {*adapter.replaced, *(f"{name}.weight" for name in adapter.parts)}
+    if touched := sorted(changed.intersection(fixed)):
+        raise AdapterError(
+            f"{touched[0]}: the adapter changes it, of which the model's tables are made; load the base with tables = "
+            "'device'"
+        )
 
 
 def parameters_of(state: Any, num_layers: int) -> Iterator[tuple[list[str], Any]]:

@@ -21,6 +21,7 @@ from rwkv_jax.weights.official import official_shapes, official_tensors, require
 from rwkv_jax.weights.pretrained import ComputeDtype, load_run
 from rwkv_jax.weights.quantized import Quantization
 from rwkv_jax.weights.sources import find_weights, open_weights
+from rwkv_jax.weights.table_places import Tables
 
 AdapterSource = str | os.PathLike[str] | Adapter
 
@@ -32,6 +33,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
     context_length: int | None = None,
+    tables: Tables = "device",
     revision: str | None = None,
     sha256: str | None = None,
     adapter: AdapterSource | Sequence[AdapterSource] | None = None,
@@ -59,6 +61,9 @@ def from_pretrained(
         so that a file of packed matrices gives a model of packed matrices.
       context_length: tokens for which a Transformer's or Llama's state has room; None is the run's, or what the
         config.json allows, up to `weights.hugging_face.MAX_CONTEXT`.
+      tables: where layers' tables by token are, of RWKV-7a, 7b and 8-rc00. "folded" adds to their rows what the layers
+        of 7a and 7b would add (`models/folded_tables.py`); "host" does, too, and keeps them in the host's memory, of
+        which a step fetches the rows of its tokens. Such models are for inference and not saved.
       revision: branch, tag or commit of a model on the hub, of which all files are then taken; None is its main branch.
       sha256: SHA-256 in hex that the file of weights must have, compared before it is opened: as `sha256sum` prints it,
         and of the lines that it prints for the files of a sharded one (`weights.pinned.hash_of_weights`).
@@ -79,6 +84,7 @@ def from_pretrained(
     """
     pins: dict[str, Any] = {"revision": revision, "sha256": sha256}
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize, "context_length": context_length}
+    options["tables"] = tables
     if adapter is None:
         given = {"adapter_alpha": adapter_alpha, "adapter_init": adapter_init, "adapter_weights": adapter_weights}
         for name, value in given.items():

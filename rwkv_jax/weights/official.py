@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.models import abstract_model
-from rwkv_jax.models.host_tables import HostTable
+from rwkv_jax.models import abstract_model, model_type
+from rwkv_jax.models.decoding import tables_by_token
+from rwkv_jax.models.host_tables import HostTable, host_table
 from rwkv_jax.models.stacks import FIRST, is_stack, stacked_layers
 from rwkv_jax.parallel.mesh import AXES, default_device
 from rwkv_jax.parallel.rules import shardings
@@ -135,6 +136,7 @@ def place_params(
     *,
     dtype: str | None = None,
     shardings: Any = None,
+    tables_on_host: bool = False,
     drop_pages: Callable[[], None] = lambda: None,
 ) -> Any:
     """Builds our parameter tree from official tensors, copying each shard straight to its device.
@@ -144,14 +146,18 @@ def place_params(
       dtype: of the parameters; None keeps each tensor's. Layers, which are one array, have the dtype that holds the
         numbers of all exactly, where a file has several, as with merged adapters.
       shardings: of each parameter, a nested dict (`shardings_on`); None is the first device.
+      tables_on_host: whether tables by token stay in the host's memory (`HostTable`).
       drop_pages: frees the memory of pages read; called after each tensor.
 
     Raises:
       WeightsError: float64 while JAX's float64 mode is off.
     """
 
-    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        return place_param(tensors, config, path, like.shape, sharding, dtype, drop_pages)
+    on_host_names = tables_by_token(model_type(config)) if tables_on_host else ()
+
+    def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array | HostTable:
+        on_host = ".".join(str(entry.key) for entry in path[1:]) in on_host_names
+        return place_param(tensors, config, path, like.shape, None if on_host else sharding, dtype, drop_pages)
 
     params = _abstract_params(config)
     if shardings is None:
@@ -167,8 +173,8 @@ def place_param(
     sharding: Any,
     dtype: str | None,
     drop_pages: Callable[[], None],
-) -> jax.Array:
-    """One parameter of `place_params`, by its path in the tree."""
+) -> jax.Array | HostTable:
+    """One parameter of `place_params`, by its path in the tree; without a sharding a table in the host's memory."""
     stacked = is_stack(str(path[0].key))
     names = official_names(path, config.num_layers)
     own = np.dtype(dtype) if dtype is not None else _widest({tensor_spec(tensors, name).dtype for name in names})
@@ -184,6 +190,8 @@ def place_param(
             drop_pages()
         return out if stacked else out[0]
 
+    if sharding is None:
+        return host_table(part(tuple(slice(None) for _ in shape)), default_device())
     return jax.make_array_from_callback(shape, sharding, part)
 
 
@@ -236,6 +244,9 @@ def named_tensors(config: ModelConfig, params: Any) -> DerivedTensors:
             raise WeightsError(f"{names[0]}: parts of it are on other hosts; gather the parameters first")
         stacked = is_stack(str(path[0].key))
         tensors |= {name: fetched(leaf, layer if stacked else None) for layer, name in enumerate(names)}
+    layer = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
+    if not layer.issuperset(config.spec.table_maps.values()):
+        raise WeightsError("the model's tables are folded; for this load it without tables='folded'")
     # The user may have changed the model.
     _check_shapes({name: tensor.spec.shape for name, tensor in tensors.items()}, config)
     return DerivedTensors({name: tensors[name] for name in official_shapes(config)})

@@ -52,6 +52,7 @@ from rwkv_jax.weights.quantized import (
     place_quantized_params,
 )
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
+from rwkv_jax.weights.table_places import Tables, check_tables, with_tables
 from rwkv_jax.weights.tensors import MappedTensors, WeightsError
 from rwkv_jax.weights.writing import GGUF, check_license_for, write_weights
 
@@ -67,6 +68,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     quantize: Quantization | None = None,
     context_length: int | None = None,
+    tables: Tables = "device",
     revision: str | None = None,
     sha256: str | None = None,
 ) -> LanguageModel:
@@ -75,8 +77,16 @@ def from_pretrained(
         raise WeightsError(f"quantize = {quantize!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
     if dtype not in (None, *typing.get_args(ComputeDtype)):
         raise WeightsError(f"dtype = {dtype!r}: must be None or one of {', '.join(typing.get_args(ComputeDtype))}")
+    check_tables(tables, mesh, quantize)
     path = find_weights(source, revision=revision, sha256=sha256)
     room = {} if context_length is None else {"context_length": context_length}
+    return with_tables(_loaded(path, dtype, mesh, quantize, room, on_host=tables == "host"), tables)
+
+
+def _loaded(
+    path: Path, dtype: Any, mesh: Mesh | None, quantize: Quantization | None, room: dict[str, int], *, on_host: bool
+) -> LanguageModel:
+    """The model of a file or run; with `on_host` tables by token of a file are never on a device."""
     if path.is_dir():
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_run(path, "newest", shardings)
@@ -106,7 +116,8 @@ def from_pretrained(
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else shardings_on(mesh, config)
-        params = place_params(weights.tensors, config, dtype=dtype, shardings=shardings, drop_pages=weights.drop_pages)
+        options: dict[str, Any] = {"dtype": dtype, "shardings": shardings, "tables_on_host": on_host}
+        params = place_params(weights.tensors, config, drop_pages=weights.drop_pages, **options)
         return nnx.merge(abstract_model(config)[0], params)
 
 

@@ -11,9 +11,11 @@ from flax import nnx
 
 from rwkv_jax.bench.random_model import random_model as random_bench_model
 from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.inference.state.state_file import parameters_digest
 from rwkv_jax.models.decoding import fetched_bytes, unstacked, with_host_tables
+from rwkv_jax.models.folded_tables import with_folded_tables
 from rwkv_jax.models.host_tables import HostTable
-from rwkv_jax.weights.pretrained import save_pretrained
+from rwkv_jax.weights.pretrained import from_pretrained, save_pretrained
 from rwkv_jax.weights.quantized import WeightsError
 from tests.golden import QUICK
 from tests.inference.models import CONFIGS, GREEDY, quick_engine, random_model
@@ -31,7 +33,9 @@ def logits(model: Any) -> Any:
 def test_numbers_are_those_of_tables_on_the_device(generation: str) -> None:
     model = random_model(CONFIGS[generation])
     on_host = with_host_tables(model)
-    expected = logits(model)
+    # What is read from the host is what was on the device, bit for bit.
+    folded = with_folded_tables(model) if model.config.spec.table_maps else model
+    expected = logits(folded)
     np.testing.assert_array_equal(logits(on_host), expected)
     np.testing.assert_allclose(logits(unstacked(on_host)), expected, rtol=0, atol=1e-5)
     config = model.config
@@ -44,8 +48,9 @@ def test_nothing_of_a_table_is_on_the_device() -> None:
         sum(x.nbytes for x in jax.tree.leaves(nnx.state(x, nnx.Param))) for x in (model, with_host_tables(model))
     )
     config = model.config
-    tables = 4 * config.num_layers * config.vocab_size * config.spec.table_row(config)
-    assert own - on_host == tables - 3 * config.num_layers * 12  # a number and a checksum in place of each table
+    rows = 4 * config.num_layers * config.spec.table_row(config)
+    # Also without the matrices that were folded in; a number and a checksum are in place of each table.
+    assert own - on_host == rows * (config.vocab_size + config.width) - 3 * config.num_layers * 12
 
 
 def test_an_engine_writes_the_same_text() -> None:
@@ -55,6 +60,29 @@ def test_an_engine_writes_the_same_text() -> None:
         with quick_engine(own, fresh=True, num_slots=2) as engine:
             texts.append(engine.generate((5, 6, 7), max_tokens=12, sampling=GREEDY).ids)
     assert texts[0] == texts[1]
+
+
+def test_of_a_file_they_are_never_on_the_device(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(CONFIGS["7b"])
+    save_pretrained(model, tmp_path / "x.safetensors")
+    placed: list[tuple[int, ...]] = []
+    place = jax.make_array_from_callback
+
+    def noted(shape: tuple[int, ...], *others: Any) -> Any:
+        placed.append(shape)
+        return place(shape, *others)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", noted)
+    loaded = from_pretrained(tmp_path / "x.safetensors", context_length=640, tables="host")
+    vocab_size, width = model.config.vocab_size, model.config.width
+    assert [shape for shape in placed if vocab_size in shape[:2]] == [(vocab_size, width)] * 2  # emb and head
+    np.testing.assert_array_equal(logits(loaded), logits(with_host_tables(model)))
+    digests = [parameters_digest(nnx.to_pure_dict(nnx.state(x, nnx.Param))) for x in (loaded, with_host_tables(model))]
+    assert digests[0] == digests[1]
+    with pytest.raises(WeightsError, match="tables = 'ram': must be one of device, folded, host"):
+        from_pretrained(tmp_path / "x.safetensors", tables="ram")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WeightsError, match="tables = 'folded': tables are packed by quantize = 'int8'"):
+        from_pretrained(tmp_path / "x.safetensors", tables="folded", quantize="int8")
 
 
 def test_models_with_other_rows_have_other_checksums() -> None:

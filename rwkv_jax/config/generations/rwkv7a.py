@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rwkv_jax.config.generations.base import CacheSpec, ResolvedSizes, Shapes, StateArray, size_of
@@ -20,6 +21,7 @@ class RWKV7aSpec(RWKV7Spec):
     own_fields = (*RWKV7Spec.own_fields, "deep_embed_rank")
     tensors = frozenset({"ffn.s_emb.weight"})
     low_rank = RWKV7Spec.low_rank | {"ffn.s1", "ffn.s2"}
+    table_maps: Mapping[str, str] = {"ffn.s_emb.weight": "ffn.s_emb_x.weight"}
     recipe = None
 
     def sizes(self, config: ModelConfig) -> ResolvedSizes:
@@ -59,6 +61,10 @@ class RWKV7bSpec(CacheSpec, RWKV7aSpec):
     model_class = "rwkv_jax.models.rwkv7b:RWKV7b"
     own_fields = (*RWKV7aSpec.own_fields, "dea_width", "dea_rank", "context_length")
     tensors = frozenset({"qkv.qq.weight"})
+    table_maps: Mapping[str, str] = {
+        **RWKV7aSpec.table_maps,
+        **{f"qkv.{name}_emb.weight": f"qkv.{name}_emb_x.weight" for name in "kv"},
+    }
     low_rank = RWKV7aSpec.low_rank | {"qkv.k1", "qkv.k2", "qkv.v1", "qkv.v2"}
     has_matrix_state = False
     harmful_state_rate = None

@@ -24,8 +24,9 @@ from rwkv_jax.checks import ConfigError, require_known, shown
 from rwkv_jax.config.tuning import OFFICIAL_TARGETS
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.adapted import AdaptedMatrix
+from rwkv_jax.models.folded_tables import fixed_parameters
 from rwkv_jax.tuning.adapter import Adapter, AdapterError
-from rwkv_jax.tuning.grafting import beside, parameters_of
+from rwkv_jax.tuning.grafting import beside, parameters_of, refuse_fixed
 from rwkv_jax.weights.official import official_shapes
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
@@ -99,7 +100,7 @@ class AdapterPlaces:
         self._by_name: dict[str, LoadedAdapter] = {}
         self._count = max(num_places, len(adapters))
         self._shapes = official_shapes(dataclasses.replace(model.config, dtype="float32")) if self._count else {}
-        self._digest = digest
+        self._digest, self._fixed = digest, fixed_parameters(model)
         for name, adapter in adapters.items():
             self.check_base(name, adapter)
         each = [self._as_lora(name, adapter) for name, adapter in adapters.items()]
@@ -134,11 +135,12 @@ class AdapterPlaces:
     def check_base(self, name: str, adapter: Adapter) -> None:
         """Holds an adapter against the model, all of whose numbers may be read: not for the engine's thread.
 
-        Raises AdapterError as `Adapter.check_base`.
+        Raises AdapterError as `Adapter.check_base` and `refuse_fixed`.
         """
         if not self._count:
             return  # which `add` says
         try:
+            refuse_fixed(adapter, self._fixed)
             adapter.check_base(self._shapes, self._digest or str, allow_other_base=self._digest is None)
         except AdapterError as error:
             raise AdapterError(f"adapter {name}: {error}") from error
