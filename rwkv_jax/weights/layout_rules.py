@@ -45,7 +45,8 @@ def _flat(tensor: NDArray) -> NDArray:
     return tensor.reshape(-1)
 
 
-def _row(tensor: NDArray) -> NDArray:
+def as_row(tensor: NDArray) -> NDArray:
+    """A vector [C] as [1, 1, C]."""
     return tensor.reshape(1, 1, -1)
 
 
@@ -139,14 +140,14 @@ _FLA_6 = [
     *_FLA,
     *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.linear.weight" for x in "rkvg"}),
     *_renamed({f"{_ATT}time_faaaa": f"{_FLA_ATT}bonus"}),
-    *_renamed({f"{_ATT}time_maa_x": f"{_FLA_ATT}x_proj.0.mu"}, _flat, _row),
+    *_renamed({f"{_ATT}time_maa_x": f"{_FLA_ATT}x_proj.0.mu"}, _flat, as_row),
     *_renamed({f"{_ATT}time_maa_w1": f"{_FLA_ATT}x_proj.0.linear.weight"}, _pack_mix_w1, _unpack_mix_w1),
     *_renamed({f"{_ATT}time_maa_w2": f"{_FLA_ATT}x_proj.2.weight"}, _pack_mix_w2, _unpack_mix_w2),
     _stacked_rows(f"{_FLA_ATT}x_bias", [f"{_ATT}time_maa_{x}" for x in _FUSED_MIXES]),
-    *_renamed({f"{_ATT}time_decay": f"{_FLA_ATT}w_proj.linear.lora.2.bias"}, _flat, _row),
+    *_renamed({f"{_ATT}time_decay": f"{_FLA_ATT}w_proj.linear.lora.2.bias"}, _flat, as_row),
     *_renamed({f"{_ATT}time_decay_w1": f"{_FLA_ATT}w_proj.linear.lora.0.weight"}, _transposed, _transposed),
     *_renamed({f"{_ATT}time_decay_w2": f"{_FLA_ATT}w_proj.linear.lora.2.weight"}, _transposed, _transposed),
-    *_renamed({f"{_FFN}time_maa_{x}": f"{_FLA_FFN}{_LONG[x]}.mu" for x in "kr"}, _flat, _row),
+    *_renamed({f"{_FFN}time_maa_{x}": f"{_FLA_FFN}{_LONG[x]}.mu" for x in "kr"}, _flat, as_row),
     *_renamed({f"{_FFN}{_LONG[x]}.weight": f"{_FLA_FFN}{_LONG[x]}.linear.weight" for x in "kr"}),
 ]
 
@@ -154,11 +155,11 @@ _FLA_7 = [
     *_FLA,
     *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.weight" for x in "rkv"}),
     *_moved(_ATT, _FLA_ATT, [*(f"x_{x}" for x in "rwkvag"), "r_k"]),
-    *_moved(_ATT, _FLA_ATT, ["k_k", "k_a"], _flat, _row),
-    *_renamed({f"{_ATT}{x}0": f"{_FLA_ATT}{x}_lora.lora.2.bias" for x in "wav"}, _flat, _row),
+    *_moved(_ATT, _FLA_ATT, ["k_k", "k_a"], _flat, as_row),
+    *_renamed({f"{_ATT}{x}0": f"{_FLA_ATT}{x}_lora.lora.2.bias" for x in "wav"}, _flat, as_row),
     *_renamed({f"{_ATT}{x}1": f"{_FLA_ATT}{x}_lora.lora.0.weight" for x in "wavg"}, _transposed, _transposed),
     *_renamed({f"{_ATT}{x}2": f"{_FLA_ATT}{x}_lora.lora.2.weight" for x in "wavg"}, _transposed, _transposed),
-    *_moved(_FFN, _FLA_FFN, ["x_k"], _flat, _row),
+    *_moved(_FFN, _FLA_FFN, ["x_k"], _flat, as_row),
     *_moved(_FFN, _FLA_FFN, ["key.weight"]),
 ]
 

@@ -35,7 +35,7 @@ from rwkv_jax.config.generations import recognize
 from rwkv_jax.weights.derived import add_unused, selected
 from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.hub_rwkv7 import are_placeholders, refuse_both_prefixes
-from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, read_tables, unchanged
+from rwkv_jax.weights.layout_rules import LLAMA, WRITTEN, Rule, Written, as_row, read_tables, unchanged
 from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_adapters, refuse_converted
 from rwkv_jax.weights.rosa_demo import LAYOUT as DEMO
 from rwkv_jax.weights.rosa_demo import from_demo, is_demo
@@ -134,7 +134,7 @@ def from_layout(
                 official = tensors if unchanged else _made_on_access(tensors, _recipes_to_official(names, table))
                 if layout == HUGGINGFACE and not keep_unused and are_placeholders(official):
                     official = selected(official, [name for name in official if name not in UNUSED])
-                return layout, _with_head(layout, official, tied, report)
+                return layout, _with_axes(_with_head(layout, official, tied, report), report)
             fewest = min(fewest, unknown, key=len)
         wrapper = next((wrapper for wrapper in _WRAPPERS if all(name.startswith(wrapper) for name in names)), None)
         if wrapper is None:
@@ -171,6 +171,21 @@ def _with_head(
     report("there is no head: its matrix is the embedding's (tied weights)")
     recipes = {name: _Recipe((name,), unchanged) for name in tensors}
     return _made_on_access(tensors, recipes | {"head.weight": _Recipe(("emb.weight",), unchanged)})
+
+
+def _with_axes(tensors: Mapping[str, NDArray], report: Callable[[str], None]) -> Mapping[str, NDArray]:
+    """Official tensors, of which those that files may hold as [C] (`GenerationSpec.flat_vectors`) are [1, 1, C]."""
+    shapes = {name: tensor_spec(tensors, name).shape for name in tensors}
+    spec = recognize(shapes)
+    names = frozenset[str]() if spec is None else spec.flat_vectors
+    flat = [
+        name for name, shape in shapes.items() if len(shape) == 1 and name.partition(".")[2].partition(".")[2] in names
+    ]
+    if not flat:
+        return tensors
+    report(f"{join_names(flat, 4)}: of one axis, read as [1, 1, C], and so written")
+    recipes = {name: _Recipe((name,), unchanged) for name in tensors}
+    return _made_on_access(tensors, recipes | {name: _Recipe((name,), as_row) for name in flat})
 
 
 def to_layout(tensors: Mapping[str, NDArray], layout: str) -> Mapping[str, NDArray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ import pytest
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.weights.layouts import from_layout
 from rwkv_jax.weights.official import check_tensors, place_params, read_config
 from rwkv_jax.weights.safetensors import read_safetensors
+from rwkv_jax.weights.tensors import WeightsError
 from tests.golden import AS_USERS, GOLDEN_DIR, QUICK, load_golden, relative_error
 from tests.models.parameters import merge, to_official
+from tests.weights.files import assert_same_bits
 
 _RANKS = dict.fromkeys(("decay_rank", "iclr_rank", "value_rank", "gate_rank", "deep_embed_rank"), 32)
 CONFIGS = {
@@ -94,6 +98,23 @@ def test_names_and_shapes_say_which_model_it_is(name: str) -> None:
     config = read_config(weights_of(name))
     assert config == CONFIGS[name]
     check_tensors(weights_of(name), config)
+
+
+@every_model
+def test_vectors_of_one_axis_are_read(name: str) -> None:
+    weights = weights_of(name)
+    flat = {key: x.reshape(-1) if key.endswith("ffn.s0") or ".qkv.x_" in key else x for key, x in weights.items()}
+    said: list[str] = []
+    layout, found = from_layout(flat, report=said.append)
+    assert layout == "official"
+    assert_same_bits(dict(found), weights)
+    (line,) = said
+    assert re.search(r"^blocks\.0\.ffn\.s0.*: of one axis, read as \[1, 1, C\], and so written$", line)
+    # Others of one axis are not: such files are other people's.
+    with pytest.raises(WeightsError, match=r"misshapen +blocks\.0\.att\.w0 is \[128\], must be \[1, 1, 128\]"):
+        check_tensors(
+            from_layout(weights | {"blocks.0.att.w0": weights["blocks.0.att.w0"].reshape(-1)})[1], CONFIGS[name]
+        )
 
 
 @every_model

@@ -117,6 +117,8 @@ class GenerationSpec(abc.ABC):
     """Official names within a layer of the low-rank maps, which are stored as [in, out]."""
     low_rank_decay: frozenset[str] = frozenset()
     """Those of `low_rank` that compute the decay, whose errors accumulate over a text."""
+    flat_vectors: frozenset[str] = frozenset()
+    """Official names within a layer of vectors [1, 1, C] that files may hold as [C]."""
     table_maps: Mapping[str, str] = {}
     """Of tables by token, by official name within a layer: the matrix W of W e_t that is added to the token's row."""
     recipe: Recipe | None = None

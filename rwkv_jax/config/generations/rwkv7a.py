@@ -21,6 +21,7 @@ class RWKV7aSpec(RWKV7Spec):
     own_fields = (*RWKV7Spec.own_fields, "deep_embed_rank")
     tensors = frozenset({"ffn.s_emb.weight"})
     low_rank = RWKV7Spec.low_rank | {"ffn.s1", "ffn.s2"}
+    flat_vectors = frozenset({"ffn.s0"})
     table_maps: Mapping[str, str] = {"ffn.s_emb.weight": "ffn.s_emb_x.weight"}
     recipe = None
 
@@ -61,6 +62,7 @@ class RWKV7bSpec(CacheSpec, RWKV7aSpec):
     model_class = "rwkv_jax.models.rwkv7b:RWKV7b"
     own_fields = (*RWKV7aSpec.own_fields, "dea_width", "dea_rank", "context_length")
     tensors = frozenset({"qkv.qq.weight"})
+    flat_vectors = RWKV7aSpec.flat_vectors | {f"qkv.x_{name}" for name in "qkv"}
     table_maps: Mapping[str, str] = {
         **RWKV7aSpec.table_maps,
         **{f"qkv.{name}_emb.weight": f"qkv.{name}_emb_x.weight" for name in "kv"},
