@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
@@ -35,7 +34,7 @@ from rwkv_jax.models.layers import (
     wide_dtype,
 )
 from rwkv_jax.models.outputs import HiddenOutput, ModelOutput
-from rwkv_jax.models.stacks import FIRST, LayerRun, is_layers, layer_runs
+from rwkv_jax.models.stacks import FIRST, LayerRun, is_layers, layer_runs, run_stacks
 from rwkv_jax.models.state import State, check_state, zeros_of
 from rwkv_kernels.arguments import check_lengths, check_segment_ids
 
@@ -408,44 +407,8 @@ class LanguageModel(nnx.Module):
             states = tuple(self.replicate_state(state, axes) for state in next_states)
             return x, states, jnp.stack(streams) if every_layer else None
 
-        x, states, streams = self._run_stacks(x, states, run, every_layer=every_layer)
+        x, states, streams = run_stacks(self, x, states, run, every_layer=every_layer)
         return x, self.replicate_state(states, axes), streams
-
-    def _run_stacks(
-        self, x: Array, states: Any, run: Callable[..., Callable[..., Any]], *, every_layer: bool
-    ) -> tuple[Array, Any, Any]:
-        """The blocks of stacked layers.
-
-        Args:
-          run: from the name of a part and options of `jax.checkpoint` to the function that runs one of its blocks.
-        """
-        of_kind = self.states_by_kind(states)
-        first, *stacks = self.layer_runs
-        first_state = jax.tree.map(lambda s: s[0], of_kind[first.kind])
-        of_stacks = [
-            jax.tree.map(lambda s, own=stack: s[own.index : own.index + len(own.layers)], of_kind[stack.kind])
-            for stack in stacks
-        ]
-        x_first, v_first, first_state = run(FIRST)(self.first_block, x, first_state, None)
-
-        def body(name: str, x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Any, Any]]:
-            # The scan itself keeps XLA from undoing the recomputation; block 0 needs the barriers. The first layer's
-            # values are not in the carry, which the backward pass would store once per layer.
-            x, _, next_state = run(name, prevent_cse=False)(layer[0], x, layer[1], v_first)
-            return x, (next_state, x if every_layer else None)
-
-        x, next_states, streams = x_first, dict[str, list[Any]](), []
-        for stack, of_stack in zip(stacks, of_stacks, strict=True):
-            layers = (getattr(self, stack.name), of_stack)
-            x, (of_stack, of_layers) = jax.lax.scan(functools.partial(body, stack.name), x, layers)
-            next_states.setdefault(stack.kind, []).append(of_stack)
-            streams.append(of_layers)
-        of_first = jax.tree.map(lambda s: s[None], first_state)
-        next_states[first.kind] = [of_first, *next_states.get(first.kind, [])]
-        joined = {
-            kind: jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for kind, parts in next_states.items()
-        }
-        return x, self.join_kinds(joined), jnp.concatenate([x_first[None], *streams]) if every_layer else None
 
     def _inputs(
         self, tokens: Array | None, inputs_embeds: Array | None, axes: MeshAxes, gather_params: PartTransform
