@@ -58,25 +58,13 @@ class JinjaTemplate:
         Raises:
           ConfigError: a file that is too large, is not UTF-8 or not JSON, or as `__init__`.
         """
-        path = folder / TEMPLATE_FILE
-        if path.is_file():
-            return cls.from_file(path)
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            return None
-        source = parse_object(_read(path), path).get("chat_template")
-        if isinstance(source, list):  # several by name
-            named = {item.get("name"): item.get("template") for item in source if isinstance(item, Mapping)}
-            source = named.get("default")
-        return cls(source, f"{path}: chat_template") if isinstance(source, str) else None
+        found = read_template(folder)
+        return None if found is None else cls(*found)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
         """The template in a file. Raises ConfigError as `beside`."""
-        try:
-            return cls(_read(path).decode(), str(path))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: is not UTF-8 ({error}); convert it") from error
+        return cls(_text_in(path), str(path))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -227,6 +215,32 @@ class JinjaTemplate:
             number = getattr(error, "lineno", None)
             line = "" if number is None else f", line {number}"
             raise ConfigError(f"{self.name}{line}: {reason}; mend the messages, or name another template") from error
+
+
+def read_template(folder: Path) -> tuple[str, str] | None:
+    """The text of the template in a tokenizer's folder and its place, or None; needs no jinja2.
+
+    Raises:
+      ConfigError: a file that is too large, is not UTF-8 or not JSON.
+    """
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return _text_in(path), str(path)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    source = parse_object(_read(path), path).get("chat_template")
+    if isinstance(source, list):  # several by name
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, Mapping)}
+        source = named.get("default")
+    return (source, f"{path}: chat_template") if isinstance(source, str) else None
+
+
+def _text_in(path: Path) -> str:
+    try:
+        return _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 ({error}); convert it") from error
 
 
 def _read(path: Path) -> bytes:

@@ -20,6 +20,7 @@ from rwkv_jax.data.tokenizers import (
     TOKENIZER_FILES,
     HuggingFaceTokenizer,
     Tokenizer,
+    chat_template_beside,
     fits_model,
     load_tokenizer,
 )
@@ -321,7 +322,8 @@ def convert(
     Args:
       source, target, layout, dtype: as in `from_pretrained` and `save_pretrained`.
       tokenizer: what `load_tokenizer` takes, to be written into the target folder or GGUF file; None takes the one of
-        the weights, unless the target is a file that has no room for it.
+        the weights, unless the target is a file that has no room for it. A chat template of other people's that lies
+        beside the weights is written into a folder, too.
       with_unused: writes RWKV-7's blocks.0.att.v0, v1 and v2, zeros if the source lacks them: nothing uses them, but
         the official trainer loads no file without them.
       ema: takes the averages of a run's weights (training.ema_decay).
@@ -368,7 +370,9 @@ def convert(
     changes = tuple(f"{what} {value}".strip() for what, value in told.items() if value is not None)
     relation = provenance.relation if changed is None else "finetune"
     provenance = dataclasses.replace(provenance, changes=changes, relation=relation)
-    write_weights(tensors, config, Path(target), layout, dtype, found, About(license, provenance))
+    has_template = not path.is_dir() and Path(target).suffix.lower() not in (*_HAVE_NO_TOKENIZER, GGUF)
+    template = chat_template_beside(path.parent) if has_template else None
+    write_weights(tensors, config, Path(target), layout, dtype, found, About(license, provenance), template)
     return config
 
 

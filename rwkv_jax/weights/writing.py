@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.atomic import new_folder, refuse_existing
 from rwkv_jax.config import ConfigError, ModelConfig
-from rwkv_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, hugging_face_files, save_tokenizer
+from rwkv_jax.data.tokenizers import CHAT_TEMPLATE, TOKENIZER_FILES, Tokenizer, hugging_face_files, save_tokenizer
 from rwkv_jax.file_kinds import is_url
 from rwkv_jax.versions import versions
 from rwkv_jax.weights.card import CARD_FILE, About, Files, check_license, model_card
@@ -58,11 +58,13 @@ def write_weights(
     dtype: str | None,
     tokenizer: Tokenizer | None,
     about: About | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes official tensors to a file or folder, as `save_pretrained` says, of any size.
 
     Args:
       about: what the model card of a folder says besides.
+      chat_template: of other people's, to be written into a folder.
     """
     about = about or About()
     check_license_for(path, about.license)
@@ -106,7 +108,9 @@ def write_weights(
         told |= {KEEPS_UNUSED: "true"}
     written = to_layout(tensors, layout)
     config = None if layout == "official" else hub_config(layout, tensors)
-    for_others = _files_for_transformers(tokenizer, model) if layout == HUGGINGFACE and tokenizer is not None else {}
+    for_others: dict[str, bytes] = {}
+    if layout == HUGGINGFACE and tokenizer is not None:
+        for_others = _files_for_transformers(tokenizer, model, chat_template)
     with new_folder(path, WeightsError) as folder:
         weights = write_sharded_safetensors(folder, written, metadata=_METADATA | told)
         if config is not None:
@@ -115,14 +119,16 @@ def write_weights(
             (folder / name).write_bytes(content)
         if tokenizer is not None and not for_others:
             save_tokenizer(tokenizer, folder)
+        if chat_template is not None and not for_others:
+            (folder / CHAT_TEMPLATE).write_bytes(chat_template.encode())
         files = _describe_files(path.name, layout, written, weights, tokenizer)
         (folder / CARD_FILE).write_text(model_card(model, files, about, versions()), encoding="utf-8")
 
 
-def _files_for_transformers(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes]:
+def _files_for_transformers(tokenizer: Tokenizer, model: ModelConfig, chat_template: str | None) -> dict[str, bytes]:
     """The files of a tokenizer by name, as transformers reads them; none, with a warning, if it has no such form."""
     try:
-        return hugging_face_files(tokenizer, vocab_size=model.vocab_size)
+        return hugging_face_files(tokenizer, vocab_size=model.vocab_size, chat_template=chat_template)
     except ConfigError as error:
         _LOG.warning("%s; it is written in a form that only rwkv-jax reads", error)
         return {}

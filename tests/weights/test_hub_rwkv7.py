@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from rwkv_jax import from_pretrained, save_pretrained
+from rwkv_jax.chat.formats import g1_in_jinja
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers import ByteTokenizer, WorldTokenizer, load_tokenizer
+from rwkv_jax.inference.chat.choice import choose_template
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.weights.hub_rwkv7 import PREFIXES
 from rwkv_jax.weights.model_config import UNUSED
@@ -159,6 +161,30 @@ def test_tokenizers_with_and_without_such_a_form(
     assert ("it is written in a form that only rwkv-jax reads" in caplog.text) is not has_form
     text = "\u65e5\u672c 1\n"
     assert load_tokenizer(tmp_path / "b", vocab_size).encode(text) == tokenizer.encode(text)
+
+
+def test_a_chat_template_goes_with_the_weights(tmp_path: Path) -> None:
+    """Of other people's; ours is what models without one have."""
+    config = dataclasses.replace(SEVEN, vocab_size=257, num_layers=2)
+    (tmp_path / "a").mkdir()
+    write_torch_file(tmp_path / "a" / "a.pth", random_tensors(config))
+    theirs = tmp_path / "a" / "tokenizer_config.json"
+    theirs.write_text(json.dumps({"chat_template": "{{ messages[0].content }}\u00e9"}))
+    for name, layout in (("b", "huggingface"), ("c", "official")):
+        convert(tmp_path / "a" / "a.pth", tmp_path / name, layout=layout, tokenizer="bytes")
+        text = (tmp_path / name / "chat_template.jinja").read_bytes().decode()
+        assert text == "{{ messages[0].content }}\u00e9"
+        template = choose_template(tmp_path / name, ByteTokenizer())
+        assert template.render([{"role": "user", "content": "a"}]) == "a\u00e9"
+    theirs.unlink()
+    (tmp_path / "a" / "chat_template.jinja").write_text(g1_in_jinja(), encoding="utf-8")
+    convert(tmp_path / "a" / "a.pth", tmp_path / "d")
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"README.md", "model.safetensors"}
+    (tmp_path / "a" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: is not UTF-8"):
+        convert(tmp_path / "a" / "a.pth", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+    convert(tmp_path / "a" / "a.pth", tmp_path / "e.pth")
 
 
 # What is not written

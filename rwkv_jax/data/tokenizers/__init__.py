@@ -16,7 +16,12 @@ What `decode(encode(text))` returns:
 from rwkv_jax.data.tokenizers.base import SavedTokenizer, StreamingDecoder, Tokenizer
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.hugging_face import HuggingFaceTokenizer
-from rwkv_jax.data.tokenizers.hugging_face_folder import hugging_face_files, write_hugging_face_tokenizer
+from rwkv_jax.data.tokenizers.hugging_face_folder import (
+    CHAT_TEMPLATE,
+    chat_template_beside,
+    hugging_face_files,
+    write_hugging_face_tokenizer,
+)
 from rwkv_jax.data.tokenizers.loading import TOKENIZER_FILES, fits_model, load_tokenizer, save_tokenizer
 from rwkv_jax.data.tokenizers.longest_match import LongestMatchTokenizer
 from rwkv_jax.data.tokenizers.sentence_piece import END_OF_TEXT, SentencePieceTokenizer, train_sentencepiece
@@ -24,6 +29,7 @@ from rwkv_jax.data.tokenizers.symbols import SymbolTokenizer
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
 
 __all__ = [
+    "CHAT_TEMPLATE",
     "END_OF_TEXT",
     "TOKENIZER_FILES",
     "ByteTokenizer",
@@ -35,6 +41,7 @@ __all__ = [
     "SymbolTokenizer",
     "Tokenizer",
     "WorldTokenizer",
+    "chat_template_beside",
     "fits_model",
     "hugging_face_files",
     "load_tokenizer",

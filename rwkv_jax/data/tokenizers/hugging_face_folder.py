@@ -7,12 +7,16 @@ from pathlib import Path
 
 from rwkv_jax.atomic import new_file
 from rwkv_jax.chat.formats import g1_in_jinja
+from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, read_template
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_level import ENDS_OF_TEXT
 from rwkv_jax.data.tokenizers.byte_values import ByteTokenizer
 from rwkv_jax.data.tokenizers.word_piece import word_piece_of
 from rwkv_jax.data.tokenizers.world import WorldTokenizer
+
+CHAT_TEMPLATE = TEMPLATE_FILE
+"""Name of the file of a chat template."""
 
 
 def write_hugging_face_tokenizer(
@@ -67,7 +71,16 @@ def hugging_face_files(
     files = {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
     if chat_template is None and isinstance(tokenizer, WorldTokenizer):
         chat_template = g1_in_jinja()
-    return files if chat_template is None else files | {"chat_template.jinja": chat_template.encode()}
+    return files if chat_template is None else files | {TEMPLATE_FILE: chat_template.encode()}
+
+
+def chat_template_beside(folder: Path) -> str | None:
+    """The text of a chat template of other people's in a folder of weights, or None; ConfigError if it is damaged.
+
+    The one that `write_hugging_face_tokenizer` writes is None: models have its format without it.
+    """
+    found = read_template(folder)
+    return None if found is None or found[0] == g1_in_jinja() else found[0]
 
 
 def _name_of_end(tokenizer: Tokenizer, content: bytes) -> str:
