@@ -80,7 +80,8 @@ def _multiplied(tensors: Mapping[str, NDArray], name: str, scale_name: str | Non
     if not np.isfinite(scale).all():
         raise WeightsError(f"{scale_name} has numbers that are not finite; get the file again")
     if scale.size == 1:
-        return numbers * scale.reshape(())
+        numbers *= scale.reshape(())
+        return numbers
     if scale.size == numbers.shape[0] and scale.shape != _blocks(numbers.shape):
         numbers *= scale.reshape(-1, *(1 for _ in numbers.shape[1:]))
         return numbers

@@ -283,7 +283,7 @@ def hub_config(layout: str, tensors: Mapping[str, NDArray]) -> dict[str, Any]:
 
 def _template(name: str) -> str:
     """A name with `{}` for its layer; names with braces are in no layout."""
-    return "" if "{" in name else re.sub(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)", "{}", name, count=1)
+    return "" if re.search(r"[{}]", name) else re.sub(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)", "{}", name, count=1)
 
 
 def _layer(name: str) -> str:

@@ -235,6 +235,8 @@ GGMF_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a layer far away": (_t("blocks.2.ln1.bias", name="blocks.999999999.ln1.bias"), "has 3 layers, its tensors 4"),
     "no embedding": (_t(name="embedding"), "its embedding the shape"),
     "a tensor of nobody": (_t("head.weight", name="tail.weight"), r"missing +head\.weight"),
+    "a name with a brace": (_t("blocks.1.ln1.bias", name="blocks.1.ln1}bias"), r"not rwkv\.cpp: blocks\.1\.ln1}bias"),
+    "a name with braces": (_t("blocks.1.ln1.bias", name="blocks.1.{0.x}"), r"not rwkv\.cpp: blocks\.1\.{0\.x}"),
     "blends of another number": (
         _t("blocks.1.att.x_rwkvag", shape=(5, 1, 32), content=bytes(640)),
         "cannot be made of",
