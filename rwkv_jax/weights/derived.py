@@ -56,7 +56,7 @@ def resized(tensors: Mapping[str, NDArray], config: ModelConfig, vocab_size: int
     """Official tensors of a model with another number of ids: rows are cut from the end, or added there.
 
     Each added row of the embedding, the head and other tables of a row for each id is the mean of all rows there were,
-    taken in float64 and rounded to the tensor's dtype: a new id begins as likely as the average one.
+    taken in float64 and rounded to the tensor's dtype: a new id's logit begins as the mean of all logits.
 
     Raises:
       WeightsError: vocab_size is not from 1 to `MAX_VOCABULARY`.

@@ -14,7 +14,8 @@ from rwkv_jax.models.language_model import SHARED_AXES
 from rwkv_jax.weights.hub_rwkv7 import HEAD, MODEL_TYPES, PREFIXES
 from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 
-_Change = Callable[[NDArray], NDArray]
+Change = Callable[[NDArray], NDArray]
+"""From one tensor to another, as a view."""
 ShapeOf = Callable[[str], tuple[int, ...]]
 """From a tensor's official name to its shape."""
 
@@ -29,7 +30,7 @@ class Rule:
     foreign: str
     official: tuple[str, ...]
     pack: Callable[..., NDArray]
-    unpack: tuple[_Change, ...]
+    unpack: tuple[Change, ...]
 
 
 def unchanged(tensor: NDArray) -> NDArray:
@@ -37,29 +38,31 @@ def unchanged(tensor: NDArray) -> NDArray:
     return tensor
 
 
-def _transposed(tensor: NDArray) -> NDArray:
-    return tensor.T
+def transposed(tensor: NDArray) -> NDArray:
+    """The last two axes exchanged."""
+    return tensor.swapaxes(-1, -2)
 
 
-def _flat(tensor: NDArray) -> NDArray:
+def as_vector(tensor: NDArray) -> NDArray:
+    """All numbers on one axis."""
     return tensor.reshape(-1)
 
 
 def as_row(tensor: NDArray) -> NDArray:
-    """A vector [C] as [1, 1, C]."""
+    """All numbers as [1, 1, C], as official files have them."""
     return tensor.reshape(1, 1, -1)
 
 
-def _renamed(names: Mapping[str, str], pack: _Change = unchanged, unpack: _Change = unchanged) -> list[Rule]:
+def renamed(names: Mapping[str, str], pack: Change = unchanged, unpack: Change = unchanged) -> list[Rule]:
     """Rules for single tensors, from official names to those of the other layout."""
     return [Rule(foreign, (official,), pack, (unpack,)) for official, foreign in names.items()]
 
 
 def _moved(
-    official: str, foreign: str, names: Iterable[str], pack: _Change = unchanged, unpack: _Change = unchanged
+    official: str, foreign: str, names: Iterable[str], pack: Change = unchanged, unpack: Change = unchanged
 ) -> list[Rule]:
     """Rules for single tensors that have the same name within another module."""
-    return _renamed({official + name: foreign + name for name in names}, pack, unpack)
+    return renamed({official + name: foreign + name for name in names}, pack, unpack)
 
 
 def _stacked_rows(foreign: str, official: Sequence[str]) -> Rule:
@@ -68,11 +71,12 @@ def _stacked_rows(foreign: str, official: Sequence[str]) -> Rule:
     def pack(*rows: NDArray) -> NDArray:
         return np.concatenate([row.reshape(1, -1) for row in rows])
 
-    return Rule(foreign, tuple(official), pack, tuple(_taking(i) for i in range(len(official))))
+    return Rule(foreign, tuple(official), pack, tuple(row_at(i) for i in range(len(official))))
 
 
-def _taking(i: int) -> _Change:
-    return lambda rows: rows[i].reshape(1, 1, -1)
+def row_at(i: int) -> Change:
+    """Takes one of several rows, as [1, 1, C]."""
+    return lambda rows: as_row(rows[i])
 
 
 def _reordered(blocks: NDArray, old: str, new: str) -> NDArray:
@@ -98,7 +102,7 @@ def _unpack_mix_w2(weight: NDArray) -> NDArray:
 
 
 def _norms(names: Mapping[str, str]) -> list[Rule]:
-    return _renamed({f"{a}.{part}": f"{b}.{part}" for a, b in names.items() for part in ("weight", "bias")})
+    return renamed({f"{a}.{part}": f"{b}.{part}" for a, b in names.items() for part in ("weight", "bias")})
 
 
 _LONG = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
@@ -108,18 +112,18 @@ _ATTENTION, _FEED_FORWARD = "rwkv.blocks.{}.attention.", "rwkv.blocks.{}.feed_fo
 _MATRICES = ("key.weight", "value.weight", "receptance.weight")
 
 _TRANSFORMERS_4 = [
-    *_renamed({"emb.weight": "rwkv.embeddings.weight", "head.weight": "head.weight"}),
+    *renamed({"emb.weight": "rwkv.embeddings.weight", "head.weight": "head.weight"}),
     *_norms({"ln_out": "rwkv.ln_out", "blocks.{}.ln0": "rwkv.blocks.{}.pre_ln"}),
     *_norms({"blocks.{}.ln1": "rwkv.blocks.{}.ln1", "blocks.{}.ln2": "rwkv.blocks.{}.ln2"}),
-    *_renamed({f"{_ATT}time_mix_{x}": f"{_ATTENTION}time_mix_{_LONG[x]}" for x in "kvr"}),
-    *_renamed({f"{_FFN}time_mix_{x}": f"{_FEED_FORWARD}time_mix_{_LONG[x]}" for x in "kr"}),
+    *renamed({f"{_ATT}time_mix_{x}": f"{_ATTENTION}time_mix_{_LONG[x]}" for x in "kvr"}),
+    *renamed({f"{_FFN}time_mix_{x}": f"{_FEED_FORWARD}time_mix_{_LONG[x]}" for x in "kr"}),
     *_moved(_ATT, _ATTENTION, ["time_decay", "time_first", *_MATRICES, "output.weight"]),
     *_moved(_FFN, _FEED_FORWARD, _MATRICES),
 ]
 
 _TRANSFORMERS_5_AND_6 = [
     *_norms({f"{_ATT}ln_x": f"{_ATTENTION}ln_x"}),
-    *_renamed({f"{_ATT}time_mix_g": f"{_ATTENTION}time_mix_gate"}),
+    *renamed({f"{_ATT}time_mix_g": f"{_ATTENTION}time_mix_gate"}),
     *_moved(_ATT, _ATTENTION, ["gate.weight", "time_faaaa", "time_decay_w1", "time_decay_w2"]),
     *_moved(_ATT, _ATTENTION, [f"time_maa_{part}" for part in (*"xwkvrg", "w1", "w2")]),
     *_moved(_FFN, _FEED_FORWARD, ["time_maa_k", "time_maa_r"]),
@@ -128,38 +132,38 @@ _TRANSFORMERS_5_AND_6 = [
 _FLA_ATT, _FLA_FFN = "model.layers.{}.attn.", "model.layers.{}.ffn."
 
 _FLA = [
-    *_renamed({"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}),
+    *renamed({"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}),
     *_norms({"ln_out": "model.norm", "blocks.{}.ln0": "model.layers.{}.pre_norm"}),
     *_norms({"blocks.{}.ln1": "model.layers.{}.attn_norm", "blocks.{}.ln2": "model.layers.{}.ffn_norm"}),
     *_norms({f"{_ATT}ln_x": f"{_FLA_ATT}g_norm"}),
-    *_renamed({f"{_ATT}output.weight": f"{_FLA_ATT}o_proj.weight"}),
+    *renamed({f"{_ATT}output.weight": f"{_FLA_ATT}o_proj.weight"}),
     *_moved(_FFN, _FLA_FFN, ["value.weight"]),
 ]
 
 _FLA_6 = [
     *_FLA,
-    *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.linear.weight" for x in "rkvg"}),
-    *_renamed({f"{_ATT}time_faaaa": f"{_FLA_ATT}bonus"}),
-    *_renamed({f"{_ATT}time_maa_x": f"{_FLA_ATT}x_proj.0.mu"}, _flat, as_row),
-    *_renamed({f"{_ATT}time_maa_w1": f"{_FLA_ATT}x_proj.0.linear.weight"}, _pack_mix_w1, _unpack_mix_w1),
-    *_renamed({f"{_ATT}time_maa_w2": f"{_FLA_ATT}x_proj.2.weight"}, _pack_mix_w2, _unpack_mix_w2),
+    *renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.linear.weight" for x in "rkvg"}),
+    *renamed({f"{_ATT}time_faaaa": f"{_FLA_ATT}bonus"}),
+    *renamed({f"{_ATT}time_maa_x": f"{_FLA_ATT}x_proj.0.mu"}, as_vector, as_row),
+    *renamed({f"{_ATT}time_maa_w1": f"{_FLA_ATT}x_proj.0.linear.weight"}, _pack_mix_w1, _unpack_mix_w1),
+    *renamed({f"{_ATT}time_maa_w2": f"{_FLA_ATT}x_proj.2.weight"}, _pack_mix_w2, _unpack_mix_w2),
     _stacked_rows(f"{_FLA_ATT}x_bias", [f"{_ATT}time_maa_{x}" for x in _FUSED_MIXES]),
-    *_renamed({f"{_ATT}time_decay": f"{_FLA_ATT}w_proj.linear.lora.2.bias"}, _flat, as_row),
-    *_renamed({f"{_ATT}time_decay_w1": f"{_FLA_ATT}w_proj.linear.lora.0.weight"}, _transposed, _transposed),
-    *_renamed({f"{_ATT}time_decay_w2": f"{_FLA_ATT}w_proj.linear.lora.2.weight"}, _transposed, _transposed),
-    *_renamed({f"{_FFN}time_maa_{x}": f"{_FLA_FFN}{_LONG[x]}.mu" for x in "kr"}, _flat, as_row),
-    *_renamed({f"{_FFN}{_LONG[x]}.weight": f"{_FLA_FFN}{_LONG[x]}.linear.weight" for x in "kr"}),
+    *renamed({f"{_ATT}time_decay": f"{_FLA_ATT}w_proj.linear.lora.2.bias"}, as_vector, as_row),
+    *renamed({f"{_ATT}time_decay_w1": f"{_FLA_ATT}w_proj.linear.lora.0.weight"}, transposed, transposed),
+    *renamed({f"{_ATT}time_decay_w2": f"{_FLA_ATT}w_proj.linear.lora.2.weight"}, transposed, transposed),
+    *renamed({f"{_FFN}time_maa_{x}": f"{_FLA_FFN}{_LONG[x]}.mu" for x in "kr"}, as_vector, as_row),
+    *renamed({f"{_FFN}{_LONG[x]}.weight": f"{_FLA_FFN}{_LONG[x]}.linear.weight" for x in "kr"}),
 ]
 
 _FLA_7 = [
     *_FLA,
-    *_renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.weight" for x in "rkv"}),
+    *renamed({f"{_ATT}{_LONG[x]}.weight": f"{_FLA_ATT}{x}_proj.weight" for x in "rkv"}),
     *_moved(_ATT, _FLA_ATT, [*(f"x_{x}" for x in "rwkvag"), "r_k"]),
-    *_moved(_ATT, _FLA_ATT, ["k_k", "k_a"], _flat, as_row),
-    *_renamed({f"{_ATT}{x}0": f"{_FLA_ATT}{x}_lora.lora.2.bias" for x in "wav"}, _flat, as_row),
-    *_renamed({f"{_ATT}{x}1": f"{_FLA_ATT}{x}_lora.lora.0.weight" for x in "wavg"}, _transposed, _transposed),
-    *_renamed({f"{_ATT}{x}2": f"{_FLA_ATT}{x}_lora.lora.2.weight" for x in "wavg"}, _transposed, _transposed),
-    *_moved(_FFN, _FLA_FFN, ["x_k"], _flat, as_row),
+    *_moved(_ATT, _FLA_ATT, ["k_k", "k_a"], as_vector, as_row),
+    *renamed({f"{_ATT}{x}0": f"{_FLA_ATT}{x}_lora.lora.2.bias" for x in "wav"}, as_vector, as_row),
+    *renamed({f"{_ATT}{x}1": f"{_FLA_ATT}{x}_lora.lora.0.weight" for x in "wavg"}, transposed, transposed),
+    *renamed({f"{_ATT}{x}2": f"{_FLA_ATT}{x}_lora.lora.2.weight" for x in "wavg"}, transposed, transposed),
+    *_moved(_FFN, _FLA_FFN, ["x_k"], as_vector, as_row),
     *_moved(_FFN, _FLA_FFN, ["key.weight"]),
 ]
 
@@ -170,21 +174,21 @@ _FLA_7_OLD = [_stacked_rows(f"{_FLA_ATT}x_x", [f"{_ATT}x_{x}" for x in "rwkvag"]
 def _huggingface_7(prefix: str) -> list[Rule]:
     """The official names of RWKV-7 behind a prefix, but for the head's."""
     names = [name for rule in _FLA_7 for name in rule.official]
-    return _renamed({name: name if name == HEAD else prefix + name for name in names})
+    return renamed({name: name if name == HEAD else prefix + name for name in names})
 
 
 _HF, _HF_ATT, _HF_MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 
 LLAMA_RULES = [
-    *_renamed({"emb.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}),
-    *_renamed({"ln_out.weight": "model.norm.weight", "blocks.{}.ln1.weight": f"{_HF}input_layernorm.weight"}),
-    *_renamed({"blocks.{}.ln2.weight": f"{_HF}post_attention_layernorm.weight"}),
-    *_renamed({f"{_ATT}{_LONG[x]}.{part}": f"{_HF_ATT}{x}_proj.{part}" for x in "kv" for part in ("weight", "bias")}),
-    *_renamed({f"{_ATT}query.{part}": f"{_HF_ATT}q_proj.{part}" for part in ("weight", "bias")}),
-    *_renamed({f"{_ATT}output.weight": f"{_HF_ATT}o_proj.weight"}),
-    *_renamed({f"{_ATT}ln_query.weight": f"{_HF_ATT}q_norm.weight", f"{_ATT}ln_key.weight": f"{_HF_ATT}k_norm.weight"}),
-    *_renamed({f"{_FFN}gate.weight": f"{_HF_MLP}gate_proj.weight", f"{_FFN}key.weight": f"{_HF_MLP}up_proj.weight"}),
-    *_renamed({f"{_FFN}value.weight": f"{_HF_MLP}down_proj.weight"}),
+    *renamed({"emb.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}),
+    *renamed({"ln_out.weight": "model.norm.weight", "blocks.{}.ln1.weight": f"{_HF}input_layernorm.weight"}),
+    *renamed({"blocks.{}.ln2.weight": f"{_HF}post_attention_layernorm.weight"}),
+    *renamed({f"{_ATT}{_LONG[x]}.{part}": f"{_HF_ATT}{x}_proj.{part}" for x in "kv" for part in ("weight", "bias")}),
+    *renamed({f"{_ATT}query.{part}": f"{_HF_ATT}q_proj.{part}" for part in ("weight", "bias")}),
+    *renamed({f"{_ATT}output.weight": f"{_HF_ATT}o_proj.weight"}),
+    *renamed({f"{_ATT}ln_query.weight": f"{_HF_ATT}q_norm.weight", f"{_ATT}ln_key.weight": f"{_HF_ATT}k_norm.weight"}),
+    *renamed({f"{_FFN}gate.weight": f"{_HF_MLP}gate_proj.weight", f"{_FFN}key.weight": f"{_HF_MLP}up_proj.weight"}),
+    *renamed({f"{_FFN}value.weight": f"{_HF_MLP}down_proj.weight"}),
     Rule(f"{_HF_ATT}rotary_emb.inv_freq", (), unchanged, ()),  # in files of old versions; the config tells it
 ]
 
@@ -198,7 +202,7 @@ def _official_rules() -> list[Rule]:
     for spec in GENERATIONS.values():
         for name in SHARED_AXES | spec.load_model_class().block_axes:
             names.add(name if name.startswith(("emb.", "ln_out.", "head.")) else f"blocks.{{}}.{name}")
-    return _renamed({name: name for name in sorted(names)})
+    return renamed({name: name for name in sorted(names)})
 
 
 def _table(rules: Iterable[Rule]) -> dict[str, Rule]:

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from rwkv_jax.weights.ggml.ggmf_file import GGMFFile
 from rwkv_jax.weights.ggml.types import numbers
-from rwkv_jax.weights.layout_rules import Rule, unchanged
+from rwkv_jax.weights.layout_rules import Change, Rule, as_row, as_vector, transposed, unchanged
 from rwkv_jax.weights.layouts import from_rules
 from rwkv_jax.weights.tensors import WeightsError, tensor_spec
-
-_Change = Callable[[NDArray], NDArray]
 
 _FUSED, _BLENDS = "att.x_rwkvag", "rwkvag"
 _LOG_OF_DECAYS = (-30.0, 5.0)  # of w: decays nearer to 1 or 0 are 1 and 0 in float32
@@ -78,20 +76,8 @@ def _blend(i: int, blends: NDArray) -> NDArray:
     return blends.reshape(len(_BLENDS), -1)[i].reshape(1, 1, -1)
 
 
-def _row(tensor: NDArray) -> NDArray:
-    return tensor.reshape(1, 1, -1)
-
-
-def _flat(tensor: NDArray) -> NDArray:
-    return tensor.reshape(-1)
-
-
 def _heads(tensor: NDArray) -> NDArray:
     return tensor.reshape(tensor.shape[0], -1)
-
-
-def _transposed(tensor: NDArray) -> NDArray:
-    return tensor.swapaxes(-1, -2)
 
 
 def _log(tensor: NDArray) -> NDArray:
@@ -106,38 +92,38 @@ def _log_decay(tensor: NDArray) -> NDArray:
         return np.clip(_log(-_log(tensor)), *_LOG_OF_DECAYS).astype(tensor.dtype)
 
 
-def _changes_of_4(rest: str) -> _Change:
+def _changes_of_4(rest: str) -> Change:
     if rest == "att.time_decay":
-        return lambda x: _log(-_flat(x)).astype(x.dtype)
-    return _row if ".time_mix_" in rest else unchanged
+        return lambda x: _log(-as_vector(x)).astype(x.dtype)
+    return as_row if ".time_mix_" in rest else unchanged
 
 
-def _changes_of_5(per_channel: bool, rest: str) -> _Change:
-    shaped = _heads if per_channel else _flat
+def _changes_of_5(per_channel: bool, rest: str) -> Change:
+    shaped = _heads if per_channel else as_vector
     if rest == "att.time_decay":
         return lambda x: shaped(_log_decay(x))
     if rest == "att.time_first":
         return lambda x: shaped(_log(x).astype(x.dtype))
     if rest == "att.time_faaaa":
         return shaped
-    return _row if ".time_mix_" in rest else unchanged
+    return as_row if ".time_mix_" in rest else unchanged
 
 
-def _changes_of_6(rest: str) -> _Change:
+def _changes_of_6(rest: str) -> Change:
     if re.search(r"_w[12]$", rest):
-        return _transposed
+        return transposed
     if rest == "att.time_faaaa":
         return _heads
-    return _row if ".time_" in rest else unchanged
+    return as_row if ".time_" in rest else unchanged
 
 
-def _changes_of_7(rest: str) -> _Change:
+def _changes_of_7(rest: str) -> Change:
     if _LOW_RANK_7.fullmatch(rest):
-        return _transposed
-    return _row if _VECTORS_7.fullmatch(rest) else unchanged
+        return transposed
+    return as_row if _VECTORS_7.fullmatch(rest) else unchanged
 
 
-_CHANGES: dict[str, Callable[[str], _Change]] = {
+_CHANGES: dict[str, Callable[[str], Change]] = {
     "4": _changes_of_4,
     "5.0": functools.partial(_changes_of_5, False),
     "5.2": functools.partial(_changes_of_5, True),

@@ -15,34 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.weights.layout_rules import Rule, unchanged
-
-_Change = Callable[[NDArray], NDArray]
+from rwkv_jax.weights.layout_rules import Change, Rule, as_row, as_vector, renamed, row_at, transposed, unchanged
 
 _ATT, _FFN, _BLOCK = "blocks.{}.att.", "blocks.{}.ffn.", "blk.{}."
 
 
-def _flat(tensor: NDArray) -> NDArray:
-    return tensor.reshape(-1)
-
-
-def _row(tensor: NDArray) -> NDArray:
-    return tensor.reshape(1, 1, -1)
-
-
-def _transposed(tensor: NDArray) -> NDArray:
-    return tensor.swapaxes(-1, -2)
-
-
-def _renamed(names: dict[str, str], pack: _Change = unchanged, unpack: _Change = unchanged) -> list[Rule]:
-    """Rules from official names to llama.cpp's."""
-    return [Rule(foreign, (official,), pack, (unpack,)) for official, foreign in names.items()]
-
-
-def _in_layers(names: dict[str, str], pack: _Change = unchanged, unpack: _Change = unchanged) -> list[Rule]:
+def _in_layers(names: dict[str, str], pack: Change = unchanged, unpack: Change = unchanged) -> list[Rule]:
     """Rules for tensors of a layer, from names such as att.w0 to those without `.weight`."""
-    renamed = {f"blocks.{{}}.{official}": f"{_BLOCK}{foreign}.weight" for official, foreign in names.items()}
-    return _renamed(renamed, pack, unpack)
+    whole = {f"blocks.{{}}.{official}": f"{_BLOCK}{foreign}.weight" for official, foreign in names.items()}
+    return renamed(whole, pack, unpack)
 
 
 def _joined(official: Iterable[str]) -> Rule:
@@ -52,11 +33,7 @@ def _joined(official: Iterable[str]) -> Rule:
     def pack(*rows: NDArray) -> NDArray:
         return np.stack([row.reshape(1, 1, -1) for row in rows])
 
-    return Rule(f"{_BLOCK}time_mix_lerp_fused.weight", names, pack, tuple(_taking(i) for i in range(len(names))))
-
-
-def _taking(i: int) -> _Change:
-    return lambda blends: blends[i].reshape(1, 1, -1)
+    return Rule(f"{_BLOCK}time_mix_lerp_fused.weight", names, pack, tuple(row_at(i) for i in range(len(names))))
 
 
 _NORMS = {
@@ -71,8 +48,8 @@ _MATRICES = {f"att.{name}.weight": f"time_mix_{name}" for name in ("key", "value
 }
 
 _BOTH = [
-    *_renamed({"emb.weight": "token_embd.weight", "head.weight": "output.weight"}),
-    *_renamed({f"{a}.{part}": f"{b}.{part}" for a, b in _NORMS.items() for part in ("weight", "bias")}),
+    *renamed({"emb.weight": "token_embd.weight", "head.weight": "output.weight"}),
+    *renamed({f"{a}.{part}": f"{b}.{part}" for a, b in _NORMS.items() for part in ("weight", "bias")}),
     *_in_layers(_MATRICES),
 ]
 
@@ -85,19 +62,19 @@ _RULES_6 = [
     *_BOTH,
     *_in_layers({"att.gate.weight": "time_mix_gate", "ffn.receptance.weight": "channel_mix_receptance"}),
     *_in_layers({"att.time_faaaa": "time_mix_first"}),
-    *_in_layers({"att.time_maa_x": "time_mix_lerp_x", "att.time_decay": "time_mix_decay"}, _flat, _row),
-    *_in_layers({f"ffn.time_maa_{x}": f"channel_mix_lerp_{x}" for x in "kr"}, _flat, _row),
-    *_in_layers(_LOW_RANK_6, _transposed, _transposed),
+    *_in_layers({"att.time_maa_x": "time_mix_lerp_x", "att.time_decay": "time_mix_decay"}, as_vector, as_row),
+    *_in_layers({f"ffn.time_maa_{x}": f"channel_mix_lerp_{x}" for x in "kr"}, as_vector, as_row),
+    *_in_layers(_LOW_RANK_6, transposed, transposed),
     _joined(f"{_ATT}time_maa_{x}" for x in _BLENDS_6),
 ]
-_OLD_BLENDS_6 = _in_layers({f"att.time_maa_{x}": f"time_mix_lerp_{x}" for x in _BLENDS_6}, _flat, _row)
+_OLD_BLENDS_6 = _in_layers({f"att.time_maa_{x}": f"time_mix_lerp_{x}" for x in _BLENDS_6}, as_vector, as_row)
 
 _RULES_7 = [
     *_BOTH,
-    *_in_layers({f"att.{x}0": f"time_mix_{x}0" for x in "wav"}, _flat, _row),
-    *_in_layers({f"att.{x}{i}": f"time_mix_{x}{i}" for x in "wavg" for i in (1, 2)}, _transposed, _transposed),
-    *_in_layers({f"att.{x}": f"time_mix_{x}" for x in ("k_k", "k_a")}, _flat, _row),
-    *_in_layers({"ffn.x_k": "channel_mix_lerp_k"}, _flat, _row),
+    *_in_layers({f"att.{x}0": f"time_mix_{x}0" for x in "wav"}, as_vector, as_row),
+    *_in_layers({f"att.{x}{i}": f"time_mix_{x}{i}" for x in "wavg" for i in (1, 2)}, transposed, transposed),
+    *_in_layers({f"att.{x}": f"time_mix_{x}" for x in ("k_k", "k_a")}, as_vector, as_row),
+    *_in_layers({"ffn.x_k": "channel_mix_lerp_k"}, as_vector, as_row),
     _joined(f"{_ATT}x_{x}" for x in _BLENDS_7),
 ]
 
@@ -127,7 +104,7 @@ def _rules_7(head_dim: int) -> list[Rule]:
     def heads(tensor: NDArray) -> NDArray:
         return tensor.reshape(-1, head_dim)
 
-    return [*_RULES_7, *_in_layers({"att.r_k": "time_mix_r_k"}, _flat, heads)]
+    return [*_RULES_7, *_in_layers({"att.r_k": "time_mix_r_k"}, as_vector, heads)]
 
 
 @dataclasses.dataclass(frozen=True)
