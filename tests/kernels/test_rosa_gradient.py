@@ -139,6 +139,18 @@ def test_the_gradient_of_a_layer_is_that_of_its_flips() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_in_half_precision_are_rounded_once(dtype: str) -> None:
+    """In float16 what a bit changes may be too large where its gradient is not."""
+    draws = np.random.default_rng(0)
+    x = jnp.asarray([700.0, 1e-4, *draws.standard_normal(100)], dtype)
+    changes = jnp.asarray([1e5, 0.01, *draws.standard_normal(100)], jnp.float32)
+    exact = np.where(np.asarray(x > 0), -1, 1) * np.asarray(changes) / (2 * np.maximum(np.abs(np.float32(x)), 1e-3))
+    found = surrogate(x, changes, 1e-3)
+    assert found.dtype == x.dtype
+    np.testing.assert_array_equal(found, jnp.asarray(exact.astype(np.float32), dtype))
+
+
 def test_layers_that_cannot_be_are_refused() -> None:
     x = jnp.zeros((1, 3, 6))
     for bits, said in ((4, "C a multiple of bits = 4"), (9, "bits = 9: must lie from 1 to 8")):

@@ -259,6 +259,6 @@ def look_up_sequence(symbols: Array) -> tuple[Array, Array]:
 
 
 def surrogate(x: Array, flipped: Array, tau: float) -> Array:
-    """(phi(1) - phi(0)) / (2 max(|x|, tau)) from phi with the other bit, less phi; any shape."""
-    change = jnp.where(x > 0, -flipped, flipped).astype(x.dtype)
-    return change / (2 * jnp.maximum(jnp.abs(x), tau))
+    """(phi(1) - phi(0)) / (2 max(|x|, tau)) from phi with the other bit, less phi; any shape, rounded once."""
+    change = jnp.where(x > 0, -flipped, flipped)
+    return (change / (2 * jnp.maximum(jnp.abs(x.astype(flipped.dtype)), tau))).astype(x.dtype)

@@ -109,6 +109,11 @@ def _check(
         raise ValueError(f"window = {window}: must be at least 1")
     if state is not None and state.keys.shape != (*queries.shape[:2], window):
         raise ValueError(f"state: keys of shape {state.keys.shape} must be {(*queries.shape[:2], window)}, [B, G, S]")
+    if state is not None and not state.keys.dtype == state.values.dtype == keys.dtype:
+        raise ValueError(
+            f"state: keys are {state.keys.dtype} and values {state.values.dtype}, and must be {keys.dtype} as the "
+            f"call's; give symbols of the state's dtype, or empty_state a dtype"
+        )
 
 
 def _on_host(
