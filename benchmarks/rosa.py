@@ -6,6 +6,7 @@ Prints Markdown, which is in benchmarks/README.md. One process for each case, wh
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import resource
 import subprocess
@@ -86,6 +87,31 @@ def layer(time_steps: int, groups: int, implementation: str) -> str:
     return f"{1000 * min(found):.0f} ms"
 
 
+def decode(window: int, groups: int) -> str:
+    """Milliseconds of one layer's lookups of one token, of a text that fills its window, in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    from rwkv_kernels.rosa import RosaState, empty_state, rosa_lookup
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def burst(state: RosaState, tokens: jax.Array) -> tuple[RosaState, jax.Array]:
+        def step(state: RosaState, token: jax.Array) -> tuple[RosaState, jax.Array]:
+            found = rosa_lookup(token[0], token[1], token[2], state, window=window)
+            return found.state, found.symbols
+
+        return jax.lax.scan(step, state, tokens)
+
+    tokens = jnp.asarray(draws().integers(0, 16, (32, 3, 1, groups, 1)), jnp.uint8)
+    state = jax.tree.map(jnp.copy, empty_state(1, groups, window)._replace(count=jnp.array([window], jnp.int32)))
+    found = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        state, symbols = jax.block_until_ready(burst(state, tokens))
+        found.append((time.perf_counter() - begin) / len(symbols))
+    return f"{1000 * min(found):.2f} ms"
+
+
 def in_a_process(*arguments: str) -> str:
     """What this file prints in a process of its own, on one core."""
     core = str(min(os.sched_getaffinity(0)))
@@ -98,13 +124,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[250_000, 1_000_000])
     parser.add_argument("--interpreted", action="store_true", help="without Numba")
     parser.add_argument("--layers", action="store_true", help="times of layers in place of sequences")
+    parser.add_argument("--decode", action="store_true", help="times of a layer's token, by its window")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
         kind, *rest = given.case
-        print(
-            one(rest[0], int(rest[1]), rest[2] == "1") if kind == "one" else layer(int(rest[0]), int(rest[1]), rest[2])
-        )
+        if kind == "one":
+            print(one(rest[0], int(rest[1]), rest[2] == "1"))
+        elif kind == "decode":
+            print(decode(int(rest[0]), int(rest[1])))
+        else:
+            print(layer(int(rest[0]), int(rest[1]), rest[2]))
+        return
+    if given.decode:
+        print("| S | a token |\n|---|---|")
+        for window in (256, 1024, 4096, 16384):
+            print(f"| {window} | {in_a_process('--case', 'decode', str(window), '192')} |", flush=True)
         return
     if given.layers:
         print("| T | scan | host |\n|---|---|---|")

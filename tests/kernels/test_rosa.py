@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rwkv_kernels.rosa import SuffixAutomaton, is_compiled, rosa_lookup
+from rwkv_kernels.rosa import SuffixAutomaton, empty_state, is_compiled, rosa_lookup
 from rwkv_kernels.rosa.automaton import read_rows
 from tests.golden import load_golden
 from tests.kernels.rosa_definition import definition, of_rows
@@ -120,6 +120,35 @@ def test_a_token_takes_few_steps_whatever_the_keys_are(kind: str, monkeypatch: p
     assert steps < 40 * count
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_short_texts_take_no_more_because_of_a_long_one(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a text's tokens cost does not depend on the room that was taken for a row, nor on the tokens before them."""
+    from rwkv_kernels.rosa import automaton as module
+
+    automaton = SuffixAutomaton(compiled=compiled, capacity=50_000)
+    sizes, new_containers = [], module._container
+    monkeypatch.setattr(module, "_container", lambda size, *rest: sizes.append(size) or new_containers(size, *rest))
+    q, k, v = drawn(0, 3, (60,))
+    for _ in range(3):
+        automaton.reset()
+        found = automaton.read(q, k, v)
+        assert [x.tolist() for x in found] == list(definition(q.tolist(), k.tolist(), v.tolist()))
+    assert not sizes
+
+
+def test_a_token_of_a_long_text_takes_no_copy_of_it() -> None:
+    class Watched(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            assert not isinstance(index, slice)
+            return super().__getitem__(index)
+
+    automaton = SuffixAutomaton(compiled=False)
+    tokens = np.arange(30) % 3
+    automaton.read(tokens)
+    automaton._arrays["values"] = Watched(automaton._arrays["values"])
+    assert automaton.read([0, 1])[0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("alphabet", [2, 16])
 @pytest.mark.parametrize("window", [1, 7, 40])
 def test_a_window_bounds_what_a_token_looks_back_on(alphabet: int, window: int) -> None:
@@ -142,13 +171,14 @@ def test_texts_may_be_cut_anywhere(window: int) -> None:
         jax.tree.map(np.testing.assert_array_equal, state, last)
 
 
-def test_ragged_rows_keep_their_states() -> None:
+@pytest.mark.parametrize("implementation", ["scan", "host"])
+def test_ragged_rows_keep_their_states(implementation: str) -> None:
     inputs = drawn(5, 2, (3, 2, 20))
     lengths = np.array([20, 0, 7])
-    found, state = looked_up(*inputs, window=12, lengths=lengths)
+    found, state = looked_up(*inputs, window=20, lengths=lengths, implementation=implementation)
     for row, length in enumerate(lengths):
         own = [x[row : row + 1, :, : max(length, 1)] for x in inputs]
-        expected, alone = looked_up(*own, window=12)
+        expected, alone = looked_up(*own, window=20)
         if length:
             np.testing.assert_array_equal(found[row : row + 1, :, :length], expected)
         else:
@@ -225,3 +255,6 @@ def test_lookups_that_cannot_be_are_refused() -> None:
     refused(lambda: rosa_lookup(x, x, x, window=3, implementation="gpu"), "'gpu': must be one of scan, host")
     state = rosa_lookup(x, x, x, window=4).state
     refused(lambda: rosa_lookup(x, x, x, state, window=5), "state: keys of shape (1, 2, 4) must be (1, 2, 5)")
+    # Symbols of a state are not cut to fewer bits: 256 would be 0 in uint8.
+    said = "state: keys are uint8 and values uint8, and must be int32"
+    refused(lambda: rosa_lookup(x + 256, x, x, empty_state(1, 2, 4), window=4), said)

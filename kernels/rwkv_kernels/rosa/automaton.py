@@ -263,22 +263,32 @@ def _moved(
             _insert(table, target, chain, head, _slot(table, state, symbol), state, symbol, old_target[slot])
 
 
+def _clear(table: Any, head: Any, chain: Any, states: int) -> None:
+    """Frees the slots of all transitions, which are as many as the tokens, however large the table is."""
+    for state in range(states):
+        slot = head[state]
+        while slot >= 0:
+            table[slot] = NONE
+            slot = chain[slot]
+
+
 def is_compiled() -> bool:
     """Whether Numba is installed, which compiles the automaton; otherwise the interpreter runs it."""
     return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
-def _functions(compiled: bool) -> tuple[Callable[..., None], Callable[..., None]]:
-    """`_advance` and `_moved`, compiled or not."""
+def _functions(compiled: bool) -> dict[str, Callable[..., None]]:
+    """The functions that an automaton calls by name, compiled or not."""
+    functions = {"advance": _advance, "moved": _moved, "clear": _clear}
     if not compiled:
-        return _advance, _moved
+        return functions
     numba: Any = importlib.import_module("numba")
     extending: Any = importlib.import_module("numba.extending")
     for function in (_slot, _insert, _rotate, _splay, _ends, _clone):
         extending.register_jitable(function)
     compile_one = numba.njit(nogil=True)
-    return compile_one(_advance), compile_one(_moved)
+    return {name: compile_one(function) for name, function in functions.items()}
 
 
 def _container(size: int, compiled: bool, dtype: type[Any] = np.int32) -> Any:
@@ -296,7 +306,7 @@ class SuffixAutomaton:
 
     def __init__(self, *, compiled: bool | None = None, capacity: int = 64) -> None:
         self._compiled = is_compiled() if compiled is None else compiled
-        self._advance, self._moved = _functions(self._compiled)
+        self._functions = _functions(self._compiled)
         self._arrays = self._new_arrays(max(capacity, 1))
         self._registers: Any = _container(len(REGISTERS), self._compiled)
         self.num_tokens = 0
@@ -313,8 +323,7 @@ class SuffixAutomaton:
     def reset(self) -> None:
         """Forgets all tokens."""
         if self.num_tokens:
-            table = self._arrays["table"]
-            table[:] = _container(len(table), self._compiled, np.int64)
+            self._functions["clear"](*(self._arrays[name] for name in ("table", "head", "chain")), self._registers[0])
         for name in (*_STATES, *_TREE):
             self._arrays[name][0] = NONE
         self._arrays["longest"][0] = 0
@@ -332,7 +341,7 @@ class SuffixAutomaton:
         for name in ("keys", "values", *_STATES, *_TREE):
             self._arrays[name][: len(held[name])] = held[name]
         new = (self._arrays[name] for name in ("table", *_SLOTS, "head"))
-        self._moved(held["table"], held["target"], held["head"], self._registers[0], *new)
+        self._functions["moved"](held["table"], held["target"], held["head"], self._registers[0], *new)
 
     def read(
         self, queries: ArrayLike, keys: ArrayLike | None = None, values: ArrayLike | None = None
@@ -357,11 +366,16 @@ class SuffixAutomaton:
             tokens, found = (q, k, v), (places, lengths)
         else:
             tokens, found = (q.tolist(), k.tolist(), v.tolist()), (places.tolist(), lengths.tolist())
-        self._advance(*tokens, self.num_tokens, *found, self._registers, *(self._arrays[name] for name in _ORDER))
+        self._functions["advance"](
+            *tokens, self.num_tokens, *found, self._registers, *(self._arrays[name] for name in _ORDER)
+        )
         self.num_tokens += len(q)
-        places, lengths = (np.asarray(x, np.int32) for x in found)
-        held = np.asarray(self._arrays["values"][: self.num_tokens], np.int32)
-        return np.where(places >= 0, held[np.maximum(places, 0)], NONE).astype(np.int32), lengths
+        held: Any = self._arrays["values"]
+        if self._compiled:
+            answers = np.where(places >= 0, held[np.maximum(places, 0)], NONE)
+        else:  # of a list one at a time, since an array of it takes as long as the text
+            answers = [held[place] if place >= 0 else NONE for place in found[0]]
+        return np.asarray(answers, np.int32), np.asarray(found[1], np.int32)
 
     def state(self) -> dict[str, NDArray]:
         """What `from_state` makes the same automaton of: the tokens, int32 [T], and [length, last key] of the match.
