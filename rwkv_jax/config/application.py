@@ -16,7 +16,9 @@ from rwkv_jax.config.reporting import EvaluationConfig
 from rwkv_jax.config.run import TrainConfig
 from rwkv_jax.config.step import StepConfig
 
-APPLICATIONS: dict[str, str] = {}
+APPLICATIONS: dict[str, str] = {
+    "vision": "rwkv_jax.applications.vision.config:VisionConfig",
+}
 """By name the config's class, as MODULE:CLASS. A config file or test may add its own before building a config."""
 
 
