@@ -37,7 +37,7 @@ def grid_shift(x: Array, grid: tuple[int, int], kernel: Array | None = None) -> 
     return rearrange(shifted, "B Y X C -> B (Y X) C")
 
 
-def quad_shift(image: Array, share: float = 0.25) -> Array:
+def quad_shift(image: Array, share: float = 0.25, by: int = 1) -> Array:
     """Q-shift of Vision-RWKV (arXiv 2403.02308, section 3.2): four groups of channels come from the four neighbors.
 
     Channels [0, m) come from the left, [m, 2 m) from the right, [2 m, 3 m) from above and [3 m, 4 m) from below, with
@@ -46,18 +46,18 @@ def quad_shift(image: Array, share: float = 0.25) -> Array:
     Args:
       image: [B, Y, X, C].
       share: of the channels that come from each neighbor; group i ends at int(C share (i + 1)).
+      by: how many patches away the neighbors are, from 1.
     """
     ends = [int(image.shape[-1] * share * number) for number in range(5)]
     left, right, above, below = (image[..., first:last] for first, last in itertools.pairwise(ends))
-    zero_column, zero_row = jnp.zeros_like(left[:, :, :1]), jnp.zeros_like(above[:, :1])
+    rows, columns = image.shape[1:3]
+
+    def moved(x: Array, y_by: int, x_by: int) -> Array:
+        padded = jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0)))
+        return padded[:, by + y_by : by + y_by + rows, by + x_by : by + x_by + columns]
+
     return jnp.concatenate(
-        [
-            jnp.concatenate([zero_column, left[:, :, :-1]], axis=2),
-            jnp.concatenate([right[:, :, 1:], jnp.zeros_like(right[:, :, :1])], axis=2),
-            jnp.concatenate([zero_row, above[:, :-1]], axis=1),
-            jnp.concatenate([below[:, 1:], jnp.zeros_like(below[:, :1])], axis=1),
-            image[..., ends[4] :],
-        ],
+        [moved(left, 0, -by), moved(right, 0, by), moved(above, -by, 0), moved(below, by, 0), image[..., ends[4] :]],
         axis=-1,
     )
 

@@ -12,6 +12,7 @@ from flax import nnx
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.models import model_type
 from rwkv_jax.models.grid import grid_shift, omni_shift, quad_shift
+from tests.golden import load_golden
 
 IMAGE = np.random.default_rng(0).normal(size=(2, 3, 4, 10)).astype(np.float32)
 
@@ -32,6 +33,15 @@ def test_quad_shift() -> None:
                     own = slice(ends[group], ends[group + 1])
                     expected[:, own] = neighbor(IMAGE, y + dy, x + dx)[:, own]
                 np.testing.assert_array_equal(found[:, y, x], expected)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_quad_shift_of_vision_rwkv(case: int) -> None:
+    golden = load_golden("vision/vision_s0.npz")
+    x, y, hw, pixels, gamma = (golden[f"qshift.{case}.{name}"] for name in ("x", "y", "hw", "shift_pixel", "gamma"))
+    image = jnp.asarray(x, jnp.float32).reshape(len(x), *hw, -1)
+    found = quad_shift(image, float(gamma), int(pixels))
+    np.testing.assert_array_equal(found.reshape(x.shape), np.asarray(y, np.float32))
 
 
 def test_omni_shift() -> None:
