@@ -2,8 +2,8 @@
 
     rwkv train configs/seq2seq_dates.py
 
-Seen on 2 CPU cores that much other work shared, in 15 minutes: 98.9% of the dates of steps 151 to 200, of 1500,
-were exact with the right characters before each. It has not run to its end.
+Seen on 2 busy CPU cores in 18 minutes of which 2 1/4 were this process's: after
+250 of the 1500 steps 98.8% of 256 held-out dates were exact. It was stopped at step 350, and has not run to its end.
 """
 
 from rwkv_jax.applications.seq2seq.config import NUM_SYMBOLS, Seq2Seq, Seq2SeqConfig

@@ -2,8 +2,8 @@
 
     rwkv train configs/seq2seq_reversal.py
 
-Seen on 2 CPU cores that much other work shared (a load of 18), in 14 minutes: after 250 of the 1500 steps 73.8% of 256
-held-out strings were exact. It has not run to its end.
+Seen on 2 busy CPU cores in 19 minutes of which 2 1/4 were this process's: after 250 of the 1500 steps
+73.8% of 256 held-out strings were exact, after 500 steps 91.4%. It was stopped there, and has not run to its end.
 """
 
 from rwkv_jax.applications.seq2seq.config import NUM_SYMBOLS, Seq2Seq, Seq2SeqConfig
