@@ -19,6 +19,7 @@ from rwkv_jax.config.step import StepConfig
 APPLICATIONS: dict[str, str] = {
     "seq2seq": "rwkv_jax.applications.seq2seq.config:Seq2SeqConfig",
     "vision": "rwkv_jax.applications.vision.config:VisionConfig",
+    "series": "rwkv_jax.applications.series.config:SeriesConfig",
 }
 """By name the config's class, as MODULE:CLASS. A config file or test may add its own before building a config."""
 
