@@ -17,6 +17,7 @@ from rwkv_jax.config.run import TrainConfig
 from rwkv_jax.config.step import StepConfig
 
 APPLICATIONS: dict[str, str] = {
+    "audio": "rwkv_jax.applications.audio.config:AudioConfig",
     "seq2seq": "rwkv_jax.applications.seq2seq.config:Seq2SeqConfig",
     "vision": "rwkv_jax.applications.vision.config:VisionConfig",
     "series": "rwkv_jax.applications.series.config:SeriesConfig",

@@ -1,0 +1,1 @@
+"""Spoken words, recognized frame by frame with a state of constant size."""
