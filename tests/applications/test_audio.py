@@ -96,6 +96,19 @@ def test_utterances_are_the_same_every_time_and_fit() -> None:
         draw_examples(TONES, 10, held_out=False)
 
 
+def test_utterances_are_varied_within_their_length() -> None:
+    frames = np.random.default_rng(0).normal(size=(9, MELS)).astype(np.float32)
+    frames[7:] = 0
+    row = AudioBatch(frames.copy(), np.int32(7), np.array([1], np.int32), np.float32(1))
+    varied = [data.vary(row, np.random.default_rng(seed)).frames for seed in range(40)]
+    np.testing.assert_array_equal(row.frames, frames)
+    assert not any(np.any(each[7:]) for each in varied)
+    same = [np.sum(np.all(each[:7] == frames[:7], axis=0)) for each in varied]
+    assert any(0 < count < MELS for count in same), "bands at their mean"
+    assert any(np.array_equal(each[:7, 12:14], frames[:7, 14:16]) for each in varied), "higher"
+    assert len({each.tobytes() for each in varied}) > 30
+
+
 def test_without_espeak_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"audio.words = 'digits': .*apt install espeak-ng"):

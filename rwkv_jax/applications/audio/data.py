@@ -148,6 +148,19 @@ def num_features(frontend: str) -> int:
     return HOP if frontend == "raw" else MELS
 
 
+def vary(row: AudioBatch, draws: np.random.Generator) -> AudioBatch:
+    """An utterance of another voice and room: energies up to two bands higher or lower, and some bands at their mean.
+
+    A longer or shorter vocal tract moves all formants; SpecAugment (arXiv 1904.08779) leaves out bands.
+    """
+    shift, width = int(draws.integers(-2, 3)), int(draws.integers(0, 9))
+    frames = row.frames[:, np.clip(np.arange(MELS) + shift, 0, MELS - 1)]
+    first = int(draws.integers(0, MELS - width + 1))
+    heard = frames[: row.num_frames]
+    heard[:, first : first + width] = np.mean(heard)
+    return row._replace(frames=frames)
+
+
 def draw_examples(audio: Audio, max_frames: int, *, held_out: bool) -> Examples:
     """Utterances to train on, or held out.
 
@@ -176,7 +189,8 @@ def draw_examples(audio: Audio, max_frames: int, *, held_out: bool) -> Examples:
                 )
             own.pop()
         frames[row, : len(found)], num_frames[row], labels[row, : len(own)] = found, len(found), chosen[: len(own)] + 1
-    return Examples(AudioBatch(frames, num_frames, labels, np.ones(count, np.float32)), name="utterance")
+    varied = vary if audio.frontend == "log_mel" and not held_out else None
+    return Examples(AudioBatch(frames, num_frames, labels, np.ones(count, np.float32)), "utterance", varied)
 
 
 def _clips(audio: Audio, draws: np.random.Generator, held_out: bool) -> list[list[np.ndarray]]:
