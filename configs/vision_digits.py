@@ -2,7 +2,8 @@
 
     rwkv train configs/vision_digits.py
 
-Not yet run to its end: the score is to be 97% of the held-out digits.
+Seen on 2 CPU cores that much other work shared: 2 minutes; 96.7% of the held-out digits. One seed; no
+other rate or size was tried.
 """
 
 from rwkv_jax.applications.vision.config import Vision, VisionConfig
@@ -16,8 +17,8 @@ def config() -> VisionConfig:
         model=ModelConfig(vocab_size=16, num_layers=3, width=64, head_dim=16),
         vision=Vision(),
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-5, warmup_steps=30),
-        training=StepConfig(batch_size=64, sequence_length=16, num_steps=1200),
-        evaluation=EvaluationConfig(every=200, sample_prompts=()),
-        checkpoint=CheckpointConfig(every=1200, keep=1),
+        training=StepConfig(batch_size=64, sequence_length=16, num_steps=500),
+        evaluation=EvaluationConfig(every=250, sample_prompts=()),
+        checkpoint=CheckpointConfig(every=500, keep=1),
         logging=LoggingConfig(every=50),
     )

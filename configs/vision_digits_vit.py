@@ -2,7 +2,8 @@
 
     rwkv train configs/vision_digits_vit.py
 
-Not yet run to its end.
+Seen on 2 CPU cores that much other work shared: 1 minute; 61.8% of the held-out digits. One seed. The learning rate is
+RWKV's and the initial values are GPT-2's; no others were tried, and both a search and more steps may well do better.
 """
 
 import dataclasses

@@ -36,6 +36,7 @@ SEEN = {
     "grpo": "reward",
     "synthetic": r"%.*chance",
     "seq2seq": r"exact",
+    "vision": r"%",
 }
 """What a config's docstring says was seen, by how its name begins."""
 RUN_HERE = [(path, kind) for path in CONFIGS for kind in SEEN if path.name.startswith(kind)]
