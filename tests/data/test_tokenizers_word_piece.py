@@ -189,6 +189,22 @@ def test_what_is_a_tokenizer_json_stays_as_it_is(word_piece_path: Path, json_pat
         assert json.loads(files["tokenizer_config.json"])["eos_token"] == END_OF_TEXT
 
 
+@pytest.mark.parametrize("added", [{}, {"added_tokens": None}])
+def test_a_file_without_added_tokens_stays_as_it_is_too(word_piece_path: Path, added: dict[str, None]) -> None:
+    description = described(word_piece_path)
+    del description["added_tokens"]
+    files = hugging_face_files(made(description | added))
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == END_OF_TEXT
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_nothing_is_written_beside_a_file_that_is_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"{name}: exists already and is not overwritten"):
+        write_hugging_face_tokenizer(ByteTokenizer(), tmp_path, chat_template="{{ messages }}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_what_cannot_be_written_is_refused(tokenizer: SentencePieceTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.kind\.json cannot be written .*: 1 bytes have no entry, 0x00"):
         hugging_face_files(ByteTokenizer(256))
@@ -287,6 +303,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "id twice": (change_vocabulary(q=5), NO_ID + "'.*' and 'q' both have the id 5"),
     "byte missing": (change_vocabulary("Ā"), SAME + "1 bytes have no entry, 0x00 is the first"),
     "byte is unknown text": (change_model(unk_token="a"), SAME + "1 bytes have no entry, 0x61 is the first"),
+    "entry is unknown text": (
+        change_model(unk_token=spell("日本".encode())),
+        SAME + "its unk_token '.*' is an entry that texts may spell, and no special added token",
+    ),
     "no alphabet": (change_vocabulary(**{"日": 430}), SAME + "its entry '日' is not written in the byte alphabet"),
     "space": (change_vocabulary(**{"a b": 430}), SAME + "its entry 'a b' is not written in the byte alphabet"),
     "empty": (change_vocabulary(**{"": 430}), SAME + "its vocabulary has an empty entry"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rwkv_jax.atomic import new_file
+from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.chat.formats import g1_in_jinja
 from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, read_template
 from rwkv_jax.config import ConfigError
@@ -39,6 +39,8 @@ def write_hugging_face_tokenizer(
       ConfigError: another kind of tokenizer, one that lacks a byte, or a file that is there already.
     """
     files = hugging_face_files(tokenizer, vocab_size=vocab_size, chat_template=chat_template)
+    for name in files:  # before the first is written
+        refuse_existing(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with new_file(folder / name) as file:
@@ -86,5 +88,6 @@ def chat_template_beside(folder: Path) -> str | None:
 def _name_of_end(tokenizer: Tokenizer, content: bytes) -> str:
     """The text of the token between documents in a tokenizer.json that has been read."""
     description = json.loads(content)
-    ids = {**description["model"]["vocab"], **{token["content"]: token["id"] for token in description["added_tokens"]}}
+    added = description.get("added_tokens") or ()
+    ids = {**description["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
     return next(text for text in ENDS_OF_TEXT if ids.get(text) == tokenizer.end_of_text)

@@ -205,6 +205,8 @@ def _inexactness(
             return f"its added token {text!r} is looked for before the longest match"
     if reason := missing_bytes(vocabulary.keys() - specials):
         return reason
+    if unknown not in ENDS_OF_TEXT and not (unknown in added and added[unknown]["special"]):
+        return f"its unk_token {unknown!r} is an entry that texts may spell, and no special added token"
     return _cutting(description.get("pre_tokenizer"), vocabulary)
 
 
