@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from rwkv_jax.chat.formats import g1_in_jinja
 from rwkv_jax.chat.messages import Message, ToolCall, read_messages
 from rwkv_jax.chat.replies import ReplyParser
 from rwkv_jax.chat.template import Piece, Thinking, ToolChoice, begins_thinking
@@ -231,9 +232,15 @@ def read_template(folder: Path) -> tuple[str, str] | None:
         return None
     source = parse_object(_read(path), path).get("chat_template")
     if isinstance(source, list):  # several by name
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, Mapping)}
-        source = named.get("default")
+        named = (item for item in source if isinstance(item, Mapping) and item.get("name") == "default")
+        source = next((item.get("template") for item in named), None)
     return (source, f"{path}: chat_template") if isinstance(source, str) else None
+
+
+def read_foreign_template(folder: Path) -> tuple[str, str] | None:
+    """As `read_template`, but None for `g1_in_jinja`, whose text the formats write without jinja2."""
+    found = read_template(folder)
+    return None if found is None or found[0] == g1_in_jinja() else found
 
 
 def _text_in(path: Path) -> str:

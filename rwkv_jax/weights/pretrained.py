@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.data.tokenizers import (
     TOKENIZER_FILES,
     HuggingFaceTokenizer,
@@ -371,9 +371,16 @@ def convert(
     relation = provenance.relation if changed is None else "finetune"
     provenance = dataclasses.replace(provenance, changes=changes, relation=relation)
     has_template = not path.is_dir() and Path(target).suffix.lower() not in (*_HAVE_NO_TOKENIZER, GGUF)
-    template = chat_template_beside(path.parent) if has_template else None
+    template = _template_beside(path) if has_template else None
     write_weights(tensors, config, Path(target), layout, dtype, found, About(license, provenance), template)
     return config
+
+
+def _template_beside(path: Path) -> str | None:
+    try:
+        return chat_template_beside(path.parent)
+    except ConfigError as error:
+        raise WeightsError(f"{error}, or move it away to convert without a template") from error
 
 
 def _official(path: Path, ema: bool) -> tuple[ModelConfig, Mapping[str, NDArray], Provenance]:

@@ -15,7 +15,7 @@ from rwkv_jax.chat.formats import G1, WORLD, g1_in_jinja
 from rwkv_jax.chat.jinja_template import JinjaTemplate
 from rwkv_jax.chat.template import Thinking
 from rwkv_jax.config import ConfigError
-from rwkv_jax.data.tokenizers import WorldTokenizer, write_hugging_face_tokenizer
+from rwkv_jax.data.tokenizers import WorldTokenizer, chat_template_beside, write_hugging_face_tokenizer
 from rwkv_jax.inference.chat.choice import choose_template
 
 TEMPLATE = JinjaTemplate(g1_in_jinja())
@@ -164,6 +164,11 @@ def test_our_own_template_beside_weights_needs_no_jinja(tmp_path: Path, monkeypa
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == g1_in_jinja()
     monkeypatch.setitem(sys.modules, "rwkv_jax.chat.sandbox", None)
     assert choose_template(tmp_path / "model.safetensors", WorldTokenizer()) is G1
+    assert chat_template_beside(tmp_path) is None
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": g1_in_jinja()}))
+    assert choose_template(tmp_path / "model.safetensors", WorldTokenizer()) is G1
+    assert chat_template_beside(tmp_path) is None
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ConfigError, match="needs the package jinja2"):
         choose_template(tmp_path / "model.safetensors", WorldTokenizer())

@@ -239,8 +239,14 @@ def test_few_lists_within_each_other_are_not_little_work(pair: str, used: str, m
 def test_files_of_a_tokenizers_folder(tmp_path: Path) -> None:
     assert JinjaTemplate.beside(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
-    for content, text in (({}, None), ({"chat_template": "a"}, "a"), ({"chat_template": [{"name": "rag"}]}, None)):
-        config.write_text(json.dumps(content))
+    for source, text in (
+        (None, None),
+        ("a", "a"),
+        ([{"name": "rag"}], None),
+        ([{"name": ["x"], "template": "a"}], None),
+        ([1, {"name": ["x"]}, {"name": "default", "template": "b"}], "b"),
+    ):
+        config.write_text(json.dumps({"chat_template": source}))
         found = JinjaTemplate.beside(tmp_path)
         assert (None if found is None else found.render([USER])) == text
     config.write_text(json.dumps({"chat_template": [{"name": "default", "template": "b"}, {"name": "tool_use"}]}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rwkv_jax.atomic import new_file, refuse_existing
 from rwkv_jax.chat.formats import g1_in_jinja
-from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, read_template
+from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, read_foreign_template
 from rwkv_jax.config import ConfigError
 from rwkv_jax.data.tokenizers.base import Tokenizer
 from rwkv_jax.data.tokenizers.byte_level import ENDS_OF_TEXT
@@ -81,8 +81,8 @@ def chat_template_beside(folder: Path) -> str | None:
 
     The one that `write_hugging_face_tokenizer` writes is None: models have its format without it.
     """
-    found = read_template(folder)
-    return None if found is None or found[0] == g1_in_jinja() else found[0]
+    found = read_foreign_template(folder)
+    return None if found is None else found[0]
 
 
 def _name_of_end(tokenizer: Tokenizer, content: bytes) -> str:

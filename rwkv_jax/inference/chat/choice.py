@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD, g1_in_jinja
-from rwkv_jax.chat.jinja_template import TEMPLATE_FILE, JinjaTemplate
+from rwkv_jax.chat.formats import G1, PILE_QA, RAVEN, WORLD
+from rwkv_jax.chat.jinja_template import JinjaTemplate, read_foreign_template
 from rwkv_jax.chat.template import ChatTemplate
 from rwkv_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 
@@ -26,17 +26,11 @@ def choose_template(place: Path, tokenizer: Tokenizer) -> ChatTemplate:
       ConfigError: as `JinjaTemplate.beside`.
     """
     folder = place if place.is_dir() else place.parent
-    if not _is_ours(folder / TEMPLATE_FILE) and (jinja := JinjaTemplate.beside(folder)) is not None:
-        return jinja
+    if (found := read_foreign_template(folder)) is not None:
+        return JinjaTemplate(*found)
     name = place.name.lower()
     if "raven" in name:
         return RAVEN
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.vocab_size == _PILE_IDS:
         return PILE_QA
     return WORLD if "world" in name else G1
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is `g1_in_jinja`, whose text the formats write without jinja2."""
-    ours = g1_in_jinja().encode()
-    return path.is_file() and path.stat().st_size == len(ours) and path.read_bytes() == ours
