@@ -2,7 +2,8 @@
 
 Matrices are packed: embedding, head and linear maps. Vectors and norms stay in float32, and so do low-rank maps with a
 rank of at most a twelfth of the width, including the decay's: they are a hundredth of a model. In narrow models, where
-ranks are not low, they are packed too, the decay's with at least 8 bits: its errors accumulate over a text.
+ranks are not low, those of time mixings are packed too, the decay's with at least 8 bits: its errors accumulate
+over a text.
 
 int8 has a scale for each output channel. int4 has groups of 32 inputs with a multiplier and an offset each, small
 integers in units of the channel's scale, so that 4.5 bits of a number are kept and unpacking gives whole numbers in 8

@@ -117,6 +117,7 @@ def test_low_ranks_of_a_wide_model_stay_in_float32_and_the_decays_never_has_4_bi
     assert chosen("a2", 24, 64) == "int8"  # no groups of 32
     assert chosen("r_k", 12, 64) is None
     assert quantization_of("blocks.1.att.w2", (32, 64), "bfloat16") == "bfloat16"
+    assert quantization_of("blocks.1.ffn.s1", (64, 32), "int8") is None  # beside the time mixing
 
 
 def bytes_in_file(config: ModelConfig, quantize: Quantization) -> int:

@@ -153,7 +153,13 @@ def recognize(shapes: Shapes) -> GenerationSpec | None:
 
 
 def is_low_rank(name: str, *, decay_only: bool = False) -> bool:
-    """Whether an official name is a low-rank map's, stored as [in, out]; with `decay_only`, the decay's."""
+    """Whether an official name is that of a low-rank map in a time mixing, blocks.I.att.NAME, stored as [in, out].
+
+    Those elsewhere, such as 7a's ffn.s1 and 7b's qkv.k1, are not, and so they are never packed.
+
+    Args:
+      decay_only: only those of the decay.
+    """
     block, _, within = name.partition(".att.")
     names = (spec.low_rank_decay if decay_only else spec.low_rank for spec in GENERATIONS.values())
     return block.startswith("blocks.") and any(f"att.{within}" in own for own in names)
