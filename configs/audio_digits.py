@@ -5,7 +5,7 @@
 Seen with 600 steps on 2 CPU cores that much other work shared, 9 to 11 minutes, 3.4 of them this process's: of the
 digits of 256 held-out utterances at 10 dB, by voices not trained on, 90.5% were right (of the first 64 utterances), and
 94.3% of all without varying the training utterances (`vary` in data.py), whose loss then was 0.03 beside 0.23 of the
-held-out ones. These 1500 steps have not been run.
+held-out ones. Since then words, not whole utterances, are equally loud, and these 1500 steps have not been run.
 """
 
 from rwkv_jax.applications.audio.config import Audio, AudioConfig

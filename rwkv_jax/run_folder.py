@@ -338,7 +338,7 @@ def load_model(
     else:
         placed = shardings(config.model)
     like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, placed)
-    tree, place, step = _load(run_dir, which, lambda saved: _with_averages(like, saved) if ema else {"params": like})
+    tree, place, step = _load(run_dir, which, lambda saved: with_averages(like, saved) if ema else {"params": like})
     if ema and "ema" not in tree:
         raise ConfigError(f"{place}: has no averages of weights, which training.ema_decay keeps; leave ema out")
     return LoadedModel(config, graphdef, merge_nested(tree.get("params", {}), tree.get("ema", {})), step)
@@ -403,7 +403,7 @@ def _load(
     return tree, place, step
 
 
-def _with_averages(params: Any, saved: Mapping[str, str]) -> dict[str, Any]:
+def with_averages(params: Any, saved: Mapping[str, str]) -> dict[str, Any]:
     """What to load of a checkpoint: the averages that it has of parameters, and the parameters that it has none of."""
     parts: dict[str, Any] = {"params": {}, "ema": {}}
     for path, leaf in jax.tree.leaves_with_path(params):

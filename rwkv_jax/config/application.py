@@ -39,20 +39,25 @@ class ApplicationConfig(TrainConfig):
     evaluation: EvaluationConfig = dataclasses.field(default_factory=lambda: EvaluationConfig(sample_prompts=()))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check = checker(self)
+        random = f"{self.application} begins with random parameters, all of which are trained; leave it out"
+        check(not self.tuning.is_partial, "tuning", random)
+        check(self.initial_weights is None, "initial_weights", random)
+        super().__post_init__()
         name, has_own = self.application, f"an application of this name, {self.application}, has its own"
         read = {
-            "data": (self.data, DataConfig(), f"{has_own} data, set by {self.section}"),
-            "initial_weights": (self.initial_weights, None, f"{name} begins with random parameters"),
             "evaluation.sample_prompts": (self.evaluation.sample_prompts, (), f"{name} writes no text"),
             "evaluation.tasks": (self.evaluation.tasks, (), f"{name} is no language model"),
             "training.objective": (self.training.objective, StepConfig.objective, f"{has_own} objective"),
             "training.fused_loss": (self.training.fused_loss, False, f"{has_own} loss"),
+            "training.loss_chunk": (self.training.loss_chunk, None, f"{has_own} loss"),
             "training.l2wrap": (self.training.l2wrap, StepConfig.l2wrap, f"{has_own} loss"),
             "training.carry_state": (self.training.carry_state, False, "each row is by itself"),
             "training.first_step": (self.training.first_step, 0, f"{name} begins with random parameters"),
         }
+        for field in dataclasses.fields(DataConfig):
+            reason = f"{has_own} data, set by {self.section}"
+            read[f"data.{field.name}"] = (getattr(self.data, field.name), field.default, reason)
         for field, (value, default, reason) in read.items():
             check(value == default, field, f"{reason}; leave it out")
         check(

@@ -10,13 +10,14 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from rwkv_jax.checks import require_known
 from rwkv_jax.config import ConfigError, Remat, StepConfig
 from rwkv_jax.config.application import ApplicationConfig
 from rwkv_jax.data.tokenizers import SymbolTokenizer, Tokenizer
@@ -171,22 +172,28 @@ def application_of(config: Any) -> Application | None:
     return config.load_application() if isinstance(config, ApplicationConfig) else None
 
 
-def load_application(run_dir: str, which: str = "best") -> tuple[Application, Any]:
-    """A trained application and its model, from a run folder.
+def load_application(run_dir: str, which: Literal["best", "newest"] = "best") -> tuple[Application, Any]:
+    """A trained application and its model, from a run folder; of averages of weights if the run evaluates them.
 
     Args:
-      which: best or newest checkpoint.
+      which: checkpoint.
 
     Raises:
       ConfigError: the folder is no application's run, or its checkpoint is missing or damaged.
     """
     from pathlib import Path
 
-    from rwkv_jax.run_folder import load_part, run_config
+    from rwkv_jax.models.tuned import merge_nested
+    from rwkv_jax.run_folder import load_part, run_config, with_averages
 
+    require_known(which, ("best", "newest"), "which", "checkpoint")
     place = Path(run_dir)
     application = application_of(run_config(place))
     if application is None:
         raise ConfigError(f"{run_dir!r}: is a language model's run; load it with rwkv_jax.from_pretrained")
-    found = load_part(place, cast("Any", which), lambda config, saved: {"params": application.abstract[1]})
-    return application, application.model(jax.tree.map(jnp.asarray, found["params"]))
+    shapes, has_averages = application.abstract[1], application.config.evaluation.ema
+    found = load_part(
+        place, which, lambda config, saved: with_averages(shapes, saved) if has_averages else {"params": shapes}
+    )
+    params = merge_nested(found.get("params", {}), found.get("ema", {}))
+    return application, application.model(jax.tree.map(jnp.asarray, params))

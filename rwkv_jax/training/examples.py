@@ -101,7 +101,8 @@ class ExampleRows:
 
     def use(self, functions: TrainFunctions) -> None:
         """Takes other functions of the same run."""
-        self.functions = functions
+        assert functions.application is not None  # as these rows are an application's
+        self.functions, self.application = functions, functions.application
 
     def load(self, step: int, params: Any) -> Any:
         """The batch of a step, whatever the parameters are."""

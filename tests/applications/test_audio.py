@@ -17,7 +17,7 @@ from flax import nnx
 from rwkv_jax.applications.audio import data
 from rwkv_jax.applications.audio.config import Audio, AudioConfig
 from rwkv_jax.applications.audio.data import HOP, MELS, RATE, AudioBatch, draw_examples, frames_of, mel_filters
-from rwkv_jax.applications.audio.model import Listener, Recognizer, collapsed, edit_distance
+from rwkv_jax.applications.audio.model import AudioApplication, Listener, Recognizer, collapsed, edit_distance
 from rwkv_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -179,10 +179,40 @@ def test_listening_frame_by_frame_is_hearing_the_whole() -> None:
         Listener(model, config_of(dataclasses.replace(TONES, direction="both")))
 
 
+@pytest.mark.parametrize("frontend", ["log_mel", "raw"])
+def test_sound_in_pieces_is_heard_as_the_whole(frontend: Any) -> None:
+    audio = dataclasses.replace(TONES, frontend=frontend)
+    model, config = recognizer(audio), config_of(audio)
+    sound = data.utterance([data.tone((0, 1, 0), np.random.default_rng(1))] * 3, 10, np.random.default_rng(2))
+    whole = Listener(model, config).hear_sound(sound)
+    listener = Listener(model, config)
+    pieces = [listener.hear_sound(piece) for piece in np.split(sound, [7, 700, 701, 2500])]
+    assert whole
+    assert [word for piece in pieces for word in piece] == whole
+
+
+def test_every_word_too_many_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that says another word in each frame, against a single one."""
+    config = config_of(dataclasses.replace(TONES, max_words=1))
+    said = np.resize([1, 2], (8, 70))
+
+    def recognize(params: None, batch: AudioBatch) -> np.ndarray:
+        del params
+        return np.where(np.arange(70)[None] < batch.num_frames[:, None], said, 0)
+
+    monkeypatch.setattr(AudioApplication, "_recognize", staticmethod(recognize))
+    examples = draw_examples(config.audio, 70, held_out=True)
+    found = AudioApplication(config).measure(None, examples, None)["word_accuracy"]
+    frames, labels = examples.arrays.num_frames, examples.arrays.labels[:, 0]
+    wrong = sum(int(count) - (label in (1, 2)) for count, label in zip(frames, labels, strict=True))
+    assert found == pytest.approx(1 - wrong / 8)
+
+
 def test_a_run_of_tones(tmp_path: Path) -> None:
     result = train(config_of(run_dir=str(tmp_path / "run")))
     assert result.measured is not None
     assert result.measured.metrics.keys() == {"exact", "word_accuracy"}
+    assert result.measured.metrics["word_accuracy"] < 0.5
     assert np.isfinite(result.measured.loss)
     application, model = load_application(str(tmp_path / "run"), "newest")
     held_out = application.examples(print)[1]

@@ -40,7 +40,8 @@ class Audio:
         require_choices(self, "audio")
         require_positive(self, "audio", "max_words", "num_examples", "num_held_out")
         check = checker(self, "audio")
-        check(self.snr[0] <= self.snr[1], "snr", "must be the lowest ratio, then the highest")
+        check(-100 < self.snr[0] <= self.snr[1] < 100, "snr", "must be the lowest ratio, then the highest, dB")
+        check(-100 < self.held_out_snr < 100, "held_out_snr", "must lie between -100 and 100 dB")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Utterances of several words with noise: sound, frames, and labels; the same numbers wherever they are made.
+"""Utterances of several words with noise: sound, frames, and labels.
 
-Sound has 8000 samples a second; a frame is 20 ms, 160 samples, and what is read of it ends where it ends.
+Sound has 8000 samples a second; a frame is 20 ms, 160 samples, and what is read of it ends where it ends. The same
+versions of espeak-ng and NumPy on the same kind of processor make the same numbers; others may round the last digit
+otherwise, and a run that is resumed there is refused.
 """
 
 from __future__ import annotations
@@ -101,10 +103,10 @@ def speak(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
 
 
 def utterance(clips: Sequence[np.ndarray], snr: float, draws: np.random.Generator) -> np.ndarray:
-    """Words with pauses and noise, of an energy of 0.01.
+    """Words with pauses and noise; a word has a root mean square of 0.07 to 0.1.
 
     Args:
-      snr: power of the words to that of the noise, dB; noise is white or falls with frequency.
+      snr: power of the words with their pauses to that of the noise, dB; noise is white or falls with frequency.
     """
     parts = [np.zeros(int(RATE * draws.uniform(0.05, 0.2)))]
     for clip in clips:
@@ -117,8 +119,8 @@ def utterance(clips: Sequence[np.ndarray], snr: float, draws: np.random.Generato
     if draws.random() < 0.5:
         noise = np.asarray(scipy.signal.lfilter([1], [1, -0.9], noise))
     noise *= np.sqrt(np.mean(sound**2) / np.mean(noise**2)) * 10 ** (-snr / 20)
-    sound = sound + noise
-    return 0.1 * sound / np.sqrt(np.mean(sound**2))
+    # (Not of equal power as a whole: no listener knows that before the end.)
+    return 0.1 * (sound + noise)
 
 
 @functools.cache
@@ -132,12 +134,18 @@ def mel_filters() -> np.ndarray:
     return np.maximum(0, np.minimum(rising, falling))
 
 
-def frames_of(sound: np.ndarray, frontend: str) -> np.ndarray:
-    """Frames of a sound [samples]: float32 [samples // HOP, features], each of samples up to its end."""
+def frames_of(sound: np.ndarray, frontend: str, before: np.ndarray | None = None) -> np.ndarray:
+    """Frames of a sound [samples]: float32 [samples // HOP, features], each of samples up to its end.
+
+    Args:
+      before: the WINDOW - HOP samples before it; None is silence.
+    """
     count = len(sound) // HOP
+    if not count:
+        return np.zeros((0, num_features(frontend)), np.float32)
     if frontend == "raw":
         return (10 * sound[: count * HOP]).reshape(count, HOP).astype(np.float32)
-    padded = np.concatenate([np.zeros(WINDOW - HOP), sound])
+    padded = np.concatenate([np.zeros(WINDOW - HOP) if before is None else before, sound])
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][:count]
     power = np.abs(np.fft.rfft(windows * np.hanning(WINDOW), axis=-1)) ** 2
     return (np.log(power @ mel_filters().T + 1e-4) / 3 + 1).astype(np.float32)
@@ -149,7 +157,7 @@ def num_features(frontend: str) -> int:
 
 
 def vary(row: AudioBatch, draws: np.random.Generator) -> AudioBatch:
-    """An utterance of another voice and room: energies up to two bands higher or lower, and some bands at their mean.
+    """An utterance of another voice and room: energies up to two bands higher or lower, some bands at the mean of all.
 
     A longer or shorter vocal tract moves all formants; SpecAugment (arXiv 1904.08779) leaves out bands.
     """

@@ -19,17 +19,26 @@ from jax import Array
 from typing_extensions import override
 
 from rwkv_jax.applications.audio.config import AudioConfig
-from rwkv_jax.applications.audio.data import AudioBatch, draw_examples, frames_of, num_features, vocabulary
+from rwkv_jax.applications.audio.data import (
+    HOP,
+    WINDOW,
+    AudioBatch,
+    draw_examples,
+    frames_of,
+    num_features,
+    vocabulary,
+)
 from rwkv_jax.config import ConfigError
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.models.bidirectional import bidirectional_type
 from rwkv_jax.models.language_model import PartTransform, identity
-from rwkv_jax.models.layers import BiasedLinear, uniform
+from rwkv_jax.models.layers import BiasedLinear, uniform, wide_dtype
 from rwkv_jax.training.application import Application, Forward, Losses, part_of
 from rwkv_jax.training.examples import Examples
+from rwkv_kernels.arguments import broadcast_varying_axes
 
-NONE = 0
-"""The class of a frame that says no word, or goes on with the last one's silence."""
+BLANK = 0
+"""CTC's blank: the class of a frame that says no word."""
 
 
 def stack_type(config: AudioConfig) -> type[LanguageModel]:
@@ -43,6 +52,7 @@ class Recognizer(nnx.Module):
 
     def __init__(self, config: AudioConfig, rngs: nnx.Rngs, shard_params: PartTransform = identity) -> None:
         model, dtype = config.model, config.model.parameter_dtype
+        self.dtype = model.dtype
         inputs, classes = num_features(config.audio.frontend), len(vocabulary(config.audio)) + 1
 
         def dense(size: int, num_inputs: int) -> BiasedLinear:
@@ -64,30 +74,34 @@ class Recognizer(nnx.Module):
           lengths: integers [B], frames of each utterance.
         """
         forward = forward or Forward()
-        x = forward.gather_params("inputs", self.inputs)(frames)
+        x = forward.gather_params("inputs", self.inputs)(jnp.asarray(frames, self.dtype))
         hidden, state = self.layers.hidden(None, state, inputs_embeds=x, lengths=lengths, **forward.of_part("layers"))
-        return forward.gather_params("words", self.words)(hidden).astype(jnp.float32), state
+        return forward.gather_params("words", self.words)(hidden).astype(wide_dtype(hidden.dtype)), state
 
     def losses(self, batch: AudioBatch, forward: Forward) -> Losses:
         """-log p(words) a word, and whether the likeliest class of each frame, collapsed, says them."""
         logits, _ = self(batch.frames, lengths=batch.num_frames, forward=forward)
         beyond = jnp.arange(logits.shape[1])[None] >= batch.num_frames[:, None]
         absent = batch.labels == 0
-        loss = optax.ctc_loss(logits, beyond.astype(jnp.float32), batch.labels, absent.astype(jnp.float32))
+        # Its log 0 has to vary over the mesh axes over which rows are split, like the logits it is added to.
+        log_zero, _ = broadcast_varying_axes(jnp.asarray(-1e5, logits.dtype), logits)
+        loss = optax.ctc_loss(
+            logits, beyond.astype(logits.dtype), batch.labels, absent.astype(logits.dtype), log_epsilon=log_zero
+        )
         said = collapsed(logits, batch.num_frames, batch.labels.shape[1])
         exact = jnp.all(said == jnp.pad(batch.labels, ((0, 0), (0, 1))), axis=1)
         return Losses(loss / jnp.sum(~absent, axis=1), {"exact": exact.astype(loss.dtype)})
 
 
 def collapsed(logits: Array, num_frames: Array, max_words: int) -> Array:
-    """What frames say: each likeliest class once as long as it lasts, without the class of none.
+    """What frames say: each likeliest class once as long as it lasts, without blanks.
 
     Returns:
       [B, max_words + 1] words, zeros behind them; the last one is not 0 if there are more than `max_words`.
     """
     likeliest = jnp.argmax(logits, axis=-1)
     before = jnp.pad(likeliest, ((0, 0), (1, 0)))[:, :-1]
-    is_said = (likeliest != before) & (likeliest != NONE)
+    is_said = (likeliest != before) & (likeliest != BLANK)
     is_said &= jnp.arange(logits.shape[1])[None] < num_frames[:, None]
     place = jnp.where(is_said, jnp.minimum(jnp.cumsum(is_said, axis=1) - 1, max_words), max_words + 1)
     said = jnp.zeros((len(logits), max_words + 2), likeliest.dtype)
@@ -110,6 +124,8 @@ class Heard(NamedTuple):
     state: Any
     last: int
     """The likeliest class of the last frame."""
+    tail: np.ndarray
+    """The last samples, of which the next frames begin; and those of no whole frame yet."""
 
 
 class Listener:
@@ -121,7 +137,8 @@ class Listener:
             raise ConfigError("audio.direction = 'both': needs the end of an utterance; train a causal one to listen")
         self._words, self._frontend = vocabulary(config.audio), config.audio.frontend
         graphdef, params = nnx.split(recognizer)
-        self._params, self._heard = params, Heard(recognizer.layers.initial_state(1), NONE)
+        self._params = params
+        self._heard = Heard(recognizer.layers.initial_state(1), BLANK, np.zeros(WINDOW - HOP))
         self._run = jax.jit(lambda params, frames, state: nnx.merge(graphdef, params)(frames, state))
 
     def hear(self, frames: np.ndarray) -> list[str]:
@@ -129,15 +146,19 @@ class Listener:
         logits, state = self._run(self._params, frames[None], self._heard.state)
         words, last = [], self._heard.last
         for found in np.argmax(np.asarray(logits)[0], axis=-1).tolist():
-            if found not in (last, NONE):
+            if found not in (last, BLANK):
                 words.append(self._words[found - 1])
             last = found
-        self._heard = Heard(state, last)
+        self._heard = self._heard._replace(state=state, last=last)
         return words
 
     def hear_sound(self, sound: np.ndarray) -> list[str]:
-        """`hear` of a whole sound, 8000 samples a second."""
-        return self.hear(frames_of(sound, self._frontend))
+        """The words that begin within the next samples, of any number, 8000 a second, loud as those trained on."""
+        before, sound = np.split(np.concatenate([self._heard.tail, sound]), [WINDOW - HOP])
+        end = len(sound) // HOP * HOP
+        frames = frames_of(sound, self._frontend, before)
+        self._heard = self._heard._replace(tail=np.concatenate([before, sound])[end:])
+        return self.hear(frames) if len(frames) else []
 
 
 class AudioApplication(Application):
@@ -166,11 +187,9 @@ class AudioApplication(Application):
 
     @functools.cached_property
     def _recognize(self) -> Callable[[Any, AudioBatch], Array]:
-        max_words = self.config.audio.max_words
-
         def recognize(params: Any, batch: AudioBatch) -> Array:
             logits, _ = self.model(params)(batch.frames, lengths=batch.num_frames)
-            return collapsed(logits, batch.num_frames, max_words)
+            return collapsed(logits, batch.num_frames, logits.shape[1])  # however many are said
 
         return jax.jit(recognize)
 

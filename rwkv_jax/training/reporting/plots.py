@@ -72,7 +72,8 @@ def _objective(run_dir: Path) -> str:
     """What the run minimizes; next_token if its folder does not say."""
     if not (run_dir / RUN_FILE).exists():
         return "next_token"
-    return str(read_run_file(run_dir)["config"].get("training", {}).get("objective", "next_token"))
+    config = read_run_file(run_dir)["config"]
+    return str(config.get("application") or config.get("training", {}).get("objective", "next_token"))
 
 
 def _losses_by_unit(
