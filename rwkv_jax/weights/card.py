@@ -112,7 +112,7 @@ def model_card(model: ModelConfig, files: Files, about: About, versions: Mapping
         _section("Trained with", origin.trained_with),
         _section("Written with", versions),
         "## License",
-        _license(about.license),
+        license_text(about.license),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -193,7 +193,8 @@ def _origin_rows(origin: Provenance) -> dict[str, str]:
     return rows | ({"changes": "; ".join(origin.changes)} if origin.changes else {})
 
 
-def _license(license: str | None) -> str:
+def license_text(license: str | None) -> str:
+    """What a card says under its last heading; None is not stated."""
     if license is not None:
         return _text(license)
     return (

@@ -10,33 +10,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_jax.data.tokenizers import TOKENIZER_FILES
-from rwkv_jax.weights.card import CARD_FILE, check_license, yaml_text
+from rwkv_jax.weights.card import CARD_FILE, check_license, license_text, yaml_text
 from rwkv_jax.weights.hub import TEMPLATES, short_reason, without_warnings_of_retries
 from rwkv_jax.weights.hugging_face import CONFIG_FILE, GENERATION_FILE
 from rwkv_jax.weights.pinned import check_revision, files_of
+from rwkv_jax.weights.shards import is_index
 from rwkv_jax.weights.sources import find_weights, open_weights, weights_among
 from rwkv_jax.weights.tensors import WeightsError, join_names, prefix_errors
 
 MAX_FILE_BYTES = 50 * 10**9
 """What the hub takes as one file."""
 
+_READ_WITH_WEIGHTS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *TEMPLATES)
+
 _BESIDE = (
     CARD_FILE,
-    "LICENSE*",
-    "NOTICE*",
-    CONFIG_FILE,
-    GENERATION_FILE,
+    *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".txt", ".md", "-*")),
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
-    *TOKENIZER_FILES,
-    *TEMPLATES,
+    *_READ_WITH_WEIGHTS,
 )
 """All that is uploaded besides weights."""
 
-_TEXTS = (".json", ".jinja", ".md", ".txt", "")  # suffixes of files that are searched for tokens
 _MAX_TEXT_BYTES = 10**8
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # wherever it begins: JSON has the end of a line before it as \n
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n")
 
@@ -103,7 +101,8 @@ def plan_push(
     named, card = _card(folder, license)
     uploads = [upload for upload in uploads if upload.name != CARD_FILE] + [card]
     for upload in uploads:
-        _refuse_tokens(upload)
+        if upload.name not in allowed or is_index(upload.name):
+            _refuse_tokens(upload)
     return Push(repository, revision, private, named, title, tuple(sorted(uploads)), left_out)
 
 
@@ -158,13 +157,13 @@ def _upload(folder: Path, path: Path) -> Upload:
 
 
 def _refuse_tokens(upload: Upload) -> None:
-    """Raises WeightsError for a text that has a token of the hub in it."""
-    if isinstance(upload.content, Path):
-        if upload.content.suffix not in _TEXTS or upload.num_bytes > _MAX_TEXT_BYTES:
-            return
-        content = upload.content.read_bytes()
-    else:
-        content = upload.content
+    """Raises WeightsError for a file that has a token of the hub in it, or is too large to be searched for one."""
+    if upload.num_bytes > _MAX_TEXT_BYTES:
+        raise WeightsError(
+            f"{upload.name}: has {upload.num_bytes / 1e6:.0f} MB; beside weights only files up to "
+            f"{_MAX_TEXT_BYTES / 1e6:.0f} are searched for access tokens and published; move it away"
+        )
+    content = upload.content.read_bytes() if isinstance(upload.content, Path) else upload.content
     if _TOKEN.search(content):
         raise WeightsError(f"{upload.name}: has an access token of the hub in it (hf_...); take it out, and revoke it")
 
@@ -183,7 +182,7 @@ def _card(folder: Path, license: str | None) -> tuple[str, Upload]:
         raise WeightsError(f"{path}: cannot be read as UTF-8 ({error}); mend it") from error
     fields = front_matter_of(text, path)
     stated = fields.get("license")
-    if stated in (None, "", "unknown"):
+    if stated is None or str(stated).strip().lower() in ("", "unknown", "none"):
         if license is None:
             raise WeightsError(
                 f"{path}: states no license, without which nobody may use what is published; give --license, such as "
@@ -201,6 +200,9 @@ def _card(folder: Path, license: str | None) -> tuple[str, Upload]:
             f"{path}: license = {stated!r}: does not say which; write an identifier of the hub, or license_name and "
             "license_link beside license: other"
         )
+    if stated != "other":
+        with prefix_errors(path):
+            check_license(stated)
     if license not in (None, stated):
         raise WeightsError(f"license = {license!r}: {path} states {stated!r}; leave it out, or mend the card")
     content = text.encode()
@@ -231,7 +233,8 @@ def front_matter_of(text: str, place: object) -> dict[str, Any]:
 
 
 def with_license(text: str, license: str) -> str:
-    """A card whose front matter also states a license."""
+    """A card that states a license in its front matter, and where its text said that none is."""
+    text = text.replace(license_text(None), license_text(license))
     line = f"license: {yaml_text(license)}\n"
     opened = _FRONT_MATTER.match(text)
     if opened is None:
@@ -246,8 +249,8 @@ def push(plan: Push, report: Callable[[str], None] = lambda line: None) -> str:
       The commit.
 
     Raises:
-      WeightsError: nobody is logged in, the repository is public where a private one was asked for, it has weights that
-        would stay beside these, or the hub refuses. Nothing is uploaded then.
+      WeightsError: nobody is logged in, the repository is public where a private one was asked for, it has weights, or
+        files that are read with weights, that would stay beside these, or the hub refuses. Nothing is uploaded then.
     """
     try:
         import huggingface_hub as hub
@@ -277,7 +280,7 @@ def push(plan: Push, report: Callable[[str], None] = lambda line: None) -> str:
         raise
     except Exception as error:  # of the hub, of the network or of the disk, by whatever library speaks to them
         left = f"; the repository {plan.repository} was made, and is empty" if made else ""
-        reason = re.sub(r"\bhf_\w+", "hf_...", short_reason(error))
+        reason = re.sub(r"hf_\w+", "hf_...", short_reason(error))
         raise WeightsError(
             f"{plan.repository}: could not be pushed ({reason}); nothing was uploaded{left}. Mend it and push again"
         ) from error
@@ -298,10 +301,15 @@ def _check_present(api: Any, plan: Push) -> None:
 
 
 def _refuse_beside(present: Sequence[str], plan: Push) -> None:
-    """Raises WeightsError if weights would lie beside these, of which whoever loads the model might take others."""
+    """Raises WeightsError if what is there would lie beside these weights, and be read in their place or with them."""
     ours = {upload.name for upload in plan.uploads}
-    if others := sorted(set(weights_among(present)) - ours):
-        raise WeightsError(
-            f"{plan.repository}: holds other weights, which would lie beside these ({join_names(others)}); delete them "
-            "there, or name another repository or --revision"
-        )
+    others = {
+        "weights": set(weights_among(present)),
+        "files that are read with weights": {*present} & {*_READ_WITH_WEIGHTS},
+    }
+    for what, names in others.items():
+        if names := sorted(names - ours):
+            raise WeightsError(
+                f"{plan.repository}: holds other {what}, which would lie beside these ({join_names(names)}); delete "
+                "them there, or name another repository or --revision"
+            )

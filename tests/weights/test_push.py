@@ -17,6 +17,7 @@ from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.run_folder import write_run
 from rwkv_jax.weights import push as module
 from rwkv_jax.weights.card import CARD_FILE
+from rwkv_jax.weights.pretrained import convert
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.push import front_matter_of, plan_push, push, with_license
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
@@ -62,6 +63,9 @@ def test_weights_and_what_is_known_beside_them(folder: Path, monkeypatch: pytest
         "rng_state.pth.bak",
         "notes.md",
         "a.py",
+        "LICENSE.pem",
+        "LICENSE.rst",
+        "NOTICE.MD",
     )
     for name in strays:
         (folder / name).write_text(TOKEN)
@@ -153,6 +157,18 @@ def test_a_token_in_a_file_is_not_published(folder: Path, name: str) -> None:
     assert TOKEN not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["LICENSE-APACHE-2.0", "NOTICE-x.pem", "tokenizer.model", "tokenizer_config.json"])
+def test_no_file_is_published_without_a_search(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / name).write_text(f'{{"chat_template": "a\\n{TOKEN}"}}')  # JSON has the two signs \\n before it
+    with pytest.raises(WeightsError, match=rf"{name}: has an access token of the hub in it"):
+        plan_push(folder, "owner/name")
+    (folder / name).write_text("a" * 200)
+    assert name in names(folder)
+    monkeypatch.setattr(module, "_MAX_TEXT_BYTES", 199)
+    with pytest.raises(WeightsError, match=rf"{name}: has 0 MB; beside weights only files up to 0 are searched for"):
+        plan_push(folder, "owner/name")
+
+
 @pytest.mark.parametrize(
     "repository",
     [
@@ -181,6 +197,10 @@ def test_without_a_license_nothing_is_published(folder: Path) -> None:
         "---\n---\n",
         "---\nlicense:\n---\n",
         "---\nlicense: unknown\n---\n",
+        "---\nlicense: Unknown\n---\n",
+        "---\nlicense: none\n---\n",
+        "---\nlicense: NONE\n---\n",
+        '---\nlicense: " "\n---\n',
     ):
         card.write_text(text)
         with pytest.raises(WeightsError, match=r"README\.md: states no license, without which nobody may use what is"):
@@ -212,6 +232,15 @@ def test_a_license_is_put_into_what_is_uploaded(folder: Path, text: str) -> None
     assert sent.endswith(text.rpartition("---")[2])
 
 
+def test_a_card_of_ours_no_longer_says_that_none_is_stated(tmp_path: Path) -> None:
+    write_torch_file(tmp_path / "m.pth", TENSORS)
+    convert(tmp_path / "m.pth", tmp_path / "out")
+    assert "## License\n\nNot stated: " in (tmp_path / "out" / CARD_FILE).read_text()
+    (sent,) = (x.content for x in plan_push(tmp_path / "out", "o/n", license="mit").uploads if x.name == CARD_FILE)
+    assert isinstance(sent, bytes)
+    assert sent.decode().endswith("\n## License\n\nmit\n")
+
+
 def test_a_license_that_differs_is_refused(folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"license = 'mit': .*README\.md states 'apache-2\.0'; leave it out"):
         plan_push(folder, "owner/name", license="mit")
@@ -239,6 +268,7 @@ def test_a_license_of_one_s_own_has_a_name(folder: Path) -> None:
         (b"---\n- mit\n---\n", "its front matter has no fields"),
         (b"---\na: !!python/object/apply:os.system ['true']\n---\n", "its front matter is no YAML"),
         (b"---\nlicense: [mit]\n---\n", r"license = \['mit'\]: does not say which"),
+        (b"---\nlicense: The MIT one\n---\n", "license = 'The MIT one': must be the hub's identifier"),
         (b"\xff\xfe", "cannot be read as UTF-8"),
     ],
 )
@@ -362,6 +392,22 @@ def test_weights_that_would_stay_beside_are_refused(folder: Path, api: Api, othe
     assert not api.commits
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["tokenizer.model", "chat_template.jinja", "tokenizer_config.json", "config.json", "generation_config.json"],
+)
+def test_what_would_be_read_with_these_weights_is_refused(folder: Path, api: Api, other: str) -> None:
+    api.exists, api.files = True, ["README.md", "sub/config.json", other]
+    with pytest.raises(
+        WeightsError, match=rf"holds other files that are read with weights, .*\({other}\); delete them"
+    ):
+        push(plan_push(folder, "owner/name"))
+    assert not api.commits
+    (folder / other).write_text("{}")
+    push(plan_push(folder, "owner/name"))
+    assert len(api.commits) == 1
+
+
 def test_who_is_not_logged_in_is_told(folder: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(WeightsError, match="nobody is logged in to the Hugging Face hub; hf auth login, or"):
@@ -370,10 +416,10 @@ def test_who_is_not_logged_in_is_told(folder: Path, api: Api, monkeypatch: pytes
 
 
 def test_what_the_hub_refuses_is_said_without_the_token(folder: Path, api: Api) -> None:
-    api.fails = RuntimeError(f"403 for Bearer {TOKEN}: no write access\nand more")
+    api.fails = RuntimeError(f"403 for x{TOKEN}: no write access\nand more")
     with pytest.raises(
         WeightsError,
-        match=r"owner/name: could not be pushed \(403 for Bearer hf_\.\.\.: no write access\); nothing was uploaded; "
+        match=r"owner/name: could not be pushed \(403 for xhf_\.\.\.: no write access\); nothing was uploaded; "
         r"the repository owner/name was made, and is empty\. Mend it and push again",
     ):
         push(plan_push(folder, "owner/name"))
