@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 """The newest version that is read, and the one that is written."""
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 40  # characters of somebody's text in a message
 
 
@@ -43,6 +44,11 @@ class ContentHash(NamedTuple):
     """None if the file has none."""
     lines: Callable[[], list[str]]
     """The line of each tensor; reads them all when it is called first."""
+
+
+def hash_or_none(recorded: str | None) -> str | None:
+    """What a file has recorded, if it is a hash; any other text is never shown, and the file fails when compared."""
+    return recorded if recorded is not None and _HASH.fullmatch(recorded) else None
 
 
 def tensor_line(name: str, dtype: str, content: NDArray) -> str:

@@ -76,11 +76,12 @@ def are_placeholders(tensors: Mapping[str, NDArray]) -> bool:
 
     Anything else is an official file's own, or cannot be, and is refused as it is in an official file.
     """
-    if not {*UNUSED, "blocks.0.att.w0"} <= tensors.keys():
+    if not {*UNUSED, "blocks.0.att.w0", "blocks.0.att.w1"} <= tensors.keys():
         return False
     v0, v1, v2 = (tensor_spec(tensors, name) for name in UNUSED)
     later = tensor_spec(tensors, "blocks.1.att.v1") if "blocks.1.att.v1" in tensors else v1
-    if v0 != tensor_spec(tensors, "blocks.0.att.w0") or {v1.dtype, v2.dtype} != {v0.dtype} or v1.shape != later.shape:
+    w0, w1 = (tensor_spec(tensors, f"blocks.0.att.{name}") for name in ("w0", "w1"))
+    if {v0.dtype, v1.dtype, v2.dtype} != {w1.dtype} or v0.shape != w0.shape or v1.shape != later.shape:
         return False
     if len(v1.shape) != 2 or v1.shape[:1] != v0.shape[-1:] or v2.shape != v1.shape[::-1]:
         return False
@@ -89,7 +90,9 @@ def are_placeholders(tensors: Mapping[str, NDArray]) -> bool:
 
 
 def check_config(path: Path, tensors: Mapping[str, NDArray], *, has_head: bool) -> None:
-    """Holds a config.json, if there is one, against tensors under official names; what it leaves out is not asked for.
+    """Holds a config.json, if there is one, against tensors under official names.
+
+    What it leaves out is not asked for, but for model_type (or architecture_version).
 
     Args:
       has_head: whether the file has a head of its own.

@@ -19,6 +19,7 @@ from rwkv_jax.weights.hub_rwkv7 import HEAD, KEEPS_UNUSED, MODEL_TYPES, are_plac
 from rwkv_jax.weights.hub_rwkv7 import LAYOUT as HUGGINGFACE
 from rwkv_jax.weights.hugging_face import CONFIG_FILE
 from rwkv_jax.weights.model_config import UNUSED, read_config, refuse_adapters, refuse_converted
+from rwkv_jax.weights.pinned import files_of
 from rwkv_jax.weights.sources import read_tensors
 from rwkv_jax.weights.tensors import MappedTensors, join_names, prefix_errors, tensor_spec
 
@@ -172,9 +173,10 @@ def guess_tokenizer(path: Path, vocab_size: int) -> str:
 
 
 def recorded_hash(path: Path) -> str:
-    """The SHA-256 that is the name of the hub's stored file; empty if there is none."""
+    """The SHA-256 that is the name of the hub's stored file; empty if there is none, or there are several files."""
     stored = path.resolve().name
-    return f"{stored}, by the hub's cache" if path.is_symlink() and _SHA256.fullmatch(stored) else ""
+    is_stored = path.is_symlink() and _SHA256.fullmatch(stored) is not None and files_of(path) == [path]
+    return f"{stored}, by the hub's cache" if is_stored else ""
 
 
 def unusual_numbers(tensors: Mapping[str, NDArray], drop_pages: Callable[[], None]) -> list[str]:

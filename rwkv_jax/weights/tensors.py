@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rwkv_jax.config import ConfigError
 from rwkv_jax.file_kinds import Kind, describe_wrong_file
-from rwkv_jax.weights.content_hash import ContentHash, content_sha256
+from rwkv_jax.weights.content_hash import ContentHash, content_sha256, hash_or_none
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -64,7 +64,7 @@ class MappedTensors(dict[str, NDArray]):
         self._recorded = dict(recorded or {})
         self.metadata = dict(metadata or {})
         self._contents = tuple(contents)
-        self.content_sha256 = self._contents[0].recorded if len(self._contents) == 1 else None
+        self.content_sha256 = hash_or_none(self._contents[0].recorded) if len(self._contents) == 1 else None
 
     @classmethod
     def joined(cls, parts: Iterable[MappedTensors], recorded: str | None = None, place: str = "") -> MappedTensors:
@@ -84,7 +84,7 @@ class MappedTensors(dict[str, NDArray]):
         if recorded is not None:
             files = whole._contents
             whole._contents += (ContentHash(place, recorded, lambda: [x for each in files for x in each.lines()]),)
-        whole.content_sha256 = recorded
+        whole.content_sha256 = hash_or_none(recorded)
         return whole
 
     def renamed(self, names: Mapping[str, str]) -> MappedTensors:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.weights.official import official_shapes
+from rwkv_jax.weights.provenance import provenance_of_source
 from rwkv_jax.weights.pth.file import write_torch_file
 from rwkv_jax.weights.safetensors import write_safetensors, write_sharded_safetensors
 from tests.cli.commands import Command
@@ -135,6 +136,33 @@ def test_hashes(rwkv: Command, tmp_path: Path) -> None:
     assert "RWKV-7" in rwkv("info", path, "--sha256", true).out
     with pytest.raises(SystemExit, match=rf"has the SHA-256 {true}, and 0{{64}} was asked for; nothing was loaded"):
         rwkv("info", path, "--sha256", "0" * 64)
+
+
+def test_a_stored_shard_s_hash_is_not_that_of_all(rwkv: Command, tmp_path: Path) -> None:
+    names = list(TENSORS)
+    for i in range(2):
+        stored = tmp_path / "blobs" / (f"{i}b" * 32)
+        stored.parent.mkdir(exist_ok=True)
+        write_torch_file(stored, {name: TENSORS[name] for name in names[i::2]})
+        (tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin").symlink_to(stored)
+    told = rwkv("info", tmp_path / "pytorch_model-00001-of-00002.bin").out
+    assert "none recorded; --hash computes it" in told
+    assert "0b" * 32 not in told
+
+
+def test_what_is_no_hash_is_not_shown(rwkv: Command, tmp_path: Path) -> None:
+    forged = "x\n\x1b[2KSHA-256   " + "ab" * 32
+    save_file(TENSORS, tmp_path / "a.safetensors", metadata={"rwkv_jax.content_sha256": forged})
+    index = write_sharded_safetensors(tmp_path / "b", TENSORS, max_shard_bytes=20_000)
+    record = json.loads(index.read_text())
+    record["metadata"]["rwkv_jax.content_sha256"] = forged
+    index.write_text(json.dumps(record))
+    for path in (tmp_path / "a.safetensors", tmp_path / "b"):
+        told = rwkv("info", path).out
+        assert "of tensors" not in told
+        assert "ab" * 32 not in told
+        assert "\x1b" not in told
+        assert "ab" * 32 not in str(provenance_of_source(path))
 
 
 def test_hashes_of_what_we_wrote(rwkv: Command, tmp_path: Path) -> None:

@@ -66,6 +66,18 @@ def test_official_to_it_to_official_is_bit_exact(
     assert_same_bits(tensors_in(tmp_path / "hub2"), tensors)
 
 
+@pytest.mark.parametrize("rest", ["float32", "bfloat16"])
+def test_made_up_zeros_of_a_file_of_two_dtypes_are_dropped(tmp_path: Path, rest: str) -> None:
+    """They have the dtype of w1, not that of w0."""
+    tensors = random_tensors(SEVEN, rest)
+    other = "bfloat16" if rest == "float32" else "float32"
+    tensors["blocks.0.att.w0"] = tensors["blocks.0.att.w0"].astype(other)
+    write_torch_file(tmp_path / "official.pth", tensors)
+    convert(tmp_path / "official.pth", tmp_path / "hub", layout="huggingface")
+    convert(tmp_path / "hub", tmp_path / "again.pth")
+    assert_same_bits(tensors_in(tmp_path / "again.pth"), tensors)
+
+
 @pytest.mark.parametrize("fields", [FIELDS, CANDIDATE, None], ids=["official", "candidate", "none"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("max_bytes", [10**9, 20_000])
