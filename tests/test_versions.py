@@ -21,7 +21,7 @@ def test_versions_are_those_of_what_is_installed() -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
-def test_the_commit_is_that_of_the_clone(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         names = ["-c", "user.name=x", "-c", "user.email=x@x.org"]
         return subprocess.run(
@@ -37,6 +37,8 @@ def test_the_commit_is_that_of_the_clone(tmp_path: Path) -> None:
     (tmp_path / "beside").write_text("nobody has added it")
     assert commit_of(tmp_path) == commit
     (tmp_path / "a").write_text("2")
+    assert commit_of(tmp_path) == f"{commit} and changes"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as within a hook of another repository
     assert commit_of(tmp_path) == f"{commit} and changes"
     (tmp_path / "site-packages").mkdir()
     assert commit_of(tmp_path / "site-packages") is None

@@ -52,6 +52,12 @@ def tables_by_token(model_class: type[LanguageModel]) -> frozenset[str]:
     return frozenset(name for name, axes in model_class.block_axes.items() if axes[0] == "vocab")
 
 
+def require_tables(model_class: type[LanguageModel], config: ModelConfig) -> None:
+    """Raises ConfigError for models without tables by token."""
+    if not tables_by_token(model_class):
+        raise ConfigError(f"tables = 'host': {config.title} has no tables by token; leave it out")
+
+
 def with_host_tables(model: Model) -> Model:
     """The same model with its layers' tables by token in the host's memory (`models/host_tables.py`), for inference.
 
@@ -61,9 +67,8 @@ def with_host_tables(model: Model) -> Model:
     Raises:
       ConfigError: the model has no such tables, they are packed, or it lies on several devices.
     """
+    require_tables(type(model), model.config)
     names = tables_by_token(type(model))
-    if not names:
-        raise ConfigError(f"tables = 'host': {model.config.title} has no tables by token; leave it out")
     graphdef, state = nnx.split(model, nnx.Param)
 
     def on_host(path: tuple[Any, ...], x: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from rwkv_jax.config import ConfigError
+from rwkv_jax.config import ConfigError, ModelConfig
 from rwkv_jax.models.adapted import AdaptedMatrix
 from rwkv_jax.models.host_tables import HostTable
 from rwkv_jax.models.language_model import LanguageModel
@@ -27,6 +27,12 @@ Model = TypeVar("Model", bound=LanguageModel)
 _ROWS_AT_A_TIME = 8192  # of a table in the host's memory, of which a device computes the sums
 
 
+def require_folding(config: ModelConfig) -> None:
+    """Raises ConfigError for models that add nothing to rows of tables."""
+    if not config.spec.table_maps:
+        raise ConfigError(f"tables = 'folded': {config.title} adds nothing to rows of tables; leave it out")
+
+
 def with_folded_tables(model: Model) -> Model:
     """The same model with W e of each token added to its tables, for inference; itself if that has been done.
 
@@ -37,9 +43,8 @@ def with_folded_tables(model: Model) -> Model:
     Raises:
       ConfigError: the model adds nothing to its tables, has none, or they are packed.
     """
+    require_folding(model.config)
     maps = model.config.spec.table_maps
-    if not maps:
-        raise ConfigError(f"tables = 'folded': {model.config.title} adds nothing to rows of tables; leave it out")
     result = nnx.merge(*nnx.split(model))
     parts = [getattr(result, run.name) for run in result.layer_runs[1:]] if result.is_stacked else list(result.blocks)
     blocks, embedded = [getattr(result, FIRST), *parts], None

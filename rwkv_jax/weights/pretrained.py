@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from rwkv_jax.config import ConfigError, ModelConfig
+from rwkv_jax.config import ConfigError, ModelConfig, from_dict
 from rwkv_jax.data.tokenizers import (
     TOKENIZER_FILES,
     HuggingFaceTokenizer,
@@ -53,7 +53,7 @@ from rwkv_jax.weights.quantized import (
     place_quantized_params,
 )
 from rwkv_jax.weights.sources import Weights, find_weights, open_weights, prefix_errors
-from rwkv_jax.weights.table_places import Tables, check_tables, with_tables
+from rwkv_jax.weights.table_places import Tables, check_model, check_tables, with_tables
 from rwkv_jax.weights.tensors import MappedTensors, WeightsError
 from rwkv_jax.weights.writing import GGUF, check_license_for, write_weights
 
@@ -81,14 +81,15 @@ def from_pretrained(
     check_tables(tables, mesh, quantize)
     path = find_weights(source, revision=revision, sha256=sha256)
     room = {} if context_length is None else {"context_length": context_length}
-    return with_tables(_loaded(path, dtype, mesh, quantize, room, on_host=tables == "host"), tables)
+    return with_tables(_loaded(path, dtype, mesh, quantize, room, tables), tables)
 
 
 def _loaded(
-    path: Path, dtype: Any, mesh: Mesh | None, quantize: Quantization | None, room: dict[str, int], *, on_host: bool
+    path: Path, dtype: Any, mesh: Mesh | None, quantize: Quantization | None, room: dict[str, int], tables: Tables
 ) -> LanguageModel:
-    """The model of a file or run; with `on_host` tables by token of a file are never on a device."""
+    """The model of a file or run that may have such tables; those of a file for the host are never on a device."""
     if path.is_dir():
+        check_model(tables, from_dict(read_run_file(path)["config"]).model)
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_run(path, "newest", shardings)
         model = dataclasses.replace(loaded.config.model, **room)
@@ -106,6 +107,7 @@ def _loaded(
     weights = open_weights(path)
     with prefix_errors(path):
         config = dataclasses.replace(weights.model_config(), **room)
+        check_model(tables, config)
         check_tensors(weights.tensors, config)
         if isinstance(weights.tensors, DequantizedTensors):
             present = weights.tensors.quantization
@@ -117,7 +119,7 @@ def _loaded(
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else shardings_on(mesh, config)
-        options: dict[str, Any] = {"dtype": dtype, "shardings": shardings, "tables_on_host": on_host}
+        options: dict[str, Any] = {"dtype": dtype, "shardings": shardings, "tables_on_host": tables == "host"}
         params = place_params(weights.tensors, config, drop_pages=weights.drop_pages, **options)
         return nnx.merge(abstract_model(config)[0], params)
 

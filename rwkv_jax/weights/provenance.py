@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax.config import TrainConfig, from_dict
+from rwkv_jax.config import OF_TEXT, TrainConfig, from_dict
 from rwkv_jax.file_kinds import METRICS_FILE
 from rwkv_jax.run_folder import INITIAL_WEIGHTS, MADE_WITH, newest_step, read_run_file
 from rwkv_jax.versions import versions
 from rwkv_jax.weights.card import Provenance
 from rwkv_jax.weights.hub import origin_of
-from rwkv_jax.weights.sources import find_weights, hub_name, read_tensors
+from rwkv_jax.weights.sources import find_weights, hub_name, is_hub_name, read_tensors
 from rwkv_jax.weights.tensors import WeightsError
 
 _TOLD_ELSEWHERE = ("data.source", "data.mixture", "data.cache_dir", "data.tokenizer", "training.num_steps")
@@ -61,7 +61,7 @@ def _of_run(run_dir: Path, step: int | None, ema: bool) -> Provenance:
     step = newest_step(run_dir) if step is None else step
     made_with = dict(saved.get(MADE_WITH, {}))
     name, _, commit = made_with.pop(INITIAL_WEIGHTS, "").partition("@")
-    of_hub = name if hub_name(name) == name else None
+    of_hub = name if is_hub_name(name) else None
     training = training_rows(config, saved["identity"], step)
     if of_hub is not None:
         training["started from"] = f"{of_hub} on the Hugging Face hub, commit {commit}"
@@ -102,8 +102,9 @@ def training_rows(config: TrainConfig, identity: Mapping[str, Any], step: int | 
         rows["started from"] = public_name(config.initial_weights)
     if step is not None:
         rows["steps"] = f"{step:,} of {training.num_steps:,}"
-        tokens = (step - training.first_step) * training.batch_size * training.sequence_length
-        rows["tokens seen"] = f"{tokens:,}, in rows of {training.sequence_length:,}, {training.batch_size} a step"
+        if training.objective in OF_TEXT:  # others have rows of their own, of which a step may read more or fewer
+            tokens = (step - training.first_step) * training.batch_size * training.sequence_length
+            rows["tokens seen"] = f"{tokens:,}, in rows of {training.sequence_length:,}, {training.batch_size} a step"
     rows["minimized"] = training.objective
     sources = [f"{public_name(source)} ({share:g})" for source, share in data.mixture]
     rows["data"] = ", ".join(sources) if sources else public_name(data.source)

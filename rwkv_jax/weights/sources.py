@@ -142,6 +142,12 @@ def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     return fetch(match["name"], match["file"], path, revision, _choose)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a text has the shape of OWNER/NAME, whatever is here."""
+    match = _HUB_ID.fullmatch(name)
+    return match is not None and match["file"] is None
+
+
 def hub_name(source: str | os.PathLike[str]) -> str | None:
     """The OWNER/NAME that a source stands for on the hub; None for paths, also for those of what is not there."""
     match, path = _HUB_ID.fullmatch(os.fspath(source)), Path(source).expanduser()

@@ -7,9 +7,10 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from rwkv_jax.models import LanguageModel
-from rwkv_jax.models.decoding import with_host_tables
-from rwkv_jax.models.folded_tables import with_folded_tables
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.models import LanguageModel, model_type
+from rwkv_jax.models.decoding import require_tables, with_host_tables
+from rwkv_jax.models.folded_tables import require_folding, with_folded_tables
 from rwkv_jax.weights.tensors import WeightsError
 
 Tables = Literal["device", "folded", "host"]
@@ -23,6 +24,14 @@ def check_tables(tables: Tables, mesh: Mesh | None, quantize: str | None) -> Non
         raise WeightsError("tables = 'host': is for a model on one device; leave it out, or mesh")
     if tables != "device" and quantize is not None:
         raise WeightsError(f"tables = {tables!r}: tables are packed by quantize = {quantize!r}; leave one of them out")
+
+
+def check_model(tables: Tables, config: ModelConfig) -> None:
+    """Raises ConfigError, before anything is loaded, for a model that has nothing which could lie there."""
+    if tables == "folded":
+        require_folding(config)
+    elif tables == "host":
+        require_tables(model_type(config), config)
 
 
 def with_tables(model: LanguageModel, tables: Tables) -> LanguageModel:

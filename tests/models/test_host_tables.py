@@ -85,6 +85,16 @@ def test_of_a_file_they_are_never_on_the_device(tmp_path: Any, monkeypatch: pyte
         from_pretrained(tmp_path / "x.safetensors", tables="folded", quantize="int8")
 
 
+@pytest.mark.parametrize(("tables", "reason"), [("folded", "adds nothing to rows"), ("host", "has no tables by token")])
+def test_without_tables_nothing_is_loaded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tables: Any, reason: str
+) -> None:
+    save_pretrained(random_model(CONFIGS["7"]), tmp_path / "x.safetensors")
+    monkeypatch.setattr("rwkv_jax.weights.pretrained.place_params", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(ConfigError, match=f"tables = '{tables}': RWKV-7 {reason}.*; leave it out"):
+        from_pretrained(tmp_path / "x.safetensors", tables=tables)
+
+
 def test_models_with_other_rows_have_other_checksums() -> None:
     model = with_host_tables(random_model(CONFIGS["7a"]))
     first = model.first_block.ffn.s_emb.weight[...]

@@ -80,6 +80,25 @@ def test_a_run_tells_how_it_was_trained(run: Path) -> None:
     assert provenance_of_source(str(run)) == provenance_of(run)
 
 
+def test_the_base_does_not_depend_on_what_is_here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert provenance_of(run).base_model == "owner/base"
+
+
+def test_tokens_of_pairs_are_not_counted_as_text() -> None:
+    """A step on preferences reads two rows of each pair."""
+    config = dataclasses.replace(
+        CONFIG,
+        initial_weights="base.pth",
+        data=DataConfig(source="pairs.jsonl", tokenizer="bytes"),
+        training=dataclasses.replace(CONFIG.training, objective="dpo"),
+    )
+    rows = training_rows(config, identity(config, "c", "t"), 8)
+    assert rows["steps"] == "8 of 20"
+    assert "tokens seen" not in rows
+
+
 def test_without_checkpoints_there_are_no_tokens(run: Path) -> None:
     for folder in (run / "checkpoints").iterdir():
         folder.rmdir()
