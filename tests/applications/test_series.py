@@ -108,6 +108,22 @@ def test_a_stream_equals_the_parallel_form_with_a_state_of_one_size(stride: int)
         stream.push(values[:, :1])
 
 
+def test_a_stream_begins_with_what_was_observed(random_model: Any) -> None:
+    """What is missing of the past is filled as in windows; a past that cannot be is refused."""
+    past = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
+    past[0, [3, 4, 11]] = past[1, 7] = np.nan
+    found = Stream(random_model, past)
+    own, gap = map(np.stack, zip(*map(filled, past), strict=True))
+    expected = random_model.forecast(jnp.asarray(own), jnp.asarray(gap, jnp.float32))
+    np.testing.assert_allclose(found.forecast, expected, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(found.push(np.zeros((2, 2)))).all()
+    assert not np.allclose(Stream(random_model, own).forecast, expected)  # the gaps are read
+    with pytest.raises(ValueError, match=r"past: shape \(2, 3\) must be rows and at least 4 steps, a patch"):
+        Stream(random_model, past[:, :3])
+    with pytest.raises(ValueError, match="past: each row must begin with a number"):
+        Stream(random_model, past[:, 3:])
+
+
 def test_a_forecast_after_a_patch_knows_no_later_one(random_model: Any) -> None:
     past = jnp.asarray(np.random.default_rng(0).normal(size=(1, 24)), jnp.float32)
     scale, gap = window_scale(past), jnp.zeros_like(past)
@@ -163,6 +179,19 @@ def test_what_was_not_observed_does_not_count() -> None:
         np.testing.assert_allclose(found.metrics["mae_6"][row], np.mean(np.abs(error)), rtol=1e-5)
 
 
+def test_no_row_counts_as_perfect_at_any_horizon() -> None:
+    """Forecasts that are off by 1 everywhere have an error of 1 over the first steps, too."""
+    table = read_table("waves")
+    table.values[240:244] = table.values[300:304] = table.values[100:104] = np.nan
+    own = config(series=dataclasses.replace(SERIES, horizon=8))  # errors are measured from 2 steps on
+    parts: tuple[Split, ...] = ("train", "validation", "test")
+    for part in parts:
+        batch = windows(table, own, part).arrays
+        assert (batch.seen[:, 0] == 0).any()  # all that was observed is used
+        for name, errors in forecast_losses(jnp.asarray(batch.future + 1), batch).metrics.items():
+            np.testing.assert_allclose(errors, 1, rtol=1e-5, err_msg=name)
+
+
 def test_the_season_before() -> None:
     past = np.arange(10, dtype=np.float32)[None]
     assert seasonal_naive(past, 5, 3).tolist() == [[7, 8, 9, 7, 8]]
@@ -197,12 +226,21 @@ def test_a_file_is_a_series(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table.values, [[2, np.nan], [3, 4.5]])
 
 
+def test_an_empty_line_of_one_column_is_missing_and_a_home_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.csv").write_text("a\n1\n\n3\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.testing.assert_array_equal(read_table("~/x.csv").values, [[1], [np.nan], [3]])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"stride": 5}, "series.stride = 5: must be at most series.patch = 4"),
         ({"horizon": 0}, "series.horizon = 0"),
         ({"kind": "linear"}, "series.kind = 'linear'"),
+        ({"kind": "dlinear", "gaps": False}, "series.gaps = False: dlinear reads none in any case; leave it out"),
         ({"validation": 0.8, "test": 0.2}, "must leave steps to train on"),
     ],
 )

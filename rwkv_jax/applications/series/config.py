@@ -23,7 +23,8 @@ class Series:
     12 channels); waves, made by a formula; or the path of a .csv file with a header, of which each column of numbers is
     a channel and what is empty is missing."""
     kind: Literal["layers", "dlinear"] = "layers"
-    """Layers of `model` over patches, or DLinear: a linear map each of the moving average and of the rest."""
+    """Layers of `model` over patches, or DLinear: a linear map each of the moving average and of the rest, which reads
+    nothing of `model` but parameter_dtype."""
     horizon: int = 11
     """Steps that are forecast."""
     patch: int = 12
@@ -31,7 +32,7 @@ class Series:
     stride: int = 4
     """Steps from one patch to the next, at most `patch`."""
     gaps: bool = True
-    """Whether the model also reads how long ago each value was observed."""
+    """Whether the model also reads how long ago each value was observed; DLinear does not."""
     validation: float = 0.15
     """Share of the steps that is held out, after those trained on."""
     test: float = 0.2
@@ -44,6 +45,7 @@ class Series:
         check(
             self.stride <= self.patch, "stride", f"must be at most series.patch = {self.patch}, or steps are left out"
         )
+        check(self.gaps or self.kind == "layers", "gaps", "dlinear reads none in any case; leave it out")
         check(0 < self.validation < 1, "validation", "must lie between 0 and 1")
         check(0 < self.test < 1, "test", "must lie between 0 and 1")
         check(self.validation + self.test < 1, "test", "must leave steps to train on, with series.validation")

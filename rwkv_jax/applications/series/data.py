@@ -77,13 +77,14 @@ def read_table(source: str) -> Table:
 def _read_csv(path: Path, source: str) -> Table:
     where = f"series.source = {source!r}"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.expanduser().open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{where}: cannot be read ({error}); take a .csv file with a header") from error
     kept = [column for column, name in enumerate(header) if name.strip() not in DATES]
     values = np.full((len(rows), len(kept)), np.nan)
-    for line, row in enumerate(rows):
+    for line, found in enumerate(rows):
+        row = found or [""] if len(header) == 1 else found  # an empty line is an empty field
         if len(row) != len(header):
             raise ConfigError(f"{where}: line {line + 2} has {len(row)} fields and the header {len(header)}")
         for at, column in enumerate(kept):
@@ -132,6 +133,9 @@ def filled(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 def windows(table: Table, config: SeriesConfig, split: Split) -> Examples:
     """All windows whose forecast lies in a part of the steps; their past may begin before it.
 
+    Something was observed within the first steps of each forecast that errors are measured over: without, there is no
+    error of these, and it would count as none.
+
     Raises:
       ConfigError: the part has no room for one.
     """
@@ -141,19 +145,21 @@ def windows(table: Table, config: SeriesConfig, split: Split) -> Examples:
     center, scale = scales(values, series)
     held_out, test = split_points(len(values), series)
     begin, end = {"train": (0, held_out), "validation": (held_out, test), "test": (test, len(values))}[split]
+    shortest = min((*horizons_of(series.horizon), series.horizon))
     rows: list[Sequence[Any]] = []
     for channel in ((values - center) / scale).T:
         past, gap = filled(channel)
         first = int(np.flatnonzero(~np.isnan(channel))[0])
         for at in range(max(begin, first + config.window), end - series.horizon + 1):
             future = channel[at : at + series.horizon]
-            if not np.isnan(future).all():
+            if not np.isnan(future[:shortest]).all():
                 own = slice(at - config.window, at)
                 rows.append((past[own], gap[own], np.nan_to_num(future), ~np.isnan(future), 1.0))
     if not rows:
         raise ConfigError(
             f"series.horizon = {series.horizon}: the part {split} of {series.source}, steps {begin} to {end}, has no "
-            f"room for it after a window of {config.window}; take fewer steps, or less training.sequence_length"
+            f"room for it after a window of {config.window}, or nothing observed in the first steps after any; take "
+            "fewer steps, or less training.sequence_length"
         )
     arrays = (np.array(column, np.float32) for column in zip(*rows, strict=True))
     return Examples(Batch(*arrays), name="window")

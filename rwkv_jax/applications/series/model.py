@@ -20,7 +20,7 @@ from jax import Array
 from typing_extensions import override
 
 from rwkv_jax.applications.series.config import SeriesConfig
-from rwkv_jax.applications.series.data import Batch, Table, horizons_of, read_table, windows
+from rwkv_jax.applications.series.data import Batch, Table, filled, horizons_of, read_table, windows
 from rwkv_jax.models import LanguageModel, model_type
 from rwkv_jax.models.language_model import PartTransform, identity
 from rwkv_jax.models.layers import BiasedLinear, uniform
@@ -132,10 +132,23 @@ class Stream:
     """
 
     def __init__(self, model: Forecaster, past: Any, gap: Any = None) -> None:
-        """Reads windows [B, steps] of the past; gap as in `Batch`, 0 without one."""
-        past = jnp.asarray(past)
+        """Reads windows [B, steps] of the past, at least a patch, NaN where nothing was observed.
+
+        Args:
+          gap: as in `Batch`, for a past that is filled; None counts since what is no NaN.
+
+        Raises:
+          ValueError: a past of fewer steps, or one that does not begin with an observation.
+        """
+        given = np.asarray(past, np.float32)
+        if given.ndim != 2 or given.shape[1] < model.series.patch:
+            raise ValueError(f"past: shape {given.shape} must be rows and at least {model.series.patch} steps, a patch")
+        if not np.isfinite(given[:, 0]).all():
+            raise ValueError("past: each row must begin with a number, what was observed; leave out the steps before")
+        columns, since = zip(*map(filled, given), strict=True)
+        past = jnp.asarray(np.stack(columns))
         self.model, self.scale = model, window_scale(past)
-        gap = jnp.zeros_like(past) if gap is None else jnp.asarray(gap)
+        gap = jnp.asarray(np.stack(since) if gap is None else gap, past.dtype)
         forecasts, self.state = model(past, gap, self.scale, None, Forward())
         self.forecast: Array = forecasts[:, -1]
         overlap = model.series.patch - model.series.stride
