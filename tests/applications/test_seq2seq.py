@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from rwkv_jax.applications.seq2seq import data
-from rwkv_jax.applications.seq2seq.config import END, FIRST, NUM_SYMBOLS, START, Seq2Seq, Seq2SeqConfig
-from rwkv_jax.applications.seq2seq.decode import beam_search, greedy, length_penalty
+from rwkv_jax.applications.seq2seq import model as seq2seq_model
+from rwkv_jax.applications.seq2seq.config import ALPHABET, END, FIRST, NUM_SYMBOLS, START, Seq2Seq, Seq2SeqConfig
+from rwkv_jax.applications.seq2seq.decode import Beams, beam_search, greedy, length_penalty
 from rwkv_jax.applications.seq2seq.model import Seq2SeqModel
 from rwkv_jax.config import (
     CheckpointConfig,
@@ -27,6 +28,7 @@ from rwkv_jax.config import (
     ParallelConfig,
     StepConfig,
 )
+from rwkv_jax.run_folder import identity
 from rwkv_jax.training.application import Forward, load_application
 from rwkv_jax.training.loop import train
 
@@ -59,6 +61,7 @@ def model_with_params(own: Seq2SeqConfig) -> Seq2SeqModel:
 read = nnx.jit(Seq2SeqModel.read)
 write = nnx.jit(Seq2SeqModel.write)
 losses = nnx.jit(lambda model, rows: model.losses(rows, Forward()))
+forced = nnx.jit(lambda model, tokens: model.decoder(tokens).logits)
 decode = nnx.jit(Seq2SeqModel.decode, static_argnames=("beam_size", "alpha"))
 
 
@@ -136,7 +139,7 @@ def test_decoder_only_is_one_row_of_source_and_target() -> None:
     found, _ = write(model, jnp.asarray(target_inputs(rows)), read(model, rows.source, rows.source_length))
     for row, length in enumerate(rows.source_length):
         whole = np.concatenate([rows.source[row, :length], target_inputs(rows)[row]])
-        logits = nnx.jit(lambda model, whole: model.decoder(whole).logits)(model, whole[None])
+        logits = forced(model, whole[None])
         np.testing.assert_allclose(logits[0, length:], found[row], atol=2e-5)
 
 
@@ -231,10 +234,33 @@ def test_length_penalty() -> None:
     assert length_penalty(9, 0.0) == 1
 
 
-def test_beam_search_of_a_model_is_worth_as_much_as_greedy(made: Made) -> None:
+def test_beam_search_of_a_model_is_worth_what_the_model_gives_each_text(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher-forced, which is so if each hypothesis goes on with its own state and source."""
     _, model, rows = made
-    found = decode(model, rows.source, rows.source_length, beam_size=4, alpha=0.0)
-    assert found.shape == rows.target.shape
+    beams: list[Beams] = []
+
+    def kept(*args: Any, **options: Any) -> Beams:
+        beams.append(beam_search(*args, **options))
+        return beams[-1]
+
+    monkeypatch.setattr(seq2seq_model, "beam_search", kept)
+
+    @nnx.jit
+    def search(model: Any, rows: data.Batch) -> tuple[Any, Beams]:
+        found = model.decode(rows.source, rows.source_length, beam_size=4, alpha=3.0)
+        return found, beams[-1]
+
+    best, found = search(model, rows)
+    np.testing.assert_array_equal(best, found.tokens[:, 0])
+    tokens = np.asarray(found.tokens)
+    assert np.argmax(tokens == END, axis=2).max() > 2  # some are long
+    for rank in range(4):
+        lengths = np.argmax(tokens[:, rank] == END, axis=1) + 1
+        scored = losses(model, rows._replace(target=tokens[:, rank], target_length=lengths))
+        expected = -np.asarray(scored.loss) * lengths / length_penalty(lengths, 3.0)
+        np.testing.assert_allclose(found.worth[:, rank], expected, rtol=1e-4)
 
 
 # Data.
@@ -264,6 +290,13 @@ def test_held_out_targets_are_not_trained_on(task: Any) -> None:
     assert again.fingerprint() == data.examples(settings, seed=3)[0].fingerprint()
 
 
+def test_all_short_numbers_are_trained_on() -> None:
+    settings = Seq2Seq(task="number_words", num_examples=5000, num_held_out=512)
+    training, held_out = ({data.decode(row) for row in part.arrays.target} for part in data.examples(settings, seed=0))
+    assert {str(number) for number in range(100)} <= training
+    assert {len(target) for target in held_out} == {3, 4, 5}
+
+
 def test_too_few_targets_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_held_out = 50: reversal has too few different targets"):
         data.examples(Seq2Seq(task="reversal", min_symbols=1, max_symbols=1, num_held_out=50), 0)
@@ -283,9 +316,75 @@ def test_a_run_learns_decodes_and_is_loaded(tmp_path: Path) -> None:
     application, model = load_application(str(tmp_path / "run"))
     _, held_out = application.examples(print)
     assert held_out is not None
-    found = decode(model, held_out.arrays.source, held_out.arrays.source_length)
-    exact = np.mean(np.all(np.asarray(found) == held_out.arrays.target, axis=1))
-    assert result.measured.metrics["exact_match"] == pytest.approx(exact)
+    expected = losses(model, held_out.arrays)
+    assert result.measured.loss == pytest.approx(float(np.mean(expected.loss)), rel=1e-4)
+    right = float(np.mean(expected.metrics["token_accuracy"]))
+    assert result.measured.metrics["token_accuracy"] == pytest.approx(right, rel=1e-4)
+    assert right > 0
+
+
+@pytest.mark.parametrize("count", [None, 19, 32])
+def test_exact_match_counts_each_source_once(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With batches that do not divide them, and of which the last row, which fills the last batch, is right."""
+    own = config(num_held_out=37)
+    application = own.load_application()
+    _, held_out = application.examples(print)
+    assert held_out is not None
+    is_right = np.isin(np.arange(37), (0, 3, 16, 18, 19, 33, 36))
+    rows = held_out.arrays
+    known = {one.tobytes(): i for i, one in enumerate(rows.source)}
+
+    def fake(params: Any, source: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        del params, lengths
+        texts = []
+        for one in source:
+            row = known[one.tobytes()]
+            text = rows.target[row]
+            texts.append(text if is_right[row] else np.where(np.arange(len(text)) == 1, text + 1, text))
+        return np.stack(texts)
+
+    monkeypatch.setattr(type(application), "decode", staticmethod(fake))
+    total = count or 37
+    assert application.measure(None, held_out, count) == {"exact_match": is_right[:total].sum() / total}
+
+
+TRANSFORMER = {"architecture": "transformer", "context_length": 11}
+
+
+@pytest.mark.parametrize(
+    "model", [TRANSFORMER, pytest.param({"generation": "7a", "width": 64, "head_dim": 64}, marks=pytest.mark.long)]
+)
+def test_decoder_only_takes_models_that_cannot_read_from_both_ends(model: dict[str, Any]) -> None:
+    """A target token by token, after a source with padding, is what the row of both at once has."""
+    own = config(form="decoder_only", model=model)
+    application = own.load_application()
+    assert application.stacks.keys() == {"decoder"}
+    decoder, rows = model_with_params(own), batch(own)
+    assert (rows.source_length < rows.source.shape[1]).any()
+    known, tokens = read(decoder, rows.source, rows.source_length), target_inputs(rows)
+    for at in range(tokens.shape[1]):
+        logits, known = write(decoder, tokens[:, at : at + 1], known)
+        for row, length in enumerate(rows.source_length):
+            whole = np.concatenate([rows.source[row, :length], tokens[row], np.zeros(11, np.int32)])[:11]
+            expected = forced(decoder, whole[None])[0, length + at]
+            np.testing.assert_allclose(logits[row, 0], expected, rtol=1e-3, atol=1e-3)
+    assert decode(decoder, rows.source, rows.source_length, beam_size=2).shape == rows.target.shape
+    with pytest.raises(ConfigError, match=r"take 4, 5\.2, 6 or 7"):
+        config(form="attention", model=model).load_application()
+
+
+def test_a_run_folders_tokenizer_has_the_ids_of_the_data() -> None:
+    tokenizer = config().load_application().tokenizer
+    ids, _ = data.encode([ALPHABET], len(ALPHABET) + 1, has_end=True)
+    assert tokenizer.encode(" ".join(ALPHABET.replace(" ", "_"))) == ids[0, :-1].tolist()
+    assert (tokenizer.end_of_text, *tokenizer.encode("<start>")) == (END, START)
+    assert tokenizer.vocab_size == NUM_SYMBOLS
+
+
+def test_how_held_out_sources_are_decoded_is_no_other_run() -> None:
+    own, other = config(beam_size=1), config(beam_size=4, length_penalty=1.0)
+    assert identity(own, "", "") == identity(other, "", "")
+    assert identity(own, "", "") != identity(config(max_symbols=6), "", "")
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -300,5 +399,11 @@ def test_what_cannot_work_is_refused() -> None:
         Seq2Seq(min_symbols=4, max_symbols=3)
     with pytest.raises(ConfigError, match=r"seq2seq.length_penalty = -1"):
         Seq2Seq(length_penalty=-1)
+    with pytest.raises(ConfigError, match=r"seq2seq.max_symbols = 5: dates does not read it; leave it out"):
+        Seq2Seq(max_symbols=5)
+    with pytest.raises(ConfigError, match=r"seq2seq.min_symbols = 2: transliteration does not read it"):
+        Seq2Seq(task="transliteration", min_symbols=2)
+    with pytest.raises(ConfigError, match=r"shared_embedding = False: decoder_only has no encoder; leave it out"):
+        Seq2Seq(form="decoder_only", shared_embedding=False)
     with pytest.raises(ConfigError, match="form = 'state': RWKV-4's state is no matrix a head"):
         config(model={"generation": "4"}).load_application()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
@@ -32,7 +32,7 @@ class Seq2Seq:
     """How the decoder knows the source: it begins from the encoder's state, it attends to the encoder's output, both,
     or it has read the source itself and there is no encoder."""
     shared_embedding: bool = True
-    """Whether the encoder takes the decoder's token vectors."""
+    """Whether the encoder, if there is one, takes the decoder's token vectors."""
     min_symbols: int = 4
     """Fewest symbols of a reversal."""
     max_symbols: int = 16
@@ -51,6 +51,11 @@ class Seq2Seq:
         require_positive(self, "seq2seq", "min_symbols", "max_symbols", "num_examples", "num_held_out", "beam_size")
         check = checker(self, "seq2seq")
         check(self.max_symbols >= self.min_symbols, "max_symbols", f"must be at least min_symbols, {self.min_symbols}")
+        for name in ("min_symbols", "max_symbols"):
+            is_read = self.task == "reversal" or getattr(self, name) == getattr(Seq2Seq, name)
+            check(is_read, name, f"{self.task} does not read it; leave it out, or take seq2seq.task = reversal")
+        has_encoder = self.form != "decoder_only"
+        check(self.shared_embedding or has_encoder, "shared_embedding", "decoder_only has no encoder; leave it out")
         check(0 <= self.length_penalty < float("inf"), "length_penalty", "must be a number from 0")
 
     @property
@@ -80,6 +85,12 @@ class Seq2SeqConfig(ApplicationConfig):
         )
         check(self.model.vocab_size >= NUM_SYMBOLS, "model.vocab_size", f"must be at least {NUM_SYMBOLS}, the symbols")
         check(self.parallel.tensor == 1, "parallel.tensor", "seq2seq cannot split heads; split rows, with data or fsdp")
+
+    @override
+    def own_settings(self) -> dict[str, Any]:
+        """All but how held-out sources are decoded, which may change when a run is resumed."""
+        free = ("seq2seq.beam_size", "seq2seq.length_penalty")
+        return {name: value for name, value in super().own_settings().items() if name not in free}
 
     @override
     def load_application(self) -> Seq2SeqApplication:

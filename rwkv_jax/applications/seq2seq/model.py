@@ -185,7 +185,10 @@ class Seq2SeqApplication(Application):
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         self.config: Seq2SeqConfig = config
-        both, form = bidirectional_type(config.model), config.seq2seq.form
+        form = config.seq2seq.form
+        if form == "decoder_only":
+            return
+        both = bidirectional_type(config.model)
         state = jax.eval_shape(lambda: both.initial_block_state(config.model, 1))
         if "state" in form and len(jax.tree.leaves(state.forward.wkv)) > 1:
             raise ConfigError(
@@ -196,7 +199,10 @@ class Seq2SeqApplication(Application):
     @property
     @override
     def stacks(self) -> Mapping[str, type[LanguageModel]]:
-        return {"decoder": model_type(self.config.model), "encoder": bidirectional_type(self.config.model)}
+        decoder = model_type(self.config.model)
+        if self.config.seq2seq.form == "decoder_only":
+            return {"decoder": decoder}
+        return {"decoder": decoder, "encoder": bidirectional_type(self.config.model)}
 
     @override
     def new_model(self, rngs: nnx.Rngs, shard_params: PartTransform = identity) -> Seq2SeqModel:
@@ -204,7 +210,7 @@ class Seq2SeqApplication(Application):
 
     @override
     def labels(self) -> tuple[str, ...]:
-        return ("<end>", "<start>", *ALPHABET.replace(" ", "_"))
+        return ("<start>", *ALPHABET.replace(" ", "_"))  # a tokenizer of symbols has an end of its own, id 0
 
     @override
     def examples(self, report: Callable[[str], None]) -> tuple[Examples, Examples]:
