@@ -144,6 +144,7 @@ def test_runs_that_cannot_work_are_refused(changes: dict[str, Any], message: str
         ({"size": 16}, "vision.size = 16: digits have 8 pixels a side"),
         ({"masked_share": 1.0}, "vision.masked_share = 1.0"),
         ({"shift": 8}, "vision.shift = 8"),
+        ({"images": "lines", "num_examples": 1}, "vision.num_examples = 1: must be at least 2"),
         ({"task": "colors"}, "vision.task = 'colors'"),
     ],
 )

@@ -32,7 +32,7 @@ class Vision:
     shift: int = 1
     """Pixels by which an image is moved at most in training, in each direction; 0 moves none."""
     num_examples: int = 512
-    """Lines to train on, and half as many to hold out; digits are as many as there are."""
+    """Lines to train on, at least 2, and half as many to hold out; digits are as many as there are."""
 
     def __post_init__(self) -> None:
         require_choices(self, "vision")
@@ -40,6 +40,7 @@ class Vision:
         check = checker(self, "vision")
         check(self.size % self.patch == 0, "patch", f"must divide vision.size = {self.size}")
         check(self.images != "digits" or self.size == 8, "size", "digits have 8 pixels a side")
+        check(self.images != "lines" or self.num_examples > 1, "num_examples", "must be at least 2: half are held out")
         check(0 < self.masked_share < 1, "masked_share", "must lie between 0 and 1")
         check(0 <= self.shift < self.size, "shift", "must lie from 0 to vision.size - 1")
 
