@@ -284,6 +284,7 @@ class CrashError(Exception):
     """As if the process ended."""
 
 
+@pytest.mark.long  # as every run does, tests/test_resume.py
 def test_a_run_that_crashed_goes_on_with_the_same_bits(
     tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,8 @@ PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 NOT_RUN = "Not run yet"
 SLOW = (
     *("baselines", "compressed", "conversion", "distillation", "fine_tuning_methods", "forecasting"),
-    *("initialization", "quantized_adapters", "question_order", "rare_facts", "rosa_reversal", "tutorial_tables"),
+    *("initialization", "listening", "quantized_adapters", "question_order", "rare_facts"),
+    *("rosa_reversal", "tutorial_tables"),
 )
 """Those whose smallest form takes more than 7 seconds."""
 

@@ -74,6 +74,7 @@ def test_meshes_change_nothing_of_a_transformer() -> None:
     )
 
 
+@pytest.mark.long  # whose parts a hybrid has, too
 def test_meshes_change_nothing_of_a_llama() -> None:
     """Whose heads share keys and values, and whose embedding is its head, in the fused loss, too."""
     assert_equal_to_one_device("llama", "float64", (MIXED[0], f"{MIXED[0]}:fused"))
@@ -92,6 +93,7 @@ def test_meshes_change_nothing_of_tables_by_token(generation: str) -> None:
     assert_equal_to_one_device(generation, "float64", MIXED)
 
 
+@pytest.mark.long  # tables, a mixer and a cache split by meshes one at a time have tests
 def test_meshes_change_nothing_of_attention_beside_time_mixing() -> None:
     """Which every shard of tensors computes whole; what is added to all keys has a gradient near zero, all rounding."""
     for by_result in errors("7b", "float64", (f"{MIXED[0]}:other", f"{MIXED[0]}:fused")).values():
@@ -111,6 +113,7 @@ def test_meshes_change_nothing_of_lookups_with_states_and_beside_time_mixing() -
     assert_equal_to_one_device("7-rosa", "float64", (MIXED[0], "tensor8:other"))
 
 
+@pytest.mark.long  # its resumption and its loss have tests
 def test_meshes_change_nothing_of_a_student() -> None:
     """Whose teacher has other sizes, and whose vocabulary is split as the teacher's is."""
     mesh = MIXED[0]

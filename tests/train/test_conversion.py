@@ -180,6 +180,7 @@ def test_what_does_not_fit_the_teacher_is_refused_with_the_flags_that_do(taught:
         train(stage(taught, "no", "next_token", initial_weights=taught.run_dir))
 
 
+@pytest.mark.long  # each objective has runs of its own
 def test_stages_follow_each_other(taught: TrainConfig) -> None:
     """Each begins where the one before ended; alignment trains mixers alone, and goes on bit for bit."""
     config = stage(taught, "s1", "align", copy=True)

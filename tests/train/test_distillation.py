@@ -69,6 +69,7 @@ def test_the_teacher_stays_and_is_in_no_checkpoint(whole: Run, own: TrainConfig,
     assert evaluated[-1]["bits_per_byte"] > 0  # the student's cross-entropy, as in any run
 
 
+@pytest.mark.long  # as every run does, tests/test_resume.py
 def test_a_run_goes_on_with_the_same_bits(whole: Run, own: TrainConfig, tmp_path: Path) -> None:
     run(dataclasses.replace(own, training=dataclasses.replace(own.training, num_steps=4)), tmp_path / "run")
     assert_same_bits(run(own, tmp_path / "run").result.state, whole.result.state)

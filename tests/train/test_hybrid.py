@@ -25,7 +25,8 @@ def longer(config: Any, num_steps: int) -> Any:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=num_steps))
 
 
-@pytest.mark.parametrize("model", [pytest.param(ALL, marks=pytest.mark.long, id="all"), pytest.param(SOME, id="some")])
+@pytest.mark.long  # as every run does, tests/test_resume.py
+@pytest.mark.parametrize("model", [pytest.param(ALL, id="all"), pytest.param(SOME, id="some")])
 def test_a_run_goes_on_bit_for_bit_and_writes_text(tmp_path: Path, model: ModelConfig) -> None:
     """Without attention, with states that rows carry on."""
     config = small_config(model, tmp_path)

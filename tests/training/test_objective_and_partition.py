@@ -204,6 +204,7 @@ def saved_and_restored(state: TrainState, functions: TrainFunctions, folder: Pat
     return restored
 
 
+@pytest.mark.long  # as an application's does, tests/applications
 def test_a_mesh_trains_what_one_device_trains() -> None:
     found = run_on_fake_devices(8, "tests.training.test_objective_and_partition")
     assert found["frozen is untouched"]
