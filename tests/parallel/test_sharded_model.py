@@ -93,7 +93,6 @@ def test_meshes_change_nothing_of_tables_by_token(generation: str) -> None:
     assert_equal_to_one_device(generation, "float64", MIXED)
 
 
-@pytest.mark.long  # tables, a mixer and a cache split by meshes one at a time have tests
 def test_meshes_change_nothing_of_attention_beside_time_mixing() -> None:
     """Which every shard of tensors computes whole; what is added to all keys has a gradient near zero, all rounding."""
     for by_result in errors("7b", "float64", (f"{MIXED[0]}:other", f"{MIXED[0]}:fused")).values():
