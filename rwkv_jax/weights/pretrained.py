@@ -89,7 +89,8 @@ def _loaded(
 ) -> LanguageModel:
     """The model of a file or run that may have such tables; those of a file for the host are never on a device."""
     if path.is_dir():
-        check_model(tables, from_dict(read_run_file(path)["config"]).model)
+        if tables != "device":
+            check_model(tables, from_dict(read_run_file(path)["config"]).model)
         shardings = None if mesh is None else functools.partial(shardings_on, mesh)
         loaded = load_run(path, "newest", shardings)
         model = dataclasses.replace(loaded.config.model, **room)
