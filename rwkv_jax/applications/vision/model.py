@@ -19,7 +19,7 @@ from rwkv_jax.applications.vision.vit import ViT
 from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.bidirectional import bidirectional_type, mean_over_rows
 from rwkv_jax.models.language_model import PartTransform, identity
-from rwkv_jax.models.layers import BiasedLinear, Embedding, uniform
+from rwkv_jax.models.layers import BiasedLinear, Embedding, uniform, wide_dtype
 from rwkv_jax.models.transformer import Transformer
 from rwkv_jax.training.application import Application, Forward, Losses, classification_losses, part_of
 from rwkv_jax.training.examples import Examples
@@ -61,7 +61,8 @@ class VisionModel(nnx.Module):
           hidden: bool [B, T], patches that are not read.
         """
         forward = forward or Forward()
-        x = forward.gather_params("inputs", self.inputs)(patches_of(image, self.vision.patch))
+        pixels = patches_of(jnp.asarray(image, self.encoder.config.dtype), self.vision.patch)
+        x = forward.gather_params("inputs", self.inputs)(pixels)
         places = forward.gather_params("places", self.places).weight[...].astype(x.dtype)
         if hidden is not None:
             x = jnp.where(hidden[..., None], places[-1], x)
@@ -74,7 +75,7 @@ class VisionModel(nnx.Module):
         forward = forward or Forward()
         x = self.hidden(image, hidden, forward)
         head = forward.gather_params("head", self.head)
-        return head(x if self.vision.task == "masked" else mean_over_rows(x, None)).astype(jnp.float32)
+        return head(x if self.vision.task == "masked" else mean_over_rows(x, None)).astype(wide_dtype(x.dtype))
 
     def losses(self, batch: ImageBatch, forward: Forward) -> Losses:
         """Cross-entropy and accuracy, or for masked the squared error of the pixels taken out.
