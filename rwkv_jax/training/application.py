@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
@@ -25,7 +26,9 @@ from rwkv_jax.models import LanguageModel
 from rwkv_jax.models.context import UNSHARDED, MeshAxes
 from rwkv_jax.models.language_model import Axes, Part, PartTransform, identity
 from rwkv_jax.models.layers import wide_dtype
+from rwkv_jax.models.tuned import merge_nested
 from rwkv_jax.parallel.sharded_model import ShardedModel
+from rwkv_jax.run_folder import load_part, run_config, with_averages
 from rwkv_jax.training.examples import Examples
 from rwkv_jax.training.run_model import RunModel
 from rwkv_jax.training.step import LossSums
@@ -181,11 +184,6 @@ def load_application(run_dir: str, which: Literal["best", "newest"] = "best") ->
     Raises:
       ConfigError: the folder is no application's run, or its checkpoint is missing or damaged.
     """
-    from pathlib import Path
-
-    from rwkv_jax.models.tuned import merge_nested
-    from rwkv_jax.run_folder import load_part, run_config, with_averages
-
     require_known(which, ("best", "newest"), "which", "checkpoint")
     place = Path(run_dir)
     application = application_of(run_config(place))
